@@ -1,0 +1,1 @@
+"""Experiments on metamom: each file one claim or one tool for claims."""

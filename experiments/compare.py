@@ -1,0 +1,179 @@
+"""Momentum against plain meta-SGD: the same tasks and seeds, a grid of step sizes for both sides.
+
+    metamom compare sinusoid --seeds 3 --betas 1,0.1 --lrs 0.01,0.03 --run-dir RUN
+
+Every run stands in ``RUN/runs/ARM_lr_seed``; ``RUN/report.md`` sums them up. An interrupted comparison goes on with
+``--resume``; runs that are finished are not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from metamom.evaluation import evaluate
+from metamom.experiments.recipes import Recipe
+from metamom.files import write_atomically
+from metamom.optim import FirstStep
+from metamom.run_directory import RunDirectory, read_metrics
+from metamom.training import DivergedError, train
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how it is judged.
+
+    Attributes:
+        base: what all runs share; its lr, beta, first step and seed are replaced.
+        betas: 1 is plain meta-SGD.
+        first_steps: for each beta below 1.
+        lrs: the grid of step sizes, the same for every arm.
+        seeds: 0, 1, ..., seeds - 1.
+        iterations: steps of every run.
+        evaluate_every: steps between points of the learning curves.
+        validation_tasks: for each point.
+        test_tasks: for the final evaluation of each run.
+        steps: numbers of adaptation steps in the final evaluation.
+        target: error to reach on validation (an accuracy for classification).
+    """
+
+    base: Recipe
+    betas: tuple[float, ...]
+    first_steps: tuple[FirstStep, ...]
+    lrs: tuple[float, ...]
+    seeds: int
+    iterations: int
+    evaluate_every: int
+    validation_tasks: int
+    test_tasks: int
+    steps: tuple[int, ...]
+    target: float
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or not self.betas or not self.lrs or not self.first_steps:
+            raise ValueError("a comparison needs at least one seed, one beta, one first step and one lr.")
+        for arm in self.arms():  # so that a bad value is told before the first run, not after hours
+            arm.make_optimizer(arm.learner())
+
+    def arms(self) -> Iterator[Recipe]:
+        """The recipes to compare, without seeds: every beta from every first step at every step size."""
+        for beta in self.betas:
+            for first_step in self.first_steps if beta < 1 else ("zero",):
+                for lr in self.lrs:
+                    yield replace(self.base, optimizer="momentum", beta=beta, first_step=first_step, lr=lr)
+
+
+class Outcome(NamedTuple):
+    """How one run ended.
+
+    Attributes:
+        recipe: of the run.
+        curve: validation ``[(steps done, mean)]``.
+        steps: numbers of adaptation steps of the final evaluation.
+        test: mean over the test tasks after each of them; ``None`` if the run diverged.
+        halfwidth: of the 95 % interval over the test tasks; ``None`` if the run diverged.
+        diverged: the step at which it diverged, if it did.
+        path: of the run.
+    """
+
+    recipe: Recipe
+    curve: list[tuple[int, float]]
+    steps: tuple[int, ...]
+    test: tuple[float, ...] | None
+    halfwidth: tuple[float, ...] | None
+    diverged: int | None
+    path: Path
+
+
+def compare(
+    comparison: Comparison, run_dir: str | Path, *, root: str | None = None, resume: bool = False, jobs: int = 1
+) -> Path:
+    """Run every arm from every seed, then write the report.
+
+    Args:
+        comparison: what to compare.
+        run_dir: where runs and report go.
+        root: of the data; found as `Omniglot` finds it if ``None``.
+        resume: go on with a comparison that was interrupted.
+        jobs: runs at a time, each in a process of its own with its share of the threads.
+
+    Returns:
+        The path of ``report.md``.
+
+    Raises:
+        ValueError: for a ``run_dir`` that holds something else; see `RunDirectory`.
+    """
+    with RunDirectory(run_dir, asdict(comparison), resume=resume) as run:
+        recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]
+        if jobs == 1:
+            outcomes = [_run(comparison, recipe, run.path, root) for recipe in recipes]
+        else:
+            outcomes = _run_in_processes(comparison, recipes, run.path, root, jobs)
+        from metamom.experiments.report import write_report
+        return write_report(comparison, outcomes, run.path)
+
+
+def _run_in_processes(
+    comparison: Comparison, recipes: list[Recipe], run_dir: Path, root: str | None, jobs: int
+) -> list[Outcome]:
+    threads = max(1, torch.get_num_threads() // jobs)
+    # spawned, not forked: a forked copy of torch's thread pool hangs
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        futures = [pool.submit(_run, comparison, recipe, run_dir, root) for recipe in recipes]
+        try:
+            for _ in tqdm(as_completed(futures), total=len(futures), desc="compare", unit="run", disable=None):
+                pass
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None) -> Outcome:
+    """One run and its final evaluation; read from disk where it is finished already."""
+    name = f"beta{recipe.beta:g}-{recipe.first_step}_lr{recipe.lr:g}_seed{recipe.seed}"
+    path = run_dir / "runs" / name
+    ending = path / "outcome.json"
+    if not ending.exists():
+        learner = recipe.learner()
+        end: dict[str, Any]
+        try:
+            train(
+                learner,
+                recipe.make_optimizer(learner),
+                recipe.sampler(root=root),
+                iterations=comparison.iterations,
+                meta_batch=recipe.meta_batch or 1,
+                workers=recipe.workers,
+                bias=recipe.operator(),
+                validation=recipe.sampler("validation", root=root),
+                evaluate_every=comparison.evaluate_every,
+                evaluate_tasks=comparison.validation_tasks,
+                run_dir=path,
+                resume=True,
+                checkpoint_every=comparison.evaluate_every,
+                keep_checkpoints=1,
+                settings=recipe.settings(),
+                label=name,
+            )
+        except DivergedError as error:
+            end = {"diverged": error.step, "test": None, "halfwidth": None}
+        else:
+            test = evaluate(
+                learner, recipe.sampler("test", root=root), tasks=comparison.test_tasks, steps=comparison.steps
+            )
+            end = {"diverged": None, "test": test.mean, "halfwidth": test.halfwidth}
+        write_atomically(ending, json.dumps(end).encode())
+    end = json.loads(ending.read_text())
+    curve = [(line["step"] + 1, line["validation"]) for line in read_metrics(path) if "validation" in line]
+    return Outcome(recipe, curve, comparison.steps, end["test"], end["halfwidth"], end["diverged"], path)

@@ -1,0 +1,178 @@
+"""A training run as plain values: what the command line asks for, and what `config.json` keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer, RMSprop
+
+from metamom.bias import BiasOperator, Identity, parse
+from metamom.maml import MAML, Estimator
+from metamom.nets import Conv4, SinusoidMLP
+from metamom.optim import CompositeMomentum, FirstStep
+from metamom.step_sizes import LearnInnerLR
+from metamom.tasks import Omniglot, Sinusoid
+from metamom.tasks.family import TaskFamily
+
+Task = Literal["sinusoid", "omniglot"]
+OptimizerName = Literal["momentum", "sgd", "adam", "rmsprop"]
+TASKS: tuple[Task, ...] = ("sinusoid", "omniglot")
+OPTIMIZERS: tuple[OptimizerName, ...] = ("momentum", "sgd", "adam", "rmsprop")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a recipe takes where nothing is said, by task."""
+
+    shots: int
+    queries: int
+    inner_lr: float
+    lr: float
+    meta_batch: int
+
+
+DEFAULTS = {
+    "sinusoid": Defaults(shots=10, queries=10, inner_lr=0.01, lr=0.03, meta_batch=8),
+    "omniglot": Defaults(shots=1, queries=1, inner_lr=0.4, lr=0.3, meta_batch=16),
+}
+ADAPTIVE_LR = 0.001  # of Adam and RMSprop
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how a run goes, but for its length; equal recipes give equal runs.
+
+    ``None`` stands for the task's default and is replaced by it. Ranges are checked by what takes the values.
+    """
+
+    task: Task
+    ways: int | None = None
+    shots: int | None = None
+    queries: int | None = None
+    inner_lr: float | None = None
+    inner_steps: int = 1
+    estimator: Estimator = "exact"
+    learn_inner_lr: LearnInnerLR = False
+    adapt: tuple[str, ...] | None = None
+    chunk_size: int | None = None
+    compile: bool = False
+    optimizer: OptimizerName = "momentum"
+    lr: float | None = None
+    beta: float = 0.1
+    first_step: FirstStep = "zero"
+    meta_batch: int | None = None
+    workers: int = 1
+    bias: str = "none"
+    aggregate: Literal["mean"] = "mean"
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"the task must be one of {', '.join(TASKS)}; got {self.task!r}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+        if self.task == "sinusoid" and self.ways is not None:
+            raise ValueError(f"sinusoids have no classes, so no ways; got ways={self.ways}.")
+        filled = asdict(DEFAULTS[self.task])
+        if self.optimizer in ("adam", "rmsprop"):
+            filled["lr"] = ADAPTIVE_LR
+        if self.task == "omniglot":
+            filled["ways"] = 5
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.adapt is not None:
+            object.__setattr__(self, "adapt", tuple(self.adapt))
+        self.operator()
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe that `settings` describes.
+
+        Raises:
+            ValueError: if it is not the settings of a recipe of this version.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(settings) != names:
+            odd = sorted(set(settings) ^ names)
+            raise ValueError(
+                f"this is no run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
+                "Use the version that wrote it (config.json names it)."
+            )
+        return cls(**settings)
+
+    def operator(self) -> BiasOperator | None:
+        """The bias operator, ``None`` for none."""
+        operator = parse(self.bias)
+        return None if isinstance(operator, Identity) else operator
+
+    def sampler(self, split: str = "train", *, root: str | None = None) -> TaskFamily:
+        """The tasks of a split; sinusoids have one family for all and a stream for each."""
+        assert self.shots is not None
+        assert self.queries is not None
+        if self.task == "sinusoid":
+            dtype = DTYPES[self.dtype]
+            return Sinusoid(self.shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
+        assert self.ways is not None
+        return Omniglot(
+            root, split=split, ways=self.ways, shots=self.shots, queries=self.queries, seed=self.seed
+        )
+
+    def learner(self) -> MAML:
+        """A learner with initial weights drawn from the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.task == "sinusoid":
+            model: torch.nn.Module = SinusoidMLP(generator=generator)
+        else:
+            assert self.ways is not None
+            model = Conv4(self.ways, generator=generator)
+        assert self.inner_lr is not None
+        return MAML(
+            model.to(device=_device(self.device), dtype=DTYPES[self.dtype]),
+            F.mse_loss if self.task == "sinusoid" else F.cross_entropy,
+            inner_lr=self.inner_lr,
+            inner_steps=self.inner_steps,
+            estimator=self.estimator,
+            learn_inner_lr=self.learn_inner_lr,
+            adapt=self.adapt,
+            chunk_size=self.chunk_size,
+            compile=self.compile,
+        )
+
+    def make_optimizer(self, learner: MAML) -> Optimizer:
+        """The optimizer over everything the learner learns.
+
+        Raises:
+            ValueError: for a step size or a beta out of range.
+        """
+        params, lr = learner.parameters(), self.lr
+        assert lr is not None
+        if self.optimizer == "momentum":
+            return CompositeMomentum(params, lr=lr, beta=self.beta, first_step=self.first_step)
+        if not lr > 0:
+            raise ValueError(f"lr is the step size and must be > 0; got {lr}.")
+        kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
+        return kinds[self.optimizer](params, lr=lr)  # type: ignore[call-arg]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; wanted cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but PyTorch sees no GPU here; use cpu.")
+    return device

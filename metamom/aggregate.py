@@ -1,0 +1,49 @@
+"""From the workers' gradients to one gradient: the server's half of a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metamom.bias import BiasOperator
+
+
+def flatten(grads: dict[str, Tensor]) -> Tensor:
+    """Each worker's gradient as one vector: ``{name: [n, *shape]} -> [n, d]``, tensors in the order of the dict."""
+    return torch.cat([g.flatten(1) for g in grads.values()], dim=1)
+
+
+def unflatten(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One vector ``[d]`` cut back into tensors, shaped as a worker's in ``like: {name: [n, *shape]}``."""
+    pieces = vector.split([g[0].numel() for g in like.values()])
+    return {name: piece.view(g.shape[1:]).to(g.dtype) for (name, g), piece in zip(like.items(), pieces, strict=True)}
+
+
+def aggregate(
+    grads: dict[str, Tensor], bias: BiasOperator | None = None
+) -> tuple[dict[str, Tensor], dict[str, float | int | None]]:
+    """The mean of the workers' gradients, each after its operator: ``g = 1/n sum_i C(g_i)``.
+
+    Args:
+        grads: ``{name: [n, *shape]}``.
+        bias: the operator C on flattened gradients ``[n, d]``; ``None`` for the plain mean.
+
+    Returns:
+        ``({name: [*shape]}, report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
+        `metamom.maml.Backward` explains them.
+
+    Reference:
+        arXiv 2403.00853, the server's averaging.
+    """
+    flat = flatten(grads)
+    workers, d = flat.shape
+    mean = flat.mean(0)
+    if bias is None:
+        total, error, wire = mean, 0.0, d * flat.element_size()
+    else:
+        total = bias(flat).mean(0)
+        norm = float(mean.norm())
+        error = float((total - mean).norm()) / norm if norm else 0.0
+        wire = bias.wire_bytes(d, flat.element_size())
+    report = {"grad_norm": float(total.norm()), "bias_error": error, "wire_bytes": workers * wire}
+    return unflatten(total, grads), report

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM at a moment of our choosing."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training stopped by a signal, after the step at hand was finished and saved.
+
+    Attributes:
+        signal_number: ``signal.SIGINT`` (Ctrl-C) or ``signal.SIGTERM``.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message, signal_number)  # both, so that it survives the way between processes
+        self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Interrupts:
+    """While entered, the first Ctrl-C or SIGTERM is only noted in `caught`; a second one acts at once.
+
+    Handlers can be set in the main thread alone; elsewhere nothing is caught and signals act as ever.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.caught = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,352 @@
+"""MAML: adaptation by gradient steps, and meta-gradients through it, for all tasks at once.
+
+Legend: T tasks, n workers with T/n tasks each, S support points, Q query points, J inner steps.
+
+Two kinds of derivatives are taken, both by plain autograd over a forward pass that `torch.func.vmap` batches over
+tasks. (Differentiating from outside vmap over an inner `torch.func.grad` is wrong for affine normalisation layers
+in torch 2.13.) The parameters a worker starts from are a tensor of their own, ``[n, *shape]``, so that one backward
+pass leaves each worker's gradient there and no gradient per task is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metamom.aggregate import aggregate
+from metamom.batch import TaskBatch, block
+from metamom.bias import BiasOperator
+from metamom.compiled import Compiled
+from metamom.metrics import accuracy
+from metamom.step_sizes import LearnInnerLR, StepSizes
+from metamom.vmap_errors import check_model, explained, unchanged
+
+Params = dict[str, Tensor]
+LossFn = Callable[[Tensor, Tensor], Tensor]
+Estimator = Literal["exact", "first-order"]
+ESTIMATORS: tuple[Estimator, ...] = ("exact", "first-order")
+
+
+class MetaGradient(NamedTuple):
+    """What `MAML.meta_gradient` returns: the workers' meta-gradients and the tasks' query losses."""
+
+    grads: Params
+    losses: Tensor
+
+
+class Backward(NamedTuple):
+    """What `MAML.backward` returns.
+
+    Attributes:
+        loss: mean query loss over the tasks, a 0-d tensor without a graph.
+        metrics: ``accuracy`` (of the query sets; ``None`` for regression), ``grad_norm`` (of the aggregate),
+            ``bias_error`` (how far the operator moved the mean gradient, relative to that gradient's norm) and
+            ``wire_bytes`` (of the workers' messages to the server).
+    """
+
+    loss: Tensor
+    metrics: dict[str, float | int | None]
+
+
+class _Start(NamedTuple):
+    """Where T tasks start from.
+
+    Attributes:
+        own: parameters that the inner steps move, ``[T, *shape]``.
+        kept: the other ones where they differ between tasks, because their workers do, ``[T, *shape]``.
+        shared: the other ones where all tasks have the same, ``[*shape]``: one large product instead of T.
+        step_sizes: learned inner step sizes, ``[T, ...]``.
+    """
+
+    own: Params
+    kept: Params
+    shared: Params
+    step_sizes: Params
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning around any model, with exact second-order meta-gradients.
+
+    From weights w, a task's adapted weights after J inner steps are ``u_0 = w,
+    u_{j+1} = u_j - alpha * grad L_support(u_j)``; its meta-loss is ``L_query(u_J)``.
+
+    Args:
+        model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs under `torch.func.vmap` with weights of their own
+            for each task: no running statistics, no in-place changes, no data-dependent control flow.
+        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`.
+        inner_lr: alpha > 0; one number, or for each adapted parameter a number or a tensor.
+        inner_steps: J >= 1.
+        estimator: ``"exact"`` differentiates through the adaptation; ``"first-order"`` takes the adapted weights'
+            gradient as the meta-gradient (FO-MAML).
+        learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
+        adapt: which parameters the inner steps move: names of parameters or of modules, or a predicate on a
+            parameter's name; all trainable ones by default. ANIL is ``adapt=["head"]``.
+        chunk_size: compute at most so many tasks at a time; bounds the memory, not the result.
+        compile: compile the whole meta-gradient with `torch.compile`, once for each shape of batch.
+
+    Raises:
+        ValueError: for an option out of range, an unknown parameter name, or a model with running statistics.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> from metamom.tasks import Sinusoid
+        >>> learner = MAML(nn.Linear(1, 1), F.mse_loss, inner_lr=0.01)
+        >>> grads, losses = learner.meta_gradient(Sinusoid().sample(0, 4), workers=2)
+        >>> grads["weight"].shape, losses.shape
+        (torch.Size([2, 1, 1]), torch.Size([4]))
+
+    Reference:
+        Finn, Abbeel, Levine (2017), algorithm 1; the composite gradient of arXiv 2403.00853.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        inner_lr: float | Mapping[str, float | Tensor] = 0.01,
+        inner_steps: int = 1,
+        estimator: Estimator = "exact",
+        learn_inner_lr: LearnInnerLR = False,
+        adapt: Iterable[str] | Callable[[str], bool] | None = None,
+        chunk_size: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if inner_steps < 1:
+            raise ValueError(f"inner_steps must be >= 1; got {inner_steps}.")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is a number of tasks >= 1, or None for all at once; got {chunk_size}.")
+        check_model(model)
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.model = model
+        self.loss_fn = loss_fn
+        self.inner_steps = inner_steps
+        self.estimator = estimator
+        self.chunk_size = chunk_size
+        self.adapted = _selected(adapt, trainable)
+        self.step_sizes = StepSizes(inner_lr, {name: trainable[name] for name in self.adapted}, learn_inner_lr)
+        self._gradient: Callable[..., tuple[Params, Tensor, Tensor]] = Compiled(self._gradient_of_chunk) if compile else self._gradient_of_chunk
+
+    def describe(self) -> dict[str, Any]:
+        """The options that make this learner again, as JSON values."""
+        return {
+            "inner_lr": self.step_sizes.describe(),
+            "inner_steps": self.inner_steps,
+            "estimator": self.estimator,
+            "adapt": list(self.adapted),
+        }
+
+    def meta_parameters(self) -> Params:
+        """What meta-gradients are taken for, by name: the model's trainable parameters and learned step sizes.
+
+        Names are those of ``model.named_parameters()``; step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
+        """
+        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return weights | self.step_sizes.learned()
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
+        """Adapt to each task's support set.
+
+        Args:
+            support_x: ``[T, S, ...]``.
+            support_y: ``[T, S, ...]``.
+            steps: number of inner steps >= 0; the learner's own by default.
+
+        Returns:
+            Adapted parameters by name, ``[T, *shape]``; differentiable in the meta-parameters where gradients are
+            enabled. Use them with `predict`.
+        """
+        steps = self.inner_steps if steps is None else steps
+        start = self._deal(self._one_row(), support_x.shape[0])
+        *_, adapted = self._trajectory(start, support_x, support_y, steps, keep_graph=torch.is_grad_enabled())
+        return adapted
+
+    def trajectory(self, support_x: Tensor, support_y: Tensor, *, steps: int) -> Iterator[Params]:
+        """The adapted parameters after 0, 1, ..., ``steps`` inner steps, each as from `adapt` but without a graph."""
+        start = self._deal({name: row.detach() for name, row in self._one_row().items()}, support_x.shape[0])
+        return self._trajectory(start, support_x, support_y, steps, keep_graph=False)
+
+    def predict(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions ``[T, N, ...]`` of T tasks' adapted weights (from `adapt`) on their inputs ``x: [T, N, ...]``."""
+        return self._predictions(_Start(params, {}, {}, {}), params, x)
+
+    def losses(self, batch: TaskBatch) -> Tensor:
+        """Each task's query loss after adaptation, ``[T]``, differentiable in the meta-parameters."""
+        rows = self._one_row()
+        spans = _spans(batch.num_tasks, self.chunk_size, batch.num_tasks)
+        return torch.cat([self._episodes(rows, batch.part(start, stop))[0] for start, stop in spans])
+
+    def meta_gradient(self, batch: TaskBatch, workers: int = 1) -> MetaGradient:
+        """Each worker's composite meta-gradient, the mean over its own tasks.
+
+        ``g_i = 1/m sum_t d L_query,t(u_J,t) / dw`` over the m = T/n tasks that `TaskBatch.split` deals to worker i.
+
+        Args:
+            batch: T tasks.
+            workers: n >= 1, must divide T.
+
+        Returns:
+            ``(grads, losses)``: ``{name: [n, *shape]}`` for every meta-parameter, and query losses ``[T]``; no graph
+            is kept.
+
+        Raises:
+            ValueError: if n does not divide T, or the model cannot run under per-task weights.
+        """
+        grads, losses, _ = self._meta_gradient(batch, workers)
+        return MetaGradient(grads, losses)
+
+    def backward(self, batch: TaskBatch, *, workers: int = 1, bias: BiasOperator | None = None) -> Backward:
+        """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
+
+        Args:
+            batch: T tasks.
+            workers: n >= 1, must divide T.
+            bias: the operator C on each worker's flattened gradient ``[n, d]``; none by default.
+
+        Returns:
+            ``(loss, metrics)``, see `Backward`.
+
+        Raises:
+            ValueError: as `meta_gradient`; and by the operator.
+        """
+        grads, losses, predictions = self._meta_gradient(batch, workers)
+        total, report = aggregate(grads, bias)
+        for name, parameter in self.meta_parameters().items():
+            parameter.grad = total[name] if parameter.grad is None else parameter.grad + total[name]
+        right = accuracy(predictions, batch.query_y)
+        return Backward(losses.mean(), {"accuracy": None if right is None else float(right.mean()), **report})
+
+    def _meta_gradient(self, batch: TaskBatch, workers: int) -> tuple[Params, Tensor, Tensor]:
+        per_worker = len(block(batch.num_tasks, 0, workers))
+        weights = self.meta_parameters()
+        grads = {name: w.new_zeros(workers, *w.shape) for name, w in weights.items()}
+        losses, predictions = [], []
+        for start, stop in _spans(batch.num_tasks, self.chunk_size, per_worker):
+            first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
+            rows = {name: w.detach().expand(last - first, *w.shape) for name, w in weights.items()}
+            chunk, loss, prediction = self._gradient(rows, 1 / per_worker, *batch.part(start, stop)[:4])
+            for name, gradient in chunk.items():
+                grads[name][first:last] += gradient
+            losses.append(loss)
+            predictions.append(prediction)
+        return grads, torch.cat(losses), torch.cat(predictions)
+
+    def _gradient_of_chunk(self, rows: Params, scale: float, *batch: Tensor) -> tuple[Params, Tensor, Tensor]:
+        """Gradients of ``scale`` times the summed query losses in each worker's weights ``[c, *shape]``."""
+        with torch.enable_grad():
+            leaves = {name: row.detach().requires_grad_() for name, row in rows.items()}
+            losses, predictions = self._episodes(leaves, TaskBatch(*batch))
+            grads = self._grad(losses.sum() * scale, leaves)
+        return grads, losses.detach(), predictions.detach()
+
+    def _episodes(self, rows: Params, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """Adapt and judge: query losses ``[T]`` and predictions from workers' weights ``[c, *shape]``."""
+        start = self._deal(rows, batch.num_tasks)
+        *_, adapted = self._trajectory(start, batch.support_x, batch.support_y, self.inner_steps, keep_graph=True)
+        predictions = self._predictions(start, adapted, batch.query_x)
+        return self._losses(predictions, batch.query_y), predictions
+
+    def _trajectory(
+        self, start: _Start, support_x: Tensor, support_y: Tensor, steps: int, keep_graph: bool
+    ) -> Iterator[Params]:
+        if steps < 0:
+            raise ValueError(f"the number of inner steps must be >= 0; got {steps}.")
+        own = start.own
+        yield own
+        for _ in range(steps):
+            with torch.enable_grad():
+                at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
+                losses = self._losses(self._predictions(start, at, support_x), support_y)
+                grads = self._grad(losses.sum(), at, create_graph=keep_graph and self.estimator == "exact")
+                # u_{j+1} = u_j - alpha grad L(u_j)
+                own = {n: w - self.step_sizes.of(n, start.step_sizes) * grads[n] for n, w in at.items()}
+            if not keep_graph:
+                own = {name: w.detach() for name, w in own.items()}
+            yield own
+
+    def _predictions(self, start: _Start, own: Params, x: Tensor) -> Tensor:
+        """Predictions ``[T, N, ...]`` on ``x: [T, N, ...]`` by parameters that have moved from ``start`` to ``own``."""
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # the model's own stay as they are
+
+        def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
+            out: Tensor = torch.func.functional_call(self.model, {**buffers, **start.shared, **kept, **own}, (x,))
+            return out
+
+        with explained(self.model), unchanged({"its input": x, **buffers}, self.model):
+            out: Tensor = torch.func.vmap(one_task, randomness="different")(own, start.kept, x)
+        return out
+
+    def _losses(self, predictions: Tensor, y: Tensor) -> Tensor:
+        losses: Tensor = torch.func.vmap(self.loss_fn)(predictions, y)
+        if losses.dim() != 1:
+            raise ValueError(
+                "loss_fn must return one number a task, as reduction='mean' does; "
+                f"got shape {tuple(losses.shape[1:])} for each."
+            )
+        return losses
+
+    def _grad(self, loss: Tensor, at: Params, create_graph: bool = False) -> Params:
+        with explained(self.model):
+            grads = torch.autograd.grad(
+                loss, list(at.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        return dict(zip(at, grads, strict=True))
+
+    def _one_row(self) -> Params:
+        return {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
+
+    def _deal(self, rows: Params, num_tasks: int) -> _Start:
+        """Give T tasks the weights of their workers: ``[c, *shape]`` to ``[T, *shape]``."""
+        start = _Start({}, {}, {}, {})
+        learned = self.step_sizes.learned()
+        for name, row in rows.items():
+            workers, shape = row.shape[0], row.shape[1:]
+            if workers == 1 and name not in self.adapted and name not in learned:
+                start.shared[name] = row[0]
+                continue
+            # with one worker a view: no task's start is copied
+            tasks = row.unsqueeze(1).expand(workers, num_tasks // workers, *shape).reshape(num_tasks, *shape)
+            kind = start.step_sizes if name in learned else start.own if name in self.adapted else start.kept
+            kind[name] = tasks
+        return start
+
+
+def _spans(num_tasks: int, chunk_size: int | None, per_worker: int) -> Iterator[tuple[int, int]]:
+    """Cut 0..T into spans of at most ``chunk_size`` tasks, each of whole workers or within one worker."""
+    size = num_tasks if chunk_size is None else chunk_size
+    if size >= per_worker:
+        stride = size // per_worker * per_worker
+        yield from ((a, min(a + stride, num_tasks)) for a in range(0, num_tasks, stride))
+        return
+    for first in range(0, num_tasks, per_worker):
+        yield from ((a, min(a + size, first + per_worker)) for a in range(first, first + per_worker, size))
+
+
+def _selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Params) -> tuple[str, ...]:
+    """Names of the parameters that the inner steps move, in the model's order."""
+    if adapt is None:
+        names = tuple(trainable)
+    elif callable(adapt):
+        names = tuple(name for name in trainable if adapt(name))
+    else:
+        wanted = [adapt] if isinstance(adapt, str) else list(adapt)
+        unknown = [w for w in wanted if not any(_within(name, w) for name in trainable)]
+        if unknown:
+            raise ValueError(
+                f"adapt names trainable parameters, or modules that hold some; {unknown} is none of "
+                f"{', '.join(trainable)}."
+            )
+        names = tuple(name for name in trainable if any(_within(name, w) for w in wanted))
+    if not names:
+        raise ValueError(f"adapt selects no trainable parameter; the model has: {', '.join(trainable) or 'none'}.")
+    return names
+
+
+def _within(parameter: str, place: str) -> bool:
+    return parameter == place or parameter.startswith(f"{place}.")

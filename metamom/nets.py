@@ -1,0 +1,99 @@
+"""Networks for sinusoids and for Omniglot, and what other networks need to run under per-task weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class SinusoidMLP(nn.Sequential):
+    """A ReLU network from a number to a number, ``[N, 1] -> [N, 1]``.
+
+    Args:
+        hidden: widths of the hidden layers.
+        generator: draws the initial weights; torch's default generator if ``None``.
+
+    Reference:
+        Finn, Abbeel, Levine (2017), section 5.1: two hidden layers of 40.
+    """
+
+    def __init__(self, hidden: Sequence[int] = (40, 40), *, generator: torch.Generator | None = None) -> None:
+        if not hidden or any(width < 1 for width in hidden):
+            raise ValueError(f"SinusoidMLP needs hidden layers of at least one unit; got hidden={tuple(hidden)}.")
+        widths = [1, *hidden]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [_bare(nn.Linear, fan_in, fan_out), nn.ReLU()]
+        super().__init__(*layers, _bare(nn.Linear, widths[-1], 1))
+        _initialise(self, generator)
+
+
+class Conv4(nn.Module):
+    """Four convolutions of stride 2, then a linear classifier: ``[N, channels, 28, 28] -> [N, ways]``.
+
+    Each block is a 3x3 convolution, normalisation by the statistics of the batch at hand (transductive, as in MAML)
+    and ReLU; the classifier, ``head``, sees the mean over what is left of the image.
+
+    Args:
+        ways: number of classes N.
+        channels: of the input.
+        hidden: channels of every block.
+        generator: draws the initial weights; torch's default generator if ``None``.
+
+    Reference:
+        Finn, Abbeel, Levine (2017), section 5.2, the Omniglot network with strides.
+    """
+
+    def __init__(
+        self, ways: int, channels: int = 1, hidden: int = 64, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if ways < 1 or channels < 1 or hidden < 1:
+            raise ValueError(f"Conv4 needs positive sizes; got ways={ways}, channels={channels}, hidden={hidden}.")
+        blocks = []
+        for fan_in in (channels, hidden, hidden, hidden):
+            convolution = _bare(nn.Conv2d, fan_in, hidden, 3, stride=2, padding=1)
+            blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(hidden, track_running_stats=False), nn.ReLU()))
+        self.features = nn.Sequential(*blocks)
+        self.head = _bare(nn.Linear, hidden, ways)
+        _initialise(self, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores ``[N, ways]`` of images ``[N, channels, 28, 28]``."""
+        scores: Tensor = self.head(self.features(x).mean((-2, -1)))
+        return scores
+
+
+def use_batch_statistics(model: Module) -> Module:
+    """Turn off running statistics in every normalisation layer of ``model``, in place.
+
+    The layers then normalise by the batch at hand, in training and in evaluation (transductive, as in MAML).
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model
+
+
+def _bare(kind: type[Module], *args: int, **options: int) -> Module:
+    """A module whose weights are memory not yet written: its constructor draws nothing from the global generator."""
+    return kind(*args, **options, device="meta").to_empty(device="cpu")
+
+
+def _initialise(model: nn.Module, generator: torch.Generator | None) -> None:
+    """Glorot-uniform weights and zero biases for linear and convolutional layers."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)

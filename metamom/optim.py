@@ -1,0 +1,290 @@
+"""The composite momentum method: its rule, the optimizer around it, and a scheduler for beta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+FirstStep = Literal["zero", "gradient"]
+
+
+def momentum_update(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
+    """One update of the momentum: ``v_k = (1 - beta) v_{k-1} + beta g_k``.
+
+    This recurrence is an exponential average of gradients. `torch.optim.SGD`'s ``v <- mu v + (1 - dampening) g`` is
+    the same with ``mu = dampening = 1 - beta``, except for its first value (see `CompositeMomentum`).
+
+    Args:
+        buf: ``v_{k-1}``, any shape. Left unchanged.
+        grad: ``g_k``, same shape.
+        beta: weight of the new gradient, 0 < beta <= 1; 1 forgets the past.
+
+    Returns:
+        ``v_k``, a new tensor.
+
+    Raises:
+        ValueError: if beta is outside (0, 1].
+
+    Example:
+        >>> momentum_update(torch.tensor([1.0]), torch.tensor([3.0]), beta=0.5)
+        tensor([2.])
+
+    Reference:
+        arXiv 2403.00853, the momentum step of the algorithm.
+    """
+    return momentum_update_(buf.clone(), grad, _check_beta(beta))
+
+
+def momentum_update_(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
+    """`momentum_update` in place: ``buf`` becomes ``v_k`` and is returned. Beta is taken as checked."""
+    if beta == 1:  # 0 * v would keep an infinite or NaN past alive
+        return buf.copy_(grad)
+    return buf.mul_(1 - beta).add_(grad, alpha=beta)
+
+
+class CompositeMomentum(Optimizer):
+    """Momentum as the paper analyses it: ``v <- (1 - beta) v + beta g``, then ``w <- w - lr v``.
+
+    Beta is the weight of the *new* gradient: ``beta=0.1`` is what others call a momentum of 0.9, and ``beta=1`` is
+    plain SGD, bit for bit. The first value of v matters (the first gradient enters the sum of all steps with weight
+    1/beta in the second form):
+
+    ============ ===================== ====================================================================
+    first_step   start                 the same as
+    ============ ===================== ====================================================================
+    "zero"       ``v_{-1} = 0``        ``SGD(lr=lr * beta, momentum=1 - beta)``; the form of the analysis
+    "gradient"   ``v_0 = g_0``         ``SGD(lr, momentum=1 - beta, dampening=1 - beta)``; the form of the
+                                       paper's experiments
+    ============ ===================== ====================================================================
+
+    Args:
+        params: parameters or parameter groups. Every option below may differ per group.
+        lr: the step size gamma, > 0. A 0-d tensor is accepted where torch accepts one.
+        beta: 0 < beta <= 1, may be changed between steps (see `LambdaBeta`).
+        first_step: how v starts.
+        weight_decay: adds ``weight_decay * w`` to the gradient (L2), >= 0.
+        maximize: ascend instead of descend.
+        foreach: update all tensors of a group together (True), one by one (False), or together where every one of
+            them is a plain strided tensor (None). The result is the same.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: at `step`, for a sparse gradient.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = CompositeMomentum([w], lr=0.1, beta=0.5)
+        >>> w.square().sum().backward()
+        >>> optimizer.step()
+        >>> w.data
+        tensor([0.9000])
+
+    Reference:
+        Beikmohammadi, Khirirat, Magnússon, arXiv 2403.00853; state ``"momentum"`` is v_k there.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        beta: float = 0.1,
+        *,
+        first_step: FirstStep = "zero",
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "first_step": first_step,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what it does not set comes from the constructor."""
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One momentum step on every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients again; called once, before the step, with gradients enabled.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        beta = _check_beta(group["beta"])  # it may have been scheduled, or changed by hand
+        lr = float(group["lr"])
+        params = [p for p in group["params"] if p.grad is not None]
+        grads = [_descent_gradient(p, group) for p in params]
+        fresh, bufs = [], []
+        for p, g in zip(params, grads, strict=True):
+            state = self.state[p]
+            started = "momentum" in state
+            if not started:
+                # v_{k-1} before the first step; v_0 = g_0 is reached by starting from v_{-1} = g_0
+                state["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
+            fresh.append(not started and group["first_step"] == "gradient")
+            bufs.append(state["momentum"])
+        # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding, so fresh buffers, already v_0, are not averaged.
+        moving = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
+        moving_bufs, moving_grads = [bufs[i] for i in moving], [grads[i] for i in moving]
+        if _together(group["foreach"], params):
+            _momentum_updates_(moving_bufs, moving_grads, beta)
+            for ps, vs in _by_kind(params, bufs):
+                torch._foreach_add_(ps, vs, alpha=-lr)
+        else:
+            for v, g in zip(moving_bufs, moving_grads, strict=True):
+                momentum_update_(v, g, beta)
+            for p, v in zip(params, bufs, strict=True):
+                p.add_(v, alpha=-lr)
+
+
+class LambdaBeta:
+    """Schedules beta: group by group, ``beta_k = beta_0 * factor(k)``, as `LambdaLR` does for the step size.
+
+    Construction sets ``beta_0 * factor(0)``; each `step` goes on by one. Its state is the step number and the
+    initial betas; the function itself is not saved.
+
+    Args:
+        optimizer: one whose groups have ``"beta"``.
+        factor: of the step number 0, 1, 2, ...; one function, or one for each group.
+
+    Raises:
+        TypeError: if a group has no beta.
+        ValueError: if the number of functions is not that of the groups, or a beta leaves (0, 1].
+
+    Example:
+        >>> optimizer = CompositeMomentum([torch.nn.Parameter(torch.zeros(1))], lr=0.1, beta=0.5)
+        >>> schedule = LambdaBeta(optimizer, lambda k: 1 / (1 + k))
+        >>> schedule.step()
+        >>> schedule.get_last_beta()
+        [0.25]
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, factor: Callable[[int], float] | Iterable[Callable[[int], float]]
+    ) -> None:
+        groups = optimizer.param_groups
+        if any("beta" not in group for group in groups):
+            raise TypeError(f"LambdaBeta needs an optimizer with a beta; got {type(optimizer).__name__}.")
+        factors = [factor] * len(groups) if callable(factor) else list(factor)
+        if len(factors) != len(groups):
+            raise ValueError(f"wanted one function or one for each of {len(groups)} groups; got {len(factors)}.")
+        self.optimizer = optimizer
+        self.factors = factors
+        self.base_betas = [float(group["beta"]) for group in groups]
+        self.last_step = 0
+        self._apply()
+
+    def step(self) -> None:
+        """Go on to the next step's beta; call it after ``optimizer.step()``."""
+        self.last_step += 1
+        self._apply()
+
+    def get_last_beta(self) -> list[float]:
+        """The betas in force, one for each group."""
+        return [float(group["beta"]) for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step number and initial betas."""
+        return {"last_step": self.last_step, "base_betas": list(self.base_betas)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the saved schedule stood."""
+        self.last_step = int(state_dict["last_step"])
+        self.base_betas = [float(beta) for beta in state_dict["base_betas"]]
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_betas, self.factors, strict=True):
+            group["beta"] = _check_beta(base * factor(self.last_step))
+
+
+def _descent_gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
+    """The gradient to average: sign and weight decay applied, ``p.grad`` itself left alone."""
+    grad = p.grad
+    assert grad is not None
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"CompositeMomentum needs dense gradients; got one with layout {grad.layout} for a parameter of shape "
+            f"{tuple(p.shape)}. Its average would be dense after one step: use sparse=False in the embedding."
+        )
+    if group["maximize"]:
+        grad = -grad
+    if group["weight_decay"]:
+        grad = grad.add(p, alpha=group["weight_decay"])
+    return grad
+
+
+def _together(foreach: bool | None, params: list[Tensor]) -> bool:
+    if foreach is None:
+        return all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
+    return foreach
+
+
+def _by_kind(*lists: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
+    """The same lists cut into groups of one device and dtype, as torch's multi-tensor functions need them."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
+    for row in zip(*lists, strict=True):
+        kinds.setdefault((row[0].device, row[0].dtype), []).append(row)
+    for rows in kinds.values():
+        yield tuple([row[i] for row in rows] for i in range(len(lists)))
+
+
+def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> None:
+    for vs, gs in _by_kind(bufs, grads):
+        if beta == 1:
+            torch._foreach_copy_(vs, gs)
+        else:
+            torch._foreach_mul_(vs, 1 - beta)
+            torch._foreach_add_(vs, gs, alpha=beta)
+
+
+def _check_beta(beta: float) -> float:
+    if not 0 < beta <= 1:
+        raise ValueError(
+            f"beta is the weight of the new gradient and must be in (0, 1]; got {beta}. "
+            "A momentum of 0.9 elsewhere is beta=0.1 here; plain SGD is beta=1."
+        )
+    return beta
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor with one element; got shape {tuple(lr.shape)}.")
+    if not 0 < float(lr) < math.inf:
+        raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
+    _check_beta(options["beta"])
+    if options["first_step"] not in ("zero", "gradient"):
+        raise ValueError(f'first_step must be "zero" or "gradient"; got {options["first_step"]!r}.')
+    if not 0 <= options["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay must be >= 0 and finite; got {options['weight_decay']}.")

@@ -1,0 +1,303 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from metamom.batch import Sampler
+from metamom.bias import BiasOperator
+from metamom.checkpoints import CheckpointError
+from metamom.evaluation import Evaluation, evaluate
+from metamom.interrupts import Interrupts, TrainingInterrupted
+from metamom.maml import MAML
+from metamom.run_directory import RunDirectory
+
+
+class DivergedError(ArithmeticError):
+    """A loss, a gradient or a weight is no longer finite.
+
+    Attributes:
+        step: the step at which it was seen.
+    """
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(
+            f"{what} is not finite at step {step}. Try a smaller lr, a smaller inner_lr, bias=Clip(...) on the "
+            "gradients, or float64; the last good checkpoint, if the run has a directory, is as it was."
+        )
+        self.step = step
+
+
+class Scheduler(Protocol):
+    """What goes on by one after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
+
+    def step(self) -> None: ...  # noqa: D102
+
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...  # noqa: D102
+
+
+class TrainResult(NamedTuple):
+    """What `train` returns.
+
+    Attributes:
+        metrics: one entry for each step that this call did: ``step, loss, accuracy, grad_norm, bias_error,
+            wire_bytes, seconds, world_size``, and ``validation`` with ``validation_halfwidth`` where it was measured.
+        validation: the last validation, if any.
+        resumed_from: number of steps that were done before this call.
+    """
+
+    metrics: list[dict[str, Any]]
+    validation: Evaluation | None
+    resumed_from: int
+
+
+def train(
+    learner: MAML,
+    optimizer: Optimizer,
+    sampler: Sampler,
+    *,
+    iterations: int,
+    meta_batch: int,
+    workers: int = 1,
+    bias: BiasOperator | None = None,
+    schedulers: Sequence[Scheduler] = (),
+    validation: Sampler | None = None,
+    evaluate_every: int | None = None,
+    evaluate_tasks: int = 100,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    keep_checkpoints: int = 3,
+    settings: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
+    label: str = "train",
+) -> TrainResult:
+    """Train a meta-learner: sample, composite meta-gradients, bias, aggregate, optimizer step.
+
+    Step k draws the tasks of step k, so a run depends on its seeds alone, and a resumed one ends with the same
+    weights as one never interrupted, bit for bit. Ctrl-C and SIGTERM finish the step at hand, save and raise.
+
+    Args:
+        learner: whose ``.grad`` each step sets; batches go to its device and dtype.
+        optimizer: any torch optimizer over ``learner.parameters()``.
+        sampler: the tasks.
+        iterations: total number of steps, including those done before a resume.
+        meta_batch: tasks a step.
+        workers: n, must divide ``meta_batch``.
+        bias: the operator on each worker's gradient.
+        schedulers: each goes on by one after every step.
+        validation: tasks for validation, drawn from stream ``"validation"``.
+        evaluate_every: steps between validations; only after the last step if ``None``.
+        evaluate_tasks: tasks for each validation.
+        run_dir: where configuration, metrics and checkpoints go; nothing is written if ``None``.
+        resume: go on from the newest good checkpoint in ``run_dir``, or start afresh where there is none.
+        checkpoint_every: steps between checkpoints; there is always one at the start and one at the end.
+        keep_checkpoints: how many of the newest to keep, beside the best (by validation).
+        settings: what defines the run, as JSON values; made from the arguments if ``None``. A resumed run must have
+            the same.
+        tensorboard: write losses for TensorBoard into ``run_dir`` too.
+        label: what the progress bar says.
+
+    Returns:
+        A `TrainResult`.
+
+    Raises:
+        ValueError: for an argument out of range; for a ``run_dir`` in use, with a run in it while ``resume`` is
+            false, or with a run of other settings.
+        DivergedError: at the first loss, gradient or weight that is not finite.
+        TrainingInterrupted: by a signal, after saving.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> from metamom import MAML, CompositeMomentum, nets
+        >>> from metamom.tasks import Sinusoid
+        >>> learner = MAML(nets.SinusoidMLP(), F.mse_loss)
+        >>> optimizer = CompositeMomentum(learner.parameters(), lr=0.01)
+        >>> result = train(learner, optimizer, Sinusoid(), iterations=3, meta_batch=4)
+        >>> len(result.metrics)
+        3
+    """
+    for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}.")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be >= 1, or None for the end alone; got {evaluate_every}.")
+    if (resume or tensorboard) and run_dir is None:
+        raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
+    if workers < 1 or meta_batch % workers:
+        raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
+    if settings is None:
+        settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=bias)
+    parts = {"learner": learner, "optimizer": optimizer, **{f"scheduler{i}": s for i, s in enumerate(schedulers)}}
+    like = next(learner.model.parameters())
+    metrics: list[dict[str, Any]] = []
+    checked: Evaluation | None = None
+    with ExitStack() as stack:
+        run = None
+        if run_dir is not None:
+            run = stack.enter_context(RunDirectory(run_dir, settings, resume=resume, keep=keep_checkpoints))
+        progress = _restored(parts, run) or _Progress(0, 0.0, None)
+        resumed_from = progress.done
+        if resumed_from == 0:
+            _save(parts, run, progress)
+        log = stack.enter_context(_Log(run, progress.done, tensorboard))
+        interrupts = stack.enter_context(Interrupts())
+        bar = stack.enter_context(tqdm(total=iterations, initial=progress.done, desc=label, unit="it", disable=None))
+        while progress.done < iterations:
+            began = time.perf_counter()
+            step = progress.done
+            batch = sampler.sample(step, meta_batch).to(like.device, like.dtype)
+            optimizer.zero_grad()
+            loss, report = learner.backward(batch, workers=workers, bias=bias)
+            line: dict[str, Any] = {"step": step, "loss": float(loss), **report, "world_size": 1}
+            _check_finite(line)
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+            took = time.perf_counter() - began
+            progress = progress._replace(done=step + 1, seconds=progress.seconds + took)
+            line["seconds"] = progress.seconds
+            last, is_best = progress.done == iterations, False
+            if validation is not None and (last or (evaluate_every and progress.done % evaluate_every == 0)):
+                checked = evaluate(
+                    learner, validation, tasks=evaluate_tasks, steps=(learner.inner_steps,), stream="validation"
+                )
+                line.update(validation=checked.mean[0], validation_halfwidth=checked.halfwidth[0])
+                is_best = _better(checked, progress.best)
+                progress = progress._replace(best=checked.mean[0] if is_best else progress.best)
+            metrics.append(line)
+            log.write(line)
+            bar.set_postfix(_shown(line, meta_batch / took), refresh=False)
+            bar.update()
+            if last or is_best or progress.done % checkpoint_every == 0 or interrupts.caught is not None:
+                _save(parts, run, progress, is_best)
+            if interrupts.caught is not None:
+                kept = f"saved in {run.path}; resume to go on" if run else "nothing was saved, for want of a run_dir"
+                raise TrainingInterrupted(
+                    f"stopped after step {progress.done} of {iterations}; {kept}.", interrupts.caught
+                )
+    return TrainResult(metrics, checked, resumed_from)
+
+
+def describe(
+    learner: MAML, optimizer: Optimizer, sampler: Sampler, *, meta_batch: int, workers: int, bias: BiasOperator | None
+) -> dict[str, Any]:
+    """What defines a run made from these parts, as JSON values: the default of ``train(settings=...)``."""
+    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    family = getattr(sampler, "describe", None)
+    return {
+        "model": str(learner.model),
+        "learner": learner.describe(),
+        "optimizer": {"kind": type(optimizer).__name__, "groups": groups},
+        "sampler": {"family": type(sampler).__name__} if family is None else family(),
+        "meta_batch": meta_batch,
+        "workers": workers,
+        "bias": "none" if bias is None else bias.spec,
+    }
+
+
+class _Progress(NamedTuple):
+    """How far a run has come: steps done, seconds they took, best validation."""
+
+    done: int
+    seconds: float
+    best: float | None
+
+
+class _Log:
+    """Metrics to the run directory and, where asked for, to TensorBoard."""
+
+    def __init__(self, run: RunDirectory | None, done: int, tensorboard: bool) -> None:
+        self.run = run
+        self.board: Any = None
+        if run is not None:
+            run.forget_metrics_from(done)
+        if tensorboard:
+            assert run is not None
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError("tensorboard=True needs TensorBoard: pip install 'metamom[tensorboard]'.") from error
+            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=done)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if self.run is not None:
+            self.run.log(line)
+        if self.board is not None:
+            for name in ("loss", "accuracy", "grad_norm", "bias_error", "validation"):
+                if line.get(name) is not None:
+                    self.board.add_scalar(name, line[name], line["step"])
+
+
+def _restored(parts: Mapping[str, Any], run: RunDirectory | None) -> _Progress | None:
+    """Put the newest good checkpoint into the parts of a run."""
+    if run is None:
+        return None
+    state = run.checkpoints.load_newest()
+    if state is None:
+        return None
+    missing = [name for name in parts if name not in state]
+    if missing:
+        raise CheckpointError(f"the checkpoints in {run.path} hold no {', '.join(missing)}: another kind of run's.")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoints in {run.path} are of another model or optimizer: {error}") from error
+    torch.set_rng_state(state["rng"]["cpu"])
+    if state["rng"]["cuda"]:
+        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    return _Progress(state["step"], state["seconds"], state["best"])
+
+
+def _save(parts: Mapping[str, Any], run: RunDirectory | None, progress: _Progress, is_best: bool = False) -> None:
+    """Save the state after ``progress.done`` steps, unless its weights are not good."""
+    if not all(bool(p.isfinite().all()) for p in parts["learner"].parameters()):
+        raise DivergedError("a weight", progress.done)
+    if run is None:
+        return
+    state = {name: part.state_dict() for name, part in parts.items()}
+    # a model's own random layers (dropout) draw from torch's generators
+    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    state |= {"seconds": progress.seconds, "best": progress.best, "rng": rng}
+    run.checkpoints.save(progress.done, state, best=is_best)
+
+
+def _check_finite(line: Mapping[str, Any]) -> None:
+    for name, what in (("loss", "the loss"), ("grad_norm", "the gradient")):
+        if not math.isfinite(line[name]):
+            raise DivergedError(what, line["step"])
+
+
+def _better(checked: Evaluation, best: float | None) -> bool:
+    if best is None:
+        return True
+    return checked.mean[0] > best if checked.metric == "accuracy" else checked.mean[0] < best
+
+
+def _shown(line: Mapping[str, Any], rate: float) -> dict[str, str]:
+    right = {} if line["accuracy"] is None else {"accuracy": f"{line['accuracy']:.3f}"}
+    return {"loss": f"{line['loss']:.4f}", **right, "tasks/s": f"{rate:.0f}"}
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,81 @@
+"""What to tell a user whose model cannot run under per-task weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+REMEDY = (
+    "MAML runs the model on all tasks at once (torch.func.vmap), each with weights of its own. Write the forward "
+    "without in-place operations on parameters, buffers or inputs, and choose with torch.where instead of if."
+)
+
+# What torch's own errors say when batching over tasks, or writing in place under it, is the cause.
+SIGNS = ("vmap", "functorch", "in-place", "inplace", "Batching rule", "doesn't match the broadcast shape")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose normalisation layers keep running statistics.
+
+    Raises:
+        ValueError: naming the modules and the remedy.
+    """
+    running = [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    if running:
+        raise ValueError(
+            f"MAML needs normalisation by the statistics of the batch at hand; these modules keep running "
+            f"statistics, which tasks would overwrite for each other: {', '.join(n or type(model).__name__ for n in running)}. "
+            "Call metamom.nets.use_batch_statistics(model) first, or build them with track_running_stats=False."
+        )
+
+
+@contextmanager
+def explained(model: nn.Module) -> Iterator[None]:
+    """Turn vmap's own errors into one that names the module of ``model`` in which it arose, and the remedy.
+
+    Raises:
+        ValueError: in place of a RuntimeError about vmap or in-place changes; other errors pass unchanged.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(sign in text for sign in SIGNS):
+            raise
+        where = _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
+        raise ValueError(f"the model cannot run under per-task weights, in {where}: {text} {REMEDY}") from error
+
+
+@contextmanager
+def unchanged(what: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
+    """Watch tensors that the model must not write to.
+
+    Raises:
+        ValueError: if one of them was changed in place, by name.
+    """
+    before = {name: tensor._version for name, tensor in what.items()}
+    yield
+    changed = [name for name, tensor in what.items() if tensor._version != before[name]]
+    if changed:
+        raise ValueError(f"{type(model).__name__} changed in place: {', '.join(changed)}. {REMEDY}")
+
+
+def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | None:
+    names = {id(module): name for name, module in model.named_modules()}
+    found = None
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if id(module) in names:
+            name = names[id(module)]
+            found = f"module {name!r} ({type(module).__name__})" if name else f"{type(module).__name__} itself"
+        trace = trace.tb_next
+    return found
+
+
+def _inplace_modules(model: nn.Module) -> str | None:
+    names = [f"{name!r} ({type(m).__name__})" for name, m in model.named_modules() if getattr(m, "inplace", False)]
+    return f"one of the in-place modules {', '.join(names)}" if names else None

@@ -1,0 +1,9 @@
+"""Task families and data sets: where the tasks come from."""
+
+from metamom.tasks.episodes import Episodes
+from metamom.tasks.fixed import FixedTasks
+from metamom.tasks.omniglot import Omniglot
+from metamom.tasks.per_worker import PerWorker
+from metamom.tasks.sinusoid import Sinusoid
+
+__all__ = ["Episodes", "FixedTasks", "Omniglot", "PerWorker", "Sinusoid"]

@@ -1,0 +1,101 @@
+"""Random numbers by counter: what is drawn depends on where it is drawn, not on what was drawn before.
+
+Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) maps (key, counter) to 64 random
+bits. The key is (seed, stream), the counter (step, index of the task in the meta-batch, purpose); so any process can
+draw any task at any time, and two seeds share nothing. NumPy fixes Philox's bits across versions and platforms, but
+not what its ``Generator`` makes of them; therefore bits become numbers here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Purpose(IntEnum):
+    """What a draw is for; draws for different purposes are independent."""
+
+    TASK = 0  # which task: an amplitude, a set of classes
+    DATA = 1  # which points of it: inputs, noise, drawings
+    AUGMENT = 2  # a user's random augmentation of those points
+    CHOICE = 3  # which of a fixed set of tasks
+
+
+class Places(NamedTuple):
+    """Where tasks stand in the counter space: their stream and step, and their indices in the meta-batch ``[T]``."""
+
+    stream: str
+    step: int
+    indices: Ints
+
+
+def uniforms(seed: int, places: Places, purpose: Purpose, count: int) -> Floats:
+    """Numbers uniform on [0, 1), multiples of 2^-53, the same on every platform.
+
+    Args:
+        seed: 0 <= seed < 2^64.
+        places: T places.
+        purpose: separates independent draws at one place.
+        count: how many numbers at each place.
+
+    Returns:
+        ``[T, count]`` float64.
+    """
+    bits = np.empty((len(places.indices), count), dtype=np.uint64)
+    # The key as an array: a list with a number >= 2^63 would pass through float64 and lose its low bits.
+    philox = np.random.Philox(key=np.array([seed, _stream_number(places.stream)], dtype=np.uint64))
+    state = philox.state  # with an empty buffer; setting it is cheaper than a new generator
+    for row, index in zip(bits, places.indices, strict=True):
+        state["state"]["counter"] = np.array([0, index, places.step, purpose], dtype=np.uint64)
+        philox.state = state
+        row[:] = philox.random_raw(count)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def normals(uniform: Floats) -> Floats:
+    """Standard normal numbers from uniform ones (Box-Muller), ``[T, 2c] -> [T, 2c]``."""
+    half = uniform.shape[-1] // 2
+    radius = np.sqrt(-2.0 * np.log1p(-uniform[..., :half]))
+    angle = 2.0 * np.pi * uniform[..., half:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+
+def choose(uniform: Floats, n: int | Ints) -> Ints:
+    """Ordered choices without replacement from 0..n-1, every one equally likely.
+
+    The first k steps of the Fisher-Yates shuffle, in all rows at once: step j swaps place j with a place p_j that is
+    uniform on j..n-1. Fewer choices (a smaller k) from the same numbers are the first ones of more.
+
+    Args:
+        uniform: ``[R, k]`` numbers on [0, 1), one for each choice; k <= n.
+        n: size of the population, one for all rows or one for each, ``[R]``.
+
+    Returns:
+        ``[R, k]`` int64, distinct within a row.
+    """
+    rows, k = uniform.shape
+    steps = np.arange(k)
+    sizes = np.broadcast_to(np.asarray(n, dtype=np.int64), (rows,))
+    assert rows == 0 or sizes.min() >= k
+    slots = steps + (uniform * (sizes[:, None] - steps)).astype(np.int64)
+    largest = int(sizes.max(initial=0))
+    if largest <= 2 * k * k:
+        pool = np.tile(np.arange(largest), (rows, 1))
+    else:  # only the places 0..k-1 and p_0..p_{k-1} can change: a pool of these gives the same choices, cheaper
+        pool = np.concatenate([np.broadcast_to(steps, (rows, k)), slots], axis=1)
+        slots = (pool[:, None, :] == slots[:, :, None]).argmax(axis=-1)
+    row = np.arange(rows)
+    for j, slot in enumerate(slots.T):
+        pool[row, slot], pool[:, j] = pool[:, j].copy(), pool[row, slot]
+    return pool[:, :k].astype(np.int64, copy=True)
+
+
+def _stream_number(stream: str) -> int:
+    return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")

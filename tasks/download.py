@@ -1,0 +1,100 @@
+"""Downloads that go on where they broke off."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import requests
+from tqdm.auto import tqdm
+
+from metamom.tasks.locate import DataError
+
+CHUNK = 1 << 14  # bytes; what came of a chunk before the connection broke is lost
+TIMEOUT = (15, 60)  # seconds to connect, and between two pieces of an answer
+
+
+class ResumingDownloader:
+    """A downloader for `pooch.retrieve`: fetches into ``part`` and goes on there with an HTTP Range request.
+
+    ``part`` outlives the process, so that another one goes on as well. It becomes pooch's temporary file once it is
+    complete; pooch then checks the digest, and removes it if that is wrong.
+
+    Args:
+        part: the partial file, in the folder of the target.
+        limit: most bytes to accept.
+        attempts: how often in a row to try without getting anything new.
+        pause: seconds to wait between attempts.
+    """
+
+    def __init__(self, part: Path, *, limit: int, attempts: int = 4, pause: float = 1.0) -> None:
+        self.part, self.limit, self.attempts, self.pause = part, limit, attempts, pause
+
+    def __call__(self, url: str, output_file: str | os.PathLike[str], pooch: object) -> None:
+        """Fetches ``url`` to ``output_file``.
+
+        Raises:
+            DataError: if the server can't be reached, refuses, or keeps breaking off; ``part`` keeps what came.
+        """
+        failures, most = 0, self._size()
+        while True:
+            try:
+                self._fetch_rest(url)
+                break
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+                failures = 1 if self._size() > most else failures + 1
+                most = max(most, self._size())
+                if failures >= self.attempts:
+                    raise DataError(
+                        f"the download of {url} broke off after {self._size()} bytes ({error}). What came is kept in "
+                        f"{self.part}: give the same command again to go on, or put the file in place by hand."
+                    ) from error
+                time.sleep(self.pause)
+            except requests.RequestException as error:
+                raise DataError(
+                    f"can't download {url} ({error}). Try again later, or put the file in place by hand."
+                ) from error
+        os.replace(self.part, output_file)
+
+    def _size(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def _fetch_rest(self, url: str) -> None:
+        have = self._size()
+        # A compressed transfer could not be resumed at a byte of the file.
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+            if answer.status_code == requests.codes.requested_range_not_satisfiable:
+                if answer.headers.get("Content-Range") == f"bytes */{have}":
+                    return  # all of it came before
+                self.part.unlink()
+                raise requests.ConnectionError("the partial file doesn't fit the server's; starting over")
+            answer.raise_for_status()
+            resumes = answer.status_code == requests.codes.partial_content and _start(answer) == have
+            if not resumes:
+                have = 0  # the server sends the whole file
+            length = answer.headers.get("Content-Length")
+            total = None if length is None else have + int(length)
+            self._append(answer, url, have, total)
+        if total is not None and self._size() != total:
+            raise requests.ConnectionError(f"got {self._size()} of {total} bytes")
+
+    def _append(self, answer: requests.Response, url: str, have: int, total: int | None) -> None:
+        bar = tqdm(
+            total=total, initial=have, desc=url.rsplit("/", 1)[-1], unit="B", unit_scale=True, disable=None, leave=False
+        )
+        with bar, self.part.open("ab" if have else "wb") as file:
+            for chunk in answer.iter_content(CHUNK):
+                have += len(chunk)
+                if have > self.limit:
+                    self.part.unlink()
+                    raise DataError(f"{url} gives more than {self.limit} bytes: not the published file.")
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def _start(answer: requests.Response) -> int | None:
+    match = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    return int(match[1]) if match else None

@@ -1,0 +1,182 @@
+"""N-way K-shot classification episodes from any tensor whose items belong to classes.
+
+Legend: T tasks, N images in all, M = ways · (shots + queries) images of one task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metamom.batch import TaskBatch
+from metamom.tasks.checks import check_count
+from metamom.tasks.counter import Ints, Places, Purpose, choose, uniforms
+from metamom.tasks.family import TaskFamily
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Episodes(TaskFamily):
+    """Tasks "tell these `ways` classes apart": random classes of a labelled data set, random images of each.
+
+    A task's classes are drawn without replacement and labelled 0..ways-1 in the order drawn; so are the images of
+    each class, so that no image is in both sets. Sets are ordered shot by shot: one image of each class, then another
+    of each.
+
+    Args:
+        images: ``[N, ...]``, uint8 (scaled to float32 in [0, 1]) or floating point (kept). Not copied, unless
+            ``rotations``: leave it unchanged afterwards.
+        labels: ``[N]`` integers, one class each; any numbers in any order, any number of images of a class.
+        ways: classes of a task.
+        shots: support images per class.
+        queries: query images per class.
+        seed: 0 <= seed < 2^64.
+        augment: called as ``augment(images, generator)`` with one task's images ``[M, ...]`` (support, then query),
+            scaled, and a generator seeded by counter; returns images of the same shape.
+        rotations: images rotated by 90°, 180° and 270° (counter-clockwise) count as new classes, four times as many:
+            class c rotated r times is class ``c + r · (number of classes)``. The images are then kept four times.
+
+    Attributes:
+        num_classes: classes to draw from, rotated ones included.
+
+    Returns (from `sample`):
+        ``support_x: [T, ways · shots, ...]``, ``query_x: [T, ways · queries, ...]``; ``support_y`` and ``query_y``
+        int64 class indices 0..ways-1.
+
+    Raises:
+        ValueError: for more ways than classes, more shots + queries than the smallest class has images, images and
+            labels that don't match, or a count below 1.
+        TypeError: for labels that aren't integers, or images neither uint8 nor floating point.
+
+    Example:
+        >>> images, labels = torch.rand(60, 1, 8, 8), torch.arange(60) % 6
+        >>> Episodes(images, labels, ways=5, shots=1, queries=2).sample(0, 4).query_x.shape
+        torch.Size([4, 10, 1, 8, 8])
+
+    Reference:
+        Vinyals et al., "Matching networks for one shot learning" (2016), section 4.1.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | NDArray[Any],
+        labels: Tensor | NDArray[Any] | Sequence[int],
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int = 0,
+        augment: Augment | None = None,
+        rotations: bool = False,
+    ) -> None:
+        super().__init__(seed=seed)
+        self.ways, self.shots, self.queries = (
+            check_count(name, value) for name, value in (("ways", ways), ("shots", shots), ("queries", queries))
+        )
+        images, labels = _checked(torch.as_tensor(images), torch.as_tensor(labels))
+        if rotations:
+            images, labels = _with_rotations(images, labels)
+        self._images = images
+        classes, self._sizes = np.unique(labels.cpu().numpy(), return_counts=True)
+        # The images of class c are by_class[starts[c] : starts[c] + sizes[c]].
+        self._by_class: Ints = np.argsort(labels.cpu().numpy(), kind="stable").astype(np.int64)
+        self._starts: Ints = np.cumsum(self._sizes) - self._sizes
+        self.num_classes = len(classes)
+        self.rotations, self.augment = rotations, augment
+        if self.num_classes < self.ways:
+            raise ValueError(
+                f"an episode needs ways={self.ways} different classes; the data has {self.num_classes}. Use fewer ways."
+            )
+        if self.shots + self.queries > self._sizes.min():
+            smallest = int(self._sizes.argmin())
+            raise ValueError(
+                f"an episode needs shots + queries = {self.shots} + {self.queries} images of each class; class "
+                f"{classes[smallest]} has {self._sizes[smallest]}. Use fewer shots or queries, or leave that class out."
+            )
+
+    def draw(self, tasks: Places, data: Places) -> TaskBatch:
+        """See `TaskFamily.draw`. A task's identity is its classes and their order."""
+        index = torch.from_numpy(self._indices(tasks, data)).to(self._images.device)
+        x = self._images.index_select(0, index.flatten()).view(*index.shape, *self._images.shape[1:])
+        if not x.is_floating_point():
+            x = x.to(torch.float32).div_(255)
+        if self.augment is not None:
+            x = self._augmented(x, self.augment, data)
+        support = self.ways * self.shots
+        y = torch.arange(self.ways, device=x.device).repeat(len(x), self.shots + self.queries)
+        return TaskBatch(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
+
+    def describe(self) -> dict[str, Any]:
+        """See `TaskFamily.describe`. Data and augmentation are described, not contained."""
+        digest = hashlib.sha256()
+        digest.update(self._images.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(self._by_class.data)
+        digest.update(self._starts.data)
+        return {
+            "family": "Episodes",
+            "images": list(self._images.shape),
+            "data_sha256": digest.hexdigest(),
+            "ways": self.ways,
+            "shots": self.shots,
+            "queries": self.queries,
+            "rotations": self.rotations,
+            "augment": None if self.augment is None else getattr(self.augment, "__qualname__", repr(self.augment)),
+            "seed": self.seed,
+        }
+
+    def _indices(self, tasks: Places, data: Places) -> Ints:
+        """Which images: ``[T, M]``, shot by shot."""
+        shown = self.shots + self.queries
+        classes = choose(uniforms(self.seed, tasks, Purpose.TASK, self.ways), self.num_classes).reshape(-1)
+        u = uniforms(self.seed, data, Purpose.DATA, self.ways * shown).reshape(-1, shown)
+        drawings = choose(u, self._sizes[classes])
+        index = self._by_class[self._starts[classes, None] + drawings]
+        return np.ascontiguousarray(index.reshape(-1, self.ways, shown).swapaxes(1, 2)).reshape(-1, self.ways * shown)
+
+    def _augmented(self, x: Tensor, augment: Augment, data: Places) -> Tensor:
+        seeds = (uniforms(self.seed, data, Purpose.AUGMENT, 1)[:, 0] * 2**53).astype(np.int64)
+        out = []
+        for task, seed in zip(x, seeds.tolist(), strict=True):
+            new = augment(task, torch.Generator().manual_seed(seed))
+            if not isinstance(new, Tensor) or new.shape != task.shape or not new.is_floating_point():
+                raise ValueError(
+                    f"augment must return floating-point images of the shape it was given, {tuple(task.shape)}; got "
+                    f"{(tuple(new.shape), new.dtype) if isinstance(new, Tensor) else type(new).__name__}."
+                )
+            out.append(new)
+        return torch.stack(out)
+
+
+def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images must be uint8 (0..255) or floating point; got {images.dtype}. Convert them.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, one class each; got {labels.dtype}. Convert them with .long().")
+    if images.ndim < 1 or labels.ndim != 1 or len(images) != len(labels) or not len(labels):
+        raise ValueError(
+            f"wanted images [N, ...] and labels [N] with the same N >= 1; got images {list(images.shape)} and labels "
+            f"{list(labels.shape)}. Give one label to each image."
+        )
+    return images, labels
+
+
+def _with_rotations(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The images and their three rotations, and their classes ``c + r · (number of classes)``."""
+    if images.ndim < 3 or images.shape[-1] != images.shape[-2]:
+        raise ValueError(
+            f"rotations=True needs square images [N, ..., H, H]; got {list(images.shape)}. Crop or pad them, or use "
+            f"rotations=False."
+        )
+    classes, index = torch.unique(labels, return_inverse=True)
+    turns = range(4)
+    # Kept rotated: turning them anew in every draw would take longer than everything else in it.
+    return (
+        torch.cat([torch.rot90(images, turn, (-2, -1)) for turn in turns]),
+        torch.cat([index + turn * len(classes) for turn in turns]),
+    )

@@ -1,0 +1,70 @@
+"""The base of metamom's own samplers: a family of tasks that is drawn by counter."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metamom.batch import TaskBatch, block
+from metamom.tasks.checks import check_seed, check_step
+from metamom.tasks.counter import Places
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TaskFamily(ABC):
+    """A distribution of tasks. A subclass says how one is drawn (`draw`); this class says which one (`sample`).
+
+    Args:
+        seed: 0 <= seed < 2^64. Families of different seeds are independent.
+
+    Attributes:
+        seed: as given.
+        stream: the name of the stream of draws, ``"train"`` unless `with_stream` changed it.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = check_seed(seed)
+        self.stream = "train"
+
+    def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
+        """``rank``'s contiguous block of the meta-batch that belongs to ``step``.
+
+        Args:
+            step: >= 0; training uses 0, 1, 2, ...
+            num_tasks: tasks of the whole meta-batch, over all processes.
+            rank: 0 <= rank < world_size.
+            world_size: number of processes; must divide ``num_tasks``.
+
+        Returns:
+            A `TaskBatch` of ``num_tasks / world_size`` tasks.
+
+        Raises:
+            ValueError: if ``world_size`` does not divide ``num_tasks``, or an argument is out of range.
+        """
+        step = check_step(step)
+        mine = block(operator.index(num_tasks), rank, world_size)
+        places = Places(self.stream, step, np.arange(mine.start, mine.stop, dtype=np.int64))
+        return self.draw(places, places)
+
+    def with_stream(self, stream: str) -> Self:
+        """The same family drawing from another stream (``"validation"``, ``"test"``, ...): fresh, independent tasks."""
+        other = copy.copy(self)
+        other.stream = stream
+        return other
+
+    @abstractmethod
+    def draw(self, tasks: Places, data: Places) -> TaskBatch:
+        """T tasks, each identified by its place in ``tasks``, with points drawn at its place in ``data``.
+
+        `sample` passes the same places twice; a fixed set of tasks holds the first and moves the second.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The arguments that make this family again, as JSON values."""

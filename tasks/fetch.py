@@ -1,0 +1,122 @@
+"""Fetches the data sets from where they are published, and checks what is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pooch
+from filelock import FileLock
+
+from metamom.tasks.download import ResumingDownloader
+from metamom.tasks.locate import DataError, DataNotFoundError, PathLike, data_root, locate
+from metamom.tasks.omniglot_archive import MAX_ARCHIVE, PUBLISHED, read_characters
+
+
+class Checked(NamedTuple):
+    """A verified part of a data set: where it lies, and what it holds, e.g. ``{"characters": 964, ...}``."""
+
+    path: Path
+    holds: dict[str, int]
+
+
+class Published(NamedTuple):
+    """A published file: ``ROOT/<data set>/<name>.zip``, its digest, and how to verify what it holds."""
+
+    name: str
+    url: str
+    md5: str
+    verify: Callable[[Path], Checked]
+
+
+def fetch(dataset: str, root: PathLike | None = None, *, mirror: str | None = None) -> list[Path]:
+    """Downloads what is missing of a data set.
+
+    What is there is verified and kept, never replaced. Interrupted downloads go on where they stopped; a file appears
+    under its name only after its digest was checked.
+
+    Args:
+        dataset: ``"omniglot"``.
+        root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
+        mirror: fetch from ``<mirror>/<file>`` instead; else ``$METAMOM_MIRROR``, if set.
+
+    Returns:
+        the archives (or folders) of the data set.
+
+    Raises:
+        ValueError: for an unknown data set, data there that is damaged, a failed download, or a wrong digest.
+    """
+    mirror = mirror or os.environ.get("METAMOM_MIRROR")
+    paths = []
+    for published in _published(dataset):
+        try:
+            paths.append(published.verify(locate(dataset, published.name, root)).path)
+        except DataNotFoundError:
+            target = data_root(root).path / dataset / f"{published.name}.zip"
+            url = f"{mirror.rstrip('/')}/{target.name}" if mirror else published.url
+            paths.append(_fetched(url, published.md5, target))
+    return paths
+
+
+def check(dataset: str, root: PathLike | None = None) -> list[Checked]:
+    """Verifies a data set wholly: every name, every drawing.
+
+    Args:
+        dataset: ``"omniglot"``.
+        root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
+
+    Raises:
+        FileNotFoundError: if a part isn't there.
+        ValueError: for an unknown data set or anything wrong with the data.
+    """
+    return [published.verify(locate(dataset, published.name, root)) for published in _published(dataset)]
+
+
+def _check_omniglot(part: str) -> Callable[[Path], Checked]:
+    def verify(path: Path) -> Checked:
+        expected = PUBLISHED[part]
+        names, images = read_characters(path, part, expected.side, expected)  # at their own size: no resampling
+        return Checked(path, {"characters": len(names), "drawings": images.shape[0] * images.shape[1]})
+
+    return verify
+
+
+# The digests are those of the archives as published (and as torchvision checks them).
+OMNIGLOT = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+DATASETS = {
+    "omniglot": [
+        Published(f"images_{part}", f"{OMNIGLOT}/images_{part}.zip", md5, _check_omniglot(part))
+        for part, md5 in (
+            ("background", "68d2efa1b9178cc56df9314c21c6e718"),
+            ("evaluation", "6b91aef0f799c5bb55b94e3f2daec811"),
+        )
+    ],
+}
+
+
+def _published(dataset: str) -> list[Published]:
+    if dataset not in DATASETS:
+        raise ValueError(f"metamom knows the data sets {', '.join(DATASETS)}; got {dataset!r}.")
+    return DATASETS[dataset]
+
+
+def _fetched(url: str, md5: str, target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.exists():  # another process may have fetched it while this one waited
+                downloader = ResumingDownloader(target.with_name(f"{target.name}.part"), limit=MAX_ARCHIVE)
+                pooch.retrieve(
+                    url, known_hash=f"md5:{md5}", fname=target.name, path=target.parent, downloader=downloader
+                )
+    except OSError as error:
+        raise DataError(f"can't write {target} ({error}). Name another folder with root= (--root).") from error
+    except DataError:
+        raise
+    except ValueError as error:  # pooch: a wrong digest
+        raise DataError(
+            f"{url} isn't the published file ({error}). It was removed; try again later, or from another mirror."
+        ) from error
+    return target

@@ -1,0 +1,104 @@
+"""A family of tasks turned into a fixed number of tasks that stay."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from metamom.batch import TaskBatch, block
+from metamom.tasks.checks import check_count, check_step
+from metamom.tasks.counter import Ints, Places, Purpose, choose, uniforms
+from metamom.tasks.family import TaskFamily
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class FixedTasks:
+    """n tasks of a family that stay from step to step: the finite sum f = 1/n Σ f_i of the analysis.
+
+    The tasks are those of the family's own step 0 (n of them). At each step their points are drawn afresh, for each
+    task from its id and the step alone. A task's id is its number 0..n-1.
+
+    Args:
+        sampler: the family, a `TaskFamily` such as `Sinusoid`, `Episodes` or `Omniglot`.
+        n: number of tasks, >= 1.
+        fresh_data: draw new points at each step; ``False`` keeps the points of step 0 for good.
+
+    Attributes:
+        n: as given.
+        first: id of the first task (`PerWorker` gives its members consecutive ids); the ids are first..first+n-1,
+            and tasks of different ids are different tasks of the family.
+
+    Returns (from `sample`):
+        a `TaskBatch` with ``task_ids: [T]`` int64. A meta-batch of n tasks holds all of them in order; a smaller one
+        holds as many different ones, chosen at random for each step, the same for every process.
+
+    Raises:
+        TypeError: if ``sampler`` is no `TaskFamily`.
+        ValueError: if n < 1, or (from `sample`) more than n tasks are asked for.
+
+    Example:
+        >>> FixedTasks(Sinusoid(), 3).sample(7, 3).task_ids
+        tensor([0, 1, 2])
+    """
+
+    def __init__(self, sampler: TaskFamily, n: int, *, fresh_data: bool = True) -> None:
+        if not isinstance(sampler, TaskFamily):
+            raise TypeError(
+                f"FixedTasks fixes tasks of a family (Sinusoid, Episodes, Omniglot, ...); got "
+                f"{type(sampler).__name__}. To fix each worker's tasks, wrap the inner samplers: "
+                f"PerWorker([FixedTasks(s, m), ...])."
+            )
+        self.family = sampler
+        self.n = check_count("n", n)
+        self.fresh_data = fresh_data
+        self.first = 0
+        self.stream = sampler.stream
+
+    def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
+        """``rank``'s contiguous block of the meta-batch that belongs to ``step``; see `TaskFamily.sample`."""
+        step, num_tasks = check_step(step), operator.index(num_tasks)
+        if num_tasks > self.n:
+            raise ValueError(
+                f"there are n={self.n} fixed tasks; got a meta-batch of {num_tasks}. Use a meta-batch of at most "
+                f"{self.n} tasks, or FixedTasks(..., n={num_tasks})."
+            )
+        mine = block(num_tasks, rank, world_size)
+        ids = self.first + self._chosen(step, num_tasks)[mine.start : mine.stop]
+        batch = self.family.draw(
+            Places(self.family.stream, 0, ids), Places(self.stream, step if self.fresh_data else 0, ids)
+        )
+        return batch._replace(task_ids=torch.from_numpy(ids))
+
+    def with_stream(self, stream: str) -> Self:
+        """The same tasks with points (and choices of tasks) drawn from another stream."""
+        other = copy.copy(self)
+        other.stream = stream
+        return other
+
+    def numbered_from(self, first: int) -> Self:
+        """The n tasks of the family with the ids ``first..first+n-1``: others than those with other ids."""
+        other = copy.copy(self)
+        other.first = first
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments that make this sampler again, as JSON values."""
+        return {
+            "family": "FixedTasks",
+            "sampler": self.family.describe(),
+            "n": self.n,
+            "fresh_data": self.fresh_data,
+        }
+
+    def _chosen(self, step: int, num_tasks: int) -> Ints:
+        if num_tasks == self.n:
+            return np.arange(self.n, dtype=np.int64)
+        # Drawn at the first task's index, so that members of a PerWorker choose independently.
+        here = Places(self.stream, step, np.array([self.first], dtype=np.int64))
+        return choose(uniforms(self.family.seed, here, Purpose.CHOICE, num_tasks), self.n).reshape(-1)

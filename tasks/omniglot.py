@@ -1,0 +1,176 @@
+"""Omniglot: few-shot classification of handwritten characters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metamom.tasks.cache import Arrays, cached
+from metamom.tasks.checks import check_count
+from metamom.tasks.episodes import Episodes
+from metamom.tasks.locate import DataError, DataNotFoundError, PathLike, locate
+from metamom.tasks.omniglot_archive import read_characters
+from metamom.tasks.omniglot_splits import PARTS, split_characters
+
+CACHE_FORMAT = 1  # raise it when decoding changes
+
+
+class Omniglot(Episodes):
+    """Tasks "tell these `ways` characters apart", from 20 drawings each of 1,623 characters of 50 alphabets.
+
+    Images are ``[1, H, H]`` float32 in [0, 1], strokes bright on dark. The data is verified and decoded once, then
+    read from a cache (``$METAMOM_CACHE``, else the per-user cache folder).
+
+    Args:
+        root: folder with ``omniglot/images_background.zip`` and ``omniglot/images_evaluation.zip`` (or the folders
+            they unpack to); else ``$METAMOM_DATA``, else the per-user data folder.
+        split: ``"train"`` (1,100 characters), ``"validation"`` (100) and ``"test"`` (423), or the publishers'
+            ``"background"`` (964) and ``"evaluation"`` (659). Each split draws from the stream of its name.
+        ways: classes of a task.
+        shots: support drawings per class.
+        queries: query drawings per class; shots + queries <= 20.
+        image_size: H, pixels a side; at 105 drawings stay as published.
+        rotations: ``True``: in training (``"train"``, ``"background"``) characters rotated by 90°, 180° and 270°
+            count as new classes. ``"all"``: in every split. ``False``: in none.
+        seed: 0 <= seed < 2^64.
+        download: fetch the data if it isn't there.
+        alphabets: use only these alphabets of the split, e.g. ``["Greek"]``.
+
+    Attributes:
+        characters: the split's characters, class c before rotation being ``characters[c]``.
+        num_classes: classes to draw from, rotated ones included.
+
+    Returns (from `sample`):
+        ``support_x: [T, ways · shots, 1, H, H]``, ``query_x: [T, ways · queries, 1, H, H]``; labels int64.
+
+    Raises:
+        FileNotFoundError: if the data isn't there.
+        ValueError: for damaged data, an unknown split or alphabet, or more ways, shots or queries than there are.
+
+    Example:
+        >>> batch = Omniglot(split="test", ways=5, shots=1).sample(0, 8)  # doctest: +SKIP
+        >>> batch.support_x.shape  # doctest: +SKIP
+        torch.Size([8, 5, 1, 28, 28])
+
+    Reference:
+        Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program induction" (2015);
+        the rotations are those of Santoro et al., "Meta-learning with memory-augmented neural networks" (2016).
+    """
+
+    def __init__(
+        self,
+        root: PathLike | None = None,
+        *,
+        split: str = "train",
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 1,
+        image_size: int = 28,
+        rotations: bool | Literal["all"] = True,
+        seed: int = 0,
+        download: bool = False,
+        alphabets: Sequence[str] | None = None,
+    ) -> None:
+        if rotations not in (True, False, "all"):
+            raise ValueError(f"rotations must be True, False or 'all'; got {rotations!r}.")
+        self.split, self.image_size = split, check_count("image_size", image_size)
+        self.characters = _of_alphabets(split, alphabets)
+        self.alphabets = None if alphabets is None else list(alphabets)
+        self.described_rotations = rotations
+        images = _images(self.characters, root, self.image_size, download)
+        super().__init__(
+            images.flatten(0, 1).unsqueeze(1),
+            torch.arange(len(images)).repeat_interleave(images.shape[1]),
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            seed=seed,
+            rotations=rotations == "all" or (bool(rotations) and split in ("train", "background")),
+        )
+        self.stream = split
+
+    def describe(self) -> dict[str, Any]:
+        """See `TaskFamily.describe`; where the data lies is left out."""
+        return {
+            "family": "Omniglot",
+            "split": self.split,
+            "ways": self.ways,
+            "shots": self.shots,
+            "queries": self.queries,
+            "image_size": self.image_size,
+            "rotations": self.described_rotations,
+            "seed": self.seed,
+            "alphabets": self.alphabets,
+        }
+
+
+def _of_alphabets(split: str, alphabets: Sequence[str] | None) -> tuple[str, ...]:
+    characters = split_characters(split)
+    if alphabets is None:
+        return characters
+    if isinstance(alphabets, str) or not alphabets:
+        raise ValueError(f"alphabets must be a list of names, e.g. ['Greek'], or None for all; got {alphabets!r}.")
+    present = {name.split("/")[1] for name in characters}
+    if unknown := set(alphabets) - present:
+        raise ValueError(
+            f"the split {split!r} has no alphabet {', '.join(map(repr, sorted(unknown)))}. It has: "
+            f"{', '.join(sorted(present))}."
+        )
+    return tuple(name for name in characters if name.split("/")[1] in alphabets)
+
+
+def _images(characters: Sequence[str], root: PathLike | None, image_size: int, download: bool) -> Tensor:
+    """The drawings of these characters, ``[C, 20, H, H]`` uint8."""
+    chosen = []
+    for part in PARTS:
+        wanted = [name.removeprefix(f"{part}/") for name in characters if name.startswith(f"{part}/")]
+        if not wanted:
+            continue
+        source = _located(part, root, download)
+        arrays = _decoded(source, part, image_size)
+        rows = {name: row for row, name in enumerate(arrays["names"].tolist())}
+        if strangers := [name for name in wanted if name not in rows]:
+            raise DataError(f"{source} lacks the character {strangers[0]}. Get the published data again.")
+        chosen.append(torch.from_numpy(arrays["images"][[rows[name] for name in wanted]]))
+    return torch.cat(chosen)  # in the order of `characters`: sorted, so part by part
+
+
+def _located(part: str, root: PathLike | None, download: bool) -> Path:
+    try:
+        return locate("omniglot", f"images_{part}", root)
+    except DataNotFoundError:
+        if not download:
+            raise
+        from metamom.tasks.fetch import fetch  # here, so that what only reads need not load a download library
+
+        fetch("omniglot", root)
+        return locate("omniglot", f"images_{part}", root)
+
+
+def _decoded(source: Path, part: str, image_size: int) -> Arrays:
+    def decode() -> Arrays:
+        names, images = read_characters(source, part, image_size)
+        return {"names": np.array(names), "images": images}
+
+    key = {"format": CACHE_FORMAT, "image_size": image_size, **_fingerprint(source)}
+    return cached(f"omniglot-{part}-{image_size}px", key, decode)
+
+
+def _fingerprint(source: Path) -> dict[str, Any]:
+    """Changes when the data does: path, size and time of an archive; of a folder, of all its files together."""
+    if source.is_file():
+        files = [source.stat()]
+    else:
+        files = [os.stat(os.path.join(folder, name)) for folder, _, names in os.walk(source) for name in names]
+    return {
+        "path": str(source.resolve()),
+        "files": len(files),
+        "size": sum(file.st_size for file in files),
+        "mtime_ns": max((file.st_mtime_ns for file in files), default=0),
+    }

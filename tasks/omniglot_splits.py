@@ -1,0 +1,29 @@
+"""Which characters belong to which split of Omniglot: lists kept as data beside this file."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+STORED = ("train", "validation", "test")
+PARTS = ("background", "evaluation")
+SPLITS = (*STORED, *PARTS)
+
+
+@cache
+def split_characters(split: str) -> tuple[str, ...]:
+    """The characters of a split, sorted, as ``part/Alphabet/characterNN`` with ``part`` one of the publishers' two.
+
+    ``train`` (1,100), ``validation`` (100) and ``test`` (423) are stored lists and share no character;
+    ``background`` (964) and ``evaluation`` (659) are the publishers' two sets, which share no alphabet.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if split in STORED:
+        lines = (files("metamom.tasks") / "splits" / f"omniglot_{split}.txt").read_text("utf-8").splitlines()
+        return tuple(line for line in lines if line and not line.startswith("#"))
+    if split in PARTS:
+        every = (name for stored in STORED for name in split_characters(stored))
+        return tuple(sorted(name for name in every if name.startswith(f"{split}/")))
+    raise ValueError(f"Omniglot has the splits {', '.join(SPLITS)}; got {split!r}.")

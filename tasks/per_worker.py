@@ -1,0 +1,118 @@
+"""Workers that differ: each has its own sampler.
+
+Legend: n workers, L = lcm(n, world_size) pieces that a meta-batch is cut into, so that no piece is in two workers'
+or two processes' blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metamom.batch import Sampler, TaskBatch, block
+from metamom.tasks.fixed import FixedTasks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PerWorker:
+    """n workers with their own families: worker i's contiguous block of each meta-batch comes from ``samplers[i]``.
+
+    Train with the same number of workers. A member is asked for tasks by their indices in the whole meta-batch, so
+    members around one family and seed give different tasks.
+
+    Fixed tasks belong to their worker: each `FixedTasks` member gives tasks of its own n alone, num_tasks / (number
+    of workers) at each step, and ids count on from member to member. An id says which of its family's tasks it is, so
+    ``PerWorker([FixedTasks(s, 2), FixedTasks(s, 2)])`` has the four tasks of ``FixedTasks(s, 4)``.
+
+    Args:
+        samplers: one for each worker, of tasks with equal shapes; `FixedTasks` for all or for none.
+
+    Raises:
+        ValueError: for no samplers; from `sample`, for tasks of different shapes, or a number of tasks that the
+            number of workers doesn't divide.
+        TypeError: for something that isn't a sampler, a `PerWorker` in a `PerWorker`, or `FixedTasks` beside others.
+
+    Example:
+        >>> low, high = Sinusoid(amplitude=(0.1, 1)), Sinusoid(amplitude=(4, 5))
+        >>> PerWorker([low, high]).sample(0, 8).query_y[:4].abs().max() <= 1
+        tensor(True)
+    """
+
+    def __init__(self, samplers: Sequence[Sampler]) -> None:
+        members = list(samplers)
+        if not members:
+            raise ValueError("PerWorker needs a sampler for each worker; got none.")
+        for i, member in enumerate(members):
+            if isinstance(member, PerWorker) or not isinstance(member, Sampler):
+                raise TypeError(
+                    f"PerWorker needs a sampler of tasks for each worker; samplers[{i}] is {type(member).__name__}. "
+                    f"Name all workers' samplers in one list."
+                )
+        fixed = [member for member in members if isinstance(member, FixedTasks)]
+        if fixed and len(fixed) != len(members):
+            raise TypeError(
+                f"{len(fixed)} of the {len(members)} samplers are FixedTasks, and only their tasks have ids. Use "
+                f"FixedTasks for all workers or for none."
+            )
+        firsts = itertools.accumulate((member.n for member in fixed), initial=0)
+        self.samplers: list[Sampler] = (
+            [member.numbered_from(first) for member, first in zip(fixed, firsts, strict=False)] if fixed else members
+        )
+
+    def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
+        """``rank``'s contiguous block of the meta-batch that belongs to ``step``; see `TaskFamily.sample`."""
+        num_tasks, n = operator.index(num_tasks), len(self.samplers)
+        block(num_tasks, rank, world_size)
+        block(num_tasks, 0, n)
+        L = math.lcm(n, world_size)
+        each = L // n  # pieces of one worker
+        parts = []
+        for piece in block(L, rank, world_size):
+            member = self.samplers[piece // each]
+            if isinstance(member, FixedTasks):
+                parts.append(member.sample(step, num_tasks // n, rank=piece % each, world_size=each))
+            else:
+                part = member.sample(step, num_tasks, rank=piece, world_size=L)
+                parts.append(part._replace(task_ids=None))  # ids of another kind of sampler may clash between workers
+        joined = [_joined(name, [part[i] for part in parts]) for i, name in enumerate(TaskBatch._fields)]
+        return TaskBatch._make(joined)
+
+    def with_stream(self, stream: str) -> Self:
+        """The same with every member that has streams drawing from this one."""
+        other = copy.copy(self)
+        other.samplers = [
+            member.with_stream(stream) if hasattr(member, "with_stream") else member for member in self.samplers
+        ]
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments that make this sampler again, as JSON values (a member without `describe` by its type)."""
+        return {
+            "family": "PerWorker",
+            "samplers": [
+                member.describe() if hasattr(member, "describe") else {"family": type(member).__qualname__}
+                for member in self.samplers
+            ],
+        }
+
+
+def _joined(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    kinds = {(tuple(part.shape[1:]), part.dtype) for part in tensors}
+    if len(tensors) != len(parts) or len(kinds) != 1:
+        raise ValueError(
+            f"all workers' tasks must have the same fields, shapes and types to make one batch; {name} differs: "
+            f"{sorted(map(str, kinds))}. Give all samplers the same shots, queries and ways."
+        )
+    return torch.cat(tensors)

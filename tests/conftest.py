@@ -1,0 +1,26 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Decoded data goes to a folder of the test session, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAMOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The real data: ``$METAMOM_DATA``, else ``shared/data`` beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("METAMOM_DATA") or beside)
+    if not (root / "omniglot").is_dir():
+        pytest.skip(f"no Omniglot data in {root}; name its folder in $METAMOM_DATA")
+    return root
