@@ -9,11 +9,13 @@ Every run stands in ``RUN/runs/ARM_lr_seed``; ``RUN/report.md`` sums them up. An
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +23,21 @@ from tqdm import tqdm
 
 from metamom.evaluation import evaluate
 from metamom.experiments.recipes import Recipe
+from metamom.experiments.report import write_report
 from metamom.files import write_atomically
 from metamom.optim import FirstStep
 from metamom.run_directory import RunDirectory, read_metrics
 from metamom.training import DivergedError, train
+
+
+class Default(NamedTuple):
+    """What a comparison takes where nothing is said: the grid of step sizes, and the target on validation."""
+
+    lrs: tuple[float, ...]
+    target: float
+
+
+DEFAULTS = {"sinusoid": Default((0.01, 0.03), 1.0), "omniglot": Default((0.1, 0.3, 1.0), 0.85)}
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,6 @@ def compare(
             outcomes = [_run(comparison, recipe, run.path, root) for recipe in recipes]
         else:
             outcomes = _run_in_processes(comparison, recipes, run.path, root, jobs)
-        from metamom.experiments.report import write_report
         return write_report(comparison, outcomes, run.path)
 
 
@@ -127,7 +139,7 @@ def _run_in_processes(
     threads = max(1, torch.get_num_threads() // jobs)
     # spawned, not forked: a forked copy of torch's thread pool hangs
     with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        jobs, mp_context=get_context("spawn"), initializer=_prepare_process, initargs=(threads,)
     ) as pool:
         futures = [pool.submit(_run, comparison, recipe, run_dir, root) for recipe in recipes]
         try:
@@ -137,6 +149,19 @@ def _run_in_processes(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _prepare_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process would work off its queue after its parent was killed; its runs go on from their checkpoints."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None) -> Outcome:

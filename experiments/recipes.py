@@ -127,9 +127,7 @@ class Recipe:
             dtype = DTYPES[self.dtype]
             return Sinusoid(self.shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
         assert self.ways is not None
-        return Omniglot(
-            root, split=split, ways=self.ways, shots=self.shots, queries=self.queries, seed=self.seed
-        )
+        return Omniglot(root, split=split, ways=self.ways, shots=self.shots, queries=self.queries, seed=self.seed)
 
     def learner(self) -> MAML:
         """A learner with initial weights drawn from the seed."""

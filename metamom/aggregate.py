@@ -10,12 +10,12 @@ from metamom.bias import BiasOperator
 
 def flatten(grads: dict[str, Tensor]) -> Tensor:
     """Each worker's gradient as one vector: ``{name: [n, *shape]} -> [n, d]``, tensors in the order of the dict."""
-    return torch.cat([g.flatten(1) for g in grads.values()], dim=1)
+    return torch.cat([g.reshape(g.shape[0], g[0].numel()) for g in grads.values()], dim=1)
 
 
 def unflatten(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """One vector ``[d]`` cut back into tensors, shaped as a worker's in ``like: {name: [n, *shape]}``."""
-    pieces = vector.split([g[0].numel() for g in like.values()])
+    pieces = torch.split(vector, [g[0].numel() for g in like.values()])
     return {name: piece.view(g.shape[1:]).to(g.dtype) for (name, g), piece in zip(like.items(), pieces, strict=True)}
 
 
@@ -45,5 +45,9 @@ def aggregate(
         norm = float(mean.norm())
         error = float((total - mean).norm()) / norm if norm else 0.0
         wire = bias.wire_bytes(d, flat.element_size())
-    report = {"grad_norm": float(total.norm()), "bias_error": error, "wire_bytes": workers * wire}
+    report: dict[str, float | int | None] = {
+        "grad_norm": float(total.norm()),
+        "bias_error": error,
+        "wire_bytes": workers * wire,
+    }
     return unflatten(total, grads), report

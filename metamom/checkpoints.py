@@ -83,6 +83,11 @@ class Checkpoints:
         """Where the checkpoint after ``step`` steps is kept."""
         return self.folder / f"step-{step:08d}.pt"
 
+    def beyond_start(self) -> list[Path]:
+        """The checkpoints after at least one step."""
+        after = [self.path(step) for step in self.steps() if step > 0]
+        return [*after, *([self.best] if self.best.exists() else [])]
+
     def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
         """Write the checkpoint, then remove the oldest beyond ``keep``; ``best=True`` writes ``best.pt`` too."""
         self.folder.mkdir(parents=True, exist_ok=True)

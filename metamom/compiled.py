@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,19 +18,25 @@ class Compiled:
     operators that its derivatives come down to (`make_fx`), and that derivative-free graph is compiled.
 
     Args:
-        function: of nested containers of tensors and numbers; numbers are compiled in as they are. It must not
-            depend on tensors that are not among its arguments and change.
+        function: of nested containers of tensors and numbers; numbers are compiled in as they are. Tensors that are
+            not among its arguments may change their values between calls, but not their shapes.
+        settings: what else the function's course depends on; it is compiled anew for each value that this returns.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], settings: Callable[[], Hashable]) -> None:
         self.function = function
+        self.settings = settings
         self.graphs: dict[Any, tuple[Callable[..., Any], pytree.TreeSpec]] = {}
 
     def __call__(self, *args: Any) -> Any:
         """The function's value, compiled at the first call with these shapes, dtypes, devices and numbers."""
         leaves, spec = pytree.tree_flatten(args)
         tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (str(spec), *((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves))
+        key = (
+            self.settings(),
+            str(spec),
+            *((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves),
+        )
         if key not in self.graphs:
             self.graphs[key] = self._compile(leaves, spec, tensors)
         graph, out_spec = self.graphs[key]

@@ -131,7 +131,9 @@ class MAML(nn.Module):
         self.chunk_size = chunk_size
         self.adapted = _selected(adapt, trainable)
         self.step_sizes = StepSizes(inner_lr, {name: trainable[name] for name in self.adapted}, learn_inner_lr)
-        self._gradient: Callable[..., tuple[Params, Tensor, Tensor]] = Compiled(self._gradient_of_chunk) if compile else self._gradient_of_chunk
+        self._gradient: Callable[..., tuple[Params, Tensor, Tensor]] = self._gradient_of_chunk
+        if compile:
+            self._gradient = Compiled(self._gradient_of_chunk, self._settings)
 
     def describe(self) -> dict[str, Any]:
         """The options that make this learner again, as JSON values."""
@@ -177,7 +179,10 @@ class MAML(nn.Module):
         return self._predictions(_Start(params, {}, {}, {}), params, x)
 
     def losses(self, batch: TaskBatch) -> Tensor:
-        """Each task's query loss after adaptation, ``[T]``, differentiable in the meta-parameters."""
+        """Each task's query loss after adaptation, ``[T]``.
+
+        Differentiable in the meta-parameters where gradients are enabled.
+        """
         rows = self._one_row()
         spans = _spans(batch.num_tasks, self.chunk_size, batch.num_tasks)
         return torch.cat([self._episodes(rows, batch.part(start, stop))[0] for start, stop in spans])
@@ -237,6 +242,10 @@ class MAML(nn.Module):
             predictions.append(prediction)
         return grads, torch.cat(losses), torch.cat(predictions)
 
+    def _settings(self) -> tuple[int, str, tuple[bool, ...]]:
+        """What a compiled meta-gradient has built in, apart from shapes."""
+        return self.inner_steps, self.estimator, tuple(m.training for m in self.model.modules())
+
     def _gradient_of_chunk(self, rows: Params, scale: float, *batch: Tensor) -> tuple[Params, Tensor, Tensor]:
         """Gradients of ``scale`` times the summed query losses in each worker's weights ``[c, *shape]``."""
         with torch.enable_grad():
@@ -248,7 +257,8 @@ class MAML(nn.Module):
     def _episodes(self, rows: Params, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Adapt and judge: query losses ``[T]`` and predictions from workers' weights ``[c, *shape]``."""
         start = self._deal(rows, batch.num_tasks)
-        *_, adapted = self._trajectory(start, batch.support_x, batch.support_y, self.inner_steps, keep_graph=True)
+        keep_graph = torch.is_grad_enabled()
+        *_, adapted = self._trajectory(start, batch.support_x, batch.support_y, self.inner_steps, keep_graph)
         predictions = self._predictions(start, adapted, batch.query_x)
         return self._losses(predictions, batch.query_y), predictions
 
@@ -265,7 +275,7 @@ class MAML(nn.Module):
                 losses = self._losses(self._predictions(start, at, support_x), support_y)
                 grads = self._grad(losses.sum(), at, create_graph=keep_graph and self.estimator == "exact")
                 # u_{j+1} = u_j - alpha grad L(u_j)
-                own = {n: w - self.step_sizes.of(n, start.step_sizes) * grads[n] for n, w in at.items()}
+                own = {n: w - self.step_sizes.of(n, start.step_sizes, w.dim()) * grads[n] for n, w in at.items()}
             if not keep_graph:
                 own = {name: w.detach() for name, w in own.items()}
             yield own
@@ -278,12 +288,14 @@ class MAML(nn.Module):
             out: Tensor = torch.func.functional_call(self.model, {**buffers, **start.shared, **kept, **own}, (x,))
             return out
 
-        with explained(self.model), unchanged({"its input": x, **buffers}, self.model):
+        weights = {**dict(self.model.named_parameters()), **start.shared, **start.kept, **own}
+        with explained(self.model), unchanged({"its input": x, **buffers, **weights}, self.model):
             out: Tensor = torch.func.vmap(one_task, randomness="different")(own, start.kept, x)
         return out
 
     def _losses(self, predictions: Tensor, y: Tensor) -> Tensor:
-        losses: Tensor = torch.func.vmap(self.loss_fn)(predictions, y)
+        with explained(self.model, "loss_fn"):
+            losses: Tensor = torch.func.vmap(self.loss_fn)(predictions, y)
         if losses.dim() != 1:
             raise ValueError(
                 "loss_fn must return one number a task, as reduction='mean' does; "
@@ -328,7 +340,7 @@ def _spans(num_tasks: int, chunk_size: int | None, per_worker: int) -> Iterator[
         yield from ((a, min(a + size, first + per_worker)) for a in range(first, first + per_worker, size))
 
 
-def _selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Params) -> tuple[str, ...]:
+def _selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names of the parameters that the inner steps move, in the model's order."""
     if adapt is None:
         names = tuple(trainable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -28,7 +29,7 @@ class SinusoidMLP(nn.Sequential):
             raise ValueError(f"SinusoidMLP needs hidden layers of at least one unit; got hidden={tuple(hidden)}.")
         widths = [1, *hidden]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in pairwise(widths):
             layers += [_bare(nn.Linear, fan_in, fan_out), nn.ReLU()]
         super().__init__(*layers, _bare(nn.Linear, widths[-1], 1))
         _initialise(self, generator)

@@ -189,9 +189,7 @@ class LambdaBeta:
         [0.25]
     """
 
-    def __init__(
-        self, optimizer: Optimizer, factor: Callable[[int], float] | Iterable[Callable[[int], float]]
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float] | Iterable[Callable[[int], float]]) -> None:
         groups = optimizer.param_groups
         if any("beta" not in group for group in groups):
             raise TypeError(f"LambdaBeta needs an optimizer with a beta; got {type(optimizer).__name__}.")
@@ -263,6 +261,10 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
     for vs, gs in _by_kind(bufs, grads):
         if beta == 1:
             torch._foreach_copy_(vs, gs)
+        elif vs[0].is_cpu and vs[0].element_size() == 2:
+            # _foreach_mul_ would round 1 - beta to 16 bits there: 0.99 to 0.988 in bfloat16, a beta of 0.012
+            for v, g in zip(vs, gs, strict=True):
+                momentum_update_(v, g, beta)
         else:
             torch._foreach_mul_(vs, 1 - beta)
             torch._foreach_add_(vs, gs, alpha=beta)

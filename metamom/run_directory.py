@@ -1,6 +1,7 @@
 """A run's directory: who may write to it, what is in it, and how it is read again.
 
-``config.json``      everything needed to run it again, with versions and hardware
+``config.json``      everything needed to run it again: ``settings`` that may not change when a run is resumed, its
+                     ``length`` and the like, which may, and the ``environment``: versions and hardware
 ``metrics.jsonl``    one object a line, appended and flushed
 ``checkpoints/``     see `metamom.checkpoints`
 """
@@ -31,6 +32,7 @@ class RunDirectory:
     Args:
         path: made if missing.
         settings: what defines the run, as JSON values. A resumed run must have the same.
+        length: what may change when it is resumed, as JSON values; for the record.
         resume: go on with the run that is there, if any.
         keep: how many of the newest checkpoints to keep.
 
@@ -39,7 +41,15 @@ class RunDirectory:
             other settings (the message names them).
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = False, keep: int = 3) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        length: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        keep: int = 3,
+    ) -> None:
         self.path = Path(path)
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
         if self.path.exists() and not self.path.is_dir():
@@ -54,15 +64,18 @@ class RunDirectory:
                 f"another process is writing to the run directory {self.path}; wait for it or choose another directory."
             ) from error
         try:
-            self._prepare(json.loads(json.dumps(dict(settings))), resume)
+            self._check(json.loads(json.dumps(dict(settings))), resume)
+            config = {"settings": dict(settings), "length": dict(length or {}), "environment": environment()}
+            write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, settings: dict[str, Any], resume: bool) -> None:
-        there = [n for n in ("config.json", "metrics.jsonl", "checkpoints") if (self.path / n).exists()]
-        if not there:
-            write_atomically(self.path / "config.json", _json({"settings": settings, "environment": environment()}))
+    def _check(self, settings: dict[str, Any], resume: bool) -> None:
+        there = [name for name in ("metrics.jsonl", "runs", "report.md") if (self.path / name).exists()]
+        there += [str(path.relative_to(self.path)) for path in self.checkpoints.beyond_start()]
+        if not there:  # nothing, or a start that came to nothing: no step was done, so there is nothing to lose
+            self.checkpoints.path(0).unlink(missing_ok=True)
             return
         if not resume:
             raise ValueError(
@@ -105,7 +118,7 @@ class RunDirectory:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """``config.json`` of the run in ``path``: ``{"settings": ..., "environment": ...}``.
+    """``config.json`` of the run in ``path``: ``{"settings": ..., "length": ..., "environment": ...}``.
 
     Raises:
         ValueError: if there is no run, or its configuration cannot be read.
@@ -157,10 +170,6 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": sys.argv,
     }
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:

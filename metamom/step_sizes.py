@@ -46,13 +46,15 @@ class StepSizes(nn.Module):
             )
         self.shared = kind == "scalar"
         self.fixed: dict[str, float] = {}
-        self._attributes = {name: "all" if self.shared else name.replace(".", ":") for name in adapted}
+        # prefixed, for a model may name a parameter as this module names something of its own ("shared", "training")
+        self._attributes = {name: "alpha" if self.shared else f"alpha:{name.replace('.', ':')}" for name in adapted}
         for name, parameter in adapted.items():
             value = _checked(name, given[name], parameter)
-            if kind is False and isinstance(value, float):
-                self.fixed[name] = value
-            elif kind is False:
-                self.register_buffer(self._attributes[name], value)
+            if kind is False:
+                if isinstance(value, Tensor):
+                    self.register_buffer(self._attributes[name], value)
+                else:
+                    self.fixed[name] = value
             elif self._attributes[name] not in self._parameters:
                 size = parameter.shape if kind == "entry" else ()
                 start = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
@@ -68,21 +70,23 @@ class StepSizes(nn.Module):
     def learned(self) -> dict[str, Tensor]:
         """The learned step sizes by their key among the meta-parameters, ``"inner_lr.NAME"`` or ``"inner_lr"``."""
         if self.shared:
-            return {"inner_lr": self.get_parameter("all")}
+            return {"inner_lr": self.get_parameter("alpha")}
         return {f"inner_lr.{n}": p for n, a in self._attributes.items() if (p := self._parameters.get(a)) is not None}
 
-    def of(self, name: str, learned: Mapping[str, Tensor]) -> float | Tensor:
+    def of(self, name: str, learned: Mapping[str, Tensor], dim: int) -> float | Tensor:
         """Alpha of one parameter, in a form that multiplies its gradients ``[T, *shape]``.
 
         Args:
             name: an adapted parameter.
             learned: values to use for what `learned` names, each with a leading task axis.
+            dim: number of dimensions of those gradients, the task axis among them.
         """
         if name in self.fixed:
             return self.fixed[name]
         key = "inner_lr" if self.shared else f"inner_lr.{name}"
         if key in learned:
-            return learned[key]
+            alpha = learned[key]
+            return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # one number a task stays with its task
         return self.get_buffer(self._attributes[name])
 
 

@@ -41,11 +41,11 @@ class DivergedError(ArithmeticError):
 class Scheduler(Protocol):
     """What goes on by one after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
 
-    def step(self) -> None: ...  # noqa: D102
+    def step(self) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class TrainResult(NamedTuple):
@@ -138,6 +138,10 @@ def train(
         raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
     if workers < 1 or meta_batch % workers:
         raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
+    if evaluate_tasks < 2:
+        raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
+    if bias is not None:
+        bias.wire_bytes(sum(p.numel() for p in learner.meta_parameters().values()))  # an operator too large says so
     if settings is None:
         settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=bias)
     parts = {"learner": learner, "optimizer": optimizer, **{f"scheduler{i}": s for i, s in enumerate(schedulers)}}
@@ -147,7 +151,14 @@ def train(
     with ExitStack() as stack:
         run = None
         if run_dir is not None:
-            run = stack.enter_context(RunDirectory(run_dir, settings, resume=resume, keep=keep_checkpoints))
+            length = {
+                "iterations": iterations,
+                "checkpoint_every": checkpoint_every,
+                "evaluate_every": evaluate_every,
+                "evaluate_tasks": evaluate_tasks,
+            }
+            directory = RunDirectory(run_dir, settings, length=length, resume=resume, keep=keep_checkpoints)
+            run = stack.enter_context(directory)
         progress = _restored(parts, run) or _Progress(0, 0.0, None)
         resumed_from = progress.done
         if resumed_from == 0:
@@ -230,7 +241,7 @@ class _Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError("tensorboard=True needs TensorBoard: pip install 'metamom[tensorboard]'.") from error
-            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=done)  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=done)
 
     def __enter__(self) -> _Log:
         return self

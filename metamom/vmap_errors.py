@@ -15,7 +15,15 @@ REMEDY = (
 )
 
 # What torch's own errors say when batching over tasks, or writing in place under it, is the cause.
-SIGNS = ("vmap", "functorch", "in-place", "inplace", "Batching rule", "doesn't match the broadcast shape")
+SIGNS = (
+    "vmap",
+    "functorch",
+    "in-place",
+    "inplace",
+    "Batching rule",
+    "doesn't match the broadcast shape",
+    "refers to a single memory location",
+)
 
 
 def check_model(model: nn.Module) -> None:
@@ -27,15 +35,19 @@ def check_model(model: nn.Module) -> None:
     running = [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     if running:
         raise ValueError(
-            f"MAML needs normalisation by the statistics of the batch at hand; these modules keep running "
-            f"statistics, which tasks would overwrite for each other: {', '.join(n or type(model).__name__ for n in running)}. "
+            "MAML needs normalisation by the statistics of the batch at hand; these modules keep running statistics, "
+            f"which tasks would overwrite for each other: {', '.join(n or type(model).__name__ for n in running)}. "
             "Call metamom.nets.use_batch_statistics(model) first, or build them with track_running_stats=False."
         )
 
 
 @contextmanager
-def explained(model: nn.Module) -> Iterator[None]:
+def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
     """Turn vmap's own errors into one that names the module of ``model`` in which it arose, and the remedy.
+
+    Args:
+        model: whose modules to name.
+        other: what runs instead of the model, to be named in its place.
 
     Raises:
         ValueError: in place of a RuntimeError about vmap or in-place changes; other errors pass unchanged.
@@ -46,6 +58,8 @@ def explained(model: nn.Module) -> Iterator[None]:
         text = str(error)
         if not any(sign in text for sign in SIGNS):
             raise
+        if other is not None:
+            raise ValueError(f"{other} cannot run on all tasks at once: {text} {REMEDY}") from error
         where = _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
         raise ValueError(f"the model cannot run under per-task weights, in {where}: {text} {REMEDY}") from error
 
@@ -57,11 +71,16 @@ def unchanged(what: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if one of them was changed in place, by name.
     """
-    before = {name: tensor._version for name, tensor in what.items()}
+    before = {name: _version(tensor) for name, tensor in what.items()}
     yield
-    changed = [name for name, tensor in what.items() if tensor._version != before[name]]
+    changed = [name for name, tensor in what.items() if _version(tensor) != before[name]]
     if changed:
         raise ValueError(f"{type(model).__name__} changed in place: {', '.join(changed)}. {REMEDY}")
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; tensors made in inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | None:

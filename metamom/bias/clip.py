@@ -13,7 +13,8 @@ from metamom.bias.base import BiasOperator
 def clip(gradient: Tensor, max_norm: float) -> Tensor:
     """Scale each vector to a norm of at most ``max_norm``: ``C(g) = g min(1, tau / ||g||)``.
 
-    A vector within the bound passes bit for bit.
+    A vector within the bound passes bit for bit, and so does one with an infinite or NaN entry, whose norm cannot be
+    brought under the bound: it must stay visible to whoever checks that gradients are finite.
 
     Args:
         gradient: ``[..., d]``.
@@ -22,11 +23,12 @@ def clip(gradient: Tensor, max_norm: float) -> Tensor:
     Returns:
         ``[..., d]``.
     """
-    # scaled by the largest entry first, so that squares neither overflow nor vanish
+    # scaled by the largest entry first, so that neither squares nor the norm itself overflow or vanish
     largest = gradient.abs().amax(-1, keepdim=True)
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    norm = scale * torch.linalg.vector_norm(gradient / scale, dim=-1, keepdim=True)
-    return torch.where(norm > max_norm, gradient * (max_norm / norm), gradient)
+    scaled = gradient / scale
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # ||g|| / scale, between 1 and sqrt(d)
+    return torch.where(norm > max_norm / scale, scaled * (max_norm / norm), gradient)
 
 
 class Clip(BiasOperator):
@@ -58,4 +60,4 @@ class Clip(BiasOperator):
     @property
     def spec(self) -> str:
         """``clip:TAU``."""
-        return f"clip:{self.max_norm:g}"
+        return f"clip:{self.max_norm!r}".removesuffix(".0")

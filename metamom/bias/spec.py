@@ -24,7 +24,7 @@ def parse(spec: str) -> BiasOperator:
         if name == "none" and not argument:
             return Identity()
         if name == "topk" and argument.endswith("%"):
-            return TopK(ratio=float(argument[:-1]) / 100)
+            return TopK(ratio=float(f"{argument[:-1]}e-2"))
         if name == "topk":
             return TopK(int(argument))
         if name == "clip":

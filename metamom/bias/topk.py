@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ from metamom.bias.base import BiasOperator
 
 def top_k(gradient: Tensor, k: int) -> Tensor:
     """Keep each vector's k entries of largest magnitude, zero the others; of equal ones, the first in order.
+
+    NaN counts as infinitely large: it is kept, so that whoever checks that gradients are finite still sees it.
 
     Args:
         gradient: ``[..., d]``.
@@ -20,7 +25,7 @@ def top_k(gradient: Tensor, k: int) -> Tensor:
     """
     if k == gradient.shape[-1]:
         return gradient.clone()
-    magnitude = gradient.abs()
+    magnitude = gradient.abs().nan_to_num_(nan=math.inf, posinf=math.inf)
     threshold = magnitude.topk(k, dim=-1, sorted=True).values[..., -1:]
     above = magnitude > threshold
     level = magnitude == threshold
@@ -81,7 +86,10 @@ class TopK(BiasOperator):
     @property
     def spec(self) -> str:
         """``topk:K`` or ``topk:P%``."""
-        return f"topk:{self.k}" if self.ratio is None else f"topk:{self.ratio * 100:.15g}%"
+        if self.ratio is None:
+            return f"topk:{self.k}"
+        # in decimals, so that `parse` finds the very same ratio again: 0.07 * 100 is 7.000000000000001
+        return f"topk:{Decimal(repr(self.ratio)).scaleb(2):f}%"
 
     def wire_bytes(self, d: int, element_size: int = 4) -> int:
         """K values and K indices of 4 bytes; see `BiasOperator`."""

@@ -1,0 +1,131 @@
+"""Figures: learning curves, step sizes, and one task before and after adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from metamom.maml import MAML
+from metamom.tasks import Sinusoid
+from metamom.tasks.counter import Places
+
+# Okabe and Ito's colours, told apart by colour-blind readers; lines differ in dashes too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":")
+
+Curve = list[tuple[int, float]]
+
+
+def learning_curves(
+    path: Path, arms: Mapping[str, Sequence[Curve]], *, ylabel: str, title: str, target: float, log: bool
+) -> None:
+    """Validation against iterations, a line for each arm: the mean over its seeds in a band from lowest to highest.
+
+    Args:
+        path: of the PNG.
+        arms: for each label its seeds' curves ``[(iteration, value)]``, all at the same iterations.
+        ylabel: what the values are.
+        title: of the figure.
+        target: marked by a thin line.
+        log: logarithmic values.
+    """
+    figure, axes = _figure(1)
+    for number, (label, curves) in enumerate(arms.items()):
+        if not curves:
+            axes[0].plot([], [], color=COLOURS[number % 6], label=f"{label} (all diverged)")
+            continue
+        iterations = [iteration for iteration, _ in curves[0]]
+        values = np.array([[value for _, value in curve] for curve in curves])
+        colour, dash = COLOURS[number % 6], DASHES[number % 4]
+        axes[0].plot(iterations, values.mean(0), color=colour, linestyle=dash, label=label)
+        if len(curves) > 1:
+            axes[0].fill_between(iterations, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    axes[0].axhline(target, color="0.5", linewidth=0.8)
+    axes[0].annotate(
+        f"target {target:g}", (1, target), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+        textcoords="offset points", ha="right", fontsize=8, color="0.35",
+    )  # fmt: skip
+    axes[0].set(xlabel="iteration", ylabel=ylabel, title=title)
+    if log:
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter(ScalarFormatter())
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def step_sizes(path: Path, arms: Mapping[str, Mapping[float, Sequence[float]]], *, ylabel: str, title: str) -> None:
+    """Final validation against the step size, a point for each seed and a line through their means.
+
+    Args:
+        path: of the PNG.
+        arms: for each label and step size, the values of the runs that did not diverge.
+        ylabel: what the values are.
+        title: of the figure.
+    """
+    figure, axes = _figure(1)
+    for number, (label, by_lr) in enumerate(arms.items()):
+        colour, dash = COLOURS[number % 6], DASHES[number % 4]
+        reached = {lr: values for lr, values in sorted(by_lr.items()) if values}
+        means = [float(np.mean(values)) for values in reached.values()]
+        axes[0].plot(list(reached), means, color=colour, linestyle=dash, label=label)
+        for lr, values in reached.items():
+            axes[0].plot([lr] * len(values), values, "o", color=colour, markersize=4)
+    axes[0].set(xlabel="step size γ", ylabel=ylabel, title=title, xscale="log")
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def adaptation(path: Path, learners: Mapping[str, MAML], family: Sinusoid, steps: Sequence[int]) -> None:
+    """One test task: the curve of each learner before and after adaptation, against the truth.
+
+    Args:
+        path: of the PNG.
+        learners: by label, a panel each.
+        family: whose first test task is shown.
+        steps: numbers of inner steps, a line each.
+    """
+    batch = family.with_stream("test").sample(0, 1)
+    amplitude, phase = (float(value[0]) for value in family.parameters(Places("test", 0, np.array([0]))))
+    x = torch.linspace(*family.x_range, 200, dtype=batch.support_x.dtype)
+    figure, axes = _figure(len(learners))
+    for panel, (label, learner) in zip(axes, learners.items(), strict=True):
+        panel.plot(x, amplitude * torch.sin(x + phase), color="black", linewidth=2, label="truth")
+        shades = np.linspace(0.75, 0.0, len(steps))
+        for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
+            if step not in steps:
+                continue
+            with torch.no_grad():
+                y = learner.predict(params, x[None, :, None])[0, :, 0]
+            number = list(steps).index(step)
+            colour = (0.84, 0.2 + 0.6 * float(shades[number]), 0.8 * float(shades[number]))
+            name = "before adaptation" if step == 0 else f"after {step} step{'s' if step > 1 else ''}"
+            panel.plot(x, y, color=colour, linestyle=(":", "--", "-.", "-")[number % 4], label=name)
+        panel.plot(batch.support_x[0], batch.support_y[0], "^", color="#0072B2", label="support points")
+        panel.set(xlabel="x", title=label)
+    axes[0].set_ylabel("y")
+    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure without pyplot: no window system is touched and no global state kept."""
+    figure = Figure(figsize=(7 if panels == 1 else 4.2 * panels + 1.6, 4.2), layout="constrained")
+    axes = [figure.add_subplot(1, panels, 1)]
+    axes += [figure.add_subplot(1, panels, i + 1, sharey=axes[0]) for i in range(1, panels)]
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,242 @@
+"""A comparison as a page to read: tables and figures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from metamom.experiments import figures
+from metamom.experiments.saved import load_run
+from metamom.files import write_atomically
+from metamom.run_directory import environment
+from metamom.tasks import Sinusoid
+
+if TYPE_CHECKING:
+    from metamom.experiments.compare import Comparison, Outcome
+
+
+class Scale(NamedTuple):
+    """How a task's quality is told: ``accuracy`` up to 100 %, or a loss down to 0."""
+
+    name: str
+    higher_is_better: bool
+    show: Callable[[float], str]
+
+    def reached(self, value: float, target: float) -> bool:
+        """Whether a value is at least as good as the target."""
+        return value >= target if self.higher_is_better else value <= target
+
+
+SCALES = {
+    "sinusoid": Scale("mean squared error", False, lambda v: f"{v:.3f}"),
+    "omniglot": Scale("accuracy", True, lambda v: f"{100 * v:.1f} %"),
+}
+
+
+class Arm(NamedTuple):
+    """A method at one step size, over its seeds."""
+
+    label: str
+    lr: float
+    outcomes: list[Outcome]
+
+    @property
+    def finished(self) -> list[Outcome]:
+        """Those that did not diverge."""
+        return [o for o in self.outcomes if o.diverged is None]
+
+    def validation(self) -> float:
+        """Mean of the last validation over the seeds; NaN if one diverged."""
+        return float(np.mean([o.curve[-1][1] if o.diverged is None else np.nan for o in self.outcomes]))
+
+
+def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Path) -> Path:
+    """Write ``report.md`` and ``figures/*.png``.
+
+    Returns:
+        The path of ``report.md``.
+    """
+    scale = SCALES[comparison.base.task]
+    arms = _arms(outcomes)
+    best = [_best([arm for arm in arms if arm.label == label], scale) for label in dict.fromkeys(a.label for a in arms)]
+    pictures = _draw(comparison, arms, best, scale, folder)
+    base = comparison.base
+    what = "sinusoids" if base.task == "sinusoid" else f"Omniglot, {base.ways}-way {base.shots}-shot"
+    lines = [
+        f"# Composite momentum and plain meta-SGD on {what}",
+        "",
+        f"`{_command()}`",
+        "",
+        f"{comparison.iterations} iterations of {base.meta_batch} tasks ({base.shots} shots, {base.queries} queries), "
+        f"{_plural(base.inner_steps, 'inner step')} of {base.inner_lr:g} in training, "
+        f"{_plural(comparison.seeds, 'seed')}; {comparison.test_tasks} test tasks for each seed, the same for every "
+        "method. β = 1 is plain meta-SGD.",
+        "",
+        f"## {scale.name.capitalize()} on test tasks",
+        "",
+        *_table(arms, comparison, scale),
+        "",
+        f"± is the 95 % interval {_interval_of(comparison.seeds)}. "
+        f"Iterations to target: until validation {scale.name} "
+        f"{'is at least' if scale.higher_is_better else 'is at most'} {scale.show(comparison.target)}, "
+        f"looked at every {comparison.evaluate_every} iterations: the median over the seeds that reach it.",
+    ]
+    if len(comparison.lrs) > 1:
+        lines += [
+            "",
+            "## Each method at its own best step size",
+            "",
+            f"Best by final validation over the grid γ ∈ {{{', '.join(f'{lr:g}' for lr in comparison.lrs)}}}, "
+            "the same for every method; a step size at which a seed diverged is out.",
+            "",
+            *_table(best, comparison, scale),
+        ]
+    lines += ["", *_differences(best, comparison, scale), "## Figures", ""]
+    lines += [f"![{caption}](figures/{name}.png)\n\n{caption}\n" for name, caption in pictures]
+    env = environment()
+    lines += [
+        f"metamom {env['metamom']}, torch {env['torch']}, Python {env['python']}, {env['platform']}, "
+        f"{_plural(env['threads'], 'thread')}.",
+        "",
+    ]
+    path = folder / "report.md"
+    write_atomically(path, "\n".join(lines).encode())
+    return path
+
+
+def _arms(outcomes: Iterable[Outcome]) -> list[Arm]:
+    groups: dict[tuple[str, float], Arm] = {}
+    for outcome in outcomes:
+        recipe = outcome.recipe
+        assert recipe.lr is not None
+        label = "SGD (β = 1)" if recipe.beta == 1 else f"momentum, β = {recipe.beta:g}, {_FIRST[recipe.first_step]}"
+        groups.setdefault((label, recipe.lr), Arm(label, recipe.lr, [])).outcomes.append(outcome)
+    return list(groups.values())
+
+
+_FIRST = {"zero": "v₋₁ = 0", "gradient": "v₀ = g₀"}
+
+
+def _best(arms: list[Arm], scale: Scale) -> Arm:
+    """The step size with the best final validation; one with diverged seeds only where all have some."""
+    sound = [arm for arm in arms if len(arm.finished) == len(arm.outcomes)]
+    if not sound:
+        return max(arms, key=lambda arm: len(arm.finished))
+    return (max if scale.higher_is_better else min)(sound, key=Arm.validation)
+
+
+def _table(arms: Sequence[Arm], comparison: Comparison, scale: Scale) -> list[str]:
+    names = ["before" if s == 0 else f"{s} step{'s' if s > 1 else ''}" for s in comparison.steps]
+    head = ["method", "γ", *names, "iterations to target", "diverged"]
+    rows = [
+        [arm.label, f"{arm.lr:g}", *_tests(arm, comparison, scale), *_speed(arm, comparison, scale)] for arm in arms
+    ]
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def _tests(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
+    cells = []
+    for number in range(len(comparison.steps)):
+        means = [o.test[number] for o in arm.finished if o.test is not None]
+        widths = [o.halfwidth[number] for o in arm.finished if o.halfwidth is not None]
+        if not means:
+            cells.append("—")
+            continue
+        width = widths[0]
+        if len(means) > 1:
+            width = _halfwidth(means)
+        cells.append(f"{scale.show(float(np.mean(means)))} ± {scale.show(width)}")
+    return cells
+
+
+def _speed(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
+    firsts = []
+    for outcome in arm.outcomes:
+        reached = [iteration for iteration, value in outcome.curve if scale.reached(value, comparison.target)]
+        firsts += reached[:1]
+    seeds = len(arm.outcomes)
+    median = f"{np.median(firsts):.0f}" if firsts else "never"
+    share = "" if len(firsts) in (0, seeds) else f" ({len(firsts)} of {seeds} seeds)"
+    return [median + share, f"{seeds - len(arm.finished)} of {seeds}"]
+
+
+def _differences(best: Sequence[Arm], comparison: Comparison, scale: Scale) -> list[str]:
+    """Each method against plain meta-SGD, seed by seed: what the seeds' tasks have in common cancels."""
+    plain = next((arm for arm in best if arm.outcomes[0].recipe.beta == 1), None)
+    if plain is None or comparison.seeds < 2 or len(plain.finished) < len(plain.outcomes):
+        return []
+    lines = []
+    for arm in best:
+        if arm is plain or len(arm.finished) < len(arm.outcomes):
+            continue
+        cells = []
+        for number, steps in enumerate(comparison.steps):
+            theirs = (outcome.test[number] for outcome in plain.outcomes if outcome.test is not None)
+            ours = (outcome.test[number] for outcome in arm.outcomes if outcome.test is not None)
+            gaps = np.array(list(ours)) - np.array(list(theirs))
+            cells.append(f"{scale.show(float(gaps.mean()))} ± {scale.show(_halfwidth(gaps))} after {steps}")
+        lines.append(f"- {arm.label}, γ = {arm.lr:g}: {', '.join(cells)}.")
+    if not lines:
+        return []
+    head = f"Difference from {plain.label}, γ = {plain.lr:g}, on the same seeds and test tasks (95 % interval):"
+    return [head, "", *lines, ""]
+
+
+def _halfwidth(values: Sequence[float] | np.ndarray[Any, Any]) -> float:
+    """Of the 95 % interval of a mean, by Student's t."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def _draw(
+    comparison: Comparison, arms: Sequence[Arm], best: Sequence[Arm], scale: Scale, folder: Path
+) -> list[tuple[str, str]]:
+    """Draw the figures; returns their names and captions."""
+    single = len(comparison.lrs) == 1
+    labels = {arm.label: arm.label if single else f"{arm.label}, γ = {arm.lr:g}" for arm in best}
+    band = "" if comparison.seeds == 1 else f", mean and range of {comparison.seeds} seeds"
+    figures.learning_curves(
+        folder / "figures" / "curves.png",
+        {labels[arm.label]: [o.curve for o in arm.finished] for arm in best},
+        ylabel=f"validation {scale.name}",
+        title=f"Validation after {_plural(comparison.base.inner_steps, 'inner step')}",
+        target=comparison.target,
+        log=not scale.higher_is_better,
+    )
+    at = "" if single else ", each method at its best step size"
+    drawn = [("curves", f"Learning curves{at}{band}.")]
+    if not single:
+        figures.step_sizes(
+            folder / "figures" / "step_sizes.png",
+            {label: {a.lr: [o.curve[-1][1] for o in a.finished] for a in arms if a.label == label} for label in labels},
+            ylabel=f"final validation {scale.name}",
+            title="The grid",
+        )
+        drawn.append(("step_sizes", "Final validation against the step size; a point for each seed."))
+    if comparison.base.task == "sinusoid":
+        learners = {labels[a.label]: load_run(a.finished[0].path, "newest").learner for a in best if a.finished}
+        family = comparison.base.sampler()
+        assert isinstance(family, Sinusoid)
+        if learners:
+            figures.adaptation(folder / "figures" / "adaptation.png", learners, family, comparison.steps)
+            drawn.append(("adaptation", "One test task (seed 0) before and after adaptation."))
+    return drawn
+
+
+def _interval_of(seeds: int) -> str:
+    if seeds == 1:
+        return "over the test tasks of the one seed; how much another seed would differ is not in it"
+    return f"of the mean over {seeds} seeds (Student's t)"
+
+
+def _plural(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def _command() -> str:
+    program, *arguments = environment()["command"]
+    return shlex.join(["metamom" if program.endswith(("__main__.py", "metamom")) else program, *arguments])

@@ -1,0 +1,48 @@
+"""A learner back from the run directory that it was trained in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from metamom.checkpoints import CheckpointError, Checkpoints, load
+from metamom.experiments.recipes import Recipe
+from metamom.maml import MAML
+from metamom.run_directory import read_config
+
+Which = Literal["best", "newest"]
+
+
+class SavedRun(NamedTuple):
+    """A run read from disk: its recipe, its learner, and how many steps that was trained for."""
+
+    recipe: Recipe
+    learner: MAML
+    step: int
+
+
+def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") -> SavedRun:
+    """Read a run of ``metamom train``.
+
+    Args:
+        path: the run directory.
+        which: ``"best"`` by validation where there is one, else the newest; or ``"newest"``.
+        device: where the learner goes, whatever it was trained on.
+
+    Raises:
+        ValueError: if there is no run, or it was made by another version or with another model.
+        CheckpointError: if it has no usable checkpoint.
+    """
+    recipe = replace(Recipe.from_settings(read_config(path)["settings"]), device=device, compile=False)
+    checkpoints = Checkpoints(Path(path) / "checkpoints")
+    use_best = which == "best" and checkpoints.best.exists()
+    state = load(checkpoints.best) if use_best else checkpoints.load_newest()
+    if state is None:
+        raise CheckpointError(f"the run in {path} has no checkpoint yet.")
+    learner = recipe.learner()
+    try:
+        learner.load_state_dict(state["learner"])
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint in {path} is of another model than its config.json: {error}") from error
+    return SavedRun(recipe, learner, state["step"])

@@ -1,0 +1,8 @@
+"""``python -m metamom`` is the ``metamom`` command."""
+
+import sys
+
+from metamom.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
