@@ -1,0 +1,149 @@
+"""The networks: shapes, initial weights from a named generator, and batch statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from metamom.nets import Conv4, SinusoidMLP, use_batch_statistics
+
+MAKERS: dict[str, Callable[..., nn.Module]] = {
+    "SinusoidMLP": SinusoidMLP,
+    "Conv4": lambda **options: Conv4(5, hidden=8, **options),
+}
+each_network = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+@pytest.mark.parametrize("hidden", [(40, 40), (7,), (3, 5, 2)])
+def test_sinusoid_mlp_shapes(hidden):
+    net = SinusoidMLP(hidden)
+    assert net(torch.randn(6, 1)).shape == (6, 1)
+    widths = [1, *hidden, 1]
+    expected = [shape for a, b in pairwise(widths) for shape in ((b, a), (b,))]
+    assert [tuple(p.shape) for p in net.parameters()] == expected
+
+
+@pytest.mark.parametrize(("ways", "channels", "hidden"), [(5, 1, 64), (20, 1, 4), (3, 3, 8), (1, 2, 1)])
+def test_conv4_shapes(ways, channels, hidden):
+    net = Conv4(ways, channels, hidden)
+    assert net(torch.rand(6, channels, 28, 28)).shape == (6, ways)
+    convolutions = 9 * hidden * (channels + 3 * hidden) + 4 * hidden
+    assert sum(p.numel() for p in net.parameters()) == convolutions + 4 * 2 * hidden + (hidden + 1) * ways
+
+
+def test_parameter_counts_of_the_literature():
+    assert sum(p.numel() for p in SinusoidMLP().parameters()) == 80 + 1640 + 41
+    assert sum(p.numel() for p in Conv4(5).parameters()) == 112_261
+    assert [name for name, _ in Conv4(5).named_parameters() if name.startswith("head")] == ["head.weight", "head.bias"]
+
+
+@each_network
+def test_a_generator_determines_the_weights(make):
+    assert same(make(generator=generator(3)), make(generator=generator(3)))
+    assert not same(make(generator=generator(3)), make(generator=generator(4)))
+
+
+@each_network
+def test_with_a_generator_the_global_one_is_not_touched(make):
+    before = torch.get_rng_state()
+    make(generator=generator(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_network
+def test_without_a_generator_the_global_one_is_used(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        drawn = make()
+    assert same(drawn, make(generator=generator(3)))
+
+
+@each_network
+def test_initial_weights_are_glorot_and_biases_zero(make):
+    net = make(generator=generator(0))
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            largest = float(module.weight.detach().abs().max())
+            assert 0.5 * bound < largest <= bound
+            assert not bool(module.bias.any())
+        if isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all())
+            assert bool((module.bias == 0).all())
+
+
+@each_network
+def test_every_parameter_is_trainable_finite_and_there_are_no_buffers(make):
+    net = make()
+    assert all(p.requires_grad and bool(p.isfinite().all()) and p.device.type == "cpu" for p in net.parameters())
+    assert list(net.buffers()) == []
+
+
+def test_conv4_normalises_by_the_batch_at_hand_in_both_modes():
+    """Transductive: a prediction depends on the other images of its batch, and evaluation mode changes nothing."""
+    net = Conv4(5, hidden=4, generator=generator(0)).double()
+    x = torch.rand(6, 1, 28, 28, generator=generator(1), dtype=torch.float64)
+    training = net(x)
+    net.eval()
+    assert torch.equal(net(x), training)
+    others = torch.cat([x[:1], x[1:] ** 2])
+    assert float((net(others)[0] - training[0]).detach().abs().max()) > 1e-3
+    torch.testing.assert_close(net(x.flip(0)), training.flip(0))
+
+
+@pytest.mark.parametrize("hidden", [(), (0,), (40, -1)])
+def test_bad_widths(hidden):
+    with pytest.raises(ValueError, match="SinusoidMLP needs hidden layers of at least one unit; got hidden="):
+        SinusoidMLP(hidden)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 64), (5, 0, 64), (5, 1, 0), (-5, 1, 64)])
+def test_bad_sizes(sizes):
+    with pytest.raises(ValueError, match=f"Conv4 needs positive sizes; got ways={sizes[0]}, channels={sizes[1]}"):
+        Conv4(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm1d(4), (6, 4)),
+        (nn.BatchNorm2d(4, affine=False), (6, 4, 3, 3)),
+        (nn.BatchNorm3d(4), (6, 4, 2, 2, 2)),
+        (nn.SyncBatchNorm(4), (6, 4, 3)),
+        (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (6, 4, 3, 3)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_use_batch_statistics(norm, shape):
+    model = nn.Sequential(nn.Sequential(norm))
+    parameters = list(model.parameters())
+    x = torch.randn(shape, generator=generator(0)) * 3 + 5
+    by_batch = model.train()(x).detach()
+    assert use_batch_statistics(model) is model
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert list(model.buffers()) == []
+    assert list(model.state_dict()) == [f"0.0.{name}" for name, _ in norm.named_parameters()]
+    for mode in (True, False):
+        torch.testing.assert_close(model.train(mode)(x), by_batch)
+
+
+def test_use_batch_statistics_leaves_other_layers_alone():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Dropout(), nn.GroupNorm(1, 3))
+    before = dict(model.state_dict())
+    use_batch_statistics(model)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
