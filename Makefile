@@ -16,12 +16,12 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml requirements-dev.txt .ci/prerequisites.py
+$(STAMP): pyproject.toml requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make setup needs Python >= 3.10; no $(PYTHON) found. Name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) .ci/prerequisites.py
 	@rm -f $(STAMP)
-	@echo "making $(VENV) (a few minutes, once)"
-	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "making $(VENV) (a few minutes, once; seconds to bring it up to date)"
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=23.2,<27"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
 	@touch $(STAMP)

@@ -135,13 +135,16 @@ class CompositeMomentum(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # all of them before the first moves: an error leaves every weight as it was
+            _check_beta(group["beta"])  # it may have been scheduled, or changed by hand
+            for p in group["params"]:
+                _check_gradient(p)
         for group in self.param_groups:
             self._step_group(group)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        beta = _check_beta(group["beta"])  # it may have been scheduled, or changed by hand
-        lr = float(group["lr"])
+        beta, lr = group["beta"], float(group["lr"])
         params = [p for p in group["params"] if p.grad is not None]
         grads = [_descent_gradient(p, group) for p in params]
         fresh, bufs = [], []
@@ -230,11 +233,6 @@ def _descent_gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
     """The gradient to average: sign and weight decay applied, ``p.grad`` itself left alone."""
     grad = p.grad
     assert grad is not None
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"CompositeMomentum needs dense gradients; got one with layout {grad.layout} for a parameter of shape "
-            f"{tuple(p.shape)}. Its average would be dense after one step: use sparse=False in the embedding."
-        )
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"]:
@@ -268,6 +266,14 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
         else:
             torch._foreach_mul_(vs, 1 - beta)
             torch._foreach_add_(vs, gs, alpha=beta)
+
+
+def _check_gradient(p: Tensor) -> None:
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        raise TypeError(
+            f"CompositeMomentum needs dense gradients; got one with layout {p.grad.layout} for a parameter of shape "
+            f"{tuple(p.shape)}. Its average would be dense after one step: use sparse=False in the embedding."
+        )
 
 
 def _check_beta(beta: float) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,6 +18,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 from platformdirs import user_cache_dir
+
+from metamom.files import write_atomically
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -80,19 +82,11 @@ def _locked(path: Path) -> Iterator[bool]:
 def _store(path: Path, arrays: Arrays) -> None:
     """Writes under another name first. The caller holds the lock, so older unfinished files are nobody's."""
     try:
-        for stale in path.parent.glob(f"{path.name}.*.tmp"):
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         _warn(path, error)
 

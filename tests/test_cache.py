@@ -93,7 +93,7 @@ def test_a_process_that_dies_in_the_middle(tmp_path, folder):
     unfinished = folder / "unfinished"
     unfinished.write_bytes(b"half")
     digest = next(folder.glob("*.lock")).name.removesuffix(".lock")
-    os.replace(unfinished, folder / f"{digest}.abc.tmp")
+    os.replace(unfinished, folder / f".{digest}.abc.tmp")
     assert finish(start(tmp_path)) == ("499500\n", 0)
     assert not list(folder.glob("*.tmp"))
     assert len(list(folder.glob("*.npz"))) == 1
