@@ -1,5 +1,6 @@
 """metamom: meta-learners trained by composite momentum under biased gradients."""
 
+from metamom.accumulator import BiasedAccumulator
 from metamom.batch import Sampler, TaskBatch
 from metamom.bias import Clip, Identity, TopK
 from metamom.evaluation import Evaluation, evaluate
@@ -9,6 +10,7 @@ from metamom.training import DivergedError, TrainResult, train
 
 __all__ = [
     "MAML",
+    "BiasedAccumulator",
     "Clip",
     "CompositeMomentum",
     "DivergedError",

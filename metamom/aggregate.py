@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metamom.bias import BiasOperator
+from metamom.bias import Bias, as_operator
 
 
 def flatten(grads: dict[str, Tensor]) -> Tensor:
@@ -19,14 +19,13 @@ def unflatten(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece.view(g.shape[1:]).to(g.dtype) for (name, g), piece in zip(like.items(), pieces, strict=True)}
 
 
-def aggregate(
-    grads: dict[str, Tensor], bias: BiasOperator | None = None
-) -> tuple[dict[str, Tensor], dict[str, float | int | None]]:
+def aggregate(grads: dict[str, Tensor], bias: Bias = None) -> tuple[dict[str, Tensor], dict[str, float | int | None]]:
     """The mean of the workers' gradients, each after its operator: ``g = 1/n sum_i C(g_i)``.
 
     Args:
         grads: ``{name: [n, *shape]}``.
-        bias: the operator C on flattened gradients ``[n, d]``; ``None`` for the plain mean.
+        bias: the operator C on flattened gradients ``[n, d]``, or a function ``[d] -> [d]``; ``None`` for the plain
+            mean.
 
     Returns:
         ``({name: [*shape]}, report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
@@ -38,13 +37,14 @@ def aggregate(
     flat = flatten(grads)
     workers, d = flat.shape
     mean = flat.mean(0)
-    if bias is None:
+    operator = as_operator(bias)
+    if operator is None:
         total, error, wire = mean, 0.0, d * flat.element_size()
     else:
-        total = bias(flat).mean(0)
+        total = operator(flat).mean(0)
         norm = float(mean.norm())
         error = float((total - mean).norm()) / norm if norm else 0.0
-        wire = bias.wire_bytes(d, flat.element_size())
+        wire = operator.wire_bytes(d, flat.element_size())
     report: dict[str, float | int | None] = {
         "grad_norm": float(total.norm()),
         "bias_error": error,

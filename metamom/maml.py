@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from metamom.aggregate import aggregate
 from metamom.batch import TaskBatch, block
-from metamom.bias import BiasOperator
+from metamom.bias import Bias
 from metamom.compiled import Compiled
 from metamom.metrics import accuracy
 from metamom.step_sizes import LearnInnerLR, StepSizes
@@ -206,13 +206,14 @@ class MAML(nn.Module):
         grads, losses, _ = self._meta_gradient(batch, workers)
         return MetaGradient(grads, losses)
 
-    def backward(self, batch: TaskBatch, *, workers: int = 1, bias: BiasOperator | None = None) -> Backward:
+    def backward(self, batch: TaskBatch, *, workers: int = 1, bias: Bias = None) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
         Args:
             batch: T tasks.
             workers: n >= 1, must divide T.
-            bias: the operator C on each worker's flattened gradient ``[n, d]``; none by default.
+            bias: the operator C on each worker's flattened gradient ``[n, d]``, or a function ``[d] -> [d]``; none by
+                default.
 
         Returns:
             ``(loss, metrics)``, see `Backward`.

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from metamom.batch import Sampler
-from metamom.bias import BiasOperator
+from metamom.bias import Bias, as_operator
 from metamom.checkpoints import CheckpointError
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
@@ -71,7 +71,7 @@ def train(
     iterations: int,
     meta_batch: int,
     workers: int = 1,
-    bias: BiasOperator | None = None,
+    bias: Bias = None,
     schedulers: Sequence[Scheduler] = (),
     validation: Sampler | None = None,
     evaluate_every: int | None = None,
@@ -96,7 +96,7 @@ def train(
         iterations: total number of steps, including those done before a resume.
         meta_batch: tasks a step.
         workers: n, must divide ``meta_batch``.
-        bias: the operator on each worker's gradient.
+        bias: the operator on each worker's gradient, or a function ``[d] -> [d]``.
         schedulers: each goes on by one after every step.
         validation: tasks for validation, drawn from stream ``"validation"``.
         evaluate_every: steps between validations; only after the last step if ``None``.
@@ -140,10 +140,11 @@ def train(
         raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
     if evaluate_tasks < 2:
         raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
-    if bias is not None:
-        bias.wire_bytes(sum(p.numel() for p in learner.meta_parameters().values()))  # an operator too large says so
+    operator = as_operator(bias)
+    if operator is not None:
+        operator.wire_bytes(sum(p.numel() for p in learner.meta_parameters().values()))  # an operator too large says so
     if settings is None:
-        settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=bias)
+        settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=operator)
     parts = {"learner": learner, "optimizer": optimizer, **{f"scheduler{i}": s for i, s in enumerate(schedulers)}}
     like = next(learner.model.parameters())
     metrics: list[dict[str, Any]] = []
@@ -171,7 +172,7 @@ def train(
             step = progress.done
             batch = sampler.sample(step, meta_batch).to(like.device, like.dtype)
             optimizer.zero_grad()
-            loss, report = learner.backward(batch, workers=workers, bias=bias)
+            loss, report = learner.backward(batch, workers=workers, bias=operator)
             line: dict[str, Any] = {"step": step, "loss": float(loss), **report, "world_size": 1}
             _check_finite(line)
             optimizer.step()
@@ -203,11 +204,12 @@ def train(
 
 
 def describe(
-    learner: MAML, optimizer: Optimizer, sampler: Sampler, *, meta_batch: int, workers: int, bias: BiasOperator | None
+    learner: MAML, optimizer: Optimizer, sampler: Sampler, *, meta_batch: int, workers: int, bias: Bias
 ) -> dict[str, Any]:
     """What defines a run made from these parts, as JSON values: the default of ``train(settings=...)``."""
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     family = getattr(sampler, "describe", None)
+    operator = as_operator(bias)
     return {
         "model": str(learner.model),
         "learner": learner.describe(),
@@ -215,7 +217,7 @@ def describe(
         "sampler": {"family": type(sampler).__name__} if family is None else family(),
         "meta_batch": meta_batch,
         "workers": workers,
-        "bias": "none" if bias is None else bias.spec,
+        "bias": "none" if operator is None else operator.spec,
     }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -54,3 +56,49 @@ class Identity(BiasOperator):
     def spec(self) -> str:
         """``none``."""
         return "none"
+
+
+class Function(BiasOperator):
+    """A user's own operator on one gradient.
+
+    Args:
+        function: ``[d] -> [d]``; called for each worker's gradient by itself.
+
+    Raises:
+        TypeError: if it is not callable; when called, if the function returns no tensor.
+        ValueError: when called, if the function returns another shape.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        if not callable(function):
+            raise TypeError(f"a bias is an operator or a function Tensor[d] -> Tensor[d]; got {function!r}.")
+        self.function = function
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """See `BiasOperator`."""
+        return torch.stack([self._one(g) for g in gradient.reshape(-1, gradient.shape[-1])]).view_as(gradient)
+
+    def _one(self, gradient: Tensor) -> Tensor:
+        out = self.function(gradient)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{self.spec} must return a tensor; got {type(out).__name__}.")
+        if out.shape != gradient.shape:
+            raise ValueError(f"{self.spec} must keep the shape {tuple(gradient.shape)}; got {tuple(out.shape)}.")
+        return out
+
+    @property
+    def spec(self) -> str:
+        """The function's name."""
+        return str(getattr(self.function, "__qualname__", repr(self.function)))
+
+
+Bias = BiasOperator | Callable[[Tensor], Tensor] | None
+
+
+def as_operator(bias: Bias) -> BiasOperator | None:
+    """The operator that ``bias`` means: itself, a user's function wrapped, or none.
+
+    Raises:
+        TypeError: if it is neither an operator nor a function.
+    """
+    return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)

@@ -1,0 +1,1 @@
+"""metamom beside other libraries. Importing this imports none of them."""
