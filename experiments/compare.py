@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -73,6 +74,13 @@ class Comparison:
     def __post_init__(self) -> None:
         if self.seeds < 1 or not self.betas or not self.lrs or not self.first_steps:
             raise ValueError("a comparison needs at least one seed, one beta, one first step and one lr.")
+        for name, values in (("betas", self.betas), ("first_steps", self.first_steps), ("lrs", self.lrs)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ from each other: a run counts once; got {values}.")
+        if self.test_tasks < 2:
+            raise ValueError(f"an interval needs at least 2 test tasks; got {self.test_tasks}.")
+        if not self.steps or min(self.steps) < 0:
+            raise ValueError(f"steps are numbers of inner steps >= 0, at least one of them; got {self.steps}.")
         for arm in self.arms():  # so that a bad value is told before the first run, not after hours
             arm.make_optimizer(arm.learner())
 
@@ -125,6 +133,7 @@ def compare(
         ValueError: for a ``run_dir`` that holds something else; see `RunDirectory`.
     """
     with RunDirectory(run_dir, asdict(comparison), resume=resume) as run:
+        run.write_config()
         recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]
         if jobs == 1:
             outcomes = [_run(comparison, recipe, run.path, root) for recipe in recipes]
@@ -146,7 +155,10 @@ def _run_in_processes(
             for _ in tqdm(as_completed(futures), total=len(futures), desc="compare", unit="run", disable=None):
                 pass
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException as error:
+            if getattr(error, "signal_number", None) == signal.SIGTERM:  # Ctrl-C reaches them by itself
+                for child in active_children():
+                    child.terminate()  # they finish their step and save
             pool.shutdown(cancel_futures=True)
             raise
 

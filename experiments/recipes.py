@@ -16,6 +16,7 @@ from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum, FirstStep
 from metamom.step_sizes import LearnInnerLR
 from metamom.tasks import Omniglot, Sinusoid
+from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 
 Task = Literal["sinusoid", "omniglot"]
@@ -92,6 +93,7 @@ class Recipe:
                 object.__setattr__(self, name, value)
         if self.adapt is not None:
             object.__setattr__(self, "adapt", tuple(self.adapt))
+        check_seed(self.seed)
         self.operator()
 
     def settings(self) -> dict[str, Any]:
@@ -124,6 +126,8 @@ class Recipe:
         assert self.shots is not None
         assert self.queries is not None
         if self.task == "sinusoid":
+            if split not in ("train", "validation", "test"):
+                raise ValueError(f"sinusoids have the splits train, validation and test; got {split!r}.")
             dtype = DTYPES[self.dtype]
             return Sinusoid(self.shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
         assert self.ways is not None

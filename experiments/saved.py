@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from metamom.checkpoints import CheckpointError, Checkpoints, load
+from metamom.checkpoints import CheckpointError, CheckpointFormatError, Checkpoints, load
 from metamom.experiments.recipes import Recipe
 from metamom.maml import MAML
 from metamom.run_directory import read_config
@@ -36,13 +36,21 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
     """
     recipe = replace(Recipe.from_settings(read_config(path)["settings"]), device=device, compile=False)
     checkpoints = Checkpoints(Path(path) / "checkpoints")
-    use_best = which == "best" and checkpoints.best.exists()
-    state = load(checkpoints.best) if use_best else checkpoints.load_newest()
+    if which == "best" and checkpoints.best.exists():
+        try:
+            state: dict[str, Any] | None = load(checkpoints.best)
+        except CheckpointFormatError:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} The newest one may be whole: --checkpoint newest.") from error
+    else:
+        state = checkpoints.load_newest()
     if state is None:
         raise CheckpointError(f"the run in {path} has no checkpoint yet.")
     learner = recipe.learner()
     try:
         learner.load_state_dict(state["learner"])
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint in {path} is of another model than its config.json: {error}") from error
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoint in {path} is of another model than its config.json: {why}") from error
     return SavedRun(recipe, learner, state["step"])

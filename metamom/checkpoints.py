@@ -5,27 +5,51 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from metamom.files import write_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.pt")
+# what readers of a damaged zip archive and of the pickle in it have been seen to raise
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
+    TypeError, LookupError, AttributeError, OverflowError,
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why, and what to do."""
 
 
+class CheckpointFormatError(CheckpointError):
+    """A whole checkpoint, but written by another version of metamom."""
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (nested containers of tensors, numbers and strings) to ``path``, whole or not at all."""
+    """Write ``state`` (nested containers of tensors, numbers and strings) to ``path``, whole or not at all.
+
+    Raises:
+        CheckpointError: for a state that `load` could not read again.
+    """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save(_plain({"format": FORMAT, **state}), buffer)
+    try:  # told now, not when a long run is to be resumed
+        torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"the state for {path} holds something other than tensors, numbers, strings and containers of them, "
+            f"which could only be read by running code from the file: {_reason(error)} "
+            "Keep it out of the state_dict of the model, optimizer or scheduler that it belongs to."
+        ) from error
     write_atomically(path, buffer.getvalue())
 
 
@@ -36,18 +60,21 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
         CheckpointError: for a file that is missing, damaged, or of another format.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # torch.load itself would not notice a flipped bit
-        if broken is not None:
-            raise CheckpointError(f"checkpoint {path} is damaged (in {broken}).")
-        state = torch.load(path, map_location=device, weights_only=True)
+        file = io.BytesIO(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}.") from error
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"checkpoint {path} is cut short or damaged: {error}") from error
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()  # torch.load itself would not notice a flipped bit
+        if broken is not None:
+            raise zipfile.BadZipFile(f"wrong checksum in {broken}")
+        file.seek(0)
+        state = torch.load(file, map_location=device, weights_only=True)
+    except _DAMAGE as error:
+        raise CheckpointError(f"checkpoint {path} is cut short or damaged ({_reason(error)}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
-        raise CheckpointError(
+        raise CheckpointFormatError(
             f"checkpoint {path} has format {found!r}; this version of metamom reads format {FORMAT}. "
             "Use the version that wrote it (see config.json), or start a new run."
         )
@@ -91,10 +118,11 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
         """Write the checkpoint, then remove the oldest beyond ``keep``; ``best=True`` writes ``best.pt`` too."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        save(self.path(step), {"step": step, **state})
-        if best:
+        if best:  # first: a crash before the next line has this step done, and found best, once more
             save(self.best, {"step": step, **state})
-        for old in self.steps()[: -self.keep]:
+        save(self.path(step), {"step": step, **state})
+        # later ones are damaged, or `load_newest` had not gone back behind them: they count for nothing
+        for old in [there for there in self.steps() if there <= step][: -self.keep]:
             self.path(old).unlink(missing_ok=True)
 
     def load_newest(self, *, device: torch.device | str = "cpu") -> dict[str, Any] | None:
@@ -110,8 +138,31 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 return load(self.path(step), device=device)
+            except CheckpointFormatError:
+                raise
             except CheckpointError as error:
-                if "format" in str(error) or step == steps[0]:
-                    raise
+                if step == steps[0]:
+                    raise CheckpointError(
+                        f"no checkpoint in {self.folder} can be used: {error} Put back a copy of one, or start a new "
+                        "run in another directory."
+                    ) from error
                 warnings.warn(f"{error} Going back to the one before.", stacklevel=2)
         return None
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with Python's numbers for NumPy's scalars, which cannot be read without running code."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:  # an OrderedDict, as a module's state is, carries attributes of its own: left as it is
+        return {key: _plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(entry) for entry in value)
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    """The one line of an error that tells its reason; torch puts pages of advice around it."""
+    text = str(error).split("WeightsUnpickler error:")[-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].split(" Please use")[0]

@@ -10,12 +10,16 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from types import FrameType
 from typing import Any
 
+from metamom.interrupts import TrainingInterrupted
 from metamom.training import DivergedError
 
 Arguments = argparse.Namespace
@@ -26,10 +30,11 @@ ITERATIONS = {"sinusoid": 2000, "omniglot": 1000}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 (diverged), 2 (bad input), 130 or 143 (interrupted)."""
     arguments = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
     try:
-        command: Callable[[Arguments], int] = arguments.run
-        return command(arguments)
+        with warnings.catch_warnings(), _sigterm_as_interrupt():
+            warnings.showwarning = _show_warning
+            command: Callable[[Arguments], int] = arguments.run
+            return command(arguments)
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "signal_number", signal.SIGINT)
         print(f"\nmetamom: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
@@ -99,7 +104,7 @@ def _evaluate(arguments: Arguments) -> int:
     asked = {
         name: value for name in ("ways", "shots", "queries", "seed") if (value := getattr(arguments, name)) is not None
     }
-    if asked.get("ways", saved.recipe.ways) != saved.recipe.ways:
+    if saved.recipe.ways is not None and asked.get("ways", saved.recipe.ways) != saved.recipe.ways:
         raise ValueError(
             f"the learner in {arguments.run_path} tells {saved.recipe.ways} classes apart; got --ways {asked['ways']}. "
             "Train one with that many --ways."
@@ -347,6 +352,23 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Outside the training loop, which sees to it by itself, let SIGTERM end the command as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TrainingInterrupted("stopped by SIGTERM.", number)
+
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set there alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from metamom.batch import Sampler
@@ -49,8 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to fresh tasks and judge on their query sets.
 
-    Batch normalisation uses the statistics of the set at hand (transductive, as in MAML). Neither the learner nor
-    any global state is changed.
+    The model is in evaluation mode meanwhile, so dropout is off. Batch normalisation uses the statistics of the set at
+    hand (transductive, as in MAML). Neither the learner nor any global state is changed.
 
     Args:
         learner: what `train` trained.
@@ -83,18 +84,20 @@ def evaluate(
     # Blocks of one meta-batch: which tasks are drawn does not depend on how many are computed together.
     blocks = next(n for n in range(1, tasks + 1) if tasks % n == 0 and tasks // n <= BLOCK)
     collected, metric = [], "loss"
-    for rank in tqdm(range(blocks), desc="evaluate", unit="block", leave=False, disable=None):
-        batch = source.sample(0, tasks, rank=rank, world_size=blocks).to(like.device, like.dtype)
-        values: dict[int, Tensor] = {}
-        for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
-            if step not in steps:
-                continue
-            with torch.no_grad():
-                predictions = learner.predict(params, batch.query_x)
-                right = accuracy(predictions, batch.query_y)
-                metric = "loss" if right is None else "accuracy"
-                values[step] = torch.func.vmap(learner.loss_fn)(predictions, batch.query_y) if right is None else right
-        collected.append(torch.stack([values[step] for step in steps]).double().cpu())
+    with _evaluation_mode(learner.model):
+        for rank in tqdm(range(blocks), desc="evaluate", unit="block", leave=False, disable=None):
+            batch = source.sample(0, tasks, rank=rank, world_size=blocks).to(like.device, like.dtype)
+            values: dict[int, Tensor] = {}
+            for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
+                if step not in steps:
+                    continue
+                with torch.no_grad():
+                    predictions = learner.predict(params, batch.query_x)
+                    right = accuracy(predictions, batch.query_y)
+                    metric = "loss" if right is None else "accuracy"
+                    loss = torch.func.vmap(learner.loss_fn)
+                    values[step] = loss(predictions, batch.query_y) if right is None else right
+            collected.append(torch.stack([values[step] for step in steps]).double().cpu())
     all_values = torch.cat(collected, dim=1)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     halfwidth = z * all_values.std(dim=1) / math.sqrt(tasks)
@@ -106,3 +109,14 @@ def evaluate(
         "accuracy" if metric == "accuracy" else "loss",
         confidence,
     )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

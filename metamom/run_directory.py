@@ -55,6 +55,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; a run needs a directory of its own.")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._config = {"settings": dict(settings), "length": dict(length or {}), "environment": environment()}
         self._metrics: IO[str] | None = None
         self._lock = FileLock(self.path / ".lock")
         try:
@@ -65,8 +66,6 @@ class RunDirectory:
             ) from error
         try:
             self._check(json.loads(json.dumps(dict(settings))), resume)
-            config = {"settings": dict(settings), "length": dict(length or {}), "environment": environment()}
-            write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         except BaseException:
             self.close()
             raise
@@ -75,6 +74,8 @@ class RunDirectory:
         there = [name for name in ("metrics.jsonl", "runs", "report.md") if (self.path / name).exists()]
         there += [str(path.relative_to(self.path)) for path in self.checkpoints.beyond_start()]
         if not there:  # nothing, or a start that came to nothing: no step was done, so there is nothing to lose
+            if (self.path / "config.json").exists():
+                read_config(self.path)  # refuses one that is no run's
             self.checkpoints.path(0).unlink(missing_ok=True)
             return
         if not resume:
@@ -101,6 +102,10 @@ class RunDirectory:
             self._metrics.close()
             self._metrics = None
         self._lock.release()
+
+    def write_config(self) -> None:
+        """Write ``config.json``; when a run is resumed, not before its checkpoint has proved to be usable."""
+        write_atomically(self.path / "config.json", (json.dumps(self._config, indent=2) + "\n").encode())
 
     def forget_metrics_from(self, step: int) -> None:
         """Drop the metrics of steps that will be done again, and a last line cut short."""
@@ -147,7 +152,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             metrics.append(dict(json.loads(line)))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(f"{file}, line {number} is no JSON object: {error}") from error
     return metrics
@@ -176,5 +181,8 @@ def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*there, *(k for k in here if k not in there)]:
             yield from _differences(there.get(key), here.get(key), f"{place}.{key}" if place else key)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for number, (a, b) in enumerate(zip(there, here, strict=True)):
+            yield from _differences(a, b, f"{place}[{number}]")
     elif there != here:
         yield f"{place} is {there!r} there and {here!r} here"

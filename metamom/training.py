@@ -20,7 +20,7 @@ from metamom.checkpoints import CheckpointError
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
-from metamom.run_directory import RunDirectory
+from metamom.run_directory import RunDirectory, read_metrics
 
 
 class DivergedError(ArithmeticError):
@@ -162,6 +162,8 @@ def train(
             run = stack.enter_context(directory)
         progress = _restored(parts, run) or _Progress(0, 0.0, None)
         resumed_from = progress.done
+        if run is not None:
+            run.write_config()
         if resumed_from == 0:
             _save(parts, run, progress)
         log = stack.enter_context(_Log(run, progress.done, tensorboard))
@@ -267,6 +269,11 @@ def _restored(parts: Mapping[str, Any], run: RunDirectory | None) -> _Progress |
         return None
     state = run.checkpoints.load_newest()
     if state is None:
+        if read_metrics(run.path):
+            raise CheckpointError(
+                f"{run.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
+                "Put a checkpoint back, or start a new run in another directory."
+            )
         return None
     missing = [name for name in parts if name not in state]
     if missing:
@@ -275,7 +282,8 @@ def _restored(parts: Mapping[str, Any], run: RunDirectory | None) -> _Progress |
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoints in {run.path} are of another model or optimizer: {error}") from error
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoints in {run.path} are of another model or optimizer: {why}") from error
     torch.set_rng_state(state["rng"]["cpu"])
     if state["rng"]["cuda"]:
         torch.cuda.set_rng_state_all(state["rng"]["cuda"])
@@ -302,6 +310,8 @@ def _check_finite(line: Mapping[str, Any]) -> None:
 
 
 def _better(checked: Evaluation, best: float | None) -> bool:
+    if math.isnan(checked.mean[0]):
+        return False
     if best is None:
         return True
     return checked.mean[0] > best if checked.metric == "accuracy" else checked.mean[0] < best

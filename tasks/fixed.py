@@ -43,6 +43,7 @@ class FixedTasks:
         ValueError: if n < 1, or (from `sample`) more than n tasks are asked for.
 
     Example:
+        >>> from metamom.tasks import Sinusoid
         >>> FixedTasks(Sinusoid(), 3).sample(7, 3).task_ids
         tensor([0, 1, 2])
     """

@@ -42,6 +42,7 @@ class PerWorker:
         TypeError: for something that isn't a sampler, a `PerWorker` in a `PerWorker`, or `FixedTasks` beside others.
 
     Example:
+        >>> from metamom.tasks import Sinusoid
         >>> low, high = Sinusoid(amplitude=(0.1, 1)), Sinusoid(amplitude=(4, 5))
         >>> PerWorker([low, high]).sample(0, 8).query_y[:4].abs().max() <= 1
         tensor(True)
