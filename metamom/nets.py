@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class SinusoidMLP(nn.Sequential):
             layers += [_bare(nn.Linear, fan_in, fan_out), nn.ReLU()]
         super().__init__(*layers, _bare(nn.Linear, widths[-1], 1))
         _initialise(self, generator)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A layer; or a slice of them, as a plain `torch.nn.Sequential`."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
 
 class Conv4(nn.Module):

@@ -147,3 +147,11 @@ def test_use_batch_statistics_leaves_other_layers_alone():
     before = dict(model.state_dict())
     use_batch_statistics(model)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_a_slice_of_the_sinusoid_network_is_a_plain_sequential():
+    net = SinusoidMLP((4, 4), generator=torch.Generator().manual_seed(0))
+    body = net[:-1]
+    assert type(body) is nn.Sequential
+    x = torch.linspace(-1, 1, 3)[:, None]
+    assert torch.equal(net[-1](body(x)), net(x))

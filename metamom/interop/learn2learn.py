@@ -69,7 +69,7 @@ class FromTaskset:
     """
 
     def __init__(self, taskset: Any, *, shots: int, queries: int, seed: int = 0) -> None:
-        kind = import_learn2learn().data.TaskDataset
+        kind = import_learn2learn().data.Taskset
         if not isinstance(taskset, kind):
             raise TypeError(f"FromTaskset takes a learn2learn Taskset or TaskDataset; got {type(taskset).__name__}.")
         if shots < 1 or queries < 1:
