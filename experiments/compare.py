@@ -9,20 +9,13 @@ Every run stands in ``RUN/runs/ARM_lr_seed``; ``RUN/report.md`` sums them up. An
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple
 
-import torch
-from tqdm import tqdm
-
 from metamom.evaluation import evaluate
+from metamom.experiments.processes import run_in_processes
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import write_report
 from metamom.files import write_atomically
@@ -135,45 +128,11 @@ def compare(
     with RunDirectory(run_dir, asdict(comparison), resume=resume) as run:
         run.write_config()
         recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]
-        if jobs == 1:
-            outcomes = [_run(comparison, recipe, run.path, root) for recipe in recipes]
-        else:
-            outcomes = _run_in_processes(comparison, recipes, run.path, root, jobs)
+        calls = [(comparison, recipe, run.path, root) for recipe in recipes]
+        if jobs > 1:
+            run_in_processes(_run, calls, jobs, "compare")
+        outcomes = [_run(*call) for call in calls]  # where processes did them, they are read from disk
         return write_report(comparison, outcomes, run.path)
-
-
-def _run_in_processes(
-    comparison: Comparison, recipes: list[Recipe], run_dir: Path, root: str | None, jobs: int
-) -> list[Outcome]:
-    threads = max(1, torch.get_num_threads() // jobs)
-    # spawned, not forked: a forked copy of torch's thread pool hangs
-    with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=_prepare_process, initargs=(threads,)
-    ) as pool:
-        futures = [pool.submit(_run, comparison, recipe, run_dir, root) for recipe in recipes]
-        try:
-            for _ in tqdm(as_completed(futures), total=len(futures), desc="compare", unit="run", disable=None):
-                pass
-            return [future.result() for future in futures]
-        except BaseException as error:
-            if getattr(error, "signal_number", None) == signal.SIGTERM:  # Ctrl-C reaches them by itself
-                for child in active_children():
-                    child.terminate()  # they finish their step and save
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _prepare_process(threads: int) -> None:
-    torch.set_num_threads(threads)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A pool's process would work off its queue after its parent was killed; its runs go on from their checkpoints."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None) -> Outcome:

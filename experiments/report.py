@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 
 class Scale(NamedTuple):
-    """How a task's quality is told: ``accuracy`` up to 100 %, or a loss down to 0."""
+    """How a task's quality is told: an accuracy in per cent, or a loss."""
 
     name: str
     higher_is_better: bool
     show: Callable[[float], str]
+    unit: str
+
+    def with_interval(self, value: float, halfwidth: float) -> str:
+        """A value and its interval, such as ``90.6 ± 1.1 %``."""
+        return f"{self.show(value)} ± {self.show(halfwidth)}{self.unit}"
 
     def reached(self, value: float, target: float) -> bool:
         """Whether a value is at least as good as the target."""
@@ -33,8 +38,8 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "sinusoid": Scale("mean squared error", False, lambda v: f"{v:.3f}"),
-    "omniglot": Scale("accuracy", True, lambda v: f"{100 * v:.1f} %"),
+    "sinusoid": Scale("mean squared error", False, lambda v: f"{v:.3f}", ""),
+    "omniglot": Scale("accuracy", True, lambda v: f"{100 * v:.1f}", " %"),
 }
 
 
@@ -72,7 +77,8 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         "",
         f"`{_command()}`",
         "",
-        f"{comparison.iterations} iterations of {base.meta_batch} tasks ({base.shots} shots, {base.queries} queries), "
+        f"{comparison.iterations:,} iterations of {base.meta_batch} tasks ({_plural(base.shots or 0, 'shot')}, "
+        f"{_plural(base.queries or 0, 'query', 'queries')}), "
         f"{_plural(base.inner_steps, 'inner step')} of {base.inner_lr:g} in training, "
         f"{_plural(comparison.seeds, 'seed')}; {comparison.test_tasks} test tasks for each seed, the same for every "
         "method. β = 1 is plain meta-SGD.",
@@ -83,7 +89,7 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         "",
         f"± is the 95 % interval {_interval_of(comparison.seeds)}. "
         f"Iterations to target: until validation {scale.name} "
-        f"{'is at least' if scale.higher_is_better else 'is at most'} {scale.show(comparison.target)}, "
+        f"{'is at least' if scale.higher_is_better else 'is at most'} {scale.show(comparison.target)}{scale.unit}, "
         f"looked at every {comparison.evaluate_every} iterations: the median over the seeds that reach it.",
     ]
     if len(comparison.lrs) > 1:
@@ -150,7 +156,7 @@ def _tests(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
         width = widths[0]
         if len(means) > 1:
             width = _halfwidth(means)
-        cells.append(f"{scale.show(float(np.mean(means)))} ± {scale.show(width)}")
+        cells.append(scale.with_interval(float(np.mean(means)), width))
     return cells
 
 
@@ -179,7 +185,7 @@ def _differences(best: Sequence[Arm], comparison: Comparison, scale: Scale) -> l
             theirs = (outcome.test[number] for outcome in plain.outcomes if outcome.test is not None)
             ours = (outcome.test[number] for outcome in arm.outcomes if outcome.test is not None)
             gaps = np.array(list(ours)) - np.array(list(theirs))
-            cells.append(f"{scale.show(float(gaps.mean()))} ± {scale.show(_halfwidth(gaps))} after {steps}")
+            cells.append(f"{scale.with_interval(float(gaps.mean()), _halfwidth(gaps))} after {_plural(steps, 'step')}")
         lines.append(f"- {arm.label}, γ = {arm.lr:g}: {', '.join(cells)}.")
     if not lines:
         return []
@@ -233,8 +239,8 @@ def _interval_of(seeds: int) -> str:
     return f"of the mean over {seeds} seeds (Student's t)"
 
 
-def _plural(n: int, word: str) -> str:
-    return f"{n} {word}{'' if n == 1 else 's'}"
+def _plural(n: int, one: str, many: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def _command() -> str:

@@ -26,7 +26,8 @@ class TrainingInterrupted(KeyboardInterrupt):
 class Interrupts:
     """While entered, the first Ctrl-C or SIGTERM is only noted in `caught`; a second one acts at once.
 
-    Handlers can be set in the main thread alone; elsewhere nothing is caught and signals act as ever.
+    A signal that is ignored stays ignored. Handlers can be set in the main thread alone; elsewhere nothing is caught
+    and signals act as ever.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,0 +1,71 @@
+"""Calls of one function side by side, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from threading import Thread
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int, label: str) -> None:
+    """Call ``function(*call)`` for each call, ``jobs`` at a time, sharing torch's threads between them.
+
+    What a call makes must be on disk: nothing comes back. When this process is interrupted, Ctrl-C or SIGTERM reaches
+    those at work too and they are waited for; when it is killed, they end with it.
+
+    Args:
+        function: importable by name.
+        calls: its arguments, picklable.
+        jobs: >= 1.
+        label: what the progress bar says.
+
+    Raises:
+        ChildProcessError: if a call failed; it has said why on stderr. The ones at work are ended then.
+    """
+    context = get_context("spawn")  # a forked copy of torch's thread pool hangs
+    threads = max(1, torch.get_num_threads() // jobs)
+    waiting = [context.Process(target=_child, args=(function, call, threads)) for call in calls]
+    working: list[BaseProcess] = []
+    try:
+        with tqdm(total=len(calls), desc=label, unit="run", disable=None) as bar:
+            while waiting or working:
+                while waiting and len(working) < jobs:
+                    working.append(waiting.pop(0))
+                    working[-1].start()
+                connection.wait([process.sentinel for process in working])
+                for process in [p for p in working if not p.is_alive()]:
+                    working.remove(process)
+                    bar.update()
+                    if process.exitcode:
+                        raise ChildProcessError(f"{label}: a run ended with status {process.exitcode}, see above.")
+    finally:
+        for process in working:
+            if process.is_alive():
+                process.terminate()
+        for process in working:
+            process.join()
+
+
+def _child(function: Callable[..., object], call: tuple[Any, ...], threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent passes it on, once
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        function(*call)
+    except (KeyboardInterrupt, ValueError, TypeError, OSError) as error:
+        sys.exit(f"metamom: {error}")
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
