@@ -11,12 +11,17 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import metamom
 from metamom import cli
+from metamom.interop.learn2learn import AsTaskset, import_learn2learn
+from metamom.nets import SinusoidMLP
+from metamom.tasks import Sinusoid
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -52,6 +57,20 @@ def test_readme_shows_the_loop_and_the_commands():
     assert {"train", "evaluate", "compare", "data"} <= shown
 
 
+def learn2learn_names() -> dict[str, Any]:
+    """What the README's learn2learn loops take for granted: a model, its loss, and batches of real tasks."""
+    tasks = AsTaskset(Sinusoid(shots=5, queries=5))
+    return {
+        "l2l": import_learn2learn(),
+        "torch": torch,
+        **{name: getattr(metamom, name) for name in ("BiasedAccumulator", "CompositeMomentum", "TopK")},
+        "model": SinusoidMLP((8,)),
+        "loss_fn": F.mse_loss,
+        "iterations": 2,
+        "meta_batch": lambda k: [tasks[32 * k + i] for i in range(32)],
+    }
+
+
 @pytest.mark.parametrize(("line", "code"), PYTHON, ids=[f"line{line}" for line, _ in PYTHON])
 def test_code_of_the_readme_runs(line, code, tmp_path, monkeypatch, request):
     if "Omniglot(" in code:
@@ -59,7 +78,8 @@ def test_code_of_the_readme_runs(line, code, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(None):
         torch.manual_seed(0)
-        exec(compile("\n" * (line - 1) + code, str(README), "exec"), {"__name__": "__main__"})
+        given = learn2learn_names() if "l2l." in code else {}
+        exec(compile("\n" * (line - 1) + code, str(README), "exec"), {"__name__": "__main__", **given})
 
 
 @pytest.mark.parametrize(("line", "words"), COMMANDS, ids=[f"line{line}" for line, _ in COMMANDS])
