@@ -174,6 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = Config(arguments.iterations, momentum_lr=arguments.momentum_lr, seed=arguments.seed)
     with RunDirectory(arguments.run_dir, asdict(config)) as directory:
+        directory.write_config()
         outcomes = {
             (optimizer, trainer): run(config, trainer, optimizer, arguments.data_root)
             for optimizer in ("Adam", "CompositeMomentum")
