@@ -21,7 +21,7 @@ from metamom.experiments.report import write_report
 from metamom.files import write_atomically
 from metamom.optim import FirstStep
 from metamom.run_directory import RunDirectory, read_metrics
-from metamom.training import DivergedError, train
+from metamom.training import DivergedError, check_plan, train
 
 
 class Default(NamedTuple):
@@ -125,6 +125,21 @@ def compare(
     Raises:
         ValueError: for a ``run_dir`` that holds something else; see `RunDirectory`.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs is a number of processes >= 1; got {jobs}.")
+    base = comparison.base
+    for split in ("train", "validation", "test"):  # before anything is written: the data is there, and has enough
+        sampler = base.sampler(split, root=root)
+        check_plan(
+            base.learner(),
+            sampler,
+            iterations=comparison.iterations,
+            meta_batch=base.meta_batch or 1,
+            workers=base.workers,
+            bias=base.operator(),
+            evaluate_every=comparison.evaluate_every,
+            evaluate_tasks=comparison.validation_tasks,
+        )
     with RunDirectory(run_dir, asdict(comparison), resume=resume) as run:
         run.write_config()
         recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]

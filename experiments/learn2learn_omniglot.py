@@ -28,7 +28,7 @@ from tqdm import tqdm
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.learn2learn_loop import meta_iteration, split_task
 from metamom.files import write_atomically
-from metamom.interop.learn2learn import AsTaskset, from_maml, import_learn2learn
+from metamom.interop.learn2learn import AsTaskset, from_maml, import_learn2learn, seeded
 from metamom.nets import use_batch_statistics
 from metamom.optim import CompositeMomentum
 from metamom.run_directory import RunDirectory, environment
@@ -66,8 +66,7 @@ Step = Callable[[int], object]
 def learner_and_optimizer(config: Config, optimizer: str) -> tuple[Any, Optimizer]:
     """The example's learner around its network, from the seed's weights, and one of the two optimizers."""
     l2l = import_learn2learn()
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # learn2learn's network draws its weights from the global generator
+    with seeded(f"initial weights {config.seed}"):
         model = use_batch_statistics(l2l.vision.models.OmniglotFC(28**2, config.ways))
     learner = l2l.algorithms.MAML(model, lr=config.inner_lr, first_order=False)
     if optimizer == "Adam":

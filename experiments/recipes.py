@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class Defaults:
     meta_batch: int
 
 
+ITERATIONS = {"sinusoid": 2000, "omniglot": 1000}
 DEFAULTS = {
     "sinusoid": Defaults(shots=10, queries=10, inner_lr=0.01, lr=0.03, meta_batch=8),
     "omniglot": Defaults(shots=1, queries=1, inner_lr=0.4, lr=0.3, meta_batch=16),
@@ -164,8 +166,8 @@ class Recipe:
         assert lr is not None
         if self.optimizer == "momentum":
             return CompositeMomentum(params, lr=lr, beta=self.beta, first_step=self.first_step)
-        if not lr > 0:
-            raise ValueError(f"lr is the step size and must be > 0; got {lr}.")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
         kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
         return kinds[self.optimizer](params, lr=lr)  # type: ignore[call-arg]
 

@@ -24,7 +24,7 @@ from metamom.training import DivergedError
 
 Arguments = argparse.Namespace
 
-ITERATIONS = {"sinusoid": 2000, "omniglot": 1000}
+TASKS = ("sinusoid", "omniglot")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Arguments) -> int:
-    from metamom.experiments.recipes import Recipe
+    from metamom.experiments.recipes import ITERATIONS, Recipe
     from metamom.training import train
 
     given = _given(arguments)
@@ -110,6 +110,12 @@ def _evaluate(arguments: Arguments) -> int:
             "Train one with that many --ways."
         )
     recipe = replace(saved.recipe, **asked)
+    if recipe.task == "omniglot" and arguments.split in ("train", "background", "evaluation"):
+        warnings.warn(
+            f"the learner was trained on split train, and {arguments.split} shares characters with it: this is no "
+            "accuracy on new characters. Use validation or test.",
+            stacklevel=1,
+        )
     sampler = recipe.sampler(arguments.split, root=arguments.data_root)
     result = evaluate(saved.learner, sampler, tasks=arguments.tasks, steps=arguments.steps, stream=arguments.split)
     if arguments.json:
@@ -129,7 +135,7 @@ def _evaluate(arguments: Arguments) -> int:
 
 def _compare(arguments: Arguments) -> int:
     from metamom.experiments.compare import DEFAULTS, Comparison, compare
-    from metamom.experiments.recipes import Recipe
+    from metamom.experiments.recipes import ITERATIONS, Recipe
 
     task = arguments.task
     comparison = Comparison(
@@ -174,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     training = commands.add_parser("train", help="train a meta-learner").add_subparsers(required=True, metavar="TASK")
-    for task in ITERATIONS:
+    for task in TASKS:
         train = training.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
         train.set_defaults(run=_train, task=task)
         _add_recipe(train, task)
@@ -220,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser("compare", help="momentum against plain meta-SGD").add_subparsers(
         required=True, metavar="TASK"
     )
-    for task in ITERATIONS:
+    for task in TASKS:
         compare = comparing.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
         compare.set_defaults(run=_compare, task=task)
         _add_recipe(compare, task)
@@ -257,17 +263,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     """Flags of the tasks and of the learner."""
+    from metamom.experiments.recipes import DEFAULTS
+
+    default = DEFAULTS[task]
     if task == "omniglot":
         parser.add_argument("--ways", type=int, help="classes a task (default: 5)")
     each = "a class" if task == "omniglot" else "a task"
-    parser.add_argument("--shots", type=int, help=f"support points {each} (default: {1 if task == 'omniglot' else 10})")
-    parser.add_argument("--queries", type=int, help=f"query points {each} (default: {1 if task == 'omniglot' else 10})")
-    parser.add_argument(
-        "--meta-batch", type=int, help=f"tasks an iteration (default: {16 if task == 'omniglot' else 8})"
-    )
-    parser.add_argument(
-        "--inner-lr", type=float, help=f"inner step size (default: {0.4 if task == 'omniglot' else 0.01})"
-    )
+    parser.add_argument("--shots", type=int, help=f"support points {each} (default: {default.shots})")
+    parser.add_argument("--queries", type=int, help=f"query points {each} (default: {default.queries})")
+    parser.add_argument("--meta-batch", type=int, help=f"tasks an iteration (default: {default.meta_batch})")
+    parser.add_argument("--inner-lr", type=float, help=f"inner step size (default: {default.inner_lr})")
     parser.add_argument("--inner-steps", type=int, help="inner steps in training (default: 1)")
     parser.add_argument("--estimator", choices=("exact", "first-order"), help="of the meta-gradient (default: exact)")
     parser.add_argument(
@@ -318,6 +323,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
     """Flags of a run: how long, and where it goes."""
+    from metamom.experiments.recipes import ITERATIONS
+
     parser.add_argument(
         "--iterations", type=int, help=f"total number, with those before a resume (default: {ITERATIONS[task]})"
     )

@@ -81,12 +81,17 @@ def evaluate(
     with_stream = getattr(sampler, "with_stream", None)
     source: Sampler = sampler if with_stream is None else with_stream(stream)
     like = next(learner.model.parameters())
-    # Blocks of one meta-batch: which tasks are drawn does not depend on how many are computed together.
-    blocks = next(n for n in range(1, tasks + 1) if tasks % n == 0 and tasks // n <= BLOCK)
+    # Blocks of one meta-batch, dealt as to processes: which tasks are drawn does not depend on how many are computed
+    # together. A number without a divisor of a fair size, such as a prime, is drawn whole and computed in parts.
+    fair = (n for n in range(1, tasks + 1) if tasks % n == 0 and BLOCK // 4 <= tasks // n <= BLOCK)
+    blocks = next(fair, 1)
     collected, metric = [], "loss"
     with _evaluation_mode(learner.model):
-        for rank in tqdm(range(blocks), desc="evaluate", unit="block", leave=False, disable=None):
-            batch = source.sample(0, tasks, rank=rank, world_size=blocks).to(like.device, like.dtype)
+        drawn = (source.sample(0, tasks, rank=rank, world_size=blocks) for rank in range(blocks))
+        parts = (b.part(start, start + BLOCK) for b in drawn for start in range(0, b.num_tasks, BLOCK))
+        total = blocks * -(-tasks // blocks // BLOCK)
+        for part in tqdm(parts, total=total, desc="evaluate", unit="block", leave=False, disable=None):
+            batch = part.to(like.device, like.dtype)
             values: dict[int, Tensor] = {}
             for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
                 if step not in steps:

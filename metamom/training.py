@@ -129,20 +129,20 @@ def train(
         >>> len(result.metrics)
         3
     """
-    for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}.")
-    if evaluate_every is not None and evaluate_every < 1:
-        raise ValueError(f"evaluate_every must be >= 1, or None for the end alone; got {evaluate_every}.")
+    operator = as_operator(bias)
+    check_plan(
+        learner,
+        sampler,
+        iterations=iterations,
+        meta_batch=meta_batch,
+        workers=workers,
+        bias=operator,
+        evaluate_every=evaluate_every,
+        evaluate_tasks=evaluate_tasks,
+        checkpoint_every=checkpoint_every,
+    )
     if (resume or tensorboard) and run_dir is None:
         raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
-    if workers < 1 or meta_batch % workers:
-        raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
-    if evaluate_tasks < 2:
-        raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
-    operator = as_operator(bias)
-    if operator is not None:
-        operator.wire_bytes(sum(p.numel() for p in learner.meta_parameters().values()))  # an operator too large says so
     if settings is None:
         settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=operator)
     parts = {"learner": learner, "optimizer": optimizer, **{f"scheduler{i}": s for i, s in enumerate(schedulers)}}
@@ -203,6 +203,42 @@ def train(
                     f"stopped after step {progress.done} of {iterations}; {kept}.", interrupts.caught
                 )
     return TrainResult(metrics, checked, resumed_from)
+
+
+def check_plan(
+    learner: MAML,
+    sampler: Sampler,
+    *,
+    iterations: int,
+    meta_batch: int,
+    workers: int,
+    bias: Bias,
+    evaluate_every: int | None,
+    evaluate_tasks: int,
+    checkpoint_every: int = 1,
+) -> None:
+    """Refuse what `train` could only refuse after it had begun; the arguments are `train`'s.
+
+    Raises:
+        ValueError: for an argument out of range, or arguments that do not fit each other.
+    """
+    for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}.")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be >= 1, or None for the end alone; got {evaluate_every}.")
+    if evaluate_tasks < 2:
+        raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
+    if workers < 1 or meta_batch % workers:
+        raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
+    families = getattr(sampler, "workers", workers)
+    if families != workers:
+        raise ValueError(
+            f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
+        )
+    operator = as_operator(bias)
+    if operator is not None:
+        operator.wire_bytes(sum(p.numel() for p in learner.meta_parameters().values()))  # an operator too large says so
 
 
 def describe(

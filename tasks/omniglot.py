@@ -82,7 +82,7 @@ class Omniglot(Episodes):
         self.split, self.image_size = split, check_count("image_size", image_size)
         self.characters = _of_alphabets(split, alphabets)
         self.alphabets = None if alphabets is None else list(alphabets)
-        self.described_rotations = rotations
+        self._rotations_argument = rotations
         images = _images(self.characters, root, self.image_size, download)
         super().__init__(
             images.flatten(0, 1).unsqueeze(1),
@@ -104,7 +104,7 @@ class Omniglot(Episodes):
             "shots": self.shots,
             "queries": self.queries,
             "image_size": self.image_size,
-            "rotations": self.described_rotations,
+            "rotations": self._rotations_argument,
             "seed": self.seed,
             "alphabets": self.alphabets,
         }

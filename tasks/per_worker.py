@@ -87,6 +87,11 @@ class PerWorker:
         joined = [_joined(name, [part[i] for part in parts]) for i, name in enumerate(TaskBatch._fields)]
         return TaskBatch._make(joined)
 
+    @property
+    def workers(self) -> int:
+        """n, the number of workers that it has a family for."""
+        return len(self.samplers)
+
     def with_stream(self, stream: str) -> Self:
         """The same with every member that has streams drawing from this one."""
         other = copy.copy(self)

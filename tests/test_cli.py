@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -461,7 +462,10 @@ def test_omniglot_trained_and_evaluated(metamom, trained_omniglot, data_root):
     said = metamom("evaluate", trained_omniglot, "--tasks", 10, "--steps", "0,1", "--json", *root)
     assert (said.code, said.err) == (0, "")
     assert list(json.loads(said.out)) == ["steps", "mean", "halfwidth", "tasks"]
-    table = metamom("evaluate", trained_omniglot, "--tasks", 10, "--steps", "1", "--split", "evaluation", *root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        table = metamom("evaluate", trained_omniglot, "--tasks", 10, "--steps", "1", "--split", "evaluation", *root)
+    assert table.err.startswith("metamom: warning: the learner was trained on split train, and evaluation shares")
     assert table.out.startswith("omniglot 3-way 1-shot, split evaluation, 10 tasks, trained for 2 iterations")
     seen = metamom("evaluate", trained_omniglot, "--tasks", 4, "--steps", "1", "--split", "validation", "--json", *root)
     assert json.loads(seen.out)["mean"] == [lines[-1]["validation"]]
@@ -660,3 +664,20 @@ def test_the_library_imports_neither_tasks_nor_experiments(path):
 def test_tasks_do_not_import_experiments():
     for path in (CHECKOUT / "tasks").glob("*.py"):
         assert not {n for n in imports(ast.parse(path.read_text(encoding="utf-8"))) if "experiments" in n}, path
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--evaluate-every", "0"],
+        ["--workers", "3"],
+        ["--jobs", "-1"],
+        ["--bias", "topk:99999"],
+        ["--evaluate-tasks", "1"],
+    ],
+)
+def test_a_comparison_refuses_before_it_begins(wrong, tmp_path, capsys):
+    there = tmp_path / "run"
+    assert cli.main(["compare", "sinusoid", "--iterations", "4", "--jobs", "2", *wrong, "--run-dir", str(there)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not there.exists()

@@ -33,7 +33,7 @@ from metamom.cli import main
 from metamom.interrupts import TrainingInterrupted
 from metamom.nets import SinusoidMLP
 from metamom.run_directory import read_config, read_metrics
-from metamom.tasks import Sinusoid
+from metamom.tasks import PerWorker, Sinusoid
 
 PATIENCE = 120  # seconds until a process that should have done something has hung
 TASKS = Sinusoid(shots=5, queries=5, seed=1)
@@ -917,3 +917,12 @@ def test_signal_to_a_real_process(number, tmp_path, capsys):
     assert main(["train", "sinusoid", "--iterations", total, "--run-dir", str(whole), *FLAGS]) == 0
     assert f"trained for {total} iterations" in capsys.readouterr().out
     assert_same_ending(run, whole)
+
+
+def test_a_family_for_each_worker_wants_as_many_workers():
+    families = PerWorker([Sinusoid(amplitude=(0.1, 1.0)), Sinusoid(amplitude=(4.0, 5.0))])
+    learner = MAML(SinusoidMLP((4,)), F.mse_loss)
+    optimizer = CompositeMomentum(learner.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match="for each of 2 workers: pass workers=2; got 4"):
+        train(learner, optimizer, families, iterations=1, meta_batch=8, workers=4)
+    train(learner, optimizer, families, iterations=1, meta_batch=8, workers=2)

@@ -19,7 +19,7 @@ from metamom.batch import Sampler, TaskBatch, block
 from metamom.interop.imports import import_learn2learn
 from metamom.maml import MAML, Estimator, LossFn
 
-__all__ = ["AsTaskset", "FromTaskset", "from_maml", "import_learn2learn"]
+__all__ = ["AsTaskset", "FromTaskset", "from_maml", "import_learn2learn", "seeded"]
 
 
 def from_maml(l2l_maml: Any, loss_fn: LossFn, inner_steps: int = 1) -> MAML:
@@ -89,12 +89,12 @@ class FromTaskset:
         return TaskBatch(*(torch.stack(field) for field in zip(*tasks, strict=True)))
 
     def _task(self, step: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with _seeded(f"{self.seed} {self.stream} {step} {index}"):
+        with seeded(f"{self.seed} {self.stream} {step} {index}"):
             which = random.randrange(len(self.taskset)) if self.taskset.num_tasks != -1 else None
             if which is None:
                 data, labels = self.taskset.sample()
         if which is not None:
-            with _seeded(f"{self.seed} {which}"):  # a task's first use fixes what it holds: the same whoever asks
+            with seeded(f"{self.seed} {which}"):  # a task's first use fixes what it holds: the same whoever asks
                 data, labels = self.taskset[which]
         return self._split(data, torch.as_tensor(labels))
 
@@ -182,8 +182,11 @@ def _alternate(support: Tensor, query: Tensor) -> Tensor:
 
 
 @contextmanager
-def _seeded(place: str) -> Iterator[None]:
-    """Seed the global generators that learn2learn draws from, and put them back."""
+def seeded(place: str) -> Iterator[None]:
+    """Seed the global generators that learn2learn draws from (Python's, NumPy's, torch's) by name; put them back after.
+
+    Its task transforms draw from the first, its networks' initial weights from the other two.
+    """
     number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "little")
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (it is what they draw from)
     random.seed(number)
