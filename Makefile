@@ -5,13 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 JOBS ?= auto
 
-.PHONY: help setup test test-slow lint demo wheel-check clean
+.PHONY: help setup test lint demo wheel-check clean
 
 help:
 	@echo "make setup        the .venv with everything pinned (about 2 minutes, once)"
 	@echo "make demo         train on sinusoids, momentum and plain meta-SGD; report in runs/demo/report.md"
 	@echo "make test         ruff, mypy and the test suite"
-	@echo "make test-slow    the tests that train for minutes"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, import every module"
 
 setup: $(STAMP)
@@ -33,10 +32,7 @@ lint: setup
 
 # One thread for each test process: the processes share the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 demo: setup
 	$(BIN)/metamom compare sinusoid --seeds 3 --betas 1,0.1 --lrs 0.03 --iterations 2000 --jobs 2 --run-dir runs/demo --resume

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ class BiasedAccumulator:
     workers is taken here: the loop need not divide by the number of tasks.
 
     Args:
-        params: the parameters, as an optimizer takes them (no groups). Those without ``requires_grad`` are passed
-            over; one that stands there twice, shared between modules, counts once.
+        params: the parameters, as an optimizer takes them (no groups). Those without ``requires_grad`` at this moment
+            are passed over; one that stands there twice, shared between modules, counts once.
         bias: the operator C on each worker's flattened gradient, or a function ``[d] -> [d]``; ``None`` for the mean
             alone. Where a parameter got no gradient from a worker, that part of it is zero.
         workers: n; if given, `finish` insists on exactly so many.
@@ -45,18 +46,31 @@ class BiasedAccumulator:
     """
 
     def __init__(self, params: Iterable[Tensor], bias: Bias = None, workers: int | None = None) -> None:
+        if isinstance(params, Tensor):
+            raise TypeError("BiasedAccumulator takes a list of parameters, such as model.parameters(); got one tensor.")
+        params = list(params)
+        odd = next((p for p in params if not isinstance(p, Tensor)), None)
+        if odd is not None:
+            raise TypeError(f"BiasedAccumulator takes parameters (no names, no groups); got a {type(odd).__name__}.")
         self.params = list({id(p): p for p in params if p.requires_grad}.values())
         if not self.params:
             raise ValueError("BiasedAccumulator needs at least one parameter that requires a gradient; got none.")
-        if workers is not None and workers < 1:
-            raise ValueError(f"the number of workers must be >= 1; got {workers}.")
+        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+            raise ValueError(f"the number of workers must be a whole number >= 1; got {workers}.")
         self.bias = as_operator(bias)
         self.workers = workers
+        for p in self.params:
+            p.register_hook(_watch(weakref.ref(self), p))  # type: ignore[no-untyped-call]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the step begun, as after an error in its middle. ``.grad`` is left alone: call ``zero_grad()`` too."""
         self._sums: dict[int, list[Tensor]] = {}  # worker -> its gradients, summed
         self._counts: dict[int, int] = {}
         self._touched = [False] * len(self.params)
         self._numbered: bool | None = None  # whether this step's adds name their workers
-        self._left: list[Tensor | None] = [None] * len(self.params)  # what the last `finish` left in .grad
+        self._arrived = False  # a backward pass since the last add
+        self._mixed = False  # one that found an earlier one's gradient still in .grad
 
     def add(self, worker: int | None = None) -> None:
         """Take what ``.grad`` holds as a gradient of ``worker``, and clear it.
@@ -65,26 +79,33 @@ class BiasedAccumulator:
             worker: 0 <= worker < n; ``None`` for a new worker of its own.
 
         Raises:
-            ValueError: if there is no gradient; if the last step's aggregate is still in ``.grad``; if only some
-                calls name their worker; if a worker is out of range, or there are more than ``workers``.
-            TypeError: for a sparse gradient.
+            ValueError: if there is no gradient; if a backward pass found a gradient that no `add` had taken, such as
+                the last step's; if only some calls name their worker; if a worker is out of range, or there are more
+                than ``workers``.
+            TypeError: for a sparse gradient, or a worker that is no whole number.
         """
-        if all(p.grad is None for p in self.params):
-            raise ValueError("add() found no gradient: call it after loss.backward(), once for each backward pass.")
-        if any(left is not None and p.grad is left for p, left in zip(self.params, self._left, strict=True)):
+        if self._mixed:
             raise ValueError(
-                "add() found the aggregate of the last step still in .grad, with this step's gradient added to it: "
-                "call optimizer.zero_grad() after each optimizer.step()."
+                "a backward pass found a gradient in .grad that no add() had taken, and added to it: call add() after "
+                "each loss.backward() (with worker= for the parts of one worker), and optimizer.zero_grad() after each "
+                "optimizer.step(). To go on, call zero_grad() and reset(), and do this step again."
             )
+        if not any(p.grad is not None and (self._arrived or bool(p.grad.any())) for p in self.params):
+            raise ValueError("add() found no gradient: call it after loss.backward(), once for each backward pass.")
         if any(p.grad is not None and p.grad.layout is not torch.strided for p in self.params):
             raise TypeError("BiasedAccumulator needs dense gradients; got a sparse one: use sparse=False.")
         if self._numbered not in (None, worker is not None):
             raise ValueError("either every add() of a step names its worker or none does; got both.")
+        if worker is not None and (isinstance(worker, bool) or not isinstance(worker, int)):
+            raise TypeError(f"worker is a whole number; got {worker!r}.")
         index = len(self._sums) if worker is None else worker
-        if index < 0 or (self.workers is not None and index >= self.workers):
+        if index < 0:
+            raise ValueError(f"worker must be >= 0; got {worker}.")
+        if self.workers is not None and index >= self.workers:
             count = "the number of add() calls" if worker is None else "worker"
             raise ValueError(f"{count} does not fit workers={self.workers}: got worker {index} (counted from 0).")
         self._numbered = worker is not None
+        self._arrived = False
         sums = self._sums.setdefault(index, [torch.zeros_like(p) for p in self.params])
         self._counts[index] = self._counts.get(index, 0) + 1
         for number, (p, total) in enumerate(zip(self.params, sums, strict=True)):
@@ -93,6 +114,7 @@ class BiasedAccumulator:
                 self._touched[number] = True
                 p.grad = None
 
+    @torch.no_grad()
     def finish(self) -> dict[str, float | int | None]:
         """Leave the aggregate in ``.grad``, and be ready for the next step.
 
@@ -103,7 +125,7 @@ class BiasedAccumulator:
             ValueError: if there was no `add`; if a gradient came after the last one; if the workers are not exactly
                 as many as asked for. Nothing is lost then: mend it and call again.
         """
-        if any(p.grad is not None for p in self.params):
+        if any(p.grad is not None and bool(p.grad.any()) for p in self.params):
             raise ValueError(
                 "finish() found a gradient in .grad that no add() took: call add() after each loss.backward(), and "
                 "optimizer.zero_grad() after each optimizer.step()."
@@ -123,7 +145,17 @@ class BiasedAccumulator:
         )
         for number, p in enumerate(self.params):
             p.grad = total[str(number)] if self._touched[number] else None
-        self._left = [p.grad for p in self.params]
-        self._sums, self._counts, self._numbered = {}, {}, None
-        self._touched = [False] * len(self.params)
+        self.reset()
         return report
+
+
+def _watch(owner: weakref.ref[BiasedAccumulator], p: Tensor) -> Callable[[Tensor], None]:
+    """A hook that runs before a backward pass adds to ``p.grad``."""
+
+    def hook(gradient: Tensor) -> None:
+        accumulator = owner()
+        if accumulator is not None:
+            accumulator._arrived = True
+            accumulator._mixed |= p.grad is not None and bool(p.grad.any())
+
+    return hook

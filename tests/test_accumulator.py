@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ def gradient(vector: torch.Tensor, params: list[nn.Parameter]) -> None:
     sum((p.flatten() @ piece for p, piece in zip(params, pieces, strict=True)), start=torch.zeros(())).backward()
 
 
+@settings(deadline=None)
 @given(
     gradients=st.lists(st.lists(st.floats(-10, 10), min_size=5, max_size=5), min_size=1, max_size=6),
     bias=st.sampled_from([None, TopK(2), Clip(1.0), lambda g: g.sign()]),
@@ -114,15 +115,42 @@ def test_a_forgotten_add_is_told_apart_from_a_forgotten_backward(w):
     assert torch.equal(w.grad, torch.ones(3))
 
 
+def test_a_forgotten_add_in_the_middle(w):
+    accumulator = BiasedAccumulator([w])
+    w.sum().backward()
+    w.sum().backward()
+    with pytest.raises(ValueError, match=r"no add\(\) had taken"):
+        accumulator.add()
+    w.grad = None
+    accumulator.reset()
+    w.sum().backward()
+    accumulator.add()
+    accumulator.finish()
+    assert torch.equal(w.grad, torch.ones(3))
+
+
+def test_zeroed_gradients_are_no_leftovers(w):
+    accumulator = BiasedAccumulator([w])
+    for _ in range(2):
+        w.sum().backward()
+        accumulator.add()
+        accumulator.finish()
+        assert torch.equal(w.grad, torch.ones(3))
+        torch.optim.SGD([w], lr=0.1).zero_grad(set_to_none=False)
+    with pytest.raises(ValueError, match="found no gradient"):
+        accumulator.add()
+
+
 def test_gradients_left_behind_by_the_last_step(w):
     accumulator = BiasedAccumulator([w])
     w.sum().backward()
     accumulator.add()
     accumulator.finish()
     w.sum().backward()  # no zero_grad: adds to the aggregate
-    with pytest.raises(ValueError, match=r"the aggregate of the last step still in .grad"):
+    with pytest.raises(ValueError, match=r"no add\(\) had taken"):
         accumulator.add()
     w.grad = None
+    accumulator.reset()
     w.sum().backward()
     accumulator.add()
     accumulator.finish()
@@ -154,8 +182,12 @@ def test_too_many_unnamed_workers(w):
     ("arguments", "error", "message"),
     [
         ({"params": []}, ValueError, "at least one parameter"),
-        ({"workers": 0}, ValueError, "must be >= 1; got 0"),
+        ({"workers": 0}, ValueError, "whole number >= 1; got 0"),
         ({"bias": 3}, TypeError, "operator or a function"),
+        ({"bias": Clip}, TypeError, "got the class Clip itself"),
+        ({"params": torch.nn.Parameter(torch.ones(2, 2))}, TypeError, "got one tensor"),
+        ({"params": [{"params": []}]}, TypeError, "got a dict"),
+        ({"workers": 2.5}, ValueError, "whole number"),
     ],
 )
 def test_bad_arguments(w, arguments, error, message):

@@ -101,4 +101,6 @@ def as_operator(bias: Bias) -> BiasOperator | None:
     Raises:
         TypeError: if it is neither an operator nor a function.
     """
+    if isinstance(bias, type):
+        raise TypeError(f"a bias is an operator, such as {bias.__name__}(...); got the class {bias.__name__} itself.")
     return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)

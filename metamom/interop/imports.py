@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 import warnings
 from types import ModuleType
@@ -19,7 +20,7 @@ _declared: list[torch.library.Library] = []  # a library's operators go when the
 
 def install_command() -> str:
     """The command that installs learn2learn for this Python."""
-    command = f"{sys.executable} -m pip install learn2learn==0.2.0"
+    command = f"{shlex.quote(sys.executable)} -m pip install learn2learn==0.2.0"
     if sys.version_info >= (3, 11):  # its C files come from an old Cython and must be generated anew (its issue 413)
         command += ' --config-settings="--build-option=build_ext"'
     return command

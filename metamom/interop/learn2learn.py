@@ -52,7 +52,8 @@ class FromTaskset:
 
     Each task is drawn with Python's, NumPy's and torch's generators seeded from this sampler's seed and the task's
     place, and put back afterwards, since learn2learn's transforms draw from them; so tasks depend on seed, step and
-    index alone, as metamom's own do. A taskset of finitely many tasks is drawn from with replacement.
+    index alone, as metamom's own do. A taskset
+    of finitely many tasks is drawn from with replacement, and keeps what it already gave elsewhere.
 
     Args:
         taskset: its tasks must hold ``shots + queries`` samples of every class (``NWays``, ``KShots``, ``LoadData``,
