@@ -32,8 +32,9 @@ class DivergedError(ArithmeticError):
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(
-            f"{what} is not finite at step {step}. Try a smaller lr, a smaller inner_lr, bias=Clip(...) (--bias clip:1) on the "
-            "gradients, or float64; the last good checkpoint, if the run has a directory, is as it was."
+            f"{what} is not finite at step {step}. Try a smaller lr, a smaller inner_lr, clipped gradients "
+            "(bias=Clip(1.0), --bias clip:1), or float64; the last good checkpoint, if the run has a directory, is as "
+            "it was."
         )
         self.step = step
 
