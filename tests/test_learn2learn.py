@@ -196,6 +196,16 @@ def test_tasks_in_any_order_with_other_counts():
         FromTaskset(taskset(k=4), shots=1, queries=1).sample(0, 1)
     with pytest.raises(TypeError, match="got list"):
         FromTaskset([], shots=1, queries=1)
+    data = l2l.data.MetaDataset(TensorDataset(*images(classes=4, each=2, side=2)))
+    bare = l2l.data.Taskset(data, task_transforms=[l2l.data.transforms.NWays(data, n=2)])
+    with pytest.raises(ValueError, match="Put LoadData among"):
+        FromTaskset(bare, shots=1, queries=1).sample(0, 1)
+
+
+def test_a_taskset_tells_how_it_is_drawn_from():
+    one, other = (FromTaskset(taskset(5), shots=1, queries=1, seed=seed).describe() for seed in (0, 1))
+    assert one != other
+    assert one["num_tasks"] == 5
 
 
 def test_drawing_leaves_the_global_generators_alone():

@@ -92,12 +92,25 @@ class FromTaskset:
     def _task(self, step: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with seeded(f"{self.seed} {self.stream} {step} {index}"):
             which = random.randrange(len(self.taskset)) if self.taskset.num_tasks != -1 else None
-            if which is None:
-                data, labels = self.taskset.sample()
+            task = self.taskset.sample() if which is None else None
         if which is not None:
             with seeded(f"{self.seed} {which}"):  # a task's first use fixes what it holds: the same whoever asks
-                data, labels = self.taskset[which]
-        return self._split(data, torch.as_tensor(labels))
+                task = self.taskset[which]
+        if not isinstance(task, (tuple, list)) or len(task) != 2:
+            raise ValueError(
+                f"a task must be (data, labels); got a {type(task).__name__}. Put LoadData among the transforms."
+            )
+        return self._split(task[0], torch.as_tensor(task[1]))
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this sampler from others, as JSON values; of the taskset's data it knows nothing."""
+        return {
+            "family": "FromTaskset",
+            "shots": self.shots,
+            "queries": self.queries,
+            "num_tasks": self.taskset.num_tasks,
+            "seed": self.seed,
+        }
 
     def _split(self, data: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         classes, per_class = torch.unique(labels), self.shots + self.queries
