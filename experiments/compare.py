@@ -143,17 +143,22 @@ def compare(
     with RunDirectory(run_dir, asdict(comparison), resume=resume) as run:
         run.write_config()
         recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]
+        reused = sum((_place(recipe, run.path) / "outcome.json").exists() for recipe in recipes)
         calls = [(comparison, recipe, run.path, root) for recipe in recipes]
         if jobs > 1:
             run_in_processes(_run, calls, jobs, "compare")
         outcomes = [_run(*call) for call in calls]  # where processes did them, they are read from disk
-        return write_report(comparison, outcomes, run.path)
+        return write_report(comparison, outcomes, run.path, reused)
+
+
+def _place(recipe: Recipe, run_dir: Path) -> Path:
+    name = f"beta{recipe.beta:g}-{recipe.first_step}_lr{recipe.lr:g}_seed{recipe.seed}"
+    return run_dir / "runs" / name
 
 
 def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None) -> Outcome:
     """One run and its final evaluation; read from disk where it is finished already."""
-    name = f"beta{recipe.beta:g}-{recipe.first_step}_lr{recipe.lr:g}_seed{recipe.seed}"
-    path = run_dir / "runs" / name
+    path = _place(recipe, run_dir)
     ending = path / "outcome.json"
     if not ending.exists():
         learner = recipe.learner()
@@ -175,7 +180,7 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
                 checkpoint_every=comparison.evaluate_every,
                 keep_checkpoints=1,
                 settings=recipe.settings(),
-                label=name,
+                label=path.name,
             )
         except DivergedError as error:
             end = {"diverged": error.step, "test": None, "halfwidth": None}

@@ -60,8 +60,8 @@ class Arm(NamedTuple):
         return float(np.mean([o.curve[-1][1] if o.diverged is None else np.nan for o in self.outcomes]))
 
 
-def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Path) -> Path:
-    """Write ``report.md`` and ``figures/*.png``.
+def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Path, reused: int = 0) -> Path:
+    """Write ``report.md`` and ``figures/*.png``; ``reused`` of the runs were finished before this call.
 
     Returns:
         The path of ``report.md``.
@@ -104,6 +104,11 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         ]
     lines += ["", *_differences(best, comparison, scale), "## Figures", ""]
     lines += [f"![{caption}](figures/{name}.png)\n\n{caption}\n" for name, caption in pictures]
+    if reused:
+        lines += [
+            f"{reused} of {len(outcomes)} runs were finished before, and not done again.",
+            "",
+        ]
     env = environment()
     lines += [
         f"metamom {env['metamom']}, torch {env['torch']}, Python {env['python']}, {env['platform']}, "
