@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -47,6 +47,7 @@ class Config:
     momentum_lr: float = 0.3
     momentum_beta: float = 0.1
     test_tasks: int = 1000
+    dtype: Literal["float32", "float64"] = "float32"
     seed: int = 0
 
 
@@ -64,7 +65,7 @@ def learner_and_optimizer(config: Config, optimizer: str) -> tuple[Any, Optimize
     """The example's learner around its network, from the seed's weights, and one of the two optimizers."""
     l2l = import_learn2learn()
     with seeded(f"initial weights {config.seed}"):
-        model = l2l.vision.models.OmniglotFC(28**2, config.ways)
+        model = l2l.vision.models.OmniglotFC(28**2, config.ways).to(dtype=getattr(torch, config.dtype))
     learner = l2l.algorithms.MAML(model, lr=config.inner_lr, first_order=False)
     if optimizer == "Adam":
         return learner, Adam(learner.parameters(), lr=config.adam_lr)
@@ -93,7 +94,8 @@ def _their_step(config: Config, learner: Any, optimizer: Optimizer, sampler: Omn
     def meta_batch(k: int) -> Iterator[Any]:
         for i in range(config.meta_batch):
             one = _OneOf(sampler, k, config.meta_batch, i)
-            yield split_task(*AsTaskset(one)[0], config.shots, config.ways)
+            data, labels = AsTaskset(one)[0]
+            yield split_task(data.to(getattr(torch, config.dtype)), labels, config.shots, config.ways)
 
     return lambda k: meta_iteration(learner, optimizer, meta_batch(k), F.cross_entropy, config.inner_steps)
 
@@ -101,7 +103,7 @@ def _their_step(config: Config, learner: Any, optimizer: Optimizer, sampler: Omn
 def _our_step(config: Config, learner: Any, optimizer: Optimizer, sampler: Omniglot) -> Step:
     def step(k: int) -> None:
         optimizer.zero_grad()
-        learner.backward(sampler.sample(k, config.meta_batch))
+        learner.backward(sampler.sample(k, config.meta_batch).to(dtype=getattr(torch, config.dtype)))
         optimizer.step()
 
     return step
@@ -137,8 +139,8 @@ def report(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> str:
         "",
         f"{config.ways}-way {config.shots}-shot, {config.iterations:,} iterations of {config.meta_batch} tasks, "
         f"{config.inner_steps} inner step of {config.inner_lr}; Adam {config.adam_lr}, CompositeMomentum γ = "
-        f"{config.momentum_lr}, β = {config.momentum_beta}; seed {config.seed}, {config.test_tasks:,} test tasks, "
-        "± is the 95 % interval over them; statistics of the batch at hand.",
+        f"{config.momentum_lr}, β = {config.momentum_beta}; seed {config.seed}, {config.dtype}, "
+        f"{config.test_tasks:,} test tasks, ± is the 95 % interval over them; statistics of the batch at hand.",
         "",
         *rows,
         "",
@@ -159,10 +161,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--momentum-lr", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--data-root")
     parser.add_argument("--run-dir", default="runs/learn2learn")
     arguments = parser.parse_args()
-    config = Config(arguments.iterations, momentum_lr=arguments.momentum_lr, seed=arguments.seed)
+    config = Config(arguments.iterations, momentum_lr=arguments.momentum_lr, seed=arguments.seed, dtype=arguments.dtype)
     with RunDirectory(arguments.run_dir, asdict(config)) as directory:
         directory.write_config()
         outcomes = {
