@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from metamom.bias import BiasOperator, Identity, parse
+from metamom.chunks import ChunkSize
+from metamom.compiled import CompileMode
 from metamom.maml import MAML, Estimator
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum, FirstStep
@@ -24,7 +26,8 @@ Task = Literal["sinusoid", "omniglot"]
 OptimizerName = Literal["momentum", "sgd", "adam", "rmsprop"]
 TASKS: tuple[Task, ...] = ("sinusoid", "omniglot")
 OPTIMIZERS: tuple[OptimizerName, ...] = ("momentum", "sgd", "adam", "rmsprop")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# of the weights; bfloat16 is for matrix products alone, and leaves the weights in float32
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Recipe:
     estimator: Estimator = "exact"
     learn_inner_lr: LearnInnerLR = False
     adapt: tuple[str, ...] | None = None
-    chunk_size: int | None = None
-    compile: bool = False
+    chunk_size: ChunkSize = None
+    compile: CompileMode = False
     optimizer: OptimizerName = "momentum"
     lr: float | None = None
     beta: float = 0.1
@@ -154,6 +157,7 @@ class Recipe:
             adapt=self.adapt,
             chunk_size=self.chunk_size,
             compile=self.compile,
+            autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
         )
 
     def make_optimizer(self, learner: MAML) -> Optimizer:

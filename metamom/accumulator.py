@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from metamom.aggregate import aggregate
+from metamom.aggregate import aggregate, flatten, unflatten
 from metamom.bias import Bias, as_operator
 
 
@@ -140,11 +140,11 @@ class BiasedAccumulator:
             )
         order = sorted(self._sums)
         means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
-        total, report = aggregate(
-            {str(k): torch.stack(parts) for k, parts in enumerate(zip(*means, strict=True))}, self.bias
-        )
+        rows = {str(k): torch.stack(parts) for k, parts in enumerate(zip(*means, strict=True))}
+        total, report = aggregate(flatten(rows), self.bias)
+        grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
         for number, p in enumerate(self.params):
-            p.grad = total[str(number)] if self._touched[number] else None
+            p.grad = grads[str(number)] if self._touched[number] else None
         self.reset()
         return report
 

@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from metamom.bias import Bias, as_operator
 
 
-def flatten(grads: dict[str, Tensor]) -> Tensor:
+def flatten(grads: Mapping[str, Tensor]) -> Tensor:
     """Each worker's gradient as one vector: ``{name: [n, *shape]} -> [n, d]``, tensors in the order of the dict."""
     return torch.cat([g.reshape(g.shape[0], g[0].numel()) for g in grads.values()], dim=1)
 
 
-def unflatten(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One vector ``[d]`` cut back into tensors, shaped as a worker's in ``like: {name: [n, *shape]}``."""
-    pieces = torch.split(vector, [g[0].numel() for g in like.values()])
-    return {name: piece.view(g.shape[1:]).to(g.dtype) for (name, g), piece in zip(like.items(), pieces, strict=True)}
+def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors ``[..., d]`` cut into tensors ``{name: [..., *shape]}``, of the shapes and dtypes of ``like``."""
+    pieces = torch.split(vectors, [w.numel() for w in like.values()], dim=-1)
+    lead = vectors.shape[:-1]
+    cut = {n: piece.view((*lead, *w.shape)) for (n, w), piece in zip(like.items(), pieces, strict=True)}
+    return {n: v if v.dtype is like[n].dtype else v.to(like[n].dtype) for n, v in cut.items()}
 
 
-def aggregate(grads: dict[str, Tensor], bias: Bias = None) -> tuple[dict[str, Tensor], dict[str, float | int | None]]:
+def aggregate(grads: Tensor, bias: Bias = None) -> tuple[Tensor, dict[str, float | int | None]]:
     """The mean of the workers' gradients, each after its operator: ``g = 1/n sum_i C(g_i)``.
 
     Args:
-        grads: ``{name: [n, *shape]}``.
-        bias: the operator C on flattened gradients ``[n, d]``, or a function ``[d] -> [d]``; ``None`` for the plain
-            mean.
+        grads: ``[n, d]``, each worker's flattened gradient.
+        bias: the operator C on ``[n, d]``, or a function ``[d] -> [d]``; ``None`` for the plain mean.
 
     Returns:
-        ``({name: [*shape]}, report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
+        ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
         `metamom.maml.Backward` explains them.
 
     Reference:
         arXiv 2403.00853, the server's averaging.
     """
-    flat = flatten(grads)
-    workers, d = flat.shape
-    mean = flat.mean(0)
+    workers, d = grads.shape
+    mean = grads.mean(0) if workers > 1 else grads[0]
     operator = as_operator(bias)
     if operator is None:
-        total, error, wire = mean, 0.0, d * flat.element_size()
+        total, error, wire = mean, 0.0, d * grads.element_size()
     else:
-        total = operator(flat).mean(0)
+        total = operator(grads).mean(0)
         norm = float(mean.norm())
         error = float((total - mean).norm()) / norm if norm else 0.0
-        wire = operator.wire_bytes(d, flat.element_size())
+        wire = operator.wire_bytes(d, grads.element_size())
     report: dict[str, float | int | None] = {
         "grad_norm": float(total.norm()),
         "bias_error": error,
         "wire_bytes": workers * wire,
     }
-    return unflatten(total, grads), report
+    return total, report

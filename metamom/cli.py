@@ -288,9 +288,19 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
         metavar="NAMES",
         help="parameters or modules that adapt, such as head for ANIL (default: all)",
     )
-    parser.add_argument("--chunk-size", type=int, help="tasks computed at a time (default: all)")
     parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the meta-gradient with torch.compile"
+        "--chunk-size",
+        type=_chunk_size,
+        metavar="N",
+        help="tasks computed at a time, or auto: as many as fit into 512 MiB (default: all)",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        type=_compile_mode,
+        metavar="auto",
+        help="compile the meta-gradient; with auto only in runs long enough to win the time back",
     )
     parser.add_argument("--workers", type=int, help="workers that the tasks are dealt to (default: 1)")
     parser.add_argument(
@@ -299,7 +309,11 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
         help="operator on each worker's gradient: none, topk:K, topk:P%%, clip:TAU (default: none)",
     )
     parser.add_argument("--aggregate", choices=("mean",), help="how the server aggregates (default: mean)")
-    parser.add_argument("--dtype", choices=("float32", "float64"), help="(default: float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16"),
+        help="bfloat16 is for matrix products alone, summed in float32 (default: float32)",
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
@@ -355,6 +369,19 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"wanted numbers with commas between, such as 1,0.1; got {text!r}") from None
+
+
+def _chunk_size(text: str) -> int | str:
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto; got {text!r}") from None
+
+
+def _compile_mode(text: str) -> str:
+    if text != "auto":
+        raise argparse.ArgumentTypeError(f"wanted auto, or nothing after --compile; got {text!r}")
+    return text
 
 
 def _names(text: str) -> tuple[str, ...]:

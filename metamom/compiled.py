@@ -1,59 +1,197 @@
-"""A meta-gradient as one compiled graph."""
+"""A meta-gradient as one compiled graph, and the decision whether compiling pays."""
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import time
+import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch._inductor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from metamom import kernels
+from metamom.kernels.build import CompilerError, find_compiler
+
+CompileMode = bool | Literal["auto"]
+
+# What "auto" reckons with. A compiled meta-gradient was 2.6 (Conv4) to 10 times (an MLP) as fast as an eager one on
+# two cores; docs/performance.md has the measurements.
+SPEED_UP = 2.5
+FIRST_CALLS = 3  # watched before deciding
+
+
+def check_compiler(device: torch.device) -> None:
+    """Make sure that graphs can be compiled for ``device``.
+
+    Raises:
+        CompilerError: saying what is missing.
+    """
+    if device.type == "cpu":
+        find_compiler()
+    elif importlib.util.find_spec("triton") is None:
+        raise CompilerError(f"compiling for {device.type} needs Triton (pip install triton), or run without compiling.")
+
+
+@dataclass
+class _Eager:
+    """What "auto" knows of calls that it has not compiled: how many, and the time of all but the first."""
+
+    calls: int = 0
+    seconds: float = 0.0
 
 
 class Compiled:
     """A function of tensors that takes derivatives inside, compiled whole, once for each shape of its arguments.
 
     `torch.compile` cannot differentiate twice through a graph of its own, so the function is first traced to the
-    operators that its derivatives come down to (`make_fx`), and that derivative-free graph is compiled.
+    operators that its derivatives come down to (`make_fx`), and that derivative-free graph goes to TorchInductor,
+    with metamom's own kernels in it on a CPU.
 
     Args:
-        function: of nested containers of tensors and numbers; numbers are compiled in as they are. Tensors that are
-            not among its arguments may change their values between calls, but not their shapes.
+        function: of tensors, numbers and dicts of tensors, to a tuple of tensors. Numbers are compiled in as they
+            are, the keys of dicts must stay the same. Tensors that are not among its arguments may change their
+            values between calls, but not their shapes.
         settings: what else the function's course depends on; it is compiled anew for each value that this returns.
+        mode: ``True`` compiles at the first call. ``"auto"`` runs the function as it is until compiling pays: until
+            the calls to come (`expected`, where it was told, else as many as there have been) would save more time
+            than compiling takes; where there is no compiler it warns once and never compiles.
+        cost: the seconds that compiling once takes, roughly; for ``"auto"``.
+
+    Raises:
+        CompilerError: at the first call, where there is no compiler and ``mode`` is true.
     """
 
-    def __init__(self, function: Callable[..., Any], settings: Callable[[], Hashable]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        settings: Callable[[], Hashable],
+        mode: CompileMode,
+        cost: float,
+    ) -> None:
         self.function = function
         self.settings = settings
-        self.graphs: dict[Any, tuple[Callable[..., Any], pytree.TreeSpec]] = {}
+        self.mode = mode
+        self.cost = cost
+        self.expected: int | None = None
+        self.graphs: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+        self.eager: dict[Any, _Eager] = {}
 
-    def __call__(self, *args: Any) -> Any:
-        """The function's value, compiled at the first call with these shapes, dtypes, devices and numbers."""
-        leaves, spec = pytree.tree_flatten(args)
-        tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (
-            self.settings(),
-            str(spec),
-            *((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves),
-        )
-        if key not in self.graphs:
-            self.graphs[key] = self._compile(leaves, spec, tensors)
-        graph, out_spec = self.graphs[key]
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """The function's value."""
+        leaves: list[Any] = []
+        for arg in args:
+            leaves.extend(arg.values()) if isinstance(arg, dict) else leaves.append(arg)
+        key = (self.settings(), *[_kind(leaf) for leaf in leaves])
+        graph = self.graphs.get(key)
+        if graph is None:
+            if self.mode == "auto" and not self._pays(key):
+                return self._timed(key, args)
+            try:
+                graph = self.graphs[key] = self._compile(args)
+            except CompilerError as error:
+                if self.mode != "auto":
+                    raise
+                warnings.warn(f'compile="auto" goes on without compiling: {error}', stacklevel=2)
+                self.cost = math.inf
+                return self._timed(key, args)
         with torch.no_grad():
-            return pytree.tree_unflatten(graph(*tensors), out_spec)
+            return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
-    def _compile(
-        self, leaves: list[Any], spec: pytree.TreeSpec, tensors: list[Tensor]
-    ) -> tuple[Callable[..., Any], pytree.TreeSpec]:
-        out_spec: list[pytree.TreeSpec] = []
+    def _pays(self, key: Any) -> bool:
+        """Whether the calls to come would save more time than compiling takes."""
+        watched = self.eager.setdefault(key, _Eager())
+        if watched.calls < FIRST_CALLS:
+            return False
+        each = watched.seconds / (watched.calls - 1)
+        to_come = watched.calls if self.expected is None else self.expected
+        return to_come * each * (1 - 1 / SPEED_UP) > self.cost
 
-        def flat(*given: Tensor) -> list[Any]:
+    def _timed(self, key: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        watched = self.eager[key]
+        began = time.perf_counter()
+        result = self.function(*args)
+        if watched.calls > 0:
+            watched.seconds += time.perf_counter() - began
+        watched.calls += 1
+        return result
+
+    def _compile(self, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        leaves, spec = pytree.tree_flatten(args)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        check_compiler(tensors[0].device)
+
+        def flat(*given: Tensor) -> tuple[Tensor, ...]:
             rest = iter(given)
-            args = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
-            outputs, tree = pytree.tree_flatten(self.function(*args))
-            out_spec.append(tree)
-            return outputs
+            return self.function(
+                *pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+            )
 
-        graph = make_fx(flat)(*tensors)
-        return torch.compile(graph, fullgraph=True, dynamic=False), out_spec[0]
+        with kernels.native(tensors[0].device):
+            graph = make_fx(flat)(*tensors)
+        join_products(graph)
+        with torch.no_grad():
+            compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors))
+        return compiled
+
+
+def _kind(leaf: Any) -> Hashable:
+    """What a compiled graph depends on: all of a number, everything but the values of a tensor."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    hashable: Hashable = leaf
+    return hashable
+
+
+def join_products(graph: fx.GraphModule) -> int:
+    """Make ``a @ b + c @ d``, where its result is large against the factors, one product: ``[a c] @ [b; d]``.
+
+    Two products of small inner dimension are bound by writing their results, which the sum then reads again.
+
+    Returns:
+        How many pairs were joined.
+    """
+    nodes, joined = graph.graph, 0
+    for total in list(nodes.nodes):
+        if total.target is not torch.ops.aten.add.Tensor or len(total.args) != 2 or total.kwargs:
+            continue
+        left, right = (_product_behind(term) for term in total.args)
+        if left is None or right is None or left is right:
+            continue
+        (a, b), (c, d) = left.args, right.args
+        (_, rows, inner), columns = _shape(a), _shape(b)[2]
+        inner += _shape(c)[2]
+        if _shape(c)[1] != rows or _shape(d)[2] != columns or rows * columns < inner * (rows + columns):
+            continue
+        with nodes.inserting_before(total):
+            wide = nodes.call_function(torch.ops.aten.cat.default, ([a, c], 2))
+            tall = nodes.call_function(torch.ops.aten.cat.default, ([b, d], 1))
+            product = nodes.call_function(torch.ops.aten.bmm.default, (wide, tall))
+            shaped = nodes.call_function(torch.ops.aten.view.default, (product, list(_shape(total))))
+        total.replace_all_uses_with(shaped)
+        joined += 1
+    nodes.eliminate_dead_code()
+    graph.recompile()
+    return joined
+
+
+def _product_behind(node: Any) -> fx.Node | None:
+    """The batched product that a node is a view of, if nothing else uses it."""
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if node.target is torch.ops.aten.bmm.default:
+            return node
+        if node.target not in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            return None
+        node = node.args[0]
+    return None
+
+
+def _shape(node: Any) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape

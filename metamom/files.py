@@ -1,10 +1,18 @@
-"""Writing files so that a reader sees the old one or the new one, never a part."""
+"""Where files are kept for a user, and writing them so that a reader sees the old one or the new one, never a part."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+
+def cache_folder() -> Path:
+    """``$METAMOM_CACHE``, else the per-user cache folder."""
+    named = os.environ.get("METAMOM_CACHE")
+    return Path(named).expanduser() if named else Path(user_cache_dir("metamom", appauthor=False))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -10,16 +10,17 @@ pass leaves each worker's gradient there and no gradient per task is ever stored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metamom.aggregate import aggregate
+from metamom.aggregate import aggregate, flatten, unflatten
 from metamom.batch import TaskBatch, block
 from metamom.bias import Bias
-from metamom.compiled import Compiled
+from metamom.chunks import ChunkSize, spans, tasks_within_budget
+from metamom.compiled import Compiled, CompileMode, check_compiler
 from metamom.metrics import accuracy
 from metamom.step_sizes import LearnInnerLR, StepSizes
 from metamom.vmap_errors import check_model, explained, unchanged
@@ -28,6 +29,9 @@ Params = dict[str, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Estimator = Literal["exact", "first-order"]
 ESTIMATORS: tuple[Estimator, ...] = ("exact", "first-order")
+
+# Seconds that compiling takes for each layer and each pass through the model, measured on two cores.
+COMPILE_SECONDS = 2.0
 
 
 class MetaGradient(NamedTuple):
@@ -84,11 +88,17 @@ class MAML(nn.Module):
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters the inner steps move: names of parameters or of modules, or a predicate on a
             parameter's name; all trainable ones by default. ANIL is ``adapt=["head"]``.
-        chunk_size: compute at most so many tasks at a time; bounds the memory, not the result.
-        compile: compile the whole meta-gradient with `torch.compile`, once for each shape of batch.
+        chunk_size: compute at most so many tasks at a time; bounds the memory, not the result. ``"auto"`` measures
+            what a task needs and keeps the peak within 512 MiB on a CPU, within half of what is free on a GPU.
+        compile: compile the whole meta-gradient, once for each shape of batch; ``"auto"`` does so only once it pays
+            (see `expect`), and goes on without it, with one warning, where there is no compiler.
+        autocast: dtype of the model's matrix products and convolutions, `torch.bfloat16`, which accumulate in
+            float32; weights, gradients, normalisation and losses stay as they are. It costs accuracy: about 1 % of
+            a meta-gradient's norm. Worth its name only on hardware that multiplies in bfloat16.
 
     Raises:
-        ValueError: for an option out of range, an unknown parameter name, or a model with running statistics.
+        ValueError: for an option out of range, an unknown parameter name, a model with running statistics, or
+            ``compile=True`` where there is no compiler.
 
     Example:
         >>> from torch.nn import functional as F
@@ -112,16 +122,23 @@ class MAML(nn.Module):
         estimator: Estimator = "exact",
         learn_inner_lr: LearnInnerLR = False,
         adapt: Iterable[str] | Callable[[str], bool] | None = None,
-        chunk_size: int | None = None,
-        compile: bool = False,
+        chunk_size: ChunkSize = None,
+        compile: CompileMode = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if inner_steps < 1:
             raise ValueError(f"inner_steps must be >= 1; got {inner_steps}.")
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}.")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is a number of tasks >= 1, or None for all at once; got {chunk_size}.")
+        if chunk_size not in (None, "auto") and (isinstance(chunk_size, str) or chunk_size < 1):
+            raise ValueError(
+                f'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}.'
+            )
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be torch.bfloat16 or None; got {autocast!r}.")
         check_model(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model = model
@@ -129,11 +146,18 @@ class MAML(nn.Module):
         self.inner_steps = inner_steps
         self.estimator = estimator
         self.chunk_size = chunk_size
+        self.autocast = autocast
         self.adapted = _selected(adapt, trainable)
         self.step_sizes = StepSizes(inner_lr, {name: trainable[name] for name in self.adapted}, learn_inner_lr)
-        self._gradient: Callable[..., tuple[Params, Tensor, Tensor]] = self._gradient_of_chunk
+        self._gradient: Callable[..., tuple[Tensor, ...]] = self._gradient_of_chunk
+        self._expected: int | None = None
+        self._budgets: dict[Hashable, int] = {}
         if compile:
-            self._gradient = Compiled(self._gradient_of_chunk, self._settings)
+            if compile is True:
+                check_compiler(next(model.parameters()).device)
+            layers = sum(not list(module.children()) for module in model.modules())
+            cost = COMPILE_SECONDS * layers * (inner_steps + 1)
+            self._gradient = Compiled(self._gradient_of_chunk, self._settings, compile, cost)
 
     def describe(self) -> dict[str, Any]:
         """The options that make this learner again, as JSON values."""
@@ -143,6 +167,13 @@ class MAML(nn.Module):
             "estimator": self.estimator,
             "adapt": list(self.adapted),
         }
+
+    def expect(self, iterations: int) -> None:
+        """Tell how many meta-gradients are still to come: what ``compile="auto"`` decides by; `metamom.train` does.
+
+        Without it, ``"auto"`` reckons with as many to come as there have been.
+        """
+        self._expected = iterations
 
     def meta_parameters(self) -> Params:
         """What meta-gradients are taken for, by name: the model's trainable parameters and learned step sizes.
@@ -184,8 +215,8 @@ class MAML(nn.Module):
         Differentiable in the meta-parameters where gradients are enabled.
         """
         rows = self._one_row()
-        spans = _spans(batch.num_tasks, self.chunk_size, batch.num_tasks)
-        return torch.cat([self._episodes(rows, batch.part(start, stop))[0] for start, stop in spans])
+        parts = spans(batch.num_tasks, self._chunk_size(batch), batch.num_tasks)
+        return torch.cat([self._episodes(rows, batch.part(start, stop))[0] for start, stop in parts])
 
     def meta_gradient(self, batch: TaskBatch, workers: int = 1) -> MetaGradient:
         """Each worker's composite meta-gradient, the mean over its own tasks.
@@ -203,8 +234,9 @@ class MAML(nn.Module):
         Raises:
             ValueError: if n does not divide T, or the model cannot run under per-task weights.
         """
-        grads, losses, _ = self._meta_gradient(batch, workers)
-        return MetaGradient(grads, losses)
+        weights = self.meta_parameters()
+        grads, losses, _ = self._meta_gradient(weights, batch, workers)
+        return MetaGradient(unflatten(grads, weights), losses)
 
     def backward(self, batch: TaskBatch, *, workers: int = 1, bias: Bias = None) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
@@ -221,39 +253,60 @@ class MAML(nn.Module):
         Raises:
             ValueError: as `meta_gradient`; and by the operator.
         """
-        grads, losses, predictions = self._meta_gradient(batch, workers)
+        weights = self.meta_parameters()
+        grads, losses, predictions = self._meta_gradient(weights, batch, workers)
         total, report = aggregate(grads, bias)
-        for name, parameter in self.meta_parameters().items():
-            parameter.grad = total[name] if parameter.grad is None else parameter.grad + total[name]
+        for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         right = accuracy(predictions, batch.query_y)
         return Backward(losses.mean(), {"accuracy": None if right is None else float(right.mean()), **report})
 
-    def _meta_gradient(self, batch: TaskBatch, workers: int) -> tuple[Params, Tensor, Tensor]:
+    def _meta_gradient(self, weights: Params, batch: TaskBatch, workers: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The workers' flattened meta-gradients ``[n, d]``, query losses ``[T]`` and predictions."""
         per_worker = len(block(batch.num_tasks, 0, workers))
-        weights = self.meta_parameters()
-        grads = {name: w.new_zeros(workers, *w.shape) for name, w in weights.items()}
-        losses, predictions = [], []
-        for start, stop in _spans(batch.num_tasks, self.chunk_size, per_worker):
+        parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
+        if isinstance(self._gradient, Compiled) and self._expected is not None:
+            self._gradient.expected = self._expected * len(parts)
+            self._expected = max(0, self._expected - 1)
+        results = []
+        grads: Tensor | None = None
+        for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
-            rows = {name: w.detach().expand(last - first, *w.shape) for name, w in weights.items()}
-            chunk, loss, prediction = self._gradient(rows, 1 / per_worker, *batch.part(start, stop)[:4])
-            for name, gradient in chunk.items():
-                grads[name][first:last] += gradient
-            losses.append(loss)
-            predictions.append(prediction)
-        return grads, torch.cat(losses), torch.cat(predictions)
+            chunk, *rest = self._gradient(weights, last - first, 1 / per_worker, *batch.part(start, stop)[:4])
+            results.append(rest)
+            if len(parts) == 1:
+                grads = chunk
+                break
+            if grads is None:
+                grads = chunk.new_zeros(workers, chunk.shape[1])
+            grads[first:last] += chunk
+        assert grads is not None
+        losses, predictions = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*results, strict=True))
+        return grads, losses, predictions
 
-    def _settings(self) -> tuple[int, str, tuple[bool, ...]]:
+    def _chunk_size(self, batch: TaskBatch) -> int | None:
+        """The number of tasks at a time, measured where it is "auto"."""
+        if self.chunk_size != "auto":
+            return self.chunk_size
+        key = (self._settings(), *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
+        if key not in self._budgets:
+            weights, one = self.meta_parameters(), batch.part(0, 1)
+            self._budgets[key] = tasks_within_budget(lambda: self._gradient_of_chunk(weights, 1, 1.0, *one[:4]), one)
+        return self._budgets[key]
+
+    def _settings(self) -> tuple[Hashable, ...]:
         """What a compiled meta-gradient has built in, apart from shapes."""
-        return self.inner_steps, self.estimator, tuple(m.training for m in self.model.modules())
+        return self.inner_steps, self.estimator, self.autocast, *(m.training for m in self.model.modules())
 
-    def _gradient_of_chunk(self, rows: Params, scale: float, *batch: Tensor) -> tuple[Params, Tensor, Tensor]:
-        """Gradients of ``scale`` times the summed query losses in each worker's weights ``[c, *shape]``."""
+    def _gradient_of_chunk(
+        self, weights: Params, workers: int, scale: float, *batch: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of ``scale`` times the summed query losses in each worker's weights: ``[workers, d]``."""
         with torch.enable_grad():
-            leaves = {name: row.detach().requires_grad_() for name, row in rows.items()}
-            losses, predictions = self._episodes(leaves, TaskBatch(*batch))
-            grads = self._grad(losses.sum() * scale, leaves)
-        return grads, losses.detach(), predictions.detach()
+            rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
+            losses, predictions = self._episodes(rows, TaskBatch(*batch))
+            grads = self._grad(losses.sum() * scale, rows)
+        return flatten(grads), losses.detach(), predictions.detach()
 
     def _episodes(self, rows: Params, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Adapt and judge: query losses ``[T]`` and predictions from workers' weights ``[c, *shape]``."""
@@ -290,9 +343,11 @@ class MAML(nn.Module):
             return out
 
         weights = {**dict(self.model.named_parameters()), **start.shared, **start.kept, **own}
-        with explained(self.model), unchanged({"its input": x, **buffers, **weights}, self.model):
+        # torch's cache of cast weights keeps leaves that require gradients: of no use to weights that live for one call
+        cast = torch.autocast(x.device.type, self.autocast, self.autocast is not None, cache_enabled=False)
+        with explained(self.model), unchanged({"its input": x, **buffers, **weights}, self.model), cast:
             out: Tensor = torch.func.vmap(one_task, randomness="different")(own, start.kept, x)
-        return out
+        return out if self.autocast is None else out.to(x.dtype)
 
     def _losses(self, predictions: Tensor, y: Tensor) -> Tensor:
         with explained(self.model, "loss_fn"):
@@ -328,17 +383,6 @@ class MAML(nn.Module):
             kind = start.step_sizes if name in learned else start.own if name in self.adapted else start.kept
             kind[name] = tasks
         return start
-
-
-def _spans(num_tasks: int, chunk_size: int | None, per_worker: int) -> Iterator[tuple[int, int]]:
-    """Cut 0..T into spans of at most ``chunk_size`` tasks, each of whole workers or within one worker."""
-    size = num_tasks if chunk_size is None else chunk_size
-    if size >= per_worker:
-        stride = size // per_worker * per_worker
-        yield from ((a, min(a + stride, num_tasks)) for a in range(0, num_tasks, stride))
-        return
-    for first in range(0, num_tasks, per_worker):
-        yield from ((a, min(a + size, first + per_worker)) for a in range(first, first + per_worker, size))
 
 
 def _selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Mapping[str, Tensor]) -> tuple[str, ...]:

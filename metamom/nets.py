@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from metamom.layers import BatchNormReLU, StridedConv
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -43,7 +45,8 @@ class Conv4(nn.Module):
     """Four convolutions of stride 2, then a linear classifier: ``[N, channels, 28, 28] -> [N, ways]``.
 
     Each block is a 3x3 convolution, normalisation by the statistics of the batch at hand (transductive, as in MAML)
-    and ReLU; the classifier, ``head``, sees the mean over what is left of the image.
+    and ReLU; the classifier, ``head``, sees the mean over what is left of the image. The convolutions have no bias:
+    the normalisation would subtract it again. Its layers (`metamom.layers`) are made for per-task weights.
 
     Args:
         ways: number of classes N.
@@ -61,17 +64,17 @@ class Conv4(nn.Module):
         super().__init__()
         if ways < 1 or channels < 1 or hidden < 1:
             raise ValueError(f"Conv4 needs positive sizes; got ways={ways}, channels={channels}, hidden={hidden}.")
-        blocks = []
-        for fan_in in (channels, hidden, hidden, hidden):
-            convolution = _bare(nn.Conv2d, fan_in, hidden, 3, stride=2, padding=1)
-            blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(hidden, track_running_stats=False), nn.ReLU()))
+        blocks = [
+            nn.Sequential(_bare(StridedConv, fan_in, hidden), BatchNormReLU(hidden))
+            for fan_in in (channels, hidden, hidden, hidden)
+        ]
         self.features = nn.Sequential(*blocks)
         self.head = _bare(nn.Linear, hidden, ways)
         _initialise(self, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores ``[N, ways]`` of images ``[N, channels, 28, 28]``."""
-        scores: Tensor = self.head(self.features(x).mean((-2, -1)))
+        scores: Tensor = self.head(self.features(x.movedim(1, -1)).mean((1, 2)))
         return scores
 
 
@@ -99,6 +102,12 @@ def _initialise(model: nn.Module, generator: torch.Generator | None) -> None:
     """Glorot-uniform weights and zero biases for linear and convolutional layers."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight, generator=generator)
-            assert module.bias is not None
+            # drawn in the order of the indices, however the weights lie in memory
+            drawn = nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator)
+            with torch.no_grad():
+                module.weight.copy_(drawn)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, BatchNormReLU):
+            nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)

@@ -135,30 +135,38 @@ class CompositeMomentum(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        pending = []
         for group in self.param_groups:  # all of them before the first moves: an error leaves every weight as it was
             _check_beta(group["beta"])  # it may have been scheduled, or changed by hand
-            for p in group["params"]:
-                _check_gradient(p)
-        for group in self.param_groups:
-            self._step_group(group)
+            pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
+            _check_gradients(pairs)
+            pending.append((group, pairs))
+        for group, pairs in pending:
+            if pairs:
+                self._step_group(group, pairs)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         beta, lr = group["beta"], float(group["lr"])
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = [_descent_gradient(p, group) for p in params]
-        fresh, bufs = [], []
-        for p, g in zip(params, grads, strict=True):
-            state = self.state[p]
-            started = "momentum" in state
-            if not started:
-                # v_{k-1} before the first step; v_0 = g_0 is reached by starting from v_{-1} = g_0
-                state["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
-            fresh.append(not started and group["first_step"] == "gradient")
-            bufs.append(state["momentum"])
-        # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding, so fresh buffers, already v_0, are not averaged.
-        moving = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
-        moving_bufs, moving_grads = [bufs[i] for i in moving], [grads[i] for i in moving]
+        params = [p for p, _ in pairs]
+        grads = [g for _, g in pairs]
+        if group["maximize"] or group["weight_decay"]:
+            grads = [_descent_gradient(p, g, group) for p, g in pairs]
+        states = [self.state[p] for p in params]
+        moving = states
+        if not all("momentum" in state for state in states):
+            for state, p, g in zip(states, params, grads, strict=True):
+                if "momentum" not in state:
+                    # v_{k-1} before the first step; v_0 = g_0 is reached by starting from v_{-1} = g_0
+                    state["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
+                    state["fresh"] = group["first_step"] == "gradient"
+            # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding, so fresh buffers, already v_0, are not averaged.
+            going_on = [not state.pop("fresh", False) for state in states]
+            moving = [state for state, moves in zip(states, going_on, strict=True) if moves]
+            moving_grads = [g for g, moves in zip(grads, going_on, strict=True) if moves]
+        else:
+            moving_grads = grads
+        bufs, moving_bufs = [state["momentum"] for state in states], [state["momentum"] for state in moving]
         if _together(group["foreach"], params):
             _momentum_updates_(moving_bufs, moving_grads, beta)
             for ps, vs in _by_kind(params, bufs):
@@ -229,10 +237,8 @@ class LambdaBeta:
             group["beta"] = _check_beta(base * factor(self.last_step))
 
 
-def _descent_gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
+def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """The gradient to average: sign and weight decay applied, ``p.grad`` itself left alone."""
-    grad = p.grad
-    assert grad is not None
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"]:
@@ -248,11 +254,12 @@ def _together(foreach: bool | None, params: list[Tensor]) -> bool:
 
 def _by_kind(*lists: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
     """The same lists cut into groups of one device and dtype, as torch's multi-tensor functions need them."""
+    if len({(x.device, x.dtype) for x in lists[0]}) <= 1:
+        return (lists,) if lists[0] else ()
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists, strict=True):
         kinds.setdefault((row[0].device, row[0].dtype), []).append(row)
-    for rows in kinds.values():
-        yield tuple([row[i] for row in rows] for i in range(len(lists)))
+    return [tuple([row[i] for row in rows] for i in range(len(lists))) for rows in kinds.values()]
 
 
 def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> None:
@@ -268,12 +275,13 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
             torch._foreach_add_(vs, gs, alpha=beta)
 
 
-def _check_gradient(p: Tensor) -> None:
-    if p.grad is not None and p.grad.layout is not torch.strided:
-        raise TypeError(
-            f"CompositeMomentum needs dense gradients; got one with layout {p.grad.layout} for a parameter of shape "
-            f"{tuple(p.shape)}. Its average would be dense after one step: use sparse=False in the embedding."
-        )
+def _check_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for p, g in pairs:
+        if g.layout is not torch.strided:
+            raise TypeError(
+                f"CompositeMomentum needs dense gradients; got one with layout {g.layout} for a parameter of shape "
+                f"{tuple(p.shape)}. Its average would be dense after one step: use sparse=False in the embedding."
+            )
 
 
 def _check_beta(beta: float) -> float:

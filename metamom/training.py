@@ -163,6 +163,7 @@ def train(
             run = stack.enter_context(directory)
         progress = _restored(parts, run) or _Progress(0, 0.0, None)
         resumed_from = progress.done
+        learner.expect(iterations - resumed_from)
         if run is not None:
             run.write_config()
         if resumed_from == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,17 +16,10 @@ from zipfile import BadZipFile
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from platformdirs import user_cache_dir
 
-from metamom.files import write_atomically
+from metamom.files import cache_folder, write_atomically
 
 Arrays = dict[str, NDArray[Any]]
-
-
-def cache_folder() -> Path:
-    """``$METAMOM_CACHE``, else the per-user cache folder."""
-    named = os.environ.get("METAMOM_CACHE")
-    return Path(named).expanduser() if named else Path(user_cache_dir("metamom", appauthor=False))
 
 
 def cached(label: str, key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:

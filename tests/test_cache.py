@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from metamom.tasks.cache import cache_folder, cached
+from metamom.files import cache_folder
+from metamom.tasks.cache import cached
 
 MAKER = """
 import os, sys, time

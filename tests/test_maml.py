@@ -770,7 +770,7 @@ def test_the_loop_of_the_readme_learns():
 @pytest.mark.parametrize("name", MODELS)
 def test_traced_agrees_with_the_loop(name, steps, monkeypatch):
     """The graph that is to be compiled, run as it is."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
     model, loss_fn, batch = problem(name)
     learner = MAML(model, loss_fn, inner_lr=0.05, inner_steps=steps, learn_inner_lr="tensor", compile=True)
     learned = learner.step_sizes.learned()
@@ -786,7 +786,7 @@ def test_traced_agrees_with_the_loop(name, steps, monkeypatch):
 
 def test_nothing_that_changes_is_compiled_in(monkeypatch):
     graphs = []
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graphs.append(graph) or graph)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
     model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double().eval()
     model[0].bias.requires_grad_(False)
     model.register_buffer("unused", torch.zeros(2))
