@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metamom.allocator import keep_freed_memory
 from metamom.evaluation import evaluate
 from metamom.experiments.processes import run_in_processes
 from metamom.experiments.recipes import Recipe
@@ -158,20 +159,23 @@ def _place(recipe: Recipe, run_dir: Path) -> Path:
 
 def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None) -> Outcome:
     """One run and its final evaluation; read from disk where it is finished already."""
+    keep_freed_memory()
     path = _place(recipe, run_dir)
     ending = path / "outcome.json"
     if not ending.exists():
         learner = recipe.learner()
+        optimizer = recipe.make_optimizer(learner)
         end: dict[str, Any]
         try:
             train(
                 learner,
-                recipe.make_optimizer(learner),
+                optimizer,
                 recipe.sampler(root=root),
                 iterations=comparison.iterations,
                 meta_batch=recipe.meta_batch or 1,
                 workers=recipe.workers,
                 bias=recipe.operator(),
+                schedulers=recipe.schedulers(optimizer),
                 validation=recipe.sampler("validation", root=root),
                 evaluate_every=comparison.evaluate_every,
                 evaluate_tasks=comparison.validation_tasks,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer, RMSprop
+from torch.optim.lr_scheduler import LambdaLR
 
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.chunks import ChunkSize
@@ -71,6 +72,7 @@ class Recipe:
     lr: float | None = None
     beta: float = 0.1
     first_step: FirstStep = "zero"
+    schedule: str = "constant"
     meta_batch: int | None = None
     workers: int = 1
     bias: str = "none"
@@ -100,6 +102,7 @@ class Recipe:
             object.__setattr__(self, "adapt", tuple(self.adapt))
         check_seed(self.seed)
         self.operator()
+        _cosine_length(self.schedule)
 
     def settings(self) -> dict[str, Any]:
         """The recipe as JSON values."""
@@ -174,6 +177,23 @@ class Recipe:
             raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
         kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
         return kinds[self.optimizer](params, lr=lr)  # type: ignore[call-arg]
+
+    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR]:
+        """What moves the step size from step to step: nothing, or half a cosine from ``lr`` to 0."""
+        length = _cosine_length(self.schedule)
+        if length is None:
+            return []
+        return [LambdaLR(optimizer, lambda step: max(1 + math.cos(math.pi * min(step, length) / length), 1e-6) / 2)]
+
+
+def _cosine_length(schedule: str) -> int | None:
+    """N of ``cosine:N``, ``None`` for ``constant``."""
+    kind, _, length = schedule.partition(":")
+    if schedule == "constant":
+        return None
+    if kind != "cosine" or not length.isdigit() or int(length) < 1:
+        raise ValueError(f"the schedule is constant, or cosine:N with N iterations >= 1; got {schedule!r}.")
+    return int(length)
 
 
 def _device(name: str) -> torch.device:

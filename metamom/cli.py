@@ -50,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Arguments) -> int:
+    from metamom.allocator import keep_freed_memory
     from metamom.experiments.recipes import ITERATIONS, Recipe
     from metamom.training import train
 
+    keep_freed_memory()
     given = _given(arguments)
     if arguments.optimizer != "momentum" and {"beta", "first_step"} & set(given):
         raise ValueError(
@@ -72,6 +74,7 @@ def _train(arguments: Arguments) -> int:
         meta_batch=recipe.meta_batch,
         workers=recipe.workers,
         bias=recipe.operator(),
+        schedulers=recipe.schedulers(optimizer),
         validation=recipe.sampler("validation", root=arguments.data_root),
         evaluate_every=arguments.evaluate_every,
         evaluate_tasks=arguments.evaluate_tasks,
@@ -341,6 +344,11 @@ def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
 
     parser.add_argument(
         "--iterations", type=int, help=f"total number, with those before a resume (default: {ITERATIONS[task]})"
+    )
+    parser.add_argument(
+        "--schedule",
+        metavar="SPEC",
+        help="of γ: constant, or cosine:N, from γ to 0 in N iterations (default: constant)",
     )
     parser.add_argument("--evaluate-tasks", type=int, default=200, help="tasks for each validation (default: 200)")
     parser.add_argument("--run-dir", metavar="RUN", help="where it goes (default: a new folder in runs/)")

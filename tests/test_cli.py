@@ -121,6 +121,11 @@ BAD_ARGUMENTS = {
     "no tasks": (["train", "sinusoid", "--meta-batch", "0"], "meta_batch must be >= 1"),
     "no shots": (["train", "sinusoid", "--shots", "0"], "shots must be >= 1"),
     "no inner steps": (["train", "sinusoid", "--inner-steps", "0"], "inner_steps must be >= 1"),
+    "no number of tasks": (["train", "sinusoid", "--chunk-size", "few"], "a number of tasks, or auto; got 'few'"),
+    "compile": (["train", "sinusoid", "--compile", "always"], "wanted auto, or nothing after --compile; got 'always'"),
+    "dtype": (["train", "sinusoid", "--dtype", "float16"], "invalid choice: 'float16'.*bfloat16"),
+    "schedule": (["train", "sinusoid", "--schedule", "linear"], "constant, or cosine:N .*; got 'linear'"),
+    "schedule of no length": (["train", "sinusoid", "--schedule", "cosine:0"], "cosine:N .*; got 'cosine:0'"),
     "no chunk": (["train", "sinusoid", "--chunk-size", "0"], "chunk_size"),
     "no iterations": (["train", "sinusoid", "--iterations", "0"], "iterations must be >= 1"),
     "no checkpoints": (["train", "sinusoid", "--checkpoint-every", "0"], "checkpoint_every must be >= 1"),
@@ -354,7 +359,8 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False,
-        "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "meta_batch": 4, "workers": 2,
+        "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "schedule": "constant",
+        "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "mean", "seed": 3, "dtype": "float64", "device": "cpu",
     }  # fmt: skip
     assert config["length"] == {"iterations": 4, "checkpoint_every": 2, "evaluate_every": 2, "evaluate_tasks": 5}
@@ -379,6 +385,31 @@ def test_other_optimizers(name, kind, metamom, tmp_path):
     assert said.code == 0
     settings = read_config(run)["settings"]
     assert (settings["optimizer"], settings["lr"]) == (name, 0.03 if kind == "SGD" else 0.001)
+
+
+def test_cosine_schedule_goes_on_where_it_stood(metamom, tmp_path):
+    ends = []
+    for name, legs in (("one", [4]), ("two", [2, 4])):
+        run = tmp_path / name
+        for iterations in legs:
+            flags = ("--lr", "0.01", "--schedule", "cosine:4", "--iterations", iterations, "--run-dir", run, "--resume")
+            assert metamom("train", "sinusoid", *flags, *SMALL).code == 0
+            lr = load(Checkpoints(run / "checkpoints").path(iterations))["optimizer"]["param_groups"][0]["lr"]
+            assert lr == pytest.approx(0.005 if iterations == 2 else 0, abs=1e-8)
+        ends.append(load(Checkpoints(run / "checkpoints").path(4))["learner"])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_what_only_changes_how_it_is_computed(metamom, tmp_path):
+    losses = []
+    for number, flags in enumerate(([], ["--compile", "auto", "--chunk-size", "auto"], ["--dtype", "bfloat16"])):
+        run = tmp_path / str(number)
+        assert metamom("train", "sinusoid", "--iterations", 3, "--run-dir", run, *SMALL, *flags).code == 0
+        losses.append([line["loss"] for line in read_metrics(run)])
+        assert metamom("evaluate", run, "--tasks", 4).code == 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=0.05)
+    assert losses[2] != losses[0]
 
 
 def test_the_seed_decides_everything(metamom, tmp_path):
