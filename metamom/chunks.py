@@ -14,7 +14,7 @@ ChunkSize = int | Literal["auto"] | None
 
 BUDGET = 512 * 2**20  # bytes, on a CPU
 # Saved activations and their cotangents are alive together at the peak of a backward pass.
-PEAK = 2.0
+PEAK = 2.3
 
 
 def spans(num_tasks: int, chunk_size: int | None, per_worker: int) -> Iterator[tuple[int, int]]:

@@ -165,9 +165,9 @@ def join_products(graph: fx.GraphModule) -> int:
         if left is None or right is None or left is right:
             continue
         (a, b), (c, d) = left.args, right.args
-        (_, rows, inner), columns = _shape(a), _shape(b)[2]
-        inner += _shape(c)[2]
-        if _shape(c)[1] != rows or _shape(d)[2] != columns or rows * columns < inner * (rows + columns):
+        same_shape = _shape(left) == _shape(right) and all(_shape(term) == _shape(total) for term in total.args)
+        (_, rows, columns), inner = _shape(left), _shape(a)[2] + _shape(c)[2]
+        if not same_shape or rows * columns < inner * (rows + columns):
             continue
         with nodes.inserting_before(total):
             wide = nodes.call_function(torch.ops.aten.cat.default, ([a, c], 2))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.aggregate import aggregate, flatten, unflatten
+from metamom.autocast import autocast
 from metamom.batch import TaskBatch, block
 from metamom.bias import Bias
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
@@ -93,8 +94,8 @@ class MAML(nn.Module):
         compile: compile the whole meta-gradient, once for each shape of batch; ``"auto"`` does so only once it pays
             (see `expect`), and goes on without it, with one warning, where there is no compiler.
         autocast: dtype of the model's matrix products and convolutions, `torch.bfloat16`, which accumulate in
-            float32; weights, gradients, normalisation and losses stay as they are. It costs accuracy: about 1 % of
-            a meta-gradient's norm. Worth its name only on hardware that multiplies in bfloat16.
+            float32; weights, gradients, normalisation and losses stay as they are. It costs accuracy (8 bits; see
+            docs/performance.md for how much), and is faster only on hardware that multiplies in bfloat16.
 
     Raises:
         ValueError: for an option out of range, an unknown parameter name, a model with running statistics, or
@@ -295,8 +296,16 @@ class MAML(nn.Module):
         return self._budgets[key]
 
     def _settings(self) -> tuple[Hashable, ...]:
-        """What a compiled meta-gradient has built in, apart from shapes."""
-        return self.inner_steps, self.estimator, self.autocast, *(m.training for m in self.model.modules())
+        """What a compiled meta-gradient has built in, apart from shapes.
+
+        Buffers and frozen parameters are among it, as the tensors that they are: their values may change.
+        """
+        fixed: list[Hashable] = []
+        for module in self.modules():
+            fixed.append(module.training)
+            fixed += module._buffers.values()
+            fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
+        return self.inner_steps, self.estimator, self.autocast, *fixed
 
     def _gradient_of_chunk(
         self, weights: Params, workers: int, scale: float, *batch: Tensor
@@ -343,9 +352,11 @@ class MAML(nn.Module):
             return out
 
         weights = {**dict(self.model.named_parameters()), **start.shared, **start.kept, **own}
-        # torch's cache of cast weights keeps leaves that require gradients: of no use to weights that live for one call
-        cast = torch.autocast(x.device.type, self.autocast, self.autocast is not None, cache_enabled=False)
-        with explained(self.model), unchanged({"its input": x, **buffers, **weights}, self.model), cast:
+        with (
+            explained(self.model),
+            unchanged({"its input": x, **buffers, **weights}, self.model),
+            autocast(x.device, self.autocast),
+        ):
             out: Tensor = torch.func.vmap(one_task, randomness="different")(own, start.kept, x)
         return out if self.autocast is None else out.to(x.dtype)
 

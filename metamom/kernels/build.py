@@ -66,8 +66,9 @@ def _build(compiler: str, path: Path) -> None:
         command = [compiler, str(SOURCE), "-o", str(out), *_flags()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            said = [line for line in (done.stderr or done.stdout).splitlines() if "error" in line][:3]
-            raise CompilerError(f"{compiler} cannot build metamom's kernels: {' '.join(said) or done.stderr[:500]}")
+            said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with status {done.returncode}"]
+            errors = [line for line in said if "error" in line] or said
+            raise CompilerError(f"{compiler} cannot build metamom's kernels: {' '.join(errors[:3])}")
         os.replace(out, path)
 
 

@@ -144,6 +144,12 @@ void column_sums(int64_t M, int64_t width, T (*total)[WIDTH], const Term& term) 
   }
 }
 
+// Where ReLU, whose output is z, lets nothing through; a NaN lets all through, as in PyTorch.
+template <typename T>
+bool off(T z) {
+  return z <= T(0);
+}
+
 std::tuple<Tensor, Tensor, Tensor> norm_relu(
     const Tensor& inputs, const Tensor& gain, const Tensor& shift, double eps) {
   const Tensor y = inputs.contiguous(), gains = gain.contiguous(), shifts = shift.contiguous();
@@ -200,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_backward(
       T sums[2][WIDTH], m[WIDTH] = {}, r[WIDTH] = {}, scale[WIDTH] = {}, slope[WIDTH] = {}, level[WIDTH] = {};
       for (int64_t c = 0; c < width; ++c) m[c] = pm[at + c], r[c] = pr[at + c];
       column_sums<2>(M, width, sums, [=, &m, &r](int64_t i, int64_t c, auto& s) {
-        const T e = zz[i * C + c] > T(0) ? ddz[i * C + c] : T(0);
+        const T e = off(zz[i * C + c]) ? T(0) : ddz[i * C + c];
         s[0][c] += e;
         s[1][c] += e * ((yy[i * C + c] - m[c]) * r[c]);
       });
@@ -213,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_backward(
       }
       for (int64_t i = 0; i < M; ++i)
         for (int64_t c = 0; c < width; ++c) {
-          const T e = zz[i * C + c] > T(0) ? ddz[i * C + c] : T(0);
+          const T e = off(zz[i * C + c]) ? T(0) : ddz[i * C + c];
           ddy[i * C + c] = scale[c] * (e - level[c] - (yy[i * C + c] - m[c]) * slope[c]);
         }
     });
@@ -242,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_double_backward(
       T sums[5][WIDTH], m[WIDTH] = {}, r[WIDTH] = {};
       for (int64_t c = 0; c < width; ++c) m[c] = pm[at + c], r[c] = pr[at + c];
       column_sums<5>(M, width, sums, [=, &m, &r](int64_t i, int64_t c, auto& s) {
-        const T x = (yy[i * C + c] - m[c]) * r[c], e = zz[i * C + c] > T(0) ? ddz[i * C + c] : T(0);
+        const T x = (yy[i * C + c] - m[c]) * r[c], e = off(zz[i * C + c]) ? T(0) : ddz[i * C + c];
         const T v = YY[i * C + c];
         s[0][c] += v;
         s[1][c] += v * x;
@@ -270,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_double_backward(
       for (int64_t i = 0; i < M; ++i)
         for (int64_t c = 0; c < width; ++c) {
           const T x = (yy[i * C + c] - m[c]) * r[c], v = YY[i * C + c];
-          const bool on = zz[i * C + c] > T(0);
+          const bool on = !off(zz[i * C + c]);
           to_dz[i * C + c] = on ? p[c] * v + q[c] * x + s[c] : T(0);
           to_y[i * C + c] = h[c] * v + (on ? k[c] * ddz[i * C + c] : T(0)) + l[c] + n[c] * x;
         }

@@ -1,0 +1,167 @@
+"""How many tasks are computed at a time: spans, and the size that "auto" measures."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import metamom.chunks
+from metamom import MAML, TaskBatch
+from metamom.chunks import PEAK, spans
+from metamom.nets import Conv4
+
+
+@given(workers=st.integers(1, 6), per_worker=st.integers(1, 40), chunk_size=st.none() | st.integers(1, 300))
+@settings(deadline=None)
+def test_spans(workers, per_worker, chunk_size):
+    tasks = workers * per_worker
+    cut = list(spans(tasks, chunk_size, per_worker))
+    assert cut[0][0] == 0
+    assert cut[-1][1] == tasks
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(cut))
+    lengths = [stop - start for start, stop in cut]
+    assert min(lengths) >= 1
+    size = tasks if chunk_size is None else chunk_size
+    assert max(lengths) <= size
+    if size >= per_worker:  # whole workers
+        assert all(start % per_worker == 0 == stop % per_worker for start, stop in cut)
+        whole, unit, parts = workers, per_worker, 1
+    else:  # within one worker
+        assert all(start // per_worker == (stop - 1) // per_worker for start, stop in cut)
+        whole, unit, parts = per_worker, 1, workers
+    # the fewest that there can be; their longest as short as that allows; all equal but the last of each part
+    fewest = -(-whole // (size // unit))
+    assert len(cut) == fewest * parts
+    assert max(lengths) == -(-whole // fewest) * unit
+    assert len(set(lengths)) <= 2
+    ends = set(range(fewest - 1, len(cut), fewest))
+    assert {length for i, length in enumerate(lengths) if i not in ends} <= {max(lengths)}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "chunk_size", "per_worker", "expected"),
+    [
+        (6, None, 6, [(0, 6)]),
+        (6, 100, 3, [(0, 6)]),
+        (6, 4, 6, [(0, 3), (3, 6)]),
+        (6, 4, 3, [(0, 3), (3, 6)]),
+        (6, 2, 3, [(0, 2), (2, 3), (3, 5), (5, 6)]),
+        (10, 4, 10, [(0, 4), (4, 8), (8, 10)]),
+        (8, 5, 2, [(0, 4), (4, 8)]),
+    ],
+)
+def test_examples_of_spans(tasks, chunk_size, per_worker, expected):
+    assert list(spans(tasks, chunk_size, per_worker)) == expected
+
+
+def batch(tasks: int = 6, points: int = 5) -> TaskBatch:
+    sizes = [(tasks, points, 2), (tasks, points, 1)] * 2
+    generator = torch.Generator().manual_seed(0)
+    return TaskBatch(*(torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes))
+
+
+def learner(**options: Any) -> MAML:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    return MAML(model, F.mse_loss, inner_lr=0.05, inner_steps=2, **options)
+
+
+@pytest.fixture(autouse=True)
+def generator_of_the_others() -> Any:
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """The number of tasks of every chunk that is computed, those of measuring among them."""
+    seen: list[int] = []
+    gradient = MAML._gradient_of_chunk
+
+    def noting(self: MAML, *args: Any) -> Any:
+        seen.append(args[-1].shape[0])
+        return gradient(self, *args)
+
+    monkeypatch.setattr(MAML, "_gradient_of_chunk", noting)
+    return seen
+
+
+@pytest.fixture
+def needed(monkeypatch) -> int:
+    """What one task of `batch` is reckoned to need, in bytes: a share of a budget that fits very many."""
+    budget = 2**40
+    monkeypatch.setattr(metamom.chunks, "BUDGET", budget)
+    return budget // learner(chunk_size="auto")._chunk_size(batch())
+
+
+def test_a_budget_bounds_the_tasks_at_a_time(monkeypatch, needed, sizes):
+    """In proportion, and by no less than the activations that a task must keep."""
+    kept = 16 * 5 * 8 * 2 * 3  # two layers' worth of 16 numbers for 5 points, three times: less cannot do
+    assert needed > PEAK * kept
+    for fitting, expected in [(0.5, [1] * 6), (1.5, [1] * 6), (2.5, [2] * 3), (3.5, [3] * 2), (5.5, [3] * 2), (7, [6])]:
+        monkeypatch.setattr(metamom.chunks, "BUDGET", int(fitting * needed))
+        sizes.clear()
+        learner(chunk_size="auto").meta_gradient(batch())
+        assert sizes == [1, *expected], fitting  # first the one that is measured
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 6])
+@pytest.mark.parametrize("fitting", [0.5, 2.5, 4.5, 1e6])
+def test_auto_changes_nothing(monkeypatch, needed, workers, fitting):
+    monkeypatch.setattr(metamom.chunks, "BUDGET", int(fitting * needed))
+    ours, theirs = (learner(chunk_size=size).meta_gradient(batch(), workers) for size in ("auto", None))
+    for name in theirs.grads:
+        torch.testing.assert_close(ours.grads[name], theirs.grads[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-12, atol=1e-12)
+
+
+def test_auto_in_evaluation(monkeypatch, needed):
+    monkeypatch.setattr(metamom.chunks, "BUDGET", int(2.5 * needed))
+    with torch.no_grad():
+        ours, theirs = (learner(chunk_size=size).losses(batch()) for size in ("auto", None))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_auto_measures_once_a_shape(sizes):
+    auto = learner(chunk_size="auto")
+    for tasks, points, measured in [(6, 5, True), (6, 5, False), (4, 5, False), (4, 7, True), (6, 7, False)]:
+        sizes.clear()
+        auto.meta_gradient(batch(tasks, points))
+        assert sizes == [1, tasks][not measured :]
+    auto.inner_steps = 5  # which keep more
+    sizes.clear()
+    auto.meta_gradient(batch())
+    assert sizes == [1, 6]
+
+
+def test_measuring_leaves_no_gradient():
+    auto = learner(chunk_size="auto")
+    auto.meta_gradient(batch())
+    assert all(p.grad is None for p in auto.parameters())
+
+
+def test_more_inner_steps_leave_room_for_fewer_tasks(monkeypatch):
+    """Conv4 on 5-way 5-shot episodes, in the default budget: some tasks at a time, not all that one can think of."""
+    ways, shots = 5, 5
+    x = torch.rand(1, ways * shots, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(ways).repeat(1, shots)
+    model = Conv4(ways, generator=torch.Generator().manual_seed(0))
+    few, many = (
+        MAML(model, F.cross_entropy, inner_steps=steps, chunk_size="auto")._chunk_size(TaskBatch(x, y, x, y))
+        for steps in (1, 3)
+    )
+    assert 1 <= many < few < 1000
+
+
+@pytest.mark.parametrize("chunk_size", ["many", "", 0, -1], ids=repr)
+def test_bad_chunk_sizes(chunk_size):
+    message = rf'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}\.'
+    with pytest.raises(ValueError, match=message):
+        learner(chunk_size=chunk_size)
