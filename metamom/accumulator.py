@@ -140,8 +140,7 @@ class BiasedAccumulator:
             )
         order = sorted(self._sums)
         means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
-        rows = {str(k): torch.stack(parts) for k, parts in enumerate(zip(*means, strict=True))}
-        total, report = aggregate(flatten(rows), self.bias)
+        total, report = aggregate(flatten(torch.stack(parts) for parts in zip(*means, strict=True)), self.bias)
         grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
         for number, p in enumerate(self.params):
             p.grad = grads[str(number)] if self._touched[number] else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from metamom.bias import Bias, as_operator
 
 
-def flatten(grads: Mapping[str, Tensor]) -> Tensor:
-    """Each worker's gradient as one vector: ``{name: [n, *shape]} -> [n, d]``, tensors in the order of the dict."""
-    return torch.cat([g.reshape(g.shape[0], g[0].numel()) for g in grads.values()], dim=1)
+def flatten(grads: Iterable[Tensor]) -> Tensor:
+    """Each worker's gradient as one vector: tensors ``[n, *shape]``, in their order, to ``[n, d]``."""
+    return torch.cat([g.reshape(g.shape[0], g[0].numel()) for g in grads], dim=1)
 
 
 def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

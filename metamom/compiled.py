@@ -6,7 +6,7 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,17 +161,22 @@ def join_products(graph: fx.GraphModule) -> int:
     for total in list(nodes.nodes):
         if total.target is not torch.ops.aten.add.Tensor or len(total.args) != 2 or total.kwargs:
             continue
-        left, right = (_product_behind(term) for term in total.args)
+        terms: list[Any] = list(total.args)
+        left, right = (_product_behind(term) for term in terms)
         if left is None or right is None or left is right:
             continue
-        (a, b), (c, d) = left.args, right.args
-        same_shape = _shape(left) == _shape(right) and all(_shape(term) == _shape(total) for term in total.args)
+        a, b, c, d = _factors(left, right)
+        same_shape = _shape(left) == _shape(right) and all(_shape(term) == _shape(total) for term in terms)
         (_, rows, columns), inner = _shape(left), _shape(a)[2] + _shape(c)[2]
         if not same_shape or rows * columns < inner * (rows + columns):
             continue
         with nodes.inserting_before(total):
             wide = nodes.call_function(torch.ops.aten.cat.default, ([a, c], 2))
-            tall = nodes.call_function(torch.ops.aten.cat.default, ([b, d], 1))
+            if _transposed(b) and _transposed(d):  # joined as they lie in memory
+                joint = nodes.call_function(torch.ops.aten.cat.default, ([b.args[0], d.args[0]], 2))
+                tall = nodes.call_function(torch.ops.aten.transpose.int, (joint, 1, 2))
+            else:
+                tall = nodes.call_function(torch.ops.aten.cat.default, ([b, d], 1))
             product = nodes.call_function(torch.ops.aten.bmm.default, (wide, tall))
             shaped = nodes.call_function(torch.ops.aten.view.default, (product, list(_shape(total))))
         total.replace_all_uses_with(shaped)
@@ -179,6 +184,11 @@ def join_products(graph: fx.GraphModule) -> int:
     nodes.eliminate_dead_code()
     graph.recompile()
     return joined
+
+
+def _factors(*products: fx.Node) -> Iterator[Any]:
+    """The factors of products, one after the other."""
+    return (factor for product in products for factor in product.args)
 
 
 def _product_behind(node: Any) -> fx.Node | None:
@@ -190,6 +200,11 @@ def _product_behind(node: Any) -> fx.Node | None:
             return None
         node = node.args[0]
     return None
+
+
+def _transposed(node: fx.Node) -> bool:
+    """Whether a node is the transpose of the matrices behind it."""
+    return node.target is torch.ops.aten.transpose.int and node.args[1:] in ((1, 2), (2, 1), (-1, -2), (-2, -1))
 
 
 def _shape(node: Any) -> torch.Size:

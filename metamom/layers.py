@@ -29,14 +29,15 @@ class StridedConv(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, *, device: torch.device | str | None = None) -> None:
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, bias=False, device=device)
-        self.weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
+        # lies in memory as [3, 3, C, C'], the matrix that patches are multiplied with: no step has to copy it
+        self.weight = nn.Parameter(self.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Channels-last in, channels-last out."""
         images, weight = self._cast(images), self._cast(self.weight)
         patches: Tensor = _Unfold.run(images)
-        # [C', 9 C], columns in the order of the patches' last axis: a view of channels-last weights
-        weight = weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1)
+        # [9 C, C'], rows in the order of the patches' last axis: a view
+        weight = weight.permute(2, 3, 1, 0).reshape(-1, self.out_channels)
         out: Tensor = _Product.run(patches.flatten(0, 2).unsqueeze(0), weight.unsqueeze(0))
         return out.view(*patches.shape[:3], self.out_channels)
 
@@ -130,19 +131,15 @@ class _Fold(_Grouped):
         return _Unfold.run(cotangent), None, None
 
 
-def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ bᵀ``, with bᵀ laid out anew: small against the product, which is then up to three times as fast."""
-    if b.stride(0) == 0:  # all groups share it, as all tasks do before the first inner step
-        return torch.bmm(a, b[:1].mT.contiguous().expand(b.shape[0], -1, -1))
-    return torch.bmm(a, b.mT.contiguous())
-
-
 class _Product(_Grouped):
-    """``a @ bᵀ``: ``[G, M, K], [G, N, K] -> [G, M, N]``."""
+    """``a @ b``: ``[G, M, K], [G, K, N] -> [G, M, N]``.
+
+    Its derivatives, and theirs, are products of the same three kinds, each with a contiguous result.
+    """
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        return _times_transposed(a, b)
+        return torch.bmm(a, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -151,17 +148,17 @@ class _Product(_Grouped):
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        to_a = _ProductForPatches.run(c, b) if ctx.needs_input_grad[0] else None
-        to_b = _ProductForWeights.run(c, a) if ctx.needs_input_grad[1] else None
+        to_a = _ProductWithTransposed.run(c, b) if ctx.needs_input_grad[0] else None
+        to_b = _ProductOfTransposed.run(a, c) if ctx.needs_input_grad[1] else None
         return to_a, to_b
 
 
-class _ProductForPatches(_Grouped):
-    """``c @ b``: ``[G, M, N], [G, N, K] -> [G, M, K]``."""
+class _ProductWithTransposed(_Grouped):
+    """``c @ bᵀ``: ``[G, M, N], [G, K, N] -> [G, M, K]``."""
 
     @staticmethod
     def forward(c: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(c, b)
+        return torch.bmm(c, b.mT)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -171,16 +168,16 @@ class _ProductForPatches(_Grouped):
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
         c, b = ctx.saved_tensors
         to_c = _Product.run(a, b) if ctx.needs_input_grad[0] else None
-        to_b = _ProductForWeights.run(c, a) if ctx.needs_input_grad[1] else None
+        to_b = _ProductOfTransposed.run(a, c) if ctx.needs_input_grad[1] else None
         return to_c, to_b
 
 
-class _ProductForWeights(_Grouped):
-    """``cᵀ @ a``: ``[G, M, N], [G, M, K] -> [G, N, K]``."""
+class _ProductOfTransposed(_Grouped):
+    """``aᵀ @ c``: ``[G, M, K], [G, M, N] -> [G, K, N]``."""
 
     @staticmethod
-    def forward(c: Tensor, a: Tensor) -> Tensor:
-        return torch.bmm(c.mT, a)
+    def forward(a: Tensor, c: Tensor) -> Tensor:
+        return torch.bmm(a.mT, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -188,10 +185,10 @@ class _ProductForWeights(_Grouped):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        c, a = ctx.saved_tensors
-        to_c = _Product.run(a, b) if ctx.needs_input_grad[0] else None
-        to_a = _ProductForPatches.run(c, b) if ctx.needs_input_grad[1] else None
-        return to_c, to_a
+        a, c = ctx.saved_tensors
+        to_a = _ProductWithTransposed.run(c, b) if ctx.needs_input_grad[0] else None
+        to_c = _Product.run(a, b) if ctx.needs_input_grad[1] else None
+        return to_a, to_c
 
 
 class _NormReLU(_Grouped):

@@ -269,21 +269,20 @@ class MAML(nn.Module):
         if isinstance(self._gradient, Compiled) and self._expected is not None:
             self._gradient.expected = self._expected * len(parts)
             self._expected = max(0, self._expected - 1)
-        results = []
-        grads: Tensor | None = None
+        results: list[tuple[Tensor, Tensor]] = []
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
-            chunk, *rest = self._gradient(weights, last - first, 1 / per_worker, *batch.part(start, stop)[:4])
-            results.append(rest)
+            tasks = batch.part(start, stop)[:4]
+            losses, predictions, *grads = self._gradient(weights, last - first, 1 / per_worker, *tasks)
+            chunk = grads[0] if len(grads) == 1 else flatten(grads)
             if len(parts) == 1:
-                grads = chunk
-                break
-            if grads is None:
-                grads = chunk.new_zeros(workers, chunk.shape[1])
-            grads[first:last] += chunk
-        assert grads is not None
-        losses, predictions = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*results, strict=True))
-        return grads, losses, predictions
+                return chunk, losses, predictions
+            if not results:
+                total = chunk.new_zeros(workers, chunk.shape[1])
+            total[first:last] += chunk
+            results.append((losses, predictions))
+        losses, predictions = (torch.cat(each) for each in zip(*results, strict=True))
+        return total, losses, predictions
 
     def _chunk_size(self, batch: TaskBatch) -> int | None:
         """The number of tasks at a time, measured where it is "auto"."""
@@ -307,15 +306,19 @@ class MAML(nn.Module):
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
         return self.inner_steps, self.estimator, self.autocast, *fixed
 
-    def _gradient_of_chunk(
-        self, weights: Params, workers: int, scale: float, *batch: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of ``scale`` times the summed query losses in each worker's weights: ``[workers, d]``."""
+    def _gradient_of_chunk(self, weights: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
+        """Query losses, predictions, and gradients of ``scale`` times the losses' sum in each worker's weights.
+
+        Gradients are ``[workers, d]``, or ``[workers, *shape]`` each where a weight does not lie in memory as its
+        indices go: a compiler would reorder it entry by entry in the middle of the sum over tasks.
+        """
         with torch.enable_grad():
             rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
             losses, predictions = self._episodes(rows, TaskBatch(*batch))
-            grads = self._grad(losses.sum() * scale, rows)
-        return flatten(grads), losses.detach(), predictions.detach()
+            grads = list(self._grad(losses.sum() * scale, rows).values())
+        if all(w.is_contiguous() for w in weights.values()):
+            grads = [flatten(grads)]
+        return losses.detach(), predictions.detach(), *grads
 
     def _episodes(self, rows: Params, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Adapt and judge: query losses ``[T]`` and predictions from workers' weights ``[c, *shape]``."""
@@ -337,11 +340,21 @@ class MAML(nn.Module):
                 at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
                 losses = self._losses(self._predictions(start, at, support_x), support_y)
                 grads = self._grad(losses.sum(), at, create_graph=keep_graph and self.estimator == "exact")
-                # u_{j+1} = u_j - alpha grad L(u_j)
-                own = {n: w - self.step_sizes.of(n, start.step_sizes, w.dim()) * grads[n] for n, w in at.items()}
+                own = {n: self._step(n, w, grads[n], start.step_sizes) for n, w in at.items()}
             if not keep_graph:
                 own = {name: w.detach() for name, w in own.items()}
             yield own
+
+    def _step(self, name: str, w: Tensor, grad: Tensor, step_sizes: Params) -> Tensor:
+        """``u_{j+1} = u_j - alpha grad L(u_j)`` of one parameter, ``[T, *shape]``, computed as it lies in memory."""
+        alpha = self.step_sizes.of(name, step_sizes, w.dim())
+        order = _memory_order(w)
+        if order is None:
+            return w - alpha * grad
+        if isinstance(alpha, Tensor):
+            alpha = alpha.expand_as(w).permute(order)
+        back = sorted(range(w.dim()), key=order.__getitem__)
+        return (w.permute(order) - alpha * grad.permute(order)).permute(back)
 
     def _predictions(self, start: _Start, own: Params, x: Tensor) -> Tensor:
         """Predictions ``[T, N, ...]`` on ``x: [T, N, ...]`` by parameters that have moved from ``start`` to ``own``."""
@@ -394,6 +407,16 @@ class MAML(nn.Module):
             kind = start.step_sizes if name in learned else start.own if name in self.adapted else start.kept
             kind[name] = tasks
         return start
+
+
+def _memory_order(w: Tensor) -> list[int] | None:
+    """The axes of ``[T, *shape]`` from the one with the longest strides to the shortest, ``None`` where they are so.
+
+    Compilers lay an elementwise result out by its indices: told in which order its operands lie, they copy nothing.
+    """
+    strides = w.stride()
+    order = [0, *sorted(range(1, w.dim()), key=lambda axis: -strides[axis])]
+    return None if order == list(range(w.dim())) else order
 
 
 def _selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -297,7 +297,7 @@ def workers_gradients(n: int = 3) -> dict[str, Tensor]:
 
 def test_flatten_keeps_the_order_of_the_dict():
     grads = workers_gradients()
-    flat = flatten(grads)
+    flat = flatten(grads.values())
     assert flat.shape == (3, 11)
     for i in range(3):
         assert flat[i].tolist() == [*grads["b"][i].flatten().tolist(), grads["a"][i].item(), *grads["c"][i].tolist()]
@@ -310,7 +310,7 @@ def test_flatten_keeps_the_order_of_the_dict():
 
 @pytest.mark.parametrize("bias", [None, *OPERATORS], ids=repr)
 def test_aggregate_is_the_mean_after_the_operator(bias):
-    grads = flatten(workers_gradients())
+    grads = flatten(workers_gradients().values())
     before = grads.clone()
     total, report = aggregate(grads, bias)
     rows = [row if bias is None else bias(row) for row in grads]
@@ -340,7 +340,7 @@ def test_aggregate_of_nothing_and_of_nan():
 
 def test_each_dtype_comes_back_as_it_was():
     grads = {"a": torch.ones(2, 3, dtype=torch.float32), "b": torch.ones(2, 3, dtype=torch.float64)}
-    total = unflatten(aggregate(flatten(grads), Clip(1.0))[0], {name: g[0] for name, g in grads.items()})
+    total = unflatten(aggregate(flatten(grads.values()), Clip(1.0))[0], {name: g[0] for name, g in grads.items()})
     assert {name: t.dtype for name, t in total.items()} == {"a": torch.float32, "b": torch.float64}
 
 
