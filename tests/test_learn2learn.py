@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from metamom import MAML, BiasedAccumulator, CompositeMomentum, TopK, train
 from metamom.batch import Sampler
-from metamom.experiments import learn2learn_omniglot, speed
+from metamom.experiments import learn2learn_omniglot
 from metamom.experiments.learn2learn_loop import adapted_loss, meta_iteration, split_task, tasks_of
 from metamom.experiments.learn2learn_parity import MODELS, STEPS, parity, problem
 from metamom.interop.learn2learn import AsTaskset, FromTaskset, from_maml, import_learn2learn
@@ -323,10 +323,3 @@ def test_the_example_in_both_loops(data_root):
     theirs, ours = (outcomes["CompositeMomentum", trainer].weights[1] for trainer in ("learn2learn", "metamom"))
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
     assert "| CompositeMomentum | 1 |" in learn2learn_omniglot.report(config, outcomes)
-
-
-def test_the_speed_benchmark_times_every_contender():
-    row = speed.rows()[0]
-    times = speed.measure(row, rounds=2)
-    assert len(times) == 3
-    assert all(len(values) == 2 and min(values) > 0 for values in times.values())

@@ -1,0 +1,138 @@
+"""How long a meta-iteration takes in metamom, learn2learn, higher, TorchOpt and JAX.
+
+    python -m metamom.experiments.speed [--rows sinusoid,omniglot] [--contenders learn2learn,metamom] [--json]
+
+All contenders of a row have the same weights and the same tasks, and compute the same meta-gradient: that is checked
+first, in float64 (``--check`` does nothing else), and who computes something else is not timed. Then they take turns in
+float32, so that a machine that slows down slows all of them. Times are medians and quartiles; speeds are quotients of
+times of the same round. GFLOP/s count the matrix products that metamom's meta-gradient needs, for every contender the
+same number.
+
+First calls are made with nothing compiled before, unless $TORCHINDUCTOR_CACHE_DIR names a cache; the kernels that
+metamom builds once a machine are built already. float32 is float32: TF32 is off for everybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from metamom.allocator import keep_freed_memory
+from metamom.experiments.speed import measure as measuring
+from metamom.experiments.speed import report
+from metamom.experiments.speed.measure import Measured
+from metamom.experiments.speed.peers import NAMES, makers, unavailable
+from metamom.experiments.speed.rows import ROWS
+from metamom.run_directory import environment
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure and print.
+
+    Args:
+        words: of the command line; the process's own by default.
+
+    Returns:
+        The exit status: 1 if some contender disagrees.
+    """
+    arguments = parse(words)
+    device = torch.device(arguments.device)
+    keep_freed_memory()  # for everybody, as `metamom train` does
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+        os.environ["NPROC"] = str(arguments.threads)  # read by XLA when JAX starts
+    if arguments.one:
+        row, name = arguments.one
+        print(json.dumps(measuring.peak_memory(ROWS[row]().to(device, torch.float32), name, device)))
+        return 0
+    skipped = {name: why for name in arguments.contenders if (why := unavailable(name, device)) is not None}
+    present = [name for name in arguments.contenders if name not in skipped]
+    env = environment()
+    if not arguments.json:
+        print(f"torch {env['torch']}, {env['threads']} threads, {device}, {env['processor']}")
+        for name, why in skipped.items():
+            print(f"skipped: {name}: {' '.join(why.split())[:200]}")
+    results = {}
+    with measuring.cold_compiler():
+        for row in tqdm(arguments.rows, desc="rows", disable=None):
+            if (measured := run(row, present, device, arguments)) is None:
+                continue
+            results[row] = measured
+            if not arguments.json:
+                lines = report.checked(measured) if arguments.check else report.timed(measured)
+                tqdm.write("\n".join(["", f"{row}:", *lines]), file=sys.stdout)
+                sys.stdout.flush()
+    if arguments.json:
+        rows = {row: report.as_json(measured) for row, measured in results.items()}
+        print(json.dumps({"environment": env, "device": str(device), "skipped": skipped, "rows": rows}))
+    return int(any(measured.refused for measured in results.values()))
+
+
+def run(row: str, present: Sequence[str], device: torch.device, arguments: argparse.Namespace) -> Measured | None:
+    """One row, or ``None`` if none of those present takes part in it."""
+    made = ROWS[row]().to(device, torch.float32)
+    names = [name for name in makers(made) if name in present]
+    if not names:
+        return None
+    if arguments.check:
+        return measuring.check(made, names, device)
+    measured = measuring.measure(made, names, device, arguments.seconds, arguments.rounds)
+    if arguments.memory:
+        options = ["--device", arguments.device]
+        if arguments.threads is not None:
+            options += ["--threads", str(arguments.threads)]
+        for name in measured.milliseconds:
+            measured.memory[name] = measuring.peak_memory_elsewhere(row, name, options)
+    return measured
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(description="Time meta-iterations.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)} (default: all)")
+    add("--contenders", default=",".join(NAMES), help=f"some of {', '.join(NAMES)} (default: all that are installed)")
+    add("--seconds", type=float, default=20.0, help="time for a row, after its first calls (default: 20)")
+    add("--rounds", type=int, default=200, help="timed iterations of each at most (default: 200)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's and JAX's own choice)")
+    add("--memory", action="store_true", help="peak memory too, each in a process of its own, which takes time")
+    add("--check", action="store_true", help="only check that all compute the same; the exit status is 1 if not")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--one", nargs=2, help=argparse.SUPPRESS)  # row and contender: print the peak memory of this process
+    arguments = parser.parse_args(words)
+    if arguments.one and (arguments.one[0] not in ROWS or arguments.one[1] not in makers(ROWS[arguments.one[0]]())):
+        parser.error(f"--one wants a row and a contender that takes part in it; got {' '.join(arguments.one)}.")
+    arguments.rows = _chosen(parser, "--rows", arguments.rows, ROWS)
+    arguments.contenders = _chosen(parser, "--contenders", arguments.contenders, NAMES)
+    if not 0 <= arguments.seconds < float("inf"):
+        parser.error(f"--seconds must be >= 0 and finite; got {arguments.seconds}.")
+    for option in ("rounds", "threads"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option} must be >= 1; got {value}.")
+    if arguments.check and arguments.memory:
+        parser.error("--check measures nothing; leave out --memory.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here.")
+    return arguments
+
+
+def _chosen(parser: argparse.ArgumentParser, option: str, text: str, known: Any) -> list[str]:
+    """The names in a comma-separated list, in the order of those known."""
+    names = {name.strip() for name in text.split(",")}
+    if unknown := sorted(names - set(known)):
+        parser.error(f"{option}: {', '.join(map(repr, unknown))} not among {', '.join(known)}.")
+    return [name for name in known if name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Measuring a row of the speed benchmark: agreement first, then times taken in turn, work and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from metamom.experiments.speed import with_jax
+from metamom.experiments.speed.peers import META, Contender, makers, prepare
+from metamom.experiments.speed.rows import MetaRow, OptimizerRow, Row
+
+TOLERANCE = 1e-8  # of float64 results, relative to their norm
+WARM_UP = 2  # rounds, after the first call
+LEAST_ROUNDS = 5
+GEMM_SIZES = (1024, 2048)
+STEPS = 100  # of an optimizer that are timed as one: a single one is too short for the clock
+
+
+@dataclass
+class Measured:
+    """What is known of a row.
+
+    Attributes:
+        row: what was computed.
+        flops: useful work of one iteration, ``None`` where it is no matter of products.
+        differences: how far each contender's float64 outcome is from the reference's, relative to its norm.
+        float32_differences: the same in float32.
+        first_calls: seconds of making a contender and its first iteration, compiling included.
+        milliseconds: of one iteration, round by round; of contenders that agree.
+        gemm: milliseconds of a float32 product of square matrices, by size, in the same rounds.
+        memory: see `peak_memory`; empty unless asked for.
+    """
+
+    row: Row
+    flops: int | None = None
+    differences: dict[str, float] = field(default_factory=dict)
+    float32_differences: dict[str, float] = field(default_factory=dict)
+    first_calls: dict[str, float] = field(default_factory=dict)
+    milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    gemm: dict[int, list[float]] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> list[str]:
+        """Who computes something else, and is not timed."""
+        checks = ((self.differences, TOLERANCE), (self.float32_differences, self.row.tolerance))
+        found = {name for values, most in checks for name, value in values.items() if not value <= most}
+        return [name for name in self.differences if name in found]
+
+
+def steps_of(row: Row) -> int:
+    """How many iterations are timed as one."""
+    return STEPS if isinstance(row, OptimizerRow) else 1
+
+
+def check(row: Row, names: list[str], device: torch.device) -> Measured:
+    """Compare what the contenders compute in float64, where rounding decides no ReLU."""
+    measured = Measured(row)
+    exact = row.to(device, torch.float64)
+    reference = None
+    for name in names:
+        contender = makers(exact)[name]()
+        for _ in range(steps_of(row)):
+            contender.iterate()
+        outcome = _flat(row, contender)
+        reference = outcome if reference is None else reference
+        measured.differences[name] = _difference(outcome, reference)
+    return measured
+
+
+def begin(measured: Measured, device: torch.device) -> dict[str, Contender]:
+    """Make the contenders that agree, and let each iterate for the first time, which is timed and compared once more.
+
+    Returns:
+        Those that agree still, by name.
+    """
+    row, contenders, reference = measured.row, {}, None
+    for name, make in makers(row).items():
+        if name not in measured.differences or name in measured.refused:
+            continue
+        start = now(device)
+        contender = contenders[name] = make()
+        contender.iterate()
+        measured.first_calls[name] = now(device) - start
+        for _ in range(steps_of(row) - 1):
+            contender.iterate()
+        outcome = _flat(row, contender)
+        reference = outcome if reference is None else reference
+        measured.float32_differences[name] = _difference(outcome, reference)
+    return {name: contender for name, contender in contenders.items() if name not in measured.refused}
+
+
+def measure(row: Row, names: list[str], device: torch.device, seconds: float, most_rounds: int) -> Measured:
+    """Check a row, then time those that agree and two matrix products, one after another, round by round.
+
+    Who begins moves on by one each round. It ends when ``seconds`` are over, but not before 5 rounds, or after
+    ``most_rounds``.
+    """
+    measured = check(row, names, device)
+    measured.flops = flops(row) if isinstance(row, MetaRow) else None
+    contenders = begin(measured, device)
+    steps = steps_of(row)
+    turns: list[tuple[Callable[[], Any], int, list[float]]] = [
+        (contender.iterate, steps, measured.milliseconds.setdefault(name, [])) for name, contender in contenders.items()
+    ]
+    if measured.flops is not None:
+        turns += [(_product(size, device), 1, measured.gemm.setdefault(size, [])) for size in GEMM_SIZES]
+    end = float("inf")
+    least = min(LEAST_ROUNDS, most_rounds)
+    for number in tqdm(range(-WARM_UP, most_rounds), desc="rounds", leave=False, disable=None):
+        if number == 0:
+            end = time.perf_counter() + seconds
+        if number >= least and time.perf_counter() >= end:
+            break
+        first = number % len(turns)
+        for iterate, repeat, times in turns[first:] + turns[:first]:
+            start = now(device)
+            for _ in range(repeat):
+                iterate()
+            elapsed = now(device) - start
+            if number >= 0:
+                times.append(1e3 * elapsed / repeat)
+    return measured
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once everything asked of ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def flops(row: MetaRow) -> int:
+    """Floating-point operations of the matrix products in metamom's meta-gradient, which is not compiled for this."""
+    contender = META["metamom"](row)
+    if row.chunk_size == "auto":
+        contender.iterate()  # it measures what a task needs, at the first call only
+    with FlopCounterMode(display=False) as counter:
+        contender.iterate()
+    return int(counter.get_total_flops())
+
+
+def _flat(row: Row, contender: Contender) -> Tensor:
+    """What a contender computed, as one vector in the order of the model's parameters."""
+    outcome = contender.outcome()
+    return torch.cat([outcome[name].double().cpu().flatten() for name, _ in row.model.named_parameters()])
+
+
+def _difference(outcome: Tensor, reference: Tensor) -> float:
+    return float((outcome - reference).norm() / reference.norm())
+
+
+def _product(size: int, device: torch.device) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator).to(device) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+@contextmanager
+def cold_compiler() -> Iterator[None]:
+    """An empty cache for TorchInductor, so that first calls compile; one that the environment names is left in use."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
+    with TemporaryDirectory(prefix="metamom-speed-", ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+
+
+def peak_memory(row: Row, name: str, device: torch.device) -> dict[str, float]:
+    """Peak memory in MiB of this process, which should do nothing else: three iterations of one contender.
+
+    Returns:
+        ``peak``, and ``imports``, the peak before the contender was made. On a CPU that is the process's resident
+        set, compiling included; on CUDA what PyTorch (or JAX) allocated there.
+    """
+    prepare(name, device)
+    imports = _peak(name, device)
+    contender = makers(row)[name]()
+    for _ in range(3):
+        contender.iterate()
+    return {"peak": _peak(name, device), "imports": imports}
+
+
+def peak_memory_elsewhere(row: str, name: str, options: list[str]) -> dict[str, float]:
+    """`peak_memory` in a process of its own.
+
+    Args:
+        row: its name.
+        name: the contender's.
+        options: of the command line, which the process shall have too.
+    """
+    command = [sys.executable, "-m", "metamom.experiments.speed", "--one", row, name, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return {key: float(value) for key, value in json.loads(done.stdout).items()}
+
+
+def _peak(name: str, device: torch.device) -> float:
+    if device.type == "cuda":
+        if name.startswith("jax"):
+            return with_jax.peak_bytes(device) / 2**20
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: there ru_maxrss begins at that of the process which started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

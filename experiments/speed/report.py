@@ -1,0 +1,120 @@
+"""What the speed benchmark found, as JSON values and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from metamom.experiments.speed.measure import TOLERANCE, Measured
+
+
+def as_json(measured: Measured) -> dict[str, Any]:
+    """A row's results; every time that was taken is among them.
+
+    ``speed`` is a contender's against the reference's, the first contender's: the quotient of their times in the
+    same round.
+    """
+    reference, *_ = measured.differences
+    rate = gemm_rate(measured)
+    contenders: dict[str, dict[str, Any]] = {}
+    for name, difference in measured.differences.items():
+        entry = contenders[name] = {
+            "difference": difference,
+            "agrees": name not in measured.refused,
+        }
+        if name in measured.first_calls:
+            entry["float32_difference"] = measured.float32_differences[name]
+            entry["first_call_seconds"] = measured.first_calls[name]
+        if times := measured.milliseconds.get(name):
+            against = np.divide(measured.milliseconds[reference], times)
+            entry |= {"milliseconds": _spread(times), "speed": _spread(against), "all_milliseconds": times}
+            if measured.flops is not None and rate is not None:
+                gflops = measured.flops / (1e6 * float(np.median(times)))
+                entry |= {"gflop_per_second": gflops, "percent_of_gemm": 100 * gflops / rate[1]}
+        if name in measured.memory:
+            entry["memory_mib"] = measured.memory[name]
+    return {
+        "title": measured.row.title,
+        "reference": reference,
+        "tolerance": TOLERANCE,
+        "float32_tolerance": measured.row.tolerance,
+        "flops": measured.flops,
+        "gemm_milliseconds": {str(size): _spread(times) for size, times in measured.gemm.items()},
+        "gemm_gflop_per_second": None if rate is None else rate[1],
+        "contenders": contenders,
+    }
+
+
+def gemm_rate(measured: Measured) -> tuple[int, float] | None:
+    """Size and GFLOP/s of the product that ran at the higher rate, by its median time.
+
+    The higher one: a size that the machine happens to do badly would flatter everybody.
+    """
+    rates = [(2e-6 * size**3 / float(np.median(times)), size) for size, times in measured.gemm.items() if times]
+    if not rates:
+        return None
+    rate, size = max(rates)
+    return size, rate
+
+
+def timed(measured: Measured) -> Iterator[str]:
+    """Lines of a row's table."""
+    values = as_json(measured)
+    yield measured.row.title
+    rounds = max(map(len, measured.milliseconds.values()), default=0)
+    line = f"{rounds} rounds"
+    if (rate := gemm_rate(measured)) is not None and measured.flops is not None:
+        line += f"; {measured.flops / 1e9:.3g} GFLOP; {rate[0]}^3 GEMM at {rate[1]:.1f} GFLOP/s (100 %)"
+    yield line
+    memory = bool(measured.memory)
+    against = f"x {values['reference']} (quartiles)"
+    head = f"{'':<17}{'ms (quartiles)':>25}{against:>29}{'GFLOP/s':>9}{'GEMM':>7}{'1st call':>10}"
+    yield head + (f"{'MiB (imports)':>15}" if memory else "")
+    for name, entry in values["contenders"].items():
+        if not entry["agrees"]:
+            off = f"{entry['difference']:.1e} in float64"
+            if (rounded := entry.get("float32_difference")) is not None:
+                off += f", {rounded:.1e} in float32"
+            yield f"{name:<17}  not timed: its result is off by {off}"
+            continue
+        gflops, percent = entry.get("gflop_per_second"), entry.get("percent_of_gemm")
+        columns = [
+            f"{name:<17}{_shown(entry['milliseconds']):>25}{_shown(entry['speed']):>29}",
+            f"{'-' if gflops is None else format(gflops, '.2f'):>9}",
+            f"{'-' if percent is None else format(percent, '.1f') + ' %':>7}",
+            f"{entry['first_call_seconds']:>8.2f} s",
+        ]
+        if name in measured.memory:
+            used = measured.memory[name]
+            columns.append(f"{used['peak']:>8.0f} ({used['imports']:.0f})")
+        yield "".join(columns)
+
+
+def checked(measured: Measured) -> Iterator[str]:
+    """Lines of a row's check."""
+    reference, *others = measured.differences
+    yield measured.row.title
+    if not others:
+        yield f"{reference} alone: nobody to compare it with"
+        return
+    yield f"distance from {reference}'s, relative to its norm; in float64; up to {TOLERANCE:g} agrees"
+    for name in others:
+        verdict = "DISAGREES" if name in measured.refused else "agrees"
+        yield f"  {name:<17}{measured.differences[name]:9.1e}  {verdict}"
+
+
+def _spread(values: Any) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "low_quartile": float(low), "high_quartile": float(high)}
+
+
+def _shown(spread: dict[str, float]) -> str:
+    median, low, high = (_short(spread[key]) for key in ("median", "low_quartile", "high_quartile"))
+    return f"{median} ({low} to {high})"
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"

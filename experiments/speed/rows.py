@@ -1,0 +1,206 @@
+"""The rows of the speed benchmark: what a contender has to compute in each of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metamom.batch import TaskBatch
+from metamom.bias import BiasOperator, TopK
+from metamom.chunks import ChunkSize
+from metamom.maml import Estimator, LossFn
+from metamom.nets import Conv4, SinusoidMLP
+from metamom.tasks import Episodes, Sinusoid
+
+# Of the float32 results, relative to the norm. A ReLU whose input is zero up to rounding may fall on either side, and a
+# Conv4 has millions: there it only tells numbers from garbage, and the check in float64 has to do the rest.
+MLP_TOLERANCE, CONV4_TOLERANCE = 1e-4, 0.5
+
+
+class PlainConv4(nn.Module):
+    """`metamom.nets.Conv4` in PyTorch's own layers; it loads that one's ``state_dict``.
+
+    Args:
+        ways: number of classes.
+        hidden: channels of every block.
+    """
+
+    def __init__(self, ways: int, hidden: int = 64) -> None:
+        super().__init__()
+        blocks = [
+            nn.Sequential(
+                nn.Conv2d(fan_in, hidden, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(hidden, track_running_stats=False),
+                nn.ReLU(),
+            )
+            for fan_in in (1, hidden, hidden, hidden)
+        ]
+        self.features = nn.Sequential(*blocks)
+        self.head = nn.Linear(hidden, ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores ``[N, ways]`` of images ``[N, 1, 28, 28]``."""
+        scores: Tensor = self.head(self.features(x).mean((2, 3)))
+        return scores
+
+
+class MetaRow(NamedTuple):
+    """One meta-iteration: a meta-gradient of a batch of tasks and an optimizer step.
+
+    Attributes:
+        title: what is computed, in words.
+        model: metamom's.
+        plain: the same network with the same weights in PyTorch's own layers, for the others.
+        loss_fn: of a task.
+        batch: the tasks.
+        inner_lr: inner step size.
+        tolerance: how far two contenders' float32 meta-gradients may be apart, relative to their norm.
+        inner_steps: number of inner steps.
+        estimator: second or first order.
+        workers: who share the tasks.
+        bias: their operator.
+        chunk_size: metamom's.
+    """
+
+    title: str
+    model: nn.Module
+    plain: nn.Module
+    loss_fn: LossFn
+    batch: TaskBatch
+    inner_lr: float
+    tolerance: float
+    inner_steps: int = 1
+    estimator: Estimator = "exact"
+    workers: int = 1
+    bias: BiasOperator | None = None
+    chunk_size: ChunkSize = None
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether the model is a Conv4, not the MLP."""
+        return isinstance(self.plain, PlainConv4)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> MetaRow:
+        """A copy with models and data on ``device``."""
+        model, plain = (copy.deepcopy(m).to(device, dtype) for m in (self.model, self.plain))
+        return self._replace(model=model, plain=plain, batch=self.batch.to(device, dtype))
+
+
+class OptimizerRow(NamedTuple):
+    """The optimizer step alone, for the parameters of a model and gradients that stay as they are.
+
+    Attributes:
+        title: what is computed, in words.
+        model: whose parameters are stepped.
+        beta: weight of the new gradient.
+        tolerance: how far two contenders' float32 weights may be apart after some steps, relative to their norm.
+    """
+
+    title: str
+    model: nn.Module
+    beta: float
+    tolerance: float = 1e-5
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> OptimizerRow:
+        """A copy with its model on ``device``."""
+        return self._replace(model=copy.deepcopy(self.model).to(device, dtype))
+
+
+Row = MetaRow | OptimizerRow
+
+
+def _mlp() -> nn.Sequential:
+    """1-40-40-1, as a plain `torch.nn.Sequential`."""
+    return nn.Sequential(*SinusoidMLP(generator=torch.Generator().manual_seed(0)))
+
+
+def _sinusoid(
+    tasks: int = 25,
+    *,
+    inner_steps: int = 1,
+    estimator: Estimator = "exact",
+    workers: int = 1,
+    bias: BiasOperator | None = None,
+) -> MetaRow:
+    model = _mlp()
+    title = f"sinusoid MLP 1-40-40-1, {tasks} tasks, 10 + 10 points, {_course(inner_steps, estimator)}"
+    if bias is not None:
+        title += f", {workers} workers, {bias}"
+    return MetaRow(
+        title,
+        model,
+        model,
+        F.mse_loss,
+        Sinusoid(10, 10).sample(0, tasks),
+        inner_lr=0.01,
+        tolerance=MLP_TOLERANCE,
+        inner_steps=inner_steps,
+        estimator=estimator,
+        workers=workers,
+        bias=bias,
+    )
+
+
+def _omniglot(
+    tasks: int = 16,
+    *,
+    ways: int = 5,
+    shots: int = 1,
+    inner_steps: int = 1,
+    estimator: Estimator = "exact",
+    chunk_size: ChunkSize = None,
+) -> MetaRow:
+    """Images are noise, which costs as much as characters do."""
+    generator = torch.Generator().manual_seed(0)
+    model = Conv4(ways, generator=generator)
+    plain = PlainConv4(ways)
+    plain.load_state_dict(model.state_dict())
+    images = torch.rand(400, 1, 28, 28, generator=generator)
+    episodes = Episodes(images, torch.arange(400) // 10, ways=ways, shots=shots, queries=1)
+    return MetaRow(
+        f"28x28 Conv4-64, {tasks} tasks, {ways}-way {shots}-shot 1-query, {_course(inner_steps, estimator)}",
+        model,
+        plain,
+        F.cross_entropy,
+        episodes.sample(0, tasks),
+        inner_lr=0.4,
+        tolerance=CONV4_TOLERANCE,
+        inner_steps=inner_steps,
+        estimator=estimator,
+        chunk_size=chunk_size,
+    )
+
+
+def _course(inner_steps: int, estimator: Estimator) -> str:
+    order = "second order" if estimator == "exact" else "first order"
+    return f"{inner_steps} step{'s' if inner_steps > 1 else ''}, {order}"
+
+
+def _optimizer(name: str, model: nn.Module, beta: float) -> OptimizerRow:
+    d = sum(p.numel() for p in model.parameters())
+    return OptimizerRow(f"optimizer step alone, beta = {beta:g}, the {d} parameters of {name}", model, beta)
+
+
+# By the name that --rows knows; made when asked for.
+ROWS: dict[str, Callable[[], Row]] = {
+    "sinusoid": _sinusoid,
+    "omniglot": _omniglot,
+    "sinusoid-5-steps": lambda: _sinusoid(inner_steps=5),
+    "sinusoid-128-tasks": lambda: _sinusoid(128),
+    "sinusoid-first-order": lambda: _sinusoid(estimator="first-order"),
+    "sinusoid-top-k": lambda: _sinusoid(100, workers=100, bias=TopK(ratio=0.05)),
+    "omniglot-20-way": lambda: _omniglot(4, ways=20),
+    "omniglot-5-shot": lambda: _omniglot(shots=5),
+    "omniglot-5-steps": lambda: _omniglot(inner_steps=5),
+    "omniglot-128-tasks": lambda: _omniglot(128, chunk_size="auto"),
+    "omniglot-first-order": lambda: _omniglot(estimator="first-order"),
+    "optimizer-mlp": lambda: _optimizer("the MLP", _mlp(), 0.1),
+    "optimizer-mlp-sgd": lambda: _optimizer("the MLP", _mlp(), 1.0),
+    "optimizer-conv4": lambda: _optimizer("Conv4", Conv4(5, generator=torch.Generator().manual_seed(0)), 0.1),
+    "optimizer-conv4-sgd": lambda: _optimizer("Conv4", Conv4(5, generator=torch.Generator().manual_seed(0)), 1.0),
+}
