@@ -4,9 +4,9 @@
 
 All contenders of a row have the same weights and the same tasks, and compute the same meta-gradient: that is checked
 first, in float64 (``--check`` does nothing else), and who computes something else is not timed. Then they take turns in
-float32, so that a machine that slows down slows all of them. Times are medians and quartiles; speeds are quotients of
-times of the same round. GFLOP/s count the matrix products that metamom's meta-gradient needs, for every contender the
-same number.
+float32, so that a machine that slows down slows all of them; a turn is one iteration, or as many as fill 50 ms. Times
+are medians and quartiles of turns; speeds are quotients of times of the same round. GFLOP/s count the matrix products
+that metamom's meta-gradient needs, for every contender the same number.
 
 First calls are made with nothing compiled before, unless $TORCHINDUCTOR_CACHE_DIR names a cache; the kernels that
 metamom builds once a machine are built already. float32 is float32: TF32 is off for everybody.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -28,6 +29,7 @@ TOLERANCE = 1e-8  # of float64 results, relative to their norm
 WARM_UP = 2  # rounds, after the first call
 LEAST_ROUNDS = 5
 GEMM_SIZES = (1024, 2048)
+TURN_SECONDS = 0.05  # at least: training repeats one thing, and finds its code and data in the caches
 STEPS = 100  # of an optimizer that are timed as one: a single one is too short for the clock
 
 
@@ -108,18 +110,19 @@ def begin(measured: Measured, device: torch.device) -> dict[str, Contender]:
 def measure(row: Row, names: list[str], device: torch.device, seconds: float, most_rounds: int) -> Measured:
     """Check a row, then time those that agree and two matrix products, one after another, round by round.
 
-    Who begins moves on by one each round. It ends when ``seconds`` are over, but not before 5 rounds, or after
-    ``most_rounds``.
+    A turn is as many iterations as fill `TURN_SECONDS`, and gives their mean. Who begins moves on by one each round.
+    It ends when ``seconds`` are over, but not before 5 rounds, or after ``most_rounds``.
     """
     measured = check(row, names, device)
     measured.flops = flops(row) if isinstance(row, MetaRow) else None
     contenders = begin(measured, device)
     steps = steps_of(row)
-    turns: list[tuple[Callable[[], Any], int, list[float]]] = [
-        (contender.iterate, steps, measured.milliseconds.setdefault(name, [])) for name, contender in contenders.items()
+    turns = [
+        _Turn(contender.iterate, steps, measured.milliseconds.setdefault(name, []))
+        for name, contender in contenders.items()
     ]
     if measured.flops is not None:
-        turns += [(_product(size, device), 1, measured.gemm.setdefault(size, [])) for size in GEMM_SIZES]
+        turns += [_Turn(_product(size, device), 1, measured.gemm.setdefault(size, [])) for size in GEMM_SIZES]
     end = float("inf")
     least = min(LEAST_ROUNDS, most_rounds)
     for number in tqdm(range(-WARM_UP, most_rounds), desc="rounds", leave=False, disable=None):
@@ -128,14 +131,25 @@ def measure(row: Row, names: list[str], device: torch.device, seconds: float, mo
         if number >= least and time.perf_counter() >= end:
             break
         first = number % len(turns)
-        for iterate, repeat, times in turns[first:] + turns[:first]:
+        for turn in turns[first:] + turns[:first]:
             start = now(device)
-            for _ in range(repeat):
-                iterate()
+            for _ in range(turn.repeat):
+                turn.iterate()
             elapsed = now(device) - start
             if number >= 0:
-                times.append(1e3 * elapsed / repeat)
+                turn.times.append(1e3 * elapsed / turn.repeat)
+            else:
+                turn.repeat = max(turn.repeat, math.ceil(TURN_SECONDS * turn.repeat / elapsed))
     return measured
+
+
+@dataclass
+class _Turn:
+    """What is timed in a turn, how many times in a row, and the milliseconds of one, turn by turn."""
+
+    iterate: Callable[[], Any]
+    repeat: int
+    times: list[float]
 
 
 def now(device: torch.device) -> float:
