@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from metamom.bias import Bias, as_operator
 
@@ -17,10 +18,12 @@ def flatten(grads: Iterable[Tensor]) -> Tensor:
 
 def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Vectors ``[..., d]`` cut into tensors ``{name: [..., *shape]}``, of the shapes and dtypes of ``like``."""
-    pieces = torch.split(vectors, [w.numel() for w in like.values()], dim=-1)
+    pieces = vectors.split_with_sizes([w.numel() for w in like.values()], -1)
     lead = vectors.shape[:-1]
-    cut = {n: piece.view((*lead, *w.shape)) for (n, w), piece in zip(like.items(), pieces, strict=True)}
-    return {n: v if v.dtype is like[n].dtype else v.to(like[n].dtype) for n, v in cut.items()}
+    return {
+        name: piece.view(lead + w.shape) if piece.dtype is w.dtype else piece.view(lead + w.shape).to(w.dtype)
+        for (name, w), piece in zip(like.items(), pieces, strict=True)
+    }
 
 
 def aggregate(grads: Tensor, bias: Bias = None) -> tuple[Tensor, dict[str, float | int | None]]:
@@ -44,11 +47,11 @@ def aggregate(grads: Tensor, bias: Bias = None) -> tuple[Tensor, dict[str, float
         total, error, wire = mean, 0.0, d * grads.element_size()
     else:
         total = operator(grads).mean(0)
-        norm = float(mean.norm())
-        error = float((total - mean).norm()) / norm if norm else 0.0
+        norm = float(vector_norm(mean))
+        error = float(vector_norm(total - mean)) / norm if norm else 0.0
         wire = operator.wire_bytes(d, grads.element_size())
     report: dict[str, float | int | None] = {
-        "grad_norm": float(total.norm()),
+        "grad_norm": float(vector_norm(total)),
         "bias_error": error,
         "wire_bytes": workers * wire,
     }

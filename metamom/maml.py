@@ -272,7 +272,7 @@ class MAML(nn.Module):
         results: list[tuple[Tensor, Tensor]] = []
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
-            tasks = batch.part(start, stop)[:4]
+            tasks = batch[:4] if len(parts) == 1 else batch.part(start, stop)[:4]
             losses, predictions, *grads = self._gradient(weights, last - first, 1 / per_worker, *tasks)
             chunk = grads[0] if len(grads) == 1 else flatten(grads)
             if len(parts) == 1:
