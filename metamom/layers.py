@@ -131,7 +131,15 @@ class _Fold(_Grouped):
         return _Unfold.run(cotangent), None, None
 
 
-class _Product(_Grouped):
+class _OfTwo(_Grouped):
+    """An operator whose derivatives need both of its arguments."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class _Product(_OfTwo):
     """``a @ b``: ``[G, M, K], [G, K, N] -> [G, M, N]``.
 
     Its derivatives, and theirs, are products of the same three kinds, each with a contiguous result.
@@ -142,10 +150,6 @@ class _Product(_Grouped):
         return torch.bmm(a, b)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         to_a = _ProductWithTransposed.run(c, b) if ctx.needs_input_grad[0] else None
@@ -153,16 +157,12 @@ class _Product(_Grouped):
         return to_a, to_b
 
 
-class _ProductWithTransposed(_Grouped):
+class _ProductWithTransposed(_OfTwo):
     """``c @ bᵀ``: ``[G, M, N], [G, K, N] -> [G, M, K]``."""
 
     @staticmethod
     def forward(c: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(c, b.mT)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -172,16 +172,12 @@ class _ProductWithTransposed(_Grouped):
         return to_c, to_b
 
 
-class _ProductOfTransposed(_Grouped):
+class _ProductOfTransposed(_OfTwo):
     """``aᵀ @ c``: ``[G, M, K], [G, M, N] -> [G, K, N]``."""
 
     @staticmethod
     def forward(a: Tensor, c: Tensor) -> Tensor:
         return torch.bmm(a.mT, c)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, Tensor | None]:

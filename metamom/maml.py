@@ -268,7 +268,7 @@ class MAML(nn.Module):
         parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
         if isinstance(self._gradient, Compiled) and self._expected is not None:
             self._gradient.expected = self._expected * len(parts)
-            self._expected = max(0, self._expected - 1)
+            self._expected = self._expected - 1 if self._expected > 1 else None  # a loop after it is told anew
         results: list[tuple[Tensor, Tensor]] = []
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any, Literal, overload
 
 import torch
@@ -153,20 +154,16 @@ class CompositeMomentum(Optimizer):
         if group["maximize"] or group["weight_decay"]:
             grads = [_descent_gradient(p, g, group) for p, g in pairs]
         states = [self.state[p] for p in params]
-        moving = states
-        if not all("momentum" in state for state in states):
-            for state, p, g in zip(states, params, grads, strict=True):
-                if "momentum" not in state:
-                    # v_{k-1} before the first step; v_0 = g_0 is reached by starting from v_{-1} = g_0
-                    state["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
-                    state["fresh"] = group["first_step"] == "gradient"
+        started = ["momentum" in state for state in states]
+        for state, has_begun, p, g in zip(states, started, params, grads, strict=True):
+            if not has_begun:
+                # v_{k-1} before the first step; v_0 = g_0 is reached by starting from v_{-1} = g_0
+                state["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
+        bufs = [state["momentum"] for state in states]
+        moving_bufs, moving_grads = bufs, grads
+        if group["first_step"] == "gradient" and not all(started):
             # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding, so fresh buffers, already v_0, are not averaged.
-            going_on = [not state.pop("fresh", False) for state in states]
-            moving = [state for state, moves in zip(states, going_on, strict=True) if moves]
-            moving_grads = [g for g, moves in zip(grads, going_on, strict=True) if moves]
-        else:
-            moving_grads = grads
-        bufs, moving_bufs = [state["momentum"] for state in states], [state["momentum"] for state in moving]
+            moving_bufs, moving_grads = list(compress(bufs, started)), list(compress(grads, started))
         if _together(group["foreach"], params):
             _momentum_updates_(moving_bufs, moving_grads, beta)
             for ps, vs in _by_kind(params, bufs):

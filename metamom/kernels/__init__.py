@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from metamom.kernels import reference
 from metamom.kernels.build import load
 
 __all__ = ["fold", "native", "norm_relu", "norm_relu_backward", "norm_relu_double_backward", "unfold"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _wanted: ContextVar[bool] = ContextVar("metamom_native_kernels", default=False)
 
@@ -52,56 +56,25 @@ def native(device: torch.device) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def _compiled(first: Tensor) -> bool:
-    return _wanted.get() and first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64)
+def _by_device(plain: Callable[P, R]) -> Callable[P, R]:
+    """The same operator: compiled where `native` asks for it and has it, in plain PyTorch elsewhere."""
+
+    @wraps(plain)
+    def operator(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        compiled = _wanted.get() and first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64)
+        out: R = getattr(torch.ops.metamom if compiled else reference, plain.__name__)(*args, **kwargs)
+        return out
+
+    return operator
 
 
-Three = tuple[Tensor, Tensor, Tensor]
-
-
-def _run(name: str, first: Tensor, *rest: Any) -> Any:
-    """The operator of this name: compiled where `native` asks for it and has it, in plain PyTorch elsewhere."""
-    return getattr(torch.ops.metamom if _compiled(first) else reference, name)(first, *rest)
-
-
-def unfold(images: Tensor) -> Tensor:
-    """`reference.unfold`."""
-    out: Tensor = _run("unfold", images)
-    return out
-
-
-def fold(patches: Tensor, H: int, W: int) -> Tensor:
-    """`reference.fold`."""
-    out: Tensor = _run("fold", patches, H, W)
-    return out
-
-
-def norm_relu(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Three:
-    """`reference.norm_relu`."""
-    out: Three = _run("norm_relu", y, gain, shift, eps)
-    return out
-
-
-def norm_relu_backward(dz: Tensor, y: Tensor, gain: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Three:
-    """`reference.norm_relu_backward`."""
-    out: Three = _run("norm_relu_backward", dz, y, gain, z, mean, rstd)
-    return out
-
-
-def norm_relu_double_backward(
-    v: Tensor,
-    a: Tensor,
-    s: Tensor,
-    dz: Tensor,
-    y: Tensor,
-    gain: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> Three:
-    """`reference.norm_relu_double_backward`."""
-    out: Three = _run("norm_relu_double_backward", v, a, s, dz, y, gain, z, mean, rstd)
-    return out
+unfold = _by_device(reference.unfold)
+fold = _by_device(reference.fold)
+norm_relu = _by_device(reference.norm_relu)
+norm_relu_backward = _by_device(reference.norm_relu_backward)
+norm_relu_double_backward = _by_device(reference.norm_relu_double_backward)
 
 
 def _unfold_shape(images: Tensor) -> Tensor:
