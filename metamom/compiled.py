@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch._inductor
 from torch import Tensor, fx
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -138,9 +141,29 @@ class Compiled:
         with kernels.native(tensors[0].device):
             graph = make_fx(flat)(*tensors)
         join_products(graph)
-        with torch.no_grad():
-            compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors))
-        return compiled
+        while True:
+            try:
+                with torch.no_grad():
+                    compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors))
+            except Exception as error:
+                if not _forget_damaged(error):
+                    raise
+            else:
+                return compiled
+
+
+def _forget_damaged(error: Exception) -> bool:
+    """Delete the library that TorchInductor could not load, if it is one of its own that an interrupt cut short.
+
+    Returns:
+        Whether it did; compiling again then makes that library anew.
+    """
+    named = re.search(r"(\S+\.so): (file too short|invalid ELF header)", str(error))
+    path = Path(named[1]) if named else None
+    if path is None or not path.is_relative_to(cache_dir()) or not path.is_file():
+        return False
+    path.unlink()
+    return True
 
 
 def _kind(leaf: Any) -> Hashable:

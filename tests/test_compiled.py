@@ -21,6 +21,7 @@ from metamom import MAML, TaskBatch, kernels
 from metamom.compiled import join_products
 from metamom.kernels.build import CompilerError, load
 from metamom.nets import Conv4, SinusoidMLP
+from metamom.tasks import Sinusoid
 
 WAYS = 3
 Grads = dict[str, Tensor]
@@ -582,3 +583,29 @@ def test_bfloat16_reaches_the_convolutions_of_plain_layers():
 def test_autocast_is_bfloat16_or_none(dtype):
     with pytest.raises(ValueError, match=r"autocast must be torch\.bfloat16 or None; got"):
         small(autocast=dtype)
+
+
+def test_a_library_that_an_interrupt_cut_short_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    damaged, foreign = tmp_path / "ab" / "kernel.main.so", tmp_path.parent / "foreign.so"
+    damaged.parent.mkdir()
+    for path in (damaged, foreign):
+        path.write_bytes(b"")
+
+    def compile(graph, inputs):
+        if damaged.exists():
+            raise RuntimeError(f"ImportError: {damaged}: file too short")
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    learner = MAML(nn.Linear(1, 1), F.mse_loss, compile=True)
+    learner.meta_gradient(Sinusoid(2, 2).sample(0, 2))
+    assert not damaged.exists()
+
+    def fails(graph, inputs):
+        raise RuntimeError(f"ImportError: {foreign}: file too short")
+
+    monkeypatch.setattr(torch._inductor, "compile", fails)
+    with pytest.raises(RuntimeError, match="foreign"):
+        MAML(nn.Linear(1, 1), F.mse_loss, compile=True).meta_gradient(Sinusoid(2, 2).sample(0, 2))
+    assert foreign.exists()
