@@ -7,20 +7,21 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch._inductor
-from torch import Tensor, fx
+from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from metamom import kernels
 from metamom.kernels.build import CompilerError, find_compiler
+from metamom.products import enlarge_products
 
 CompileMode = bool | Literal["auto"]
 
@@ -140,7 +141,7 @@ class Compiled:
 
         with kernels.native(tensors[0].device):
             graph = make_fx(flat)(*tensors)
-        join_products(graph)
+        enlarge_products(graph)
         while True:
             try:
                 with torch.no_grad():
@@ -172,66 +173,3 @@ def _kind(leaf: Any) -> Hashable:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     hashable: Hashable = leaf
     return hashable
-
-
-def join_products(graph: fx.GraphModule) -> int:
-    """Make ``a @ b + c @ d``, where its result is large against the factors, one product: ``[a c] @ [b; d]``.
-
-    Two products of small inner dimension are bound by writing their results, which the sum then reads again.
-
-    Returns:
-        How many pairs were joined.
-    """
-    nodes, joined = graph.graph, 0
-    for total in list(nodes.nodes):
-        if total.target is not torch.ops.aten.add.Tensor or len(total.args) != 2 or total.kwargs:
-            continue
-        terms: list[Any] = list(total.args)
-        left, right = (_product_behind(term) for term in terms)
-        if left is None or right is None or left is right:
-            continue
-        a, b, c, d = _factors(left, right)
-        same_shape = _shape(left) == _shape(right) and all(_shape(term) == _shape(total) for term in terms)
-        (_, rows, columns), inner = _shape(left), _shape(a)[2] + _shape(c)[2]
-        if not same_shape or rows * columns < inner * (rows + columns):
-            continue
-        with nodes.inserting_before(total):
-            wide = nodes.call_function(torch.ops.aten.cat.default, ([a, c], 2))
-            if _transposed(b) and _transposed(d):  # joined as they lie in memory
-                joint = nodes.call_function(torch.ops.aten.cat.default, ([b.args[0], d.args[0]], 2))
-                tall = nodes.call_function(torch.ops.aten.transpose.int, (joint, 1, 2))
-            else:
-                tall = nodes.call_function(torch.ops.aten.cat.default, ([b, d], 1))
-            product = nodes.call_function(torch.ops.aten.bmm.default, (wide, tall))
-            shaped = nodes.call_function(torch.ops.aten.view.default, (product, list(_shape(total))))
-        total.replace_all_uses_with(shaped)
-        joined += 1
-    nodes.eliminate_dead_code()
-    graph.recompile()
-    return joined
-
-
-def _factors(*products: fx.Node) -> Iterator[Any]:
-    """The factors of products, one after the other."""
-    return (factor for product in products for factor in product.args)
-
-
-def _product_behind(node: Any) -> fx.Node | None:
-    """The batched product that a node is a view of, if nothing else uses it."""
-    while isinstance(node, fx.Node) and len(node.users) == 1:
-        if node.target is torch.ops.aten.bmm.default:
-            return node
-        if node.target not in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-            return None
-        node = node.args[0]
-    return None
-
-
-def _transposed(node: fx.Node) -> bool:
-    """Whether a node is the transpose of the matrices behind it."""
-    return node.target is torch.ops.aten.transpose.int and node.args[1:] in ((1, 2), (2, 1), (-1, -2), (-2, -1))
-
-
-def _shape(node: Any) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape

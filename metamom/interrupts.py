@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+NOTED = b"\ninterrupted: the step at hand is finished first; interrupt again to stop at once.\n"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -26,6 +29,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 class Interrupts:
     """While entered, the first Ctrl-C or SIGTERM is only noted in `caught`; a second one acts at once.
 
+    Which is said at once on standard error: the step at hand may take long, above all where it is being compiled.
     A signal that is ignored stays ignored. Handlers can be set in the main thread alone; elsewhere nothing is caught
     and signals act as ever.
     """
@@ -46,6 +50,7 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
         self._restore()
+        os.write(2, NOTED)  # no print: the signal may have come in the middle of one
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch._inductor
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +35,16 @@ def data_root() -> Path:
     if not (root / "omniglot").is_dir():
         pytest.skip(f"no Omniglot data in {root}; name its folder in $METAMOM_DATA")
     return root
+
+
+@pytest.fixture
+def traced(monkeypatch) -> list[int]:
+    """Everything of compiling but TorchInductor: the graph runs as it was traced. One entry a compilation."""
+    compilations: list[int] = []
+
+    def as_it_is(graph: Any, inputs: Any) -> Any:
+        compilations.append(len(inputs))
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", as_it_is)
+    return compilations

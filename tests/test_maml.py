@@ -10,92 +10,21 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from problems import (
+    MODELS,
+    assert_close,
+    mlp,
+    problem,
+    randomised,
+    regression_batch,
+)
 from slow_maml import adapt_task, slow_meta_gradient, weights_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, Clip, CompositeMomentum, Identity, TaskBatch, TopK
-from metamom.nets import Conv4, SinusoidMLP, use_batch_statistics
+from metamom.nets import SinusoidMLP, use_batch_statistics
 from metamom.tasks import Sinusoid
-
-WAYS = 3
-
-
-class GroupNormNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.norm = nn.GroupNorm(2, 4)
-        self.head = nn.Linear(4, WAYS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.norm(self.conv(x))).mean((-2, -1)))
-
-
-class BatchNormNet(nn.Sequential):
-    def __init__(self) -> None:
-        norm = nn.BatchNorm2d(3, track_running_stats=False)
-        super().__init__(
-            nn.Conv2d(1, 3, 3), norm, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, WAYS, bias=False)
-        )
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
-
-
-def layer_norm_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1))
-
-
-REGRESSION = {"MLP": mlp, "MLP with LayerNorm": layer_norm_mlp}
-CLASSIFICATION = {
-    "Conv4": (lambda: Conv4(WAYS, hidden=4), 28),
-    "BatchNorm2d": (BatchNormNet, 8),
-    "GroupNorm": (GroupNormNet, 8),
-}
-MODELS = [*REGRESSION, *CLASSIFICATION]
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In float64 with every parameter drawn, so that affine weights of 1 and biases of 0 hide nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    model.double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.5 + (1.0 if p.dim() == 1 else 0.0))
-    return model
-
-
-def regression_batch(tasks: int = 4, support: int = 5, query: int = 3, dim: int = 2, seed: int = 1) -> TaskBatch:
-    g = torch.Generator().manual_seed(seed)
-    sizes = [(tasks, support, dim), (tasks, support, 1), (tasks, query, dim), (tasks, query, 1)]
-    return TaskBatch(*(torch.randn(size, generator=g, dtype=torch.float64) for size in sizes))
-
-
-def image_batch(size: int, tasks: int = 4) -> TaskBatch:
-    g = torch.Generator().manual_seed(2)
-    xs = [torch.rand(tasks, WAYS * shots, 1, size, size, generator=g, dtype=torch.float64) for shots in (2, 3)]
-    ys = [torch.arange(WAYS).repeat(tasks, shots) for shots in (2, 3)]
-    return TaskBatch(xs[0], ys[0], xs[1], ys[1])
-
-
-def problem(name: str) -> tuple[nn.Module, nn.Module, TaskBatch]:
-    if name in REGRESSION:
-        return randomised(REGRESSION[name]()), nn.MSELoss(), regression_batch()
-    make, size = CLASSIFICATION[name]
-    return randomised(make()), nn.CrossEntropyLoss(), image_batch(size)
-
-
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Equal up to rounding: to ``tolerance`` times the largest entry of the whole gradient."""
-    assert list(ours) == list(theirs)
-    scale = max(float(g.abs().max()) for g in theirs.values())
-    assert 0 < scale < 1e6
-    for name in ours:
-        assert ours[name].shape == theirs[name].shape, f"{name}: {ours[name].shape} != {theirs[name].shape}"
-        error = float((ours[name] - theirs[name]).abs().max())
-        assert error <= tolerance * scale, f"{name} differs by {error}, at a scale of {scale}"
 
 
 def mean_over_workers(grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -764,78 +693,3 @@ def test_the_loop_of_the_readme_learns():
         opt.step()
     after = learner.losses(test).mean().item()
     assert after < 0.85 * before, f"{before} -> {after}"
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
-def test_traced_agrees_with_the_loop(name, steps, monkeypatch):
-    """The graph that is to be compiled, run as it is."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
-    model, loss_fn, batch = problem(name)
-    learner = MAML(model, loss_fn, inner_lr=0.05, inner_steps=steps, learn_inner_lr="tensor", compile=True)
-    learned = learner.step_sizes.learned()
-    for _ in range(2):
-        grads, _ = learner.meta_gradient(batch, workers=2)
-        for i, part in enumerate(batch.split(2)):
-            expected, _ = slow_meta_gradient(model, loss_fn, part, steps=steps, learned=learned)
-            assert_close({n: g[i] for n, g in grads.items()}, expected)
-        with torch.no_grad():
-            for p in learner.parameters():
-                p.mul_(1.1)
-
-
-def test_nothing_that_changes_is_compiled_in(monkeypatch):
-    graphs = []
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
-    model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double().eval()
-    model[0].bias.requires_grad_(False)
-    model.register_buffer("unused", torch.zeros(2))
-    inner_lr = {n: torch.tensor(0.1) for n, p in model.named_parameters() if p.requires_grad}
-    eager = MAML(model, F.mse_loss, inner_lr=inner_lr)
-    compiled = MAML(model, F.mse_loss, inner_lr=inner_lr, compile=True)
-
-    def check(number_of_graphs: int, workers: int = 1) -> None:
-        batch = regression_batch(seed=len(graphs))
-        assert_close(compiled.meta_gradient(batch, workers).grads, eager.meta_gradient(batch, workers).grads, 1e-12)
-        assert len(graphs) == number_of_graphs
-
-    check(1)
-    check(1)
-    check(2, workers=2)
-    with torch.no_grad():
-        model[0].bias.add_(1.0)  # frozen
-        for learner in (eager, compiled):
-            for alpha in learner.step_sizes.buffers():
-                alpha.mul_(2)
-    check(2)
-    eager.inner_steps = compiled.inner_steps = 2
-    check(3)
-    model.train()
-    batch = regression_batch()
-    first, second = (compiled.meta_gradient(batch).losses for _ in range(2))
-    assert len(graphs) == 4
-    assert not torch.equal(first, second)  # dropout is on, and draws anew
-
-
-def small_batch_norm_net() -> nn.Module:
-    return nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1))
-
-
-@pytest.mark.parametrize(
-    ("make", "steps", "dtype", "tolerance"),
-    [(lambda: SinusoidMLP((5,)), 2, torch.float32, 1e-6), (small_batch_norm_net, 1, torch.float64, 1e-12)],
-    ids=["MLP in float32", "BatchNorm in float64"],
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_compiled_is_eager(make, steps, dtype, tolerance):
-    net = randomised(make()).to(dtype)
-    batch = Sinusoid(shots=3, queries=3, seed=0).sample(0, 4).to(dtype=dtype)
-    options = {"inner_lr": 0.01, "inner_steps": steps}
-    eager, compiled = MAML(net, F.mse_loss, **options), MAML(net, F.mse_loss, compile=True, **options)
-    for _ in range(2):  # the second time with other weights: they must not be compiled in
-        ours, theirs = compiled.meta_gradient(batch, workers=2), eager.meta_gradient(batch, workers=2)
-        assert_close(ours.grads, theirs.grads, tolerance)
-        torch.testing.assert_close(ours.losses, theirs.losses, rtol=tolerance, atol=0)
-        with torch.no_grad():
-            for p in net.parameters():
-                p.mul_(1.1)

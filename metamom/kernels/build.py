@@ -64,7 +64,8 @@ def _build(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         out = Path(scratch) / path.name
         command = [compiler, str(SOURCE), "-o", str(out), *_flags()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # a session of its own: Ctrl-C is for this process to act on, not for the compiler to die of
+        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with status {done.returncode}"]
             errors = [line for line in said if "error" in line] or said

@@ -1,0 +1,138 @@
+"""Whether to compile: `compile="auto"`, and machines without a compiler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from problems import (
+    conv4,
+    image_batch,
+    relative_error,
+    small,
+    small_batch,
+)
+from torch.nn import functional as F
+
+import metamom.compiled
+import metamom.maml
+from metamom import MAML
+from metamom.kernels.build import CompilerError, load
+
+
+@pytest.fixture
+def clock(monkeypatch) -> None:
+    """Every plain meta-gradient takes a second, and compiling is reckoned at 12: 3 layers, 2 passes, 2 seconds each."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(metamom.compiled, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(metamom.maml, "COMPILE_SECONDS", 2.0)
+    monkeypatch.setattr(metamom.compiled, "SPEED_UP", 2.0)
+    monkeypatch.setattr(metamom.compiled, "FIRST_CALLS", 3)
+
+
+def plain_calls(learner: MAML, traced: list[int], most: int = 60) -> int:
+    """How many meta-gradients come before the first compiled one; ``most`` where there is none."""
+    expected = small().meta_gradient(small_batch()).grads
+    for i in range(most):
+        assert relative_error(learner.meta_gradient(small_batch()).grads, expected) < 1e-12
+        if traced:
+            return i
+    return most
+
+
+@pytest.mark.parametrize(("iterations", "plain"), [(0, 60), (5, 60), (26, 60), (28, 3), (1000, 3)])
+def test_auto_goes_by_the_iterations_to_come(clock, traced, iterations, plain):
+    """After three calls, a second each: compiling saves half of the rest, and costs 12."""
+    learner = small(compile="auto")
+    learner.expect(iterations)
+    assert plain_calls(learner, traced) == plain
+    for _ in range(3):
+        learner.meta_gradient(small_batch())
+    assert len(traced) == (plain < 60)
+
+
+def test_auto_without_being_told_reckons_with_as_many_calls_as_there_have_been(clock, traced):
+    """25 seconds were spent, of which compiling would have saved half: more than its 12."""
+    assert plain_calls(small(compile="auto"), traced) == 25
+
+
+def test_auto_counts_the_chunks_of_an_iteration(clock, traced):
+    learner = small(compile="auto", chunk_size=1)
+    learner.expect(10)
+    learner.meta_gradient(small_batch(tasks=6))  # 60 calls to come, of which three are watched
+    assert len(traced) == 1
+
+
+def test_auto_judges_each_shape_by_itself(clock, traced):
+    learner = small(compile="auto")
+    learner.expect(1000)
+    for tasks in (2, 4, 6):
+        for _ in range(3):
+            learner.meta_gradient(small_batch(tasks=tasks))
+    assert traced == []
+    learner.meta_gradient(small_batch(tasks=4))
+    assert len(traced) == 1
+
+
+def test_a_short_run_is_not_compiled_by_the_real_clock(traced):
+    learner = MAML(conv4(), F.cross_entropy, compile="auto")
+    learner.expect(5)
+    for seed in range(5):
+        learner.meta_gradient(image_batch(seed))
+    assert traced == []
+
+
+@pytest.fixture(params=["no compiler", "a failing one"])
+def no_compiler(request, monkeypatch, tmp_path) -> Iterator[str]:
+    """What the error says."""
+    if request.param == "no compiler":
+        monkeypatch.setenv("CXX", "/nonexistent")
+        yield r"there is no /nonexistent on the path\. Install one .* or run without compiling"
+        return
+    failing = tmp_path / "cxx"
+    failing.write_text("#!/bin/sh\necho 'error: no' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    monkeypatch.setenv("METAMOM_CACHE", str(tmp_path))
+    load.cache_clear()
+    yield "cxx cannot build metamom's kernels: error: no"
+    load.cache_clear()
+
+
+def test_auto_goes_on_without_a_compiler_and_warns_once(clock, traced, no_compiler):
+    learner = small(compile="auto")
+    learner.expect(1000)
+    expected = small().meta_gradient(small_batch()).grads
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for tasks in (2, 2, 2, 2, 2, 4, 4, 4, 4, 4):
+            grads = learner.meta_gradient(small_batch(tasks=tasks)).grads
+            assert tasks != 2 or relative_error(grads, expected) < 1e-15
+    (warning,) = caught
+    with pytest.raises(UserWarning, match=rf'compile="auto" goes on without compiling: .*{no_compiler}'):
+        raise warning.message
+    assert traced == []
+
+
+def test_compile_true_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with pytest.raises(CompilerError, match=r"Install one \(Debian: apt install g\+\+\), name it in \$CXX") as raised:
+        small(compile=True)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_a_compiler_that_fails_is_an_error_where_compiling_was_asked_for(traced, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("METAMOM_CACHE", str(tmp_path))
+    load.cache_clear()
+    with pytest.raises(CompilerError, match="cannot build metamom's kernels"):
+        small(compile=True).meta_gradient(small_batch())
+    load.cache_clear()
+
+
+@pytest.mark.parametrize("mode", [5, "always", None, "True", -1])
+def test_compile_is_a_bool_or_auto(mode):
+    with pytest.raises(ValueError, match=rf'compile must be True, False or "auto"; got {mode!r}\.'):
+        small(compile=mode)

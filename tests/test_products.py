@@ -1,0 +1,220 @@
+"""Products in a traced graph: the same numbers from fewer and larger ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor
+from problems import generator, regression_batch, relative_error
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from metamom import MAML
+from metamom.products import join_products, share_factors, sum_products
+
+Rewriting = Callable[[torch.fx.GraphModule], int]
+
+
+# one product for two
+
+
+def factors(rows: int, columns: int, inners: tuple[int, int], tasks: tuple[int, int] = (2, 2)) -> list[Tensor]:
+    sizes = [s for T, k in zip(tasks, inners, strict=True) for s in ((T, rows, k), (T, k, columns))]
+    return [torch.randn(s, generator=generator(i), dtype=torch.float64) for i, s in enumerate(sizes)]
+
+
+def products_in(graph: torch.fx.GraphModule, kind: str = "bmm") -> int:
+    return sum(node.target is getattr(torch.ops.aten, kind).default for node in graph.graph.nodes)
+
+
+def check(rewrite: Rewriting, function: Callable[..., Any], args: list[Tensor], changes: int, products: int) -> None:
+    """So many changes leave so many batched products and the same numbers."""
+    graph = make_fx(function)(*args)
+    assert rewrite(graph) == changes
+    assert products_in(graph) == products
+    torch.testing.assert_close(graph(*args), function(*args), rtol=1e-12, atol=1e-12)
+
+
+SMALL_INNER = factors(40, 50, (3, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, c, d: torch.bmm(a, b) + torch.bmm(c, d),
+        lambda a, b, c, d: a @ b + c @ d,
+        lambda a, b, c, d: (torch.bmm(a, b).view(80, 50) + torch.bmm(c, d).view(80, 50)) * 2,
+        lambda a, b, c, d: torch.bmm(a, b).view(2, 40, 5, 10) + torch.bmm(c, d).view(2, 40, 5, 10),
+        lambda a, b, c, d: torch.bmm(torch.sin(a), b) + torch.bmm(torch.sin(c) * 2, d),
+    ],
+    ids=["bmm", "matmul", "flattened", "as images", "of other results"],
+)
+def test_a_sum_of_two_products_becomes_one(function):
+    check(join_products, function, SMALL_INNER, changes=1, products=1)
+
+
+def test_every_pair_is_joined():
+    def function(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return (torch.bmm(a, b) + torch.bmm(c, d)) * (torch.bmm(2 * a, b) + torch.bmm(c, 3 * d))
+
+    check(join_products, function, SMALL_INNER, changes=2, products=2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, c, d: (torch.bmm(a, b) + torch.bmm(c, d), torch.bmm(a, b)),
+        lambda a, b, c, d: (lambda p: (p + torch.bmm(c, d), 2 * p))(torch.bmm(a, b)),
+        lambda a, b, c, d: (lambda p: (torch.bmm(c, d) + p.view(2, 40, 50), p.sum()))(torch.bmm(a, b)),
+        lambda a, b, c, d: (lambda p: p + p)(torch.bmm(a, b)),
+        lambda a, b, c, d: torch.add(torch.bmm(a, b), torch.bmm(c, d), alpha=2),
+        lambda a, b, c, d: torch.bmm(a, b) - torch.bmm(c, d),
+        lambda a, b, c, d: torch.bmm(a, b) + 1,
+        lambda a, b, c, d: torch.sin(torch.bmm(a, b)) + torch.bmm(c, d),
+    ],
+    ids=["control", "used twice", "used twice before a view", "added to itself", "alpha", "minus", "+ 1", "sin"],
+)
+def test_other_sums_stay_as_they_are(function, request):
+    graph = make_fx(function)(*SMALL_INNER)
+    joined = int("control" in request.node.name)  # the same pair, where the product of the second use is its own
+    check(join_products, function, SMALL_INNER, joined, products_in(graph) - joined)
+
+
+@pytest.mark.parametrize(("rows", "columns", "inners"), [(4, 50, (3, 4)), (40, 50, (30, 4)), (1, 1, (1, 1))])
+def test_products_of_large_inner_dimension_stay_two(rows, columns, inners):
+    """They cost more than writing their result: copying the factors would gain nothing."""
+    function = lambda a, b, c, d: torch.bmm(a, b) + torch.bmm(c, d)  # noqa: E731
+    check(join_products, function, factors(rows, columns, inners), changes=0, products=2)
+
+
+def test_a_sum_that_broadcasts_stays_as_it_is():
+    """Every pair of rows, as additive attention has them: the terms' entries do not meet one to one."""
+
+    def every_pair(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return torch.bmm(a, b).view(2, 40, 1, 50) + torch.bmm(c, d).view(2, 1, 40, 50)
+
+    check(join_products, every_pair, SMALL_INNER, changes=0, products=2)
+    one_for_all = factors(40, 50, (3, 4), tasks=(2, 1))
+    check(join_products, lambda a, b, c, d: torch.bmm(a, b) + torch.bmm(c, d), one_for_all, changes=0, products=2)
+
+
+def test_three_products_become_one():
+    """The result of a first joining takes part in a second."""
+    args = [*SMALL_INNER, *factors(40, 50, (2, 2))[:2]]
+    check(join_products, lambda a, b, c, d, e, f: a @ b + c @ d + e @ f, args, changes=2, products=1)
+
+
+# the sum over tasks
+
+
+def summed(each: Tensor, workers: int = 1) -> Tensor:
+    """Over each worker's tasks, as the derivative of giving tasks their weights has it."""
+    return each.view(workers, each.shape[0] // workers, *each.shape[1:]).sum([1], keepdim=True).squeeze(1)
+
+
+def matrices(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+
+
+# of 6 tasks, as a linear layer's weight gradient is made: inputs [T, N, K] and derivatives of outputs [T, N, M]
+X, D = matrices(6, 5, 3), matrices(6, 5, 4, seed=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("function", "sums", "left"),
+    [
+        (lambda x, d, n: summed(x.mT @ d, n), 1, 0),
+        (lambda x, d, n: summed(d.mT @ x, n), 1, 0),
+        (lambda x, d, n: summed((x.mT @ d).mT, n), 1, 0),
+        (lambda x, d, n: summed((x.mT @ d).view(6, 3, 2, 2).permute(0, 3, 1, 2), n), 1, 0),
+        (lambda x, d, n: summed((x.mT @ d).view(6, 1, 3, 4).squeeze(1), n), 1, 0),
+        (lambda x, d, n: summed(x.mT @ d + (d.mT @ torch.sin(x)).mT, n), 2, 0),
+        (lambda x, d, n: summed((x.mT @ d + 2 * x.mT @ torch.cos(d)) + x[:, :3, :1] * d[:, :1, :4], n), 2, 0),
+        (lambda x, d, n: (lambda p: (summed(p + x.mT @ torch.sin(d), n), p.square()))(x.mT @ d), 1, 1),
+    ],
+    ids=["x^T d", "d^T x", "transposed", "as a kernel", "squeezed", "two", "two and more", "one of them used"],
+)
+def test_the_sum_of_the_tasks_products_is_one_product(function, sums, left, workers):
+    args = [X, D]
+    check(sum_products, lambda x, d: function(x, d, workers), args, changes=sums, products=left + sums * (workers > 1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, d: summed(x.mT @ d, 6),
+        lambda x, d: (lambda p: (summed(p), p.sum()))(x.mT @ d),
+        lambda x, d: summed(torch.sin(x.mT @ d)),
+        lambda x, d: (x.mT @ d).sum(0),
+        lambda x, d: (x.mT @ d).view(1, 6, 3, 4).sum([2], keepdim=True),
+        lambda x, d: summed((x.mT @ d).transpose(0, 2).contiguous()),
+        lambda x, d: summed((x.mT @ d).permute(2, 0, 1).contiguous()),
+        lambda x, d: summed(x.mT @ d[:, :, :1]),
+        lambda x, d: summed((x[:3].mT @ d[:3]).view(6, 2, 3)),
+        lambda x, d: summed(torch.add(x.mT @ d, x.mT @ d, alpha=3)),
+        lambda x, d: summed(x.mT @ d + x[:1, :3, :1]),
+        lambda x, d: summed(x.transpose(0, 1).contiguous().transpose(0, 1).mT @ d),
+    ],
+    ids=[
+        "one task each",
+        "used twice",
+        "sin",
+        "sum without a view",
+        "another axis",
+        "tasks transposed",
+        "tasks permuted",
+        "a vector",
+        "tasks cut in two",
+        "alpha",
+        "broadcast",
+        "tasks not below each other",
+    ],
+)
+def test_other_sums_over_tasks_stay_as_they_are(function):
+    products = products_in(make_fx(function)(X, D))
+    check(sum_products, function, [X, D], changes=0, products=products)
+
+
+# one factor for all tasks
+
+
+@pytest.mark.parametrize(
+    ("function", "shared"),
+    [
+        (lambda x, w: x @ w.expand(6, 3, 4), 1),
+        (lambda x, w: x @ w.mT.contiguous().expand(6, 4, 3).mT, 1),
+        (lambda x, w: (x @ w.expand(6, 3, 4), torch.sin(x) @ w.expand(6, 3, 4)), 2),
+        (lambda x, w: x @ (w.expand(6, 3, 4) * torch.ones(6, 1, 1, dtype=x.dtype)), 0),
+        (lambda x, w: w.mT.expand(6, 4, 3) @ x.mT, 0),
+        (lambda x, w: x.transpose(0, 1).contiguous().transpose(0, 1) @ w.expand(6, 3, 4), 0),
+        (lambda x, w: x[:, :1] @ w.expand(6, 3, 4), 0),
+        (lambda x, w: x @ w[:, :1].expand(6, 3, 1), 0),
+    ],
+    ids=["w", "w^T", "twice", "control", "on the left", "tasks not below each other", "row", "column"],
+)
+def test_a_factor_that_tasks_share_makes_one_product(function, shared):
+    w = matrices(3, 4, seed=2)
+    products = products_in(make_fx(function)(X, w))
+    check(share_factors, function, [X, w], changes=shared, products=products - shared)
+
+
+def test_a_single_task_shares_with_nobody():
+    check(share_factors, lambda x, w: x[:1] @ w.expand(1, 3, 4), [X, matrices(3, 4)], changes=0, products=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_meta_gradient_has_few_batches_of_products(workers, monkeypatch):
+    """Each task's own are two passes over its adapted weights, two inner gradients; with workers, the sums of each."""
+    graphs = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
+    model, batch = nn.Linear(3, 2, bias=False).double(), regression_batch(dim=3)
+    batch = batch._replace(support_y=batch.support_y.expand(-1, -1, 2), query_y=batch.query_y.expand(-1, -1, 2))
+    learner, plain = (MAML(model, F.mse_loss, inner_lr=0.1, compile=on) for on in (True, False))
+    assert relative_error(*(each.meta_gradient(batch, workers).grads for each in (learner, plain))) < 1e-12
+    assert products_in(graphs[0]) == 3 + workers
+    assert products_in(graphs[0], "mm") == 3 - workers
