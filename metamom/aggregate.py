@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.linalg import vector_norm
 
 from metamom.bias import Bias, as_operator
@@ -18,12 +19,12 @@ def flatten(grads: Iterable[Tensor]) -> Tensor:
 
 def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Vectors ``[..., d]`` cut into tensors ``{name: [..., *shape]}``, of the shapes and dtypes of ``like``."""
-    pieces = vectors.split_with_sizes([w.numel() for w in like.values()], -1)
     lead = vectors.shape[:-1]
-    return {
-        name: piece.view(lead + w.shape) if piece.dtype is w.dtype else piece.view(lead + w.shape).to(w.dtype)
-        for (name, w), piece in zip(like.items(), pieces, strict=True)
-    }
+    if not lead and all(w.dtype is vectors.dtype for w in like.values()):  # one call for all
+        pieces = _unflatten_dense_tensors(vectors, list(like.values()))  # type: ignore[no-untyped-call]
+        return dict(zip(like, pieces, strict=True))
+    pieces = vectors.split_with_sizes([w.numel() for w in like.values()], -1)
+    return {name: piece.view(lead + w.shape).to(w.dtype) for (name, w), piece in zip(like.items(), pieces, strict=True)}
 
 
 def aggregate(grads: Tensor, bias: Bias = None) -> tuple[Tensor, dict[str, float | int | None]]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch._inductor
-from torch import Tensor
+from torch import Tensor, fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -142,15 +142,26 @@ class Compiled:
         with kernels.native(tensors[0].device):
             graph = make_fx(flat)(*tensors)
         enlarge_products(graph)
+        options = _options(graph, tensors[0].device)
         while True:
             try:
                 with torch.no_grad():
-                    compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors))
+                    compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors), options)
             except Exception as error:
                 if not _forget_damaged(error):
                     raise
             else:
                 return compiled
+
+
+def _options(graph: fx.GraphModule, device: torch.device) -> dict[str, Any]:
+    """TorchInductor's, with what was noted of the graph's nodes in tracing taken away, for it takes its own notes."""
+    own_kernels = False
+    for node in graph.graph.nodes:
+        node.meta.clear()
+        own_kernels = own_kernels or getattr(node.target, "namespace", None) == "metamom"
+    # The calls between kernels in C++ too, which knows the way back to no operators but PyTorch's.
+    return {"cpp_wrapper": device.type == "cpu" and not own_kernels}
 
 
 def _forget_damaged(error: Exception) -> bool:

@@ -1,7 +1,7 @@
 """Many small matrix products in a traced graph, rewritten to fewer and larger ones.
 
-Tasks make batches of small products. Where all tasks multiply by the same matrix, or only the sum over tasks is
-wanted, one large product does the same work at a higher rate and writes less.
+Tasks make batches of small products. Where only their sum is wanted, one large product does the same work and writes
+less.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ def enlarge_products(graph: fx.GraphModule) -> None:
     """
     sum_products(graph)
     join_products(graph)
-    share_factors(graph)
 
 
 def sum_products(graph: fx.GraphModule) -> int:
@@ -152,28 +151,6 @@ def join_products(graph: fx.GraphModule) -> int:
             total.replace_all_uses_with(_call(nodes, aten.view.default, product, list(_like(total).shape)))
         joined += 1
     return _tidy(graph, joined)
-
-
-def share_factors(graph: fx.GraphModule) -> int:
-    """Make ``a_t @ b``, where all tasks share ``b``, one product of all tasks' rows: ``[a_1; ...; a_T] @ b``.
-
-    Returns:
-        How many batches of products were made one.
-    """
-    nodes, shared = graph.graph, 0
-    for product in _calls(nodes, aten.bmm.default):
-        a, b = product.args
-        (tasks, rows, inner), columns = _like(a).shape, _like(b).shape[2]
-        if tasks == 1 or not _of_matrices(product) or _like(b).stride(0) != 0:
-            continue
-        if not _can_view(_like(a), [tasks * rows, inner]):
-            continue
-        with nodes.inserting_before(product):
-            below = _call(nodes, aten.view.default, a, [tasks * rows, inner])
-            one = _call(nodes, aten.mm.default, below, _call(nodes, aten.select.int, b, 0, 0))
-            product.replace_all_uses_with(_call(nodes, aten.view.default, one, [tasks, rows, columns]))
-        shared += 1
-    return _tidy(graph, shared)
 
 
 def _calls(nodes: fx.Graph, target: Callable[..., Any]) -> list[Any]:

@@ -42,7 +42,7 @@ def traced(monkeypatch) -> list[int]:
     """Everything of compiling but TorchInductor: the graph runs as it was traced. One entry a compilation."""
     compilations: list[int] = []
 
-    def as_it_is(graph: Any, inputs: Any) -> Any:
+    def as_it_is(graph: Any, inputs: Any, options: Any) -> Any:
         compilations.append(len(inputs))
         return graph
 

@@ -168,7 +168,7 @@ def test_each_shape_and_setting_is_compiled_once(traced):
 @pytest.mark.parametrize("name", MODELS)
 def test_traced_agrees_with_the_loop(name, steps, monkeypatch):
     """The graph that is to be compiled, run as it is."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     model, loss_fn, batch = problem(name)
     learner = MAML(model, loss_fn, inner_lr=0.05, inner_steps=steps, learn_inner_lr="tensor", compile=True)
     learned = learner.step_sizes.learned()
@@ -184,7 +184,7 @@ def test_traced_agrees_with_the_loop(name, steps, monkeypatch):
 
 def test_nothing_that_changes_is_compiled_in(monkeypatch):
     graphs = []
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graphs.append(graph) or graph)
     model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double().eval()
     model[0].bias.requires_grad_(False)
     model.register_buffer("unused", torch.zeros(2))
@@ -246,7 +246,7 @@ def test_a_library_that_an_interrupt_cut_short_is_made_anew(monkeypatch, tmp_pat
     for path in (damaged, foreign):
         path.write_bytes(b"")
 
-    def compile(graph, inputs):
+    def compile(graph, inputs, options):
         if damaged.exists():
             raise RuntimeError(f"ImportError: {damaged}: file too short")
         return graph
@@ -256,7 +256,7 @@ def test_a_library_that_an_interrupt_cut_short_is_made_anew(monkeypatch, tmp_pat
     learner.meta_gradient(Sinusoid(2, 2).sample(0, 2))
     assert not damaged.exists()
 
-    def fails(graph, inputs):
+    def fails(graph, inputs, options):
         raise RuntimeError(f"ImportError: {foreign}: file too short")
 
     monkeypatch.setattr(torch._inductor, "compile", fails)

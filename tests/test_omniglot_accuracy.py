@@ -14,7 +14,7 @@ from metamom.run_directory import read_metrics
 @pytest.fixture
 def command(monkeypatch, data_root):
     """The command, with the traced graphs run as they are and little to test."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     monkeypatch.setattr(omniglot_accuracy, "TEST_TASKS", 10)
 
     def call(*words: object) -> None:
