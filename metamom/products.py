@@ -45,9 +45,12 @@ def sum_products(graph: fx.GraphModule) -> int:
             continue
         with nodes.inserting_before(total):
             found = _Sum(nodes, workers, tasks)
-            if not found.holds_a_product(each):
+            if not found.holds_a_product(each) or not _like(total).is_contiguous():
                 continue
-            total.replace_all_uses_with(_call(nodes, aten.unsqueeze.default, found.of(each), 1))
+            result = _call(nodes, aten.unsqueeze.default, found.of(each), 1)
+            if _like(result).stride() != _like(total).stride():  # views of the total count on its layout
+                result = _call(nodes, aten.clone.default, result, memory_format=torch.contiguous_format)
+            total.replace_all_uses_with(result)
         summed += found.products
     return _tidy(graph, summed)
 
@@ -157,10 +160,10 @@ def _calls(nodes: fx.Graph, target: Callable[..., Any]) -> list[Any]:
     return list(nodes.find_nodes(op="call_function", target=target))
 
 
-def _call(nodes: fx.Graph, target: Callable[..., Any], *args: Any) -> Any:
+def _call(nodes: fx.Graph, target: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """A new node, which knows the layout of its result."""
-    node = nodes.call_function(target, args)
-    node.meta["like"] = target(*pytree.tree_map_only(fx.Node, _like, args))
+    node = nodes.call_function(target, args, options)
+    node.meta["like"] = target(*pytree.tree_map_only(fx.Node, _like, args), **options)
     return node
 
 

@@ -131,13 +131,24 @@ X, D = matrices(6, 5, 3), matrices(6, 5, 4, seed=1)
         (lambda x, d, n: summed(x.mT @ d, n), 1, 0),
         (lambda x, d, n: summed(d.mT @ x, n), 1, 0),
         (lambda x, d, n: summed((x.mT @ d).mT, n), 1, 0),
+        (lambda x, d, n: summed((x.mT @ d).mT, n).view(n, 12), 1, 0),
         (lambda x, d, n: summed((x.mT @ d).view(6, 3, 2, 2).permute(0, 3, 1, 2), n), 1, 0),
         (lambda x, d, n: summed((x.mT @ d).view(6, 1, 3, 4).squeeze(1), n), 1, 0),
         (lambda x, d, n: summed(x.mT @ d + (d.mT @ torch.sin(x)).mT, n), 2, 0),
         (lambda x, d, n: summed((x.mT @ d + 2 * x.mT @ torch.cos(d)) + x[:, :3, :1] * d[:, :1, :4], n), 2, 0),
         (lambda x, d, n: (lambda p: (summed(p + x.mT @ torch.sin(d), n), p.square()))(x.mT @ d), 1, 1),
     ],
-    ids=["x^T d", "d^T x", "transposed", "as a kernel", "squeezed", "two", "two and more", "one of them used"],
+    ids=[
+        "x^T d",
+        "d^T x",
+        "transposed",
+        "transposed and flattened",
+        "as a kernel",
+        "squeezed",
+        "two",
+        "two and more",
+        "one of them used",
+    ],
 )
 def test_the_sum_of_the_tasks_products_is_one_product(function, sums, left, workers):
     args = [X, D]
