@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 JOBS ?= auto
 
-.PHONY: help setup test lint demo wheel-check clean
+.PHONY: help setup test test-slow lint demo wheel-check clean
 
 help:
 	@echo "make setup        the .venv with everything pinned (about 2 minutes, once)"
 	@echo "make demo         train on sinusoids, momentum and plain meta-SGD; report in runs/demo/report.md"
 	@echo "make test         ruff, mypy and the test suite"
+	@echo "make test-slow    the tests that take minutes: all of the paper's MNIST runs"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, import every module"
 
 setup: $(STAMP)
@@ -33,6 +34,9 @@ lint: setup
 # One thread for each test process: the processes share the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
 demo: setup
 	$(BIN)/metamom compare sinusoid --seeds 3 --betas 1,0.1 --lrs 0.03 --iterations 2000 --jobs 2 --run-dir runs/demo --resume

@@ -22,7 +22,7 @@ from metamom.experiments.report import write_report
 from metamom.files import write_atomically
 from metamom.optim import FirstStep
 from metamom.run_directory import RunDirectory, read_metrics
-from metamom.training import DivergedError, check_plan, train
+from metamom.training import DivergedError, check_momentum, check_plan, train
 
 
 class Default(NamedTuple):
@@ -141,6 +141,8 @@ def compare(
             evaluate_every=comparison.evaluate_every,
             evaluate_tasks=comparison.validation_tasks,
         )
+    for arm in comparison.arms():
+        check_momentum(arm.make_optimizer(arm.learner()), arm.operator())
     with RunDirectory(run_dir, asdict(comparison), resume=resume) as run:
         run.write_config()
         recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]
@@ -175,6 +177,7 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
                 meta_batch=recipe.meta_batch or 1,
                 workers=recipe.workers,
                 bias=recipe.operator(),
+                aggregate=recipe.aggregate,
                 schedulers=recipe.schedulers(optimizer),
                 validation=recipe.sampler("validation", root=root),
                 evaluate_every=comparison.evaluate_every,

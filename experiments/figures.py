@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from metamom.counter import Places
 from metamom.maml import MAML
 from metamom.tasks import Sinusoid
-from metamom.tasks.counter import Places
 
 # Okabe and Ito's colours, told apart by colour-blind readers; lines differ in dashes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -18,10 +18,12 @@ from metamom.compiled import CompileMode
 from metamom.maml import MAML, Estimator
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum, FirstStep
+from metamom.robust import Aggregate, check_aggregate
 from metamom.step_sizes import LearnInnerLR
-from metamom.tasks import Omniglot, Sinusoid
+from metamom.tasks import FixedTasks, Omniglot, Sinusoid
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
+from metamom.tasks.fixed import ORDERS, Order
 
 Task = Literal["sinusoid", "omniglot"]
 OptimizerName = Literal["momentum", "sgd", "adam", "rmsprop"]
@@ -76,7 +78,9 @@ class Recipe:
     meta_batch: int | None = None
     workers: int = 1
     bias: str = "none"
-    aggregate: Literal["mean"] = "mean"
+    aggregate: Aggregate = "mean"
+    fixed_tasks: int | None = None
+    order: Order = "replacement"
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -101,6 +105,15 @@ class Recipe:
         if self.adapt is not None:
             object.__setattr__(self, "adapt", tuple(self.adapt))
         check_seed(self.seed)
+        check_aggregate(self.aggregate)
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}.")
+        if self.order != "replacement" and self.fixed_tasks is None:
+            raise ValueError(f"order={self.order!r} is of a fixed set of tasks: say how many, with fixed_tasks.")
+        if self.order == "reshuffle" and (self.fixed_tasks or 0) % (self.meta_batch or 1):
+            raise ValueError(
+                f"a meta-batch must divide the {self.fixed_tasks} fixed tasks that come in turn; got {self.meta_batch}."
+            )
         self.operator()
         _cosine_length(self.schedule)
 
@@ -129,17 +142,21 @@ class Recipe:
         operator = parse(self.bias)
         return None if isinstance(operator, Identity) else operator
 
-    def sampler(self, split: str = "train", *, root: str | None = None) -> TaskFamily:
-        """The tasks of a split; sinusoids have one family for all and a stream for each."""
+    def sampler(self, split: str = "train", *, root: str | None = None) -> TaskFamily | FixedTasks:
+        """The tasks of a split (in training, fixed ones if so chosen); sinusoids have a stream for each split."""
         assert self.shots is not None
         assert self.queries is not None
         if self.task == "sinusoid":
             if split not in ("train", "validation", "test"):
                 raise ValueError(f"sinusoids have the splits train, validation and test; got {split!r}.")
             dtype = DTYPES[self.dtype]
-            return Sinusoid(self.shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
-        assert self.ways is not None
-        return Omniglot(root, split=split, ways=self.ways, shots=self.shots, queries=self.queries, seed=self.seed)
+            family: TaskFamily = Sinusoid(self.shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
+        else:
+            assert self.ways is not None
+            family = Omniglot(root, split=split, ways=self.ways, shots=self.shots, queries=self.queries, seed=self.seed)
+        if split == "train" and self.fixed_tasks is not None:
+            return FixedTasks(family, self.fixed_tasks, order=self.order)
+        return family
 
     def learner(self) -> MAML:
         """A learner with initial weights drawn from the seed."""
@@ -151,7 +168,7 @@ class Recipe:
             model = Conv4(self.ways, generator=generator)
         assert self.inner_lr is not None
         return MAML(
-            model.to(device=_device(self.device), dtype=DTYPES[self.dtype]),
+            model.to(device=find_device(self.device), dtype=DTYPES[self.dtype]),
             F.mse_loss if self.task == "sinusoid" else F.cross_entropy,
             inner_lr=self.inner_lr,
             inner_steps=self.inner_steps,
@@ -196,7 +213,12 @@ def _cosine_length(schedule: str) -> int | None:
     return int(length)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: for a name that means none, or a GPU where there is none.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -140,7 +140,8 @@ class BiasedAccumulator:
             )
         order = sorted(self._sums)
         means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
-        total, report = aggregate(flatten(torch.stack(parts) for parts in zip(*means, strict=True)), self.bias)
+        rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
+        total, report = aggregate(rows, self.bias, sizes=[p.numel() for p in self.params])
         grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
         for number, p in enumerate(self.params):
             p.grad = grads[str(number)] if self._touched[number] else None

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.linalg import vector_norm
 
-from metamom.bias import Bias, as_operator
+from metamom.bias import Bias, Identity, as_operator
+from metamom.bias.base import Sizes
+from metamom.robust import Aggregate, robust_mean
 
 
 def flatten(grads: Iterable[Tensor]) -> Tensor:
@@ -27,12 +29,16 @@ def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece.view(lead + w.shape).to(w.dtype) for (name, w), piece in zip(like.items(), pieces, strict=True)}
 
 
-def aggregate(grads: Tensor, bias: Bias = None) -> tuple[Tensor, dict[str, float | int | None]]:
-    """The mean of the workers' gradients, each after its operator: ``g = 1/n sum_i C(g_i)``.
+def aggregate(
+    grads: Tensor, bias: Bias = None, how: Aggregate = "mean", *, sizes: Sizes | None = None
+) -> tuple[Tensor, dict[str, float | int | None]]:
+    """One gradient of the workers', each after its operator: ``g = 1/n sum_i C(g_i)``, or a robust mean.
 
     Args:
         grads: ``[n, d]``, each worker's flattened gradient.
-        bias: the operator C on ``[n, d]``, or a function ``[d] -> [d]``; ``None`` for the plain mean.
+        bias: the operator C on ``[n, d]``, or a function ``[d] -> [d]``; ``None`` for none.
+        how: see `metamom.robust.robust_mean`.
+        sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself.
 
     Returns:
         ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
@@ -44,13 +50,15 @@ def aggregate(grads: Tensor, bias: Bias = None) -> tuple[Tensor, dict[str, float
     workers, d = grads.shape
     mean = grads.mean(0) if workers > 1 else grads[0]
     operator = as_operator(bias)
-    if operator is None:
-        total, error, wire = mean, 0.0, d * grads.element_size()
+    if operator is None and how == "mean":
+        total, error = mean, 0.0
     else:
-        total = operator(grads).mean(0)
+        # a robust mean would swallow one worker's NaN, so that operators' own check is wanted here too
+        total = robust_mean((operator or Identity())(grads, sizes=sizes), how)
         norm = float(vector_norm(mean))
         error = float(vector_norm(total - mean)) / norm if norm else 0.0
-        wire = operator.wire_bytes(d, grads.element_size())
+    size = grads.element_size()
+    wire = d * size if operator is None else operator.wire_bytes(d, size, sizes)
     report: dict[str, float | int | None] = {
         "grad_norm": float(vector_norm(total)),
         "bias_error": error,

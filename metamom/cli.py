@@ -19,17 +19,16 @@ from dataclasses import fields, replace
 from types import FrameType
 from typing import Any
 
+from metamom.flags import parser
 from metamom.interrupts import TrainingInterrupted
 from metamom.training import DivergedError
 
 Arguments = argparse.Namespace
 
-TASKS = ("sinusoid", "omniglot")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 (diverged), 2 (bad input), 130 or 143 (interrupted)."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser(COMMANDS).parse_args(argv)
     try:
         with warnings.catch_warnings(), _sigterm_as_interrupt():
             warnings.showwarning = _show_warning
@@ -74,6 +73,7 @@ def _train(arguments: Arguments) -> int:
         meta_batch=recipe.meta_batch,
         workers=recipe.workers,
         bias=recipe.operator(),
+        aggregate=recipe.aggregate,
         schedulers=recipe.schedulers(optimizer),
         validation=recipe.sampler("validation", root=arguments.data_root),
         evaluate_every=arguments.evaluate_every,
@@ -171,188 +171,46 @@ def _data(arguments: Arguments) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    from metamom.run_directory import environment
+def _reproduce(arguments: Arguments) -> int:
+    from metamom.allocator import keep_freed_memory
+    from metamom.experiments.paper import reproduce
 
-    parser = argparse.ArgumentParser(
-        prog="metamom",
-        description="Meta-learners trained by composite momentum under biased gradients.",
-        allow_abbrev=False,
+    keep_freed_memory()
+    rows = reproduce(
+        arguments.dataset,
+        run_dir=arguments.run_dir,
+        nodes=arguments.nodes,
+        lr=arguments.lr,
+        beta=arguments.beta,
+        bias=arguments.bias,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        chunk=arguments.chunk,
+        device=arguments.device,
+        root=arguments.data_root,
+        resume=arguments.resume,
     )
-    parser.add_argument("--version", action="version", version=f"metamom {environment()['metamom']}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    training = commands.add_parser("train", help="train a meta-learner").add_subparsers(required=True, metavar="TASK")
-    for task in TASKS:
-        train = training.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
-        train.set_defaults(run=_train, task=task)
-        _add_recipe(train, task)
-        _add_method(train)
-        _add_run(train, task)
-        train.add_argument(
-            "--evaluate-every", type=int, metavar="N", help="iterations between validations (default: only at the end)"
-        )
-        train.add_argument(
-            "--checkpoint-every",
-            type=int,
-            default=500,
-            metavar="N",
-            help="iterations between checkpoints (default: 500)",
-        )
-        train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into the run directory")
-
-    evaluate = commands.add_parser(
-        "evaluate", help="evaluate a trained meta-learner on fresh tasks", allow_abbrev=False
-    )
-    evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument("run_path", metavar="RUN", help="the run directory")
-    evaluate.add_argument("--tasks", type=int, default=600, help="number of tasks (default: 600)")
-    evaluate.add_argument(
-        "--steps", type=_integers, default=(0, 1, 5, 10), help="numbers of adaptation steps (default: 0,1,5,10)"
-    )
-    evaluate.add_argument(
-        "--split", default="test", help="train, validation, test, background or evaluation (default: test)"
-    )
-    evaluate.add_argument(
-        "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
-    )
-    evaluate.add_argument("--ways", type=int, help="classes a task (default: as in training)")
-    evaluate.add_argument("--shots", type=int, help="support points, a class or task (default: as in training)")
-    evaluate.add_argument("--queries", type=int, help="query points, a class or task (default: as in training)")
-    evaluate.add_argument("--seed", type=int, help="of the tasks (default: as in training)")
-    evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    evaluate.add_argument(
-        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
-    )
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-    comparing = commands.add_parser("compare", help="momentum against plain meta-SGD").add_subparsers(
-        required=True, metavar="TASK"
-    )
-    for task in TASKS:
-        compare = comparing.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
-        compare.set_defaults(run=_compare, task=task)
-        _add_recipe(compare, task)
-        _add_run(compare, task)
-        compare.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
-        compare.add_argument("--betas", type=_numbers, default=(1.0, 0.1), help="1 is plain meta-SGD (default: 1,0.1)")
-        compare.add_argument(
-            "--first-steps", type=_names, default=("zero",), help="of momentum: zero, gradient or both (default: zero)"
-        )
-        compare.add_argument("--lrs", type=_numbers, help="the grid of step sizes, for every method")
-        compare.add_argument(
-            "--evaluate-every",
-            type=int,
-            default=50,
-            metavar="N",
-            help="iterations between points of the curves (default: 50)",
-        )
-        compare.add_argument("--tasks", type=int, default=600, help="test tasks for each run (default: 600)")
-        compare.add_argument(
-            "--steps", type=_integers, default=(0, 1, 5, 10), help="numbers of adaptation steps (default: 0,1,5,10)"
-        )
-        compare.add_argument("--target", type=float, help="validation error (accuracy) to count iterations to")
-        compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
-
-    data = commands.add_parser("data", help="fetch or check data sets", allow_abbrev=False)
-    data.set_defaults(run=_data)
-    data.add_argument("action", choices=("fetch", "check"))
-    data.add_argument("dataset", choices=("omniglot",))
-    data.add_argument(
-        "--root", metavar="DIR", help="where it is, or goes (default: $METAMOM_DATA, else the user's data folder)"
-    )
-    return parser
+    last = rows[-1]
+    print(f"{len(rows)} epochs: train loss {last.train_loss:.4f}, test accuracy {last.test_acc:.4f}")
+    print(f"next: metamom reproduce table --paper RESULTS_DIR --run-dir {arguments.run_dir}")
+    return 0
 
 
-def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
-    """Flags of the tasks and of the learner."""
-    from metamom.experiments.recipes import DEFAULTS
+def _table(arguments: Arguments) -> int:
+    from metamom.experiments.paper import table
 
-    default = DEFAULTS[task]
-    if task == "omniglot":
-        parser.add_argument("--ways", type=int, help="classes a task (default: 5)")
-    each = "a class" if task == "omniglot" else "a task"
-    parser.add_argument("--shots", type=int, help=f"support points {each} (default: {default.shots})")
-    parser.add_argument("--queries", type=int, help=f"query points {each} (default: {default.queries})")
-    parser.add_argument("--meta-batch", type=int, help=f"tasks an iteration (default: {default.meta_batch})")
-    parser.add_argument("--inner-lr", type=float, help=f"inner step size (default: {default.inner_lr})")
-    parser.add_argument("--inner-steps", type=int, help="inner steps in training (default: 1)")
-    parser.add_argument("--estimator", choices=("exact", "first-order"), help="of the meta-gradient (default: exact)")
-    parser.add_argument(
-        "--learn-inner-lr",
-        nargs="?",
-        const="entry",
-        choices=("scalar", "tensor", "entry"),
-        help="learn the inner step sizes, one for each entry (Meta-SGD) unless said otherwise",
-    )
-    parser.add_argument(
-        "--adapt",
-        type=_names,
-        metavar="NAMES",
-        help="parameters or modules that adapt, such as head for ANIL (default: all)",
-    )
-    parser.add_argument(
-        "--chunk-size",
-        type=_chunk_size,
-        metavar="N",
-        help="tasks computed at a time, or auto: as many as fit into 512 MiB (default: all)",
-    )
-    parser.add_argument(
-        "--compile",
-        nargs="?",
-        const=True,
-        type=_compile_mode,
-        metavar="auto",
-        help="compile the meta-gradient; with auto only in runs long enough to win the time back",
-    )
-    parser.add_argument("--workers", type=int, help="workers that the tasks are dealt to (default: 1)")
-    parser.add_argument(
-        "--bias",
-        metavar="SPEC",
-        help="operator on each worker's gradient: none, topk:K, topk:P%%, clip:TAU (default: none)",
-    )
-    parser.add_argument("--aggregate", choices=("mean",), help="how the server aggregates (default: mean)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float64", "bfloat16"),
-        help="bfloat16 is for matrix products alone, summed in float32 (default: float32)",
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
-    )
+    print(f"report: {table(arguments.paper, arguments.run_dir)}")
+    return 0
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    """Flags of the outer optimizer."""
-    parser.add_argument(
-        "--optimizer", choices=("momentum", "sgd", "adam", "rmsprop"), default="momentum", help="(default: momentum)"
-    )
-    parser.add_argument("--lr", type=float, help="step size γ (default: by task and optimizer)")
-    parser.add_argument(
-        "--beta", type=float, help="weight of the new gradient, 0 < β <= 1; 1 is plain SGD (default: 0.1)"
-    )
-    parser.add_argument(
-        "--first-step", choices=("zero", "gradient"), help="start from v_{-1} = 0 or v_0 = g_0 (default: zero)"
-    )
-    parser.add_argument("--seed", type=int, help="of the initial weights and of the tasks (default: 0)")
-
-
-def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
-    """Flags of a run: how long, and where it goes."""
-    from metamom.experiments.recipes import ITERATIONS
-
-    parser.add_argument(
-        "--iterations", type=int, help=f"total number, with those before a resume (default: {ITERATIONS[task]})"
-    )
-    parser.add_argument(
-        "--schedule",
-        metavar="SPEC",
-        help="of γ: constant, or cosine:N, from γ to 0 in N iterations (default: constant)",
-    )
-    parser.add_argument("--evaluate-tasks", type=int, default=200, help="tasks for each validation (default: 200)")
-    parser.add_argument("--run-dir", metavar="RUN", help="where it goes (default: a new folder in runs/)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, or start it")
+COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "reproduce": _reproduce,
+    "table": _table,
+    "data": _data,
+}
 
 
 def _given(arguments: Arguments) -> dict[str, Any]:
@@ -361,39 +219,6 @@ def _given(arguments: Arguments) -> dict[str, Any]:
 
     names = [field.name for field in fields(Recipe) if field.name != "task"]
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"wanted whole numbers with commas between, such as 0,1,5; got {text!r}"
-        ) from None
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted numbers with commas between, such as 1,0.1; got {text!r}") from None
-
-
-def _chunk_size(text: str) -> int | str:
-    try:
-        return "auto" if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto; got {text!r}") from None
-
-
-def _compile_mode(text: str) -> str:
-    if text != "auto":
-        raise argparse.ArgumentTypeError(f"wanted auto, or nothing after --compile; got {text!r}")
-    return text
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
 
 
 @contextmanager

@@ -26,10 +26,11 @@ class Purpose(IntEnum):
     DATA = 1  # which points of it: inputs, noise, drawings
     AUGMENT = 2  # a user's random augmentation of those points
     CHOICE = 3  # which of a fixed set of tasks
+    BIAS = 4  # which entries a random operator keeps, and how it rounds
 
 
 class Places(NamedTuple):
-    """Where tasks stand in the counter space: their stream and step, and their indices in the meta-batch ``[T]``."""
+    """Where tasks (or workers) stand in the counter space: stream, step, and indices in the meta-batch ``[T]``."""
 
     stream: str
     step: int
@@ -95,6 +96,43 @@ def choose(uniform: Floats, n: int | Ints) -> Ints:
     for j, slot in enumerate(slots.T):
         pool[row, slot], pool[:, j] = pool[:, j].copy(), pool[row, slot]
     return pool[:, :k].astype(np.int64, copy=True)
+
+
+def subset(seed: int, places: Places, purpose: Purpose, k: int, n: int) -> Ints:
+    """At each place k of 0..n-1, every set of k equally likely: for k too large for `choose`.
+
+    The first k different ones of a row of uniform draws; where k is more than half of n, those that are left over.
+
+    Args:
+        seed: as for `uniforms`.
+        places: T places.
+        purpose: as for `uniforms`.
+        k: 1 <= k <= n.
+        n: size of the population.
+
+    Returns:
+        ``[T, k]`` int64, distinct within a row.
+    """
+    few = min(k, n - k)
+    rows = np.empty((len(places.indices), k), dtype=np.int64)
+    for row, index in zip(rows, places.indices, strict=True):
+        place = places._replace(indices=np.array([index]))
+        chosen = _first_different(seed, place, purpose, few, n)
+        row[:] = chosen if few == k else np.setdiff1d(np.arange(n), chosen, assume_unique=True)
+    return rows
+
+
+def _first_different(seed: int, place: Places, purpose: Purpose, k: int, n: int) -> Ints:
+    # k different ones take -n log(1 - k/n) draws in the mean; a longer row begins as a shorter one does
+    count = k + 16 - int(n * np.log1p(-k / n)) if k < n else 0
+    while k > 0:
+        draws = (uniforms(seed, place, purpose, count)[0] * n).astype(np.int64)
+        _, first = np.unique(draws, return_index=True)
+        if len(first) >= k:
+            chosen: Ints = draws[np.sort(first)[:k]]
+            return chosen
+        count *= 2
+    return np.empty(0, dtype=np.int64)
 
 
 def _stream_number(stream: str) -> int:

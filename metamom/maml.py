@@ -16,13 +16,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metamom.aggregate import aggregate, flatten, unflatten
+from metamom.aggregate import aggregate as combine
+from metamom.aggregate import flatten, unflatten
 from metamom.autocast import autocast
 from metamom.batch import TaskBatch, block
 from metamom.bias import Bias
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
 from metamom.metrics import accuracy
+from metamom.robust import Aggregate
 from metamom.step_sizes import LearnInnerLR, StepSizes
 from metamom.vmap_errors import check_model, explained, unchanged
 
@@ -239,14 +241,17 @@ class MAML(nn.Module):
         grads, losses, _ = self._meta_gradient(weights, batch, workers)
         return MetaGradient(unflatten(grads, weights), losses)
 
-    def backward(self, batch: TaskBatch, *, workers: int = 1, bias: Bias = None) -> Backward:
+    def backward(
+        self, batch: TaskBatch, *, workers: int = 1, bias: Bias = None, aggregate: Aggregate = "mean"
+    ) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
         Args:
             batch: T tasks.
             workers: n >= 1, must divide T.
             bias: the operator C on each worker's flattened gradient ``[n, d]``, or a function ``[d] -> [d]``; none by
-                default.
+                default. One with error feedback moves its state on.
+            aggregate: ``"mean"``, or a robust one: see `metamom.robust.robust_mean`.
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
@@ -256,7 +261,8 @@ class MAML(nn.Module):
         """
         weights = self.meta_parameters()
         grads, losses, predictions = self._meta_gradient(weights, batch, workers)
-        total, report = aggregate(grads, bias)
+        sizes = [w.numel() for w in weights.values()]
+        total, report = combine(grads, bias, aggregate, sizes=sizes)
         for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         right = accuracy(predictions, batch.query_y)

@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from metamom.batch import Sampler
-from metamom.bias import Bias, as_operator
+from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.checkpoints import CheckpointError
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
+from metamom.robust import Aggregate, check_aggregate
 from metamom.run_directory import RunDirectory, read_metrics
 
 
@@ -73,6 +74,7 @@ def train(
     meta_batch: int,
     workers: int = 1,
     bias: Bias = None,
+    aggregate: Aggregate = "mean",
     schedulers: Sequence[Scheduler] = (),
     validation: Sampler | None = None,
     evaluate_every: int | None = None,
@@ -97,7 +99,9 @@ def train(
         iterations: total number of steps, including those done before a resume.
         meta_batch: tasks a step.
         workers: n, must divide ``meta_batch``.
-        bias: the operator on each worker's gradient, or a function ``[d] -> [d]``.
+        bias: the operator on each worker's gradient, or a function ``[d] -> [d]``. What it carries from step to step
+            starts afresh with the run, and is saved with it.
+        aggregate: what the server takes of the workers' gradients: `metamom.robust.robust_mean`.
         schedulers: each goes on by one after every step.
         validation: tasks for validation, drawn from stream ``"validation"``.
         evaluate_every: steps between validations; only after the last step if ``None``.
@@ -142,11 +146,21 @@ def train(
         evaluate_tasks=evaluate_tasks,
         checkpoint_every=checkpoint_every,
     )
+    check_aggregate(aggregate, workers)
+    check_momentum(optimizer, operator)
     if (resume or tensorboard) and run_dir is None:
         raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
     if settings is None:
         settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=operator)
-    parts = {"learner": learner, "optimizer": optimizer, **{f"scheduler{i}": s for i, s in enumerate(schedulers)}}
+        settings["aggregate"] = aggregate
+    parts: dict[str, Any] = {
+        "learner": learner,
+        "optimizer": optimizer,
+        **{f"scheduler{i}": s for i, s in enumerate(schedulers)},
+    }
+    if operator is not None and operator.state_dict():
+        operator.reset()
+        parts["bias"] = operator
     like = next(learner.model.parameters())
     metrics: list[dict[str, Any]] = []
     checked: Evaluation | None = None
@@ -176,7 +190,10 @@ def train(
             step = progress.done
             batch = sampler.sample(step, meta_batch).to(like.device, like.dtype)
             optimizer.zero_grad()
-            loss, report = learner.backward(batch, workers=workers, bias=operator)
+            try:
+                loss, report = learner.backward(batch, workers=workers, bias=operator, aggregate=aggregate)
+            except NonFiniteError as error:
+                raise DivergedError("a worker's gradient", step) from error
             line: dict[str, Any] = {"step": step, "loss": float(loss), **report, "world_size": 1}
             _check_finite(line)
             optimizer.step()
@@ -240,7 +257,25 @@ def check_plan(
         )
     operator = as_operator(bias)
     if operator is not None:
-        operator.wire_bytes(sum(p.numel() for p in learner.meta_parameters().values()))  # an operator too large says so
+        sizes = [p.numel() for p in learner.meta_parameters().values()]
+        operator.wire_bytes(sum(sizes), sizes=sizes)  # an operator too large says so
+
+
+def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
+    """Refuse momentum on the server where the workers have it: averaged twice, it is another method.
+
+    Raises:
+        ValueError: saying what to set.
+    """
+    if operator is None or not operator.carries_momentum:
+        return
+    for group in optimizer.param_groups:
+        if group.get("beta", 1) != 1 or group.get("momentum", 0) != 0 or "betas" in group:
+            raise ValueError(
+                f"{operator.spec} carries the momentum on the workers, so the server must have none: use "
+                f"CompositeMomentum(beta=1) (--beta 1); got {type(optimizer).__name__} with "
+                f"{ {k: group[k] for k in ('beta', 'momentum', 'betas') if k in group} }."
+            )
 
 
 def describe(

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.counter import Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count
-from metamom.tasks.counter import Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.family import TaskFamily
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metamom.batch import TaskBatch, block
+from metamom.counter import Places
 from metamom.tasks.checks import check_seed, check_step
-from metamom.tasks.counter import Places
 
 if TYPE_CHECKING:
     from typing_extensions import Self

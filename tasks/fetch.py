@@ -10,8 +10,9 @@ from typing import NamedTuple
 import pooch
 from filelock import FileLock
 
+from metamom.tasks import images
 from metamom.tasks.download import ResumingDownloader
-from metamom.tasks.locate import DataError, DataNotFoundError, PathLike, data_root, locate
+from metamom.tasks.locate import DataError, DataNotFoundError, PathLike, locate, packed_path
 from metamom.tasks.omniglot_archive import MAX_ARCHIVE, PUBLISHED, read_characters
 
 
@@ -23,7 +24,7 @@ class Checked(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A published file: ``ROOT/<data set>/<name>.zip``, its digest, and how to verify what it holds."""
+    """A published file: its name without ``.zip`` or ``.gz``, its digest, and how to verify what it holds."""
 
     name: str
     url: str
@@ -38,12 +39,12 @@ def fetch(dataset: str, root: PathLike | None = None, *, mirror: str | None = No
     under its name only after its digest was checked.
 
     Args:
-        dataset: ``"omniglot"``.
+        dataset: ``"omniglot"``, ``"mnist"`` or ``"fashion"``.
         root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
         mirror: fetch from ``<mirror>/<file>`` instead; else ``$METAMOM_MIRROR``, if set.
 
     Returns:
-        the archives (or folders) of the data set.
+        the packed (or unpacked) files of the data set.
 
     Raises:
         ValueError: for an unknown data set, data there that is damaged, a failed download, or a wrong digest.
@@ -54,17 +55,17 @@ def fetch(dataset: str, root: PathLike | None = None, *, mirror: str | None = No
         try:
             paths.append(published.verify(locate(dataset, published.name, root)).path)
         except DataNotFoundError:
-            target = data_root(root).path / dataset / f"{published.name}.zip"
+            target = packed_path(dataset, published.name, root)
             url = f"{mirror.rstrip('/')}/{target.name}" if mirror else published.url
             paths.append(_fetched(url, published.md5, target))
     return paths
 
 
 def check(dataset: str, root: PathLike | None = None) -> list[Checked]:
-    """Verifies a data set wholly: every name, every drawing.
+    """Verifies a data set wholly: every name, every image.
 
     Args:
-        dataset: ``"omniglot"``.
+        dataset: ``"omniglot"``, ``"mnist"`` or ``"fashion"``.
         root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
 
     Raises:
@@ -83,8 +84,32 @@ def _check_omniglot(part: str) -> Callable[[Path], Checked]:
     return verify
 
 
+def _check_images(dataset: str, name: str) -> Callable[[Path], Checked]:
+    def verify(path: Path) -> Checked:
+        held = images.published(path, dataset, name)
+        return Checked(path, {"images" if held.ndim == 3 else "labels": len(held)})
+
+    return verify
+
+
 # The digests are those of the archives as published (and as torchvision checks them).
 OMNIGLOT = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
+FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+IMAGES = {
+    "mnist": (
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    "fashion": (
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+}
 DATASETS = {
     "omniglot": [
         Published(f"images_{part}", f"{OMNIGLOT}/images_{part}.zip", md5, _check_omniglot(part))
@@ -93,6 +118,13 @@ DATASETS = {
             ("evaluation", "6b91aef0f799c5bb55b94e3f2daec811"),
         )
     ],
+    **{
+        dataset: [
+            Published(name, f"{source}/{name}.gz", md5, _check_images(dataset, name))
+            for name, md5 in zip(images.FILES, IMAGES[dataset], strict=True)
+        ]
+        for dataset, source in (("mnist", MNIST), ("fashion", FASHION))
+    },
 }
 
 

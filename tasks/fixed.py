@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from metamom.batch import TaskBatch, block
+from metamom.counter import Floats, Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_step
-from metamom.tasks.counter import Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.family import TaskFamily
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Order = Literal["replacement", "reshuffle"]
+ORDERS: tuple[Order, ...] = ("replacement", "reshuffle")
 
 
 class FixedTasks:
@@ -28,6 +31,8 @@ class FixedTasks:
         sampler: the family, a `TaskFamily` such as `Sinusoid`, `Episodes` or `Omniglot`.
         n: number of tasks, >= 1.
         fresh_data: draw new points at each step; ``False`` keeps the points of step 0 for good.
+        order: how a meta-batch of fewer than n tasks is chosen: ``"replacement"``, for each step by itself, or
+            ``"reshuffle"``, one after the other from a shuffle of all n that is new once they have had their turn.
 
     Attributes:
         n: as given.
@@ -36,11 +41,12 @@ class FixedTasks:
 
     Returns (from `sample`):
         a `TaskBatch` with ``task_ids: [T]`` int64. A meta-batch of n tasks holds all of them in order; a smaller one
-        holds as many different ones, chosen at random for each step, the same for every process.
+        holds as many different ones, chosen at random, the same for every process.
 
     Raises:
         TypeError: if ``sampler`` is no `TaskFamily`.
-        ValueError: if n < 1, or (from `sample`) more than n tasks are asked for.
+        ValueError: if n < 1, for another order; from `sample`, if more than n tasks are asked for, or, in the order
+            ``"reshuffle"``, a number that does not divide n.
 
     Example:
         >>> from metamom.tasks import Sinusoid
@@ -48,7 +54,9 @@ class FixedTasks:
         tensor([0, 1, 2])
     """
 
-    def __init__(self, sampler: TaskFamily, n: int, *, fresh_data: bool = True) -> None:
+    def __init__(self, sampler: TaskFamily, n: int, *, fresh_data: bool = True, order: Order = "replacement") -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}.")
         if not isinstance(sampler, TaskFamily):
             raise TypeError(
                 f"FixedTasks fixes tasks of a family (Sinusoid, Episodes, Omniglot, ...); got "
@@ -58,6 +66,7 @@ class FixedTasks:
         self.family = sampler
         self.n = check_count("n", n)
         self.fresh_data = fresh_data
+        self.order = order
         self.first = 0
         self.stream = sampler.stream
 
@@ -95,11 +104,26 @@ class FixedTasks:
             "sampler": self.family.describe(),
             "n": self.n,
             "fresh_data": self.fresh_data,
+            "order": self.order,
         }
 
     def _chosen(self, step: int, num_tasks: int) -> Ints:
         if num_tasks == self.n:
             return np.arange(self.n, dtype=np.int64)
-        # Drawn at the first task's index, so that members of a PerWorker choose independently.
+        if self.order == "reshuffle":
+            if self.n % num_tasks:
+                raise ValueError(
+                    f"a meta-batch must divide the n={self.n} fixed tasks to have each of them once in a shuffle; got "
+                    f'{num_tasks}. Use another number, or order="replacement".'
+                )
+            shuffle, turn = divmod(step, self.n // num_tasks)
+            # sorted, which takes no loop over all n at every step
+            turns = self._drawn(shuffle, self.n)[0].argsort(kind="stable")
+            mine: Ints = turns[turn * num_tasks : (turn + 1) * num_tasks]
+            return mine
+        return choose(self._drawn(step, num_tasks), self.n).reshape(-1)
+
+    def _drawn(self, step: int, count: int) -> Floats:
+        # at the first task's index, so that members of a PerWorker choose independently
         here = Places(self.stream, step, np.array([self.first], dtype=np.int64))
-        return choose(uniforms(self.family.seed, here, Purpose.CHOICE, num_tasks), self.n).reshape(-1)
+        return uniforms(self.family.seed, here, Purpose.CHOICE, count)

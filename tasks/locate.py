@@ -35,28 +35,51 @@ def data_root(root: PathLike | None = None) -> Root:
     return Root(Path(user_data_dir("metamom", appauthor=False)), "the per-user data folder")
 
 
+class Layout(NamedTuple):
+    """A data set's folder below ROOT, what its packed files end with, and what one is when it is unpacked."""
+
+    folder: str
+    suffix: str
+    unpacked: str
+
+
+LAYOUTS = {
+    "omniglot": Layout("omniglot", ".zip", "folder"),
+    "mnist": Layout("mnist", ".gz", "file"),
+    "fashion": Layout("fashion_mnist", ".gz", "file"),
+}
+
+
+def packed_path(dataset: str, name: str, root: PathLike | None = None) -> Path:
+    """Where a data set's file lies as it is published: ``ROOT/omniglot/images_background.zip``."""
+    folder, suffix, _ = LAYOUTS[dataset]
+    return data_root(root).path / folder / f"{name}{suffix}"
+
+
 def locate(dataset: str, name: str, root: PathLike | None = None) -> Path:
-    """The archive ``ROOT/dataset/name.zip``, or the folder ``ROOT/dataset/name`` that it unpacks to.
+    """The packed file of a data set, or the folder or file beside it that it unpacks to.
 
     Args:
-        dataset: ``"omniglot"``.
-        name: such as ``"images_background"``.
+        dataset: ``"omniglot"``, ``"mnist"`` or ``"fashion"``.
+        name: such as ``"images_background"``, ``"train-images-idx3-ubyte"``.
         root: see `data_root`.
 
     Raises:
         DataNotFoundError: if there is neither; no other root is tried.
     """
     path, origin = data_root(root)
-    archive, folder = path / dataset / f"{name}.zip", path / dataset / name
-    if archive.is_file():
-        return archive
-    if folder.is_dir():
-        return folder
+    kind = LAYOUTS[dataset].unpacked
+    packed = packed_path(dataset, name, root)
+    unpacked = packed.with_name(name)
+    if packed.is_file():
+        return packed
+    if unpacked.is_dir() if kind == "folder" else unpacked.is_file():
+        return unpacked
     command = f"metamom data fetch {dataset}"
     if root is None and not os.environ.get("METAMOM_DATA"):
         remedy = f"Run `{command}`, or name the folder that has it: root=, or $METAMOM_DATA."
     else:
         remedy = f"Run `{command} --root {path}`, or name another folder."
     raise DataNotFoundError(
-        f"no {dataset} data: wanted {archive} or the folder {folder} (root from {origin}). {remedy}"
+        f"no {dataset} data: wanted {packed} or the {kind} {unpacked} (root from {origin}). {remedy}"
     )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.counter import Floats, Places, Purpose, normals, uniforms
 from metamom.tasks.checks import check_count
-from metamom.tasks.counter import Floats, Places, Purpose, normals, uniforms
 from metamom.tasks.family import TaskFamily
 
 

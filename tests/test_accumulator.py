@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metamom import MAML, BiasedAccumulator, Clip, CompositeMomentum, TopK
+from metamom.bias import parse
 from metamom.nets import SinusoidMLP
 from metamom.tasks import Sinusoid
 
@@ -42,21 +43,53 @@ def test_it_is_the_mean_over_workers_after_the_operator(gradients, bias, data):
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in params]), expected, atol=1e-12, rtol=1e-12)
 
 
-def test_it_equals_mamls_own_backward():
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "topk:10%",
+        "topk:10%:tensor",
+        "randk:10%:scaled:seed=4",
+        "normalize:tensor",
+        "sign:tensor",
+        "clip:1+topk:5%",
+        "ef14:topk:1%",
+        "ef21-sgdm(0.3):sign:tensor",
+        "clip21:0.5",
+    ],
+)
+def test_it_equals_mamls_own_backward(spec):
+    """Step by step: what operators draw by, and what they feed back, goes on alike."""
     learner = MAML(SinusoidMLP(generator=torch.Generator().manual_seed(0)).double(), F.mse_loss, inner_lr=0.01)
-    batch = Sinusoid(dtype=torch.float64).sample(0, 8)
-    report = learner.backward(batch, workers=4, bias=TopK(ratio=0.1)).metrics
-    expected = [p.grad.clone() for p in learner.parameters()]
-    learner.zero_grad()
-    accumulator = BiasedAccumulator(learner.parameters(), bias=TopK(ratio=0.1), workers=4)
-    for t in range(8):
-        learner.losses(batch.part(t, t + 1)).mean().backward()
-        accumulator.add(worker=t // 2)
-    ours = accumulator.finish()
-    for p, grad in zip(learner.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, grad, atol=1e-12, rtol=0)
-    assert ours["wire_bytes"] == report["wire_bytes"]
-    assert ours["bias_error"] == pytest.approx(report["bias_error"])
+    theirs = parse(spec)
+    accumulator = BiasedAccumulator(learner.parameters(), bias=parse(spec), workers=4)
+    for step in range(3):
+        batch = Sinusoid(dtype=torch.float64).sample(step, 8)
+        learner.zero_grad()
+        report = learner.backward(batch, workers=4, bias=theirs).metrics
+        expected = [p.grad.clone() for p in learner.parameters()]
+        learner.zero_grad()
+        for t in range(8):
+            learner.losses(batch.part(t, t + 1)).mean().backward()
+            accumulator.add(worker=t // 2)
+        ours = accumulator.finish()
+        for p, grad in zip(learner.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, grad, atol=1e-12, rtol=0)
+        assert ours["wire_bytes"] == report["wire_bytes"]
+        assert ours["bias_error"] == pytest.approx(report["bias_error"])
+
+
+def test_layers_are_the_trainable_parameters():
+    params = [
+        nn.Parameter(torch.zeros(2)),
+        nn.Parameter(torch.zeros(3), requires_grad=False),
+        nn.Parameter(torch.zeros(1)),
+    ]
+    accumulator = BiasedAccumulator(params, bias=TopK(1, per_tensor=True))
+    (params[0] @ torch.tensor([3.0, -4.0]) + 5 * params[2]).sum().backward()
+    accumulator.add()
+    accumulator.finish()
+    assert params[0].grad.tolist() == [0, -4]
+    assert params[2].grad.tolist() == [5]
 
 
 def test_frozen_unused_and_shared_parameters():

@@ -1,4 +1,4 @@
-"""One suite for every bias operator, and what each of them promises besides; then the aggregation they feed."""
+"""One suite for every bias operator: what all of them promise, their spelling, and known values."""
 
 from __future__ import annotations
 
@@ -9,99 +9,197 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operators import (
+    DTYPES,
+    EVERY,
+    LAYERWISE,
+    PLAIN,
+    RANDOM,
+    STATELESS,
+    G,
+    assert_identical,
+    cut,
+    each,
+    each_dtype,
+    gradients,
+    rounding,
+)
 from torch import Tensor
 
-from metamom import Clip, Identity, TopK
-from metamom.aggregate import aggregate, flatten, unflatten
-from metamom.bias import BiasOperator, parse
+import metamom.bias
+from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
+from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, NonFiniteError, as_operator, parse
+from metamom.bias.base import Place
 
-OPERATORS = [Identity(), TopK(1), TopK(3), TopK(ratio=0.3), TopK(ratio=1.0), Clip(0.5), Clip(1e-3), Clip(30.0)]
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-G = torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=torch.float64)
-
-each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=repr)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# what every operator promises
 
 
-@st.composite
-def gradients(draw: st.DrawFn, min_d: int = 3) -> Tensor:
-    """``[d]`` or ``[n, d]`` of any dtype, with ties and zeros among the entries, and vectors of zeros."""
-    n, d = draw(st.integers(1, 4)), draw(st.integers(min_d, 24))
-    entries = st.one_of(st.integers(-3, 3).map(float), st.floats(-100, 100, width=16))
-    rows = draw(st.lists(st.lists(entries, min_size=d, max_size=d), min_size=n, max_size=n))
-    g = torch.tensor(rows, dtype=torch.float64).to(draw(st.sampled_from(DTYPES)))
-    return g[0] if n == 1 and draw(st.booleans()) else g
-
-
-def rounding(dtype: torch.dtype, d: int) -> float:
-    """Relative error of a norm over d entries, and of one product more."""
-    return (4 + math.sqrt(d)) * torch.finfo(dtype).eps
-
-
-@each_operator
-@settings(deadline=None, max_examples=60)
+@each(EVERY)
+@settings(deadline=None, max_examples=12)
 @given(g=gradients())
 def test_every_operator(operator, g):
+    operator.reset()
     before = g.clone()
-    out = operator(g)
+    sizes = cut(g.shape[-1])
+    out = operator(g, step=3, sizes=sizes)
     assert out.shape == g.shape
     assert out.dtype == g.dtype
-    assert torch.equal(g, before)
-    assert torch.equal(out, operator(g))  # deterministic
-    if g.dim() == 2:
-        rows = torch.stack([operator(row) for row in g])
-        # norms may be summed in another order in a batch
-        torch.testing.assert_close(out, rows, rtol=rounding(g.dtype, g.shape[-1]), atol=0)
-    # no operator here turns an entry round or makes it larger, nor the gradient as a whole
-    assert bool((out * g >= 0).all())
-    assert bool((out.abs() <= g.abs() * (1 + rounding(g.dtype, g.shape[-1]))).all())
+    assert bool(out.isfinite().all())
+    assert_identical(g, before)
+    operator.reset()
+    assert_identical(out, operator(g, step=3, sizes=sizes))
+    assert bool((out * g >= 0).all()), "an entry changed its sign"
 
 
-@each_operator
+@each(PLAIN + LAYERWISE)
+@settings(deadline=None, max_examples=12)
+@given(g=gradients(rows=3))
+def test_workers_at_once_or_one_by_one(operator, g):
+    sizes = cut(g.shape[-1])
+    rows = [operator(row, step=2, first_worker=i, sizes=sizes) for i, row in enumerate(g)]
+    # norms may be summed in another order in a batch
+    out = operator(g, step=2, sizes=sizes)
+    torch.testing.assert_close(out, torch.stack(rows), rtol=rounding(g.dtype, g.shape[-1]), atol=0)
+
+
+@each(EVERY)
 @each_dtype
 def test_zero_stays_zero(operator, dtype):
-    assert torch.equal(operator(torch.zeros(2, 5, dtype=dtype)), torch.zeros(2, 5, dtype=dtype))
+    operator.reset()
+    zeros = torch.zeros(2, 5, dtype=dtype)
+    for _ in range(2):
+        assert torch.equal(operator(zeros, step=0, sizes=cut(5)), zeros)
 
 
-@each_operator
+@each_dtype
+@pytest.mark.parametrize("g", [-2.5, 0.0])
+@each([Identity(), TopK(1), TopK(ratio=0.1), TopK(1, ties="all"), RandK(1), RandK(1, scaled=True), Sign(), QSGD(3)])
+def test_one_entry_is_sent_as_it_is(operator, g, dtype):
+    one = torch.tensor([g], dtype=dtype)
+    assert torch.equal(operator(one), one)
+
+
+@each(STATELESS)
 def test_three_dimensions_and_strides(operator):
     g = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
-    expected = torch.stack([operator(part.contiguous()) for part in g])
-    torch.testing.assert_close(operator(g), expected)
+    expected = operator(g.contiguous().view(6, 6), step=1, sizes=cut(6)).view(3, 2, 6)
+    torch.testing.assert_close(operator(g, step=1, sizes=cut(6)), expected)
 
 
-@each_operator
+@each(EVERY)
 @each_dtype
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_visible(operator, dtype, bad):
-    """A check for finite values behind the operator must see what came in front of it."""
-    g = torch.tensor([[1.0, -2.0, 3.0, 0.0, 0.0], [1.0, -2.0, bad, 0.0, 4.0]], dtype=dtype)
+def test_what_is_not_finite_is_refused(operator, dtype):
+    operator.reset()
+    before = operator.state_dict()
+    for bad in (math.nan, math.inf, -math.inf):
+        g = torch.tensor([[1.0, -2.0, 3.0, 0.0, 0.0], [1.0, -2.0, bad, 0.0, 4.0]], dtype=dtype)
+        with pytest.raises(NonFiniteError, match="1 entries of the gradients are infinite or NaN, the first in row 1"):
+            operator(g, sizes=cut(5))
+    assert operator.state_dict() == before
+
+
+@each([operator for operator in EVERY if not operator.feeds_back])
+def test_messages_of_what_is_not_finite_are_refused(operator):
+    with pytest.raises(NonFiniteError):
+        operator.encode(torch.tensor([1.0, math.nan, 3.0]), sizes=cut(3))
+
+
+def test_infinities_that_cancel_or_overflow_in_a_sum():
+    with pytest.raises(NonFiniteError, match="2 entries"):
+        Identity()(torch.tensor([math.inf, 1.0, -math.inf]))
+    for dtype in DTYPES:
+        large = torch.full((3,), torch.finfo(dtype).max, dtype=dtype)
+        assert torch.equal(Identity()(large), large)
+
+
+@each([op for op in PLAIN if "qsgd" not in op.spec])
+@each_dtype
+@pytest.mark.parametrize("fill", ["largest", "smallest"])
+def test_no_plain_operator_overflows(operator, dtype, fill):
+    """Sums and squares leave the dtype's range here; the results need not."""
+    finfo = torch.finfo(dtype)
+    magnitude = finfo.max if fill == "largest" else finfo.smallest_normal
+    g = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0], dtype=dtype) * magnitude
     out = operator(g)
-    assert bool(out[0].isfinite().all())
-    assert not bool(out[1].isfinite().all())
+    assert bool(out.isfinite().all())
+    assert bool((out * g.sign() >= 0).all())
+    assert bool(out.any()) or operator.spec.startswith("clip:0.001")
 
 
-@each_operator
+@each([Identity(), RandK(1), EF21(TopK(1))])
+@pytest.mark.parametrize(
+    ("g", "error", "message"),
+    [
+        (torch.ones(3, dtype=torch.int64), TypeError, "floating-point gradients; got torch.int64"),
+        (torch.tensor(1.0), ValueError, r"d >= 1; got shape \(\)"),
+        (torch.ones(2, 0), ValueError, r"d >= 1; got shape \(2, 0\)"),
+    ],
+)
+def test_what_is_no_gradient(operator, g, error, message):
+    with pytest.raises(error, match=message):
+        operator(g)
+    if not operator.feeds_back:
+        with pytest.raises(error, match=message):
+            operator.encode(g)
+
+
+@each(LAYERWISE)
+@settings(deadline=None, max_examples=10)
+@given(g=gradients(rows=2))
+def test_layer_by_layer_is_each_layer_by_itself(operator, g):
+    """A slow twin: the same operator on whole gradients, for each parameter tensor; draws are numbered by tensor."""
+    if isinstance(operator, Compose):
+        operator = operator.operators[0]
+    whole = parse(operator.spec.replace(":tensor", ""))
+    parts = torch.split(g, cut(g.shape[-1]), -1)
+    expected = torch.cat([whole._apply(part, Place(4, 0, part=i)) for i, part in enumerate(parts)], -1)
+    assert_identical(operator(g, step=4, sizes=cut(g.shape[-1])), expected)
+
+
+@each([op for op in LAYERWISE if not isinstance(op, Compose)])
+def test_layers_must_be_told(operator):
+    with pytest.raises(ValueError, match="pass sizes="):
+        operator(torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"add up to the gradient's 4 entries; got \[2, 3\]"):
+        operator(torch.ones(2, 4), sizes=[2, 3])
+    torch.testing.assert_close(
+        operator(G, step=0, sizes=[0, 4, 0]), operator(G, step=0, sizes=[4])
+    )  # tensors of no entries
+
+
+# their spelling
+
+
+@each(EVERY)
 def test_spec_names_the_operator(operator):
     assert parse(operator.spec) == operator
     assert parse(f" {operator.spec} ") == operator
 
 
-@each_operator
+@each(EVERY)
 def test_operators_are_values(operator):
-    again = eval(repr(operator), {"TopK": TopK, "Clip": Clip, "Identity": Identity})
+    again = eval(repr(operator), vars(metamom.bias))
     assert again == operator
     assert hash(again) == hash(operator)
-    assert [other == operator for other in OPERATORS].count(True) == 1
-    assert len({*OPERATORS, again}) == len(OPERATORS)
+    assert [other == operator for other in EVERY].count(True) == 1
+    assert len({*EVERY, again}) == len(EVERY)
     assert operator != operator.spec
 
 
-@settings(deadline=None)
-@given(ratio=st.floats(1e-12, 1.0, exclude_min=True), tau=st.floats(1e-300, 1e300))
-def test_specs_lose_no_digit(ratio, tau):
-    assert parse(TopK(ratio=ratio).spec) == TopK(ratio=ratio)
-    assert parse(Clip(tau).spec) == Clip(tau)
+@settings(deadline=None, max_examples=30)
+@given(ratio=st.floats(1e-12, 1.0, exclude_min=True), x=st.floats(1e-300, 1e300), n=st.integers(1, 2**30 - 1))
+def test_specs_lose_no_digit(ratio, x, n):
+    for operator in (
+        TopK(ratio=ratio),
+        RandK(ratio=ratio, seed=n),
+        TopK(n),
+        Clip(x),
+        ClipValue(x),
+        QSGD(n),
+        Clip21(x),
+        EF21SGDM(Compose(Clip(x), TopK(n)), eta=ratio),
+    ):
+        assert parse(operator.spec) == operator
 
 
 @pytest.mark.parametrize(
@@ -113,8 +211,26 @@ def test_specs_lose_no_digit(ratio, tau):
         ("topk:0.1%", TopK(ratio=0.001)),
         ("topk:7%", TopK(ratio=0.07)),
         ("topk:100%", TopK(ratio=1.0)),
+        ("topk:5%:tensor", TopK(ratio=0.05, per_tensor=True)),
+        ("topk:5:all:tensor", TopK(5, per_tensor=True, ties="all")),
+        ("randk:1%", RandK(ratio=0.01)),
+        ("randk:7:scaled:shared:seed=3", RandK(7, scaled=True, shared=True, seed=3)),
         ("clip:1.0", Clip(1)),
         ("clip:1e-3", Clip(0.001)),
+        ("clip:1e+3+topk:5%", Compose(Clip(1000), TopK(ratio=0.05))),
+        ("clipvalue:0.01", ClipValue(0.01)),
+        ("normalize", Normalize()),
+        ("normalize:tensor", Normalize(per_tensor=True)),
+        ("sign", Sign()),
+        ("sign:tensor", Sign(per_tensor=True)),
+        ("qsgd:16", QSGD(16)),
+        ("clip:1+topk:5%", Compose(Clip(1.0), TopK(ratio=0.05))),
+        ("clip:1+topk:5%+sign", Compose(Clip(1.0), TopK(ratio=0.05), Sign())),
+        ("ef14:topk:1%", EF14(TopK(ratio=0.01))),
+        ("ef21:topk:1%", EF21(TopK(ratio=0.01))),
+        ("ef21-sgdm(0.1):topk:1%", EF21SGDM(TopK(ratio=0.01), eta=0.1)),
+        ("ef21-sgdm(1):clip:1+topk:1%", EF21SGDM(Compose(Clip(1.0), TopK(ratio=0.01)), eta=1)),
+        ("clip21:1", Clip21(1.0)),
     ],
 )
 def test_parse(spec, operator):
@@ -123,21 +239,29 @@ def test_parse(spec, operator):
 
 @pytest.mark.parametrize(
     ("operator", "spec"),
-    [(TopK(ratio=0.07), "topk:7%"), (TopK(ratio=0.5), "topk:50%"), (Clip(2), "clip:2"), (Clip(0.5), "clip:0.5")],
+    [
+        (TopK(ratio=0.07), "topk:7%"),
+        (TopK(ratio=0.5), "topk:50%"),
+        (Clip(2), "clip:2"),
+        (Clip(0.5), "clip:0.5"),
+        (EF21SGDM(Sign(), 1), "ef21-sgdm(1):sign"),
+        (Clip21(2), "clip21:2"),
+        (Compose(Compose(Clip(1), Sign()), TopK(1)), "clip:1+sign+topk:1"),
+    ],
 )
 def test_specs_are_short(operator, spec):
     assert operator.spec == spec
+    assert parse(spec) == operator
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "unknown bias operator ''; wanted none, topk:K, topk:P% or clip:TAU"),
-        ("sign", "unknown bias operator 'sign'"),
-        ("none:1", "unknown bias operator 'none:1'"),
-        ("TopK:3", "unknown bias operator"),
-        ("topk", "bias operator 'topk': '' does not fit topk"),
-        ("topk:", "'' does not fit topk"),
+        ("", "unknown operator ''; wanted none, topk:K, topk:P%, randk:K,"),
+        ("none:1", "none has no option '1'"),
+        ("TopK:3", "unknown operator 'TopK:3'"),
+        ("topk", "topk needs a number behind a colon"),
+        ("topk:", "topk needs a number behind a colon"),
         ("topk:1.5", "'1.5' does not fit topk"),
         ("topk:0", "does not fit topk: TopK needs a whole number k >= 1; got k=0"),
         ("topk:-3", "whole number k >= 1; got k=-3"),
@@ -145,109 +269,107 @@ def test_specs_are_short(operator, spec):
         ("topk:0%", "0 < ratio <= 1; got ratio=0.0"),
         ("topk:101%", "0 < ratio <= 1; got ratio=1.01"),
         ("topk:nan%", "'nan%' does not fit topk"),
-        ("clip", "'' does not fit clip"),
+        ("topk:5%:scaled", "topk has no option 'scaled'"),
+        ("topk:5%:tensor=no", "topk has no option 'tensor=no'"),
+        ("topk:5%:", "topk has no option ''"),
+        ("randk:150%", "RandK needs a share 0 < ratio <= 1; got ratio=1.5"),
+        ("randk:5:all", "randk has no option 'all'"),
+        ("randk:5:seed", "randk has no option 'seed'"),
+        ("randk:5:seed=x", "'x'"),
+        ("randk:5:seed=-1", "0 <= seed < 2^64; got -1"),
+        ("clip", "clip needs a number behind a colon"),
         ("clip:one", "'one' does not fit clip"),
-        ("clip:0", "0 < tau < infinity; got 0.0"),
-        ("clip:-1", "0 < tau < infinity; got -1.0"),
-        ("clip:inf", "0 < tau < infinity; got inf"),
-        ("clip:nan", "0 < tau < infinity; got nan"),
+        ("clip:0", "does not fit clip: Clip needs a norm tau > 0 and finite; got 0.0"),
+        ("clip:-1", "tau > 0 and finite; got -1.0"),
+        ("clip:inf", "tau > 0 and finite; got inf"),
+        ("clip:nan", "tau > 0 and finite; got nan"),
+        ("clipvalue:0", "does not fit clipvalue: ClipValue needs a bound c > 0 and finite; got 0.0"),
+        ("normalize:1", "normalize has no option '1'"),
+        ("sign:all", "sign has no option 'all'"),
+        ("qsgd:0", "does not fit qsgd: QSGD needs a whole number of levels, 1 <= levels < 2^30; got 0"),
+        ("qsgd:2.5", "'2.5' does not fit qsgd"),
+        ("clip:1+", "unknown operator ''"),
+        ("clip:1++sign", "unknown operator ''"),
+        ("clip:1+bottomk:3", "bias operator 'clip:1+bottomk:3': unknown operator 'bottomk:3'"),
+        ("clip:1+ef14:sign", "without error feedback; got EF14(Sign())"),
+        ("ef14:ef21:sign", "an operator without it; got EF21(Sign())"),
+        ("ef14:", "unknown operator ''"),
+        ("ef21", "unknown operator 'ef21'"),
+        ("ef21:topk:0", "k >= 1; got k=0"),
+        ("ef21-sgdm:sign", "unknown operator 'ef21-sgdm:sign'"),
+        ("ef21-sgdm(0):sign", "0 < eta <= 1; got 0.0"),
+        ("ef21-sgdm(1.5):sign", "0 < eta <= 1; got 1.5"),
+        ("ef21-sgdm(x):sign", "'x'"),
+        ("clip21:0", "tau > 0 and finite; got 0.0"),
+        ("clip21:1:tensor", "clip21 has no option 'tensor'"),
     ],
 )
 def test_parse_says_which_part_is_wrong(spec, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         parse(spec)
+    assert str(caught.value).startswith(f"bias operator {spec!r}: ")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "either k= or ratio=; got k=None, ratio=None"),
-        ({"k": 3, "ratio": 0.1}, "either k= or ratio=; got k=3, ratio=0.1"),
-        ({"k": 0}, "k >= 1; got k=0"),
-        ({"k": 0.05}, "got k=0.05. Pass ratio= to keep a share"),
-        ({"k": True}, "got k=True"),
-        ({"ratio": 0.0}, "0 < ratio <= 1; got ratio=0.0"),
-        ({"ratio": 5}, "got ratio=5. 5 % is ratio=0.05"),
-        ({"ratio": math.nan}, "got ratio=nan"),
-    ],
-)
-def test_bad_top_k(arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        TopK(**arguments)
-
-
-@pytest.mark.parametrize("tau", [0.0, -1.0, math.inf, math.nan])
-def test_bad_clip(tau):
-    with pytest.raises(ValueError, match="0 < tau < infinity; got"):
-        Clip(tau)
-
-
-def test_more_entries_than_there_are():
-    message = r"TopK needs 1 <= k <= 4 \(the number of parameters\); got k=5\. Pass ratio="
-    with pytest.raises(ValueError, match=message):
-        TopK(5)(G)
-    with pytest.raises(ValueError, match=message):
-        TopK(5).wire_bytes(4)
-    assert torch.equal(TopK(4)(G), G)
+# values, constants and users' own
 
 
 def test_oracle_values():
+    """Worked by hand."""
     top = TopK(2)(G)
     assert top.tolist() == [3, 0, 2, 0]
     assert float((top - G).square().sum()) == 1.25
+    assert (1 - TopK(2).contraction(4)) * float(G.square().sum()) == 7.125
+    signs = Sign()(G)
+    assert signs.tolist() == [1.625, -1.625, 1.625, 1.625]
+    assert float((signs - G).square().sum()) == 3.6875
     clipped = Clip(2.0)(G)
     assert clipped.tolist() == pytest.approx([1.58943883, -0.52981294, 1.05962589, 0.26490647], abs=1e-8)
     assert float((clipped - G).norm()) == pytest.approx(1.774917217635375, abs=1e-14)
     assert Identity()(G) is G
 
 
-@settings(deadline=None)
-@given(g=gradients(), data=st.data())
-def test_top_k_keeps_the_k_largest_the_first_of_equals(g, data):
-    d = g.shape[-1]
-    k = data.draw(st.integers(1, d))
-    for row, out in zip(g.reshape(-1, d), TopK(k)(g).reshape(-1, d), strict=True):
-        order = sorted(range(d), key=lambda i, row=row: (-abs(row[i].item()), i))
-        expected = torch.zeros_like(row)
-        expected[order[:k]] = row[order[:k]]
-        assert torch.equal(out, expected)
+def test_oracle_constants():
+    """Theory §7.1: the contractive floor, the clipping floor, unscaled Rand-K."""
+    assert TopK(ratio=0.25).constants(400, workers=7, zeta2=2.0) == (0.75, 1.5, 0, 0)
+    assert TopK(ratio=0.25).constants(400, zeta2=2.0).floor == 6
+    assert Clip(1.0).constants(5, zeta2=2.0, bound=4.0).floor == pytest.approx(2.5714285714285716, abs=1e-15)
+    assert RandK(ratio=0.25).constants(400, workers=4, zeta2=2.0) == (0.5625, 0, 0.046875, 0.09375)
+    assert Sign().constants(5, zeta2=2.0).floor == pytest.approx(4 * 2.0)
+    assert RandK(1, scaled=True).constants(5, workers=2, zeta2=3.0) == pytest.approx((0, 0, 2, 6))
+    assert RandK(1, scaled=True, shared=True).constants(5, workers=2, zeta2=3.0) == pytest.approx((0, 0, 4, 0))
+    assert RandK(1, shared=True).constants(5, workers=2, zeta2=3.0) == pytest.approx((0.8, 0, 0, 0))
+    assert QSGD(4).constants(9, workers=2, zeta2=3.0) == pytest.approx((0, 0, 9 / 32, 27 / 32))
+    assert QSGD(2).constants(64, workers=2, zeta2=3.0) == pytest.approx((0, 0, 2, 6))
+    assert Identity().constants(5, zeta2=2.0) == (0, 0, 0, 0)
+    for bound in (0.0, 0.5, 1.0):
+        assert Clip(1.0).constants(5, zeta2=2.0, bound=bound) == (0, 0, 0, 0)
 
 
-@settings(deadline=None)
-@given(g=gradients(), data=st.data())
-def test_top_k_contracts(g, data):
-    """||C(g) - g||^2 <= (1 - K/d) ||g||^2, in float64 for numbers that are exact in it."""
-    k = data.draw(st.integers(1, g.shape[-1]))
-    exact = g.double()
-    error = (TopK(k)(g).double() - exact).square().sum(-1)
-    bound = (1 - k / g.shape[-1]) * exact.square().sum(-1)
-    assert bool((error <= bound * (1 + 1e-12)).all())
+def test_constants_layer_by_layer():
+    assert TopK(1, per_tensor=True).constants(7, zeta2=2.0, sizes=[5, 2]) == pytest.approx((0.8, 1.6, 0, 0))
+    assert Sign(per_tensor=True).contraction(7, [5, 2]) == 0.2
+    assert RandK(1, per_tensor=True).constants(7, workers=2, zeta2=2.0, sizes=[5, 2]) == pytest.approx(
+        (0.64, 0, 0.125, 0.25)
+    )
+    scaled = RandK(1, per_tensor=True, scaled=True)
+    assert scaled.constants(7, workers=2, zeta2=2.0, sizes=[5, 2]) == pytest.approx((0, 0, 2, 4))
+    assert scaled.contraction(4, [2, 2]) is None
+    assert QSGD(2, per_tensor=True).constants(7, zeta2=2.0, sizes=[5, 2]) == pytest.approx((0, 0, 1.118034, 2.236068))
 
 
-@each_dtype
-def test_top_k_keeps_exactly_k_of_equals_and_of_infinities(dtype):
-    ties = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=dtype)
-    assert TopK(2)(ties).tolist() == [1, -1, 0, 0, 0]
-    mixed = torch.tensor([2.0, 1.0, -3.0, 1.0, 1.0], dtype=dtype)
-    assert TopK(3)(mixed).tolist() == [2, 1, -3, 0, 0]
-    endless = torch.tensor([1.0, math.inf, 5.0, -math.inf, math.inf], dtype=dtype)
-    assert TopK(2)(endless).tolist() == [0, math.inf, 0, -math.inf, 0]
-    unknown = torch.tensor([1.0, math.nan, 5.0, 2.0], dtype=dtype)
-    assert TopK(2)(unknown).isnan().tolist() == [False, True, False, False]
-    assert TopK(2)(unknown)[2] == 5
+@each([ClipValue(1.0), Normalize(), Compose(TopK(1), Sign()), Clip(1.0), Clip(1.0, per_tensor=True), EF21(Sign())])
+def test_constants_that_nobody_knows(operator):
+    with pytest.raises(ValueError, match="constants"):
+        operator.constants(5, sizes=[5])
+    assert operator.contraction(5, [5]) is None
 
 
-@pytest.mark.parametrize(
-    ("ratio", "d", "k"), [(0.05, 669706, 33485), (0.001, 10, 1), (0.25, 10, 2), (0.35, 10, 4), (1.0, 7, 7), (0.5, 3, 2)]
-)
-def test_ratio_means_the_rounded_share(ratio, d, k):
-    assert TopK(ratio=ratio).kept(d) == k == max(1, round(ratio * d))
-    g = torch.arange(1.0, d + 1)
-    assert int((TopK(ratio=ratio)(g) != 0).sum()) == k
+def test_a_floor_without_contraction_is_infinite():
+    assert metamom.bias.Constants(1.0, 0.5, 0, 0).floor == math.inf
 
 
-@settings(deadline=None)
-@given(g=gradients(), tau=st.floats(1e-2, 1e3))
+@settings(deadline=None, max_examples=40)
+@given(g=gradients(min_d=1), tau=st.floats(1e-2, 1e3))
 def test_clip_bounds_the_norm_and_keeps_the_direction(g, tau):
     out = Clip(tau)(g).double()
     norm = g.double().norm(dim=-1, keepdim=True)
@@ -258,7 +380,7 @@ def test_clip_bounds_the_norm_and_keeps_the_direction(g, tau):
     expected = g.double() * (tau / norm).clamp(max=1).nan_to_num(1.0)
     torch.testing.assert_close(out, expected, rtol=2 * slack - 2, atol=2 * tiny)
     within = norm.squeeze(-1) < tau / slack
-    assert torch.equal(Clip(tau)(g)[within], g[within])  # bit for bit
+    assert_identical(Clip(tau)(g)[within], g[within])
 
 
 @each_dtype
@@ -282,79 +404,110 @@ def test_clip_passes_what_is_within_bit_for_bit(tau):
     assert torch.equal(Clip(tau)(g), g)
 
 
-@pytest.mark.parametrize("element_size", [2, 4, 8])
-def test_wire_bytes(element_size):
-    assert Identity().wire_bytes(10, element_size) == Clip(1.0).wire_bytes(10, element_size) == 10 * element_size
-    assert TopK(3).wire_bytes(10, element_size) == 3 * (element_size + 4)
-    assert TopK(ratio=0.2).wire_bytes(10, element_size) == 2 * (element_size + 4)
+@settings(deadline=None, max_examples=40)
+@given(g=gradients(min_d=1), c=st.floats(1e-2, 1e3))
+def test_clip_value_is_entry_by_entry(g, c):
+    expected = [max(-c, min(c, x)) for x in g.double().flatten().tolist()]
+    eps = torch.finfo(g.dtype).eps
+    assert ClipValue(c)(g).flatten().tolist() == pytest.approx(expected, rel=eps)
 
 
-def workers_gradients(n: int = 3) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    shapes = {"b": (2, 3), "a": (), "c": (4,)}
-    return {name: torch.randn(n, *shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+@settings(deadline=None, max_examples=40)
+@given(g=gradients(min_d=1))
+def test_normalize_divides_by_the_norm(g):
+    out, exact = Normalize()(g).double(), g.double()
+    norm = exact.norm(dim=-1, keepdim=True)
+    expected = torch.where(norm > 0, exact / norm, 0)
+    tiny = torch.finfo(g.dtype).tiny
+    torch.testing.assert_close(out, expected, rtol=rounding(g.dtype, g.shape[-1]), atol=tiny)
 
 
-def test_flatten_keeps_the_order_of_the_dict():
-    grads = workers_gradients()
-    flat = flatten(grads.values())
-    assert flat.shape == (3, 11)
-    for i in range(3):
-        assert flat[i].tolist() == [*grads["b"][i].flatten().tolist(), grads["a"][i].item(), *grads["c"][i].tolist()]
-        back = unflatten(flat[i], {name: g[i] for name, g in grads.items()})
-        assert list(back) == ["b", "a", "c"]
-        assert all(torch.equal(back[name], grads[name][i]) for name in grads)
-    rows = unflatten(flat, {name: g[0] for name, g in grads.items()})
-    assert all(torch.equal(rows[name], grads[name]) for name in grads)
+@settings(deadline=None, max_examples=40)
+@given(g=gradients(min_d=1))
+def test_sign_and_its_exact_error(g):
+    """||C(g) - g||^2 = ||g||^2 - ||g||_1^2 / d where no entry is zero, and no more where one is (docs/theory.md)."""
+    exact, d = g.double().reshape(-1, g.shape[-1]), g.shape[-1]
+    error = (Sign()(exact) - exact).square().sum(-1)
+    equal = exact.square().sum(-1) - exact.abs().sum(-1).square() / d
+    scale = 1e-13 * (1 + exact.square().sum(-1))
+    assert bool((error <= equal + scale).all())
+    assert bool(((error >= equal - scale) | (exact == 0).any(-1)).all())
+    rough = Sign()(g).double().view_as(exact)
+    torch.testing.assert_close(rough, Sign()(exact), rtol=4 * torch.finfo(g.dtype).eps, atol=torch.finfo(g.dtype).tiny)
 
 
-@pytest.mark.parametrize("bias", [None, *OPERATORS], ids=repr)
-def test_aggregate_is_the_mean_after_the_operator(bias):
-    grads = flatten(workers_gradients().values())
-    before = grads.clone()
-    total, report = aggregate(grads, bias)
-    rows = [row if bias is None else bias(row) for row in grads]
-    expected = sum(rows) / len(rows)
-    mean = grads.mean(0)
-    torch.testing.assert_close(total, expected)
-    assert torch.equal(grads, before)
-    assert report["grad_norm"] == pytest.approx(float(expected.norm()))
-    assert report["bias_error"] == pytest.approx(float((expected - mean).norm() / mean.norm()), abs=1e-14)
-    assert report["wire_bytes"] == 3 * (bias or Identity()).wire_bytes(11, 8)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_bad_bounds(value):
+    for make in (Clip, ClipValue, Clip21):
+        with pytest.raises(ValueError, match="> 0 and finite; got"):
+            make(value)
 
 
-def test_operators_act_before_the_mean():
-    """Two workers that agree on nothing: clipped one by one they cancel, clipped together they would not."""
-    total, report = aggregate(torch.tensor([[8.0, 0.0], [-2.0, 0.0]]), Clip(1.0))
-    assert total.tolist() == [0.0, 0.0]
-    assert report["bias_error"] == 1.0
+@pytest.mark.parametrize("levels", [0, -1, 2.0, True, 2**30])
+def test_bad_levels(levels):
+    with pytest.raises(ValueError, match="whole number of levels"):
+        QSGD(levels)
 
 
-def test_aggregate_of_nothing_and_of_nan():
-    assert aggregate(torch.zeros(2, 3), TopK(1))[1]["bias_error"] == 0.0
-    for bias in (None, TopK(1), Clip(1.0)):
-        total, report = aggregate(torch.tensor([[1.0, 2.0], [math.nan, 0.0]]), bias)
-        assert math.isnan(report["grad_norm"])
-        assert not bool(total.isfinite().all())
+@pytest.mark.parametrize("operators", [(), (Sign(),)])
+def test_a_composition_of_too_few(operators):
+    with pytest.raises(ValueError, match=f"two operators or more; got {len(operators)}"):
+        Compose(*operators)
 
 
-def test_each_dtype_comes_back_as_it_was():
-    grads = {"a": torch.ones(2, 3, dtype=torch.float32), "b": torch.ones(2, 3, dtype=torch.float64)}
-    total = unflatten(aggregate(flatten(grads.values()), Clip(1.0))[0], {name: g[0] for name, g in grads.items()})
-    assert {name: t.dtype for name, t in total.items()} == {"a": torch.float32, "b": torch.float64}
+@pytest.mark.parametrize("member", [EF21(Sign()), Sign, lambda g: g, None])
+def test_what_cannot_be_composed(member):
+    with pytest.raises(TypeError, match="operators without error feedback"):
+        Compose(Sign(), member)
+
+
+def test_compose_goes_from_left_to_right():
+    torch.testing.assert_close(Compose(Clip(1.0), TopK(2))(G), TopK(2)(Clip(1.0)(G)))
+    torch.testing.assert_close(Compose(TopK(2), Clip(1.0))(G), Clip(1.0)(TopK(2)(G)))
+    both = Compose(TopK(3, per_tensor=True), TopK(1))
+    assert both(torch.arange(1.0, 9.0), sizes=[4, 4]).tolist() == [0] * 7 + [8]
+
+
+def test_functions_are_operators_too():
+    double = as_operator(lambda g: 2 * g)
+    assert double(torch.ones(2, 3)).tolist() == [[2.0] * 3] * 2
+    assert as_operator(None) is None
+    assert as_operator(double) is double
+    assert as_operator(math.sin).spec == "sin"
+    clipped = as_operator(lambda g: g.clamp_(-1, 1))  # in place, which changes nobody else's tensor
+    g = G.repeat(2, 1)
+    assert clipped(g)[1].tolist() == [1, -1, 1, 0.5]
+    assert torch.equal(g, G.repeat(2, 1))
+    for bad in (3, "topk:5%", Sign):
+        with pytest.raises(TypeError, match="a bias is an operator"):
+            as_operator(bad)
 
 
 def test_an_operator_of_ones_own():
     class Half(BiasOperator):
-        def __call__(self, gradient: Tensor) -> Tensor:
-            return gradient / 2
+        def _apply(self, rows: Tensor, place: Place) -> Tensor:
+            return rows / 2
 
         @property
         def spec(self) -> str:
             return "half"
 
-    total, report = aggregate(torch.tensor([[2.0, 4.0]]), Half())
-    assert total.tolist() == [1, 2]
-    assert report["bias_error"] == pytest.approx(0.5)
+    assert Half()(G).tolist() == [1.5, -0.5, 1, 0.25]
+    assert Half().wire_bytes(4) == 16
+    torch.testing.assert_close(Half().decode(Half().encode(G), 4, G.dtype), G / 2)
     with pytest.raises(TypeError, match="abstract"):
         BiasOperator()
+
+
+def test_state_for_an_operator_that_has_none():
+    Sign().load_state_dict({})
+    with pytest.raises(ValueError, match="sign carries no state; got calls"):
+        Sign().load_state_dict({"calls": 3})
+
+
+@each(RANDOM + LAYERWISE)
+def test_a_step_given_leaves_the_counter_alone(operator):
+    operator.reset()
+    before = operator.state_dict()
+    operator(G, step=7, sizes=[1, 3])
+    assert operator.state_dict() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metamom.counter import Places, Purpose, choose, normals, subset, uniforms
 from metamom.tasks.checks import check_count, check_seed, check_step
-from metamom.tasks.counter import Places, Purpose, choose, normals, uniforms
 
 WORD = 2**64 - 1
 
@@ -75,7 +76,7 @@ def test_no_two_places_share_numbers():
             for step in (0, 1, 2):
                 for purpose in Purpose:
                     seen.update(uniforms(seed, at(0, 1, 2, stream=stream, step=step), purpose, 3).ravel().tolist())
-    assert len(seen) == 6 * 3 * 3 * 4 * 3 * 3
+    assert len(seen) == 6 * 3 * 3 * len(Purpose) * 3 * 3
 
 
 def test_more_numbers_begin_with_fewer():
@@ -119,6 +120,54 @@ def test_choices_are_uniform():
     for column in choose(u, 100).T:
         counts = np.bincount(column, minlength=100)
         assert ((counts - rows / 100) ** 2 / (rows / 100)).sum() < 148.3  # 99.9 % point, 99 degrees
+
+
+@given(seed=st.integers(0, WORD), step=st.integers(0, WORD), n=st.integers(1, 300), data=st.data())
+def test_subset_is_a_set_of_k(seed, step, n, data):
+    """Also beyond the half, where those left over are taken, and at k = n; each place by itself."""
+    k = data.draw(st.integers(1, n))
+    places = at(5, 0, 9, step=step)
+    rows = subset(seed, places, Purpose.BIAS, k, n)
+    assert rows.shape == (3, k)
+    assert rows.dtype == np.int64
+    for row, index in zip(rows, places.indices.tolist(), strict=True):
+        assert len(set(row.tolist())) == k
+        assert 0 <= row.min() <= row.max() < n
+        np.testing.assert_array_equal(row, subset(seed, at(index, step=step), Purpose.BIAS, k, n)[0])
+
+
+@given(n=st.integers(2, 100), data=st.data())
+def test_subset_is_the_first_different_draws(n, data):
+    """A slow twin: one draw after the other, those that came before passed over."""
+    k = data.draw(st.integers(1, n))
+    few: list[int] = []
+    for x in uniforms(3, at(7), Purpose.BIAS, 10_000)[0]:
+        if len(few) < min(k, n - k) and int(x * n) not in few:
+            few.append(int(x * n))
+    expected = few if k <= n // 2 else [i for i in range(n) if i not in few]
+    assert subset(3, at(7), Purpose.BIAS, k, n).tolist() == [expected]
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 5), (2, 5), (3, 5), (4, 5), (3, 6), (5, 10)])
+def test_all_subsets_are_equally_likely(k, n):
+    draws = 4000
+    rows = subset(1, at(*range(draws)), Purpose.BIAS, k, n)
+    counts = Counter(tuple(sorted(row)) for row in rows.tolist())
+    every = list(itertools.combinations(range(n), k))
+    mean = draws / len(every)
+    chi2 = sum((counts[each] - mean) ** 2 / mean for each in every)
+    assert chi2 < len(every) - 1 + 5 * np.sqrt(2 * (len(every) - 1))
+    assert set(counts) <= set(every)
+
+
+def test_subsets_of_millions():
+    """For which `choose` would take hours; and the same on every platform."""
+    rows = subset(0, at(0, 1), Purpose.BIAS, 6_697, 669_706)
+    assert [len(set(row)) for row in rows.tolist()] == [6_697] * 2
+    assert abs(rows.mean() / 669_706 - 0.5) < 5 / np.sqrt(12 * rows.size)
+    assert rows[:, :3].tolist() == [[616257, 479102, 89575], [77462, 132883, 58083]]
+    most = subset(0, at(0), Purpose.BIAS, 669_000, 669_706)[0]
+    assert len(set(most.tolist())) == 669_000
 
 
 def test_normals_have_the_moments_of_a_normal():

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metamom.counter import Places, Purpose, choose, uniforms
 from metamom.tasks import Episodes
-from metamom.tasks.counter import Places, Purpose, choose, uniforms
 
 
 def numbered(labels: torch.Tensor, **arguments) -> Episodes:

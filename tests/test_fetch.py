@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import random
 import re
+import struct
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_omniglot import TINY, members, write_folder, write_zip
 
-from metamom.tasks import Omniglot, download, fetch, omniglot, omniglot_archive
+from metamom.tasks import Omniglot, download, fetch, images, omniglot, omniglot_archive
 from metamom.tasks.download import CHUNK, ResumingDownloader
 from metamom.tasks.locate import DataError
 
@@ -212,10 +214,25 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_unknown_and_missing_data(tmp_path):
     for ask in (fetch.fetch, fetch.check):
-        with pytest.raises(ValueError, match="knows the data sets omniglot; got 'imagenet'"):
+        with pytest.raises(ValueError, match="knows the data sets omniglot, mnist, fashion; got 'imagenet'"):
             ask("imagenet", tmp_path)
     with pytest.raises(FileNotFoundError, match="metamom data fetch omniglot"):
         fetch.check("omniglot", tmp_path)
+
+
+def test_packed_images_are_fetched(tmp_path, server, monkeypatch):
+    data = struct.pack(">HBBI", 0, 8, 1, 4) + bytes([1, 2, 3, 4])
+    name = images.FILES[1]
+    monkeypatch.setattr(images, "SIZES", {"train": 4})
+    digests = [hashlib.md5(held, usedforsecurity=False).hexdigest() for held in (data, gzip.compress(data, mtime=0))]
+    monkeypatch.setitem(images.UNPACKED["fashion"], name, digests[0])
+    server.files[f"{name}.gz"] = gzip.compress(data, mtime=0)
+    published = fetch.DATASETS["fashion"][1]
+    assert published.name == name
+    local = published._replace(url=f"{server.url}/{name}.gz", md5=digests[1])
+    monkeypatch.setitem(fetch.DATASETS, "fashion", [local])
+    assert fetch.fetch("fashion", tmp_path) == [tmp_path / "fashion_mnist" / f"{name}.gz"]
+    assert fetch.check("fashion", tmp_path)[0].holds == {"labels": 4}
 
 
 def test_omniglot_downloads_if_told(tmp_path, monkeypatch, server):
@@ -230,6 +247,7 @@ def test_omniglot_downloads_if_told(tmp_path, monkeypatch, server):
 
 def test_published_addresses_and_digests(monkeypatch):
     monkeypatch.undo()
-    for published in fetch.DATASETS["omniglot"]:
-        assert published.url.startswith("https://")
+    for published in [published for dataset in fetch.DATASETS.values() for published in dataset]:
+        assert published.url.startswith(("https://", fetch.FASHION))  # which has no https; the digest is checked
+        assert published.url.endswith((f"{published.name}.zip", f"{published.name}.gz"))
         assert re.fullmatch("[0-9a-f]{32}", published.md5)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metamom.tasks import Episodes, FixedTasks, PerWorker, Sinusoid
 
@@ -53,6 +57,68 @@ def test_a_smaller_batch_has_different_tasks_at_random():
     # The points of a task depend on its id and the step alone, not on which others were chosen.
     everything = tasks.sample(3, 6)
     assert torch.equal(batches[3].support_x, everything.support_x[ids[3]])
+
+
+def reshuffled(n: int = 6, **options) -> FixedTasks:
+    return FixedTasks(SINUSOID, n, order="reshuffle", **options)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(2, 30), size=st.integers(1, 29), shuffle=st.integers(0, 10**9))
+def test_reshuffled_tasks_have_their_turn_once(n, size, shuffle):
+    size = max(k for k in range(1, n) if n % k == 0 and k <= max(size, 1))
+    turns = n // size
+    ids = [reshuffled(n).sample(shuffle * turns + turn, size).task_ids for turn in range(turns)]
+    assert sorted(torch.cat(ids).tolist()) == list(range(n))
+
+
+def test_every_shuffle_is_a_new_one():
+    tasks = reshuffled(6)
+    orders = [tuple(torch.cat([tasks.sample(3 * k + i, 2).task_ids for i in range(3)]).tolist()) for k in range(40)]
+    assert len(set(orders)) > 35
+    for place in range(6):  # each task comes at each place
+        assert {order[place] for order in orders} == set(range(6))
+    assert orders[0] == (1, 4, 3, 5, 2, 0)  # on every platform
+    assert [tasks.sample(s, 2).task_ids.tolist() for s in (7, 1)] == [list(orders[2][2:4]), list(orders[0][2:4])]
+    other = FixedTasks(Sinusoid(shots=3, queries=4, seed=1), 6, order="reshuffle")
+    assert tuple(torch.cat([other.sample(i, 2).task_ids for i in range(3)]).tolist()) != orders[0]
+
+
+def test_all_orders_of_a_shuffle_are_equally_likely():
+    tasks, draws = reshuffled(3), 3000
+    counts = Counter(tuple(tasks._chosen(3 * k + i, 1).item() for i in range(3)) for k in range(draws))
+    assert len(counts) == 6
+    assert sum((c - draws / 6) ** 2 / (draws / 6) for c in counts.values()) < 5 + 5 * 10**0.5
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_reshuffled_blocks_make_up_the_batch(world_size):
+    for step in range(6):
+        whole = reshuffled(12).sample(step, 4)
+        parts = [reshuffled(12).sample(step, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for name in ("task_ids", "support_x", "query_y"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    everything = reshuffled(12).sample(5, 12)
+    assert everything.task_ids.tolist() == list(range(12))
+    assert torch.equal(whole.support_x, everything.support_x[whole.task_ids])
+
+
+def test_members_reshuffle_independently():
+    members = PerWorker([reshuffled(4), reshuffled(4)])
+    ids = torch.stack([members.sample(step, 4).task_ids for step in range(20)])
+    assert (ids[:, :2] != ids[:, 2:] - 4).any()
+    for shuffle in ids.view(10, 2, 4):
+        assert sorted(shuffle[:, :2].flatten().tolist()) == [0, 1, 2, 3]
+        assert sorted(shuffle[:, 2:].flatten().tolist()) == [4, 5, 6, 7]
+
+
+def test_bad_orders():
+    with pytest.raises(ValueError, match="one of replacement, reshuffle; got 'shuffle'"):
+        FixedTasks(SINUSOID, 5, order="shuffle")
+    with pytest.raises(ValueError, match=r"must divide the n=6 fixed tasks .*; got 4\. .*replacement"):
+        reshuffled(6).sample(0, 4)
+    assert reshuffled(6).describe()["order"] == "reshuffle"
+    assert FixedTasks(SINUSOID, 6).describe()["order"] == "replacement"
 
 
 def test_fixed_episodes_keep_their_classes():

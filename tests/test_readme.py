@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import metamom
 from metamom import cli
+from metamom.flags import parser
 from metamom.interop.learn2learn import AsTaskset, import_learn2learn
 from metamom.nets import SinusoidMLP
 from metamom.tasks import Sinusoid
@@ -87,7 +88,7 @@ def test_commands_of_the_readme_parse(line, words, capsys):
     placeholders = {"[", "]", "...", "|"} & set("".join(words)) - {"."}
     assert not placeholders, f"{README}, line {line} cannot be typed as it stands: {words}"
     try:
-        parsed = cli._parser().parse_args(words)
+        parsed = parser(cli.COMMANDS).parse_args(words)
     except SystemExit as exit:
         if exit.code != 0:  # as of --version and --help
             pytest.fail(f"{README}, line {line}: {capsys.readouterr().err}")

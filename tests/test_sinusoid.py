@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from metamom.counter import Places
 from metamom.tasks import Sinusoid
-from metamom.tasks.counter import Places
 
 
 def test_points_lie_on_the_task_s_sinusoid():

@@ -24,10 +24,23 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, RMSprop
 from torch.optim import lr_scheduler as schedulers
 
-from metamom import MAML, CompositeMomentum, DivergedError, LambdaBeta, TopK, checkpoints, evaluate, files, train
+from metamom import (
+    MAML,
+    Clip,
+    CompositeMomentum,
+    DivergedError,
+    LambdaBeta,
+    RandK,
+    TopK,
+    checkpoints,
+    evaluate,
+    files,
+    train,
+)
+from metamom.bias import EF14, EF21, EF21SGDM, NonFiniteError, parse
 from metamom.checkpoints import CheckpointError, Checkpoints, load, save
 from metamom.cli import main
 from metamom.interrupts import TrainingInterrupted
@@ -86,6 +99,11 @@ def compressed() -> Parts:
     return momentum()._replace(options={"workers": 4, "bias": TopK(ratio=0.2)})
 
 
+def fed_back(spec: str, beta: float) -> Callable[[], Parts]:
+    """With an operator that carries something from step to step."""
+    return lambda: momentum(beta=beta)._replace(options={"workers": 4, "bias": parse(spec)})
+
+
 KINDS: dict[str, Callable[[], Parts]] = {
     "from zero": momentum,
     "from the first gradient": lambda: momentum(first_step="gradient"),
@@ -94,6 +112,9 @@ KINDS: dict[str, Callable[[], Parts]] = {
     "learned inner lr": learned_step_sizes,
     "dropout": with_dropout,
     "workers and TopK": compressed,
+    "RandK": fed_back("randk:20%:seed=3", 0.3),
+    "EF14": fed_back("ef14:topk:5%", 0.3),
+    "EF21-SGDM": fed_back("ef21-sgdm(0.2):clip:1+randk:50%", 1.0),
 }
 
 
@@ -218,6 +239,23 @@ def test_lowers_the_loss():
     before = evaluate(made, TASKS, tasks=100, steps=(1,)).mean[0]
     go(Parts(made, CompositeMomentum(made.parameters(), lr=0.03, beta=0.1)), iterations=150)
     assert evaluate(made, TASKS, tasks=100, steps=(1,)).mean[0] < 0.9 * before
+
+
+@pytest.mark.parametrize("aggregate", ["median", "trimmed:0.25", "geomedian"])
+def test_a_robust_mean_of_the_workers(aggregate):
+    made, other = learner(), learner()
+    optimizer = CompositeMomentum(made.parameters(), lr=0.02, beta=0.3)
+    for step in range(4):
+        optimizer.zero_grad()
+        made.backward(TASKS.sample(step, 8), workers=4, bias=Clip(1.0), aggregate=aggregate)
+        optimizer.step()
+    parts = Parts(other, CompositeMomentum(other.parameters(), lr=0.02, beta=0.3))
+    go(parts, iterations=4, workers=4, bias=Clip(1.0), aggregate=aggregate)
+    plain = momentum()
+    go(plain, iterations=4, workers=4, bias=Clip(1.0))
+    for p, q, r in zip(made.parameters(), other.parameters(), plain.learner.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert not torch.equal(p, r)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
@@ -396,6 +434,44 @@ def test_resume_on_an_empty_directory_starts_afresh(uninterrupted, tmp_path):
     (tmp_path / "run").mkdir()
     assert go(momentum(), tmp_path / "run", resume=True).resumed_from == 0
     assert_same_ending(tmp_path / "run", uninterrupted("from zero"))
+
+
+@pytest.mark.parametrize("kind", ["RandK", "EF14", "EF21-SGDM"])
+def test_what_operators_carry_is_part_of_a_run(kind, uninterrupted, tmp_path):
+    """In every checkpoint; a run without it would end elsewhere; a fresh run begins without what an old one left."""
+    parts = KINDS[kind]()
+    go(parts, tmp_path / "one")
+    assert_same_ending(tmp_path / "one", uninterrupted(kind))
+    operator = parts.options["bias"]
+    assert_same(newest(tmp_path / "one")["bias"], operator.state_dict())
+    assert operator.state_dict() != KINDS[kind]().options["bias"].state_dict()
+    used = KINDS[kind]()
+    go(used._replace(options={**used.options, "bias": operator}), tmp_path / "again")  # the same object once more
+    assert_same_ending(tmp_path / "again", uninterrupted(kind))
+    go(KINDS[kind](), tmp_path / "forgetful", iterations=8)
+    path = Checkpoints(tmp_path / "forgetful" / "checkpoints").path(8)
+    state = load(path)
+    fresh = KINDS[kind]().options["bias"].state_dict()
+    assert state["bias"] != fresh
+    save(path, {**state, "bias": fresh})
+    go(KINDS[kind](), tmp_path / "forgetful", resume=True)
+    ends = [newest(tmp_path / name)["learner"] for name in ("one", "forgetful")]
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_operators_that_carry_nothing_are_not_saved(uninterrupted):
+    assert "bias" not in newest(uninterrupted("workers and TopK"))
+
+
+def test_state_of_another_operator(tmp_path):
+    """Under settings of one's own, which tell no operators apart."""
+    one, other = (momentum()._replace(options={"settings": {"name": "mine"}, "bias": b}) for b in (None, EF14(TopK(3))))
+    go(one, tmp_path / "none", iterations=4)
+    with pytest.raises(CheckpointError, match="hold no bias"):
+        go(other, tmp_path / "none", resume=True)
+    go(other, tmp_path / "ef14", iterations=4)
+    with pytest.raises(CheckpointError, match="ef21:topk:3 keeps estimate; got error"):
+        go(one._replace(options={**one.options, "bias": EF21(TopK(3))}), tmp_path / "ef14", resume=True)
 
 
 def test_best_so_far_is_remembered(tmp_path):
@@ -625,6 +701,7 @@ DIFFERENCES: dict[str, tuple[Callable[[], Parts], dict[str, Any], str]] = {
     "optimizer": (adam, {}, r"optimizer\.kind is 'CompositeMomentum' there and 'Adam' here"),
     "meta-batch": (momentum, {"meta_batch": 4}, "meta_batch is 8 there and 4 here"),
     "bias": (momentum, {"bias": TopK(k=3)}, "bias is 'none' there and 'topk:3' here"),
+    "aggregate": (momentum, {"aggregate": "median"}, "aggregate is 'mean' there and 'median' here"),
     "tasks": (momentum, {"tasks": Sinusoid(5, 5, seed=2)}, r"sampler\.seed is 1 there and 2 here"),
     "model": (
         lambda: Parts(made := learner(9), CompositeMomentum(made.parameters(), lr=0.02, beta=0.3)),
@@ -743,6 +820,20 @@ def test_gradient_that_is_not_finite():
         go(Parts(made, SGD(made.parameters(), lr=0.1)))
 
 
+@pytest.mark.parametrize("bias", [TopK(3), RandK(3), EF21(TopK(3)), lambda g: g])
+def test_gradient_that_an_operator_refuses(bias):
+    """The step is named, and why."""
+    made = MAML(
+        SinusoidMLP((8,), generator=torch.Generator().manual_seed(0)),
+        lambda predictions, y: (predictions * 0).abs().sqrt().sum(),
+        estimator="first-order",
+    )
+    with pytest.raises(DivergedError, match="a worker's gradient is not finite at step 0") as caught:
+        go(Parts(made, SGD(made.parameters(), lr=0.1)), workers=2, bias=bias)
+    assert caught.value.step == 0
+    assert isinstance(caught.value.__cause__, NonFiniteError)
+
+
 def test_step_size_that_diverges(tmp_path):
     with pytest.raises(DivergedError) as caught:
         go(momentum(lr=1e12), tmp_path)
@@ -778,12 +869,43 @@ def test_weight_that_is_not_finite_is_never_saved(tmp_path):
         ({"workers": 3}, "must divide the meta-batch of 8 tasks; got 3"),
         ({"workers": 0}, "must divide the meta-batch"),
         ({"bias": TopK(k=10**6)}, "the number of parameters"),
+        ({"bias": TopK(k=2, per_tensor=True)}, r"1 <= k <= 1 "),
+        ({"bias": EF21(TopK(k=10**6))}, "the number of parameters"),
+        ({"aggregate": "mode"}, "aggregate must be mean, median, geomedian or trimmed:SHARE"),
     ],
 )
 def test_bad_arguments(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         go(momentum(), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "has"),
+    [
+        (lambda p: CompositeMomentum(p, lr=0.02, beta=0.3), r"CompositeMomentum with \{'beta': 0\.3\}"),
+        (lambda p: SGD(p, lr=0.02, momentum=0.9), r"SGD with \{'momentum': 0\.9\}"),
+        (lambda p: RMSprop(p, lr=0.02, momentum=0.5), "RMSprop with"),
+        (lambda p: Adam(p, lr=0.02), "Adam with .*betas"),
+        (
+            lambda p: CompositeMomentum([{"params": [q], "beta": b} for q, b in zip(p, (1, 1, 1, 0.5))], lr=1),  # noqa: B905
+            r"with \{'beta': 0\.5\}",
+        ),
+    ],
+)
+def test_momentum_is_on_the_workers_or_on_the_server(make, has, tmp_path):
+    made = learner()
+    with pytest.raises(ValueError, match=rf"ef21-sgdm\(0\.1\):topk:3 carries the momentum .*\(beta=1\).*{has}"):
+        go(Parts(made, make(made.parameters())), tmp_path / "run", workers=2, bias=EF21SGDM(TopK(3)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("make", [lambda p: CompositeMomentum(p, lr=0.02, beta=1), lambda p: SGD(p, lr=0.02)])
+def test_workers_momentum_with_a_server_that_has_none(make):
+    made = learner()
+    assert len(go(Parts(made, make(made.parameters())), iterations=2, workers=2, bias=EF21SGDM(TopK(3))).metrics) == 2
+    with_both = learner()  # others leave the server's momentum to the user
+    go(Parts(with_both, Adam(with_both.parameters())), iterations=1, workers=2, bias=EF21(TopK(3)))
 
 
 @pytest.mark.parametrize("option", ["resume", "tensorboard"])

@@ -1,8 +1,34 @@
 """Bias operators: what a worker does to its gradient before it sends it."""
 
-from metamom.bias.base import Bias, BiasOperator, Function, Identity, as_operator
-from metamom.bias.clip import Clip
+from metamom.bias.base import Bias, BiasOperator, Constants, Function, Identity, NonFiniteError, as_operator
+from metamom.bias.clip import Clip, ClipValue
+from metamom.bias.compose import Compose
+from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21, ErrorFeedback
+from metamom.bias.normalize import Normalize, Sign
+from metamom.bias.random import QSGD, RandK
 from metamom.bias.spec import parse
 from metamom.bias.topk import TopK
 
-__all__ = ["Bias", "BiasOperator", "Clip", "Function", "Identity", "TopK", "as_operator", "parse"]
+__all__ = [
+    "EF14",
+    "EF21",
+    "EF21SGDM",
+    "QSGD",
+    "Bias",
+    "BiasOperator",
+    "Clip",
+    "Clip21",
+    "ClipValue",
+    "Compose",
+    "Constants",
+    "ErrorFeedback",
+    "Function",
+    "Identity",
+    "NonFiniteError",
+    "Normalize",
+    "RandK",
+    "Sign",
+    "TopK",
+    "as_operator",
+    "parse",
+]

@@ -1,56 +1,242 @@
-"""What every bias operator offers, and the operator that does nothing."""
+"""What every bias operator offers; the operator that does nothing, and a user's own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Sizes = Sequence[int]
+
+
+class NonFiniteError(ValueError):
+    """A worker's gradient has an entry that is infinite or NaN."""
+
+
+class Place(NamedTuple):
+    """Where rows of gradients come from: what random operators draw by.
+
+    Attributes:
+        step: number of the call, from 0.
+        first_worker: the worker of the first row; the others follow.
+        part: number of the parameter tensor in a layer-wise operator, else 0.
+        turn: number of the operator in a composition, else 0: two of one kind draw independently.
+    """
+
+    step: int
+    first_worker: int
+    part: int = 0
+    turn: int = 0
+
+
+class Constants(NamedTuple):
+    """How far the mean of biased workers' gradients is from the gradient (docs/theory.md).
+
+    ``||bias||^2 <= B ||grad f||^2 + b2`` and ``E ||noise||^2 <= M ||grad f||^2 + sigma2``.
+    """
+
+    B: float
+    b2: float
+    M: float
+    sigma2: float
+
+    @property
+    def floor(self) -> float:
+        """``b^2 / (1 - B)``: where the squared gradient norm may stop, whatever the momentum; infinite for B >= 1."""
+        return self.b2 / (1 - self.B) if self.B < 1 else float("inf")
 
 
 class BiasOperator(ABC):
     """An operator C on gradients that are flattened over all parameters.
 
     It acts on the last dimension, so that all workers' gradients ``[n, d]`` pass at once. Operators are values:
-    equal if made from equal arguments, and printed as the call that makes them.
+    equal if made from equal arguments, and printed as the call that makes them. What some of them carry from call to
+    call (a count of calls, errors to feed back) is in their `state_dict` and no part of that value.
     """
 
+    per_tensor: bool = False  # an argument of those that can act on each parameter tensor by itself
+    feeds_back: bool = False  # whether each worker keeps a state from call to call
+    carries_momentum: bool = False  # whether the workers average gradients over steps, so that the server must not
+
+    def __call__(
+        self, gradient: Tensor, *, step: int | None = None, first_worker: int = 0, sizes: Sizes | None = None
+    ) -> Tensor:
+        """Apply C to each gradient.
+
+        Args:
+            gradient: ``[..., d]``, one gradient for each worker.
+            step: what random operators draw by, beside the worker; the number of earlier calls by default.
+            first_worker: the worker whose gradient stands first.
+            sizes: the numbers of entries of the parameter tensors, which layer-wise operators need.
+
+        Returns:
+            ``[..., d]``, a new tensor or the very same one.
+
+        Raises:
+            NonFiniteError: for an infinite entry or a NaN.
+            TypeError: for entries that are no floating-point numbers.
+            ValueError: for sizes that are missing or do not add up to d; and as the operator says.
+        """
+        _check(gradient)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        out = self._pass(rows, Place(self._next_step(step), first_worker), sizes)
+        return gradient if out is rows else out.view(gradient.shape)
+
     @abstractmethod
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Apply C to each gradient: ``[..., d] -> [..., d]``, as a new tensor or the very same one."""
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        """C of each of ``[n, d]``, for an operator on whole gradients or on one parameter tensor's part of them."""
 
     @property
     @abstractmethod
     def spec(self) -> str:
         """How the command line spells this operator."""
 
-    def wire_bytes(self, d: int, element_size: int = 4) -> int:
-        """Bytes that one worker's message takes: dense unless an operator sends less.
+    def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
+        """``alpha_c`` with ``E ||C(g) - g||^2 <= (1 - alpha_c) ||g||^2`` for all g ``[d]``; None if there is none."""
+        parts = [self._contraction(size) for size in self._parts(d, sizes)]
+        return None if None in parts else min(part for part in parts if part is not None)
+
+    def constants(
+        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
+    ) -> Constants:
+        """The operator's row of the table in docs/theory.md, for full local gradients.
+
+        Args:
+            d: length of the gradients.
+            workers: n, with draws of their own.
+            zeta2: heterogeneity, ``1/n sum ||grad f_i - grad f||^2 <= zeta^2``.
+            bound: G with ``||grad f_i|| <= G``, which clipping needs.
+            sizes: as for a call.
+
+        Raises:
+            ValueError: where no such bound is known.
+        """
+        alpha = self.contraction(d, sizes)
+        if alpha is None:
+            raise ValueError(f"no constants are known for {self.spec}: it is neither contractive nor unbiased.")
+        return Constants(1 - alpha, (1 - alpha) * zeta2, 0.0, 0.0)
+
+    def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
+        """Bytes that one worker's message takes.
 
         Args:
             d: length of the gradient.
             element_size: bytes of one entry.
+            sizes: as for a call.
         """
+        return sum(self._wire_bytes(size, element_size) for size in self._parts(d, sizes))
+
+    def encode(self, gradient: Tensor, *, step: int = 0, worker: int = 0, sizes: Sizes | None = None) -> Tensor:
+        """One worker's message: what it sends instead of ``C(g)``.
+
+        Args:
+            gradient: ``[d]``.
+            step: as for a call.
+            worker: whose gradient it is.
+            sizes: as for a call.
+
+        Returns:
+            ``[wire_bytes]`` uint8.
+        """
+        _check(gradient)
+        if gradient.dim() != 1:
+            raise ValueError(f"encode takes one worker's gradient [d]; got shape {tuple(gradient.shape)}.")
+        return self._message(gradient, Place(step, worker), sizes)
+
+    def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
+        """What a message says: ``C(g)`` ``[d]``, exactly.
+
+        Raises:
+            ValueError: for a message of another length.
+        """
+        parts = self._parts(d, sizes)
+        lengths = [self._wire_bytes(size, dtype.itemsize) for size in parts]
+        if message.dtype is not torch.uint8 or message.shape != (sum(lengths),):
+            raise ValueError(
+                f"{self.spec} sends {sum(lengths)} bytes for {d} entries of {dtype}; got a message of "
+                f"{tuple(message.shape)} {message.dtype}."
+            )
+        messages = torch.split(message, lengths)
+        return torch.cat([self._decode(m, size, dtype) for m, size in zip(messages, parts, strict=True)])
+
+    def reset(self) -> None:
+        """Forget what earlier calls have left."""
+        return  # most operators: nothing
+
+    def state_dict(self) -> dict[str, Any]:
+        """What earlier calls have left, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        if state:
+            raise ValueError(f"{self.spec} carries no state; got {', '.join(state)}.")
+
+    def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+        """C of each of ``[n, d]``, whole or layer by layer."""
+        if not self.per_tensor:
+            return self._apply(rows, place)
+        parts = torch.split(rows, self._parts(rows.shape[-1], sizes), -1)
+        return torch.cat([self._apply(part, place._replace(part=i)) for i, part in enumerate(parts)], -1)
+
+    def _message(self, gradient: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+        """The message of one gradient ``[d]``, whole or layer by layer."""
+        parts = torch.split(gradient, self._parts(len(gradient), sizes))
+        return torch.cat([self._encode(part, place._replace(part=i)) for i, part in enumerate(parts)])
+
+    def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
+        """The lengths that the operator acts on, one after the other."""
+        if not self.per_tensor:
+            return [d]
+        if sizes is None:
+            raise ValueError(f"{self.spec} acts on each parameter tensor: pass sizes=, their numbers of entries.")
+        if sum(sizes) != d:
+            raise ValueError(f"sizes must add up to the gradient's {d} entries; got {list(sizes)}.")
+        return [size for size in sizes if size > 0]
+
+    def _next_step(self, step: int | None) -> int:
+        return 0 if step is None else step
+
+    def _contraction(self, d: int) -> float | None:
+        return None
+
+    def _wire_bytes(self, d: int, element_size: int) -> int:
+        """Of dense entries, unless an operator sends less."""
         return d * element_size
 
+    def _encode(self, part: Tensor, place: Place) -> Tensor:
+        return self._apply(part.unsqueeze(0), place)[0].contiguous().view(torch.uint8)
+
+    def _decode(self, message: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+        return message.clone().view(dtype)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
+        return type(other) is type(self) and other._arguments() == self._arguments()
 
     def __hash__(self) -> int:
-        return hash((type(self), tuple(vars(self).items())))
+        return hash((type(self), tuple(self._arguments().items())))
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
-        return f"{type(self).__name__}({arguments})"
+        defaults = {name: parameter.default for name, parameter in signature(type(self)).parameters.items()}
+        given = [f"{name}={value!r}" for name, value in self._arguments().items() if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(given)})"
 
 
 class Identity(BiasOperator):
     """``C(g) = g``: no bias."""
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """See `BiasOperator`."""
-        return gradient
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        return rows
+
+    def _contraction(self, d: int) -> float | None:
+        return 1.0
 
     @property
     def spec(self) -> str:
@@ -74,12 +260,11 @@ class Function(BiasOperator):
             raise TypeError(f"a bias is an operator or a function Tensor[d] -> Tensor[d]; got {function!r}.")
         self.function = function
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """See `BiasOperator`."""
-        return torch.stack([self._one(g) for g in gradient.reshape(-1, gradient.shape[-1])]).view_as(gradient)
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        return torch.stack([self._one(g) for g in rows])
 
     def _one(self, gradient: Tensor) -> Tensor:
-        out = self.function(gradient)
+        out = self.function(gradient.clone())  # which it may change in place
         if not isinstance(out, Tensor):
             raise TypeError(f"{self.spec} must return a tensor; got {type(out).__name__}.")
         if out.shape != gradient.shape:
@@ -104,3 +289,20 @@ def as_operator(bias: Bias) -> BiasOperator | None:
     if isinstance(bias, type):
         raise TypeError(f"a bias is an operator, such as {bias.__name__}(...); got the class {bias.__name__} itself.")
     return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)
+
+
+def _check(gradient: Tensor) -> None:
+    """Refuse what no operator has a meaning for."""
+    if not gradient.is_floating_point():
+        raise TypeError(f"a bias operator acts on floating-point gradients; got {gradient.dtype}.")
+    if gradient.dim() == 0 or gradient.shape[-1] == 0:
+        raise ValueError(f"a bias operator acts on gradients [..., d] with d >= 1; got shape {tuple(gradient.shape)}.")
+    # the sum is cheap and finite almost always; where it is not, a large sum of finite entries may be why
+    if not bool(gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).isfinite()):
+        bad = ~gradient.isfinite()
+        if bool(bad.any()):
+            first = int(bad.reshape(-1, gradient.shape[-1]).any(-1).nonzero()[0])
+            raise NonFiniteError(
+                f"{int(bad.sum())} entries of the gradients are infinite or NaN, the first in row {first} (rows are "
+                "workers): a smaller step size, or the loss, must keep them finite; no operator can."
+            )

@@ -1,4 +1,4 @@
-"""Clipping by the Euclidean norm."""
+"""Clipping: by the Euclidean norm, and entry by entry."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator
+from metamom.bias.base import BiasOperator, Constants, Place, Sizes
+from metamom.bias.norms import scaled_norm
 
 
 def clip(gradient: Tensor, max_norm: float) -> Tensor:
     """Scale each vector to a norm of at most ``max_norm``: ``C(g) = g min(1, tau / ||g||)``.
 
-    A vector within the bound passes bit for bit, and so does one with an infinite or NaN entry, whose norm cannot be
-    brought under the bound: it must stay visible to whoever checks that gradients are finite.
+    A vector within the bound passes bit for bit.
 
     Args:
-        gradient: ``[..., d]``.
+        gradient: ``[..., d]``, finite.
         max_norm: tau > 0.
 
     Returns:
         ``[..., d]``.
     """
-    # scaled by the largest entry first, so that neither squares nor the norm itself overflow or vanish
-    largest = gradient.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    scaled = gradient / scale
-    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # ||g|| / scale, between 1 and sqrt(d)
+    scaled, scale, norm = scaled_norm(gradient)
     return torch.where(norm > max_norm / scale, scaled * (max_norm / norm), gradient)
 
 
@@ -36,6 +32,7 @@ class Clip(BiasOperator):
 
     Args:
         max_norm: tau > 0, finite.
+        per_tensor: clip each parameter tensor's part by itself.
 
     Raises:
         ValueError: if tau is not a positive finite number.
@@ -48,16 +45,60 @@ class Clip(BiasOperator):
         arXiv 2403.00853, the clipping application; ``||C(g) - g|| = (||g|| - tau)_+``.
     """
 
-    def __init__(self, max_norm: float) -> None:
-        if not 0 < max_norm < math.inf:
-            raise ValueError(f"Clip needs a norm tau with 0 < tau < infinity; got {max_norm}.")
-        self.max_norm = float(max_norm)
+    def __init__(self, max_norm: float, *, per_tensor: bool = False) -> None:
+        self.max_norm = _positive("Clip needs a norm tau", max_norm)
+        self.per_tensor = per_tensor
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """See `BiasOperator`."""
-        return clip(gradient, self.max_norm)
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        return clip(rows, self.max_norm)
+
+    def constants(
+        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
+    ) -> Constants:
+        """The relative form: ``c = (1 - tau/G)_+``, ``B = c^2``, ``b^2 = c^2 zeta^2``; see `BiasOperator.constants`."""
+        if bound is None or self.per_tensor:
+            raise ValueError(f"{self.spec} has constants only as a whole, and where ||grad f_i|| <= G: pass bound=G.")
+        c2 = (1 - self.max_norm / bound) ** 2 if bound > self.max_norm else 0.0
+        return Constants(c2, c2 * zeta2, 0.0, 0.0)
 
     @property
     def spec(self) -> str:
-        """``clip:TAU``."""
-        return f"clip:{self.max_norm!r}".removesuffix(".0")
+        """``clip:TAU`` or ``clip:TAU:tensor``."""
+        return f"clip:{_number(self.max_norm)}" + ":tensor" * self.per_tensor
+
+
+class ClipValue(BiasOperator):
+    """Clip each entry to ``[-c, c]``.
+
+    Args:
+        max_value: c > 0, finite.
+
+    Raises:
+        ValueError: if c is not a positive finite number.
+
+    Example:
+        >>> ClipValue(0.5)(torch.tensor([0.25, -3.0]))
+        tensor([ 0.2500, -0.5000])
+    """
+
+    def __init__(self, max_value: float) -> None:
+        self.max_value = _positive("ClipValue needs a bound c", max_value)
+
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        # a bound that the dtype cannot hold clips nothing
+        return rows if self.max_value > torch.finfo(rows.dtype).max else rows.clamp(-self.max_value, self.max_value)
+
+    @property
+    def spec(self) -> str:
+        """``clipvalue:C``."""
+        return f"clipvalue:{_number(self.max_value)}"
+
+
+def _positive(what: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{what} > 0 and finite; got {value}.")
+    return float(value)
+
+
+def _number(value: float) -> str:
+    return repr(value).removesuffix(".0")

@@ -1,0 +1,115 @@
+"""Results as curves, the authors' and ours: what a run was is in the name of its file, or in its ``config.json``."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from metamom.bias import TopK, parse
+from metamom.experiments.paper.protocol import PROTOCOLS
+from metamom.experiments.paper.training import Row
+from metamom.run_directory import read_config
+
+TITLES = {kind.title: name for name, kind in PROTOCOLS.items()}
+NAME = re.compile(
+    r"(?P<title>\w+?)_A_\w+?_penalty_0\.0_e_\d+_N_(?P<nodes>\d+)_SGDM?_lr_(?P<lr>[\d.]+?)(_beta_(?P<beta>[\d.]+?))?"
+    r"(_(?P<operator>TopK|ClipNorm|ClipValue|Norm)(_(?P<argument>[\d.]+?))?)?(_seed_(?P<seed>\d+))?\.csv"
+)
+SPECS = {"TopK": "topk", "ClipNorm": "clip", "ClipValue": "clipvalue", "Norm": "normalize:tensor"}
+SEEDS = 5  # that a summary is the mean of
+
+
+class Setting(NamedTuple):
+    """What a run was, but for its seed."""
+
+    dataset: str
+    nodes: int
+    lr: float
+    bias: str
+    beta: float
+
+
+class Curve(NamedTuple):
+    """A run's metrics, a row for each epoch; the seed is ``None`` for the mean over the authors' five."""
+
+    setting: Setting
+    seed: int | None
+    rows: list[Row]
+
+
+def authors_curves(folder: Path) -> list[Curve]:
+    """The authors' files in a folder and below it, those without weight decay.
+
+    Raises:
+        ValueError: if there is none, or one that cannot be read.
+    """
+    found = []
+    for path in sorted(folder.rglob("*.csv")):
+        if (match := NAME.fullmatch(path.name)) and match["title"] in TITLES:
+            rows = list(_rows(path, "" if match["seed"] else "_mean"))
+            found.append(Curve(_named(match), int(match["seed"]) if match["seed"] else None, rows))
+    if not found:
+        raise ValueError(
+            f"{folder} holds none of the authors' results, such as "
+            "MNIST_A_512512_penalty_0.0_e_200_N_100_SGD_lr_0.5_seed_0.csv; name the folder that has them (--paper)."
+        )
+    return found
+
+
+def our_curves(folder: Path) -> list[Curve]:
+    """The runs of ``metamom reproduce`` in a folder and below it.
+
+    Raises:
+        ValueError: if there is none, or one that cannot be read.
+    """
+    found = []
+    for path in sorted(folder.rglob("config.json")):
+        settings = read_config(path.parent)["settings"]
+        if settings.get("experiment") != "paper":
+            continue
+        rows = list(_rows(path.with_name("metrics.csv"), "")) if path.with_name("metrics.csv").exists() else []
+        if rows:
+            bias = _canonical(settings["bias"], settings["parameters"])
+            setting = Setting(settings["dataset"], settings["nodes"], settings["lr"], bias, settings["beta"])
+            found.append(Curve(setting, settings["seed"], rows))
+    if not found:
+        raise ValueError(f"{folder} holds no run of `metamom reproduce`; name a folder that has some (--run-dir).")
+    return found
+
+
+def mean_rows(curves: list[Curve]) -> list[Row]:
+    """The mean over runs, as many epochs as all of them have."""
+    return [
+        Row(*(sum(values) / len(values) for values in zip(*rows, strict=True)))
+        for rows in zip(*(curve.rows for curve in curves), strict=False)
+    ]
+
+
+def _named(match: re.Match[str]) -> Setting:
+    operator, argument = match["operator"], match["argument"]
+    spec = "none" if operator is None else SPECS[operator]
+    if argument is not None:
+        spec += f":{argument.removesuffix('.0')}"
+    beta = 1.0 if match["beta"] is None else float(match["beta"])
+    return Setting(TITLES[match["title"]], int(match["nodes"]), float(match["lr"]), spec, beta)
+
+
+def _canonical(spec: str, parameters: int) -> str:
+    """Shares as numbers, and no word on ties: the authors' names have neither."""
+    operator = parse(spec)
+    if isinstance(operator, TopK) and not operator.per_tensor:
+        return f"topk:{operator.kept(parameters)}"
+    return operator.spec
+
+
+def _rows(path: Path, suffix: str) -> Iterator[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, line in enumerate(csv.DictReader(file), 2):
+            try:
+                yield Row(*(float(line[f"{name}{suffix}"]) for name in Row._fields))
+            except (KeyError, TypeError, ValueError) as error:
+                wanted = ", ".join(f"{name}{suffix}" for name in Row._fields)
+                raise ValueError(f"{path}, line {number}: wanted numbers in {wanted}; got {line}.") from error

@@ -1,0 +1,201 @@
+"""The loop of a run, with its directory: metrics, checkpoints, interrupts, resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
+from metamom.checkpoints import CheckpointError
+from metamom.experiments.paper.protocol import Protocol, protocol
+from metamom.experiments.paper.training import Row, Training
+from metamom.experiments.recipes import find_device
+from metamom.files import write_atomically
+from metamom.interrupts import Interrupts, TrainingInterrupted
+from metamom.run_directory import RunDirectory, read_metrics
+from metamom.tasks.checks import check_seed
+from metamom.tasks.locate import PathLike
+from metamom.training import DivergedError
+
+HEADER = ",".join(("", *Row._fields))
+SAVE_AFTER = 10.0  # seconds of work that a crash may cost, or an epoch
+
+
+def reproduce(
+    dataset: str,
+    *,
+    run_dir: str | Path,
+    nodes: int = 100,
+    lr: float = 0.5,
+    beta: float = 0.1,
+    bias: BiasOperator | str = "none",
+    seed: int = 0,
+    epochs: int | None = None,
+    chunk: int | None = None,
+    device: str = "cpu",
+    root: PathLike | None = None,
+    resume: bool = False,
+) -> list[Row]:
+    """Run one of the paper's experiments as its authors ran it.
+
+    ``run_dir`` gets ``metrics.csv`` with the columns of the authors' files, a line as soon as its epoch is done, beside
+    what every run directory holds. Ctrl-C and SIGTERM finish the epoch at hand, save and raise.
+
+    Args:
+        dataset: ``"mnist"`` or ``"fashion"``.
+        run_dir: where it goes.
+        nodes: n, must divide 60,000.
+        lr: gamma > 0.
+        beta: weight of the new gradient, 0 < beta <= 1; 1 is SGD.
+        bias: the operator on each node's gradient, or its SPEC (see `metamom.bias.parse`). Top-K keeps ties here, all
+            entries of at least the K-th largest magnitude, as the authors' does.
+        seed: of the weights and of the flips.
+        epochs: total number of updates, including those before a resume; the authors' (200, 300) if ``None``.
+        chunk: nodes computed at a time; as many as fit into 500 MiB if ``None``.
+        device: ``"cpu"``, ``"cuda"``.
+        root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
+        resume: go on from the newest good checkpoint, or start afresh where there is none.
+
+    Returns:
+        All epochs' metrics, those before a resume included.
+
+    Raises:
+        ValueError: for an argument out of range, missing or damaged data, a directory in use, with a run in it while
+            ``resume`` is false, or with a run of other settings.
+        DivergedError: when the training loss is no longer finite.
+        TrainingInterrupted: by a signal, after saving.
+
+    Reference:
+        arXiv 2403.00853, experiments on MNIST and Fashion-MNIST.
+    """
+    kind = protocol(dataset)
+    epochs = EPOCHS[dataset] if epochs is None else epochs
+    if epochs < 1:
+        raise ValueError(f"epochs must be >= 1; got {epochs}.")
+    check_seed(seed)
+    operator = parse(bias) if isinstance(bias, str) else bias
+    training = Training(
+        kind,
+        kind.data("train", root),
+        kind.data("test", root),
+        nodes=nodes,
+        lr=lr,
+        beta=beta,
+        bias=_as_the_authors(operator),
+        seed=seed,
+        chunk=chunk,
+        device=find_device(device),
+    )
+    settings = _settings(kind, training, lr=lr, beta=beta, bias=operator, seed=seed)
+    length = {"epochs": epochs, "chunk": training.chunk, "device": device}
+    with ExitStack() as stack:
+        run = stack.enter_context(RunDirectory(run_dir, settings, length=length, resume=resume))
+        seconds = _restored(training, run)
+        run.forget_metrics_from(training.epochs)
+        rows = [Row(*(line[name] for name in Row._fields)) for line in read_metrics(run.path)]
+        _refuse_strangers(run.path / "metrics.csv", rows)
+        run.write_config()
+        write_atomically(run.path / "metrics.csv", "".join(f"{line}\n" for line in [HEADER, *_lines(rows)]).encode())
+        if not rows:
+            _save(training, run, seconds)
+        csv = stack.enter_context((run.path / "metrics.csv").open("a", encoding="utf-8"))
+        interrupts = stack.enter_context(Interrupts())
+        bar = stack.enter_context(tqdm(total=epochs, initial=len(rows), desc=dataset, unit="epoch", disable=None))
+        saved = seconds
+        while training.epochs < epochs:
+            began, epoch = time.perf_counter(), training.epochs
+            try:
+                row = training.epoch()
+            except NonFiniteError as error:
+                raise DivergedError("a node's gradient", epoch) from error
+            if not math.isfinite(row.train_loss):
+                raise DivergedError("the training loss", epoch)
+            seconds += time.perf_counter() - began
+            rows.append(row)
+            run.log(_metrics(epoch, row, seconds, training))
+            csv.writelines(f"{line}\n" for line in _lines([row], epoch))
+            csv.flush()
+            bar.set_postfix(train_loss=f"{row.train_loss:.4f}", test_acc=f"{row.test_acc:.4f}", refresh=False)
+            bar.update()
+            caught = interrupts.caught
+            if caught is not None or training.epochs == epochs or seconds - saved >= SAVE_AFTER:
+                _save(training, run, seconds)
+                saved = seconds
+            if caught is not None:
+                raise TrainingInterrupted(
+                    f"stopped after epoch {training.epochs} of {epochs}; saved in {run.path}; resume to go on.", caught
+                )
+    return rows
+
+
+def _as_the_authors(operator: BiasOperator) -> BiasOperator:
+    if not isinstance(operator, TopK):
+        return operator
+    return TopK(operator.k, ratio=operator.ratio, per_tensor=operator.per_tensor, ties="all")
+
+
+EPOCHS = {"mnist": 200, "fashion": 300}
+
+
+def _settings(
+    kind: Protocol, training: Training, *, lr: float, beta: float, bias: BiasOperator, seed: int
+) -> dict[str, Any]:
+    settings = {
+        "experiment": "paper",
+        "dataset": kind.dataset,
+        "model": kind.description,
+        "parameters": training.parameters,
+        "nodes": training.nodes,
+        "lr": lr,
+        "beta": beta,
+        "first_step": "gradient",
+        "bias": bias.spec,
+        "seed": seed,
+        "dtype": "float32",
+    }
+    # a state for each chunk's nodes fits chunks of the same size alone
+    return settings | ({"chunk": training.chunk} if bias.feeds_back else {})
+
+
+def _metrics(epoch: int, row: Row, seconds: float, training: Training) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``: the names of every run's, and those of ``metrics.csv``."""
+    wire = training.operators[0].wire_bytes(training.parameters, sizes=training.sizes)
+    line = {"step": epoch, "loss": row.train_loss, "accuracy": row.train_acc, **row._asdict()}
+    return {**line, "seconds": seconds, "world_size": 1, "wire_bytes": training.nodes * wire}
+
+
+def _lines(rows: list[Row], first: int = 0) -> list[str]:
+    return [",".join(map(repr, (epoch, *row))) for epoch, row in enumerate(rows, first)]
+
+
+def _refuse_strangers(path: Path, rows: list[Row]) -> None:
+    """What stands in ``metrics.csv`` without a run beside it, perhaps a copy of the authors', is not written over."""
+    if not rows and path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1:
+        raise ValueError(f"{path} holds results, but there is no run beside them; choose another directory.")
+
+
+def _restored(training: Training, run: RunDirectory) -> float:
+    """Put the newest good checkpoint into the training; the seconds that were spent before it."""
+    state = run.checkpoints.load_newest()
+    if state is None:
+        if read_metrics(run.path):
+            raise CheckpointError(
+                f"{run.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
+                "Put a checkpoint back, or start a new run in another directory."
+            )
+        return 0.0
+    try:
+        training.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoints in {run.path} are of another kind of run: {why}") from error
+    return float(state["seconds"])
+
+
+def _save(training: Training, run: RunDirectory, seconds: float) -> None:
+    run.checkpoints.save(training.epochs, {**training.state_dict(), "seconds": seconds})

@@ -1,0 +1,172 @@
+"""One run in memory: its state, and an epoch of it in the order of the algorithm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metamom.aggregate import unflatten
+from metamom.bias import BiasOperator
+from metamom.experiments.paper.nodes import Seen
+from metamom.experiments.paper.protocol import Protocol
+from metamom.optim import CompositeMomentum
+from metamom.tasks.images import LabelledImages
+
+BUDGET = 500 << 20  # bytes for a chunk: its gradients, what the operator makes of them, and activations
+COPIES = 8  # of the gradients that an operator may hold at a time, about
+TEST_BATCH = 1000  # images
+
+
+class Row(NamedTuple):
+    """A line of ``metrics.csv``: training metrics before the epoch's update, test metrics after it."""
+
+    train_loss: float
+    train_acc: float
+    test_loss: float
+    test_acc: float
+
+
+class Training:
+    """The nodes, the server and their data.
+
+    An epoch is one update: every node's full gradient at the same parameters, the operator on each, their mean, and a
+    step of composite momentum that starts at ``v_0 = g_0``.
+
+    Args:
+        protocol: the experiment.
+        train: normalised images ``[N, H, W]`` and labels ``[N]``; node i holds ``[i N/n, (i+1) N/n)``.
+        test: the same.
+        nodes: n, must divide N.
+        lr: gamma.
+        beta: weight of the new gradient.
+        bias: the operator on each node's gradient.
+        seed: of the weights and of all later draws, as ``torch.manual_seed`` before the model is made.
+        chunk: nodes computed at a time; as many as fit into 500 MiB if ``None``.
+        device: of everything.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        train: LabelledImages,
+        test: LabelledImages,
+        *,
+        nodes: int,
+        lr: float,
+        beta: float,
+        bias: BiasOperator,
+        seed: int,
+        chunk: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if nodes < 1 or len(train.labels) % nodes:
+            raise ValueError(f"the number of nodes must divide the {len(train.labels)} images; got nodes={nodes}.")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is the number of nodes computed at a time and must be >= 1; got {chunk}.")
+        if bias.carries_momentum and beta != 1:
+            raise ValueError(f"{bias.spec} carries the momentum on the nodes: it needs beta=1; got beta={beta}.")
+        self.protocol = protocol
+        self.nodes = nodes
+        self.train = LabelledImages(*(t.to(device).view(nodes, -1, *t.shape[1:]) for t in train))
+        self.test = LabelledImages(*(t.to(device) for t in test))
+        self.model, self.draws = protocol.initial(seed)
+        self.model.to(device=device, dtype=train.images.dtype)
+        self.optimizer = CompositeMomentum(self.model.parameters(), lr=lr, beta=beta, first_step="gradient")
+        self.sizes = [p.numel() for p in self.model.parameters()]
+        self.parameters = sum(self.sizes)
+        bias.wire_bytes(self.parameters, sizes=self.sizes)  # an operator too large says so
+        self.epochs = 0
+        self.chunk = min(nodes, self._fitting() if chunk is None else chunk)
+        # one for each chunk of nodes, since error feedback keeps a state for each of its nodes
+        self.operators = [copy.deepcopy(bias) for _ in range(0, nodes, self.chunk)]
+
+    def epoch(self) -> Row:
+        """One update, and the metrics around it."""
+        gradient, seen = self._mean_gradient()
+        weights = dict(self.model.named_parameters())
+        for name, g in unflatten(gradient, weights).items():
+            weights[name].grad = g
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.epochs += 1
+        images = self.train.labels.numel()
+        return Row(float(seen.loss.double().mean()), int(seen.hits.sum()) / images, *self._tested())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "operators": [operator.state_dict() for operator in self.operators if operator.feeds_back],
+            "draws": self.draws.get_state(),
+            "epochs": self.epochs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for operator, kept in zip((o for o in self.operators if o.feeds_back), state["operators"], strict=True):
+            operator.load_state_dict(kept)
+        self.draws.set_state(state["draws"].cpu())
+        self.epochs = state["epochs"]
+
+    def _mean_gradient(self) -> tuple[Tensor, Seen]:
+        """The server's mean ``[d]``, added up chunk by chunk so that no more than a chunk's gradients ever exist."""
+        self.model.train()
+        images, labels = self.train
+        rows = images.new_empty(self.chunk, self.parameters)
+        total = images.new_zeros(self.parameters)
+        seen = []
+        flips = self._flips(labels.numel())
+        for operator, first in zip(self.operators, range(0, self.nodes, self.chunk), strict=True):
+            y = labels[first : first + self.chunk]
+            x = images[first : first + self.chunk].flatten(0, 1)
+            flipped = None if flips is None else flips.view_as(labels)[first : first + self.chunk].flatten()
+            out = rows[: len(y)]
+            x = self.protocol.seen(x, flipped)
+            seen.append(self.protocol.gradients(self.model, x.view(*y.shape, *x.shape[1:]), y, out))
+            total += operator(out, step=self.epochs, first_worker=first, sizes=self.sizes).sum(0)
+        return total.div_(self.nodes), Seen(*map(torch.cat, zip(*seen, strict=True)))
+
+    @torch.no_grad()
+    def _tested(self) -> tuple[float, float]:
+        """Mean loss and accuracy on the test images; in `eval` mode the batches make no difference."""
+        self.model.eval()
+        loss, hits = 0.0, 0
+        for x, y in self._test_batches():
+            logits = self.model(x)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            hits += int((logits.argmax(-1) == y).sum())
+        return loss / len(self.test.labels), hits / len(self.test.labels)
+
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.test
+        flips = self._flips(len(labels))
+        for first in range(0, len(labels), TEST_BATCH):
+            part = slice(first, first + TEST_BATCH)
+            yield self.protocol.seen(images[part], None if flips is None else flips[part]), labels[part]
+
+    def _flips(self, count: int) -> Tensor | None:
+        """Which images are mirrored, ``[count]``, drawn as a `DataLoader` over ``RandomHorizontalFlip`` draws.
+
+        That is: a seed for workers whenever it is iterated over, then a number for each image in turn.
+        """
+        if not self.protocol.flips:
+            return None
+        torch.empty((), dtype=torch.int64).random_(generator=self.draws)
+        return (torch.rand(count, generator=self.draws) < 0.5).to(self.train.labels.device)
+
+    def _fitting(self) -> int:
+        """How many nodes' gradients and activations fit into the budget."""
+        images = self.train.labels.shape[1]
+        numbers = COPIES * self.parameters + images * self.protocol.activations
+        return max(1, BUDGET // (self.train.images.element_size() * numbers))

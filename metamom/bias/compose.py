@@ -1,0 +1,90 @@
+"""One operator after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metamom.bias.base import BiasOperator, Place, Sizes
+
+
+class Compose(BiasOperator):
+    """``C(g) = C_m(... C_1(g))``: the first operator given acts first, and the last one's message is sent.
+
+    Args:
+        operators: two or more, none of them with error feedback, which goes around a composition instead.
+
+    Raises:
+        ValueError: for fewer than two.
+        TypeError: for what is no operator, or feeds errors back.
+
+    Example:
+        >>> from metamom import Clip, TopK
+        >>> Compose(Clip(1.0), TopK(1))(torch.tensor([3.0, 4.0]))
+        tensor([0.0000, 0.8000])
+    """
+
+    def __init__(self, *operators: BiasOperator) -> None:
+        if len(operators) < 2:
+            raise ValueError(f"Compose takes two operators or more; got {len(operators)}.")
+        for operator in operators:
+            if not isinstance(operator, BiasOperator) or operator.feeds_back:
+                raise TypeError(f"Compose takes operators without error feedback; got {operator!r}.")
+        # a composition within one is the same composition
+        inner = [each.operators if isinstance(each, Compose) else (each,) for each in operators]
+        self.operators: tuple[BiasOperator, ...] = tuple(operator for each in inner for operator in each)
+
+    def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+        for turn, operator in enumerate(self.operators):
+            rows = operator._pass(rows, place._replace(turn=turn), sizes)
+        return rows
+
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        return self._pass(rows, place, None)
+
+    def _next_step(self, step: int | None) -> int:
+        return max([operator._next_step(step) for operator in self.operators])
+
+    def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
+        """Unknown: what two contractions do one after the other need not contract as far as one of them."""
+        return None
+
+    def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
+        """The last one's."""
+        return self.operators[-1].wire_bytes(d, element_size, sizes)
+
+    def _message(self, gradient: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+        """The last one's, of what the others leave."""
+        *first, last = self.operators
+        rows = gradient.unsqueeze(0)
+        for turn, operator in enumerate(first):
+            rows = operator._pass(rows, place._replace(turn=turn), sizes)
+        return last._message(rows[0], place._replace(turn=len(first)), sizes)
+
+    def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
+        """The last one's."""
+        return self.operators[-1].decode(message, d, dtype, sizes=sizes)
+
+    def reset(self) -> None:
+        """All of them."""
+        for operator in self.operators:
+            operator.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of them, by number."""
+        return {str(i): operator.state_dict() for i, operator in enumerate(self.operators)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `BiasOperator`."""
+        for i, operator in enumerate(self.operators):
+            operator.load_state_dict(state[str(i)])
+
+    def __repr__(self) -> str:
+        return f"Compose({', '.join(map(repr, self.operators))})"
+
+    @property
+    def spec(self) -> str:
+        """Theirs, joined by ``+``."""
+        return "+".join(operator.spec for operator in self.operators)

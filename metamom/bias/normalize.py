@@ -1,0 +1,97 @@
+"""What keeps a gradient's direction, or its signs, and not its length entry by entry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metamom.bias.base import BiasOperator, Place
+from metamom.bias.norms import scaled_norm
+from metamom.bias.wire import pack, packed_bytes, unpack
+
+
+def normalize(gradient: Tensor) -> Tensor:
+    """``g / ||g||`` of each vector ``[..., d]``; zero stays zero."""
+    scaled, _, norm = scaled_norm(gradient)
+    return torch.where(norm > 0, scaled / norm, 0)
+
+
+class Normalize(BiasOperator):
+    """Divide each worker's gradient by its norm; not contractive.
+
+    Args:
+        per_tensor: divide each parameter tensor's part by its own norm, as the paper's code does.
+
+    Example:
+        >>> Normalize()(torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
+    """
+
+    def __init__(self, *, per_tensor: bool = False) -> None:
+        self.per_tensor = per_tensor
+
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        return normalize(rows)
+
+    @property
+    def spec(self) -> str:
+        """``normalize`` or ``normalize:tensor``."""
+        return "normalize" + ":tensor" * self.per_tensor
+
+
+def scaled_sign(gradient: Tensor) -> Tensor:
+    """``(||g||_1 / d) sign(g)`` of each vector ``[..., d]``; the sign of zero is zero."""
+    return gradient.sign() * _mean_magnitude(gradient)
+
+
+class Sign(BiasOperator):
+    """Send signs and one number, the mean magnitude: ``C(g) = (||g||_1 / d) sign(g)``.
+
+    Contractive with ``alpha_c >= 1/d``: ``||C(g) - g||^2 <= ||g||^2 - ||g||_1^2 / d``, with equality where no entry is
+    zero.
+
+    Args:
+        per_tensor: a number for each parameter tensor.
+
+    Example:
+        >>> Sign()(torch.tensor([3.0, -1.0, 2.0, 0.5]))
+        tensor([ 1.6250, -1.6250,  1.6250,  1.6250])
+
+    Reference:
+        docs/theory.md; Karimireddy et al., "Error feedback fixes SignSGD", 2019.
+    """
+
+    def __init__(self, *, per_tensor: bool = False) -> None:
+        self.per_tensor = per_tensor
+
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        return scaled_sign(rows)
+
+    def _contraction(self, d: int) -> float | None:
+        return 1 / d
+
+    def _wire_bytes(self, d: int, element_size: int) -> int:
+        """One number, and a digit of three values for each entry."""
+        return element_size + packed_bytes(d, 3)
+
+    def _encode(self, part: Tensor, place: Place) -> Tensor:
+        digits = part.sign().to(torch.int64) + 1
+        return torch.cat([_mean_magnitude(part).view(torch.uint8), pack(digits, 3)])
+
+    def _decode(self, message: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+        magnitude, digits = message[: dtype.itemsize].clone().view(dtype), unpack(message[dtype.itemsize :], d, 3)
+        return (digits - 1).to(dtype) * magnitude
+
+    @property
+    def spec(self) -> str:
+        """``sign`` or ``sign:tensor``."""
+        return "sign" + ":tensor" * self.per_tensor
+
+
+def _mean_magnitude(gradient: Tensor) -> Tensor:
+    """``||g||_1 / d``, ``[..., 1]``, added up in 32 bits or more, and where the sum itself has no room."""
+    wide = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
+    mean = wide.mean(-1, keepdim=True)
+    if not bool(mean.isfinite().all()):
+        mean = (wide / gradient.shape[-1]).sum(-1, keepdim=True)
+    return mean.to(gradient.dtype)

@@ -1,0 +1,242 @@
+"""Operators that draw: Rand-K and QSGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metamom.bias.base import BiasOperator, Constants, Place, Sizes
+from metamom.bias.norms import scaled_norm
+from metamom.bias.sparse import Sparse
+from metamom.bias.wire import pack, packed_bytes, unpack
+from metamom.counter import Places, Purpose, subset, uniforms
+
+
+class Draws(BiasOperator):
+    """An operator whose worker i draws at call k by the counter (seed, k, i), so the same wherever it runs."""
+
+    seed: int
+    _calls: int
+
+    def _seeded(self, seed: int, generator: torch.Generator | None) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"a seed is a whole number, 0 <= seed < 2^64; got {seed!r}.")
+        self.seed = seed
+        self._generator = generator
+        self._calls = 0
+
+    def reset(self) -> None:
+        """Begin with the draws of the first call again."""
+        self._calls = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of calls; a generator given is its owner's to save."""
+        return {"calls": self._calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `BiasOperator`."""
+        self._calls = int(state["calls"])
+
+    def _next_step(self, step: int | None) -> int:
+        if step is None:
+            step = self._calls
+            self._calls += 1
+        return step
+
+    @property
+    def _seed_word(self) -> list[str]:
+        return [f"seed={self.seed}"] if self.seed else []
+
+    def _places(self, place: Place, rows: int) -> Places:
+        indices = np.arange(place.first_worker, place.first_worker + rows, dtype=np.int64)
+        return Places(f"bias {type(self).__name__} {place.turn} {place.part}", place.step, indices)
+
+
+def rand_k(gradient: Tensor, indices: Tensor) -> Tensor:
+    """Keep each vector's entries ``indices [..., k]``, zero the others; ``[..., d]``."""
+    return torch.zeros_like(gradient).scatter_(-1, indices, gradient.gather(-1, indices))
+
+
+class RandK(Sparse, Draws):
+    """Keep K entries of each worker's gradient, all sets of K equally likely.
+
+    Contractive in the mean: ``E ||C(g) - g||^2 = (1 - K/d) ||g||^2``; scaled by d/K it is unbiased instead,
+    ``E C(g) = g``, with ``E ||C(g) - g||^2 = (d/K - 1) ||g||^2``.
+
+    Args:
+        k: number of entries to keep, >= 1; or
+        ratio: share of entries to keep, 0 < ratio <= 1: ``K = max(1, round(ratio * d))``.
+        scaled: multiply what is kept by d/K.
+        shared: one set for all workers, instead of one for each.
+        per_tensor: keep K entries, or the share, of each parameter tensor's part.
+        seed: of the counter that workers draw by.
+        generator: draw from it instead, in the order of calls.
+
+    Raises:
+        ValueError: unless exactly one of k and ratio is given and in range; when called, if K > d.
+
+    Reference:
+        docs/theory.md.
+    """
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        ratio: float | None = None,
+        scaled: bool = False,
+        shared: bool = False,
+        per_tensor: bool = False,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(k, ratio, per_tensor)
+        self.scaled = scaled
+        self.shared = shared
+        self._seeded(seed, generator)
+
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        n, d = rows.shape
+        k = self.kept(d)
+        out = rand_k(rows, self._indices(n, d, k, place).to(rows.device))
+        return out * (d / k) if self.scaled else out
+
+    def _indices(self, n: int, d: int, k: int, place: Place) -> Tensor:
+        sets = 1 if self.shared else n
+        if self._generator is not None:
+            keys = torch.rand(sets, d, generator=self._generator, device=self._generator.device)
+            chosen = keys.topk(k, dim=-1).indices
+        else:
+            places = self._places(place._replace(first_worker=0) if self.shared else place, sets)
+            chosen = torch.from_numpy(subset(self.seed, places, Purpose.BIAS, k, d))
+        return chosen.expand(n, k)
+
+    def _contraction(self, d: int) -> float | None:
+        if not self.scaled:
+            return self.kept(d) / d
+        alpha = 2 - d / self.kept(d)
+        return alpha if alpha > 0 else None
+
+    def constants(
+        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
+    ) -> Constants:
+        """Exact for independent sets, layer by layer the largest of the layers'; see `BiasOperator.constants`."""
+        shares = [self.kept(size) / size for size in self._parts(d, sizes)]
+        p = min(shares)
+        if self.scaled:
+            omega = (1 / p - 1) / (1 if self.shared else workers)
+            return Constants(0.0, 0.0, omega, 0.0 if self.shared else omega * zeta2)
+        if self.shared:
+            return Constants(1 - p, 0.0, 0.0, 0.0)
+        variance = max(share * (1 - share) for share in shares) / workers
+        return Constants((1 - p) ** 2, 0.0, variance, variance * zeta2)
+
+    @property
+    def spec(self) -> str:
+        """``randk:K`` or ``randk:P%``, then ``:scaled``, ``:shared`` and ``:tensor`` where chosen."""
+        chosen = {
+            "scaled": self.scaled,
+            "shared": self.shared,
+            "tensor": self.per_tensor,
+            f"seed={self.seed}": self.seed,
+        }
+        return ":".join([f"randk:{self.amount}", *(word for word, on in chosen.items() if on)])
+
+
+def quantize(gradient: Tensor, uniform: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Round each vector to s levels of its norm, up with the probability that makes the mean right.
+
+    Args:
+        gradient: ``[..., d]``, finite.
+        uniform: ``[..., d]`` numbers on [0, 1).
+        levels: s >= 1.
+
+    Returns:
+        ``(norm [..., 1], whole numbers [..., d] from -s to s)`` with ``C(g) = norm * whole / s``; at least in 32 bits.
+    """
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    scaled, scale, norm = scaled_norm(wide)
+    exact = scaled.abs() / norm.clamp_min(torch.finfo(wide.dtype).tiny) * levels
+    below = exact.floor()
+    whole = below + (uniform < exact - below)
+    # a zero is sent without a sign
+    return norm * scale, whole.clamp_max(levels) * scaled.sign() + 0.0
+
+
+class QSGD(Draws):
+    """Send each gradient's norm, and each entry rounded at random to one of s levels of it; unbiased.
+
+    ``E ||C(g) - g||^2 <= min(d / s^2, sqrt(d) / s) ||g||^2``.
+
+    Args:
+        levels: s >= 1.
+        per_tensor: a norm for each parameter tensor.
+        seed: of the counter that workers draw by.
+        generator: draw from it instead, in the order of calls.
+
+    Raises:
+        ValueError: for levels out of range.
+
+    Reference:
+        docs/theory.md; Alistarh et al., "QSGD", 2017.
+    """
+
+    def __init__(
+        self, levels: int, *, per_tensor: bool = False, seed: int = 0, generator: torch.Generator | None = None
+    ) -> None:
+        if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels < 2**30:
+            raise ValueError(f"QSGD needs a whole number of levels, 1 <= levels < 2^30; got {levels!r}.")
+        self.levels = levels
+        self.per_tensor = per_tensor
+        self._seeded(seed, generator)
+
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        norm, whole = self._quantized(rows, place)
+        return (norm * (whole / self.levels)).to(rows.dtype)
+
+    def _quantized(self, rows: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        if self._generator is not None:
+            drawn = torch.rand(
+                rows.shape, generator=self._generator, device=self._generator.device, dtype=torch.float64
+            )
+        else:
+            places = self._places(place, rows.shape[0])
+            drawn = torch.from_numpy(uniforms(self.seed, places, Purpose.BIAS, rows.shape[1]))
+        return quantize(rows, drawn.to(rows.device), self.levels)
+
+    def constants(
+        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
+    ) -> Constants:
+        """By the bound on omega; see `BiasOperator.constants`."""
+        omega = max(self._omega(size) for size in self._parts(d, sizes)) / workers
+        return Constants(0.0, 0.0, omega, omega * zeta2)
+
+    def _omega(self, d: int) -> float:
+        """``E ||C(g) - g||^2 <= omega ||g||^2``."""
+        return float(min(d / self.levels**2, d**0.5 / self.levels))
+
+    def _contraction(self, d: int) -> float | None:
+        return 1 - self._omega(d) if self._omega(d) < 1 else None
+
+    def _wire_bytes(self, d: int, element_size: int) -> int:
+        """The norm, in 4 bytes or more, and a digit of 2 s + 1 values for each entry."""
+        return max(4, element_size) + packed_bytes(d, 2 * self.levels + 1)
+
+    def _encode(self, part: Tensor, place: Place) -> Tensor:
+        norm, whole = self._quantized(part.unsqueeze(0), place)
+        digits = whole[0].to(torch.int64) + self.levels
+        return torch.cat([norm[0].view(torch.uint8), pack(digits, 2 * self.levels + 1)])
+
+    def _decode(self, message: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        norm, digits = message[: wide.itemsize].clone().view(wide), message[wide.itemsize :]
+        whole = (unpack(digits, d, 2 * self.levels + 1) - self.levels).to(wide)
+        return (norm * (whole / self.levels)).to(dtype)
+
+    @property
+    def spec(self) -> str:
+        """``qsgd:LEVELS``, then ``:tensor`` where chosen."""
+        return ":".join([f"qsgd:{self.levels}" + ":tensor" * self.per_tensor, *self._seed_word])

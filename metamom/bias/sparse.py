@@ -1,0 +1,82 @@
+"""Operators that keep K entries of each gradient: what they share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+from metamom.bias.base import BiasOperator, Place
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers by their size in bytes
+
+
+class Sparse(BiasOperator):
+    """Keep K entries of each gradient, or a share of them.
+
+    Args:
+        k: number of entries to keep, >= 1; or
+        ratio: share of entries to keep, 0 < ratio <= 1: ``K = max(1, round(ratio * d))``.
+        per_tensor: keep K entries, or the share, of each parameter tensor's part.
+
+    Raises:
+        ValueError: unless exactly one of k and ratio is given and in range; when called, if K > d.
+    """
+
+    def __init__(self, k: int | None, ratio: float | None, per_tensor: bool) -> None:
+        kind = type(self).__name__
+        if (k is None) == (ratio is None):
+            raise ValueError(f"{kind} needs either k= or ratio=; got k={k}, ratio={ratio}.")
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise ValueError(f"{kind} needs a whole number k >= 1; got k={k!r}. Pass ratio= to keep a share.")
+        if ratio is not None and not 0 < ratio <= 1:
+            raise ValueError(f"{kind} needs a share 0 < ratio <= 1; got ratio={ratio}. 5 % is ratio=0.05.")
+        self.k = k
+        self.ratio = ratio
+        self.per_tensor = per_tensor
+
+    def kept(self, d: int) -> int:
+        """K, for gradients of length d.
+
+        Raises:
+            ValueError: if K > d.
+        """
+        if self.ratio is not None:
+            return max(1, round(self.ratio * d))
+        assert self.k is not None
+        if self.k > d:
+            raise ValueError(
+                f"{type(self).__name__} needs 1 <= k <= {d} (the number of parameters); got k={self.k}. "
+                "Pass ratio= to keep a share of them."
+            )
+        return self.k
+
+    @property
+    def amount(self) -> str:
+        """``K`` or ``P%``, as the command line spells it."""
+        if self.ratio is None:
+            return str(self.k)
+        # in decimals, so that `parse` finds the very same ratio again: 0.07 * 100 is 7.000000000000001
+        return f"{Decimal(repr(self.ratio)).scaleb(2):f}%"
+
+    @abstractmethod
+    def _apply(self, rows: Tensor, place: Place) -> Tensor: ...
+
+    def _wire_bytes(self, d: int, element_size: int) -> int:
+        """K values and K indices of 4 bytes."""
+        return self.kept(d) * (element_size + 4)
+
+    def _encode(self, part: Tensor, place: Place) -> Tensor:
+        out = self._apply(part.unsqueeze(0), place)[0]
+        # entries with any bit set come first (negative zeros too); where fewer are kept than K, others of zero follow
+        order = (out.view(BITS[out.element_size()]) != 0).to(torch.int8).sort(descending=True, stable=True).indices
+        kept = order[: self.kept(len(part))]
+        return torch.cat([kept.to(torch.int32).view(torch.uint8), out[kept].view(torch.uint8)])
+
+    def _decode(self, message: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+        indices, values = torch.split(message, [4 * self.kept(d), dtype.itemsize * self.kept(d)])
+        out = torch.zeros(d, dtype=dtype, device=message.device)
+        out[indices.clone().view(torch.int32).long()] = values.clone().view(dtype)
+        return out

@@ -1,0 +1,270 @@
+"""The flags of the ``metamom`` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+
+TASKS = ("sinusoid", "omniglot")
+
+
+def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
+    """The command line; each command's function is in the result's ``run``."""
+    from metamom.run_directory import environment
+
+    root = argparse.ArgumentParser(
+        prog="metamom",
+        description="Meta-learners trained by composite momentum under biased gradients.",
+        allow_abbrev=False,
+    )
+    root.add_argument("--version", action="version", version=f"metamom {environment()['metamom']}")
+    kinds = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    training = kinds.add_parser("train", help="train a meta-learner").add_subparsers(required=True, metavar="TASK")
+    for task in TASKS:
+        train = training.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
+        train.set_defaults(run=commands["train"], task=task)
+        _add_recipe(train, task)
+        _add_method(train)
+        _add_run(train, task)
+        train.add_argument(
+            "--evaluate-every", type=int, metavar="N", help="iterations between validations (default: only at the end)"
+        )
+        train.add_argument(
+            "--checkpoint-every",
+            type=int,
+            default=500,
+            metavar="N",
+            help="iterations between checkpoints (default: 500)",
+        )
+        train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into the run directory")
+
+    evaluate = kinds.add_parser("evaluate", help="evaluate a trained meta-learner on fresh tasks", allow_abbrev=False)
+    evaluate.set_defaults(run=commands["evaluate"])
+    evaluate.add_argument("run_path", metavar="RUN", help="the run directory")
+    evaluate.add_argument("--tasks", type=int, default=600, help="number of tasks (default: 600)")
+    evaluate.add_argument(
+        "--steps", type=_integers, default=(0, 1, 5, 10), help="numbers of adaptation steps (default: 0,1,5,10)"
+    )
+    evaluate.add_argument(
+        "--split", default="test", help="train, validation, test, background or evaluation (default: test)"
+    )
+    evaluate.add_argument(
+        "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
+    )
+    evaluate.add_argument("--ways", type=int, help="classes a task (default: as in training)")
+    evaluate.add_argument("--shots", type=int, help="support points, a class or task (default: as in training)")
+    evaluate.add_argument("--queries", type=int, help="query points, a class or task (default: as in training)")
+    evaluate.add_argument("--seed", type=int, help="of the tasks (default: as in training)")
+    evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    evaluate.add_argument(
+        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    comparing = kinds.add_parser("compare", help="momentum against plain meta-SGD").add_subparsers(
+        required=True, metavar="TASK"
+    )
+    for task in TASKS:
+        compare = comparing.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
+        compare.set_defaults(run=commands["compare"], task=task)
+        _add_recipe(compare, task)
+        _add_run(compare, task)
+        compare.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
+        compare.add_argument("--betas", type=_numbers, default=(1.0, 0.1), help="1 is plain meta-SGD (default: 1,0.1)")
+        compare.add_argument(
+            "--first-steps", type=_names, default=("zero",), help="of momentum: zero, gradient or both (default: zero)"
+        )
+        compare.add_argument("--lrs", type=_numbers, help="the grid of step sizes, for every method")
+        compare.add_argument(
+            "--evaluate-every",
+            type=int,
+            default=50,
+            metavar="N",
+            help="iterations between points of the curves (default: 50)",
+        )
+        compare.add_argument("--tasks", type=int, default=600, help="test tasks for each run (default: 600)")
+        compare.add_argument(
+            "--steps", type=_integers, default=(0, 1, 5, 10), help="numbers of adaptation steps (default: 0,1,5,10)"
+        )
+        compare.add_argument("--target", type=float, help="validation error (accuracy) to count iterations to")
+        compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
+
+    _add_reproduce(kinds.add_parser("reproduce", help="the paper's experiments, run by run"), commands)
+
+    data = kinds.add_parser("data", help="fetch or check data sets", allow_abbrev=False)
+    data.set_defaults(run=commands["data"])
+    data.add_argument("action", choices=("fetch", "check"))
+    data.add_argument("dataset", choices=("omniglot", "mnist", "fashion"))
+    data.add_argument(
+        "--root", metavar="DIR", help="where it is, or goes (default: $METAMOM_DATA, else the user's data folder)"
+    )
+    return root
+
+
+def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
+    """Flags of the tasks and of the learner."""
+    from metamom.experiments.recipes import DEFAULTS
+
+    default = DEFAULTS[task]
+    if task == "omniglot":
+        parser.add_argument("--ways", type=int, help="classes a task (default: 5)")
+    each = "a class" if task == "omniglot" else "a task"
+    parser.add_argument("--shots", type=int, help=f"support points {each} (default: {default.shots})")
+    parser.add_argument("--queries", type=int, help=f"query points {each} (default: {default.queries})")
+    parser.add_argument("--meta-batch", type=int, help=f"tasks an iteration (default: {default.meta_batch})")
+    parser.add_argument("--inner-lr", type=float, help=f"inner step size (default: {default.inner_lr})")
+    parser.add_argument("--inner-steps", type=int, help="inner steps in training (default: 1)")
+    parser.add_argument("--estimator", choices=("exact", "first-order"), help="of the meta-gradient (default: exact)")
+    parser.add_argument(
+        "--learn-inner-lr",
+        nargs="?",
+        const="entry",
+        choices=("scalar", "tensor", "entry"),
+        help="learn the inner step sizes, one for each entry (Meta-SGD) unless said otherwise",
+    )
+    parser.add_argument(
+        "--adapt",
+        type=_names,
+        metavar="NAMES",
+        help="parameters or modules that adapt, such as head for ANIL (default: all)",
+    )
+    parser.add_argument(
+        "--chunk-size",
+        type=_chunk_size,
+        metavar="N",
+        help="tasks computed at a time, or auto: as many as fit into 512 MiB (default: all)",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        type=_compile_mode,
+        metavar="auto",
+        help="compile the meta-gradient; with auto only in runs long enough to win the time back",
+    )
+    parser.add_argument("--workers", type=int, help="workers that the tasks are dealt to (default: 1)")
+    parser.add_argument(
+        "--bias",
+        metavar="SPEC",
+        help="operator on each worker's gradient: none, topk:K, topk:P%%, randk:P%%, clip:TAU, clipvalue:C, normalize, "
+        "sign, qsgd:LEVELS, A+B, or error feedback around one: ef14:A, ef21:A, ef21-sgdm(ETA):A, clip21:TAU "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--aggregate",
+        metavar="SPEC",
+        help="what the server takes of the workers' gradients: mean, median, trimmed:SHARE, geomedian (default: mean)",
+    )
+    parser.add_argument(
+        "--fixed-tasks", type=int, metavar="N", help="train on N tasks that stay (default: new ones at each iteration)"
+    )
+    parser.add_argument(
+        "--order",
+        choices=("replacement", "reshuffle"),
+        help="how meta-batches are chosen of --fixed-tasks: each by itself, or all tasks in turn, shuffled anew each "
+        "time around (default: replacement)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16"),
+        help="bfloat16 is for matrix products alone, summed in float32 (default: float32)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+    )
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    """Flags of the outer optimizer."""
+    parser.add_argument(
+        "--optimizer", choices=("momentum", "sgd", "adam", "rmsprop"), default="momentum", help="(default: momentum)"
+    )
+    parser.add_argument("--lr", type=float, help="step size γ (default: by task and optimizer)")
+    parser.add_argument(
+        "--beta", type=float, help="weight of the new gradient, 0 < β <= 1; 1 is plain SGD (default: 0.1)"
+    )
+    parser.add_argument(
+        "--first-step", choices=("zero", "gradient"), help="start from v_{-1} = 0 or v_0 = g_0 (default: zero)"
+    )
+    parser.add_argument("--seed", type=int, help="of the initial weights and of the tasks (default: 0)")
+
+
+def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
+    """Flags of a run: how long, and where it goes."""
+    from metamom.experiments.recipes import ITERATIONS
+
+    parser.add_argument(
+        "--iterations", type=int, help=f"total number, with those before a resume (default: {ITERATIONS[task]})"
+    )
+    parser.add_argument(
+        "--schedule",
+        metavar="SPEC",
+        help="of γ: constant, or cosine:N, from γ to 0 in N iterations (default: constant)",
+    )
+    parser.add_argument("--evaluate-tasks", type=int, default=200, help="tasks for each validation (default: 200)")
+    parser.add_argument("--run-dir", metavar="RUN", help="where it goes (default: a new folder in runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, or start it")
+
+
+def _add_reproduce(
+    parser: argparse.ArgumentParser, commands: Mapping[str, Callable[[argparse.Namespace], int]]
+) -> None:
+    """The paper's two experiments, and ours beside the authors'."""
+    experiments = parser.add_subparsers(required=True, metavar="EXPERIMENT")
+    for dataset, epochs in (("mnist", 200), ("fashion", 300)):
+        run = experiments.add_parser(dataset, help=f"on {dataset}", allow_abbrev=False)
+        run.set_defaults(run=commands["reproduce"], dataset=dataset)
+        run.add_argument(
+            "--nodes", type=int, default=100, help="workers, each with a part of the images (default: 100)"
+        )
+        run.add_argument("--lr", type=float, default=0.5, help="step size γ (default: 0.5)")
+        run.add_argument("--beta", type=float, default=0.1, help="weight of the new gradient, 1 for SGD (default: 0.1)")
+        run.add_argument("--bias", default="none", metavar="SPEC", help="operator on each gradient (default: none)")
+        run.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
+        run.add_argument("--epochs", type=int, help=f"total number of updates (default: {epochs})")
+        run.add_argument("--chunk", type=int, metavar="N", help="nodes at a time (default: what 500 MiB hold)")
+        run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+        run.add_argument(
+            "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+        )
+        run.add_argument("--run-dir", metavar="RUN", required=True, help="where it goes")
+        run.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, or start it")
+    table = experiments.add_parser("table", help="our runs beside the authors'", allow_abbrev=False)
+    table.set_defaults(run=commands["table"])
+    table.add_argument("--paper", metavar="RESULTS_DIR", required=True, help="the authors' results")
+    table.add_argument("--run-dir", metavar="RUN", required=True, help="with our runs; the report goes there")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted whole numbers with commas between, such as 0,1,5; got {text!r}"
+        ) from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted numbers with commas between, such as 1,0.1; got {text!r}") from None
+
+
+def _chunk_size(text: str) -> int | str:
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto; got {text!r}") from None
+
+
+def _compile_mode(text: str) -> str:
+    if text != "auto":
+        raise argparse.ArgumentTypeError(f"wanted auto, or nothing after --compile; got {text!r}")
+    return text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))

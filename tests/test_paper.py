@@ -1,0 +1,366 @@
+"""The paper's experiments: against the authors' files, and against plain loops over nodes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from metamom.bias import Clip, Identity, Normalize, TopK, parse
+from metamom.experiments.paper import nodes, protocol, published, reproduce, run, table
+from metamom.experiments.paper.published import Setting
+from metamom.experiments.paper.training import Training
+from metamom.interrupts import TrainingInterrupted
+from metamom.tasks.images import LabelledImages
+from metamom.training import DivergedError
+
+MNIST, FASHION = protocol.PROTOCOLS["mnist"], protocol.PROTOCOLS["fashion"]
+
+
+def small_mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 10))
+
+
+def small_normed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10))
+
+
+def made(count: int, seed: int, dtype: torch.dtype = torch.float64) -> LabelledImages:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 4, generator=generator, dtype=dtype)
+    return LabelledImages(images, torch.randint(10, (count,), generator=generator))
+
+
+SMALL = replace(MNIST, model=small_mlp)
+NORMED = replace(FASHION, model=small_normed)
+
+
+def plain_loop(experiment, train, test, n, lr, beta, operator, seed, epochs):
+    """The protocol as one would write it down: a loop over nodes, SGD with dampening, the global generator."""
+    torch.manual_seed(seed)
+    model = experiment.model().to(train.images.dtype)
+    parameters = list(model.parameters())
+    sizes = [p.numel() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=1 - beta, dampening=1 - beta)
+    per = len(train.labels) // n
+
+    def batches(data):
+        if experiment.flips:  # a DataLoader draws a seed for its workers, RandomHorizontalFlip a number for each image
+            torch.empty((), dtype=torch.int64).random_()
+        for first in range(0, len(data.labels), per):
+            x = data.images[first : first + per].unsqueeze(1).expand(-1, experiment.channels, -1, -1)
+            if experiment.flips:
+                x = torch.stack([image.flip(-1) if torch.rand(1) < 0.5 else image for image in x])
+            yield x, data.labels[first : first + per]
+
+    rows = []
+    for _ in range(epochs):
+        model.train()
+        total, loss_sum, hits = torch.zeros(sum(sizes), dtype=train.images.dtype), 0.0, 0
+        for x, y in batches(train):
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+            total += operator(gradient, sizes=sizes)
+            loss_sum += loss.item() * len(y)
+            hits += int((logits.argmax(1) == y).sum())
+        for p, g in zip(parameters, (total / n).split(sizes), strict=True):
+            p.grad = g.view_as(p)
+        optimizer.step()
+        model.eval()
+        test_loss, test_hits = 0.0, 0
+        with torch.no_grad():
+            for x, y in batches(test):
+                logits = model(x)
+                test_loss += F.cross_entropy(logits, y).item() * len(y)
+                test_hits += int((logits.argmax(1) == y).sum())
+        count, tested = len(train.labels), len(test.labels)
+        rows.append((loss_sum / count, hits / count, test_loss / tested, test_hits / tested))
+    return rows, model
+
+
+@pytest.fixture
+def global_generator():
+    """A test that seeds torch's generator leaves it as it was."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.mark.usefixtures("global_generator")
+@pytest.mark.parametrize("chunk", [1, 4, None])
+@pytest.mark.parametrize("operator", [Identity(), TopK(20), Clip(0.1), Normalize(per_tensor=True)], ids=repr)
+@pytest.mark.parametrize("beta", [1.0, 0.2])
+@pytest.mark.parametrize("experiment", [SMALL, NORMED], ids=["together", "in order"])
+def test_as_the_plain_loop(experiment, beta, operator, chunk):
+    train, test = made(30, 1), made(14, 2)
+    rows, model = plain_loop(experiment, train, test, 6, 0.3, beta, operator, seed=5, epochs=4)
+    ours = Training(experiment, train, test, nodes=6, lr=0.3, beta=beta, bias=operator, seed=5, chunk=chunk)
+    for epoch, row in enumerate(rows):
+        assert ours.epoch() == pytest.approx(row, abs=1e-10), f"epoch {epoch}"  # float64: sums in another order
+    for name, value in model.state_dict().items():  # weights, and running statistics node after node
+        assert torch.allclose(ours.model.state_dict()[name].double(), value.double(), atol=1e-10, rtol=0), name
+
+
+def test_gradients_together_are_those_in_order():
+    torch.set_grad_enabled(True)
+    model = small_mlp().double()
+    data = made(20, 3)
+    x, y = data.images.view(5, 4, 1, 3, 4), data.labels.view(5, 4)
+    sizes = [p.numel() for p in model.parameters()]
+    fast, slow = torch.full((2, 5, sum(sizes)), torch.nan, dtype=torch.float64)
+    seen = nodes.gradients_together(model, x, y, fast), nodes.gradients_in_order(model, x, y, slow)
+    for name, a, b in zip(dict(model.named_parameters()), fast.split(sizes, 1), slow.split(sizes, 1), strict=True):
+        assert torch.allclose(a, b, atol=1e-13, rtol=0), f"{name}: {(a - b).abs().max()}"
+    assert torch.allclose(seen[0].loss, seen[1].loss, atol=1e-13, rtol=0)
+    assert torch.equal(seen[0].hits, seen[1].hits)
+
+
+def test_the_weights_of_a_seed_without_touching_the_global_generator():
+    before = torch.get_rng_state()
+    model, draws = SMALL.initial(7)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        expected = small_mlp()
+        following = torch.rand(3)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(torch.rand(3, generator=draws), following)
+
+
+def test_random_operators_and_error_feedback_by_worker():
+    train, test = made(24, 1), made(6, 2)
+    for spec in ("randk:20", "qsgd:4", "ef21:topk:5%", "ef14:topk:20"):
+        whole, parts = (
+            Training(SMALL, train, test, nodes=6, lr=0.1, beta=0.5, bias=parse(spec), seed=0, chunk=chunk)
+            for chunk in (6, 2)
+        )
+        for _ in range(3):
+            assert parts.epoch() == pytest.approx(whole.epoch(), abs=1e-10), spec
+
+
+def test_resnet18_mechanics():
+    """The real model on a few images: three channels, running statistics in training mode."""
+    generator = torch.Generator().manual_seed(0)
+    data = [LabelledImages(torch.randn(8, 28, 28, generator=generator), torch.arange(8)) for _ in range(2)]
+    ours = Training(FASHION, *data, nodes=2, lr=0.1, beta=0.1, bias=TopK(ratio=0.01), seed=0)
+    assert ours.parameters == 11_181_642
+    assert ours.operators[0].kept(ours.parameters) == 111_816
+    assert ours.chunk == 1
+    first = ours.epoch()
+    assert 2 < first.train_loss < 4
+    assert int(ours.model.state_dict()["bn1.num_batches_tracked"]) == 2
+    assert not ours.model.training
+
+
+# -- the authors' results -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def paper(data_root) -> Path:
+    folder = data_root.parent / "reference" / "paper"
+    beside = Path(__file__).resolve().parents[2] / "shared" / "reference" / "paper"
+    for there in (folder, beside):
+        if (there / "mnist_runs").is_dir():
+            return there
+    pytest.skip(f"none of the authors' results in {folder} or {beside}")
+
+
+def names() -> list[str]:
+    operators = ("", "_TopK_33500", "_ClipNorm_1.0", "_Norm")
+    rules = ("SGD_lr_0.5", "SGDM_lr_0.5_beta_0.1")
+    return [f"{rule}{operator}_seed_{seed}" for rule in rules for operator in operators for seed in (0, 1)]
+
+
+QUICK = ("SGDM_lr_0.5_beta_0.1_TopK_33500_seed_0", "SGD_lr_0.5_Norm_seed_1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[] if name in QUICK else pytest.mark.slow,
+        )
+        for name in names()
+    ],
+)
+def test_mnist_follows_the_authors(name, paper, data_root, tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    file = paper / "mnist_runs" / f"MNIST_A_512512_penalty_0.0_e_200_N_100_{name}.csv"
+    (folder / file.name).symlink_to(file)
+    (theirs,) = published.authors_curves(folder)
+    setting = theirs.setting
+    epochs = 5 if setting.beta == 1 else 10  # SGD amplifies rounding
+    rows = reproduce(
+        "mnist",
+        run_dir=tmp_path / "run",
+        nodes=setting.nodes,
+        lr=setting.lr,
+        beta=setting.beta,
+        bias=setting.bias,
+        seed=theirs.seed,
+        epochs=epochs,
+        root=data_root,
+    )
+    for epoch, (ours, authors) in enumerate(zip(rows, theirs.rows, strict=False)):
+        assert ours.train_loss == pytest.approx(authors.train_loss, abs=1e-4), f"train_loss, epoch {epoch}"
+        assert ours.test_loss == pytest.approx(authors.test_loss, abs=1e-3), f"test_loss, epoch {epoch}"
+        assert ours.train_acc == pytest.approx(authors.train_acc, abs=1e-3), f"train_acc, epoch {epoch}"
+        assert ours.test_acc == pytest.approx(authors.test_acc, abs=2e-3), f"test_acc, epoch {epoch}"
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`reproduce("mnist")` on a small problem."""
+
+    class Small(protocol.Protocol):
+        def data(self, part, root):
+            return made(24, 1, torch.float32) if part == "train" else made(10, 2, torch.float32)
+
+    fields = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
+    monkeypatch.setitem(protocol.PROTOCOLS, "mnist", Small(**fields))
+    monkeypatch.setattr(run, "SAVE_AFTER", 0.0)
+
+
+def read(folder: Path) -> list[list[str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.reader(file))
+
+
+KEYS = {"nodes": 6, "lr": 0.1, "beta": 0.5, "bias": "topk:20", "epochs": 6}
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_and_its_files(tmp_path):
+    rows = reproduce("mnist", run_dir=tmp_path, **KEYS)
+    head, *lines = read(tmp_path)
+    assert head == ["", "train_loss", "train_acc", "test_loss", "test_acc"]
+    assert [line[0] for line in lines] == [str(epoch) for epoch in range(6)]
+    assert [tuple(map(float, line[1:])) for line in lines] == rows
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"]["bias"] == "topk:20"
+    assert config["settings"]["nodes"] == 6
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all({"step", "loss", "accuracy", "seconds", "world_size", "wire_bytes"} <= set(line) for line in logged)
+    assert logged[0]["wire_bytes"] == 6 * 20 * 8
+    with pytest.raises(ValueError, match="holds a run already"):
+        reproduce("mnist", run_dir=tmp_path, **KEYS)
+    with pytest.raises(ValueError, match=r"lr is 0\.1 there and 0\.2 here"):
+        reproduce("mnist", run_dir=tmp_path, resume=True, **{**KEYS, "lr": 0.2})
+    assert reproduce("mnist", run_dir=tmp_path, resume=True, **KEYS) == rows
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("bias", ["topk:20", "ef21:topk:20", "randk:20"])
+def test_interrupted_and_resumed_as_if_never(bias, tmp_path, monkeypatch):
+    keys = {**KEYS, "bias": bias}
+    whole = reproduce("mnist", run_dir=tmp_path / "whole", **keys)
+    epoch = Training.epoch
+
+    def interrupted(self):
+        row = epoch(self)
+        if self.epochs == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    monkeypatch.setattr(Training, "epoch", interrupted)
+    with pytest.raises(TrainingInterrupted, match="stopped after epoch 3 of 6"):
+        reproduce("mnist", run_dir=tmp_path / "parts", **keys)
+    assert len(read(tmp_path / "parts")) == 1 + 3
+    monkeypatch.setattr(Training, "epoch", epoch)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # a crash in the middle of a line
+        file.write('{"step": 3, "lo')
+    assert reproduce("mnist", run_dir=tmp_path / "parts", resume=True, **keys) == whole
+    assert read(tmp_path / "parts") == read(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small")
+def test_wrong_arguments(tmp_path):
+    for keys, message in (
+        ({"nodes": 7}, "must divide the 24 images; got nodes=7"),
+        ({"nodes": 0}, "got nodes=0"),
+        ({"chunk": 0}, "chunk is the number of nodes"),
+        ({"epochs": 0}, "epochs must be >= 1"),
+        ({"beta": 0.0}, "beta is the weight"),
+        ({"lr": -1.0}, "lr is the step size"),
+        ({"bias": "topk:700000"}, "700000"),
+        ({"bias": "top:1"}, "top:1"),
+        ({"bias": "ef21-sgdm(0.1):topk:20"}, "needs beta=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reproduce("mnist", run_dir=tmp_path / "run", **{**KEYS, **keys})
+        assert not (tmp_path / "run").exists(), keys
+    with pytest.raises(ValueError, match="mnist and fashion; got 'cifar'"):
+        reproduce("cifar", run_dir=tmp_path / "run")
+
+
+@pytest.mark.usefixtures("small")
+def test_results_of_another_origin_stay(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text(",train_loss\n0,2.3\n")
+    with pytest.raises(ValueError, match="choose another directory"):
+        reproduce("mnist", run_dir=tmp_path, resume=True, **KEYS)
+    assert file.read_text() == ",train_loss\n0,2.3\n"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_that_diverges(tmp_path):
+    with pytest.raises(DivergedError):
+        reproduce("mnist", run_dir=tmp_path, **{**KEYS, "lr": 1e30, "bias": "none"})
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_files():
+    for name, expected, seed in (
+        ("MNIST_A_512512_penalty_0.0_e_200_N_100_SGD_lr_0.5_seed_1", ("mnist", 100, 0.5, "none", 1.0), "1"),
+        ("MNIST_A_512512_penalty_0.0_e_200_N_20_SGDM_lr_0.05_beta_0.3_TopK_33500_seed_0",
+         ("mnist", 20, 0.05, "topk:33500", 0.3), "0"),
+        ("MNIST_A_512512_penalty_0.0_e_200_N_100_SGDM_lr_0.5_beta_0.1_ClipNorm_2.0",
+         ("mnist", 100, 0.5, "clip:2", 0.1), None),
+        ("FashionMNIST_A_ResNet18_penalty_0.0_e_300_N_100_SGD_lr_0.5_Norm",
+         ("fashion", 100, 0.5, "normalize:tensor", 1.0), None),
+    ):  # fmt: skip
+        match = published.NAME.fullmatch(f"{name}.csv")
+        assert published._named(match) == Setting(*expected)
+        assert match["seed"] == seed
+    assert published.NAME.fullmatch("MNIST_A_512512_penalty_0.1_e_200_N_100_SGD_lr_0.5_seed_1.csv") is None
+    assert published._canonical("topk:1%", 11_181_642) == "topk:111816"
+    assert published._canonical("topk:33500:all", 669_706) == "topk:33500"
+
+
+@pytest.mark.usefixtures("small")
+def test_the_table(tmp_path, capsys):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    for beta in (1.0, 0.5):
+        reproduce("mnist", run_dir=ours / f"beta{beta}", **{**KEYS, "beta": beta})
+        name = "SGD_lr_0.1" if beta == 1 else "SGDM_lr_0.1_beta_0.5"
+        text = (ours / f"beta{beta}" / "metrics.csv").read_text()
+        (theirs / f"MNIST_A_512512_penalty_0.0_e_200_N_6_{name}_TopK_20_seed_0.csv").write_text(text)
+    path = table(theirs, ours)
+    text = path.read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("| mnist")]
+    assert len(lines) == 2
+    assert all("| 0.0e+00 | 0.0e+00 | 0 | 0 |" in line for line in lines)
+    assert "not in 6" in lines[0]
+    assert (ours / "figures" / "mnist-n6-lr0.1-topk-20.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="none of the authors' results"):
+        table(ours, ours)
+    with pytest.raises(ValueError, match="no run of `metamom reproduce`"):
+        table(theirs, theirs)

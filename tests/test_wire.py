@@ -1,0 +1,100 @@
+"""Messages: what a worker sends says exactly what its operator leaves, in as many bytes as promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operators import FEEDBACK, SENT, G, assert_identical, cut, each, gradients
+
+from metamom import QSGD, Clip, Compose, Identity, RandK, Sign, TopK
+from metamom.bias.wire import digits_in_byte, pack, packed_bytes, unpack
+
+
+@each(SENT)
+@settings(deadline=None, max_examples=8)
+@given(g=gradients(rows=3), step=st.integers(0, 2**40))
+def test_messages_say_exactly_what_the_operator_leaves(operator, g, step):
+    d = g.shape[-1]
+    for i, row in enumerate(g):
+        message = operator.encode(row, step=step, worker=i, sizes=cut(d))
+        assert message.dtype is torch.uint8
+        assert message.shape == (operator.wire_bytes(d, g.element_size(), cut(d)),)
+        out = operator(row, step=step, first_worker=i, sizes=cut(d))
+        assert_identical(operator.decode(message, d, g.dtype, sizes=cut(d)), out)
+
+
+@pytest.mark.parametrize("operator", [Identity(), TopK(1), RandK(1, scaled=True), Sign(), QSGD(1), QSGD(200)])
+def test_a_message_of_one_entry(operator):
+    for value in (-1.5, 0.0, -0.0):
+        g = torch.tensor([value])
+        assert_identical(operator.decode(operator.encode(g), 1, g.dtype), operator(g))
+
+
+@each([TopK(2), Sign(), QSGD(3), Identity(), Compose(TopK(2), Sign())])
+def test_messages_leave_the_gradient_alone(operator):
+    g = G.clone()
+    operator.encode(g).zero_()
+    message = operator.encode(g)
+    operator.decode(message, 4, g.dtype).zero_()
+    assert torch.equal(g, G)
+    assert torch.equal(message, operator.encode(g))
+
+
+@each([TopK(2), Sign(), QSGD(3), Identity()])
+def test_messages_of_another_length(operator):
+    message = operator.encode(G)
+    for bad in (message[:-1], message.to(torch.int16), message.unsqueeze(0)):
+        with pytest.raises(ValueError, match=rf"sends {len(message)} bytes for 4 entries of torch.float64; got"):
+            operator.decode(bad, 4, G.dtype)
+    with pytest.raises(ValueError, match=r"one worker's gradient \[d\]; got shape \(2, 4\)"):
+        operator.encode(G.repeat(2, 1))
+
+
+def test_what_has_no_message():
+    with pytest.raises(ValueError, match="ties='all' cannot be encoded"):
+        TopK(2, ties="all").encode(G)
+    for operator in FEEDBACK:
+        with pytest.raises(ValueError, match="has a state: encode what its operator"):
+            operator.encode(G)
+
+
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+def test_bytes_written_out(element_size):
+    size = element_size
+    for dense in (Identity(), Clip(1.0), Clip(1.0, per_tensor=True)):
+        assert dense.wire_bytes(10, size, [3, 7]) == 10 * size
+    for sparse in (TopK(3), RandK(3), TopK(ratio=0.3), Compose(Sign(), TopK(3))):
+        assert sparse.wire_bytes(10, size) == 3 * (size + 4)
+    assert TopK(2, per_tensor=True).wire_bytes(10, size, [3, 0, 7]) == 2 * 2 * (size + 4)
+    assert Sign().wire_bytes(11, size) == size + 3  # five digits of three values in a byte
+    assert QSGD(1).wire_bytes(11, size) == max(4, size) + 3
+    assert QSGD(7).wire_bytes(11, size) == max(4, size) + 6  # two of 15 values
+    assert QSGD(8).wire_bytes(11, size) == max(4, size) + 11
+    assert QSGD(127).wire_bytes(11, size) == max(4, size) + 11
+    assert QSGD(128).wire_bytes(11, size) == max(4, size) + 22
+    assert QSGD(2**15).wire_bytes(11, size) == max(4, size) + 44
+
+
+@each(FEEDBACK)
+def test_feedback_costs_what_its_operator_does(operator):
+    assert operator.wire_bytes(10, 4, [3, 7]) == operator.operator.wire_bytes(10, 4, [3, 7])
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    base=st.sampled_from([2, 3, 4, 5, 6, 7, 15, 16, 17, 255, 256, 257, 2**16 - 1, 2**16 + 1, 2**31 - 1]), data=st.data()
+)
+def test_digits_survive_packing(base, data):
+    digits = torch.tensor(data.draw(st.lists(st.integers(0, base - 1), min_size=1, max_size=30)))
+    message = pack(digits, base)
+    assert message.dtype is torch.uint8
+    assert len(message) == packed_bytes(len(digits), base)
+    assert torch.equal(unpack(message, len(digits), base), digits)
+
+
+@pytest.mark.parametrize(("base", "digits"), [(2, 8), (3, 5), (4, 4), (6, 3), (7, 2), (16, 2), (17, 1), (256, 1)])
+def test_as_many_digits_in_a_byte_as_fit(base, digits):
+    assert digits_in_byte(base) == digits
+    assert base**digits <= 256 < base ** (digits + 1)
