@@ -52,9 +52,13 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
         sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+    device = one.support_x.device
+    drawn = [device] if device.type == "cuda" else []  # a model may draw: that must not be felt
+    with (
+        torch.random.fork_rng(devices=drawn),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved),
+    ):
         gradient()
     each = sum(sizes.values()) + sum(x.nbytes for x in one[:4])
-    device = one.support_x.device
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
     return max(1, int(budget / (PEAK * each)))

@@ -272,9 +272,10 @@ class MAML(nn.Module):
         """The workers' flattened meta-gradients ``[n, d]``, query losses ``[T]`` and predictions."""
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
-        if isinstance(self._gradient, Compiled) and self._expected is not None:
-            self._gradient.expected = self._expected * len(parts)
-            self._expected = self._expected - 1 if self._expected > 1 else None  # a loop after it is told anew
+        if isinstance(self._gradient, Compiled):
+            self._gradient.expected = None if self._expected is None else self._expected * len(parts)
+            if self._expected is not None:  # of calls beyond those told of nothing is known
+                self._expected = self._expected - 1 if self._expected > 1 else None
         results: list[tuple[Tensor, Tensor]] = []
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
@@ -303,9 +304,12 @@ class MAML(nn.Module):
     def _settings(self) -> tuple[Hashable, ...]:
         """What a compiled meta-gradient has built in, apart from shapes.
 
-        Buffers and frozen parameters are among it, as the tensors that they are: their values may change.
+        Buffers and frozen parameters are among it, as the tensors that they are: their values may change. A module's
+        own numbers (the rate of a dropout) are not: make another learner where they change.
         """
-        fixed: list[Hashable] = []
+        device = next(self.model.parameters()).device.type
+        around = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        fixed: list[Hashable] = [self.loss_fn, around, *self.step_sizes.fixed.values()]
         for module in self.modules():
             fixed.append(module.training)
             fixed += module._buffers.values()

@@ -16,6 +16,7 @@ import metamom.chunks
 from metamom import MAML, TaskBatch
 from metamom.chunks import PEAK, spans
 from metamom.nets import Conv4
+from metamom.tasks import Sinusoid
 
 
 @given(workers=st.integers(1, 6), per_worker=st.integers(1, 40), chunk_size=st.none() | st.integers(1, 300))
@@ -165,3 +166,16 @@ def test_bad_chunk_sizes(chunk_size):
     message = rf'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}\.'
     with pytest.raises(ValueError, match=message):
         learner(chunk_size=chunk_size)
+
+
+def test_measuring_a_task_draws_nothing_for_the_run():
+    """A model with dropout sees the same masks as without "auto"."""
+    losses = []
+    for chunk_size in (None, "auto"):
+        model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        for p in model.parameters():
+            nn.init.constant_(p, 0.5)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            losses.append(MAML(model, F.mse_loss, chunk_size=chunk_size).meta_gradient(Sinusoid().sample(0, 2)).losses)
+    assert torch.equal(*losses)

@@ -164,6 +164,25 @@ def test_each_shape_and_setting_is_compiled_once(traced):
     assert compilations(small_batch()) == 5
 
 
+def test_another_loss_is_not_taken_for_the_old_one(traced):
+    learner = MAML(nn.Linear(1, 1).double(), F.mse_loss, compile=True)
+    learner.meta_gradient(small_batch())
+    learner.loss_fn = F.l1_loss
+    losses = learner.meta_gradient(small_batch()).losses
+    torch.testing.assert_close(losses, MAML(learner.model, F.l1_loss).meta_gradient(small_batch()).losses)
+    assert len(traced) == 2
+
+
+def test_autocast_around_it_is_not_compiled_in(traced):
+    learner = MAML(nn.Linear(1, 8), lambda p, y: (p.float().mean() - y.mean()) ** 2, compile=True)
+    batch = small_batch(dtype=torch.float32)
+    exact = learner.meta_gradient(batch).losses
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(learner.meta_gradient(batch).losses, exact)
+    assert torch.equal(learner.meta_gradient(batch).losses, exact)
+    assert len(traced) == 2
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_traced_agrees_with_the_loop(name, steps, monkeypatch):

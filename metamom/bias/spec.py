@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from decimal import Decimal
+from typing import Any, TypeVar
 
 from metamom.bias.base import BiasOperator, Identity
 from metamom.bias.clip import Clip, ClipValue
@@ -13,6 +14,8 @@ from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21
 from metamom.bias.normalize import Normalize, Sign
 from metamom.bias.random import QSGD, RandK
 from metamom.bias.topk import TopK
+
+N = TypeVar("N", int, float)
 
 SPELLINGS = (
     "none, topk:K, topk:P%, randk:K, randk:P%, clip:TAU, clipvalue:C, normalize, sign, qsgd:LEVELS, "
@@ -49,8 +52,8 @@ def _any(text: str) -> BiasOperator:
         operator = _any(inner)
         if name == "ef14":
             return EF14(operator)
-        return EF21(operator) if name == "ef21" else EF21SGDM(operator, float(eta))
-    parts = re.split(r"(?<!\de)\+", text)  # at every + that is no exponent's sign
+        return EF21(operator) if name == "ef21" else EF21SGDM(operator, _number(float, eta, "ef21-sgdm's ETA"))
+    parts = [part.strip() for part in re.split(r"(?<!\d[eE])\+", text)]  # at every + that is no exponent's sign
     return _single(text) if len(parts) == 1 else Compose(*map(_any, parts))
 
 
@@ -63,7 +66,7 @@ def _single(text: str) -> BiasOperator:
         if key not in OPTIONS.get(name, ()) or bool(equals) != (key == "seed"):
             raise ValueError(f"{name} has no option {word!r}.") if name in KINDS else _unknown(text)
         options[{"tensor": "per_tensor", "all": "ties"}.get(key, key)] = (
-            "all" if key == "all" else int(value) if key == "seed" else True
+            "all" if key == "all" else _number(int, value, f"{name}'s seed") if key == "seed" else True
         )
     if name not in KINDS:
         raise _unknown(text)
@@ -73,11 +76,21 @@ def _single(text: str) -> BiasOperator:
         raise ValueError(f"{name} needs a number behind a colon.")
     try:
         if name in ("topk", "randk"):
-            amount = {"ratio": float(f"{argument[:-1]}e-2")} if argument.endswith("%") else {"k": int(argument)}
-            return KINDS[name](**amount, **options)
-        return KINDS[name](int(argument) if name == "qsgd" else float(argument), **options)
+            if argument.endswith("%"):
+                _number(float, argument[:-1], f"{name}'s percentage")
+                share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimals: 7 % is 0.07, not 7 * 0.01
+                return KINDS[name](ratio=share, **options)
+            return KINDS[name](_number(int, argument, f"{name}'s K"), **options)
+        return KINDS[name](_number(int if name == "qsgd" else float, argument, f"{name}'s argument"), **options)
     except ValueError as error:
         raise ValueError(f"{argument!r} does not fit {name}: {error}") from error
+
+
+def _number(kind: type[N], text: str, what: str) -> N:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{what} must be a {'whole ' * (kind is int)}number; got {text!r}.") from None
 
 
 def _unknown(text: str) -> ValueError:
