@@ -2,15 +2,14 @@
 
     python -m metamom.experiments.memory [--iterations 2000] [--tasks 1000] [--json]
 
-Each line is measured in a process of its own, by the largest resident set that the system saw (`ru_maxrss`): a leak
-of any kind raises it from one quarter of the iterations to the next.
+Each line is measured in a process of its own, by the largest resident set that the system saw: a leak of any kind
+raises it from one quarter of the iterations to the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from metamom.compiled import CompileMode
+from metamom.experiments.peak import peak_mib
 from metamom.maml import MAML
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum
@@ -29,12 +29,6 @@ from metamom.tasks import Episodes, Sinusoid
 from metamom.tasks.family import TaskFamily
 
 QUARTERS = 4
-
-
-def peak_mib() -> float:
-    """The largest resident set of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def flatness(model: str, compile: CompileMode, iterations: int) -> list[float]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from metamom.checkpoints import Checkpoints
+from metamom.checkpoints import CheckpointError, Checkpoints
 from metamom.files import write_atomically
 
 
@@ -106,6 +106,20 @@ class RunDirectory:
     def write_config(self) -> None:
         """Write ``config.json``; when a run is resumed, not before its checkpoint has proved to be usable."""
         write_atomically(self.path / "config.json", (json.dumps(self._config, indent=2) + "\n").encode())
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, ``None`` in a directory where no run has begun.
+
+        Raises:
+            CheckpointError: if there are metrics but no checkpoint, or none that is usable.
+        """
+        state = self.checkpoints.load_newest()
+        if state is None and read_metrics(self.path):
+            raise CheckpointError(
+                f"{self.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
+                "Put a checkpoint back, or start a new run in another directory."
+            )
+        return state
 
     def forget_metrics_from(self, step: int) -> None:
         """Drop the metrics of steps that will be done again, and a last line cut short."""

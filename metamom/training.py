@@ -21,7 +21,7 @@ from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
 from metamom.robust import Aggregate, check_aggregate
-from metamom.run_directory import RunDirectory, read_metrics
+from metamom.run_directory import RunDirectory
 
 
 class DivergedError(ArithmeticError):
@@ -340,13 +340,8 @@ def _restored(parts: Mapping[str, Any], run: RunDirectory | None) -> _Progress |
     """Put the newest good checkpoint into the parts of a run."""
     if run is None:
         return None
-    state = run.checkpoints.load_newest()
+    state = run.newest_state()
     if state is None:
-        if read_metrics(run.path):
-            raise CheckpointError(
-                f"{run.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
-                "Put a checkpoint back, or start a new run in another directory."
-            )
         return None
     missing = [name for name in parts if name not in state]
     if missing:

@@ -181,13 +181,8 @@ def _refuse_strangers(path: Path, rows: list[Row]) -> None:
 
 def _restored(training: Training, run: RunDirectory) -> float:
     """Put the newest good checkpoint into the training; the seconds that were spent before it."""
-    state = run.checkpoints.load_newest()
+    state = run.newest_state()
     if state is None:
-        if read_metrics(run.path):
-            raise CheckpointError(
-                f"{run.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
-                "Put a checkpoint back, or start a new run in another directory."
-            )
         return 0.0
     try:
         training.load_state_dict(state)

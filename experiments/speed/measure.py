@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from metamom.experiments.peak import peak_mib
 from metamom.experiments.speed import with_jax
 from metamom.experiments.speed.peers import META, Contender, makers, prepare
 from metamom.experiments.speed.rows import MetaRow, OptimizerRow, Row
@@ -234,9 +233,4 @@ def _peak(name: str, device: torch.device) -> float:
         if name.startswith("jax"):
             return with_jax.peak_bytes(device) / 2**20
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: there ru_maxrss begins at that of the process which started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak_mib()
