@@ -138,6 +138,7 @@ def compare(
             meta_batch=base.meta_batch or 1,
             workers=base.workers,
             bias=base.operator(),
+            aggregate=base.aggregate,
             evaluate_every=comparison.evaluate_every,
             evaluate_tasks=comparison.validation_tasks,
         )

@@ -1,4 +1,4 @@
-"""Figures: learning curves, step sizes, and one task before and after adaptation."""
+"""Figures: learning curves, step sizes, heat maps, and one task before and after adaptation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from metamom.counter import Places
@@ -35,7 +37,7 @@ def learning_curves(
         target: marked by a thin line.
         log: logarithmic values.
     """
-    figure, axes = _figure(1)
+    figure, axes = row_of_panels(1)
     for number, (label, curves) in enumerate(arms.items()):
         if not curves:
             axes[0].plot([], [], color=COLOURS[number % 6], label=f"{label} (all diverged)")
@@ -58,7 +60,7 @@ def learning_curves(
         axes[0].yaxis.set_minor_formatter(NullFormatter())
         axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axes[0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def step_sizes(path: Path, arms: Mapping[str, Mapping[float, Sequence[float]]], *, ylabel: str, title: str) -> None:
@@ -70,7 +72,7 @@ def step_sizes(path: Path, arms: Mapping[str, Mapping[float, Sequence[float]]], 
         ylabel: what the values are.
         title: of the figure.
     """
-    figure, axes = _figure(1)
+    figure, axes = row_of_panels(1)
     for number, (label, by_lr) in enumerate(arms.items()):
         colour, dash = COLOURS[number % 6], DASHES[number % 4]
         reached = {lr: values for lr, values in sorted(by_lr.items()) if values}
@@ -80,7 +82,7 @@ def step_sizes(path: Path, arms: Mapping[str, Mapping[float, Sequence[float]]], 
             axes[0].plot([lr] * len(values), values, "o", color=colour, markersize=4)
     axes[0].set(xlabel="step size γ", ylabel=ylabel, title=title, xscale="log")
     axes[0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def adaptation(path: Path, learners: Mapping[str, MAML], family: Sinusoid, steps: Sequence[int]) -> None:
@@ -95,7 +97,7 @@ def adaptation(path: Path, learners: Mapping[str, MAML], family: Sinusoid, steps
     batch = family.with_stream("test").sample(0, 1)
     amplitude, phase = (float(value[0]) for value in family.parameters(Places("test", 0, np.array([0]))))
     x = torch.linspace(*family.x_range, 200, dtype=batch.support_x.dtype)
-    figure, axes = _figure(len(learners))
+    figure, axes = row_of_panels(len(learners))
     for panel, (label, learner) in zip(axes, learners.items(), strict=True):
         panel.plot(x, amplitude * torch.sin(x + phase), color="black", linewidth=2, label="truth")
         shades = np.linspace(0.75, 0.0, len(steps))
@@ -112,20 +114,51 @@ def adaptation(path: Path, learners: Mapping[str, MAML], family: Sinusoid, steps
         panel.set(xlabel="x", title=label)
     axes[0].set_ylabel("y")
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def heat_map(
+    panel: Axes,
+    rows: Sequence[float],
+    columns: Sequence[float],
+    values: npt.NDArray[np.float64],
+    *,
+    best: Sequence[tuple[int, int]],
+) -> None:
+    """Values by row and column, on a logarithmic scale: each written into its field, infinite ones as a dash.
+
+    Args:
+        panel: to draw in.
+        rows: labels of the rows.
+        columns: labels of the columns.
+        values: ``[rows, columns]``, > 0; small is good, and dark.
+        best: fields ``(row, column)`` to frame.
+    """
+    shown = np.where(np.isfinite(values), values, np.nan)
+    image = panel.imshow(np.log10(shown), cmap="viridis", aspect="auto", origin="lower")
+    low, high = image.get_clim()
+    for (i, j), value in np.ndenumerate(shown):
+        dark = np.isfinite(value) and np.log10(value) < (low + high) / 2
+        text = "–" if not np.isfinite(value) else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+        panel.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    for i, j in best:
+        panel.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2))
+    panel.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
+    panel.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
+
+
+def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure without pyplot: no window system is touched and no global state kept."""
-    figure = Figure(figsize=(7 if panels == 1 else 4.2 * panels + 1.6, 4.2), layout="constrained")
-    axes = [figure.add_subplot(1, panels, 1)]
-    axes += [figure.add_subplot(1, panels, i + 1, sharey=axes[0]) for i in range(1, panels)]
+    figure = Figure(figsize=(7 if count == 1 else 4.2 * count + 1.6, 4.2), layout="constrained")
+    axes = [figure.add_subplot(1, count, 1)]
+    axes += [figure.add_subplot(1, count, i + 1, sharey=axes[0] if sharey else None) for i in range(1, count)]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

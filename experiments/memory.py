@@ -1,24 +1,28 @@
 """How much memory meta-gradients take: over thousands of iterations, and for a meta-batch of 1,000 tasks.
 
-    python -m metamom.experiments.memory [--iterations 2000] [--tasks 1000] [--json]
+    python -m metamom.experiments.memory [--iterations 2000] [--tasks 1000] [--eager] [--json]
 
 Each line is measured in a process of its own, by the largest resident set that the system saw: a leak of any kind
-raises it from one quarter of the iterations to the next.
+raises it from one quarter of the iterations to the next. As in `metamom train`, the process keeps the memory that it
+frees (`metamom.allocator.keep_freed_memory`); the peaks without that differ by a few per cent. TorchInductor's own
+compiling processes are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from metamom.allocator import keep_freed_memory
+from metamom.chunks import ChunkSize
 from metamom.compiled import CompileMode
 from metamom.experiments.peak import peak_mib
 from metamom.maml import MAML
@@ -29,42 +33,89 @@ from metamom.tasks import Episodes, Sinusoid
 from metamom.tasks.family import TaskFamily
 
 QUARTERS = 4
+TASKS = 8  # of an iteration; a run with more of them makes fewer iterations, of as many tasks in all
 
 
-def flatness(model: str, compile: CompileMode, iterations: int) -> list[float]:
-    """Peak MiB after each quarter of ``iterations`` iterations, each with tasks of its own."""
+class LongRun(NamedTuple):
+    """What is computed over and over.
+
+    Attributes:
+        hidden: channels of the Conv4; ``None`` for the sinusoid MLP.
+        compile: the learner's.
+        tasks: of an iteration.
+        chunk_size: the learner's.
+    """
+
+    hidden: int | None
+    compile: CompileMode = False
+    tasks: int = TASKS
+    chunk_size: ChunkSize = None
+
+    def __str__(self) -> str:
+        name = "sinusoid MLP" if self.hidden is None else f"Conv4-{self.hidden}"
+        size = "" if self.chunk_size is None else f', chunk_size="{self.chunk_size}"'
+        return f"{name}, {self.tasks} tasks{size}{', compiled' if self.compile else ''}"
+
+
+class LargeBatch(NamedTuple):
+    """One meta-gradient of Conv4-64: how many tasks, and the learner's options."""
+
+    tasks: int
+    chunk_size: ChunkSize
+    compile: CompileMode = False
+
+    def __str__(self) -> str:
+        size = "" if self.chunk_size is None else f', chunk_size="{self.chunk_size}"'
+        return f"{self.tasks} tasks{size}{', compiled' if self.compile else ''}"
+
+
+def long_runs(most_tasks: int) -> list[LongRun]:
+    """Those that are measured; with chunks, none has more than ``most_tasks`` tasks an iteration."""
+    in_chunks = LongRun(64, tasks=min(most_tasks, 64), chunk_size="auto")
+    return [LongRun(None), LongRun(None, True), LongRun(16), LongRun(16, True), in_chunks]
+
+
+def large_batches(tasks: int) -> list[LargeBatch]:
+    """Those that are measured; without chunks, of no more tasks than fit anywhere."""
+    return [LargeBatch(min(tasks, 64), None), LargeBatch(tasks, "auto"), LargeBatch(tasks, "auto", True)]
+
+
+def flatness(run: LongRun, iterations: int) -> list[float]:
+    """Peak MiB after each quarter of ``iterations`` iterations of `TASKS` tasks, or of fewer with more tasks each."""
     generator = torch.Generator().manual_seed(0)
-    if model == "sinusoid":
-        learner = MAML(SinusoidMLP(generator=generator), F.mse_loss, compile=compile)
+    options: dict[str, Any] = {"compile": run.compile, "chunk_size": run.chunk_size}
+    if run.hidden is None:
+        learner = MAML(SinusoidMLP(generator=generator), F.mse_loss, **options)
         tasks: TaskFamily = Sinusoid()
     else:
-        learner = MAML(Conv4(5, hidden=16, generator=generator), F.cross_entropy, inner_lr=0.4, compile=compile)
+        learner = MAML(Conv4(5, hidden=run.hidden, generator=generator), F.cross_entropy, inner_lr=0.4, **options)
         tasks = _episodes()
     optimizer = CompositeMomentum(learner.parameters(), lr=1e-3)
+    a_quarter = max(1, iterations * TASKS // run.tasks // QUARTERS)
     peaks = []
-    for step in tqdm(range(iterations), desc=f"{model}, {_mode(compile)}", leave=False, disable=None):
+    for step in tqdm(range(QUARTERS * a_quarter), desc=str(run), leave=False, disable=None):
         optimizer.zero_grad()
-        learner.backward(tasks.sample(step, 8))
+        learner.backward(tasks.sample(step, run.tasks))
         optimizer.step()
-        if (step + 1) % (iterations // QUARTERS) == 0:
+        if (step + 1) % a_quarter == 0:
             peaks.append(peak_mib())
     return peaks
 
 
-def large_batch(tasks: int, chunk_size: Any, compile: CompileMode = False) -> list[float]:
-    """Peak MiB before and after one meta-gradient of Conv4-64 over ``tasks`` 5-way 1-shot tasks."""
-    learner = MAML(Conv4(5), F.cross_entropy, inner_lr=0.4, chunk_size=chunk_size, compile=compile)
-    batch = _episodes().sample(0, tasks)
+def large_batch(given: LargeBatch) -> list[float]:
+    """Peak MiB before and after one meta-gradient of Conv4-64 over 5-way 1-shot tasks."""
+    model = Conv4(5, generator=torch.Generator().manual_seed(0))
+    learner = MAML(model, F.cross_entropy, inner_lr=0.4, chunk_size=given.chunk_size, compile=given.compile)
+    batch = _episodes().sample(0, given.tasks)
     before = peak_mib()
     learner.backward(batch)
     return [before, peak_mib()]
 
 
-def _alone(function: Any, *args: Any) -> list[float]:
-    """The function's value, computed in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        peaks: list[float] = pool.submit(function, *args).result()
-    return peaks
+def _alone(function: Callable[..., list[float]], *args: Any) -> list[float]:
+    """The function's value, computed in a fresh process that keeps its freed memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _episodes() -> Episodes:
@@ -72,38 +123,39 @@ def _episodes() -> Episodes:
     return Episodes(images, torch.arange(40) // 4, ways=5, shots=1, queries=1)
 
 
-def _mode(compile: CompileMode) -> str:
-    return "compiled" if compile else "eager"
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure and print.
 
-
-def main() -> None:
-    """Measure and print."""
+    Args:
+        words: of the command line; the process's own by default.
+    """
     parser = argparse.ArgumentParser(description="Measure the memory of meta-gradients.", allow_abbrev=False)
     parser.add_argument("--iterations", type=int, default=2000, help="of the long runs (default: 2000)")
     parser.add_argument("--tasks", type=int, default=1000, help="of the large meta-batch (default: 1000)")
+    parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.iterations < QUARTERS or arguments.tasks < 1:
         parser.error(f"--iterations must be >= {QUARTERS} and --tasks >= 1")
-    n = arguments.iterations
-    long_runs = {f"{m}, {_mode(c)}": (m, c, n) for m in ("sinusoid", "Conv4-16") for c in (False, True)}
-    batches = {
-        "chunk_size=None": (min(arguments.tasks, 64), None),
-        'chunk_size="auto"': (arguments.tasks, "auto"),
-        'chunk_size="auto", compiled': (arguments.tasks, "auto", True),
-    }
-    flat = {name: _alone(flatness, *given) for name, given in long_runs.items()}
-    large = {f"{given[0]} tasks, {name}": _alone(large_batch, *given) for name, given in batches.items()}
+    n, eager = arguments.iterations, arguments.eager
+    flat, large = {}, {}
+
+    def say(text: str) -> None:
+        if not arguments.json:
+            print(text, flush=True)  # a line may take minutes
+
+    say(f"peak MiB of a process after each quarter of {n * TASKS} tasks, {TASKS} or more of them an iteration")
+    for run in long_runs(arguments.tasks):
+        if not (run.compile and eager):
+            peaks = flat[str(run)] = _alone(flatness, run, n)
+            say(f"  {run!s:<42}" + "".join(f"{peak:9.0f}" for peak in peaks))
+    say("\npeak MiB of a process before and after one meta-gradient of Conv4-64, 5-way 1-shot")
+    for batch in large_batches(arguments.tasks):
+        if not (batch.compile and eager):
+            before, after = large[str(batch)] = _alone(large_batch, batch)
+            say(f"  {batch!s:<42}{before:9.0f}{after:9.0f}")
     if arguments.json:
-        json.dump({"environment": environment(), "iterations": n, "flat": flat, "large": large}, sys.stdout)
-        print()
-        return
-    print(f"peak MiB of a process after each quarter of {n} iterations of 8 tasks")
-    for name, peaks in flat.items():
-        print(f"  {name:<24}" + "".join(f"{peak:9.0f}" for peak in peaks))
-    print("\npeak MiB of a process before and after one meta-gradient of Conv4-64, 5-way 1-shot")
-    for name, (before, after) in large.items():
-        print(f"  {name:<42}{before:9.0f}{after:9.0f}")
+        print(json.dumps({"environment": environment(), "iterations": n, "flat": flat, "large": large}))
 
 
 if __name__ == "__main__":

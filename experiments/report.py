@@ -230,7 +230,7 @@ def _draw(
         drawn.append(("step_sizes", "Final validation against the step size; a point for each seed."))
     if comparison.base.task == "sinusoid":
         learners = {labels[a.label]: load_run(a.finished[0].path, "newest").learner for a in best if a.finished}
-        family = comparison.base.sampler()
+        family = comparison.base.sampler("test")
         assert isinstance(family, Sinusoid)
         if learners:
             figures.adaptation(folder / "figures" / "adaptation.png", learners, family, comparison.steps)

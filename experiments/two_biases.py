@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from metamom.experiments.quadratics import Quadratics
 from metamom.files import write_atomically
 from metamom.optim import CompositeMomentum
 from metamom.robust import robust_mean
@@ -26,22 +25,6 @@ ORDERS = ("replacement", "reshuffle")
 AGGREGATE_STEPS = 1000
 ORDER_STEPS, LAST = 6000, 2000  # the floors of orders are means over the last ones
 ORDER_LRS = (0.05, 0.025)
-
-
-class Quadratics(NamedTuple):
-    """n workers' ``1/2 (x - c_i)^T diag(a_i) (x - c_i)``: curvatures and minima ``[n, d]``."""
-
-    curvatures: Tensor
-    minima: Tensor
-
-    def gradients(self, x: Tensor) -> Tensor:
-        """Each worker's gradient at ``x [d]``, ``[n, d]``."""
-        return self.curvatures * (x - self.minima)
-
-    @property
-    def optimum(self) -> Tensor:
-        """Where the mean of the gradients is zero."""
-        return (self.curvatures * self.minima).mean(0) / self.curvatures.mean(0)
 
 
 def workers(n: int = 5, d: int = 2) -> Quadratics:
@@ -81,15 +64,10 @@ def floor_of_order(problem: Quadratics, order: str, beta: float, lr: float) -> f
     return sum(norms[-LAST:]) / LAST
 
 
-def heterogeneity(problem: Quadratics) -> float:
-    """zeta^2 at the optimum."""
-    return float(problem.gradients(problem.optimum).square().sum(1).mean())
-
-
 def report() -> str:
     """Both tables, in Markdown."""
     problem = workers()
-    zeta2 = heterogeneity(problem)
+    zeta2 = problem.heterogeneity
     bounds = {"mean": 0.0, "median": zeta2, "trimmed:0.2": 0.4 / 0.6 * zeta2, "geomedian": zeta2}
     betas = " | ".join(f"floor, β = {beta:g}" for beta in BETAS)
     lines = [

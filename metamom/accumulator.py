@@ -16,15 +16,17 @@ class BiasedAccumulator:
     """Takes gradients as a loop produces them, worker by worker, and leaves ``1/n sum_i C(g_i)`` in ``.grad``.
 
     Call `add` after each backward pass and `finish` before the optimizer's step. Without a worker, each `add` is a
-    worker of its own; with one, the gradients of the same worker are averaged before the operator. The mean over the
-    workers is taken here: the loop need not divide by the number of tasks.
+    worker of its own, the first one of a step worker 0; with one, the gradients of the same worker are averaged before
+    the operator. Random operators draw by the worker's number, and error feedback keeps a state for each, so that it
+    must know whose a gradient is. The mean over the workers of a step is taken here: the loop need not divide by the
+    number of tasks.
 
     Args:
         params: the parameters, as an optimizer takes them (no groups). Those without ``requires_grad`` at this moment
             are passed over; one that stands there twice, shared between modules, counts once.
         bias: the operator C on each worker's flattened gradient, or a function ``[d] -> [d]``; ``None`` for the mean
             alone. Where a parameter got no gradient from a worker, that part of it is zero.
-        workers: n; if given, `finish` insists on exactly so many.
+        workers: n; if given, `finish` insists on exactly so many. With error feedback, give it or name the workers.
 
     Raises:
         ValueError: for no trainable parameter, or ``workers`` below 1.
@@ -80,8 +82,8 @@ class BiasedAccumulator:
 
         Raises:
             ValueError: if there is no gradient; if a backward pass found a gradient that no `add` had taken, such as
-                the last step's; if only some calls name their worker; if a worker is out of range, or there are more
-                than ``workers``.
+                the last step's; if only some calls name their worker, or none does and the operator feeds errors back
+                to workers of unknown number; if a worker is out of range, or there are more than ``workers``.
             TypeError: for a sparse gradient, or a worker that is no whole number.
         """
         if self._mixed:
@@ -98,6 +100,12 @@ class BiasedAccumulator:
             raise ValueError("either every add() of a step names its worker or none does; got both.")
         if worker is not None and (isinstance(worker, bool) or not isinstance(worker, int)):
             raise TypeError(f"worker is a whole number; got {worker!r}.")
+        if worker is None and self.workers is None and self.bias is not None and self.bias.feeds_back:
+            raise ValueError(
+                f"{self.bias.spec} keeps a state for each worker and must know whose gradient this is: call "
+                "add(worker=i), or make the BiasedAccumulator with workers=n, so that the i-th add() of each step is "
+                "worker i's."
+            )
         index = len(self._sums) if worker is None else worker
         if index < 0:
             raise ValueError(f"worker must be >= 0; got {worker}.")
@@ -141,7 +149,7 @@ class BiasedAccumulator:
         order = sorted(self._sums)
         means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
         rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
-        total, report = aggregate(rows, self.bias, sizes=[p.numel() for p in self.params])
+        total, report = aggregate(rows, self.bias, workers=order, sizes=[p.numel() for p in self.params])
         grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
         for number, p in enumerate(self.params):
             p.grad = grads[str(number)] if self._touched[number] else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,12 @@ def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def aggregate(
-    grads: Tensor, bias: Bias = None, how: Aggregate = "mean", *, sizes: Sizes | None = None
+    grads: Tensor,
+    bias: Bias = None,
+    how: Aggregate = "mean",
+    *,
+    workers: Sequence[int] | None = None,
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor, dict[str, float | int | None]]:
     """One gradient of the workers', each after its operator: ``g = 1/n sum_i C(g_i)``, or a robust mean.
 
@@ -38,6 +43,7 @@ def aggregate(
         grads: ``[n, d]``, each worker's flattened gradient.
         bias: the operator C on ``[n, d]``, or a function ``[d] -> [d]``; ``None`` for none.
         how: see `metamom.robust.robust_mean`.
+        workers: whose gradients these are, for operators that draw or feed back; 0, 1, ... by default.
         sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself.
 
     Returns:
@@ -47,14 +53,14 @@ def aggregate(
     Reference:
         arXiv 2403.00853, the server's averaging.
     """
-    workers, d = grads.shape
-    mean = grads.mean(0) if workers > 1 else grads[0]
+    n, d = grads.shape
+    mean = grads.mean(0) if n > 1 else grads[0]
     operator = as_operator(bias)
     if operator is None and how == "mean":
         total, error = mean, 0.0
     else:
         # a robust mean would swallow one worker's NaN, so that operators' own check is wanted here too
-        total = robust_mean((operator or Identity())(grads, sizes=sizes), how)
+        total = robust_mean((operator or Identity())(grads, workers=workers, sizes=sizes), how)
         norm = float(vector_norm(mean))
         error = float(vector_norm(total - mean)) / norm if norm else 0.0
     size = grads.element_size()
@@ -62,6 +68,6 @@ def aggregate(
     report: dict[str, float | int | None] = {
         "grad_norm": float(vector_norm(total)),
         "bias_error": error,
-        "wire_bytes": workers * wire,
+        "wire_bytes": n * wire,
     }
     return total, report

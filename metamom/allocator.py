@@ -16,8 +16,9 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for its next allocations.
 
     A training step allocates and frees the same tens of megabytes again and again. By default glibc hands each large
-    tensor's pages back to the system and gets zeroed ones for the next: 4,000 page faults in each meta-gradient of
-    Conv4 over 16 tasks, and about 15 % of its time. The price is that the process stays as large as it ever was.
+    tensor's pages back to the system and gets zeroed ones for the next: thousands of page faults in each meta-gradient
+    of Conv4 over 16 tasks, and 6 % of its time or more (docs/performance.md). The price is that the process stays as
+    large as it ever was.
 
     Returns:
         Whether it took effect: it does on Linux with glibc, and nowhere else.

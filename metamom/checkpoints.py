@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import struct
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metamom.files import write_atomically
+from metamom.files import replacing
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -37,20 +36,28 @@ class CheckpointFormatError(CheckpointError):
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (nested containers of tensors, numbers and strings) to ``path``, whole or not at all.
 
+    Tensors go straight from their memory to the file: none is copied.
+
     Raises:
         CheckpointError: for a state that `load` could not read again.
+        OSError: as `metamom.files.replacing`.
     """
-    buffer = io.BytesIO()
-    torch.save(_plain({"format": FORMAT, **state}), buffer)
-    try:  # told now, not when a long run is to be resumed
-        torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"the state for {path} holds something other than tensors, numbers, strings and containers of them, "
-            f"which could only be read by running code from the file: {_reason(error)} "
-            "Keep it out of the state_dict of the model, optimizer or scheduler that it belongs to."
-        ) from error
-    write_atomically(path, buffer.getvalue())
+    with replacing(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(_plain({"format": FORMAT, **state}), file)
+        except RuntimeError as error:  # torch's own, about a file cut short, where the disk is full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        try:  # told now, not when a long run is to be resumed; mapped, so that no tensor is read
+            torch.load(temporary, weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"the state for {path} holds something other than tensors, numbers, strings and containers of them, "
+                f"which could only be read by running code from the file: {_reason(error)} "
+                "Keep it out of the state_dict of the model, optimizer or scheduler that it belongs to."
+            ) from error
 
 
 def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -60,16 +67,13 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
         CheckpointError: for a file that is missing, damaged, or of another format.
     """
     try:
-        file = io.BytesIO(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}.") from error
-    try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch.load itself would not notice a flipped bit
         if broken is not None:
             raise zipfile.BadZipFile(f"wrong checksum in {broken}")
-        file.seek(0)
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {path}.") from error
     except _DAMAGE as error:
         raise CheckpointError(f"checkpoint {path} is cut short or damaged ({_reason(error)}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

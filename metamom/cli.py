@@ -191,7 +191,7 @@ def _reproduce(arguments: Arguments) -> int:
         resume=arguments.resume,
     )
     last = rows[-1]
-    print(f"{len(rows)} epochs: train loss {last.train_loss:.4f}, test accuracy {last.test_acc:.4f}")
+    print(f"after epoch {len(rows)}: train loss {last.train_loss:.4f}, test accuracy {last.test_acc:.4f}")
     print(f"next: metamom reproduce table --paper RESULTS_DIR --run-dir {arguments.run_dir}")
     return 0
 

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from metamom import kernels
-from metamom.kernels.build import CompilerError, find_compiler
+from metamom.kernels.build import CompilerError, find_compiler, gist
 from metamom.products import enlarge_products
 
 CompileMode = bool | Literal["auto"]
@@ -65,11 +65,11 @@ class Compiled:
         settings: what else the function's course depends on; it is compiled anew for each value that this returns.
         mode: ``True`` compiles at the first call. ``"auto"`` runs the function as it is until compiling pays: until
             the calls to come (`expected`, where it was told, else as many as there have been) would save more time
-            than compiling takes; where there is no compiler it warns once and never compiles.
+            than compiling takes; where it cannot be compiled, for whatever reason, it warns once and never tries again.
         cost: the seconds that compiling once takes, roughly; for ``"auto"``.
 
     Raises:
-        CompilerError: at the first call, where there is no compiler and ``mode`` is true.
+        CompilerError: at the first call, where ``mode`` is true and there is no compiler, or TorchInductor fails.
     """
 
     def __init__(
@@ -99,10 +99,11 @@ class Compiled:
                 return self._timed(key, args)
             try:
                 graph = self.graphs[key] = self._compile(args)
-            except CompilerError as error:
+            except Exception as error:  # whatever it is: the plain function has just run, and still does
                 if self.mode != "auto":
                     raise
-                warnings.warn(f'compile="auto" goes on without compiling: {error}', stacklevel=2)
+                said = error if isinstance(error, CompilerError) else f"{type(error).__name__}: {error}"
+                warnings.warn(f'compile="auto" goes on without compiling: {said}', stacklevel=2)
                 self.cost = math.inf
                 return self._timed(key, args)
         with torch.no_grad():
@@ -149,7 +150,11 @@ class Compiled:
                     compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors), options)
             except Exception as error:
                 if not _forget_damaged(error):
-                    raise
+                    cause = getattr(error, "inner_exception", error)
+                    raise CompilerError(
+                        f"TorchInductor cannot compile this meta-gradient: {type(cause).__name__}: {gist(str(cause))}. "
+                        "See whether the compiler works and the disk has room, or run without compiling."
+                    ) from error
             else:
                 return compiled
 

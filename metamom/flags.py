@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-
-TASKS = ("sinusoid", "omniglot")
+from typing import Any, get_args
 
 
 def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
     """The command line; each command's function is in the result's ``run``."""
+    from metamom.experiments.recipes import TASKS
     from metamom.run_directory import environment
 
     root = argparse.ArgumentParser(
@@ -22,7 +22,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
 
     training = kinds.add_parser("train", help="train a meta-learner").add_subparsers(required=True, metavar="TASK")
     for task in TASKS:
-        train = training.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
+        train = training.add_parser(task, help=f"on {task} tasks", allow_abbrev=False, **_with_specs())
         train.set_defaults(run=commands["train"], task=task)
         _add_recipe(train, task)
         _add_method(train)
@@ -66,7 +66,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
         required=True, metavar="TASK"
     )
     for task in TASKS:
-        compare = comparing.add_parser(task, help=f"on {task} tasks", allow_abbrev=False)
+        compare = comparing.add_parser(task, help=f"on {task} tasks", allow_abbrev=False, **_with_specs())
         compare.set_defaults(run=commands["compare"], task=task)
         _add_recipe(compare, task)
         _add_run(compare, task)
@@ -102,9 +102,18 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     return root
 
 
+def _with_specs() -> dict[str, Any]:
+    """Of a parser with ``--bias``: the table of SPECs below its flags, as it is."""
+    from metamom.bias.spec import spec_help
+
+    return {"epilog": spec_help(), "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
 def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     """Flags of the tasks and of the learner."""
-    from metamom.experiments.recipes import DEFAULTS
+    from metamom.experiments.recipes import DEFAULTS, DTYPES
+    from metamom.maml import Estimator
+    from metamom.tasks.fixed import ORDERS
 
     default = DEFAULTS[task]
     if task == "omniglot":
@@ -115,7 +124,7 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--meta-batch", type=int, help=f"tasks an iteration (default: {default.meta_batch})")
     parser.add_argument("--inner-lr", type=float, help=f"inner step size (default: {default.inner_lr})")
     parser.add_argument("--inner-steps", type=int, help="inner steps in training (default: 1)")
-    parser.add_argument("--estimator", choices=("exact", "first-order"), help="of the meta-gradient (default: exact)")
+    parser.add_argument("--estimator", choices=get_args(Estimator), help="of the meta-gradient (default: exact)")
     parser.add_argument(
         "--learn-inner-lr",
         nargs="?",
@@ -144,13 +153,7 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
         help="compile the meta-gradient; with auto only in runs long enough to win the time back",
     )
     parser.add_argument("--workers", type=int, help="workers that the tasks are dealt to (default: 1)")
-    parser.add_argument(
-        "--bias",
-        metavar="SPEC",
-        help="operator on each worker's gradient: none, topk:K, topk:P%%, randk:P%%, clip:TAU, clipvalue:C, normalize, "
-        "sign, qsgd:LEVELS, A+B, or error feedback around one: ef14:A, ef21:A, ef21-sgdm(ETA):A, clip21:TAU "
-        "(default: none)",
-    )
+    parser.add_argument("--bias", metavar="SPEC", help="operator on each worker's gradient, see below (default: none)")
     parser.add_argument(
         "--aggregate",
         metavar="SPEC",
@@ -161,13 +164,13 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     )
     parser.add_argument(
         "--order",
-        choices=("replacement", "reshuffle"),
+        choices=ORDERS,
         help="how meta-batches are chosen of --fixed-tasks: each by itself, or all tasks in turn, shuffled anew each "
         "time around (default: replacement)",
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float64", "bfloat16"),
+        choices=tuple(DTYPES),
         help="bfloat16 is for matrix products alone, summed in float32 (default: float32)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
@@ -178,15 +181,16 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     """Flags of the outer optimizer."""
-    parser.add_argument(
-        "--optimizer", choices=("momentum", "sgd", "adam", "rmsprop"), default="momentum", help="(default: momentum)"
-    )
+    from metamom.experiments.recipes import OPTIMIZERS
+    from metamom.optim import FirstStep
+
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="momentum", help="(default: momentum)")
     parser.add_argument("--lr", type=float, help="step size γ (default: by task and optimizer)")
     parser.add_argument(
         "--beta", type=float, help="weight of the new gradient, 0 < β <= 1; 1 is plain SGD (default: 0.1)"
     )
     parser.add_argument(
-        "--first-step", choices=("zero", "gradient"), help="start from v_{-1} = 0 or v_0 = g_0 (default: zero)"
+        "--first-step", choices=get_args(FirstStep), help="start from v_{-1} = 0 or v_0 = g_0 (default: zero)"
     )
     parser.add_argument("--seed", type=int, help="of the initial weights and of the tasks (default: 0)")
 
@@ -212,19 +216,23 @@ def _add_reproduce(
     parser: argparse.ArgumentParser, commands: Mapping[str, Callable[[argparse.Namespace], int]]
 ) -> None:
     """The paper's two experiments, and ours beside the authors'."""
+    from metamom.experiments.paper.run import EPOCHS
+
     experiments = parser.add_subparsers(required=True, metavar="EXPERIMENT")
-    for dataset, epochs in (("mnist", 200), ("fashion", 300)):
-        run = experiments.add_parser(dataset, help=f"on {dataset}", allow_abbrev=False)
+    for dataset, epochs in EPOCHS.items():
+        run = experiments.add_parser(dataset, help=f"on {dataset}", allow_abbrev=False, **_with_specs())
         run.set_defaults(run=commands["reproduce"], dataset=dataset)
         run.add_argument(
             "--nodes", type=int, default=100, help="workers, each with a part of the images (default: 100)"
         )
         run.add_argument("--lr", type=float, default=0.5, help="step size γ (default: 0.5)")
         run.add_argument("--beta", type=float, default=0.1, help="weight of the new gradient, 1 for SGD (default: 0.1)")
-        run.add_argument("--bias", default="none", metavar="SPEC", help="operator on each gradient (default: none)")
+        run.add_argument(
+            "--bias", default="none", metavar="SPEC", help="operator on each gradient, see below (default: none)"
+        )
         run.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
         run.add_argument("--epochs", type=int, help=f"total number of updates (default: {epochs})")
-        run.add_argument("--chunk", type=int, metavar="N", help="nodes at a time (default: what 500 MiB hold)")
+        run.add_argument("--chunk", type=int, metavar="N", help="nodes at a time (default: what fits into 2 GB in all)")
         run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
         run.add_argument(
             "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"

@@ -94,7 +94,7 @@ class MAML(nn.Module):
         chunk_size: compute at most so many tasks at a time; bounds the memory, not the result. ``"auto"`` measures
             what a task needs and keeps the peak within 512 MiB on a CPU, within half of what is free on a GPU.
         compile: compile the whole meta-gradient, once for each shape of batch; ``"auto"`` does so only once it pays
-            (see `expect`), and goes on without it, with one warning, where there is no compiler.
+            (see `expect`), and goes on without it, with one warning, where compiling fails.
         autocast: dtype of the model's matrix products and convolutions, `torch.bfloat16`, which accumulate in
             float32; weights, gradients, normalisation and losses stay as they are. It costs accuracy (8 bits; see
             docs/performance.md for how much), and is faster only on hardware that multiplies in bfloat16.

@@ -27,15 +27,19 @@ from metamom.run_directory import RunDirectory
 class DivergedError(ArithmeticError):
     """A loss, a gradient or a weight is no longer finite.
 
+    Args:
+        what: is not finite.
+        step: at which it was seen.
+        remedies: what else there is to try, beside a smaller lr and clipped gradients.
+
     Attributes:
-        step: the step at which it was seen.
+        step: as given.
     """
 
-    def __init__(self, what: str, step: int) -> None:
+    def __init__(self, what: str, step: int, remedies: str = ", a smaller inner_lr, or float64") -> None:
         super().__init__(
-            f"{what} is not finite at step {step}. Try a smaller lr, a smaller inner_lr, clipped gradients "
-            "(bias=Clip(1.0), --bias clip:1), or float64; the last good checkpoint, if the run has a directory, is as "
-            "it was."
+            f"{what} is not finite at step {step}. Try a smaller lr, clipped gradients (bias=Clip(1.0), --bias "
+            f"clip:1){remedies}; the last good checkpoint, if the run has a directory, is as it was."
         )
         self.step = step
 
@@ -142,11 +146,11 @@ def train(
         meta_batch=meta_batch,
         workers=workers,
         bias=operator,
+        aggregate=aggregate,
         evaluate_every=evaluate_every,
         evaluate_tasks=evaluate_tasks,
         checkpoint_every=checkpoint_every,
     )
-    check_aggregate(aggregate, workers)
     check_momentum(optimizer, operator)
     if (resume or tensorboard) and run_dir is None:
         raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
@@ -188,6 +192,7 @@ def train(
         while progress.done < iterations:
             began = time.perf_counter()
             step = progress.done
+            check_momentum(optimizer, operator)  # a schedule may have moved beta
             batch = sampler.sample(step, meta_batch).to(like.device, like.dtype)
             optimizer.zero_grad()
             try:
@@ -232,6 +237,7 @@ def check_plan(
     meta_batch: int,
     workers: int,
     bias: Bias,
+    aggregate: Aggregate,
     evaluate_every: int | None,
     evaluate_tasks: int,
     checkpoint_every: int = 1,
@@ -255,6 +261,7 @@ def check_plan(
         raise ValueError(
             f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
         )
+    check_aggregate(aggregate, workers)
     operator = as_operator(bias)
     if operator is not None:
         sizes = [p.numel() for p in learner.meta_parameters().values()]
@@ -273,7 +280,7 @@ def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
         if group.get("beta", 1) != 1 or group.get("momentum", 0) != 0 or "betas" in group:
             raise ValueError(
                 f"{operator.spec} carries the momentum on the workers, so the server must have none: use "
-                f"CompositeMomentum(beta=1) (--beta 1); got {type(optimizer).__name__} with "
+                f"CompositeMomentum(beta=1) (--beta 1), and no schedule of beta; got {type(optimizer).__name__} with "
                 f"{ {k: group[k] for k in ('beta', 'momentum', 'betas') if k in group} }."
             )
 

@@ -2,8 +2,20 @@
 
 from metamom.tasks.episodes import Episodes
 from metamom.tasks.fixed import FixedTasks
+from metamom.tasks.linear import LinearRegression, half_squared_error
 from metamom.tasks.omniglot import Omniglot
 from metamom.tasks.per_worker import PerWorker
+from metamom.tasks.quadratic import Quadratic, quadratic_loss
 from metamom.tasks.sinusoid import Sinusoid
 
-__all__ = ["Episodes", "FixedTasks", "Omniglot", "PerWorker", "Sinusoid"]
+__all__ = [
+    "Episodes",
+    "FixedTasks",
+    "LinearRegression",
+    "Omniglot",
+    "PerWorker",
+    "Quadratic",
+    "Sinusoid",
+    "half_squared_error",
+    "quadratic_loss",
+]

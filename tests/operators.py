@@ -11,10 +11,10 @@ from torch import Tensor
 
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
 from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, ErrorFeedback
+from metamom.bias.select import INTEGERS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 G = torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=torch.float64)
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Nothing is drawn and nothing carried: a row's image depends on the row alone.
 PLAIN: list[BiasOperator] = [
@@ -78,7 +78,6 @@ FEEDBACK: list[ErrorFeedback] = [
 ]
 STATELESS = PLAIN + RANDOM + LAYERWISE
 EVERY = [*STATELESS, *FEEDBACK]
-SENT = [operator for operator in STATELESS if getattr(operator, "ties", "index") == "index"]  # that have messages
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -103,7 +102,7 @@ def cut(d: int) -> list[int]:
 
 
 def bits(g: Tensor) -> Tensor:
-    return g.contiguous().view(BITS[g.element_size()])
+    return g.contiguous().view(INTEGERS[g.element_size()])
 
 
 def assert_identical(a: Tensor, b: Tensor) -> None:

@@ -24,7 +24,7 @@ def gradient(vector: torch.Tensor, params: list[nn.Parameter]) -> None:
 @settings(deadline=None)
 @given(
     gradients=st.lists(st.lists(st.floats(-10, 10), min_size=5, max_size=5), min_size=1, max_size=6),
-    bias=st.sampled_from([None, TopK(2), Clip(1.0), lambda g: g.sign()]),
+    bias=st.sampled_from([None, TopK(2), Clip(1.0), torch.sign]),
     data=st.data(),
 )
 def test_it_is_the_mean_over_workers_after_the_operator(gradients, bias, data):
@@ -125,6 +125,37 @@ def test_a_loop_over_steps_trains():
         accumulator.finish()
         optimizer.step()
     torch.testing.assert_close(w.detach(), torch.tensor([0.5, 0.5]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["randk:2", "qsgd:2", "ef14:randk:2", "ef21:topk:1", "ef21-sgdm(0.3):topk:2"])
+def test_named_workers_keep_their_draws_and_states(spec):
+    """A slow twin: an operator for each worker. Who takes part differs from step to step."""
+    params = [nn.Parameter(torch.zeros(2, dtype=torch.float64)), nn.Parameter(torch.zeros(3, dtype=torch.float64))]
+    accumulator = BiasedAccumulator(params, bias=parse(spec))
+    generator = torch.Generator().manual_seed(0)
+    alone = [parse(spec) for _ in range(4)]
+    for step, taking_part in enumerate([[0, 2], [2, 3], [3, 0, 1], [2], [1, 2]]):
+        vectors = torch.randn(len(taking_part), 5, generator=generator, dtype=torch.float64)
+        for worker, vector in zip(taking_part, vectors, strict=True):
+            gradient(vector, params)
+            accumulator.add(worker=worker)
+        accumulator.finish()
+        expected = [alone[i](g, step=step, workers=[i]) for i, g in zip(taking_part, vectors, strict=True)]
+        ours = torch.cat([p.grad for p in params])
+        torch.testing.assert_close(ours, torch.stack(expected).mean(0), rtol=0, atol=1e-12)
+        for p in params:
+            p.grad = None
+
+
+def test_a_state_is_nobodys_where_workers_have_no_number(w):
+    accumulator = BiasedAccumulator([w], bias=parse("ef21:topk:1"))
+    w.sum().backward()
+    with pytest.raises(ValueError, match=r"ef21:topk:1 keeps a state for each worker.*add\(worker=i\).*workers=n"):
+        accumulator.add()
+    accumulator.add(worker=0)  # nothing is lost
+    accumulator.finish()
+    assert w.grad.tolist() == [1, 0, 0]
+    BiasedAccumulator([w], bias=parse("ef21:topk:1"), workers=1)
 
 
 @pytest.fixture
@@ -231,6 +262,7 @@ def test_bad_arguments(w, arguments, error, message):
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [(lambda g: g[:1], ValueError, "keep the shape"), (lambda g: None, TypeError, "must return a tensor")],
+    ids=["shape", "nothing"],
 )
 def test_a_users_function_that_does_not_fit(w, function, error, message):
     accumulator = BiasedAccumulator([w], bias=function)

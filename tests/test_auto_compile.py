@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch._inductor
 from problems import (
     conv4,
     image_batch,
@@ -19,7 +25,7 @@ from torch.nn import functional as F
 import metamom.compiled
 import metamom.maml
 from metamom import MAML
-from metamom.kernels.build import CompilerError, load
+from metamom.kernels.build import CompilerError, find_compiler, load
 
 
 @pytest.fixture
@@ -130,6 +136,99 @@ def test_a_compiler_that_fails_is_an_error_where_compiling_was_asked_for(traced,
     with pytest.raises(CompilerError, match="cannot build metamom's kernels"):
         small(compile=True).meta_gradient(small_batch())
     load.cache_clear()
+
+
+BROKEN = """#!/bin/sh
+[ "$1" = --version ] && exec {compiler} --version
+echo "kernel.cpp:7: error: no space left on device" >&2
+exit 1
+"""
+
+FAILING = """
+import json, warnings
+from problems import relative_error, small, small_batch
+from metamom.kernels.build import CompilerError, load
+
+load()
+expected = small().meta_gradient(small_batch()).grads
+auto = small(compile="auto")
+auto.expect(10**9)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    error = max(relative_error(auto.meta_gradient(small_batch()).grads, expected) for _ in range(8))
+said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+try:
+    small(compile=True).meta_gradient(small_batch())
+except CompilerError as failure:
+    print(json.dumps([error, said, str(failure), type(failure.__cause__).__name__]))
+"""
+
+
+def test_a_compiler_that_breaks_after_the_kernels_were_built(tmp_path):
+    """A real one: it still tells its version, by which the kernels are found, but TorchInductor's code fails in it."""
+    load()
+    broken = tmp_path / "c++"
+    broken.write_text(BROKEN.format(compiler=find_compiler()))
+    broken.chmod(0o755)
+    environment = {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING],
+        env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    error, warned, raised, cause = json.loads(done.stdout)
+    assert error < 1e-15
+    assert warned == [f'compile="auto" goes on without compiling: {raised}']
+    assert raised == (
+        "TorchInductor cannot compile this meta-gradient: CppCompileError: kernel.cpp:7: error: no space left on "
+        "device. See whether the compiler works and the disk has room, or run without compiling."
+    )
+    assert cause in ("InductorError", "CppCompileError")
+
+
+@pytest.fixture(params=["tracing", "TorchInductor"])
+def failing(request, monkeypatch) -> str:
+    """A stage of compiling that does not work, by no fault of the compiler's."""
+
+    def fails(*args: object, **options: object) -> None:
+        raise NotImplementedError("aten::pairs has no lowering")
+
+    if request.param == "tracing":
+        monkeypatch.setattr(metamom.compiled, "make_fx", lambda function: fails)
+    else:
+        monkeypatch.setattr(torch._inductor, "compile", fails)
+    return request.param
+
+
+def test_auto_goes_on_whatever_fails(clock, failing):
+    learner = small(compile="auto")
+    learner.expect(1000)
+    with pytest.warns(UserWarning, match="NotImplementedError: aten::pairs has no lowering") as caught:
+        assert plain_calls(learner, [], most=8) == 8
+    assert len(caught) == 1
+
+
+def test_compile_true_tells_what_failed(failing):
+    """TorchInductor's failures are told as ours, with the cause; those of tracing are the model's own."""
+    wanted, cause = (CompilerError, NotImplementedError) if failing == "TorchInductor" else (NotImplementedError, None)
+    with pytest.raises(wanted, match="aten::pairs has no lowering") as raised:
+        small(compile=True).meta_gradient(small_batch())
+    assert cause is None or isinstance(raised.value.__cause__, cause)
+
+
+def test_ctrl_c_while_compiling_is_no_failure(clock, monkeypatch):
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch._inductor, "compile", interrupted)
+    learner = small(compile="auto")
+    learner.expect(1000)
+    with pytest.raises(KeyboardInterrupt):
+        plain_calls(learner, [], most=8)
 
 
 @pytest.mark.parametrize("mode", [5, "always", None, "True", -1])

@@ -30,6 +30,7 @@ import metamom.bias
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
 from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, NonFiniteError, as_operator, parse
 from metamom.bias.base import Place
+from metamom.bias.spec import AROUND, spec_help, spellings
 
 # what every operator promises
 
@@ -56,7 +57,7 @@ def test_every_operator(operator, g):
 @given(g=gradients(rows=3))
 def test_workers_at_once_or_one_by_one(operator, g):
     sizes = cut(g.shape[-1])
-    rows = [operator(row, step=2, first_worker=i, sizes=sizes) for i, row in enumerate(g)]
+    rows = [operator(row, step=2, workers=[i], sizes=sizes) for i, row in enumerate(g)]
     # norms may be summed in another order in a batch
     out = operator(g, step=2, sizes=sizes)
     torch.testing.assert_close(out, torch.stack(rows), rtol=rounding(g.dtype, g.shape[-1]), atol=0)
@@ -152,7 +153,7 @@ def test_layer_by_layer_is_each_layer_by_itself(operator, g):
         operator = operator.operators[0]
     whole = parse(operator.spec.replace(":tensor", ""))
     parts = torch.split(g, cut(g.shape[-1]), -1)
-    expected = torch.cat([whole._apply(part, Place(4, 0, part=i)) for i, part in enumerate(parts)], -1)
+    expected = torch.cat([whole._apply(part, Place(4, range(2), part=i)) for i, part in enumerate(parts)], -1)
     assert_identical(operator(g, step=4, sizes=cut(g.shape[-1])), expected)
 
 
@@ -310,6 +311,27 @@ def test_parse_says_which_part_is_wrong(spec, message):
     assert str(caught.value).startswith(f"bias operator {spec!r}: ")
 
 
+def test_the_help_lists_what_the_parser_takes():
+    """Each operator with each option: those in its line of the table are taken, the others refused."""
+    table = spec_help().splitlines()
+    assert max(map(len, table)) <= 100
+    examples = {"K": "3", "P%": "5%", "TAU": "0.5", "C": "0.5", "LEVELS": "4", "A": "sign", "B": "sign", "ETA": "0.1"}
+    values = {"tensor": "", "all": "", "scaled": "", "shared": "", "seed": "=7"}
+    assert [line.split()[0] for line in table[-len(values) :]] == [":tensor", ":all", ":scaled", ":shared", ":seed=N"]
+    for spelling in spellings():
+        (line,) = [line for line in table if f"  {spelling} " in line]
+        example = re.sub("|".join(examples), lambda match: examples[match[0]], spelling)
+        assert parse(example).spec == example
+        listed = set(re.findall(r" :(\w+)", line))
+        assert listed <= set(values)
+        for option, value in values.items():
+            if option in listed:
+                assert parse(f"{example}:{option}{value}").spec == f"{example}:{option}{value}"
+            elif spelling not in AROUND:  # what stands around A leaves the options to it
+                with pytest.raises(ValueError, match=f"has no option '{option}{value}'"):
+                    parse(f"{example}:{option}{value}")
+
+
 # values, constants and users' own
 
 
@@ -455,7 +477,7 @@ def test_a_composition_of_too_few(operators):
         Compose(*operators)
 
 
-@pytest.mark.parametrize("member", [EF21(Sign()), Sign, lambda g: g, None])
+@pytest.mark.parametrize("member", [EF21(Sign()), Sign, abs, None], ids=["feedback", "class", "function", "none"])
 def test_what_cannot_be_composed(member):
     with pytest.raises(TypeError, match="operators without error feedback"):
         Compose(Sign(), member)

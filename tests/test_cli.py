@@ -21,6 +21,7 @@ from PIL import Image
 from tiny_omniglot import TINY, members, pixels, png, write_zip
 
 from metamom import cli
+from metamom.bias.spec import spec_help
 from metamom.checkpoints import Checkpoints, load
 from metamom.run_directory import read_config, read_metrics
 from metamom.tasks import fetch
@@ -685,6 +686,16 @@ def test_help(command, metamom):
     assert said.out.startswith(" ".join(["usage: metamom", *command]))
 
 
+@pytest.mark.parametrize(
+    "command", [["train", "sinusoid"], ["compare", "omniglot"], ["reproduce", "mnist"], ["reproduce", "fashion"]]
+)
+def test_help_on_specs(command, metamom, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = metamom(*command, "--help").out
+    assert spec_help() in said
+    assert max(map(len, said.splitlines())) <= 100
+
+
 def test_module_runs_from_anywhere(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "metamom", "train", "sinusoid", "--iterations", "1", "--run-dir", "run", *SMALL],
@@ -747,6 +758,8 @@ def test_tasks_do_not_import_experiments():
         ["--jobs", "-1"],
         ["--bias", "topk:99999"],
         ["--evaluate-tasks", "1"],
+        ["--aggregate", "trimmed:0.5"],
+        ["--aggregate", "trimmed:0.2", "--workers", "4"],  # leaves out nobody
     ],
 )
 def test_a_comparison_refuses_before_it_begins(wrong, tmp_path, capsys):

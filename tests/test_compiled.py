@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, kernels
+from metamom.kernels.build import CompilerError
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.tasks import Sinusoid
 
@@ -279,7 +280,7 @@ def test_a_library_that_an_interrupt_cut_short_is_made_anew(monkeypatch, tmp_pat
         raise RuntimeError(f"ImportError: {foreign}: file too short")
 
     monkeypatch.setattr(torch._inductor, "compile", fails)
-    with pytest.raises(RuntimeError, match="foreign"):
+    with pytest.raises(CompilerError, match="foreign"):
         MAML(nn.Linear(1, 1), F.mse_loss, compile=True).meta_gradient(Sinusoid(2, 2).sample(0, 2))
     assert foreign.exists()
 

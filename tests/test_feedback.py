@@ -15,8 +15,12 @@ import torch
 from operators import FEEDBACK, assert_identical, cut, each
 from torch import Tensor
 
-from metamom import Clip, Compose, Identity, RandK, Sign, TopK
-from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21
+from metamom import MAML, Clip, Compose, CompositeMomentum, Identity, RandK, Sign, TopK, train
+from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, Function
+from metamom.nets import SinusoidMLP
+from metamom.optim import LambdaBeta
+from metamom.run_directory import read_metrics
+from metamom.tasks import Sinusoid
 
 BETAS = (1.0, 0.3, 0.1)
 
@@ -103,7 +107,7 @@ def slow_ef21_sgdm(g: Tensor, state: dict[str, Tensor], c: Callable[[Tensor], Te
         (EF21SGDM(Compose(Clip(1.0), TopK(3)), eta=0.3), Compose(Clip(1.0), TopK(3)), slow_ef21_sgdm),
         (Clip21(0.5), Clip(0.5), slow_ef21),
     ],
-    ids=lambda value: getattr(value, "__name__", repr(value)),
+    ids=lambda value: value.__name__ if callable(value) and not isinstance(value, BiasOperator) else repr(value),
 )
 def test_recurrences_worker_by_worker(operator, inner, slow):
     generator = torch.Generator().manual_seed(0)
@@ -176,15 +180,18 @@ def test_what_comes_out_is_the_callers(operator):
 def test_gradients_of_another_shape(operator):
     operator.reset()
     operator(torch.ones(2, 5), sizes=cut(5))
-    for other in (torch.ones(3, 5), torch.ones(2, 6), torch.ones(5)):
-        with pytest.raises(ValueError, match=r"the state of 2 workers with 5 entries; got gradients of shape"):
+    before = operator.state
+    for other in (torch.ones(3, 6), torch.ones(2, 6), torch.ones(4)):
+        with pytest.raises(ValueError, match=r"keeps 5 entries of each worker; got gradients of [46]"):
             operator(other, sizes=cut(other.shape[-1]))
+    for name, tensor in operator.state.items():
+        assert_identical(tensor, before[name])
     operator.reset()
     operator(torch.ones(3, 6), sizes=cut(6))
 
 
 @pytest.mark.parametrize("kind", [EF14, EF21, EF21SGDM])
-@pytest.mark.parametrize("inner", [EF21(Sign()), Sign, None, lambda g: g])
+@pytest.mark.parametrize("inner", [EF21(Sign()), Sign, None, abs], ids=["feedback", "class", "none", "function"])
 def test_what_cannot_be_fed_back(kind, inner):
     with pytest.raises(TypeError, match="error feedback goes around an operator without it"):
         kind(inner)
@@ -199,8 +206,69 @@ def test_bad_eta(eta):
 def test_a_state_of_another_kind():
     one = EF14(Sign())
     one(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="ef21:sign keeps estimate; got error"):
+    with pytest.raises(ValueError, match="ef21:sign keeps estimate of each worker; got error"):
         EF21(Sign()).load_state_dict(one.state_dict())
+
+
+@each(FEEDBACK)
+def test_a_worker_s_state_goes_with_its_number(operator):
+    """A slow twin: an operator for each worker, in whatever company and order their gradients come."""
+    generator = torch.Generator().manual_seed(0)
+    operator.reset()
+    alone = {worker: copy.deepcopy(operator) for worker in range(6)}
+    for step, workers in enumerate([[0, 1], [2], [2, 0], [5, 1, 0], [1], range(1, 6)]):
+        g = torch.randn(len(workers), 5, generator=generator, dtype=torch.float64)
+        out = operator(g, step=step, workers=workers, sizes=cut(5))
+        for row, worker in enumerate(workers):
+            expected = alone[worker](g[row], step=step, workers=[worker], sizes=cut(5))
+            torch.testing.assert_close(out[row], expected, rtol=1e-12, atol=1e-14)
+    assert all(len(tensor) == 6 for tensor in operator.state.values())
+    operator.reset()
+
+
+def test_workers_that_do_not_fit_the_gradients():
+    for workers in ([0], [0, 0], [0, -1], range(3)):
+        with pytest.raises(ValueError, match="workers are 2 numbers >= 0 that differ, one for each gradient; got"):
+            EF21(Sign())(torch.ones(2, 3), workers=workers)
+
+
+class Failing(Function):
+    """Fails when told to."""
+
+    def __init__(self) -> None:
+        super().__init__(self.keep)
+        self._fails = False
+
+    def keep(self, gradient: Tensor) -> Tensor:
+        if self._fails:
+            raise RuntimeError("failed")
+        return gradient / 2
+
+
+@pytest.mark.parametrize("kind", [EF14, EF21, EF21SGDM])
+def test_an_error_within_leaves_the_state_as_it_was(kind):
+    g = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(0))
+    inner = Failing()
+    for member in (inner, Compose(RandK(3), inner)):
+        operator, twin = kind(member), kind(copy.deepcopy(member))
+        for step in range(4):
+            inner._fails = True
+            with pytest.raises(RuntimeError, match="failed"):
+                operator(g[-1 - step])
+            inner._fails = False
+            assert_identical(operator(g[step]), twin(g[step]))
+            for name, tensor in operator.state.items():
+                assert_identical(tensor, twin.state[name])
+
+
+def test_a_schedule_may_not_give_the_server_momentum(tmp_path):
+    learner = MAML(SinusoidMLP(generator=torch.Generator().manual_seed(0)), torch.nn.functional.mse_loss)
+    optimizer = CompositeMomentum(learner.parameters(), lr=0.01, beta=1.0)
+    schedule = LambdaBeta(optimizer, lambda step: 1.0 if step < 2 else 0.5)
+    keys = {"iterations": 5, "meta_batch": 4, "workers": 2, "schedulers": [schedule], "run_dir": tmp_path}
+    with pytest.raises(ValueError, match=r"server must have none.*no schedule of beta; got .*\{'beta': 0\.5\}"):
+        train(learner, optimizer, Sinusoid(), bias=EF21SGDM(TopK(3)), **keys)
+    assert len(read_metrics(tmp_path)) == 2  # the steps before it
 
 
 # floors, without it

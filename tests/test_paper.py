@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
+import importlib
+import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +21,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from metamom.bias import Clip, Identity, Normalize, TopK, parse
-from metamom.experiments.paper import nodes, protocol, published, reproduce, run, table
-from metamom.experiments.paper.published import Setting
-from metamom.experiments.paper.training import Training
+from metamom import checkpoints
+from metamom.bias import QSGD, Clip, Identity, Normalize, RandK, TopK, parse
+from metamom.experiments.paper import memory, nodes, protocol, published, reproduce, run, table
+from metamom.experiments.paper.published import Curve, Setting
+from metamom.experiments.paper.training import Row, Training
 from metamom.interrupts import TrainingInterrupted
 from metamom.tasks.images import LabelledImages
 from metamom.training import DivergedError
 
+tables = importlib.import_module("metamom.experiments.paper.table")  # its function hides it in the package
 MNIST, FASHION = protocol.PROTOCOLS["mnist"], protocol.PROTOCOLS["fashion"]
 
 
@@ -138,7 +147,7 @@ def test_the_weights_of_a_seed_without_touching_the_global_generator():
 
 def test_random_operators_and_error_feedback_by_worker():
     train, test = made(24, 1), made(6, 2)
-    for spec in ("randk:20", "qsgd:4", "ef21:topk:5%", "ef14:topk:20"):
+    for spec in ("randk:20", "qsgd:4", "ef21:topk:5%", "ef14:topk:20", "ef21:randk:20"):
         whole, parts = (
             Training(SMALL, train, test, nodes=6, lr=0.1, beta=0.5, bias=parse(spec), seed=0, chunk=chunk)
             for chunk in (6, 2)
@@ -153,7 +162,7 @@ def test_resnet18_mechanics():
     data = [LabelledImages(torch.randn(8, 28, 28, generator=generator), torch.arange(8)) for _ in range(2)]
     ours = Training(FASHION, *data, nodes=2, lr=0.1, beta=0.1, bias=TopK(ratio=0.01), seed=0)
     assert ours.parameters == 11_181_642
-    assert ours.operators[0].kept(ours.parameters) == 111_816
+    assert ours.operator.kept(ours.parameters) == 111_816
     assert ours.chunk == 1
     first = ours.epoch()
     assert 2 < first.train_loss < 4
@@ -217,6 +226,19 @@ def test_mnist_follows_the_authors(name, paper, data_root, tmp_path):
         assert ours.test_loss == pytest.approx(authors.test_loss, abs=1e-3), f"test_loss, epoch {epoch}"
         assert ours.train_acc == pytest.approx(authors.train_acc, abs=1e-3), f"train_acc, epoch {epoch}"
         assert ours.test_acc == pytest.approx(authors.test_acc, abs=2e-3), f"test_acc, epoch {epoch}"
+
+
+@pytest.mark.slow
+def test_fashion_begins_as_the_authors(paper, data_root, tmp_path):
+    """One epoch (minutes): seed 0 within four standard deviations of the mean over the authors' seeds 0 to 4."""
+    name = "FashionMNIST_A_ResNet18_penalty_0.0_e_300_N_100_SGD_lr_0.5_ClipNorm_1.0.csv"
+    with (paper / "fashion_summary" / name).open(newline="") as file:
+        theirs = next(csv.DictReader(file))
+    (ours,) = reproduce("fashion", run_dir=tmp_path, lr=0.5, beta=1.0, bias="clip:1", seed=0, epochs=1, root=data_root)
+    print(ours, theirs)
+    for column, value in ours._asdict().items():
+        mean, std = float(theirs[f"{column}_mean"]), float(theirs[f"{column}_std"])
+        assert abs(value - mean) <= 4 * std, f"{column} is {value}; theirs {mean} with a standard deviation of {std}"
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------
@@ -288,6 +310,33 @@ def test_interrupted_and_resumed_as_if_never(bias, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("bias", ["ef14:topk:20", "ef21:randk:20"])
+def test_a_resumed_run_may_take_other_chunks(bias, tmp_path):
+    """States belong to the nodes, not to the chunks."""
+    keys = {**KEYS, "bias": bias}
+    whole = reproduce("mnist", run_dir=tmp_path / "whole", **keys)
+    reproduce("mnist", run_dir=tmp_path / "parts", **{**keys, "epochs": 3, "chunk": 4})
+    rows = reproduce("mnist", run_dir=tmp_path / "parts", resume=True, **{**keys, "chunk": 1})
+    for ours, expected in zip(rows, whole, strict=True):
+        assert ours == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", [RandK, QSGD])
+def test_a_run_that_draws_by_a_generator_goes_on(kind, tmp_path):
+    keys = {**KEYS, "run_dir": tmp_path / "parts"}
+    whole = reproduce("mnist", **{**keys, "run_dir": tmp_path / "whole", "bias": kind(20, generator=seeded(3))})
+    reproduce("mnist", **{**keys, "epochs": 3, "bias": kind(20, generator=seeded(3))})
+    with pytest.raises(ValueError, match="drew by a generator when it was saved"):
+        reproduce("mnist", resume=True, **{**keys, "bias": kind(20)})
+    assert reproduce("mnist", resume=True, **{**keys, "bias": kind(20, generator=seeded(4))}) == whole
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.usefixtures("small")
 def test_wrong_arguments(tmp_path):
     for keys, message in (
         ({"nodes": 7}, "must divide the 24 images; got nodes=7"),
@@ -298,7 +347,7 @@ def test_wrong_arguments(tmp_path):
         ({"lr": -1.0}, "lr is the step size"),
         ({"bias": "topk:700000"}, "700000"),
         ({"bias": "top:1"}, "top:1"),
-        ({"bias": "ef21-sgdm(0.1):topk:20"}, "needs beta=1"),
+        ({"bias": "ef21-sgdm(0.1):topk:20"}, "carries the momentum on the workers.*--beta 1"),
     ):
         with pytest.raises(ValueError, match=message):
             reproduce("mnist", run_dir=tmp_path / "run", **{**KEYS, **keys})
@@ -318,8 +367,112 @@ def test_results_of_another_origin_stay(tmp_path):
 
 @pytest.mark.usefixtures("small")
 def test_a_run_that_diverges(tmp_path):
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError, match=r"Try a smaller lr, clipped gradients \(.*--bias clip:1\); the") as caught:
         reproduce("mnist", run_dir=tmp_path, **{**KEYS, "lr": 1e30, "bias": "none"})
+    assert "inner_lr" not in str(caught.value)
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+FULL = memory.Needs(
+    nodes=100, parameters=669_706, data=219_800_000, images=600, activations=4000, together=True, kept=0, element_size=4
+)
+
+
+def test_chunks_within_the_limit():
+    for n, kept in itertools.product((1, 10, 100, 1000), (0, 1, 2)):
+        needs = FULL._replace(nodes=n, images=60_000 // n, kept=kept)
+        if needs.fixed + needs.of_a_node > memory.LIMIT:
+            with pytest.raises(ValueError, match="this run takes about"):
+                memory.largest_chunk(needs)
+            continue
+        chunk = memory.largest_chunk(needs)
+        assert 1 <= chunk <= n
+        assert needs.fixed + chunk * needs.of_a_node <= memory.LIMIT
+    for kept in (0, 1, 2):  # the paper's setting always fits, and not node by node
+        assert memory.largest_chunk(FULL._replace(kept=kept)) >= 5
+
+
+def test_what_cannot_fit_is_said_and_can_be_had(monkeypatch):
+    message = r"takes about .* GB, 4\.5 GB of it the operator's state for 100 nodes, .*2 GB .*--chunk 1"
+    with pytest.raises(ValueError, match=message):
+        memory.largest_chunk(FULL._replace(parameters=11_181_642, kept=1))
+    monkeypatch.setattr(memory, "LIMIT", 0)
+    keys = {"nodes": 6, "lr": 0.1, "beta": 0.5, "bias": parse("ef21:topk:20"), "seed": 0}
+    with pytest.raises(ValueError, match=r"taken unasked\. Pass chunk=1"):
+        Training(SMALL, made(24, 1), made(6, 2), **keys)
+    assert Training(SMALL, made(24, 1), made(6, 2), chunk=1, **keys).epoch().train_loss > 0
+
+
+def test_what_operators_keep_for_each_node():
+    """As many numbers an entry as they say, whatever they are."""
+    for spec in ("topk:20", "clip:1+topk:20", "ef14:topk:20", "ef21:topk:20", "ef21-sgdm(0.1):topk:20", "clip21:1"):
+        operator = parse(spec)
+        operator(torch.ones(3, 50))
+        kept = [tensor for worker in operator.state_dict().get("workers", {}).values() for tensor in worker.values()]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == 4 * 3 * 50 * len(operator.names), spec
+
+
+def test_saving_copies_no_tensor(tmp_path):
+    state = {"workers": {i: {"estimate": torch.full((1 << 20,), float(i))} for i in range(16)}}
+    tracemalloc.start()  # torch's own memory is not in it, but buffers of bytes are
+    try:
+        checkpoints.save(tmp_path / "a.pt", state)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20  # one tensor's bytes; there are 16
+    again = checkpoints.load(tmp_path / "a.pt")["workers"]
+    assert all(torch.equal(again[i]["estimate"], kept["estimate"]) for i, kept in state["workers"].items())
+
+
+FULL_DISK = """
+    import resource, sys, torch
+    from pathlib import Path
+    from metamom.checkpoints import save
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        save(Path(sys.argv[1]), {"a": torch.ones(1000)})
+    except OSError as error:
+        print(error.errno)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+def test_a_checkpoint_for_which_there_is_no_room(tmp_path):
+    checkpoints.save(tmp_path / "a.pt", {"a": torch.zeros(1)})
+    command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path / "a.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) in (errno.EFBIG, errno.ENOSPC)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    assert checkpoints.load(tmp_path / "a.pt")["a"].tolist() == [0]
+
+
+PEAK = """
+    import sys
+    from metamom import cli
+    from metamom.experiments.peak import peak_mib
+    assert cli.main(sys.argv[1:]) == 0
+    print(peak_mib())
+"""
+HEAVIEST = (
+    "none", "topk:33500", "ef21:topk:33500", "ef14:topk:33500", "ef21-sgdm(0.1):topk:33500", "clip21:1", "qsgd:4",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", HEAVIEST)
+def test_no_run_takes_more_than_2_gb(bias, data_root, tmp_path):
+    """Begun, saved, resumed and saved again, with the default chunk."""
+    common = ["--beta", "1", "--bias", bias, "--run-dir", str(tmp_path), "--data-root", str(data_root)]
+    peaks = []
+    for more in (["--epochs", "2"], ["--epochs", "3", "--resume"]):
+        command = [sys.executable, "-c", textwrap.dedent(PEAK), "reproduce", "mnist", *common, *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.split()[-1]) * 2**20 / 1e6)
+    print(f"{bias}: {peaks[0]:.0f} MB, resumed {peaks[1]:.0f} MB")
+    assert max(peaks) < 2000
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -343,6 +496,36 @@ def test_names_of_files():
     assert published._canonical("topk:33500:all", 669_706) == "topk:33500"
 
 
+def curve(beta: float, losses: list[float], accuracies: list[float], seed: int = 0) -> Curve:
+    rows = [Row(loss, 0.0, 0.0, accuracy) for loss, accuracy in zip(losses, accuracies, strict=True)]
+    return Curve(Setting("mnist", 100, 0.5, "none", beta), seed, rows)
+
+
+def test_differences_over_as_many_epochs_as_said():
+    ours, theirs = curve(1.0, [1.0] * 7, [0.5] * 7), curve(1.0, [1.0] * 4 + [1.5] + [2.0] * 5, [0.5] * 10)
+    assert tables.largest_difference(ours.rows, theirs.rows, 4) == 0
+    assert tables.largest_difference(ours.rows, theirs.rows, 5) == 0.5
+    assert tables.largest_difference(ours.rows, theirs.rows, 7) == 1
+    assert tables.largest_difference(ours.rows, theirs.rows, 8) is None
+    assert tables._matched([ours], [theirs])[0].apart == (0.5, None)
+
+
+def test_where_momentum_wins_is_judged_over_common_epochs():
+    def said(sgd: list[float], momentum: list[float]) -> list[str]:
+        curves = [curve(beta, accuracies, accuracies) for beta, accuracies in ((1.0, sgd), (0.1, momentum))]
+        return tables._honest(tables._matched(curves, []))
+
+    slow = [0.5] * 30 + [0.95] * 170  # 90 % after 31 epochs
+    nothing, wins = ["No runs to compare momentum with SGD by."], ["Momentum wins wherever it was compared."]
+    assert said(slow, [0.5] * 10) == nothing
+    assert said([0.5] * 10, slow) == nothing
+    assert said(slow[:40], [0.5] * 20 + [0.95]) == wins
+    assert said(slow, [0.5] * 20 + [0.95] * 180) == wins
+    assert "it is no sooner at 90%" in said(slow, [0.5] * 35)[-1]
+    assert "ours): it ends 1.00 points lower." in said(slow, [0.95] * 20 + [0.94] * 180)[-1]
+    assert said(slow[:100], [0.95] * 20 + [0.94] * 80) == wins  # who ends lower is open
+
+
 @pytest.mark.usefixtures("small")
 def test_the_table(tmp_path, capsys):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -357,7 +540,8 @@ def test_the_table(tmp_path, capsys):
     assert text in capsys.readouterr().out
     lines = [line for line in text.splitlines() if line.startswith("| mnist")]
     assert len(lines) == 2
-    assert all("| 0.0e+00 | 0.0e+00 | 0 | 0 |" in line for line in lines)
+    assert all("| 0.0e+00 | — | 0 | 0 |" in line for line in lines)  # of 6 epochs, not of 10
+    assert "No runs to compare momentum with SGD by." in text
     assert "not in 6" in lines[0]
     assert (ours / "figures" / "mnist-n6-lr0.1-topk-20.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="none of the authors' results"):

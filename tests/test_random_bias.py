@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import RANDOM, assert_identical, cut, each, gradients
 
-from metamom import QSGD, Compose, RandK
+from metamom import QSGD, Clip, Compose, RandK, TopK
 from metamom.bias import EF21
 from metamom.bias.random import quantize, rand_k
 
@@ -39,13 +40,13 @@ def assert_mean(samples, expected) -> None:
 @given(g=gradients(rows=3), first=st.integers(0, 10**6), step=st.integers(0, 2**63))
 def test_workers_at_once_or_one_by_one_in_any_order(operator, g, first, step):
     sizes = cut(g.shape[-1])
-    rows = {i: operator(g[i], step=step, first_worker=first + i, sizes=sizes) for i in (2, 0, 1)}
+    rows = {i: operator(g[i], step=step, workers=[first + i], sizes=sizes) for i in (2, 0, 1)}
     # Clip's norms may be summed in another order in a batch
-    out = operator(g, step=step, first_worker=first, sizes=sizes)
+    out = operator(g, step=step, workers=range(first, first + 3), sizes=sizes)
     if operator.spec.startswith("clip"):
         g = g / 1e4  # nothing is clipped
-        rows = {i: operator(g[i], step=step, first_worker=first + i, sizes=sizes) for i in range(3)}
-        out = operator(g, step=step, first_worker=first, sizes=sizes)
+        rows = {i: operator(g[i], step=step, workers=[first + i], sizes=sizes) for i in range(3)}
+        out = operator(g, step=step, workers=range(first, first + 3), sizes=sizes)
     for i in range(3):
         assert_identical(out[i], rows[i])
 
@@ -87,7 +88,7 @@ def test_shared_sets_are_everyones():
     kept = operator(g, step=3) != 0
     assert bool((kept == kept[0]).all())
     for i in range(5):
-        assert_identical(operator(g[i], step=3, first_worker=i), operator(g, step=3)[i])
+        assert_identical(operator(g[i], step=3, workers=[i]), operator(g, step=3)[i])
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,7 @@ def test_shared_sets_are_everyones():
         lambda g: RandK(3, scaled=True, shared=True, generator=g),
         lambda g: QSGD(2, generator=g),
     ],
+    ids=["randk", "shared", "qsgd"],
 )
 def test_a_generator_of_ones_own(make):
     g = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
@@ -110,6 +112,60 @@ def test_a_generator_of_ones_own(make):
     assert not torch.equal(runs[0][0], runs[0][1])
     assert not torch.equal(runs[0][0], make(torch.Generator().manual_seed(4))(g))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["randk", "qsgd", "composed", "fed back"])
+def test_a_generator_goes_on_where_a_saved_one_stood(kind):
+    def make(seed):
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "qsgd":
+            return QSGD(2, generator=generator)
+        operator = RandK(3, generator=generator)
+        return {"randk": operator, "composed": Compose(Clip(9.0), operator), "fed back": EF21(operator)}[kind]
+
+    g = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    operator, other = make(3), make(4)
+    operator(g)
+    file = io.BytesIO()
+    torch.save(operator.state_dict(), file)
+    file.seek(0)
+    expected = [operator(g) for _ in range(2)]
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for out in expected:
+        assert_identical(other(g), out)
+
+
+def test_a_generator_that_is_missing_or_one_too_many():
+    generator = torch.Generator()
+    for saved, other in ((RandK(3, generator=generator), RandK(3)), (QSGD(3), QSGD(3, generator=generator))):
+        with pytest.raises(ValueError, match="when it was saved"):
+            other.load_state_dict(saved.state_dict())
+
+
+def test_compositions_carry_what_their_members_do():
+    assert Compose(Clip(1.0), TopK(2)).state_dict() == {}
+    operator = Compose(Clip(1.0), RandK(2))
+    operator(torch.ones(3))
+    assert operator.state_dict() == {"1": {"calls": 1}}
+    for bad in ({}, {"0": {"calls": 1}}):
+        with pytest.raises(ValueError, match=r"carries the state of operators \['1'\]"):
+            operator.load_state_dict(bad)
+
+
+@pytest.mark.parametrize("operator", [RandK(9), Compose(RandK(2), TopK(9))], ids=repr)
+def test_a_call_that_fails_does_not_count(operator):
+    with pytest.raises(ValueError, match="1 <= k <= 6"):
+        operator(WIDE)
+    fresh = {"calls": 0}
+    assert operator.state_dict() == (fresh if isinstance(operator, RandK) else {"0": fresh})
+
+
+@each([RandK(2), QSGD(1), Compose(RandK(4), QSGD(3)), RandK(2, per_tensor=True)])
+def test_draws_go_by_the_workers_numbers(operator):
+    g = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    whole = operator(g, step=2, sizes=[2, 4])
+    for workers in ([3], [4, 0], [1, 3, 2]):
+        assert_identical(operator(g[workers], step=2, workers=workers, sizes=[2, 4]), whole[workers])
 
 
 def test_global_generators_are_untouched():

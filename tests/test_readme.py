@@ -1,4 +1,4 @@
-"""What the README and the docstrings show works as written."""
+"""What the README, the tutorial and the docstrings show works as written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,19 +24,46 @@ from metamom.interop.learn2learn import AsTaskset, import_learn2learn
 from metamom.nets import SinusoidMLP
 from metamom.tasks import Sinusoid
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "tutorial.md")
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def blocks(*languages: str) -> list[tuple[int, str]]:
-    """The README's code blocks in these languages, each with the line that it begins at."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    return [(text.count("\n", 0, m.start()) + 2, m[2]) for m in BLOCK.finditer(text) if m[1] in languages]
+class Block(NamedTuple):
+    """A code block of a page, and the line that it begins at."""
+
+    page: Path
+    line: int
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page.stem}-line{self.line}"
 
 
-def commands() -> Iterator[tuple[int, list[str]]]:
-    """Every ``metamom ...`` in the README's shell blocks, as words."""
-    for first, block in blocks("bash", "sh", "shell", "console"):
+class Command(NamedTuple):
+    """A ``metamom ...`` of a page's shell blocks, as words."""
+
+    page: Path
+    line: int
+    words: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.page.stem}-line{self.line}"
+
+
+def blocks(*languages: str) -> Iterator[Block]:
+    """The pages' code blocks in these languages."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for m in BLOCK.finditer(text):
+            if m[1] in languages:
+                yield Block(page, text.count("\n", 0, m.start()) + 2, m[2])
+
+
+def commands() -> Iterator[Command]:
+    """Every ``metamom ...`` in the pages' shell blocks."""
+    for page, first, block in blocks("bash", "sh", "shell", "console"):
         lines = iter(enumerate(block.splitlines(), first))
         for number, line in lines:
             while line.endswith("\\"):
@@ -45,16 +72,16 @@ def commands() -> Iterator[tuple[int, list[str]]]:
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # METAMOM_DATA=... metamom ...
                 words = words[1:]
             if words and words[0].split("/")[-1] == "metamom":
-                yield number, words[1:]
+                yield Command(page, number, words[1:])
 
 
-PYTHON = blocks("python")
+PYTHON = list(blocks("python"))
 COMMANDS = list(commands())
 
 
 def test_readme_shows_the_loop_and_the_commands():
-    assert any("learner.backward" in block for _, block in PYTHON)
-    shown = {words[0] for _, words in COMMANDS}
+    assert any("learner.backward" in block.code for block in PYTHON if block.page == README)
+    shown = {command.words[0] for command in COMMANDS if command.page == README}
     assert {"train", "evaluate", "compare", "data"} <= shown
 
 
@@ -72,26 +99,28 @@ def learn2learn_names() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("line", "code"), PYTHON, ids=[f"line{line}" for line, _ in PYTHON])
-def test_code_of_the_readme_runs(line, code, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_code_of_the_pages_runs(block, tmp_path, monkeypatch, request):
+    page, line, code = block
     if "Omniglot(" in code:
         monkeypatch.setenv("METAMOM_DATA", str(request.getfixturevalue("data_root")))
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(None):
         torch.manual_seed(0)
         given = learn2learn_names() if "l2l." in code else {}
-        exec(compile("\n" * (line - 1) + code, str(README), "exec"), {"__name__": "__main__", **given})
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), {"__name__": "__main__", **given})
 
 
-@pytest.mark.parametrize(("line", "words"), COMMANDS, ids=[f"line{line}" for line, _ in COMMANDS])
-def test_commands_of_the_readme_parse(line, words, capsys):
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_commands_of_the_pages_parse(command, capsys):
+    page, line, words = command
     placeholders = {"[", "]", "...", "|"} & set("".join(words)) - {"."}
-    assert not placeholders, f"{README}, line {line} cannot be typed as it stands: {words}"
+    assert not placeholders, f"{page}, line {line} cannot be typed as it stands: {words}"
     try:
         parsed = parser(cli.COMMANDS).parse_args(words)
     except SystemExit as exit:
         if exit.code != 0:  # as of --version and --help
-            pytest.fail(f"{README}, line {line}: {capsys.readouterr().err}")
+            pytest.fail(f"{page}, line {line}: {capsys.readouterr().err}")
         return
     assert isinstance(parsed, argparse.Namespace)
     assert callable(parsed.run)

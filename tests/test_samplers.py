@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metamom.batch import Sampler, TaskBatch
-from metamom.tasks import Episodes, FixedTasks, Omniglot, PerWorker, Sinusoid
+from metamom.tasks import Episodes, FixedTasks, LinearRegression, Omniglot, PerWorker, Quadratic, Sinusoid
 
 WAYS, SHOTS, QUERIES = 5, 2, 3
 Make = Callable[[int], Sampler]
@@ -33,9 +34,30 @@ def sinusoid(seed: int) -> Sinusoid:
     return Sinusoid(shots=4, queries=6, noise=0.1, seed=seed)
 
 
+def linear(seed: int, **options: Any) -> LinearRegression:
+    return LinearRegression(3, 4, 6, **{"noise": 0.1, **options}, seed=seed)
+
+
+def linear_of_data(seed: int, **options: Any) -> LinearRegression:
+    numbers = torch.arange(4000.0).reshape(1000, 4)
+    return LinearRegression(3, 4, 6, data=(numbers[:, :3], numbers[:, 3]), **options, seed=seed)
+
+
+def quadratic(seed: int, **options: Any) -> Quadratic:
+    return Quadratic(2, 4, 6, gradient_noise=0.1, hessian_noise=0.2, **options, seed=seed)
+
+
 MAKERS: dict[str, Make] = {
     "Sinusoid": sinusoid,
     "Episodes": episodes,
+    "LinearRegression": linear,
+    "LinearRegression with random covariances": lambda seed: linear(seed, spectrum=(0.2, 2)),
+    "LinearRegression of data": linear_of_data,
+    "LinearRegression of data without replacement": lambda seed: linear_of_data(seed, replacement=False),
+    "Quadratic": quadratic,
+    "Quadratic with random Hessians": lambda seed: quadratic(seed, spectrum=(0.2, 2)),
+    "FixedTasks of given LinearRegression": lambda seed: FixedTasks(linear(seed, theta=torch.eye(12)[:, :3]), 12),
+    "PerWorker of LinearRegression": lambda seed: PerWorker([linear(seed), linear(seed, theta_std=3.0)]),
     "FixedTasks of Sinusoid": lambda seed: FixedTasks(sinusoid(seed), 12),
     "FixedTasks of Episodes": lambda seed: FixedTasks(episodes(seed), 12),
     "PerWorker of Sinusoid": lambda seed: PerWorker([sinusoid(seed), Sinusoid(4, 6, amplitude=(8, 9), seed=seed)]),
@@ -145,7 +167,9 @@ def test_shapes_and_types(make):
     assert batch.support_x.shape[2:] == batch.query_x.shape[2:]
     assert batch.support_x.dtype == batch.query_x.dtype == torch.float32
     assert batch.support_y.dtype == (torch.int64 if is_episodic(sampler) else torch.float32)
-    assert batch.support_y.shape == ((6, support) if is_episodic(sampler) else (6, support, 1))
+    target = () if is_episodic(sampler) else (2, 4) if isinstance(sampler, Quadratic) else (1,)
+    assert batch.support_y.shape == (6, support, *target)
+    assert batch.query_y.shape == (6, query, *target)
     if has_fixed_tasks(sampler):
         assert batch.task_ids.shape == (6,)
         assert batch.task_ids.dtype == torch.int64

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from metamom.experiments.speed import __main__ as speed
-from metamom.experiments.speed import measure, peers
+from metamom.experiments.speed import measure, peers, report
 from metamom.experiments.speed.rows import ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
@@ -49,6 +51,82 @@ def test_who_computes_something_else_is_not_timed(monkeypatch):
     assert list(measured.milliseconds) == ["learn2learn"]
 
 
+def timed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert speed.main(["--rows", "sinusoid", "--seconds", "0", "--rounds", "3", *words]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ["sinusoid", "omniglot-first-order"])
+def test_bfloat16_is_told_to_be_off(row, capsys):
+    """In float32, by what eight bits explain; were it float32 itself, it would be off by nothing."""
+    words = ["--rows", row, "--contenders", "metamom,metamom-bfloat16", "--seconds", "0", "--rounds", "2", "--json"]
+    assert speed.main(words) == 0
+    contenders = json.loads(capsys.readouterr().out)["rows"][row]["contenders"]
+    assert contenders["metamom"]["float32_difference"] == 0
+    assert 1e-4 < contenders["metamom-bfloat16"]["float32_difference"] < measure.ROUGH_TOLERANCE
+    assert contenders["metamom-bfloat16"]["milliseconds"]["median"] > 0
+
+
+def test_bfloat16_takes_part_where_it_is_asked_for(capsys):
+    assert "metamom-bfloat16" in peers.ROUGH
+    assert "metamom-bfloat16" not in speed.parse([]).contenders
+    assert set(speed.parse([]).contenders) == set(peers.NAMES) - set(peers.ROUGH)
+
+
+def test_numbers_from_garbage_are_told_of_bfloat16_too():
+    measured = measure.Measured(ROWS["sinusoid"](), differences={"metamom": 0.0, "metamom-bfloat16": 0.5})
+    assert measured.refused == []
+    measured.float32_differences = {"metamom-bfloat16": float("nan")}
+    assert measured.refused == ["metamom-bfloat16"]
+
+
+def test_medians_and_quartiles_of_known_times():
+    """Of times 2, 4, 6, 8 beside 8, 8, 12, 24: ratios 4, 2, 2, 3 of the same rounds; in the table as in JSON."""
+    measured = measure.Measured(ROWS["sinusoid"](), flops=10**9)
+    for name, times in (("learn2learn", [8.0, 8.0, 12.0, 24.0]), ("metamom", [2.0, 4.0, 6.0, 8.0])):
+        measured.differences[name] = measured.float32_differences[name] = 0.0
+        measured.first_calls[name] = 0.5
+        measured.milliseconds[name] = times
+        measured.alone[name] = {"peak": 300.0, "imports": 200.0, "first_call": 0.25}
+    measured.gemm = {1000: [10.0, 10.0]}  # 200 GFLOP/s, metamom has 1 GFLOP in 5 ms
+    values = report.as_json(measured)["contenders"]["metamom"]
+    assert values["milliseconds"] == {"median": 5.0, "low_quartile": 3.5, "high_quartile": 6.5}
+    assert values["speed"] == {"median": 2.5, "low_quartile": 2.0, "high_quartile": 3.25}
+    assert values["percent_of_gemm"] == pytest.approx(100)
+    assert (values["first_call_seconds"], values["second_first_call_seconds"]) == (0.5, 0.25)
+    line = list(report.timed(measured))[-1]
+    expected = "metamom 5.00 (3.50 to 6.50) 2.50 (2.00 to 3.25) 200.00 100.0 % 0e+00 0.50 s 0.25 s 300 (200)"
+    assert " ".join(line.split()) == expected
+
+
+def test_a_contender_alone(capsys):
+    """In a process of its own, whose first call comes second."""
+    found = json.loads(timed(["--contenders", "metamom", "--alone", "--json"], capsys))
+    values = found["rows"]["sinusoid"]["contenders"]["metamom"]
+    assert 0 < values["memory_mib"]["imports"] <= values["memory_mib"]["peak"]
+    assert values["second_first_call_seconds"] > 0
+    assert "kernels_seconds" not in found
+
+
+@pytest.mark.parametrize("named", [None, "/somewhere"])
+def test_caches_are_empty_while_measuring_and_as_they_were_after_it(named, monkeypatch):
+    compiler, own = "TORCHINDUCTOR_CACHE_DIR", "METAMOM_CACHE"
+    monkeypatch.setenv(own, "/mine")
+    monkeypatch.delenv(compiler, raising=False)
+    if named is not None:
+        monkeypatch.setenv(compiler, named)
+    with measure.empty_caches():
+        assert os.environ[own] == "/mine"
+        assert (os.environ[compiler] == named) == (named is not None)
+    with measure.empty_caches(kernels=True):
+        folders = [Path(os.environ[name]) for name in (compiler, own)]
+        assert len(set(folders)) == 2
+        assert not any(folder.exists() for folder in folders)
+        assert folders[0].parent.is_dir()
+    assert not folders[0].parent.exists()
+    assert (os.environ.get(compiler), os.environ[own]) == (named, "/mine")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -57,6 +135,7 @@ def test_who_computes_something_else_is_not_timed(monkeypatch):
         (["--rounds", "0"], "--rounds must be >= 1; got 0"),
         (["--seconds", "-1"], "--seconds must be >= 0"),
         (["--check", "--memory"], "leave out --memory"),
+        (["--check", "--cold"], "leave out --memory, --alone and --cold"),
     ],
 )
 def test_wrong_flags(words, message, capsys):

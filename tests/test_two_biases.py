@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metamom import CompositeMomentum
 from metamom.experiments import two_biases
-from metamom.experiments.two_biases import floor_of_aggregate, floor_of_order, heterogeneity, workers
+from metamom.experiments.two_biases import floor_of_aggregate, floor_of_order, workers
 from metamom.robust import robust_mean
 
 
@@ -21,9 +21,9 @@ def test_no_beta_lowers_the_floor_of_a_robust_mean(how):
     floors = [floor_of_aggregate(problem, how, beta) for beta in (1.0, 0.3, 0.1)]
     assert max(floors) - min(floors) < 1e-3 * max(floors)
     # the curvatures differ by a factor of two, so zeta^2 at the fixed point is near the one at the optimum
-    assert 1e-4 < max(floors) < heterogeneity(problem)
+    assert 1e-4 < max(floors) < problem.heterogeneity
     bias = robust_mean(problem.gradients(problem.optimum), how)
-    assert 0 < float(bias.square().sum()) <= heterogeneity(problem)
+    assert 0 < float(bias.square().sum()) <= problem.heterogeneity
 
 
 def test_the_mean_has_no_floor():
@@ -89,6 +89,6 @@ def test_the_bias_of_a_reshuffled_step():
         subsets = itertools.combinations(range(n), left)
         squares.append(torch.stack([gradients[list(which)].mean(0).square().sum() for which in subsets]).mean())
     harmonic = sum(1 / k for k in range(1, n + 1))
-    expected = heterogeneity(problem) * (harmonic - 1) / (n - 1)
+    expected = problem.heterogeneity * (harmonic - 1) / (n - 1)
     assert float(torch.stack(squares).mean()) == pytest.approx(expected, rel=1e-12)
     assert expected == pytest.approx(0.136, abs=5e-4)  # as docs/theory.md says

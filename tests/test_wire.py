@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import FEEDBACK, SENT, G, assert_identical, cut, each, gradients
+from operators import FEEDBACK, STATELESS, G, assert_identical, cut, each, gradients
 
 from metamom import QSGD, Clip, Compose, Identity, RandK, Sign, TopK
+from metamom.bias.select import INTEGERS
 from metamom.bias.wire import digits_in_byte, pack, packed_bytes, unpack
 
 
-@each(SENT)
+@each(STATELESS)
 @settings(deadline=None, max_examples=8)
 @given(g=gradients(rows=3), step=st.integers(0, 2**40))
 def test_messages_say_exactly_what_the_operator_leaves(operator, g, step):
@@ -20,8 +21,9 @@ def test_messages_say_exactly_what_the_operator_leaves(operator, g, step):
     for i, row in enumerate(g):
         message = operator.encode(row, step=step, worker=i, sizes=cut(d))
         assert message.dtype is torch.uint8
-        assert message.shape == (operator.wire_bytes(d, g.element_size(), cut(d)),)
-        out = operator(row, step=step, first_worker=i, sizes=cut(d))
+        least = operator.wire_bytes(d, g.element_size(), cut(d))
+        assert len(message) == least or (len(message) > least and getattr(operator, "ties", "index") == "all")
+        out = operator(row, step=step, workers=[i], sizes=cut(d))
         assert_identical(operator.decode(message, d, g.dtype, sizes=cut(d)), out)
 
 
@@ -53,11 +55,39 @@ def test_messages_of_another_length(operator):
 
 
 def test_what_has_no_message():
-    with pytest.raises(ValueError, match="ties='all' cannot be encoded"):
-        TopK(2, ties="all").encode(G)
     for operator in FEEDBACK:
         with pytest.raises(ValueError, match="has a state: encode what its operator"):
             operator.encode(G)
+
+
+@settings(deadline=None, max_examples=40)
+@given(g=gradients(min_d=2), layers=st.booleans(), k=st.integers(1, 2))
+def test_messages_with_all_ties_hold_what_is_kept(g, layers, k):
+    """An index and a value for each kept entry that is not zero, and never fewer than K of them."""
+    sizes = cut(g.shape[-1]) if layers else [g.shape[-1]]
+    k = min(k, *(size for size in sizes if size))
+    operator, least = TopK(k, per_tensor=layers, ties="all"), k * sum(size > 0 for size in sizes)
+    for row in g.reshape(-1, g.shape[-1]):
+        parts = [part for part in row.split(sizes) if len(part)]
+        kept = sum(int((part.abs() >= part.abs().sort().values[-k]).sum()) for part in parts)
+        whole = operator(row, sizes=sizes)
+        message = operator.encode(row, sizes=sizes)
+        entries, rest = divmod(len(message), row.element_size() + 4)
+        assert rest == 0
+        assert entries == max(least, int((whole.view(INTEGERS[row.element_size()]) != 0).sum()))
+        assert least <= entries <= max(least, kept)
+        assert operator.wire_bytes(len(row), row.element_size(), sizes) == least * (row.element_size() + 4)
+        assert_identical(operator.decode(message, len(row), row.dtype, sizes=sizes), whole)
+
+
+def test_as_many_bytes_as_there_are_ties():
+    ties = torch.tensor([1.0, -1.0, 0.5, 1.0, 0.0])
+    for operator, count in ((TopK(2), 2), (TopK(2, ties="all"), 3), (TopK(4, ties="all"), 4), (TopK(5, ties="all"), 5)):
+        assert len(operator.encode(ties)) == 8 * count
+    with pytest.raises(ValueError, match=r"sends 16 bytes or more for 5 entries of torch\.float32; got"):
+        TopK(2, ties="all").decode(torch.zeros(20, dtype=torch.uint8), 5, torch.float32)
+    with pytest.raises(ValueError, match="sends 16 bytes or more"):
+        TopK(2, ties="all").decode(torch.zeros(8, dtype=torch.uint8), 5, torch.float32)
 
 
 @pytest.mark.parametrize("element_size", [2, 4, 8])

@@ -4,8 +4,8 @@ metamom reproduce mnist   --nodes 100 --lr 0.5 --beta 0.1 --bias topk:33500 --se
 metamom reproduce fashion --nodes 100 --lr 0.5 --beta 0.1 --bias topk:1%    --seed 0 --epochs 300 --run-dir RUN
 metamom reproduce table   --paper RESULTS_DIR --run-dir RUN
 
-`protocol` holds what the two experiments are, `nodes` the nodes' gradients, `training` an epoch, `run` the loop with
-its run directory, `published` the authors' files, `table` the comparison.
+`protocol` holds what the two experiments are, `nodes` the nodes' gradients, `memory` how many of them at a time,
+`training` an epoch, `run` the loop with its run directory, `published` the authors' files, `table` the comparison.
 """
 
 from metamom.experiments.paper.run import reproduce

@@ -51,6 +51,7 @@ class Protocol:
         model: makes it, drawing its weights from torch's global generator.
         description: of the model, for the record.
         gradients: of the nodes.
+        together: whether they compute a chunk's nodes in one.
         activations: numbers kept for each image on the way back, about; bounds the chunk.
     """
 
@@ -63,6 +64,7 @@ class Protocol:
     model: Callable[[], nn.Module]
     description: str
     gradients: Gradients
+    together: bool
     activations: int
 
     def data(self, part: str, root: PathLike | None) -> LabelledImages:
@@ -108,6 +110,7 @@ PROTOCOLS = {
         model=mlp,
         description="MLP 784-512-512-10",
         gradients=gradients_together,
+        together=True,
         activations=4000,
     ),
     "fashion": Protocol(
@@ -120,7 +123,8 @@ PROTOCOLS = {
         model=resnet18,
         description="ResNet-18, running statistics",
         gradients=gradients_in_order,
-        activations=0,  # one node's at a time, whatever the chunk
+        together=False,
+        activations=300_000,
     ),
 }
 

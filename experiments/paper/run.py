@@ -24,6 +24,7 @@ from metamom.training import DivergedError
 
 HEADER = ",".join(("", *Row._fields))
 SAVE_AFTER = 10.0  # seconds of work that a crash may cost, or an epoch
+REMEDIES = ""  # for divergence: nothing but the step size and the operator is there to be changed
 
 
 def reproduce(
@@ -56,7 +57,8 @@ def reproduce(
             entries of at least the K-th largest magnitude, as the authors' does.
         seed: of the weights and of the flips.
         epochs: total number of updates, including those before a resume; the authors' (200, 300) if ``None``.
-        chunk: nodes computed at a time; as many as fit into 500 MiB if ``None``.
+        chunk: nodes computed at a time, which changes no result; if ``None``, as many as keep the run within 2 GB, its
+            data, the operator's state and checkpoints included.
         device: ``"cpu"``, ``"cuda"``.
         root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
         resume: go on from the newest good checkpoint, or start afresh where there is none.
@@ -66,7 +68,7 @@ def reproduce(
 
     Raises:
         ValueError: for an argument out of range, missing or damaged data, a directory in use, with a run in it while
-            ``resume`` is false, or with a run of other settings.
+            ``resume`` is false, or with a run of other settings; without a chunk, for a run that takes more than 2 GB.
         DivergedError: when the training loss is no longer finite.
         TrainingInterrupted: by a signal, after saving.
 
@@ -112,9 +114,9 @@ def reproduce(
             try:
                 row = training.epoch()
             except NonFiniteError as error:
-                raise DivergedError("a node's gradient", epoch) from error
+                raise DivergedError("a node's gradient", epoch, REMEDIES) from error
             if not math.isfinite(row.train_loss):
-                raise DivergedError("the training loss", epoch)
+                raise DivergedError("the training loss", epoch, REMEDIES)
             seconds += time.perf_counter() - began
             rows.append(row)
             run.log(_metrics(epoch, row, seconds, training))
@@ -145,7 +147,7 @@ EPOCHS = {"mnist": 200, "fashion": 300}
 def _settings(
     kind: Protocol, training: Training, *, lr: float, beta: float, bias: BiasOperator, seed: int
 ) -> dict[str, Any]:
-    settings = {
+    return {
         "experiment": "paper",
         "dataset": kind.dataset,
         "model": kind.description,
@@ -158,13 +160,11 @@ def _settings(
         "seed": seed,
         "dtype": "float32",
     }
-    # a state for each chunk's nodes fits chunks of the same size alone
-    return settings | ({"chunk": training.chunk} if bias.feeds_back else {})
 
 
 def _metrics(epoch: int, row: Row, seconds: float, training: Training) -> dict[str, Any]:
     """A line of ``metrics.jsonl``: the names of every run's, and those of ``metrics.csv``."""
-    wire = training.operators[0].wire_bytes(training.parameters, sizes=training.sizes)
+    wire = training.operator.wire_bytes(training.parameters, sizes=training.sizes)
     line = {"step": epoch, "loss": row.train_loss, "accuracy": row.train_acc, **row._asdict()}
     return {**line, "seconds": seconds, "world_size": 1, "wire_bytes": training.nodes * wire}
 

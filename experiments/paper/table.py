@@ -28,7 +28,8 @@ class Line(NamedTuple):
         setting: of both.
         ours: our runs.
         theirs: the authors' runs, of our seeds where they published some, or the mean of five.
-        apart: the largest ``|Δ train_loss|`` over as many epochs as `FIRST` says; ``None`` without a common seed.
+        apart: the largest ``|Δ train_loss|`` over as many epochs as `FIRST` says; ``None`` without a common seed that
+            both ran for so many.
     """
 
     setting: Setting
@@ -73,10 +74,11 @@ def final_accuracy(rows: Sequence[Row]) -> float:
     return float(np.mean([row.test_acc for row in rows[-LAST:]]))
 
 
-def largest_difference(ours: Sequence[Row], theirs: Sequence[Row], epochs: int) -> float:
-    """The largest ``|Δ train_loss|`` of the first epochs, as far as both go."""
-    pairs = list(zip(ours, theirs, strict=False))[:epochs]
-    return max(abs(a.train_loss - b.train_loss) for a, b in pairs)
+def largest_difference(ours: Sequence[Row], theirs: Sequence[Row], epochs: int) -> float | None:
+    """The largest ``|Δ train_loss|`` of the first epochs; ``None`` where one of the runs is shorter."""
+    if min(len(ours), len(theirs)) < epochs:
+        return None
+    return max(abs(a.train_loss - b.train_loss) for a, b in zip(ours[:epochs], theirs[:epochs], strict=True))
 
 
 def _matched(ours: list[Curve], theirs: list[Curve]) -> list[Line]:
@@ -86,9 +88,8 @@ def _matched(ours: list[Curve], theirs: list[Curve]) -> list[Line]:
         published = [curve for curve in theirs if curve.setting == setting]
         runs = [curve for curve in published if curve.seed is not None]
         common = [(a, b) for a in mine for b in runs if a.seed == b.seed]
-        apart = tuple(
-            max((largest_difference(a.rows, b.rows, epochs) for a, b in common), default=None) for epochs in FIRST
-        )
+        pairs = [[largest_difference(a.rows, b.rows, epochs) for a, b in common] for epochs in FIRST]
+        apart = tuple(max((each for each in found if each is not None), default=None) for found in pairs)
         shown = [b for _, b in common] or [curve for curve in published if curve.seed is None] or runs
         lines.append(Line(setting, mine, shown, apart))
     return lines
@@ -128,27 +129,39 @@ def _report(lines: list[Line]) -> str:
 
 def _honest(lines: list[Line]) -> list[str]:
     """Where momentum does not win, by our curves and by theirs."""
-    found = []
+    sides: tuple[tuple[str, Callable[[Line], list[Curve]]], ...] = (
+        ("ours", lambda line: line.ours),
+        ("the authors'", lambda line: line.theirs),
+    )
+    compared, found = 0, []
     for group in _groups(lines):
-        sides: tuple[tuple[str, Callable[[Line], list[Curve]]], ...] = (
-            ("ours", lambda line: line.ours),
-            ("the authors'", lambda line: line.theirs),
-        )
         for side, of in sides:
-            plain = [line for line in group if line.setting.beta == 1 and of(line)]
+            plain = [mean_rows(of(line)) for line in group if line.setting.beta == 1 and of(line)]
             for line in group if plain else ():
                 if line.setting.beta == 1 or not of(line):
                     continue
-                sgd, momentum = mean_rows(of(plain[0])), mean_rows(of(line))
-                behind = []
-                sooner, reached = epochs_to(sgd), epochs_to(momentum)
-                if sooner is not None and (reached is None or reached >= sooner):
-                    behind.append(f"it is no sooner at {TARGET:.0%}")
-                if len(momentum) == len(sgd) and final_accuracy(momentum) < final_accuracy(sgd):
-                    behind.append(f"it ends {100 * (final_accuracy(sgd) - final_accuracy(momentum)):.2f} points lower")
+                behind = _behind(mean_rows(of(line)), plain[0], EPOCHS[line.setting.dataset])
+                compared += behind is not None
                 if behind:
                     found.append(f"- {_title(line.setting)}, β = {line.setting.beta:g} ({side}): {', '.join(behind)}.")
-    return ["Where momentum does not win:", "", *found] if found else ["Momentum wins wherever it was compared."]
+    if found:
+        return ["Where momentum does not win:", "", *found]
+    return ["Momentum wins wherever it was compared." if compared else "No runs to compare momentum with SGD by."]
+
+
+def _behind(momentum: list[Row], sgd: list[Row], epochs: int) -> list[str] | None:
+    """In what momentum does not win, judged over epochs that both have; ``None`` where these decide nothing."""
+    common = min(len(momentum), len(sgd))
+    reached, sooner = epochs_to(momentum[:common]), epochs_to(sgd[:common])
+    complete = common >= epochs
+    if reached is None and sooner is None and not complete:
+        return None
+    behind = []
+    if sooner is not None and (reached is None or reached >= sooner):
+        behind.append(f"it is no sooner at {TARGET:.0%}")
+    if complete and final_accuracy(momentum) < final_accuracy(sgd):
+        behind.append(f"it ends {100 * (final_accuracy(sgd) - final_accuracy(momentum)):.2f} points lower")
+    return behind
 
 
 def _reached(curves: list[Curve]) -> str:

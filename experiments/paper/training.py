@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,13 +11,13 @@ from torch.nn import functional as F
 
 from metamom.aggregate import unflatten
 from metamom.bias import BiasOperator
+from metamom.experiments.paper.memory import Needs, largest_chunk
 from metamom.experiments.paper.nodes import Seen
 from metamom.experiments.paper.protocol import Protocol
 from metamom.optim import CompositeMomentum
 from metamom.tasks.images import LabelledImages
+from metamom.training import check_momentum
 
-BUDGET = 500 << 20  # bytes for a chunk: its gradients, what the operator makes of them, and activations
-COPIES = 8  # of the gradients that an operator may hold at a time, about
 TEST_BATCH = 1000  # images
 
 
@@ -44,13 +43,13 @@ class Training:
         nodes: n, must divide N.
         lr: gamma.
         beta: weight of the new gradient.
-        bias: the operator on each node's gradient.
+        bias: the operator on each node's gradient; what it carries from epoch to epoch starts afresh.
         seed: of the weights and of all later draws, as ``torch.manual_seed`` before the model is made.
-        chunk: nodes computed at a time; as many as fit into 500 MiB if ``None``.
+        chunk: nodes computed at a time; as many as `memory` allows if ``None``.
         device: of everything.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: for an argument out of range; without a chunk, for a run that takes more than 2 GB.
     """
 
     def __init__(
@@ -71,8 +70,6 @@ class Training:
             raise ValueError(f"the number of nodes must divide the {len(train.labels)} images; got nodes={nodes}.")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is the number of nodes computed at a time and must be >= 1; got {chunk}.")
-        if bias.carries_momentum and beta != 1:
-            raise ValueError(f"{bias.spec} carries the momentum on the nodes: it needs beta=1; got beta={beta}.")
         self.protocol = protocol
         self.nodes = nodes
         self.train = LabelledImages(*(t.to(device).view(nodes, -1, *t.shape[1:]) for t in train))
@@ -80,13 +77,14 @@ class Training:
         self.model, self.draws = protocol.initial(seed)
         self.model.to(device=device, dtype=train.images.dtype)
         self.optimizer = CompositeMomentum(self.model.parameters(), lr=lr, beta=beta, first_step="gradient")
+        check_momentum(self.optimizer, bias)
         self.sizes = [p.numel() for p in self.model.parameters()]
         self.parameters = sum(self.sizes)
         bias.wire_bytes(self.parameters, sizes=self.sizes)  # an operator too large says so
         self.epochs = 0
-        self.chunk = min(nodes, self._fitting() if chunk is None else chunk)
-        # one for each chunk of nodes, since error feedback keeps a state for each of its nodes
-        self.operators = [copy.deepcopy(bias) for _ in range(0, nodes, self.chunk)]
+        self.operator = bias
+        self.operator.reset()
+        self.chunk = largest_chunk(self._needs()) if chunk is None else min(nodes, chunk)
 
     def epoch(self) -> Row:
         """One update, and the metrics around it."""
@@ -105,7 +103,7 @@ class Training:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "operators": [operator.state_dict() for operator in self.operators if operator.feeds_back],
+            "bias": self.operator.state_dict(),
             "draws": self.draws.get_state(),
             "epochs": self.epochs,
         }
@@ -114,8 +112,7 @@ class Training:
         """Go on where a checkpoint stood."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for operator, kept in zip((o for o in self.operators if o.feeds_back), state["operators"], strict=True):
-            operator.load_state_dict(kept)
+        self.operator.load_state_dict(state["bias"])
         self.draws.set_state(state["draws"].cpu())
         self.epochs = state["epochs"]
 
@@ -127,14 +124,15 @@ class Training:
         total = images.new_zeros(self.parameters)
         seen = []
         flips = self._flips(labels.numel())
-        for operator, first in zip(self.operators, range(0, self.nodes, self.chunk), strict=True):
+        for first in range(0, self.nodes, self.chunk):
             y = labels[first : first + self.chunk]
             x = images[first : first + self.chunk].flatten(0, 1)
             flipped = None if flips is None else flips.view_as(labels)[first : first + self.chunk].flatten()
             out = rows[: len(y)]
             x = self.protocol.seen(x, flipped)
             seen.append(self.protocol.gradients(self.model, x.view(*y.shape, *x.shape[1:]), y, out))
-            total += operator(out, step=self.epochs, first_worker=first, sizes=self.sizes).sum(0)
+            nodes = range(first, first + len(y))
+            total += self.operator(out, step=self.epochs, workers=nodes, sizes=self.sizes).sum(0)
         return total.div_(self.nodes), Seen(*map(torch.cat, zip(*seen, strict=True)))
 
     @torch.no_grad()
@@ -165,8 +163,14 @@ class Training:
         torch.empty((), dtype=torch.int64).random_(generator=self.draws)
         return (torch.rand(count, generator=self.draws) < 0.5).to(self.train.labels.device)
 
-    def _fitting(self) -> int:
-        """How many nodes' gradients and activations fit into the budget."""
-        images = self.train.labels.shape[1]
-        numbers = COPIES * self.parameters + images * self.protocol.activations
-        return max(1, BUDGET // (self.train.images.element_size() * numbers))
+    def _needs(self) -> Needs:
+        return Needs(
+            nodes=self.nodes,
+            parameters=self.parameters,
+            data=sum(t.nbytes for t in (*self.train, *self.test)),
+            images=self.train.labels.shape[1],
+            activations=self.protocol.activations,
+            together=self.protocol.together,
+            kept=len(self.operator.names),
+            element_size=self.train.images.element_size(),
+        )

@@ -8,8 +8,15 @@ float32, so that a machine that slows down slows all of them; a turn is one iter
 are medians and quartiles of turns; speeds are quotients of times of the same round. GFLOP/s count the matrix products
 that metamom's meta-gradient needs, for every contender the same number.
 
-First calls are made with nothing compiled before, unless $TORCHINDUCTOR_CACHE_DIR names a cache; the kernels that
-metamom builds once a machine are built already. float32 is float32: TF32 is off for everybody.
+"off by" is how far a contender's float32 meta-gradient is from the first contender's, relative to its norm.
+``metamom-bfloat16``, which takes part where it is asked for (``--contenders metamom,metamom-bfloat16``), multiplies in
+bfloat16: it is timed although it is off, and that column says what it costs in accuracy.
+
+"1st call" is the time of making a contender and of its first iteration where TorchInductor's cache is empty (unless
+$TORCHINDUCTOR_CACHE_DIR names one), as for a program that was never run before; the kernels that metamom builds once a
+machine are built already. ``--alone`` adds "2nd run": the same in a new process, which finds the cache filled. With
+``--cold`` both caches are empty, and the time of building the kernels is told by itself. float32 is float32: TF32 is
+off for everybody.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ from metamom.allocator import keep_freed_memory
 from metamom.experiments.speed import measure as measuring
 from metamom.experiments.speed import report
 from metamom.experiments.speed.measure import Measured
-from metamom.experiments.speed.peers import NAMES, makers, unavailable
+from metamom.experiments.speed.peers import NAMES, ROUGH, makers, unavailable
 from metamom.experiments.speed.rows import ROWS
 from metamom.run_directory import environment
 
@@ -51,8 +58,16 @@ def main(words: Sequence[str] | None = None) -> int:
         os.environ["NPROC"] = str(arguments.threads)  # read by XLA when JAX starts
     if arguments.one:
         row, name = arguments.one
-        print(json.dumps(measuring.peak_memory(ROWS[row]().to(device, torch.float32), name, device)))
+        print(json.dumps(measuring.alone(ROWS[row]().to(device, torch.float32), name, device)))
         return 0
+    with measuring.empty_caches(kernels=arguments.cold):
+        return _all_rows(arguments, device)
+
+
+def _all_rows(arguments: argparse.Namespace, device: torch.device) -> int:
+    start = measuring.now(device)
+    unavailable("metamom-compiled", device)
+    building = measuring.now(device) - start  # or loading, unless --cold
     skipped = {name: why for name in arguments.contenders if (why := unavailable(name, device)) is not None}
     present = [name for name in arguments.contenders if name not in skipped]
     env = environment()
@@ -60,19 +75,23 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"torch {env['torch']}, {env['threads']} threads, {device}, {env['processor']}")
         for name, why in skipped.items():
             print(f"skipped: {name}: {' '.join(why.split())[:200]}")
+        if arguments.cold:
+            print(f"metamom's kernels, built once a machine: {building:.1f} s")
     results = {}
-    with measuring.cold_compiler():
-        for row in tqdm(arguments.rows, desc="rows", disable=None):
-            if (measured := run(row, present, device, arguments)) is None:
-                continue
-            results[row] = measured
-            if not arguments.json:
-                lines = report.checked(measured) if arguments.check else report.timed(measured)
-                tqdm.write("\n".join(["", f"{row}:", *lines]), file=sys.stdout)
-                sys.stdout.flush()
+    for row in tqdm(arguments.rows, desc="rows", disable=None):
+        if (measured := run(row, present, device, arguments)) is None:
+            continue
+        results[row] = measured
+        if not arguments.json:
+            lines = report.checked(measured) if arguments.check else report.timed(measured)
+            tqdm.write("\n".join(["", f"{row}:", *lines]), file=sys.stdout)
+            sys.stdout.flush()
     if arguments.json:
+        found: dict[str, Any] = {"environment": env, "device": str(device), "skipped": skipped}
+        if arguments.cold:
+            found["kernels_seconds"] = building
         rows = {row: report.as_json(measured) for row, measured in results.items()}
-        print(json.dumps({"environment": env, "device": str(device), "skipped": skipped, "rows": rows}))
+        print(json.dumps({**found, "rows": rows}))
     return int(any(measured.refused for measured in results.values()))
 
 
@@ -85,12 +104,12 @@ def run(row: str, present: Sequence[str], device: torch.device, arguments: argpa
     if arguments.check:
         return measuring.check(made, names, device)
     measured = measuring.measure(made, names, device, arguments.seconds, arguments.rounds)
-    if arguments.memory:
+    if arguments.alone:
         options = ["--device", arguments.device]
         if arguments.threads is not None:
             options += ["--threads", str(arguments.threads)]
         for name in measured.milliseconds:
-            measured.memory[name] = measuring.peak_memory_elsewhere(row, name, options)
+            measured.alone[name] = measuring.alone_elsewhere(row, name, options)
     return measured
 
 
@@ -99,12 +118,14 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time meta-iterations.", allow_abbrev=False)
     add = parser.add_argument
     add("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)} (default: all)")
-    add("--contenders", default=",".join(NAMES), help=f"some of {', '.join(NAMES)} (default: all that are installed)")
+    usual = ",".join(name for name in NAMES if name not in ROUGH)
+    add("--contenders", default=usual, help=f"some of {', '.join(NAMES)} (default: all but {', '.join(ROUGH)})")
     add("--seconds", type=float, default=20.0, help="time for a row, after its first calls (default: 20)")
     add("--rounds", type=int, default=200, help="timed iterations of each at most (default: 200)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's and JAX's own choice)")
-    add("--memory", action="store_true", help="peak memory too, each in a process of its own, which takes time")
+    add("--alone", "--memory", action="store_true", help="peak memory and a second run's first call too: each alone")
+    add("--cold", action="store_true", help="time the building of metamom's kernels too, in an empty cache")
     add("--check", action="store_true", help="only check that all compute the same; the exit status is 1 if not")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--one", nargs=2, help=argparse.SUPPRESS)  # row and contender: print the peak memory of this process
@@ -119,8 +140,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option} must be >= 1; got {value}.")
-    if arguments.check and arguments.memory:
-        parser.error("--check measures nothing; leave out --memory.")
+    if arguments.check and (arguments.alone or arguments.cold):
+        parser.error("--check measures nothing; leave out --memory, --alone and --cold.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here.")
     return arguments

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from metamom.experiments.peak import peak_mib
 from metamom.experiments.speed import with_jax
-from metamom.experiments.speed.peers import META, Contender, makers, prepare
+from metamom.experiments.speed.peers import META, ROUGH, Contender, makers, prepare
 from metamom.experiments.speed.rows import MetaRow, OptimizerRow, Row
 
 TOLERANCE = 1e-8  # of float64 results, relative to their norm
+ROUGH_TOLERANCE = 1.0  # of those who round to few digits on purpose: it only tells numbers from garbage
 WARM_UP = 2  # rounds, after the first call
 LEAST_ROUNDS = 5
 GEMM_SIZES = (1024, 2048)
@@ -41,10 +42,11 @@ class Measured:
         flops: useful work of one iteration, ``None`` where it is no matter of products.
         differences: how far each contender's float64 outcome is from the reference's, relative to its norm.
         float32_differences: the same in float32.
-        first_calls: seconds of making a contender and its first iteration, compiling included.
+        first_calls: seconds of making a contender and its first iteration, compiling included, which finds
+            TorchInductor's cache empty.
         milliseconds: of one iteration, round by round; of contenders that agree.
         gemm: milliseconds of a float32 product of square matrices, by size, in the same rounds.
-        memory: see `peak_memory`; empty unless asked for.
+        alone: see `alone`; empty unless asked for.
     """
 
     row: Row
@@ -54,13 +56,18 @@ class Measured:
     first_calls: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     gemm: dict[int, list[float]] = field(default_factory=dict)
-    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    alone: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def refused(self) -> list[str]:
         """Who computes something else, and is not timed."""
         checks = ((self.differences, TOLERANCE), (self.float32_differences, self.row.tolerance))
-        found = {name for values, most in checks for name, value in values.items() if not value <= most}
+        found = {
+            name
+            for values, most in checks
+            for name, value in values.items()
+            if not value <= (ROUGH_TOLERANCE if name in ROUGH else most)
+        }
         return [name for name in self.differences if name in found]
 
 
@@ -75,7 +82,8 @@ def check(row: Row, names: list[str], device: torch.device) -> Measured:
     exact = row.to(device, torch.float64)
     reference = None
     for name in names:
-        contender = makers(exact)[name]()
+        # bfloat16 is for float32 alone
+        contender = makers(row.to(device, torch.float32) if name in ROUGH else exact)[name]()
         for _ in range(steps_of(row)):
             contender.iterate()
         outcome = _flat(row, contender)
@@ -186,37 +194,48 @@ def _product(size: int, device: torch.device) -> Callable[[], Tensor]:
 
 
 @contextmanager
-def cold_compiler() -> Iterator[None]:
-    """An empty cache for TorchInductor, so that first calls compile; one that the environment names is left in use."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
-        yield
-        return
+def empty_caches(kernels: bool = False) -> Iterator[None]:
+    """An empty cache for TorchInductor, so that first calls compile; one that the environment names is left in use.
+
+    Args:
+        kernels: make both caches empty, whatever the environment names, so that metamom's kernels are built again.
+    """
+    names = ["TORCHINDUCTOR_CACHE_DIR"] if kernels or "TORCHINDUCTOR_CACHE_DIR" not in os.environ else []
+    names += ["METAMOM_CACHE"] if kernels else []
+    before = {name: os.environ.get(name) for name in names}
     with TemporaryDirectory(prefix="metamom-speed-", ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
+        os.environ.update({name: os.path.join(folder, name.lower()) for name in names})
         try:
             yield
         finally:
-            del os.environ[name]
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
-def peak_memory(row: Row, name: str, device: torch.device) -> dict[str, float]:
-    """Peak memory in MiB of this process, which should do nothing else: three iterations of one contender.
+def alone(row: Row, name: str, device: torch.device) -> dict[str, float]:
+    """What one contender takes in this process, which should do nothing else: three iterations.
 
     Returns:
-        ``peak``, and ``imports``, the peak before the contender was made. On a CPU that is the process's resident
+        ``peak``, MiB; ``imports``, MiB, the peak before the contender was made; and ``first_call``, the seconds of
+        making it and of its first iteration, with what the caches hold. Memory on a CPU is the process's resident
         set, compiling included; on CUDA what PyTorch (or JAX) allocated there.
     """
     prepare(name, device)
     imports = _peak(name, device)
+    start = now(device)
     contender = makers(row)[name]()
-    for _ in range(3):
+    contender.iterate()
+    first_call = now(device) - start
+    for _ in range(2):
         contender.iterate()
-    return {"peak": _peak(name, device), "imports": imports}
+    return {"peak": _peak(name, device), "imports": imports, "first_call": first_call}
 
 
-def peak_memory_elsewhere(row: str, name: str, options: list[str]) -> dict[str, float]:
-    """`peak_memory` in a process of its own.
+def alone_elsewhere(row: str, name: str, options: list[str]) -> dict[str, float]:
+    """`alone` in a process of its own, which finds what this one has compiled in the caches.
 
     Args:
         row: its name.

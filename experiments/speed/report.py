@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from metamom.experiments.speed.measure import TOLERANCE, Measured
+from metamom.experiments.speed.peers import ROUGH
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
@@ -33,8 +34,9 @@ def as_json(measured: Measured) -> dict[str, Any]:
             if measured.flops is not None and rate is not None:
                 gflops = measured.flops / (1e6 * float(np.median(times)))
                 entry |= {"gflop_per_second": gflops, "percent_of_gemm": 100 * gflops / rate[1]}
-        if name in measured.memory:
-            entry["memory_mib"] = measured.memory[name]
+        if (by_itself := measured.alone.get(name)) is not None:
+            entry["memory_mib"] = {key: by_itself[key] for key in ("peak", "imports")}
+            entry["second_first_call_seconds"] = by_itself["first_call"]
     return {
         "title": measured.row.title,
         "reference": reference,
@@ -68,10 +70,9 @@ def timed(measured: Measured) -> Iterator[str]:
     if (rate := gemm_rate(measured)) is not None and measured.flops is not None:
         line += f"; {measured.flops / 1e9:.3g} GFLOP; {rate[0]}^3 GEMM at {rate[1]:.1f} GFLOP/s (100 %)"
     yield line
-    memory = bool(measured.memory)
     against = f"x {values['reference']} (quartiles)"
-    head = f"{'':<17}{'ms (quartiles)':>25}{against:>29}{'GFLOP/s':>9}{'GEMM':>7}{'1st call':>10}"
-    yield head + (f"{'MiB (imports)':>15}" if memory else "")
+    head = f"{'':<17}{'ms (quartiles)':>25}{against:>29}{'GFLOP/s':>9}{'GEMM':>8}{'off by':>9}{'1st call':>10}"
+    yield head + (f"{'2nd run':>10}{'MiB (imports)':>15}" if measured.alone else "")
     for name, entry in values["contenders"].items():
         if not entry["agrees"]:
             off = f"{entry['difference']:.1e} in float64"
@@ -83,12 +84,12 @@ def timed(measured: Measured) -> Iterator[str]:
         columns = [
             f"{name:<17}{_shown(entry['milliseconds']):>25}{_shown(entry['speed']):>29}",
             f"{'-' if gflops is None else format(gflops, '.2f'):>9}",
-            f"{'-' if percent is None else format(percent, '.1f') + ' %':>7}",
-            f"{entry['first_call_seconds']:>8.2f} s",
+            f"{'-' if percent is None else format(percent, '.1f') + ' %':>8}",
+            f"{entry['float32_difference']:>9.0e}{entry['first_call_seconds']:>8.2f} s",
         ]
-        if name in measured.memory:
-            used = measured.memory[name]
-            columns.append(f"{used['peak']:>8.0f} ({used['imports']:.0f})")
+        if (by_itself := measured.alone.get(name)) is not None:
+            columns.append(f"{by_itself['first_call']:>8.2f} s")
+            columns.append(f"{by_itself['peak']:>8.0f} ({by_itself['imports']:.0f})")
         yield "".join(columns)
 
 
@@ -101,7 +102,7 @@ def checked(measured: Measured) -> Iterator[str]:
         return
     yield f"distance from {reference}'s, relative to its norm; in float64; up to {TOLERANCE:g} agrees"
     for name in others:
-        verdict = "DISAGREES" if name in measured.refused else "agrees"
+        verdict = "DISAGREES" if name in measured.refused else "rounds" if name in ROUGH else "agrees"
         yield f"  {name:<17}{measured.differences[name]:9.1e}  {verdict}"
 
 

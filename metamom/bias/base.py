@@ -22,13 +22,13 @@ class Place(NamedTuple):
 
     Attributes:
         step: number of the call, from 0.
-        first_worker: the worker of the first row; the others follow.
+        workers: whose gradients the rows are, a number for each.
         part: number of the parameter tensor in a layer-wise operator, else 0.
         turn: number of the operator in a composition, else 0: two of one kind draw independently.
     """
 
     step: int
-    first_worker: int
+    workers: Sequence[int]
     part: int = 0
     turn: int = 0
 
@@ -59,18 +59,24 @@ class BiasOperator(ABC):
     """
 
     per_tensor: bool = False  # an argument of those that can act on each parameter tensor by itself
-    feeds_back: bool = False  # whether each worker keeps a state from call to call
+    names: tuple[str, ...] = ()  # of the tensors [d] that each worker keeps from call to call: error feedback's
     carries_momentum: bool = False  # whether the workers average gradients over steps, so that the server must not
 
     def __call__(
-        self, gradient: Tensor, *, step: int | None = None, first_worker: int = 0, sizes: Sizes | None = None
+        self,
+        gradient: Tensor,
+        *,
+        step: int | None = None,
+        workers: Sequence[int] | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor:
         """Apply C to each gradient.
 
         Args:
             gradient: ``[..., d]``, one gradient for each worker.
             step: what random operators draw by, beside the worker; the number of earlier calls by default.
-            first_worker: the worker whose gradient stands first.
+            workers: whose gradients these are, numbers >= 0 that differ; 0, 1, ... by default. Random operators draw
+                by them, and error feedback keeps a state for each.
             sizes: the numbers of entries of the parameter tensors, which layer-wise operators need.
 
         Returns:
@@ -79,11 +85,15 @@ class BiasOperator(ABC):
         Raises:
             NonFiniteError: for an infinite entry or a NaN.
             TypeError: for entries that are no floating-point numbers.
-            ValueError: for sizes that are missing or do not add up to d; and as the operator says.
+            ValueError: for workers that do not fit the rows, sizes that are missing or do not add up to d; and as the
+                operator says. What the operator carries from call to call is then as it was.
         """
         _check(gradient)
         rows = gradient.reshape(-1, gradient.shape[-1])
-        out = self._pass(rows, Place(self._next_step(step), first_worker), sizes)
+        place = Place(self._next_step() if step is None else step, _numbers(workers, len(rows)))
+        out = self._pass(rows, place, sizes)
+        if step is None:
+            self._count_call()
         return gradient if out is rows else out.view(gradient.shape)
 
     @abstractmethod
@@ -94,6 +104,11 @@ class BiasOperator(ABC):
     @abstractmethod
     def spec(self) -> str:
         """How the command line spells this operator."""
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether each worker keeps a state from call to call."""
+        return bool(self.names)
 
     def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
         """``alpha_c`` with ``E ||C(g) - g||^2 <= (1 - alpha_c) ||g||^2`` for all g ``[d]``; None if there is none."""
@@ -145,7 +160,7 @@ class BiasOperator(ABC):
         _check(gradient)
         if gradient.dim() != 1:
             raise ValueError(f"encode takes one worker's gradient [d]; got shape {tuple(gradient.shape)}.")
-        return self._message(gradient, Place(step, worker), sizes)
+        return self._message(gradient, Place(step, [worker]), sizes)
 
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
         """What a message says: ``C(g)`` ``[d]``, exactly.
@@ -156,10 +171,7 @@ class BiasOperator(ABC):
         parts = self._parts(d, sizes)
         lengths = [self._wire_bytes(size, dtype.itemsize) for size in parts]
         if message.dtype is not torch.uint8 or message.shape != (sum(lengths),):
-            raise ValueError(
-                f"{self.spec} sends {sum(lengths)} bytes for {d} entries of {dtype}; got a message of "
-                f"{tuple(message.shape)} {message.dtype}."
-            )
+            raise self._misfit(message, f"{sum(lengths)} bytes", d, dtype)
         messages = torch.split(message, lengths)
         return torch.cat([self._decode(m, size, dtype) for m, size in zip(messages, parts, strict=True)])
 
@@ -188,6 +200,12 @@ class BiasOperator(ABC):
         parts = torch.split(gradient, self._parts(len(gradient), sizes))
         return torch.cat([self._encode(part, place._replace(part=i)) for i, part in enumerate(parts)])
 
+    def _misfit(self, message: Tensor, wanted: str, d: int, dtype: torch.dtype) -> ValueError:
+        return ValueError(
+            f"{self.spec} sends {wanted} for {d} entries of {dtype}; got a message of {tuple(message.shape)} "
+            f"{message.dtype}."
+        )
+
     def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
         """The lengths that the operator acts on, one after the other."""
         if not self.per_tensor:
@@ -198,8 +216,13 @@ class BiasOperator(ABC):
             raise ValueError(f"sizes must add up to the gradient's {d} entries; got {list(sizes)}.")
         return [size for size in sizes if size > 0]
 
-    def _next_step(self, step: int | None) -> int:
-        return 0 if step is None else step
+    def _next_step(self) -> int:
+        """The number of earlier calls, where they count."""
+        return 0
+
+    def _count_call(self) -> None:
+        """One call more, which has not failed."""
+        return  # most operators: it does not matter
 
     def _contraction(self, d: int) -> float | None:
         return None
@@ -289,6 +312,15 @@ def as_operator(bias: Bias) -> BiasOperator | None:
     if isinstance(bias, type):
         raise TypeError(f"a bias is an operator, such as {bias.__name__}(...); got the class {bias.__name__} itself.")
     return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)
+
+
+def _numbers(workers: Sequence[int] | None, rows: int) -> Sequence[int]:
+    """The rows' workers."""
+    if workers is None:
+        return range(rows)
+    if len(workers) != rows or len(set(workers)) != rows or min(workers, default=0) < 0:
+        raise ValueError(f"workers are {rows} numbers >= 0 that differ, one for each gradient; got {list(workers)}.")
+    return workers
 
 
 def _check(gradient: Tensor) -> None:

@@ -44,8 +44,12 @@ class Compose(BiasOperator):
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
         return self._pass(rows, place, None)
 
-    def _next_step(self, step: int | None) -> int:
-        return max([operator._next_step(step) for operator in self.operators])
+    def _next_step(self) -> int:
+        return max(operator._next_step() for operator in self.operators)
+
+    def _count_call(self) -> None:
+        for operator in self.operators:
+            operator._count_call()
 
     def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
         """Unknown: what two contractions do one after the other need not contract as far as one of them."""
@@ -73,13 +77,16 @@ class Compose(BiasOperator):
             operator.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """All of them, by number."""
-        return {str(i): operator.state_dict() for i, operator in enumerate(self.operators)}
+        """That of each which has one, by its number."""
+        return {str(i): state for i, operator in enumerate(self.operators) if (state := operator.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `BiasOperator`."""
-        for i, operator in enumerate(self.operators):
-            operator.load_state_dict(state[str(i)])
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise ValueError(f"{self.spec} carries the state of operators {sorted(own)}; got that of {sorted(state)}.")
+        for i, kept in state.items():
+            self.operators[int(i)].load_state_dict(kept)
 
     def __repr__(self) -> str:
         return f"Compose({', '.join(map(repr, self.operators))})"

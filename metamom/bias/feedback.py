@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,66 +11,79 @@ from torch import Tensor
 
 from metamom.bias.base import BiasOperator, Place, Sizes
 from metamom.bias.clip import Clip
+from metamom.optim import momentum_update_
+
+State = dict[str, Tensor]  # by name
 
 
 class ErrorFeedback(BiasOperator):
-    """What EF14, EF21, EF21-SGDM and Clip21 share: an operator, and tensors ``[n, d]`` that stay from call to call.
+    """What EF14, EF21, EF21-SGDM and Clip21 share: an operator, and tensors ``[d]`` that each worker keeps.
 
-    The state starts at zero and takes the shape of the first gradients. It is part of a run: `train` saves it with
-    every checkpoint. Operators must contract (Top-K, Rand-K unscaled, Sign) for the theory to hold.
+    A worker's state starts at zero and moves on whenever a gradient of that worker passes. It is part of a run: `train`
+    saves it with every checkpoint. Operators must contract (Top-K, Rand-K unscaled, Sign) for the theory to hold.
 
     Args:
         operator: C, on whole gradients or layer by layer.
 
     Raises:
         TypeError: for what is no operator, or feeds errors back itself.
-        ValueError: when called with gradients of another shape than before.
+        ValueError: when called with gradients of another length than before.
 
     Attributes:
-        state: the workers' tensors by name, ``[n, d]``; empty before the first call.
+        state: the workers' tensors by name, ``[n, d]`` in the order of the workers; empty before the first call.
     """
-
-    feeds_back = True
-    names: tuple[str, ...] = ()  # of the tensors
 
     def __init__(self, operator: BiasOperator) -> None:
         if not isinstance(operator, BiasOperator) or operator.feeds_back:
             raise TypeError(f"error feedback goes around an operator without it; got {operator!r}.")
         self.operator = operator
-        self._state: dict[str, Tensor] = {}
+        self._workers: dict[int, State] = {}
 
     @property
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """The workers' tensors by name."""
-        return self._state
+        kept = [self._workers[worker] for worker in sorted(self._workers)]
+        return {name: torch.stack([state[name] for state in kept]) for name in self.names} if kept else {}
 
     @abstractmethod
-    def _difference(self, rows: Tensor) -> Tensor:
-        """What goes through the operator; may move the state that does not depend on its result."""
+    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
+        """The recurrence: what the server reckons with ``[n, d]``, and the next state, from tensors ``[n, d]``.
 
-    @abstractmethod
-    def _received(self, difference: Tensor, sent: Tensor) -> Tensor:
-        """Update the state by what was sent; what the server reckons with, ``[n, d]``."""
+        Those in ``state`` may be changed.
+        """
 
     def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
-        if not self._state:
-            self._state = {name: torch.zeros_like(rows) for name in self.names}
-        elif self._state[self.names[0]].device != rows.device:  # from a checkpoint
-            self._state = {name: tensor.to(rows.device) for name, tensor in self._state.items()}
-        shape = self._state[self.names[0]].shape
-        if rows.shape != shape:
-            raise ValueError(
-                f"{self.spec} keeps the state of {shape[0]} workers with {shape[1]} entries; got gradients of shape "
-                f"{tuple(rows.shape)}. Use an operator of its own for each run, or reset() it."
-            )
-        difference = self._difference(rows)
-        return self._received(difference, self.operator._pass(difference, place, sizes))
+        state = {name: torch.zeros_like(rows) for name in self.names}
+        for row, worker in enumerate(place.workers):
+            for name, kept in self._workers.get(worker, {}).items():
+                if kept.shape != rows.shape[1:]:
+                    raise ValueError(
+                        f"{self.spec} keeps {len(kept)} entries of each worker; got gradients of {rows.shape[1]}. Use "
+                        "an operator of its own for each run, or reset() it."
+                    )
+                state[name][row] = kept
+        out, state = self._step(rows, state, lambda difference: self.operator._pass(difference, place, sizes))
+        for row, worker in enumerate(place.workers):  # only now, since the operator may raise
+            self._keep(worker, {name: tensor[row] for name, tensor in state.items()})
+        return out
+
+    def _keep(self, worker: int, state: State) -> None:
+        """A worker's next state, where its last one stands in memory: new tensors would leave holes behind."""
+        kept = self._workers.setdefault(worker, {})
+        for name, tensor in state.items():
+            if name in kept and (kept[name].device, kept[name].dtype) == (tensor.device, tensor.dtype):
+                kept[name].copy_(tensor)
+            else:
+                kept[name] = tensor.clone()
 
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
         return self._pass(rows, place, None)
 
-    def _next_step(self, step: int | None) -> int:
-        return self.operator._next_step(step)
+    def _next_step(self) -> int:
+        return self.operator._next_step()
+
+    def _count_call(self) -> None:
+        self.operator._count_call()
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
         """The operator's: what is fed back never leaves the worker."""
@@ -81,19 +95,22 @@ class ErrorFeedback(BiasOperator):
 
     def reset(self) -> None:
         """Forget the state."""
-        self._state = {}
+        self._workers = {}
         self.operator.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """The workers' tensors and the operator's own."""
-        return {"workers": dict(self._state), "operator": self.operator.state_dict()}
+        """Each worker's tensors, not copied (they move on with the next call), and the operator's own state."""
+        return {"workers": dict(self._workers), "operator": self.operator.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `BiasOperator`."""
-        if state["workers"] and set(state["workers"]) != set(self.names):
-            raise ValueError(f"{self.spec} keeps {', '.join(self.names)}; got {', '.join(state['workers'])}.")
-        self._state = {name: tensor.clone() for name, tensor in state["workers"].items()}
+        for kept in state["workers"].values():
+            if not isinstance(kept, dict) or set(kept) != set(self.names):
+                raise ValueError(f"{self.spec} keeps {', '.join(self.names)} of each worker; got {', '.join(kept)}.")
         self.operator.load_state_dict(state["operator"])
+        self._workers = {
+            worker: {name: tensor.clone() for name, tensor in kept.items()} for worker, kept in state["workers"].items()
+        }
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.operator!r})"
@@ -111,12 +128,10 @@ class EF14(ErrorFeedback):
 
     names = ("error",)
 
-    def _difference(self, rows: Tensor) -> Tensor:
-        return rows + self._state["error"]
-
-    def _received(self, difference: Tensor, sent: Tensor) -> Tensor:
-        self._state["error"] = difference - sent
-        return sent
+    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
+        wanted = rows + state["error"]
+        sent = operator(wanted)
+        return sent, {"error": wanted - sent}
 
     @property
     def spec(self) -> str:
@@ -135,12 +150,10 @@ class EF21(ErrorFeedback):
 
     names: tuple[str, ...] = ("estimate",)
 
-    def _difference(self, rows: Tensor) -> Tensor:
-        return rows - self._state["estimate"]
-
-    def _received(self, difference: Tensor, sent: Tensor) -> Tensor:
-        self._state["estimate"] = self._state["estimate"] + sent
-        return self._state["estimate"].clone()  # the caller's to change
+    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
+        estimate = state["estimate"]
+        estimate += operator(rows - estimate)
+        return estimate, {"estimate": estimate}
 
     @property
     def spec(self) -> str:
@@ -174,11 +187,10 @@ class EF21SGDM(EF21):
             raise ValueError(f"EF21SGDM needs the weight of the new gradient, 0 < eta <= 1; got {eta}.")
         self.eta = float(eta)
 
-    def _difference(self, rows: Tensor) -> Tensor:
-        # at eta = 1 the past has no say, were it infinite
-        moved = self._state["momentum"].mul(1 - self.eta).add_(rows, alpha=self.eta) if self.eta < 1 else rows.clone()
-        self._state["momentum"] = moved
-        return moved - self._state["estimate"]
+    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
+        momentum = momentum_update_(state["momentum"], rows, self.eta)
+        estimate, moved = super()._step(momentum, state, operator)
+        return estimate, {**moved, "momentum": momentum}
 
     def __repr__(self) -> str:
         return f"EF21SGDM({self.operator!r}, eta={self.eta!r})"

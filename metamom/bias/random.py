@@ -29,29 +29,39 @@ class Draws(BiasOperator):
         self._calls = 0
 
     def reset(self) -> None:
-        """Begin with the draws of the first call again."""
+        """Begin with the draws of the first call again; a generator given goes on, for it is its owner's to seed."""
         self._calls = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of calls; a generator given is its owner's to save."""
-        return {"calls": self._calls}
+        """The number of calls, and the state of a generator given."""
+        drawn = {} if self._generator is None else {"generator": self._generator.get_state()}
+        return {"calls": self._calls, **drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `BiasOperator`."""
-        self._calls = int(state["calls"])
+        """See `BiasOperator`; a generator given is set to where the saved one stood.
 
-    def _next_step(self, step: int | None) -> int:
-        if step is None:
-            step = self._calls
-            self._calls += 1
-        return step
+        Raises:
+            ValueError: if only one of the two, the operator that was saved and this one, has a generator.
+        """
+        if ("generator" in state) != (self._generator is not None):
+            saved, here = ("a generator", "seed=") if "generator" in state else ("seed=", "a generator")
+            raise ValueError(f"{self.spec} drew by {saved} when it was saved and draws by {here} now: make it alike.")
+        self._calls = int(state["calls"])
+        if self._generator is not None:
+            self._generator.set_state(state["generator"].cpu())
+
+    def _next_step(self) -> int:
+        return self._calls
+
+    def _count_call(self) -> None:
+        self._calls += 1
 
     @property
     def _seed_word(self) -> list[str]:
         return [f"seed={self.seed}"] if self.seed else []
 
-    def _places(self, place: Place, rows: int) -> Places:
-        indices = np.arange(place.first_worker, place.first_worker + rows, dtype=np.int64)
+    def _places(self, place: Place) -> Places:
+        indices = np.array(place.workers, dtype=np.int64)
         return Places(f"bias {type(self).__name__} {place.turn} {place.part}", place.step, indices)
 
 
@@ -73,7 +83,7 @@ class RandK(Sparse, Draws):
         shared: one set for all workers, instead of one for each.
         per_tensor: keep K entries, or the share, of each parameter tensor's part.
         seed: of the counter that workers draw by.
-        generator: draw from it instead, in the order of calls.
+        generator: draw from it instead, in the order of calls; its state is saved with a run.
 
     Raises:
         ValueError: unless exactly one of k and ratio is given and in range; when called, if K > d.
@@ -105,12 +115,11 @@ class RandK(Sparse, Draws):
         return out * (d / k) if self.scaled else out
 
     def _indices(self, n: int, d: int, k: int, place: Place) -> Tensor:
-        sets = 1 if self.shared else n
         if self._generator is not None:
-            keys = torch.rand(sets, d, generator=self._generator, device=self._generator.device)
+            keys = torch.rand(1 if self.shared else n, d, generator=self._generator, device=self._generator.device)
             chosen = keys.topk(k, dim=-1).indices
         else:
-            places = self._places(place._replace(first_worker=0) if self.shared else place, sets)
+            places = self._places(place._replace(workers=[0]) if self.shared else place)
             chosen = torch.from_numpy(subset(self.seed, places, Purpose.BIAS, k, d))
         return chosen.expand(n, k)
 
@@ -137,13 +146,8 @@ class RandK(Sparse, Draws):
     @property
     def spec(self) -> str:
         """``randk:K`` or ``randk:P%``, then ``:scaled``, ``:shared`` and ``:tensor`` where chosen."""
-        chosen = {
-            "scaled": self.scaled,
-            "shared": self.shared,
-            "tensor": self.per_tensor,
-            f"seed={self.seed}": self.seed,
-        }
-        return ":".join([f"randk:{self.amount}", *(word for word, on in chosen.items() if on)])
+        chosen = {"scaled": self.scaled, "shared": self.shared, "tensor": self.per_tensor}
+        return ":".join([f"randk:{self.amount}", *(word for word, on in chosen.items() if on), *self._seed_word])
 
 
 def quantize(gradient: Tensor, uniform: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -175,7 +179,7 @@ class QSGD(Draws):
         levels: s >= 1.
         per_tensor: a norm for each parameter tensor.
         seed: of the counter that workers draw by.
-        generator: draw from it instead, in the order of calls.
+        generator: draw from it instead, in the order of calls; its state is saved with a run.
 
     Raises:
         ValueError: for levels out of range.
@@ -203,8 +207,7 @@ class QSGD(Draws):
                 rows.shape, generator=self._generator, device=self._generator.device, dtype=torch.float64
             )
         else:
-            places = self._places(place, rows.shape[0])
-            drawn = torch.from_numpy(uniforms(self.seed, places, Purpose.BIAS, rows.shape[1]))
+            drawn = torch.from_numpy(uniforms(self.seed, self._places(place), Purpose.BIAS, rows.shape[1]))
         return quantize(rows, drawn.to(rows.device), self.levels)
 
     def constants(

@@ -8,9 +8,8 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers by their size in bytes
+from metamom.bias.base import BiasOperator, Place, Sizes
+from metamom.bias.select import INTEGERS
 
 
 class Sparse(BiasOperator):
@@ -68,15 +67,27 @@ class Sparse(BiasOperator):
         """K values and K indices of 4 bytes."""
         return self.kept(d) * (element_size + 4)
 
-    def _encode(self, part: Tensor, place: Place) -> Tensor:
-        out = self._apply(part.unsqueeze(0), place)[0]
-        # entries with any bit set come first (negative zeros too); where fewer are kept than K, others of zero follow
-        order = (out.view(BITS[out.element_size()]) != 0).to(torch.int8).sort(descending=True, stable=True).indices
-        kept = order[: self.kept(len(part))]
-        return torch.cat([kept.to(torch.int32).view(torch.uint8), out[kept].view(torch.uint8)])
-
-    def _decode(self, message: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-        indices, values = torch.split(message, [4 * self.kept(d), dtype.itemsize * self.kept(d)])
+    def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
+        """See `BiasOperator.decode`."""
+        each, least = 4 + dtype.itemsize, sum(self.kept(size) for size in self._parts(d, sizes))
+        count, rest = divmod(message.numel(), each)
+        if message.dtype is not torch.uint8 or message.dim() != 1 or rest or not self._sends(count, least):
+            raise self._misfit(message, f"{least * each} bytes" + " or more" * self._sends(least + 1, least), d, dtype)
+        indices, values = torch.split(message, [4 * count, dtype.itemsize * count])
         out = torch.zeros(d, dtype=dtype, device=message.device)
         out[indices.clone().view(torch.int32).long()] = values.clone().view(dtype)
         return out
+
+    def _sends(self, count: int, kept: int) -> bool:
+        """Whether a message may hold so many entries where K, added up over what it acts on, is ``kept``."""
+        return count == kept
+
+    def _message(self, gradient: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+        """The indices of what is kept, in the whole gradient, then the values."""
+        out = self._pass(gradient.unsqueeze(0), place, sizes)[0]
+        # entries with any bit set come first (negative zeros too); where fewer are kept than K, others of zero follow
+        bits = out.view(INTEGERS[out.element_size()]) != 0
+        order = bits.to(torch.int8).sort(descending=True, stable=True).indices
+        least = sum(self.kept(size) for size in self._parts(len(gradient), sizes))
+        kept = order[: max(least, int(bits.sum()))]
+        return torch.cat([kept.to(torch.int32).view(torch.uint8), out[kept].view(torch.uint8)])

@@ -1,11 +1,11 @@
-"""The command line's spelling of bias operators."""
+"""The command line's spelling of bias operators: one table that the parser, its errors and the help go by."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from metamom.bias.base import BiasOperator, Identity
 from metamom.bias.clip import Clip, ClipValue
@@ -17,18 +17,66 @@ from metamom.bias.topk import TopK
 
 N = TypeVar("N", int, float)
 
-SPELLINGS = (
-    "none, topk:K, topk:P%, randk:K, randk:P%, clip:TAU, clipvalue:C, normalize, sign, qsgd:LEVELS, "
-    "A+B, ef14:A, ef21:A, ef21-sgdm(ETA):A or clip21:TAU"
-)
+
+class Kind(NamedTuple):
+    """An operator's spelling.
+
+    Attributes:
+        make: of the argument, if any, and the options as keywords.
+        meaning: in a few words.
+        argument: its name.
+        number: what kind it is, ``None`` for none.
+        share: whether a percentage may stand in its place.
+        options: that may follow.
+    """
+
+    make: Callable[..., BiasOperator]
+    meaning: str
+    argument: str = ""
+    number: type[int] | type[float] | None = None
+    share: bool = False
+    options: tuple[str, ...] = ()
+
+
+class Option(NamedTuple):
+    """What may follow an operator, behind a colon: the keyword that it is, its value, and its meaning."""
+
+    keyword: str
+    value: bool | str | type[int]
+    meaning: str
+
+
+KINDS: dict[str, Kind] = {
+    "none": Kind(Identity, "no bias"),
+    "topk": Kind(TopK, "the K largest entries, or P %", "K", int, True, ("tensor", "all")),
+    "randk": Kind(RandK, "K entries at random, or P %", "K", int, True, ("tensor", "scaled", "shared", "seed")),
+    "clip": Kind(Clip, "norm at most TAU", "TAU", float, options=("tensor",)),
+    "clipvalue": Kind(ClipValue, "each entry within -C and C", "C", float),
+    "normalize": Kind(Normalize, "divided by its norm", options=("tensor",)),
+    "sign": Kind(Sign, "signs times the mean magnitude", options=("tensor",)),
+    "qsgd": Kind(QSGD, "rounded at random to LEVELS levels", "LEVELS", int, options=("tensor", "seed")),
+    "clip21": Kind(Clip21, "error feedback around clipping", "TAU", float),
+}
+OPTIONS: dict[str, Option] = {
+    "tensor": Option("per_tensor", True, "act on each parameter tensor by itself"),
+    "all": Option("ties", "all", "keep all entries equal to the K-th largest, not the first alone"),
+    "scaled": Option("scaled", True, "multiply what is kept by d/K, which makes it unbiased"),
+    "shared": Option("shared", True, "the same entries for all workers"),
+    "seed": Option("seed", int, "seed of the draws (0 unless given)"),
+}
+AROUND = {  # operators around one
+    "A+B": "A, then B on what it leaves",
+    "ef14:A": "error feedback around A: its losses are sent later",
+    "ef21:A": "error feedback: A on the change from what was sent before",
+    "ef21-sgdm(ETA):A": "EF21 of the workers' own momentum, with beta = 1 at the server",
+}
 
 
 def parse(spec: str) -> BiasOperator:
     """The operator that a SPEC names.
 
     ``+`` composes, the left one first; error feedback goes around all that stands behind it. Options follow after
-    colons: ``:tensor`` (topk, randk, clip, normalize, sign, qsgd) acts on each parameter tensor by itself, ``:all``
-    (topk) keeps ties, ``:scaled`` and ``:shared`` are randk's, ``:seed=N`` is of those that draw.
+    colons; `spec_help` lists everything.
 
     Raises:
         ValueError: for an unknown or malformed SPEC, saying which part is wrong.
@@ -45,6 +93,30 @@ def parse(spec: str) -> BiasOperator:
         raise ValueError(f"bias operator {spec!r}: {error}") from error
 
 
+def spellings() -> list[str]:
+    """Every spelling without its options, such as ``topk:K``."""
+    return [each for name in KINDS for each in _spelled(name)] + list(AROUND)
+
+
+def spec_help() -> str:
+    """A table of operators and options, at most 100 columns wide."""
+    rows = [("  ".join(_spelled(name)), kind.meaning, _options(kind.options)) for name, kind in KINDS.items()]
+    rows += [(spelling, meaning, "") for spelling, meaning in AROUND.items()]
+    lines = ["SPEC, an operator on each worker's gradient, and its options:"]
+    lines += [f"  {spelling:<20} {meaning:<35} {options}".rstrip() for spelling, meaning, options in rows]
+    lines += ["options, in any number behind the operator, as in topk:5%:tensor:all:"]
+    return "\n".join(lines + [f"  {_options((name,)):<20} {option.meaning}" for name, option in OPTIONS.items()])
+
+
+def _spelled(name: str) -> list[str]:
+    kind = KINDS[name]
+    return [name + (f":{kind.argument}" if kind.argument else "")] + [f"{name}:P%"] * kind.share
+
+
+def _options(names: tuple[str, ...]) -> str:
+    return " ".join(f":{name}" + "=N" * (OPTIONS[name].value is int) for name in names)
+
+
 def _any(text: str) -> BiasOperator:
     around = re.fullmatch(r"(ef14|ef21|ef21-sgdm\(([^)]*)\)):(.*)", text)
     if around is not None:
@@ -59,31 +131,32 @@ def _any(text: str) -> BiasOperator:
 
 def _single(text: str) -> BiasOperator:
     name, *words = text.split(":")
-    argument = words.pop(0) if words and name in WITH_ARGUMENT else None
-    options: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in OPTIONS.get(name, ()) or bool(equals) != (key == "seed"):
-            raise ValueError(f"{name} has no option {word!r}.") if name in KINDS else _unknown(text)
-        options[{"tensor": "per_tensor", "all": "ties"}.get(key, key)] = (
-            "all" if key == "all" else _number(int, value, f"{name}'s seed") if key == "seed" else True
-        )
     if name not in KINDS:
-        raise _unknown(text)
-    if name not in WITH_ARGUMENT:
-        return KINDS[name](**options)
+        raise ValueError(f"unknown operator {text!r}; wanted {', '.join(spellings())}.")
+    kind = KINDS[name]
+    argument = words.pop(0) if words and kind.number else ""
+    options = dict(_option(name, word) for word in words)
+    if kind.number is None:
+        return kind.make(**options)
     if not argument:
         raise ValueError(f"{name} needs a number behind a colon.")
     try:
-        if name in ("topk", "randk"):
-            if argument.endswith("%"):
-                _number(float, argument[:-1], f"{name}'s percentage")
-                share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimals: 7 % is 0.07, not 7 * 0.01
-                return KINDS[name](ratio=share, **options)
-            return KINDS[name](_number(int, argument, f"{name}'s K"), **options)
-        return KINDS[name](_number(int if name == "qsgd" else float, argument, f"{name}'s argument"), **options)
+        if kind.share and argument.endswith("%"):
+            _number(float, argument[:-1], f"{name}'s percentage")
+            share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimals: 7 % is 0.07, not 7 * 0.01
+            return kind.make(ratio=share, **options)
+        return kind.make(_number(kind.number, argument, f"{name}'s {kind.argument}"), **options)
     except ValueError as error:
         raise ValueError(f"{argument!r} does not fit {name}: {error}") from error
+
+
+def _option(name: str, word: str) -> tuple[str, Any]:
+    """The keyword that an option is, and its value."""
+    key, equals, value = word.partition("=")
+    if key not in KINDS[name].options or bool(equals) != (OPTIONS[key].value is int):
+        raise ValueError(f"{name} has no option {word!r}.")
+    option = OPTIONS[key]
+    return option.keyword, _number(int, value, f"{name}'s {key}") if equals else option.value
 
 
 def _number(kind: type[N], text: str, what: str) -> N:
@@ -91,29 +164,3 @@ def _number(kind: type[N], text: str, what: str) -> N:
         return kind(text)
     except ValueError:
         raise ValueError(f"{what} must be a {'whole ' * (kind is int)}number; got {text!r}.") from None
-
-
-def _unknown(text: str) -> ValueError:
-    return ValueError(f"unknown operator {text!r}; wanted {SPELLINGS}.")
-
-
-KINDS: dict[str, Callable[..., BiasOperator]] = {
-    "none": Identity,
-    "topk": TopK,
-    "randk": RandK,
-    "clip": Clip,
-    "clipvalue": ClipValue,
-    "normalize": Normalize,
-    "sign": Sign,
-    "qsgd": QSGD,
-    "clip21": Clip21,
-}
-WITH_ARGUMENT = ("topk", "randk", "clip", "clipvalue", "qsgd", "clip21")
-OPTIONS = {
-    "topk": ("tensor", "all"),
-    "randk": ("scaled", "shared", "tensor", "seed"),
-    "clip": ("tensor",),
-    "normalize": ("tensor",),
-    "sign": ("tensor",),
-    "qsgd": ("tensor", "seed"),
-}

@@ -33,8 +33,8 @@ class TopK(Sparse):
         k: number of entries to keep, >= 1; or
         ratio: share of entries to keep, 0 < ratio <= 1: ``K = max(1, round(ratio * d))``.
         per_tensor: keep K entries, or the share, of each parameter tensor's part.
-        ties: ``"all"`` keeps every entry at or above the K-th largest magnitude, as the paper's code does; messages
-            have room for K entries alone, so such an operator has none.
+        ties: ``"all"`` keeps every entry at or above the K-th largest magnitude, as the paper's code does; `wire_bytes`
+            then counts K of them, which is the least: a message (`encode`) holds as many as there are.
 
     Raises:
         ValueError: unless exactly one of k and ratio is given and in range; for other ties; when called, if K > d.
@@ -62,10 +62,8 @@ class TopK(Sparse):
     def _contraction(self, d: int) -> float | None:
         return self.kept(d) / d
 
-    def _encode(self, part: Tensor, place: Place) -> Tensor:
-        if self.ties == "all":
-            raise ValueError("messages hold exactly K entries: TopK with ties='all' cannot be encoded.")
-        return super()._encode(part, place)
+    def _sends(self, count: int, kept: int) -> bool:
+        return count == kept or (self.ties == "all" and count > kept)
 
     @property
     def spec(self) -> str:

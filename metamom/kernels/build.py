@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 
 
 class CompilerError(ValueError):
-    """There is no C++ compiler, or it could not build."""
+    """There is no C++ compiler, or it or TorchInductor could not build."""
 
 
 def find_compiler() -> str:
@@ -67,10 +67,16 @@ def _build(compiler: str, path: Path) -> None:
         # a session of its own: Ctrl-C is for this process to act on, not for the compiler to die of
         done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
         if done.returncode != 0:
-            said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with status {done.returncode}"]
-            errors = [line for line in said if "error" in line] or said
-            raise CompilerError(f"{compiler} cannot build metamom's kernels: {' '.join(errors[:3])}")
+            said = gist(done.stderr or done.stdout) or f"it ended with status {done.returncode}"
+            raise CompilerError(f"{compiler} cannot build metamom's kernels: {said}")
         os.replace(out, path)
+
+
+def gist(said: str) -> str:
+    """Of what a compiler said, three lines that name an error, or else its first three."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line.lower()] or lines
+    return "; ".join(line[:300].rstrip(".") for line in errors[:3])
 
 
 def _flags() -> list[str]:

@@ -1,0 +1,35 @@
+"""Run the three first experiments.
+
+    python -m metamom.experiments.first [--run-dir runs/first] [--only law|floors|tuned]
+
+A table and a figure each, in ``report.md`` and ``figures/``; docs/tutorial.md walks through them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from metamom.experiments.first import floors, law, tuned
+from metamom.files import write_atomically
+
+EXPERIMENTS = {"law": law, "floors": floors, "tuned": tuned}
+
+
+def main() -> None:
+    """Run, write and print."""
+    parser = argparse.ArgumentParser(description="Three first experiments on quadratics.", allow_abbrev=False)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/first"), help="where the report goes")
+    parser.add_argument("--only", choices=EXPERIMENTS, help="one of them alone")
+    arguments = parser.parse_args()
+    text = "# Three first experiments\n"
+    for name in [arguments.only] if arguments.only else EXPERIMENTS:
+        experiment, figure = EXPERIMENTS[name], Path("figures") / f"first-{name}.png"
+        table = experiment.show(arguments.run_dir / figure)
+        text += f"\n## {experiment.TITLE}\n\n{table}\n\n![{experiment.TITLE}]({figure})\n"
+    write_atomically(arguments.run_dir / "report.md", text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Step size and beta searched under bias, for plain SGD and momentum alike; the best of each runs again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from metamom.bias.base import NonFiniteError
+from metamom.bias.spec import parse
+from metamom.experiments.figures import heat_map, save
+from metamom.experiments.first.workers import OPERATORS, workers_that_differ
+from metamom.experiments.quadratics import Measured, descend, measured, steps_to
+
+Values = npt.NDArray[np.float64]
+
+TITLE = "Step size and β under bias"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The grid is the same for every operator; the best are measured with twice the runs, on other noise."""
+
+    noise: float = 0.3
+    lrs: tuple[float, ...] = tuple(2.0**power for power in range(-5, 6))
+    betas: tuple[float, ...] = (1.0, 0.5, 0.3, 0.1, 0.05)
+    steps: int = 400
+    last: int = 100
+    runs: int = 10
+    share: float = 0.01  # of the first squared gradient norm: the target
+
+
+class Grid(NamedTuple):
+    """``[lrs, betas]`` each: steps to the target, infinite if never; floors, infinite for runs that diverged."""
+
+    steps: Values
+    floors: Values
+
+
+def run(config: Config, spec: str, lr: float, beta: float, *, seed: int, runs: int) -> Tensor:
+    """``||grad f(x_k)||^2``, ``[steps, runs]``."""
+    problem, start = workers_that_differ()
+    return descend(
+        problem, start, lr=lr, beta=beta, steps=config.steps, bias=parse(spec), noise=config.noise, runs=runs, seed=seed
+    ).grad_sq
+
+
+def search(config: Config, spec: str) -> Grid:
+    """Every step size with every beta, on the same noise."""
+    grid = Grid(*(np.full((len(config.lrs), len(config.betas)), math.inf) for _ in Grid._fields))
+    for i, lr in enumerate(config.lrs):
+        for j, beta in enumerate(config.betas):
+            try:
+                values = run(config, spec, lr, beta, seed=1, runs=config.runs)
+            except NonFiniteError:
+                continue  # it diverged
+            course, floor = values.mean(1), float(values[-config.last :].mean())
+            if floor < float(course[0]):
+                grid.floors[i, j] = floor
+                grid.steps[i, j] = math.inf if (k := steps_to(course, config.share * float(course[0]))) is None else k
+    return grid
+
+
+def best(values: Values, columns: list[int]) -> tuple[int, int]:
+    """Row and column of the smallest value in some of the columns."""
+    row, at = np.unravel_index(values[:, columns].argmin(), (len(values), len(columns)))
+    return int(row), columns[int(at)]
+
+
+def show(figure_path: Path, config: Config = Config()) -> str:
+    """Search and run again; draws the heat maps and returns the table, in Markdown."""
+    lines = [
+        f"The same workers with noise {config.noise:g}, {config.steps} steps, {config.runs} runs for every γ ∈",
+        f"{{{_listed(config.lrs)}}} and β ∈ {{{_listed(config.betas)}}}.",
+        f"The best of plain SGD (β = 1) and of momentum (β < 1) again with {2 * config.runs} runs of other noise:",
+        f"steps to {config.share:.0%} of the first ‖∇f‖²; floor: mean of the last {config.last} steps.",
+        "",
+        "| operator | method | γ, β for speed | steps | γ, β for the floor | floor of ‖∇f‖² |",
+        "|---|---|---|---|---|---|",
+    ]
+    sides = {
+        "plain SGD": [j for j, beta in enumerate(config.betas) if beta == 1],
+        "momentum": [j for j, beta in enumerate(config.betas) if beta < 1],
+    }
+    figure = Figure(figsize=(3.6 * len(OPERATORS) + 1, 7), layout="constrained")
+    panels = figure.subplots(2, len(OPERATORS), squeeze=False)
+    for column, spec in enumerate(tqdm(OPERATORS, desc="tuned", disable=None)):
+        grid = search(config, spec)
+        for method, columns in sides.items():
+            fast, low = best(grid.steps, columns), best(grid.floors, columns)
+            cells = [f"{config.lrs[i]:g}, {config.betas[j]:g}" for i, j in (fast, low)]
+            again = [
+                run(config, spec, config.lrs[i], config.betas[j], seed=2, runs=2 * config.runs) for i, j in (fast, low)
+            ]
+            steps, floor = _steps(again[0], config.share), measured(again[1][-config.last :].mean(0))
+            lines.append(f"| {spec} | {method} | {cells[0]} | {steps} | {cells[1]} | {floor} |")
+        for panel, what, values in (
+            (panels[0, column], f"steps to {config.share:.0%}", grid.steps),
+            (panels[1, column], "floor of ‖∇f‖²", grid.floors),
+        ):
+            heat_map(
+                panel, config.lrs, config.betas, values, best=[best(values, columns) for columns in sides.values()]
+            )
+            panel.set(xlabel="β", ylabel="γ", title=f"{spec}: {what}")
+    save(figure, figure_path)
+    return "\n".join(lines)
+
+
+def _steps(values: Tensor, share: float) -> Measured | str:
+    """Steps to the target over runs; how many arrived where not all did."""
+    target = share * float(values[0].mean())
+    every = [steps_to(course, target) for course in values.T]
+    arrived = values.new_tensor([k for k in every if k is not None])
+    return measured(arrived) if len(arrived) == len(every) else f"{len(arrived)} of {len(every)} runs arrive"
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)

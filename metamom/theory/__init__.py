@@ -1,0 +1,84 @@
+"""Step-size limits, error bounds and closed forms, as functions; statements and proofs in docs/theory.md.
+
+`suggest_step`, `explain` and `diagnose` are for those who train. The bounds follow by theorem, then the oracles, one
+module each: `designs`, `regression`, `wishart`, `quadratic`, `fixed_points`. The constants of bias operators are the
+operators' own, ``operator.constants(d, workers=n, zeta2=...)``: ``bound_1a(..., **constants._asdict())`` takes them as
+they are.
+"""
+
+from metamom.theory import designs, fixed_points, quadratic, regression, wishart
+from metamom.theory.composite import (
+    bias_bound,
+    bias_bound_steps,
+    composite_constants,
+    first_order_constants,
+    mean_square_bound,
+    meta_smoothness,
+)
+from metamom.theory.deviation import bound_1b, bound_1b_schedule, max_step_1b, phi0_1b, theta_star
+from metamom.theory.diagnose import Diagnosis, diagnose
+from metamom.theory.feedback import bound_ef14, bound_ef21, clip21_inactive, clip21_steps, ef14_step, ef21_step
+from metamom.theory.feedback_momentum import Start, bound_ef21_sgdm, ef21_sgdm_step
+from metamom.theory.nonconvex import Terms, best_step, bound_1a, delta0_from, max_step, terms_1a
+from metamom.theory.normalized import bound_1c
+from metamom.theory.pl import LinearRate, max_step_2a, rate_2a, rate_2a_affine, rate_2b, rate_2b_bias
+from metamom.theory.ringing import critical_beta, swinging_step
+from metamom.theory.stationary import Stationary, stable_limit, stationary
+from metamom.theory.suggest import Explanation, explain, suggest_step
+from metamom.theory.tracking import bound_tracking, inner_floor, moml_kappa, scsc_kappa, tracking_step
+
+__all__ = [
+    "Diagnosis",
+    "Explanation",
+    "LinearRate",
+    "Start",
+    "Stationary",
+    "Terms",
+    "best_step",
+    "bias_bound",
+    "bias_bound_steps",
+    "bound_1a",
+    "bound_1b",
+    "bound_1b_schedule",
+    "bound_1c",
+    "bound_ef14",
+    "bound_ef21",
+    "bound_ef21_sgdm",
+    "bound_tracking",
+    "clip21_inactive",
+    "clip21_steps",
+    "composite_constants",
+    "critical_beta",
+    "delta0_from",
+    "designs",
+    "diagnose",
+    "ef14_step",
+    "ef21_sgdm_step",
+    "ef21_step",
+    "explain",
+    "first_order_constants",
+    "fixed_points",
+    "inner_floor",
+    "max_step",
+    "max_step_1b",
+    "max_step_2a",
+    "mean_square_bound",
+    "meta_smoothness",
+    "moml_kappa",
+    "phi0_1b",
+    "quadratic",
+    "rate_2a",
+    "rate_2a_affine",
+    "rate_2b",
+    "rate_2b_bias",
+    "regression",
+    "scsc_kappa",
+    "stable_limit",
+    "stationary",
+    "suggest_step",
+    "swinging_step",
+    "terms_1a",
+    "theta_star",
+    "tracking_step",
+    "wishart",
+]

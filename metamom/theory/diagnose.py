@@ -1,0 +1,213 @@
+"""What a loss history says about a run that stalls or swings: is it gamma, beta or bias?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metamom.theory import checks
+from metamom.theory.ringing import critical_beta, swinging_step
+
+State = Literal["short", "diverging", "oscillating", "descending", "stalled"]
+Cause = Literal["gamma", "beta", "bias", "none", "unknown"]
+
+
+class Diagnosis(NamedTuple):
+    """A guess, with its reasons. `print` it for the words.
+
+    Attributes:
+        state: what the losses do.
+        cause: the likely cause: "none" while all is well, "unknown" where the numbers cannot tell.
+        text: the reasons, the cure, and what cannot be known from here.
+        period: of the swings, in steps; None if there are none.
+    """
+
+    state: State
+    cause: Cause
+    text: str
+    period: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def diagnose(
+    losses: Sequence[float] | Tensor,
+    beta: float,
+    gamma: float | None = None,
+    *,
+    grad_sq: float | None = None,
+    v_sq: float | None = None,
+    sigma2: float | None = None,
+    biased: bool | None = None,
+    least: float = 0.0,
+    window: int | None = None,
+    tolerance: float = 0.01,
+) -> Diagnosis:
+    """Guess why a loss does not fall: the step size, beta, or bias.
+
+    Growing or infinite: gamma. Swinging: the period gives ``gamma lam`` (as on a quadratic); up to 1 a larger beta
+    stops it, beyond 1 gamma is at fault. Flat: from the mean squares of gradients and momentum, over the window.
+    Independent noise around a mean of zero has ``v_sq = beta/(2-beta) grad_sq``; what exceeds that is a direction kept
+    from step to step. If one is kept and the loss falls little by it, gamma is small; if one is kept and the loss
+    should have fallen far more, the steps go where the loss does not fall: bias. If none is kept, the noise explains a
+    loss of about ``gamma sigma2 / 4``: if that is much of the loss, gamma; if not, the estimates' mean is zero where
+    the loss is not least: bias, or the best that this model can do.
+
+    What it cannot know: whether a flat loss is the minimum (nothing in a run tells that from a bias that cancels the
+    gradient; a larger batch, another estimator or a smaller gamma does), and whether a swing comes from the data (an
+    order of tasks that repeats swings as well).
+
+    Args:
+        losses: one a step, oldest first.
+        beta: in (0, 1].
+        gamma: the step size, > 0; None if unknown, which leaves flat losses unexplained.
+        grad_sq: mean of ``||g||^2`` over the window, g the gradient given to the momentum step.
+        v_sq: mean of ``||v||^2`` over the window.
+        sigma2: variance of g, if it was measured; needed for beta = 1, where v is g.
+        biased: whether estimator or bias operator are known to be biased; None if not known.
+        least: a lower bound of the loss; 0 is right for squared errors and cross-entropy.
+        window: how many of the last steps to judge; half of all by default.
+        tolerance: a change over the window below this part of the loss counts as none.
+
+    Raises:
+        ValueError: for a number out of its range, or a window that the history does not fill.
+
+    Example:
+        >>> diagnose([2.0**k for k in range(40)], beta=0.1).cause
+        'gamma'
+
+    Reference: docs/theory.md, "What a loss history tells".
+    """
+    checks.weight(beta=beta)
+    checks.positive(tolerance=tolerance)
+    for name, value in {"gamma": gamma, "grad_sq": grad_sq, "v_sq": v_sq, "sigma2": sigma2}.items():
+        if value is not None:
+            checks.not_negative(**{name: value})
+    history = torch.as_tensor(losses, dtype=torch.float64).detach().cpu().flatten()
+    window = max(_SHORTEST, len(history) // 2) if window is None else window
+    if window < _SHORTEST:
+        raise ValueError(f"a window needs {_SHORTEST} steps or more; got {window!r}.")
+    if not bool(history.isfinite().all()):
+        return Diagnosis("diverging", "gamma", "The loss became infinite or NaN: lower gamma (or clip the gradients).")
+    if len(history) < window:
+        return Diagnosis("short", "unknown", f"{len(history)} losses are too few to judge {window} steps by.")
+    tail = history[-window:]
+    change, sure, rest = _trend(tail)
+    size = max(float(tail.mean()) - least, 1e-300)
+    if sure and change > max(tolerance, 0.1) * size:
+        return Diagnosis("diverging", "gamma", f"The loss rose by {change:.3g} in {window} steps: lower gamma.")
+    period = _period(rest)
+    if period is not None and float(rest.std()) > tolerance * size:
+        return _swings(period, beta)
+    if sure and change < -tolerance * size:
+        return Diagnosis("descending", "none", f"The loss still falls, by {-change:.3g} in the last {window} steps.")
+    return _flat(size, -change, window, beta, gamma, _parts(beta, grad_sq, v_sq, sigma2), biased)
+
+
+_SHORTEST = 20
+_BLOCKS = 8  # means of as many blocks are nearly independent where single losses are not
+_SURE = 24  # of the 28 pairs of blocks (Kendall's test): twice in 1,000 windows without a trend
+_SWING_SHARE = 0.7  # of the power around the trend, within a fifth of one frequency
+_FEWEST = 4  # swings in a window; fewer are what slow noise looks like
+
+
+def _trend(tail: Tensor) -> tuple[float, bool, Tensor]:
+    """Change of the fitted line over the window, whether it is more than chance, and what is left beside it."""
+    t = torch.linspace(-0.5, 0.5, len(tail), dtype=tail.dtype)
+    slope = float((t * tail).sum() / (t * t).sum())
+    means = torch.stack([block.mean() for block in tail.tensor_split(_BLOCKS)])
+    above = torch.sign(means.unsqueeze(1) - means.unsqueeze(0)).tril().sum()  # pairs that rise less pairs that fall
+    return slope, abs(float(above)) >= _SURE, tail - tail.mean() - slope * t
+
+
+def _period(rest: Tensor) -> float | None:
+    """The period of a swing that stands out of the noise and occurs often enough."""
+    power = torch.fft.rfft(rest).abs().square()[1:]  # cycles per window: 1, 2, ...
+    if not float(power.sum()) > 0:
+        return None
+    cycles = torch.arange(1, len(power) + 1)
+    peak = int(power[_FEWEST - 1 :].argmax()) + _FEWEST
+    near = (cycles - peak).abs() <= max(1, peak // 5)
+    share = float(power[near].sum() / power.sum())
+    by_chance = float(near.sum()) / len(power)
+    if share < max(_SWING_SHARE, 3 * by_chance):
+        return None
+    return len(rest) / float((cycles[near] * power[near]).sum() / power[near].sum())
+
+
+def _swings(period: float, beta: float) -> Diagnosis:
+    """Which knob stops them."""
+    text = f"The loss swings with a period of {period:.3g} steps."
+    if beta == 1:
+        cure = (
+            " Plain SGD does so where gamma times the curvature exceeds 1: lower gamma, if the data do not repeat so."
+        )
+        return Diagnosis("oscillating", "gamma", text + cure, period)
+    step = swinging_step(beta, 2 * period)  # the loss swings twice as fast as the weights around their minimum
+    r = sqrt(1 - beta)
+    factor = step * (1 + r) / (1 - r)
+    text += f" On a quadratic that is gamma times curvature = {step:.3g} at beta={beta:g}."
+    if step > 1:
+        text += " Even plain SGD would step past the minimum there: lower gamma"
+        return Diagnosis("oscillating", "gamma", f"{text}, {factor:.3g} times for no swings at all.", period)
+    text += (
+        f" The momentum outlasts the way to the minimum: beta >= {critical_beta(step):.2g} stops the swings at "
+        f"this gamma (so would a gamma {factor:.3g} times smaller, which is slower)."
+    )
+    if period >= 2 and swinging_step(beta, max(period, 2)) > 1:
+        text += " If the weights swing as slowly as the loss does (off their minimum), gamma is too large instead."
+    return Diagnosis("oscillating", "beta", text, period)
+
+
+def _parts(beta: float, grad_sq: float | None, v_sq: float | None, sigma2: float | None) -> tuple[float, float] | None:
+    """Variance of the gradients and the square of the direction that they keep, as far as is known."""
+    if sigma2 is not None:
+        kept = grad_sq - sigma2 if grad_sq is not None else 0.0
+        return sigma2, max(kept, 0.0)
+    if grad_sq is None or v_sq is None or beta == 1:
+        return None
+    noise = min(max((grad_sq - v_sq) / (1 - beta / (2 - beta)), 0.0), grad_sq)
+    return noise, grad_sq - noise
+
+
+def _flat(
+    size: float,
+    fall: float,
+    window: int,
+    beta: float,
+    gamma: float | None,
+    parts: tuple[float, float] | None,
+    biased: bool | None,
+) -> Diagnosis:
+    """A stall: gamma, bias, or the minimum."""
+    head = f"The loss has stalled: it changed by {-fall:.3g} in {window} steps, from a size of {size:.3g}."
+    if gamma is None or parts is None:
+        wanted = "gamma, grad_sq and v_sq" if beta < 1 else "gamma, grad_sq and sigma2 (for beta=1)"
+        suspect = " The estimator is known to be biased, the first suspect." if biased else ""
+        ask = f" Losses alone cannot tell noise, bias and the minimum apart: pass {wanted}."
+        return Diagnosis("stalled", "bias" if biased else "unknown", head + suspect + ask)
+    noise, kept = parts
+    expected = gamma * kept * window  # what steps along a gradient of this square would gain
+    if kept > beta / (2 - beta) * noise:
+        head += f" The gradients keep a direction (squared mean about {kept:.3g})"
+        if expected > 4 * max(fall, 0.0) + 0.1 * size:
+            why = f" that should have lowered the loss by {expected:.3g}: it does not point downhill."
+            cure = (
+                " Likely bias: try another estimator or error feedback. Or the valley is narrow: try a smaller gamma."
+            )
+            return Diagnosis("stalled", "bias", head + why + cure)
+        return Diagnosis("stalled", "gamma", f"{head}, and the steps are short: raise gamma.")
+    explained = gamma * noise / 4
+    head += f" The gradients keep no direction; their noise explains about {explained:.3g} of the loss."
+    if explained > size / 4:
+        cure = " Likely noise at this gamma: lower gamma, or average over more tasks or workers. Beta will not help."
+        return Diagnosis("stalled", "gamma", head + cure)
+    if biased is False:
+        return Diagnosis("stalled", "unknown", head + " Without bias, that looks like the best this model can do here.")
+    cure = " Likely bias, or the best that this model can do: a larger inner batch or another estimator would tell."
+    return Diagnosis("stalled", "bias", head + cure)

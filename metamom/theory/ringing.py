@@ -1,0 +1,58 @@
+"""When momentum swings on a quadratic instead of settling, and what beta would stop it.
+
+Along an axis of curvature lam, with ``c = gamma lam``: ``x_{k+1} = (2 - beta - beta c) x_k - (1 - beta) x_{k-1}``. Its
+roots are complex, and x swings, for c between ``(1 - r)/(1 + r)`` and ``(1 + r)/(1 - r)``, ``r = sqrt(1 - beta)``; each
+swing dies as ``r^k``, whatever gamma.
+"""
+
+from __future__ import annotations
+
+from math import cos, pi, sqrt
+
+from metamom.theory import checks
+
+
+def critical_beta(step: float) -> float:
+    """The smallest beta that does not swing at ``step = gamma lam <= 1``: ``4 step / (1 + step)^2``.
+
+    Args:
+        step: gamma times the largest curvature, in (0, 1]; beyond 1 even plain SGD goes past the minimum.
+
+    Raises:
+        ValueError: for a step out of its range.
+
+    Example:
+        >>> round(critical_beta(0.1), 6)
+        0.330579
+
+    Reference: docs/theory.md, "Swinging".
+    """
+    if not 0 < step <= 1:
+        raise ValueError(
+            f"step = gamma lam must be in (0, 1]; got {step!r}. Beyond 1 every beta overshoots: lower gamma."
+        )
+    return 4 * step / (1 + step) ** 2
+
+
+def swinging_step(beta: float, period: float) -> float:
+    """``gamma lam`` of an axis along which x swings with a period: ``(2 - beta - 2 r cos(2 pi/period)) / beta``.
+
+    A loss with its minimum there swings twice as fast as x; off the minimum (bias, or other axes), as fast as x.
+
+    Args:
+        beta: in (0, 1).
+        period: of x in steps, >= 2.
+
+    Raises:
+        ValueError: for a number out of its range.
+
+    Example:
+        >>> round(swinging_step(beta=0.19, period=4), 6)  # cos = 0
+        9.526316
+
+    Reference: docs/theory.md, "Swinging".
+    """
+    checks.share(beta=beta)
+    if not period >= 2:
+        raise ValueError(f"a swing takes 2 steps or more; got period={period!r}.")
+    return (2 - beta - 2 * sqrt(1 - beta) * cos(2 * pi / period)) / beta

@@ -1,0 +1,160 @@
+"""A step size and a plain-words reading of the bound, for those who want an answer and not a theorem."""
+
+from __future__ import annotations
+
+from math import inf, isinf
+from typing import Literal, NamedTuple
+
+from metamom.theory import checks
+from metamom.theory.nonconvex import Terms, best_step, max_step, terms_1a
+
+Part = Literal["distance", "bias", "noise"]
+
+
+class Explanation(NamedTuple):
+    """What dominates the error that is left. `print` it for the words.
+
+    Attributes:
+        terms: the bound's three parts.
+        dominant: the name of the largest.
+        text: all of it in words.
+    """
+
+    terms: Terms
+    dominant: Part
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def suggest_step(
+    L: float,
+    beta: float = 0.1,
+    *,
+    delta0: float | None = None,
+    K: int | None = None,
+    b2: float = 0,
+    sigma2: float = 0,
+    B: float = 0,
+    M: float = 0,
+) -> float:
+    """A step size that the theory vouches for.
+
+    With ``delta0`` and ``K``, the one that minimises the bound of Theorem 1A; otherwise the largest that it allows
+    (with relative noise M, at most the one at which noise takes half of ``1 - B``). It is safe for the worst function
+    and bias with this L; tuning often finds that several times as much works. L is that of the meta-objective, near the
+    weights that the run visits (`meta_smoothness`).
+
+    Args:
+        L: smoothness of f, > 0.
+        beta: in (0, 1].
+        delta0: ``f(x_0) - f*``, > 0, if known; an upper bound will do.
+        K: number of steps to come, if known.
+        b2, sigma2, B, M: bias and noise as for `bound_1a`; ``operator.constants(d, ...)`` has them for bias operators.
+
+    Returns:
+        gamma, the ``lr`` of `CompositeMomentum`.
+
+    Raises:
+        ValueError: for a number out of its range, or only one of delta0 and K.
+
+    Example:
+        >>> round(suggest_step(L=1.0, beta=0.1), 6)
+        0.052632
+        >>> round(suggest_step(L=1.0, beta=1.0, delta0=1.0, K=200, sigma2=1.0), 6)
+        0.1
+
+    Reference: docs/theory.md, Theorem 1A.
+    """
+    if (delta0 is None) != (K is None):
+        raise ValueError("the best step for a run needs both delta0 and K; got one of them. Pass both, or neither.")
+    if delta0 is not None and K is not None:
+        return best_step(L, beta, delta0, K, b2, sigma2, B, M)
+    checks.not_negative(b2=b2, sigma2=sigma2, B=B, M=M)
+    left = checks.room(1 - B, "B", "No step size helps: take an estimator of smaller relative bias.")
+    return min(max_step(L, beta), left / (2 * (2 - beta) * L * M) if M > 0 else inf)
+
+
+def explain(
+    L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
+) -> Explanation:
+    """Say which term of Theorem 1A's bound dominates, and which knob lowers it.
+
+    It speaks of the bound, a worst case: the error itself may be smaller, and which part of it is the largest may
+    differ.
+
+    Args:
+        As for `bound_1a`.
+
+    Returns:
+        The terms, the name of the largest, and the words.
+
+    Raises:
+        ValueError: as `bound_1a` does.
+
+    Example:
+        >>> explain(L=1.0, beta=0.5, gamma=0.1, delta0=1.0, K=10_000, b2=0.2, sigma2=0.1).dominant
+        'bias'
+
+    Reference: docs/theory.md, Theorem 1A and Proposition 1.
+    """
+    terms = terms_1a(L, beta, gamma, delta0, K, b2, sigma2, B, M)
+    parts: dict[Part, float] = {"distance": terms.distance, "bias": terms.bias, "noise": terms.noise}
+    dominant: Part = max(parts, key=lambda name: parts[name])
+    steps = "In the end" if isinf(K) else f"After {K} steps"
+    total = terms.total
+    if total == 0:
+        return Explanation(
+            terms, dominant, f"{steps} the bound on the mean of ||grad f||^2 is 0: nothing is in the way."
+        )
+    shares = ", ".join(f"{_NAMES[name]} {part:.3g} ({part / total:.0%})" for name, part in parts.items())
+    lines = [f"{steps} the mean of ||grad f||^2 is at most {total:.3g}: {shares}."]
+    if dominant == "bias":
+        lines.append(_bias(B))
+    elif dominant == "noise":
+        lines.append(_noise(L, beta, gamma, delta0, K, b2, sigma2, B, M))
+    else:
+        lines.append(_distance(L, beta, gamma, terms, K))
+    if B > 0:
+        lines.append(f"The relative bias B={B:g} multiplies every term by 1/(1 - B) = {1 / (1 - B):.3g} or more.")
+    return Explanation(terms, dominant, " ".join(lines))
+
+
+_NAMES: dict[Part, str] = {"distance": "initial distance", "bias": "bias", "noise": "noise"}
+
+
+def _bias(B: float) -> str:
+    """Nothing but another estimator."""
+    return (
+        "Bias dominates: neither gamma, beta, more steps nor more workers lower it. Another estimator does: for inner "
+        "mini-batches larger ones, independent Hessian batches, cross-fit, Richardson or tracking; for compression and "
+        "clipping error feedback (EF21, EF21-SGDM, Clip21), or a weaker operator."
+    )
+
+
+def _noise(
+    L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float, M: float
+) -> str:
+    """A smaller step, or less noise."""
+    text = "Noise dominates: it falls with gamma, and as 1/n with the number of workers or tasks in a step."
+    if not isinf(K) and delta0 > 0:
+        best = best_step(L, beta, delta0, int(K), b2, sigma2, B, M)
+        bound = terms_1a(L, beta, best, delta0, K, b2, sigma2, B, M).total
+        if best < 0.99 * gamma:
+            text += f" The best gamma for this K is {best:.3g}, with a bound of {bound:.3g}."
+        else:
+            text += " A smaller gamma would cost more in the initial distance than it gains: raise K with it."
+    return text + " A smaller beta alone does not lower it at this gamma; it lowers the largest gamma."
+
+
+def _distance(L: float, beta: float, gamma: float, terms: Terms, K: float) -> str:
+    """More steps, or longer ones."""
+    limit = max_step(L, beta)
+    text = f"The initial distance dominates: more steps lower it (10 times as many: {terms.distance / 10:.3g})"
+    text += ", and so does a larger gamma"
+    if gamma < 0.99 * limit:
+        return f"{text}, up to {limit:.3g} for this beta."
+    if beta < 1:
+        return f"{text}, which here needs a larger beta: the limit is beta/((2-beta)L), now {limit:.3g}."
+    return f"{text}, but gamma={gamma:.3g} is the largest that the theorem allows."

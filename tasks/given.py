@@ -1,0 +1,98 @@
+"""Families with parts that are given: one array for all tasks, or one for each of n.
+
+Legend: T tasks, n given tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from metamom.batch import TaskBatch
+from metamom.counter import Floats, Places
+from metamom.tasks.family import TaskFamily
+
+Values = ArrayLike | Tensor
+MOST_LISTED = 1000  # numbers; more are described by their digest
+
+
+class GivenFamily(TaskFamily):
+    """A family that may have parts given task by task, n of them: then task t of a meta-batch is given task t mod n.
+
+    `FixedTasks(family, n)` has the n given tasks, in order.
+
+    Args:
+        given: arrays ``[1, ...]`` for all tasks or ``[n, ...]`` by name; ``None`` for what is drawn.
+        seed: 0 <= seed < 2^64.
+
+    Attributes:
+        given: n, or ``None`` where nothing is given task by task.
+
+    Raises:
+        ValueError: for arrays of different n; from `sample`, for a number of tasks that n doesn't divide.
+    """
+
+    def __init__(self, given: dict[str, Floats | None], *, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        counts = {name: len(array) for name, array in given.items() if array is not None and len(array) > 1}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            raise ValueError(
+                f"what is given task by task must be given for the same n tasks; got {listed}. Give one for each task, "
+                f"or one for all."
+            )
+        self.given = next(iter(counts.values()), None)
+
+    def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
+        """See `TaskFamily.sample`; a meta-batch has each of n given tasks equally often."""
+        num_tasks = operator.index(num_tasks)
+        if self.given is not None and num_tasks % self.given:
+            raise ValueError(
+                f"a meta-batch has each of the {self.given} given tasks equally often; got {num_tasks} tasks. Use a "
+                f"multiple of {self.given}, or FixedTasks(..., n={self.given}), which chooses some at each step."
+            )
+        return super().sample(step, num_tasks, rank=rank, world_size=world_size)
+
+    def of_tasks(self, array: Floats, tasks: Places) -> Floats:
+        """Each task's own of an array ``[n, ...]`` or ``[1, ...]``: ``[T, ...]``."""
+        picked: Floats = array[tasks.indices % len(array)]
+        return picked
+
+
+def given(name: str, values: Values | None, *shape: int) -> Floats | None:
+    """A copy of one array ``[*shape]`` for all tasks as ``[1, *shape]``, or of one for each of n as ``[n, *shape]``.
+
+    Raises:
+        ValueError: for another shape, no tasks, or a number that isn't finite.
+    """
+    if values is None:
+        return None
+    array: Floats = np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    one = array[None] if array.ndim == len(shape) else array
+    if one.shape[1:] != shape or not len(one):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{name} must be [{wanted}], one for all tasks, or [n, {wanted}], one for each of n; "
+            f"got {list(array.shape)}."
+        )
+    if not np.isfinite(one).all():
+        raise ValueError(f"{name} must be finite; got {array[~np.isfinite(array)][0]}.")
+    return one
+
+
+def described(array: Floats | None) -> Any:
+    """An array as JSON values: its numbers, or, where there are many, its shape and digest."""
+    if array is None or array.size <= MOST_LISTED:
+        return None if array is None else array.tolist()
+    return {"shape": list(array.shape), "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}
+
+
+def described_range(bounds: Sequence[float] | None) -> list[float] | None:
+    """A range as JSON values."""
+    return None if bounds is None else list(bounds)

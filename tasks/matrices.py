@@ -1,0 +1,83 @@
+"""Matrices and vectors of tasks: checks of given symmetric ones, and random ones drawn by counter.
+
+Legend: T tasks, n given tasks, d entries of a vector.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from metamom.counter import Floats, Places, Purpose, normals, uniforms
+
+
+def symmetric(name: str, matrices: Floats) -> Floats:
+    """The matrices ``[n, d, d]`` themselves.
+
+    Raises:
+        ValueError: if one isn't symmetric, to 1e-6 of its largest entry (which float32 numbers are).
+    """
+    gap = np.abs(matrices - matrices.swapaxes(1, 2)).max(axis=(1, 2))
+    if (gap > 1e-6 * np.abs(matrices).max(axis=(1, 2))).any():
+        raise ValueError(f"{name} must be symmetric; entries differ from their mirror images by {gap.max()}.")
+    return matrices
+
+
+def square_root(name: str, matrices: Floats) -> Floats:
+    """The symmetric square roots R = R^T >= 0, R² = A, of symmetric matrices A >= 0, ``[n, d, d]``.
+
+    Raises:
+        ValueError: for a matrix with a negative eigenvalue (below -1e-6 of the largest).
+    """
+    eigenvalues, vectors = np.linalg.eigh(symmetric(name, matrices))
+    if (eigenvalues[:, 0] < -1e-6 * np.abs(eigenvalues).max(axis=1)).any():
+        raise ValueError(f"{name} must be positive semidefinite; got the eigenvalue {eigenvalues.min()}.")
+    return from_spectrum(np.sqrt(eigenvalues.clip(min=0)), vectors)
+
+
+def from_spectrum(eigenvalues: Floats, vectors: Floats) -> Floats:
+    """``V diag(λ) V^T`` of eigenvalues ``[T, d]`` and orthonormal columns V ``[T, d, d]``."""
+    product: Floats = (vectors * eigenvalues[:, None, :]) @ vectors.swapaxes(1, 2)
+    return product
+
+
+def check_spectrum(spectrum: tuple[float, float] | None, *, given: Floats | None, name: str) -> None:
+    """Refuse a range of eigenvalues that is none, or that comes beside given matrices."""
+    if spectrum is None:
+        return
+    low, high = spectrum
+    if not 0 <= low <= high < np.inf:
+        raise ValueError(f"spectrum must be a finite range (low, high) with 0 <= low <= high; got {spectrum}.")
+    if given is not None:
+        raise ValueError(f"{name} gives the matrices, spectrum draws them; got both. Leave one out.")
+
+
+def drawn_vectors(seed: int, tasks: Places, dim: int) -> Floats:
+    """Each task's own standard normal vector, ``[T, d]``."""
+    return gaussians(uniforms(seed, tasks, Purpose.TASK, even(dim)), dim)
+
+
+def drawn_spectra(seed: int, tasks: Places, dim: int, spectrum: tuple[float, float]) -> tuple[Floats, Floats]:
+    """Each task's own eigenvalues, uniform in a range, ``[T, d]``, and eigenvectors, uniform rotations, ``[T, d, d]``.
+
+    The numbers come after those of `drawn_vectors`.
+
+    Reference:
+        Mezzadri, "How to generate random matrices from the classical compact groups" (2007), section 5.
+    """
+    low, high = spectrum
+    start, entries = even(dim), even(dim * dim)
+    u = uniforms(seed, tasks, Purpose.TASK, start + entries + dim)
+    square = gaussians(u[:, start : start + entries], dim * dim).reshape(-1, dim, dim)
+    q, r = np.linalg.qr(square)
+    signs = np.where(np.diagonal(r, axis1=1, axis2=2) < 0, -1.0, 1.0)  # what makes Q unique, and uniform
+    return low + (high - low) * u[:, start + entries :], q * signs[:, None, :]
+
+
+def even(count: int) -> int:
+    """How many uniform numbers make ``count`` normal ones, which come in pairs."""
+    return count + count % 2
+
+
+def gaussians(uniform: Floats, count: int) -> Floats:
+    """``count`` standard normal numbers from `even` many uniform ones, ``[T, even(count)] -> [T, count]``."""
+    return normals(uniform)[:, :count]
