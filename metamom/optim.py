@@ -72,6 +72,9 @@ class CompositeMomentum(Optimizer):
         maximize: ascend instead of descend.
         foreach: update all tensors of a group together (True), one by one (False), or together where every one of
             them is a plain strided tensor (None). The result is the same.
+        normalize: move by ``lr v / ||v||``, every step as long as lr, with the norm over all parameters (of every group
+            that normalises) that have a gradient; where v is zero nothing moves. It needs no bound on lr, and its
+            bias floor is 2b in the mean of the gradient's norm (`metamom.theory.bound_1c`); lower lr to get there.
 
     Raises:
         ValueError: for an option out of range.
@@ -86,7 +89,8 @@ class CompositeMomentum(Optimizer):
         tensor([0.9000])
 
     Reference:
-        Beikmohammadi, Khirirat, Magnússon, arXiv 2403.00853; state ``"momentum"`` is v_k there.
+        Beikmohammadi, Khirirat, Magnússon, arXiv 2403.00853; state ``"momentum"`` is v_k there. Normalised:
+        Cutkosky, Mehta (2020), momentum improves normalized SGD.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class CompositeMomentum(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        normalize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -107,9 +112,16 @@ class CompositeMomentum(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "foreach": foreach,
+            "normalize": normalize,
         }
         _check_options(defaults)
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a saved state, of a version without normalisation too."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("normalize", False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not set comes from the constructor."""
@@ -151,13 +163,21 @@ class CompositeMomentum(Optimizer):
             pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
             _check_gradients(pairs)
             pending.append((group, pairs))
-        for group, pairs in pending:
-            if pairs:
-                self._step_group(group, pairs)
+        moved = [(group, *self._average(group, pairs)) for group, pairs in pending if pairs]
+        norm = _norm([v for group, _, bufs in moved if group["normalize"] for v in bufs])
+        for group, params, bufs in moved:
+            lr = float(group["lr"])
+            if not group["normalize"]:
+                _move(params, bufs, lr, group["foreach"])
+            elif norm != 0:  # v = 0 has no direction; a NaN goes on into the weights, to be seen there
+                _move(
+                    params, [v / norm for v in bufs], lr, group["foreach"]
+                )  # lr / norm may be too large for a float16
         return loss
 
-    def _step_group(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
-        beta, lr = group["beta"], float(group["lr"])
+    def _average(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Update a group's momenta; the parameters and their ``v_k``."""
+        beta = group["beta"]
         params = [p for p, _ in pairs]
         grads = [g for _, g in pairs]
         if group["maximize"] or group["weight_decay"]:
@@ -175,13 +195,10 @@ class CompositeMomentum(Optimizer):
             moving_bufs, moving_grads = list(compress(bufs, started)), list(compress(grads, started))
         if _together(group["foreach"], params):
             _momentum_updates_(moving_bufs, moving_grads, beta)
-            for ps, vs in _by_kind(params, bufs):
-                torch._foreach_add_(ps, vs, alpha=-lr)
         else:
             for v, g in zip(moving_bufs, moving_grads, strict=True):
                 momentum_update_(v, g, beta)
-            for p, v in zip(params, bufs, strict=True):
-                p.add_(v, alpha=-lr)
+        return params, bufs
 
 
 class LambdaBeta:
@@ -256,6 +273,22 @@ def _together(foreach: bool | None, params: list[Tensor]) -> bool:
     if foreach is None:
         return all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
     return foreach
+
+
+def _move(params: list[Tensor], bufs: list[Tensor], lr: float, foreach: bool | None) -> None:
+    """``w <- w - lr v``."""
+    if _together(foreach, params):
+        for ps, vs in _by_kind(params, bufs):
+            torch._foreach_add_(ps, vs, alpha=-lr)
+    else:
+        for p, v in zip(params, bufs, strict=True):
+            p.add_(v, alpha=-lr)
+
+
+def _norm(bufs: list[Tensor]) -> float:
+    """The norm of all of v; the squares of 16-bit entries would overflow or vanish in 16 bits."""
+    parts = [torch.linalg.vector_norm(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in bufs]
+    return math.hypot(*map(float, parts))
 
 
 def _by_kind(*lists: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
