@@ -22,6 +22,7 @@ from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
 from metamom.robust import Aggregate, check_aggregate
 from metamom.run_directory import RunDirectory
+from metamom.watch import Watch
 
 
 class DivergedError(ArithmeticError):
@@ -94,7 +95,8 @@ def train(
     """Train a meta-learner: sample, composite meta-gradients, bias, aggregate, optimizer step.
 
     Step k draws the tasks of step k, so a run depends on its seeds alone, and a resumed one ends with the same
-    weights as one never interrupted, bit for bit. Ctrl-C and SIGTERM finish the step at hand, save and raise.
+    weights as one never interrupted, bit for bit. Ctrl-C and SIGTERM finish the step at hand, save and raise. A loss
+    that stalls or swings draws one `metamom.watch.StallWarning`, which guesses whether gamma, beta or bias is at fault.
 
     Args:
         learner: whose ``.grad`` each step sets; batches go to its device and dtype.
@@ -187,6 +189,7 @@ def train(
         if resumed_from == 0:
             _save(parts, run, progress)
         log = stack.enter_context(_Log(run, progress.done, tensorboard))
+        watch = Watch(optimizer, operator)
         interrupts = stack.enter_context(Interrupts())
         bar = stack.enter_context(tqdm(total=iterations, initial=progress.done, desc=label, unit="it", disable=None))
         while progress.done < iterations:
@@ -202,6 +205,7 @@ def train(
             line: dict[str, Any] = {"step": step, "loss": float(loss), **report, "world_size": 1}
             _check_finite(line)
             optimizer.step()
+            watch.look(line["loss"], line["grad_norm"])
             for scheduler in schedulers:
                 scheduler.step()
             took = time.perf_counter() - began

@@ -20,7 +20,7 @@ class Diagnosis(NamedTuple):
     """A guess, with its reasons. `print` it for the words.
 
     Attributes:
-        state: what the losses do.
+        state: what the losses do; "short" where they are too few or too noisy to tell.
         cause: the likely cause: "none" while all is well, "unknown" where the numbers cannot tell.
         text: the reasons, the cure, and what cannot be known from here.
         period: of the swings, in steps; None if there are none.
@@ -97,7 +97,7 @@ def diagnose(
     if len(history) < window:
         return Diagnosis("short", "unknown", f"{len(history)} losses are too few to judge {window} steps by.")
     tail = history[-window:]
-    change, sure, rest = _trend(tail)
+    change, error, sure, rest = _trend(tail)
     size = max(float(tail.mean()) - least, 1e-300)
     if sure and change > max(tolerance, 0.1) * size:
         return Diagnosis("diverging", "gamma", f"The loss rose by {change:.3g} in {window} steps: lower gamma.")
@@ -106,6 +106,9 @@ def diagnose(
         return _swings(period, beta)
     if sure and change < -tolerance * size:
         return Diagnosis("descending", "none", f"The loss still falls, by {-change:.3g} in the last {window} steps.")
+    if 2 * error > size or abs(change) > max(2 * error, 0.1 * size):
+        said = f"The losses are too noisy to judge {window} steps by: a change of {change:.3g} may be chance."
+        return Diagnosis("short", "unknown", said)
     return _flat(size, -change, window, beta, gamma, _parts(beta, grad_sq, v_sq, sigma2), biased)
 
 
@@ -116,13 +119,16 @@ _SWING_SHARE = 0.7  # of the power around the trend, within a fifth of one frequ
 _FEWEST = 4  # swings in a window; fewer are what slow noise looks like
 
 
-def _trend(tail: Tensor) -> tuple[float, bool, Tensor]:
-    """Change of the fitted line over the window, whether it is more than chance, and what is left beside it."""
+def _trend(tail: Tensor) -> tuple[float, float, bool, Tensor]:
+    """The fitted line's change over the window, its standard error, whether it is more than chance, and the rest."""
     t = torch.linspace(-0.5, 0.5, len(tail), dtype=tail.dtype)
     slope = float((t * tail).sum() / (t * t).sum())
     means = torch.stack([block.mean() for block in tail.tensor_split(_BLOCKS)])
     above = torch.sign(means.unsqueeze(1) - means.unsqueeze(0)).tril().sum()  # pairs that rise less pairs that fall
-    return slope, abs(float(above)) >= _SURE, tail - tail.mean() - slope * t
+    centres = torch.stack([block.mean() for block in t.tensor_split(_BLOCKS)])
+    beside = means - means.mean() - slope * centres
+    error = sqrt(float((beside**2).sum()) / (_BLOCKS - 2) / float((centres**2).sum()))
+    return slope, error, abs(float(above)) >= _SURE, tail - tail.mean() - slope * t
 
 
 def _period(rest: Tensor) -> float | None:
