@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.chunks import ChunkSize
 from metamom.compiled import CompileMode
-from metamom.maml import MAML, Estimator
+from metamom.estimators import Estimator, InnerBatches, check_estimator, support_parts
+from metamom.maml import MAML
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum, FirstStep
 from metamom.robust import Aggregate, check_aggregate
@@ -66,6 +67,7 @@ class Recipe:
     inner_lr: float | None = None
     inner_steps: int = 1
     estimator: Estimator = "exact"
+    inner_batches: InnerBatches = "same"
     learn_inner_lr: LearnInnerLR = False
     adapt: tuple[str, ...] | None = None
     chunk_size: ChunkSize = None
@@ -114,6 +116,7 @@ class Recipe:
             raise ValueError(
                 f"a meta-batch must divide the {self.fixed_tasks} fixed tasks that come in turn; got {self.meta_batch}."
             )
+        check_estimator(self.estimator, self.inner_batches)
         self.operator()
         _cosine_length(self.schedule)
 
@@ -143,17 +146,24 @@ class Recipe:
         return None if isinstance(operator, Identity) else operator
 
     def sampler(self, split: str = "train", *, root: str | None = None) -> TaskFamily | FixedTasks:
-        """The tasks of a split (in training, fixed ones if so chosen); sinusoids have a stream for each split."""
+        """The tasks of a split; sinusoids have a stream for each split.
+
+        ``shots`` is the size of one inner batch: the support sets of split ``"train"`` have as many of them as the
+        estimator takes, those of other splits one. Training tasks are fixed ones if so chosen.
+        """
         assert self.shots is not None
+        shots = self.shots
+        if split == "train":
+            shots *= support_parts(self.estimator, self.inner_steps, self.inner_batches)
         assert self.queries is not None
         if self.task == "sinusoid":
             if split not in ("train", "validation", "test"):
                 raise ValueError(f"sinusoids have the splits train, validation and test; got {split!r}.")
             dtype = DTYPES[self.dtype]
-            family: TaskFamily = Sinusoid(self.shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
+            family: TaskFamily = Sinusoid(shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
         else:
             assert self.ways is not None
-            family = Omniglot(root, split=split, ways=self.ways, shots=self.shots, queries=self.queries, seed=self.seed)
+            family = Omniglot(root, split=split, ways=self.ways, shots=shots, queries=self.queries, seed=self.seed)
         if split == "train" and self.fixed_tasks is not None:
             return FixedTasks(family, self.fixed_tasks, order=self.order)
         return family
@@ -173,6 +183,7 @@ class Recipe:
             inner_lr=self.inner_lr,
             inner_steps=self.inner_steps,
             estimator=self.estimator,
+            inner_batches=self.inner_batches,
             learn_inner_lr=self.learn_inner_lr,
             adapt=self.adapt,
             chunk_size=self.chunk_size,

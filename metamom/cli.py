@@ -112,7 +112,8 @@ def _evaluate(arguments: Arguments) -> int:
             f"the learner in {arguments.run_path} tells {saved.recipe.ways} classes apart; got --ways {asked['ways']}. "
             "Train one with that many --ways."
         )
-    recipe = replace(saved.recipe, **asked)
+    # tasks of --shots support points, whatever the estimator trained on
+    recipe = replace(saved.recipe, **asked, estimator="exact", inner_batches="same")
     if recipe.task == "omniglot" and arguments.split in ("train", "background", "evaluation"):
         warnings.warn(
             f"the learner was trained on split train, and {arguments.split} shares characters with it: this is no "

@@ -111,20 +111,34 @@ def _with_specs() -> dict[str, Any]:
 
 def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     """Flags of the tasks and of the learner."""
+    from metamom.estimators import ESTIMATORS, INNER_BATCHES
     from metamom.experiments.recipes import DEFAULTS, DTYPES
-    from metamom.maml import Estimator
     from metamom.tasks.fixed import ORDERS
 
     default = DEFAULTS[task]
     if task == "omniglot":
         parser.add_argument("--ways", type=int, help="classes a task (default: 5)")
     each = "a class" if task == "omniglot" else "a task"
-    parser.add_argument("--shots", type=int, help=f"support points {each} (default: {default.shots})")
+    parser.add_argument(
+        "--shots", type=int, help=f"support points {each}, in each inner batch (default: {default.shots})"
+    )
     parser.add_argument("--queries", type=int, help=f"query points {each} (default: {default.queries})")
     parser.add_argument("--meta-batch", type=int, help=f"tasks an iteration (default: {default.meta_batch})")
     parser.add_argument("--inner-lr", type=float, help=f"inner step size (default: {default.inner_lr})")
     parser.add_argument("--inner-steps", type=int, help="inner steps in training (default: 1)")
-    parser.add_argument("--estimator", choices=get_args(Estimator), help="of the meta-gradient (default: exact)")
+    parser.add_argument(
+        "--estimator",
+        choices=ESTIMATORS,
+        metavar="NAME",
+        help="of the meta-gradient: exact, first-order; or, training on support sets of twice the --shots, in two "
+        "halves, independent, hessian-free, cross-fit, richardson (default: exact)",
+    )
+    parser.add_argument(
+        "--inner-batches",
+        choices=INNER_BATCHES,
+        help="same or fresh support points for each inner step in training; fresh takes --shots for each (default: "
+        "same)",
+    )
     parser.add_argument(
         "--learn-inner-lr",
         nargs="?",

@@ -11,7 +11,8 @@ pass leaves each worker's gradient there and no gradient per task is ever stored
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +24,34 @@ from metamom.batch import TaskBatch, block
 from metamom.bias import Bias
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
+from metamom.differences import Losses, drawing_refused
+from metamom.estimators import (
+    Adaptations,
+    Estimator,
+    InnerBatch,
+    InnerBatches,
+    check_estimator,
+    check_support,
+    cut,
+    passes,
+    support_parts,
+)
+from metamom.inner_step import Derivatives, inner_gradient, inner_step, straight_through
 from metamom.metrics import accuracy
 from metamom.robust import Aggregate
+from metamom.selection import selected
+from metamom.start import Params, Start, deal
 from metamom.step_sizes import LearnInnerLR, StepSizes
 from metamom.vmap_errors import check_model, explained, unchanged
 
-Params = dict[str, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
-Estimator = Literal["exact", "first-order"]
-ESTIMATORS: tuple[Estimator, ...] = ("exact", "first-order")
 
 # Seconds that compiling takes for each layer and each pass through the model, measured on two cores.
 COMPILE_SECONDS = 2.0
 
 
 class MetaGradient(NamedTuple):
-    """What `MAML.meta_gradient` returns: the workers' meta-gradients and the tasks' query losses."""
+    """What `MAML.meta_gradient` returns: the workers' meta-gradients and the tasks' query losses (of `MAML.losses`)."""
 
     grads: Params
     losses: Tensor
@@ -58,22 +71,6 @@ class Backward(NamedTuple):
     metrics: dict[str, float | int | None]
 
 
-class _Start(NamedTuple):
-    """Where T tasks start from.
-
-    Attributes:
-        own: parameters that the inner steps move, ``[T, *shape]``.
-        kept: the other ones where they differ between tasks, because their workers do, ``[T, *shape]``.
-        shared: the other ones where all tasks have the same, ``[*shape]``: one large product instead of T.
-        step_sizes: learned inner step sizes, ``[T, ...]``.
-    """
-
-    own: Params
-    kept: Params
-    shared: Params
-    step_sizes: Params
-
-
 class MAML(nn.Module):
     """Model-agnostic meta-learning around any model, with exact second-order meta-gradients.
 
@@ -86,8 +83,14 @@ class MAML(nn.Module):
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`.
         inner_lr: alpha > 0; one number, or for each adapted parameter a number or a tensor.
         inner_steps: J >= 1.
-        estimator: ``"exact"`` differentiates through the adaptation; ``"first-order"`` takes the adapted weights'
-            gradient as the meta-gradient (FO-MAML).
+        estimator: of the meta-gradient. ``"exact"`` differentiates through the adaptation; ``"first-order"`` takes the
+            adapted weights' gradient as the meta-gradient (FO-MAML). The others cut each support set in halves A and
+            B: ``"independent"`` goes along A with the Hessians of B; ``"hessian-free"`` does so by differences of
+            gradients, without second derivatives (HF-MAML; for smooth models: the kinks of many ReLUs make it noisy);
+            ``"cross-fit"`` is the mean of ``"independent"`` and of the same with A and B swapped; ``"richardson"`` is
+            ``2 g(all) - [g(A) + g(B)]/2`` with g the exact one.
+        inner_batches: ``"same"`` support points for every inner step, or ``"fresh"`` ones: J consecutive parts of the
+            support set (of each half). A support set must divide into `support_parts` parts.
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters the inner steps move: names of parameters or of modules, or a predicate on a
             parameter's name; all trainable ones by default. ANIL is ``adapt=["head"]``.
@@ -111,8 +114,16 @@ class MAML(nn.Module):
         >>> grads["weight"].shape, losses.shape
         (torch.Size([2, 1, 1]), torch.Size([4]))
 
+        With Hessians on a batch of their own, from twice the points:
+
+        >>> learner = MAML(nn.Linear(1, 1), F.mse_loss, estimator="independent")
+        >>> batch = Sinusoid(shots=10 * learner.support_parts).sample(0, 4)
+        >>> batch.support_x.shape, learner.meta_gradient(batch).grads["weight"].shape
+        (torch.Size([4, 20, 1]), torch.Size([1, 1, 1]))
+
     Reference:
-        Finn, Abbeel, Levine (2017), algorithm 1; the composite gradient of arXiv 2403.00853.
+        Finn, Abbeel, Levine (2017), algorithm 1; the composite gradient of arXiv 2403.00853; for Hessians on a batch of
+        their own, and by differences, Fallah, Mokhtari, Ozdaglar (2020). Which estimator has what bias: docs/theory.md.
     """
 
     def __init__(
@@ -123,6 +134,7 @@ class MAML(nn.Module):
         inner_lr: float | Mapping[str, float | Tensor] = 0.01,
         inner_steps: int = 1,
         estimator: Estimator = "exact",
+        inner_batches: InnerBatches = "same",
         learn_inner_lr: LearnInnerLR = False,
         adapt: Iterable[str] | Callable[[str], bool] | None = None,
         chunk_size: ChunkSize = None,
@@ -132,8 +144,7 @@ class MAML(nn.Module):
         super().__init__()
         if inner_steps < 1:
             raise ValueError(f"inner_steps must be >= 1; got {inner_steps}.")
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}.")
+        check_estimator(estimator, inner_batches)
         if chunk_size not in (None, "auto") and (isinstance(chunk_size, str) or chunk_size < 1):
             raise ValueError(
                 f'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}.'
@@ -147,10 +158,11 @@ class MAML(nn.Module):
         self.model = model
         self.loss_fn = loss_fn
         self.inner_steps = inner_steps
-        self.estimator = estimator
+        self.estimator: Estimator = estimator
+        self.inner_batches: InnerBatches = inner_batches
         self.chunk_size = chunk_size
         self.autocast = autocast
-        self.adapted = _selected(adapt, trainable)
+        self.adapted = selected(adapt, trainable)
         self.step_sizes = StepSizes(inner_lr, {name: trainable[name] for name in self.adapted}, learn_inner_lr)
         self._gradient: Callable[..., tuple[Tensor, ...]] = self._gradient_of_chunk
         self._expected: int | None = None
@@ -159,7 +171,7 @@ class MAML(nn.Module):
             if compile is True:
                 check_compiler(next(model.parameters()).device)
             layers = sum(not list(module.children()) for module in model.modules())
-            cost = COMPILE_SECONDS * layers * (inner_steps + 1)
+            cost = COMPILE_SECONDS * layers * passes(estimator, inner_steps)
             self._gradient = Compiled(self._gradient_of_chunk, self._settings, compile, cost)
 
     def describe(self) -> dict[str, Any]:
@@ -168,8 +180,17 @@ class MAML(nn.Module):
             "inner_lr": self.step_sizes.describe(),
             "inner_steps": self.inner_steps,
             "estimator": self.estimator,
+            "inner_batches": self.inner_batches,
             "adapt": list(self.adapted),
         }
+
+    @property
+    def support_parts(self) -> int:
+        """The number of equal parts that a support set is cut into for a meta-gradient; 1 where it is used as it is.
+
+        A sampler of ``shots=learner.support_parts * m`` gives inner batches of m shots each.
+        """
+        return support_parts(self.estimator, self.inner_steps, self.inner_batches)
 
     def expect(self, iterations: int) -> None:
         """Tell how many meta-gradients are still to come: what ``compile="auto"`` decides by; `metamom.train` does.
@@ -187,7 +208,7 @@ class MAML(nn.Module):
         return weights | self.step_sizes.learned()
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
-        """Adapt to each task's support set.
+        """Adapt to each task's support set, all of it in every step whatever the estimator.
 
         Args:
             support_x: ``[T, S, ...]``.
@@ -200,26 +221,34 @@ class MAML(nn.Module):
         """
         steps = self.inner_steps if steps is None else steps
         start = self._deal(self._one_row(), support_x.shape[0])
-        *_, adapted = self._trajectory(start, support_x, support_y, steps, keep_graph=torch.is_grad_enabled())
+        along = _whole(support_x, support_y, steps)
+        *_, adapted = self._trajectory(start, along, keep_graph=torch.is_grad_enabled())
         return adapted
 
     def trajectory(self, support_x: Tensor, support_y: Tensor, *, steps: int) -> Iterator[Params]:
         """The adapted parameters after 0, 1, ..., ``steps`` inner steps, each as from `adapt` but without a graph."""
         start = self._deal({name: row.detach() for name, row in self._one_row().items()}, support_x.shape[0])
-        return self._trajectory(start, support_x, support_y, steps, keep_graph=False)
+        return self._trajectory(start, _whole(support_x, support_y, steps), keep_graph=False)
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Predictions ``[T, N, ...]`` of T tasks' adapted weights (from `adapt`) on their inputs ``x: [T, N, ...]``."""
-        return self._predictions(_Start(params, {}, {}, {}), params, x)
+        return self._predictions(Start(params, {}, {}, {}), params, x)
 
     def losses(self, batch: TaskBatch) -> Tensor:
         """Each task's query loss after adaptation, ``[T]``.
 
-        Differentiable in the meta-parameters where gradients are enabled.
+        Differentiable in the meta-parameters where gradients are enabled; the derivative is the estimator's. The loss
+        itself is one that adapts as `adapt` does on what the estimator's first inner steps go along: half A for
+        ``"independent"``, ``"hessian-free"`` and ``"cross-fit"``, all points for the others (where inner batches are
+        fresh, their parts in turn).
+
+        Raises:
+            ValueError: as `meta_gradient`.
         """
+        check_support(batch, self.estimator, self.inner_steps, self.inner_batches)
         rows = self._one_row()
         parts = spans(batch.num_tasks, self._chunk_size(batch), batch.num_tasks)
-        return torch.cat([self._episodes(rows, batch.part(start, stop))[0] for start, stop in parts])
+        return torch.cat([self._estimated_losses(rows, batch.part(start, stop)) for start, stop in parts])
 
     def meta_gradient(self, batch: TaskBatch, workers: int = 1) -> MetaGradient:
         """Each worker's composite meta-gradient, the mean over its own tasks.
@@ -235,7 +264,8 @@ class MAML(nn.Module):
             is kept.
 
         Raises:
-            ValueError: if n does not divide T, or the model cannot run under per-task weights.
+            ValueError: if n does not divide T, the estimator cannot cut the support sets into its `support_parts`, or
+                the model cannot run under per-task weights.
         """
         weights = self.meta_parameters()
         grads, losses, _ = self._meta_gradient(weights, batch, workers)
@@ -270,6 +300,7 @@ class MAML(nn.Module):
 
     def _meta_gradient(self, weights: Params, batch: TaskBatch, workers: int) -> tuple[Tensor, Tensor, Tensor]:
         """The workers' flattened meta-gradients ``[n, d]``, query losses ``[T]`` and predictions."""
+        check_support(batch, self.estimator, self.inner_steps, self.inner_batches)
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
         if isinstance(self._gradient, Compiled):
@@ -314,7 +345,7 @@ class MAML(nn.Module):
             fixed.append(module.training)
             fixed += module._buffers.values()
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
-        return self.inner_steps, self.estimator, self.autocast, *fixed
+        return self.inner_steps, self.estimator, self.inner_batches, self.autocast, *fixed
 
     def _gradient_of_chunk(self, weights: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
         """Query losses, predictions, and gradients of ``scale`` times the losses' sum in each worker's weights.
@@ -322,52 +353,81 @@ class MAML(nn.Module):
         Gradients are ``[workers, d]``, or ``[workers, *shape]`` each where a weight does not lie in memory as its
         indices go: a compiler would reorder it entry by entry in the middle of the sum over tasks.
         """
+        totals: list[Tensor] = []
         with torch.enable_grad():
             rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
-            losses, predictions = self._episodes(rows, TaskBatch(*batch))
-            grads = list(self._grad(losses.sum() * scale, rows).values())
+            for term in self._cut(TaskBatch(*batch)):
+                losses, predictions = self._episodes(rows, term)
+                with explained(self.model):
+                    grads = torch.autograd.grad(
+                        losses.sum() * (scale * term.weight),
+                        list(rows.values()),
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                if not totals:
+                    first = losses.detach()[:: term.copies], predictions.detach()[:: term.copies]
+                totals = [a + b for a, b in zip(totals, grads, strict=True)] if totals else list(grads)
         if all(w.is_contiguous() for w in weights.values()):
-            grads = [flatten(grads)]
-        return losses.detach(), predictions.detach(), *grads
+            totals = [flatten(totals)]
+        return *first, *totals
 
-    def _episodes(self, rows: Params, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Adapt and judge: query losses ``[T]`` and predictions from workers' weights ``[c, *shape]``."""
-        start = self._deal(rows, batch.num_tasks)
-        keep_graph = torch.is_grad_enabled()
-        *_, adapted = self._trajectory(start, batch.support_x, batch.support_y, self.inner_steps, keep_graph)
-        predictions = self._predictions(start, adapted, batch.query_x)
-        return self._losses(predictions, batch.query_y), predictions
+    def _estimated_losses(self, rows: Params, batch: TaskBatch) -> Tensor:
+        """Query losses ``[T]`` of the first adaptation, with the derivatives of all of them, weighted."""
+        each = [(term, self._episodes(rows, term)[0].view(-1, term.copies)) for term in self._cut(batch)]
+        first = each[0][1][:, 0]
+        if len(each) == 1 and each[0][0].copies == 1:
+            return first
+        return straight_through(first, torch.stack([term.weight * losses.sum(1) for term, losses in each]).sum(0))
 
-    def _trajectory(
-        self, start: _Start, support_x: Tensor, support_y: Tensor, steps: int, keep_graph: bool
-    ) -> Iterator[Params]:
-        if steps < 0:
-            raise ValueError(f"the number of inner steps must be >= 0; got {steps}.")
+    def _cut(self, batch: TaskBatch) -> list[Adaptations]:
+        return cut(batch, self.estimator, self.inner_steps, self.inner_batches)
+
+    def _episodes(self, rows: Params, term: Adaptations) -> tuple[Tensor, Tensor]:
+        """Adapt and judge: query losses ``[T·c]`` and predictions from workers' weights ``[n, *shape]``."""
+        start = self._deal(rows, term.query_x.shape[0])
+        *_, adapted = self._trajectory(start, term.steps, keep_graph=torch.is_grad_enabled())
+        predictions = self._predictions(start, adapted, term.query_x)
+        return self._losses(predictions, term.query_y), predictions
+
+    def _trajectory(self, start: Start, steps: Iterable[InnerBatch], keep_graph: bool) -> Iterator[Params]:
         own = start.own
         yield own
-        for _ in range(steps):
+        for batch in steps:
             with torch.enable_grad():
                 at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
-                losses = self._losses(self._predictions(start, at, support_x), support_y)
-                grads = self._grad(losses.sum(), at, create_graph=keep_graph and self.estimator == "exact")
-                own = {n: self._step(n, w, grads[n], start.step_sizes) for n, w in at.items()}
+                grads = self._inner_gradient(start, at, batch, keep_graph)
+                own = {
+                    n: inner_step(w, self.step_sizes.of(n, start.step_sizes, w.dim()), grads[n]) for n, w in at.items()
+                }
             if not keep_graph:
                 own = {name: w.detach() for name, w in own.items()}
             yield own
 
-    def _step(self, name: str, w: Tensor, grad: Tensor, step_sizes: Params) -> Tensor:
-        """``u_{j+1} = u_j - alpha grad L(u_j)`` of one parameter, ``[T, *shape]``, computed as it lies in memory."""
-        alpha = self.step_sizes.of(name, step_sizes, w.dim())
-        order = _memory_order(w)
-        if order is None:
-            return w - alpha * grad
-        if isinstance(alpha, Tensor):
-            alpha = alpha.expand_as(w).permute(order)
-        back = sorted(range(w.dim()), key=order.__getitem__)
-        return (w.permute(order) - alpha * grad.permute(order)).permute(back)
+    def _inner_gradient(self, start: Start, at: Params, batch: InnerBatch, keep_graph: bool) -> Params:
+        derivatives: Derivatives = "exact" if keep_graph and self.estimator != "first-order" else "none"
+        if keep_graph and self.estimator == "hessian-free" and batch.hessian is not None:
+            derivatives = "differences"
 
-    def _predictions(self, start: _Start, own: Params, x: Tensor) -> Tensor:
-        """Predictions ``[T, N, ...]`` on ``x: [T, N, ...]`` by parameters that have moved from ``start`` to ``own``."""
+        def losses(x: Tensor, y: Tensor, draws: bool = True) -> Losses:
+            def of(own: Params, others: Params) -> Tensor:
+                kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
+                predictions = self._predictions(start._replace(kept=kept, shared=shared), own, x, draws)
+                return self._losses(predictions, y)
+
+            return of
+
+        along = losses(batch.x, batch.y)
+        hessian = None if batch.hessian is None else losses(*batch.hessian, draws=derivatives != "differences")
+        with explained(self.model):
+            precision = max(torch.finfo(self.autocast or w.dtype).eps for w in at.values())
+            return inner_gradient(along, hessian, at, start.kept | start.shared, derivatives, precision)
+
+    def _predictions(self, start: Start, own: Params, x: Tensor, draws: bool = True) -> Tensor:
+        """Predictions ``[T, N, ...]`` on ``x: [T, N, ...]`` by parameters that have moved from ``start`` to ``own``.
+
+        A model that ``draws`` does so for each task; where it must not it is an error.
+        """
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # the model's own stay as they are
 
         def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
@@ -377,10 +437,11 @@ class MAML(nn.Module):
         weights = {**dict(self.model.named_parameters()), **start.shared, **start.kept, **own}
         with (
             explained(self.model),
+            nullcontext() if draws else drawing_refused(),
             unchanged({"its input": x, **buffers, **weights}, self.model),
             autocast(x.device, self.autocast),
         ):
-            out: Tensor = torch.func.vmap(one_task, randomness="different")(own, start.kept, x)
+            out: Tensor = torch.func.vmap(one_task, randomness="different" if draws else "error")(own, start.kept, x)
         return out if self.autocast is None else out.to(x.dtype)
 
     def _losses(self, predictions: Tensor, y: Tensor) -> Tensor:
@@ -393,61 +454,15 @@ class MAML(nn.Module):
             )
         return losses
 
-    def _grad(self, loss: Tensor, at: Params, create_graph: bool = False) -> Params:
-        with explained(self.model):
-            grads = torch.autograd.grad(
-                loss, list(at.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
-        return dict(zip(at, grads, strict=True))
-
     def _one_row(self) -> Params:
         return {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
 
-    def _deal(self, rows: Params, num_tasks: int) -> _Start:
-        """Give T tasks the weights of their workers: ``[c, *shape]`` to ``[T, *shape]``."""
-        start = _Start({}, {}, {}, {})
-        learned = self.step_sizes.learned()
-        for name, row in rows.items():
-            workers, shape = row.shape[0], row.shape[1:]
-            if workers == 1 and name not in self.adapted and name not in learned:
-                start.shared[name] = row[0]
-                continue
-            # with one worker a view: no task's start is copied
-            tasks = row.unsqueeze(1).expand(workers, num_tasks // workers, *shape).reshape(num_tasks, *shape)
-            kind = start.step_sizes if name in learned else start.own if name in self.adapted else start.kept
-            kind[name] = tasks
-        return start
+    def _deal(self, rows: Params, num_tasks: int) -> Start:
+        return deal(rows, num_tasks, self.adapted, self.step_sizes.learned())
 
 
-def _memory_order(w: Tensor) -> list[int] | None:
-    """The axes of ``[T, *shape]`` from the one with the longest strides to the shortest, ``None`` where they are so.
-
-    Compilers lay an elementwise result out by its indices: told in which order its operands lie, they copy nothing.
-    """
-    strides = w.stride()
-    order = [0, *sorted(range(1, w.dim()), key=lambda axis: -strides[axis])]
-    return None if order == list(range(w.dim())) else order
-
-
-def _selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of the parameters that the inner steps move, in the model's order."""
-    if adapt is None:
-        names = tuple(trainable)
-    elif callable(adapt):
-        names = tuple(name for name in trainable if adapt(name))
-    else:
-        wanted = [adapt] if isinstance(adapt, str) else list(adapt)
-        unknown = [w for w in wanted if not any(_within(name, w) for name in trainable)]
-        if unknown:
-            raise ValueError(
-                f"adapt names trainable parameters, or modules that hold some; {unknown} is none of "
-                f"{', '.join(trainable)}."
-            )
-        names = tuple(name for name in trainable if any(_within(name, w) for w in wanted))
-    if not names:
-        raise ValueError(f"adapt selects no trainable parameter; the model has: {', '.join(trainable) or 'none'}.")
-    return names
-
-
-def _within(parameter: str, place: str) -> bool:
-    return parameter == place or parameter.startswith(f"{place}.")
+def _whole(support_x: Tensor, support_y: Tensor, steps: int) -> list[InnerBatch]:
+    """All the points in each step."""
+    if steps < 0:
+        raise ValueError(f"the number of inner steps must be >= 0; got {steps}.")
+    return [InnerBatch(support_x, support_y)] * steps

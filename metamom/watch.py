@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from torch.linalg import vector_norm
 from torch.optim import Optimizer
@@ -32,7 +33,7 @@ class Watch:
 
     def __init__(self, optimizer: Optimizer, operator: BiasOperator | None) -> None:
         self.optimizer = optimizer
-        self.biased = True if operator is not None and operator.contraction(2, [1, 1]) != 1 else None
+        self.biased = _biased(operator, [p.numel() for group in optimizer.param_groups for p in group["params"]])
         self.losses: list[float] = []
         self.squares: list[tuple[int, float, float]] = []  # step, ||g||^2, ||v||^2
         self.next = FIRST
@@ -58,3 +59,14 @@ class Watch:
         if found.state in ("stalled", "oscillating") and found.cause not in ("none", "unknown"):
             self.judges = False
             warnings.warn(f"after {done} steps: {found} (likely cause: {found.cause})", StallWarning, stacklevel=2)
+
+
+def _biased(operator: BiasOperator | None, sizes: Sequence[int]) -> bool | None:
+    """Whether an operator is known to bias the gradients; error feedback takes its bias away in time."""
+    if operator is None or operator.feeds_back:
+        return None
+    try:
+        constants = operator.constants(sum(sizes), zeta2=1.0, sizes=sizes)
+    except ValueError:  # none are known
+        return True
+    return None if constants.B == constants.b2 == 0 else True

@@ -89,3 +89,116 @@ def slow_meta_gradient(
             total[name] += grad / batch.num_tasks
         losses.append(loss.detach())
     return total, torch.stack(losses)
+
+
+# ---- estimators with inner batches of their own, by their formulas
+
+Points = tuple[Tensor, Tensor]
+
+
+def slow_estimate(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: TaskBatch,
+    estimator: str,
+    *,
+    steps: int = 1,
+    fresh: bool = False,
+    inner_lr: float = 0.01,
+    learned: Mapping[str, Tensor] | None = None,
+    adapted: Collection[str] | None = None,
+) -> tuple[Params, Tensor]:
+    """The mean over the tasks of an estimator's meta-gradient, and the query losses ``[T]`` of its first adaptation.
+
+    Of ``"hessian-free"`` the limit, with exact products.
+    """
+    leaves = weights_of(model) | {name: a.detach().clone() for name, a in (learned or {}).items()}
+    total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    losses = []
+    for t in range(batch.num_tasks):
+        x, y = batch.support_x[t], batch.support_y[t]
+        half = len(x) // 2
+
+        def product(along: list[Points], hessian: list[Points] | None, t: int = t) -> tuple[Params, Tensor]:
+            query = batch.query_x[t], batch.query_y[t]
+            names = list(weights_of(model)) if adapted is None else adapted
+            return product_formula(model, loss_fn, along, hessian, query, names, inner_lr, learned or {})
+
+        whole = turns((x, y), steps, fresh)
+        a, b = (turns((x[part], y[part]), steps, fresh) for part in (slice(half), slice(half, None)))
+        both = [(torch.cat([p[0], q[0]]), torch.cat([p[1], q[1]])) for p, q in zip(a, b, strict=True)]
+        terms = {
+            "exact": lambda: [(1, product(whole, whole))],  # noqa: B023
+            "first-order": lambda: [(1, product(whole, None))],  # noqa: B023
+            "independent": lambda: [(1, product(a, b))],  # noqa: B023
+            "hessian-free": lambda: [(1, product(a, b))],  # noqa: B023
+            "cross-fit": lambda: [(0.5, product(a, b)), (0.5, product(b, a))],  # noqa: B023
+            "richardson": lambda: [(2, product(both, both)), (-0.5, product(a, a)), (-0.5, product(b, b))],  # noqa: B023
+        }[estimator]()
+        for weight, (grads, _) in terms:
+            for name in total:
+                total[name] += weight * grads[name] / batch.num_tasks
+        losses.append(terms[0][1][1])
+    return total, torch.stack(losses)
+
+
+def turns(points: Points, steps: int, fresh: bool) -> list[Points]:
+    """The inner batch of each step: all points, or J consecutive parts of them."""
+    if not fresh:
+        return [points] * steps
+    size = len(points[0]) // steps
+    return [(points[0][j * size : (j + 1) * size], points[1][j * size : (j + 1) * size]) for j in range(steps)]
+
+
+def product_formula(
+    model: nn.Module,
+    loss_fn: LossFn,
+    along: list[Points],
+    hessian: list[Points] | None,
+    query: Points,
+    adapted: Collection[str],
+    inner_lr: float,
+    learned: Mapping[str, Tensor],
+) -> tuple[Params, Tensor]:
+    """``prod_j (I - H_j(u_j) alpha) grad L_query(u_J)`` of one task, from the last factor to the first, and the loss.
+
+    ``u_{j+1} = u_j - alpha grad L_{along j}(u_j)``; H_j, of batch ``hessian[j]``, are the second derivatives in an
+    adapted parameter and any one. No factor is there if ``hessian`` is ``None``.
+    """
+
+    def loss(weights: Params, points: Points) -> Tensor:
+        return loss_fn(torch.func.functional_call(model, weights, (points[0],)), points[1])
+
+    def grads(value: Tensor, weights: Params, names: Collection[str], graph: bool = False) -> Params:
+        found = torch.autograd.grad(
+            value, [weights[n] for n in names], create_graph=graph, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(names, found, strict=True))
+
+    def key(name: str) -> str:
+        return "inner_lr" if "inner_lr" in learned else f"inner_lr.{name}"
+
+    def leaves(weights: Params) -> Params:
+        return {n: w.detach().requires_grad_() for n, w in weights.items()}
+
+    alpha = {name: learned[key(name)].detach() if learned else inner_lr for name in adapted}
+    path, gradients = [leaves(weights_of(model))], []
+    for points in along:
+        u = path[-1]
+        g = grads(loss(u, points), u, adapted)
+        gradients.append(g)
+        path.append(leaves({n: w - alpha[n] * g[n] if n in adapted else w for n, w in u.items()}))
+    end = loss(path[-1], query)
+    v = grads(end, path[-1], list(path[-1]))
+    by_alpha = {name: torch.zeros_like(a) for name, a in learned.items()}
+    for j in reversed(range(len(along))):
+        u = path[j]
+        for name in adapted if learned else ():
+            change = -v[name] * gradients[j][name]
+            by_alpha[key(name)] += change if by_alpha[key(name)].dim() else change.sum()
+        if hessian is not None:
+            slope = grads(loss(u, hessian[j]), u, adapted, graph=True)
+            dot = sum((slope[n] * (alpha[n] * v[n])).sum() for n in adapted)
+            product = grads(dot, u, list(u))
+            v = {n: v[n] - product[n] for n in v}
+    return {**v, **by_alpha}, end.detach()

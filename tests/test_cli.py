@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from tiny_omniglot import TINY, members, pixels, png, write_zip
 
-from metamom import cli
+from metamom import TaskBatch, cli
 from metamom.bias.spec import spec_help
 from metamom.checkpoints import Checkpoints, load
 from metamom.run_directory import read_config, read_metrics
-from metamom.tasks import fetch
+from metamom.tasks import Sinusoid, fetch
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PATIENCE = 120  # seconds
@@ -353,6 +353,7 @@ def test_divergence_has_an_exit_code_of_its_own(metamom, tmp_path):
 EVERY_FLAG = {
     "--inner-lr": "0.02", "--inner-steps": "2", "--first-step": "gradient", "--adapt": "2,4",
     "--learn-inner-lr": "tensor", "--estimator": "first-order", "--chunk-size": "2", "--dtype": "float64",
+    "--inner-batches": "fresh",
     "--device": "cpu", "--workers": "2", "--bias": "topk:5%", "--aggregate": "median", "--optimizer": "momentum",
     "--fixed-tasks": "8", "--order": "reshuffle",
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
@@ -371,7 +372,8 @@ def test_train_with_every_flag(metamom, tmp_path):
     config = read_config(run)
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
-        "estimator": "first-order", "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False,
+        "estimator": "first-order", "inner_batches": "fresh",
+        "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "schedule": "constant",
         "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
@@ -390,6 +392,37 @@ def test_train_with_every_flag(metamom, tmp_path):
     again = metamom("train", "sinusoid", *flags, "--run-dir", run, "--resume", "--tensorboard")
     assert again.code == 0
     assert f"{run} is trained for 4 iterations already" in again.out
+
+
+def test_estimators_with_inner_batches_of_their_own(metamom, tmp_path, monkeypatch):
+    """--shots is one inner batch: training tasks have as many as the estimator takes, others one."""
+    seen = []
+    sample = Sinusoid.sample
+
+    def noting(self: Sinusoid, step: int, num_tasks: int, **where: int) -> TaskBatch:
+        batch = sample(self, step, num_tasks, **where)
+        seen.append((self.stream, batch.support_x.shape[1]))
+        return batch
+
+    monkeypatch.setattr(Sinusoid, "sample", noting)
+    run = tmp_path / "run"
+    flags = ["--shots", 5, "--meta-batch", 4, "--evaluate-tasks", 4, "--run-dir", run]
+    train = ["train", "sinusoid", *flags, "--iterations"]
+    assert metamom(*train, 3, "--estimator", "independent").code == 0
+    assert dict(seen) == {"train": 10, "validation": 5}
+    seen.clear()
+    assert metamom("evaluate", run, "--tasks", 4).code == 0
+    assert set(seen) == {("test", 5)}
+    seen.clear()
+    assert metamom("evaluate", run, "--tasks", 4, "--split", "train").code == 0
+    assert set(seen) == {("train", 5)}
+    before = contents(run)
+    for other in (["--estimator", "cross-fit"], [], ["--estimator", "independent", "--inner-batches", "fresh"]):
+        said = the_error(metamom(*train, 6, *other, "--resume"))
+        assert ("inner_batches" if "fresh" in other else "estimator") in said
+        assert contents(run) == before
+    assert metamom(*train, 6, "--estimator", "independent", "--resume").code == 0
+    assert len(read_metrics(run)) == 6
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("rmsprop", "RMSprop")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -23,7 +24,7 @@ from oracles import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom import MAML, CompositeMomentum
+from metamom import MAML, CompositeMomentum, TaskBatch
 from metamom.counter import Places
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, Sinusoid, half_squared_error
 
@@ -84,6 +85,52 @@ def test_the_mean_square_error_over_all_pairs_of_batches(m, wanted):
     assert_equal(error, wanted)
 
 
+def batches(*sizes: int) -> TaskBatch:
+    """A task for each combination of inner batches of these sizes, drawn with replacement, one after the other."""
+    places = list(itertools.product(range(4), repeat=sum(sizes)))
+    return pairs((X[torch.tensor(places)], Y[torch.tensor(places)]), all_points())
+
+
+@pytest.mark.parametrize("estimator", ["independent", "cross-fit", "richardson", "hessian-free"])
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_cures_have_no_bias_for_any_batch_size(m, estimator):
+    """Differences are exact on quadratics but for rounding, of 1e-16 over r = 6e-6."""
+    mean = gradients(linear_learner(W, ALPHA, estimator=estimator), batches(m, m)).mean(0)
+    error = mean - torch.tensor(POPULATION[1], dtype=torch.float64)
+    assert error.abs().max() <= (1e-9 if estimator == "hessian-free" else 1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["independent", "cross-fit"])
+def test_two_steps_on_fresh_batches_have_no_bias_either(estimator):
+    learner = linear_learner(W, ALPHA, estimator=estimator, inner_steps=2, inner_batches="fresh")
+    assert_equal(gradients(learner, batches(1, 1, 1, 1)).mean(0), POPULATION[2])
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_exact_estimator_on_fresh_batches_has_its_own_mean(m):
+    """T(T(Σ))δ and residuals' share, by enumeration of each batch's matrices."""
+    learner = linear_learner(W, ALPHA, inner_steps=2, inner_batches="fresh")
+    x, y = subsets(X, Y, m, replacement=True)
+    second, cross = x.mT @ x / m, (x.mT @ y / m).squeeze(-1)  # of each batch
+    adapt, sigma = torch.eye(2) - ALPHA * second, X.T @ X / 4
+    w, theta = torch.tensor(W, dtype=torch.float64), torch.linalg.lstsq(X, Y).solution[:, 0]
+    u = adapt @ w + ALPHA * cross
+    wanted = torch.zeros(2, dtype=torch.float64)
+    for i, j in itertools.product(range(len(x)), repeat=2):
+        wanted += adapt[i] @ adapt[j] @ sigma @ (adapt[j] @ u[i] + ALPHA * cross[j] - theta) / len(x) ** 2
+    assert_equal(gradients(learner, batches(m, m)).mean(0), wanted)
+    assert (wanted - torch.tensor(POPULATION[2], dtype=torch.float64)).abs().max() > 1e-3
+
+
+@settings(deadline=None, max_examples=20)
+@given(dim=st.integers(1, 4), half=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_richardson_is_cross_fit_sample_by_sample(dim, half, seed):
+    batch = LinearRegression(dim, 2 * half, 3, noise=0.5, seed=seed, **DOUBLE).sample(0, 5)
+    w = torch.linspace(-1, 1, dim).tolist()
+    ours, theirs = (gradients(linear_learner(w, 0.1, estimator=e), batch) for e in ("richardson", "cross-fit"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_whole_data_set_at_once_is_the_population(steps):
     tasks = LinearRegression(2, 4, 4, data=(X, Y[:, 0]), replacement=False, **DOUBLE)
@@ -113,10 +160,17 @@ def isotropic(noise: float = 0.0, dim: int = 3):
         ({"estimator": "first-order"}, 0.9, 0.5),
         ({"inner_steps": 2}, 0.6920952, 0.3195),
         ({"inner_steps": 3}, 0.6004016976, 0.283325),
+        ({"estimator": "independent"}, 0.81, 0.25),
+        ({"estimator": "hessian-free"}, 0.81, 0.25),
+        ({"estimator": "cross-fit"}, 0.81, 0.25),
+        ({"estimator": "richardson"}, 0.81, 0.25),
+        ({"inner_steps": 2, "inner_batches": "fresh"}, 0.669124, 0.2025),
+        ({"inner_steps": 2, "inner_batches": "fresh", "estimator": "independent"}, 0.6561, 0.0625),
     ],
 )
 def test_means_of_gaussian_designs(options, at_a_tenth, at_a_half):
-    batch = replicates(isotropic(), 5, 7, 100_000)
+    parts = linear_learner(DELTA, 0.1, **options).support_parts
+    batch = replicates(isotropic(), 5 * parts, 7, 100_000)
     for alpha, coefficient in ((0.1, at_a_tenth), (0.5, at_a_half)):
         assert_mean(gradients(linear_learner(DELTA, alpha, **options), batch), coefficient * np.array(DELTA))
 
@@ -130,7 +184,12 @@ def test_means_with_the_support_set_used_in_full_again():
 
 @pytest.mark.parametrize(
     ("options", "wanted"),
-    [({}, (0.63168, -0.8936, -0.076)), ({"estimator": "first-order"}, (0.48, -0.812, -0.088))],
+    [
+        ({}, (0.63168, -0.8936, -0.076)),
+        ({"estimator": "first-order"}, (0.48, -0.812, -0.088)),
+        ({"estimator": "independent"}, (0.28944, -0.6352, -0.00896)),
+        ({"inner_steps": 2, "inner_batches": "fresh"}, (0.44441856, -0.729749248, 0.017522176)),
+    ],
 )
 def test_means_of_correlated_features(options, wanted):
     sigma = [[1.5, 0.3, 0], [0.3, 0.7, 0.2], [0, 0.2, 0.4]]
@@ -138,14 +197,16 @@ def test_means_of_correlated_features(options, wanted):
     def family(shots: int, queries: int) -> LinearRegression:
         return LinearRegression(3, shots, queries, covariance=sigma, theta=[1, 1, 1], **DOUBLE)
 
-    draws = gradients(linear_learner(1 + np.array(DELTA), 0.4, **options), replicates(family, 2, 5, 200_000))
-    assert_mean(draws, wanted)
+    learner = linear_learner(1 + np.array(DELTA), 0.4, **options)
+    assert_mean(gradients(learner, replicates(family, 2 * learner.support_parts, 5, 200_000)), wanted)
 
 
 def test_exact_variances():
     """Of so many draws the standard errors, over seeds, are 0.2 % and 0.4 %."""
     draws = gradients(linear_learner(DELTA, 0.1), replicates(isotropic(0.5), 5, 7, 400_000))
     assert total_variance(draws) == pytest.approx(2.2426655571, rel=0.01)
+    draws = gradients(linear_learner(DELTA, 0.1, estimator="independent"), replicates(isotropic(0.5), 10, 7, 400_000))
+    assert total_variance(draws) == pytest.approx(2.16531900, rel=0.01)
     draws = gradients(linear_learner([1.5], 0.3), replicates(isotropic(0.5, dim=1), 4, 3, 600_000))
     assert total_variance(draws) == pytest.approx(0.7043583333, rel=0.01)
     assert_mean(draws, [0.8025])

@@ -470,7 +470,7 @@ def test_state_of_another_operator(tmp_path):
     with pytest.raises(CheckpointError, match="hold no bias"):
         go(other, tmp_path / "none", resume=True)
     go(other, tmp_path / "ef14", iterations=4)
-    with pytest.raises(CheckpointError, match="ef21:topk:3 keeps estimate; got error"):
+    with pytest.raises(CheckpointError, match="ef21:topk:3 keeps estimate of each worker; got error"):
         go(one._replace(options={**one.options, "bias": EF21(TopK(3))}), tmp_path / "ef14", resume=True)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from metamom import MAML, Clip, CompositeMomentum, Identity, TopK, train
+from metamom import MAML, CompositeMomentum, train
+from metamom.bias.spec import parse
 from metamom.tasks import LinearRegression
 from metamom.tasks.linear import half_squared_error
 from metamom.watch import StallWarning, Watch
@@ -74,9 +75,20 @@ def test_another_optimizer_and_normalised_steps_are_not_judged():
     assert Watch(CompositeMomentum([x], lr=0.1), None).judges
 
 
-@pytest.mark.parametrize(("operator", "biased"), [(None, None), (Identity(), None), (TopK(1), True), (Clip(1.0), True)])
-def test_what_is_known_of_the_bias(operator, biased):
-    assert Watch(CompositeMomentum([nn.Parameter(torch.ones(1))], lr=0.1), operator).biased is biased
+@pytest.mark.parametrize(
+    ("spec", "biased"),
+    [
+        ("none", None),
+        ("topk:3", True),
+        ("clip:1", True),
+        ("sign:tensor", True),
+        ("qsgd:4", None),
+        ("ef21:topk:3", None),
+    ],
+)
+def test_what_is_known_of_the_bias(spec, biased):
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    assert Watch(CompositeMomentum(params, lr=0.1), parse(spec)).biased is biased
 
 
 def test_training_warns_once():

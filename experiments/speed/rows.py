@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator, TopK
 from metamom.chunks import ChunkSize
-from metamom.maml import Estimator, LossFn
+from metamom.estimators import Estimator
+from metamom.maml import LossFn
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, block
+from metamom.estimators import Estimator
 from metamom.interop.imports import import_learn2learn
-from metamom.maml import MAML, Estimator, LossFn
+from metamom.maml import MAML, LossFn
 
 __all__ = ["AsTaskset", "FromTaskset", "from_maml", "import_learn2learn", "seeded"]
 

@@ -1,0 +1,31 @@
+"""Which parameters the inner steps move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+
+def selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the parameters that the inner steps move, in the model's order."""
+    if adapt is None:
+        names = tuple(trainable)
+    elif callable(adapt):
+        names = tuple(name for name in trainable if adapt(name))
+    else:
+        wanted = [adapt] if isinstance(adapt, str) else list(adapt)
+        unknown = [w for w in wanted if not any(_within(name, w) for name in trainable)]
+        if unknown:
+            raise ValueError(
+                f"adapt names trainable parameters, or modules that hold some; {unknown} is none of "
+                f"{', '.join(trainable)}."
+            )
+        names = tuple(name for name in trainable if any(_within(name, w) for w in wanted))
+    if not names:
+        raise ValueError(f"adapt selects no trainable parameter; the model has: {', '.join(trainable) or 'none'}.")
+    return names
+
+
+def _within(parameter: str, place: str) -> bool:
+    return parameter == place or parameter.startswith(f"{place}.")

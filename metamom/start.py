@@ -1,0 +1,51 @@
+"""Where the tasks of a batch start from: their workers' weights.
+
+Legend: T tasks, n workers with T/n tasks each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+class Start(NamedTuple):
+    """Where T tasks start from.
+
+    Attributes:
+        own: parameters that the inner steps move, ``[T, *shape]``.
+        kept: the other ones where they differ between tasks, because their workers do, ``[T, *shape]``.
+        shared: the other ones where all tasks have the same, ``[*shape]``: one large product instead of T.
+        step_sizes: learned inner step sizes, ``[T, ...]``.
+    """
+
+    own: Params
+    kept: Params
+    shared: Params
+    step_sizes: Params
+
+
+def deal(rows: Params, num_tasks: int, adapted: Collection[str], step_sizes: Collection[str]) -> Start:
+    """Give T tasks the weights of their workers.
+
+    Args:
+        rows: the workers' meta-parameters, ``[n, *shape]``.
+        num_tasks: T, a multiple of n; a worker's tasks are next to each other.
+        adapted: names of the parameters that the inner steps move.
+        step_sizes: names of the learned step sizes.
+    """
+    start = Start({}, {}, {}, {})
+    for name, row in rows.items():
+        workers, shape = row.shape[0], row.shape[1:]
+        if workers == 1 and name not in adapted and name not in step_sizes:
+            start.shared[name] = row[0]
+            continue
+        # with one worker a view: no task's start is copied
+        tasks = row.unsqueeze(1).expand(workers, num_tasks // workers, *shape).reshape(num_tasks, *shape)
+        kind = start.step_sizes if name in step_sizes else start.own if name in adapted else start.kept
+        kind[name] = tasks
+    return start
