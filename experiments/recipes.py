@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.chunks import ChunkSize
 from metamom.compiled import CompileMode
-from metamom.estimators import Estimator, InnerBatches, check_estimator, support_parts
+from metamom.estimators import TRACKED, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml import MAML
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum, FirstStep
@@ -68,6 +68,7 @@ class Recipe:
     inner_steps: int = 1
     estimator: Estimator = "exact"
     inner_batches: InnerBatches = "same"
+    tracking: float | None = None
     learn_inner_lr: LearnInnerLR = False
     adapt: tuple[str, ...] | None = None
     chunk_size: ChunkSize = None
@@ -117,6 +118,11 @@ class Recipe:
                 f"a meta-batch must divide the {self.fixed_tasks} fixed tasks that come in turn; got {self.meta_batch}."
             )
         check_estimator(self.estimator, self.inner_batches)
+        if self.estimator in TRACKED and self.fixed_tasks is None:
+            raise ValueError(
+                f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with fixed_tasks "
+                "(--fixed-tasks N)."
+            )
         self.operator()
         _cosine_length(self.schedule)
 
@@ -184,6 +190,7 @@ class Recipe:
             inner_steps=self.inner_steps,
             estimator=self.estimator,
             inner_batches=self.inner_batches,
+            tracking=self.tracking,
             learn_inner_lr=self.learn_inner_lr,
             adapt=self.adapt,
             chunk_size=self.chunk_size,

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -65,6 +66,11 @@ def _train(arguments: Arguments) -> int:
     run_dir = arguments.run_dir or f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     assert recipe.meta_batch is not None
     iterations = ITERATIONS[recipe.task] if arguments.iterations is None else arguments.iterations
+    tracking = None
+    if arguments.track_bias is not None:
+        from metamom.experiments.bias_report import tracking as tracking_of
+
+        tracking = tracking_of(recipe, arguments.track_bias, root=arguments.data_root)
     result = train(
         learner,
         optimizer,
@@ -83,6 +89,7 @@ def _train(arguments: Arguments) -> int:
         checkpoint_every=arguments.checkpoint_every,
         settings=recipe.settings(),
         tensorboard=arguments.tensorboard,
+        track_bias=tracking,
         label=f"train {recipe.task}",
     )
     if not result.metrics:
@@ -161,6 +168,48 @@ def _compare(arguments: Arguments) -> int:
     return 0
 
 
+def _bias(arguments: Arguments) -> int:
+    from metamom.allocator import keep_freed_memory
+    from metamom.experiments import bias_report
+    from metamom.experiments.recipes import TASKS, Recipe
+    from metamom.experiments.saved import load_run
+    from metamom.sources import with_estimator
+
+    keep_freed_memory()
+    what = arguments.what
+    if what in TASKS:
+        recipe = Recipe(task=what, **_given(arguments))
+        learner = recipe.learner()
+        title = f"{what}, weights as drawn"
+    else:
+        fixed = [name for name in ("inner_lr", "inner_steps") if getattr(arguments, name) is not None]
+        if fixed:
+            raise ValueError(
+                f"--{fixed[0].replace('_', '-')} belongs to the learner that the run trained; give it with a task "
+                f"({', '.join(TASKS)}) in place of a run."
+            )
+        saved = load_run(what, arguments.checkpoint, device=arguments.device or "cpu")
+        asked = {
+            name: value for name in ("estimator", "bias", "seed") if (value := getattr(arguments, name)) is not None
+        }
+        recipe = replace(saved.recipe, **asked)
+        learner = with_estimator(saved.learner, recipe.estimator)
+        title = f"{recipe.task}, after {saved.step} iterations"
+    found = bias_report.measure_recipe(
+        recipe, learner, inner_batches=arguments.inner_batch, tasks=arguments.tasks, root=arguments.data_root
+    )
+    where = arguments.out
+    if where is None and not arguments.json:
+        where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in TASKS else what
+    report = None if where is None else bias_report.write(found, Path(where), title)
+    if arguments.json:
+        print(json.dumps(bias_report.as_json(found)))
+        return 0
+    print("\n".join([title, *bias_report.summary(found), "", bias_report.table(found), "", *bias_report.slopes(found)]))
+    print(f"report: {report}")
+    return 0
+
+
 def _data(arguments: Arguments) -> int:
     from metamom.tasks.fetch import check, fetch
 
@@ -208,6 +257,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "bias": _bias,
     "reproduce": _reproduce,
     "table": _table,
     "data": _data,

@@ -109,6 +109,10 @@ class Compiled:
         with torch.no_grad():
             return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is compiled stays in this process: a copy compiles anew."""
+        return {**self.__dict__, "graphs": {}, "eager": {}}
+
     def _pays(self, key: Any) -> bool:
         """Whether the calls to come would save more time than compiling takes."""
         watched = self.eager.setdefault(key, _Eager())
@@ -140,13 +144,14 @@ class Compiled:
                 *pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
             )
 
-        with kernels.native(tensors[0].device):
+        drawn = [tensors[0].device] if tensors[0].is_cuda else []
+        with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device):  # a model may draw in tracing
             graph = make_fx(flat)(*tensors)
         enlarge_products(graph)
         options = _options(graph, tensors[0].device)
         while True:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), torch.random.fork_rng(devices=drawn):
                     compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors), options)
             except Exception as error:
                 if not _forget_damaged(error):

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 
-Estimator = Literal["exact", "independent", "first-order", "hessian-free", "cross-fit", "richardson"]
+Estimator = Literal[
+    "exact", "independent", "first-order", "hessian-free", "cross-fit", "richardson", "moml", "moml-coupled", "scsc"
+]
 InnerBatches = Literal["same", "fresh"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+TRACKED: tuple[Estimator, ...] = ("moml", "moml-coupled", "scsc")  # with a memory: see metamom.tracking
 INNER_BATCHES: tuple[InnerBatches, ...] = get_args(InnerBatches)
 
 
@@ -50,6 +53,9 @@ _TERMS: dict[Estimator, tuple[_Term, ...]] = {
         _Term(2.0, (_Adaptation(_WHOLE, _WHOLE),)),
         _Term(-0.5, (_Adaptation(_A, _A), _Adaptation(_B, _B))),
     ),
+    "moml": (_INDEPENDENT,),
+    "moml-coupled": (_COUPLED,),
+    "scsc": (_INDEPENDENT,),
 }
 
 
@@ -117,7 +123,8 @@ def support_parts(estimator: Estimator, steps: int, inner_batches: InnerBatches 
 
 def passes(estimator: Estimator, steps: int) -> int:
     """How often the model is called for a meta-gradient, roughly: what compiling one costs by."""
-    return sum(steps * len(set(term.adaptations[0])) + 1 for term in _TERMS[estimator])
+    again = int(estimator == "scsc")  # from the weights of the last visit
+    return again + sum(steps * len(set(term.adaptations[0])) + 1 for term in _TERMS[estimator])
 
 
 def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: InnerBatches) -> None:

@@ -37,6 +37,12 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
             metavar="N",
             help="iterations between checkpoints (default: 500)",
         )
+        train.add_argument(
+            "--track-bias",
+            type=_every,
+            metavar="every=N",
+            help="measure the bias every N iterations, into metrics.jsonl; training itself goes as without",
+        )
         train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into the run directory")
 
     evaluate = kinds.add_parser("evaluate", help="evaluate a trained meta-learner on fresh tasks", allow_abbrev=False)
@@ -90,6 +96,9 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
         compare.add_argument("--target", type=float, help="validation error (accuracy) to count iterations to")
         compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
 
+    _add_bias(
+        kinds.add_parser("bias", help="measure a meta-gradient's bias", allow_abbrev=False, **_with_specs()), commands
+    )
     _add_reproduce(kinds.add_parser("reproduce", help="the paper's experiments, run by run"), commands)
 
     data = kinds.add_parser("data", help="fetch or check data sets", allow_abbrev=False)
@@ -131,7 +140,14 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
         choices=ESTIMATORS,
         metavar="NAME",
         help="of the meta-gradient: exact, first-order; or, training on support sets of twice the --shots, in two "
-        "halves, independent, hessian-free, cross-fit, richardson (default: exact)",
+        "halves, independent, hessian-free, cross-fit, richardson; or, on --fixed-tasks, each with an average of its "
+        "own, moml, scsc (both of twice the --shots), moml-coupled (default: exact)",
+    )
+    parser.add_argument(
+        "--tracking",
+        type=float,
+        metavar="B",
+        help="weight of a new inner step in the averages of moml, moml-coupled and scsc, 0 < B <= 1 (default: 0.2)",
     )
     parser.add_argument(
         "--inner-batches",
@@ -226,6 +242,48 @@ def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, or start it")
 
 
+def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> None:
+    """Flags of the bias meter."""
+    from metamom.sources import MEASURED
+
+    parser.set_defaults(run=commands["bias"])
+    parser.add_argument(
+        "what",
+        metavar="RUN|sinusoid|omniglot",
+        help="a run directory, or tasks, with a learner as training starts with",
+    )
+    parser.add_argument(
+        "--inner-batch",
+        type=_integers,
+        metavar="M,M,...",
+        help="inner batch sizes in shots (default: 1,2,5,10,20; of Omniglot, which has 20 drawings a class, 1,2,4)",
+    )
+    parser.add_argument(
+        "--estimator",
+        choices=MEASURED,
+        metavar="NAME",
+        help=f"{', '.join(MEASURED)} (default: as in training, exact)",
+    )
+    parser.add_argument("--bias", metavar="SPEC", help="operator, see below (default: as in training, none)")
+    parser.add_argument("--inner-lr", type=float, help="of a learner that is no RUN's (default: by task)")
+    parser.add_argument("--inner-steps", type=int, help="of a learner that is no RUN's (default: 1)")
+    parser.add_argument("--tasks", type=int, help="in all (default: 300; of Omniglot 60)")
+    parser.add_argument("--seed", type=int, help="of tasks, and of weights that are no RUN's (default: 0, or RUN's)")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where bias.md and figures/bias.png go (default: RUN, or a new folder in runs/)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else; write nothing without --out"
+    )
+
+
 def _add_reproduce(
     parser: argparse.ArgumentParser, commands: Mapping[str, Callable[[argparse.Namespace], int]]
 ) -> None:
@@ -286,6 +344,13 @@ def _compile_mode(text: str) -> str:
     if text != "auto":
         raise argparse.ArgumentTypeError(f"wanted auto, or nothing after --compile; got {text!r}")
     return text
+
+
+def _every(text: str) -> int:
+    name, _, number = text.partition("=")
+    if name != "every" or not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"wanted every=N with N iterations >= 1, such as every=200; got {text!r}")
+    return int(number)
 
 
 def _names(text: str) -> tuple[str, ...]:

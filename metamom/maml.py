@@ -26,6 +26,7 @@ from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
 from metamom.differences import Losses, drawing_refused
 from metamom.estimators import (
+    TRACKED,
     Adaptations,
     Estimator,
     InnerBatch,
@@ -42,6 +43,7 @@ from metamom.robust import Aggregate
 from metamom.selection import selected
 from metamom.start import Params, Start, deal
 from metamom.step_sizes import LearnInnerLR, StepSizes
+from metamom.tracking import TRACKING, Memory, check_tracking, distinct_ids, tracked
 from metamom.vmap_errors import check_model, explained, unchanged
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -88,23 +90,33 @@ class MAML(nn.Module):
             B: ``"independent"`` goes along A with the Hessians of B; ``"hessian-free"`` does so by differences of
             gradients, without second derivatives (HF-MAML; for smooth models: the kinks of many ReLUs make it noisy);
             ``"cross-fit"`` is the mean of ``"independent"`` and of the same with A and B swapped; ``"richardson"`` is
-            ``2 g(all) - [g(A) + g(B)]/2`` with g the exact one.
+            ``2 g(all) - [g(A) + g(B)]/2`` with g the exact one. ``"moml"`` and ``"scsc"`` are ``"independent"`` with,
+            for u_1, an average over each task's visits that is kept by its ``task_ids``, so tasks must stay
+            (`metamom.tasks.FixedTasks`): `metamom.tracking`. ``"moml-coupled"`` takes all points for both, as MOML's
+            public code does, but without the factor ``tracking`` that this has on the meta-gradient. One inner step.
         inner_batches: ``"same"`` support points for every inner step, or ``"fresh"`` ones: J consecutive parts of the
             support set (of each half). A support set must divide into `support_parts` parts.
+        tracking: b_u in (0, 1], the weight of a new inner step in the averages of ``"moml"``, ``"moml-coupled"`` and
+            ``"scsc"``; 0.2 by default, 1 for no average at all.
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters the inner steps move: names of parameters or of modules, or a predicate on a
             parameter's name; all trainable ones by default. ANIL is ``adapt=["head"]``.
         chunk_size: compute at most so many tasks at a time; bounds the memory, not the result. ``"auto"`` measures
-            what a task needs and keeps the peak within 512 MiB on a CPU, within half of what is free on a GPU.
-        compile: compile the whole meta-gradient, once for each shape of batch; ``"auto"`` does so only once it pays
-            (see `expect`), and goes on without it, with one warning, where compiling fails.
+            what a task needs and takes about 512 MiB at a time on a CPU, half of what is free on a GPU.
+        compile: compile the whole meta-gradient, once for each shape of batch, and anew where the loss, a module, a
+            hook, a buffer or a frozen parameter is replaced. What else model or loss read (a dropout's rate, a plain
+            tensor) is compiled in: make another learner where that changes. ``"auto"`` compiles only once it pays (see
+            `expect`), and goes on without it, with one warning, where compiling fails.
         autocast: dtype of the model's matrix products and convolutions, `torch.bfloat16`, which accumulate in
             float32; weights, gradients, normalisation and losses stay as they are. It costs accuracy (8 bits; see
             docs/performance.md for how much), and is faster only on hardware that multiplies in bfloat16.
 
+    Attributes:
+        memory: the averages of tracked estimators, part of the ``state_dict``; ``None`` for the others.
+
     Raises:
-        ValueError: for an option out of range, an unknown parameter name, a model with running statistics, or
-            ``compile=True`` where there is no compiler.
+        ValueError: for an option out of range or that doesn't go with the estimator, an unknown parameter name, a model
+            with running statistics, or ``compile=True`` where there is no compiler.
 
     Example:
         >>> from torch.nn import functional as F
@@ -135,6 +147,7 @@ class MAML(nn.Module):
         inner_steps: int = 1,
         estimator: Estimator = "exact",
         inner_batches: InnerBatches = "same",
+        tracking: float | None = None,
         learn_inner_lr: LearnInnerLR = False,
         adapt: Iterable[str] | Callable[[str], bool] | None = None,
         chunk_size: ChunkSize = None,
@@ -145,11 +158,13 @@ class MAML(nn.Module):
         if inner_steps < 1:
             raise ValueError(f"inner_steps must be >= 1; got {inner_steps}.")
         check_estimator(estimator, inner_batches)
-        if chunk_size not in (None, "auto") and (isinstance(chunk_size, str) or chunk_size < 1):
+        check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
+        counted = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+        if not (counted or chunk_size is None or (isinstance(chunk_size, str) and chunk_size == "auto")):
             raise ValueError(
                 f'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}.'
             )
-        if compile not in (True, False, "auto"):
+        if not (isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
             raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be torch.bfloat16 or None; got {autocast!r}.")
@@ -164,6 +179,9 @@ class MAML(nn.Module):
         self.autocast = autocast
         self.adapted = selected(adapt, trainable)
         self.step_sizes = StepSizes(inner_lr, {name: trainable[name] for name in self.adapted}, learn_inner_lr)
+        self.memory: Memory | None = None
+        if estimator in TRACKED:
+            self.memory = Memory(estimator, TRACKING if tracking is None else tracking, trainable, self.adapted)
         self._gradient: Callable[..., tuple[Tensor, ...]] = self._gradient_of_chunk
         self._expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
@@ -182,6 +200,7 @@ class MAML(nn.Module):
             "estimator": self.estimator,
             "inner_batches": self.inner_batches,
             "adapt": list(self.adapted),
+            **({} if self.memory is None else {"tracking": self.memory.tracking}),
         }
 
     @property
@@ -191,6 +210,11 @@ class MAML(nn.Module):
         A sampler of ``shots=learner.support_parts * m`` gives inner batches of m shots each.
         """
         return support_parts(self.estimator, self.inner_steps, self.inner_batches)
+
+    def reset_tracking(self) -> None:
+        """Forget the averages of tracked estimators: each task's next visit is its first. Others have none."""
+        if self.memory is not None:
+            self.memory.reset()
 
     def expect(self, iterations: int) -> None:
         """Tell how many meta-gradients are still to come: what ``compile="auto"`` decides by; `metamom.train` does.
@@ -204,8 +228,7 @@ class MAML(nn.Module):
 
         Names are those of ``model.named_parameters()``; step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
-        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return weights | self.step_sizes.learned()
+        return self._trainable() | self.step_sizes.learned()
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
         """Adapt to each task's support set, all of it in every step whatever the estimator.
@@ -240,12 +263,13 @@ class MAML(nn.Module):
         Differentiable in the meta-parameters where gradients are enabled; the derivative is the estimator's. The loss
         itself is one that adapts as `adapt` does on what the estimator's first inner steps go along: half A for
         ``"independent"``, ``"hessian-free"`` and ``"cross-fit"``, all points for the others (where inner batches are
-        fresh, their parts in turn).
+        fresh, their parts in turn). Of tracked estimators it is the loss at the averages that `meta_gradient` would
+        take; only that, and `backward`, move the memory on.
 
         Raises:
             ValueError: as `meta_gradient`.
         """
-        check_support(batch, self.estimator, self.inner_steps, self.inner_batches)
+        self._check(batch)
         rows = self._one_row()
         parts = spans(batch.num_tasks, self._chunk_size(batch), batch.num_tasks)
         return torch.cat([self._estimated_losses(rows, batch.part(start, stop)) for start, stop in parts])
@@ -254,6 +278,7 @@ class MAML(nn.Module):
         """Each worker's composite meta-gradient, the mean over its own tasks.
 
         ``g_i = 1/m sum_t d L_query,t(u_J,t) / dw`` over the m = T/n tasks that `TaskBatch.split` deals to worker i.
+        The memory of tracked estimators moves on, but not where a loss or a gradient is not finite.
 
         Args:
             batch: T tasks.
@@ -264,11 +289,12 @@ class MAML(nn.Module):
             is kept.
 
         Raises:
-            ValueError: if n does not divide T, the estimator cannot cut the support sets into its `support_parts`, or
-                the model cannot run under per-task weights.
+            ValueError: if n does not divide T, the estimator cannot cut the support sets into its `support_parts`, the
+                model cannot run under per-task weights, or a tracked estimator gets tasks without ids.
         """
         weights = self.meta_parameters()
-        grads, losses, _ = self._meta_gradient(weights, batch, workers)
+        grads, losses, _, averages = self._meta_gradient(weights, batch, workers)
+        self._remember(batch, averages, grads, losses)
         return MetaGradient(unflatten(grads, weights), losses)
 
     def backward(
@@ -280,7 +306,8 @@ class MAML(nn.Module):
             batch: T tasks.
             workers: n >= 1, must divide T.
             bias: the operator C on each worker's flattened gradient ``[n, d]``, or a function ``[d] -> [d]``; none by
-                default. One with error feedback moves its state on.
+                default. One with error feedback moves its state on. The memory of tracked estimators moves on as in
+                `meta_gradient`, and not if the operator raises.
             aggregate: ``"mean"``, or a robust one: see `metamom.robust.robust_mean`.
 
         Returns:
@@ -290,37 +317,61 @@ class MAML(nn.Module):
             ValueError: as `meta_gradient`; and by the operator.
         """
         weights = self.meta_parameters()
-        grads, losses, predictions = self._meta_gradient(weights, batch, workers)
+        grads, losses, predictions, averages = self._meta_gradient(weights, batch, workers)
         sizes = [w.numel() for w in weights.values()]
         total, report = combine(grads, bias, aggregate, sizes=sizes)
         for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._remember(batch, averages, grads, losses)
         right = accuracy(predictions, batch.query_y)
         return Backward(losses.mean(), {"accuracy": None if right is None else float(right.mean()), **report})
 
-    def _meta_gradient(self, weights: Params, batch: TaskBatch, workers: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The workers' flattened meta-gradients ``[n, d]``, query losses ``[T]`` and predictions."""
-        check_support(batch, self.estimator, self.inner_steps, self.inner_batches)
+    def _meta_gradient(
+        self, weights: Params, batch: TaskBatch, workers: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """The workers' flattened meta-gradients ``[n, d]``, query losses ``[T]``, predictions, and averages to keep."""
+        self._check(batch)
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
         if isinstance(self._gradient, Compiled):
             self._gradient.expected = None if self._expected is None else self._expected * len(parts)
             if self._expected is not None:  # of calls beyond those told of nothing is known
                 self._expected = self._expected - 1 if self._expected > 1 else None
-        results: list[tuple[Tensor, Tensor]] = []
+        results: list[tuple[Tensor, ...]] = []
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
-            tasks = batch[:4] if len(parts) == 1 else batch.part(start, stop)[:4]
-            losses, predictions, *grads = self._gradient(weights, last - first, 1 / per_worker, *tasks)
+            tasks = batch if len(parts) == 1 else batch.part(start, stop)
+            found = self._gradient(weights, self._recalled(tasks), last - first, 1 / per_worker, *tasks[:4])
+            of_tasks, grads = found[: 2 + self._averages], found[2 + self._averages :]
             chunk = grads[0] if len(grads) == 1 else flatten(grads)
             if len(parts) == 1:
-                return chunk, losses, predictions
+                return chunk, of_tasks[0], of_tasks[1], list(of_tasks[2:])
             if not results:
                 total = chunk.new_zeros(workers, chunk.shape[1])
             total[first:last] += chunk
-            results.append((losses, predictions))
-        losses, predictions = (torch.cat(each) for each in zip(*results, strict=True))
-        return total, losses, predictions
+            results.append(of_tasks)
+        losses, predictions, *averages = (torch.cat(each) for each in zip(*results, strict=True))
+        return total, losses, predictions, averages
+
+    @property
+    def _averages(self) -> int:
+        """The number of tensors that tracked estimators average."""
+        return 0 if self.memory is None else len(self.adapted)
+
+    def _recalled(self, batch: TaskBatch) -> Params:
+        """What is remembered of the tasks; nothing by estimators that track none."""
+        return {} if self.memory is None else self.memory.recall(batch.task_ids, self._trainable())
+
+    def _remember(self, batch: TaskBatch, averages: list[Tensor], *results: Tensor) -> None:
+        """Move the tasks' memory on, unless something would poison it."""
+        if self.memory is not None and all(bool(x.isfinite().all()) for x in (*averages, *results)):
+            self.memory.keep(batch.task_ids, dict(zip(self.adapted, averages, strict=True)), self._trainable())
+
+    def _check(self, batch: TaskBatch) -> None:
+        """Refuse a batch that the estimator cannot take."""
+        check_support(batch, self.estimator, self.inner_steps, self.inner_batches)
+        if self.memory is not None:
+            distinct_ids(batch.task_ids)
 
     def _chunk_size(self, batch: TaskBatch) -> int | None:
         """The number of tasks at a time, measured where it is "auto"."""
@@ -329,26 +380,33 @@ class MAML(nn.Module):
         key = (self._settings(), *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
         if key not in self._budgets:
             weights, one = self.meta_parameters(), batch.part(0, 1)
-            self._budgets[key] = tasks_within_budget(lambda: self._gradient_of_chunk(weights, 1, 1.0, *one[:4]), one)
+            memory = self._recalled(one)
+
+            def gradient() -> None:
+                self._gradient_of_chunk(weights, memory, 1, 1.0, *one[:4])
+
+            self._budgets[key] = tasks_within_budget(gradient, one)
         return self._budgets[key]
 
     def _settings(self) -> tuple[Hashable, ...]:
         """What a compiled meta-gradient has built in, apart from shapes.
 
-        Buffers and frozen parameters are among it, as the tensors that they are: their values may change. A module's
-        own numbers (the rate of a dropout) are not: make another learner where they change.
+        Modules, hooks, buffers and frozen parameters are among it, as the objects that they are: the values of tensors
+        may change. A module's own numbers (the rate of a dropout) and plain tensors are not.
         """
         device = next(self.model.parameters()).device.type
         around = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         fixed: list[Hashable] = [self.loss_fn, around, *self.step_sizes.fixed.values()]
         for module in self.modules():
-            fixed.append(module.training)
+            fixed += [module, module.training, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             fixed += module._buffers.values()
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
         return self.inner_steps, self.estimator, self.inner_batches, self.autocast, *fixed
 
-    def _gradient_of_chunk(self, weights: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
-        """Query losses, predictions, and gradients of ``scale`` times the losses' sum in each worker's weights.
+    def _gradient_of_chunk(
+        self, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Query losses, predictions, tracked averages, gradients of ``scale`` times the losses' sum by worker.
 
         Gradients are ``[workers, d]``, or ``[workers, *shape]`` each where a weight does not lie in memory as its
         indices go: a compiler would reorder it entry by entry in the middle of the sum over tasks.
@@ -357,7 +415,7 @@ class MAML(nn.Module):
         with torch.enable_grad():
             rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
             for term in self._cut(TaskBatch(*batch)):
-                losses, predictions = self._episodes(rows, term)
+                losses, predictions, adapted = self._episodes(rows, term, memory)
                 with explained(self.model):
                     grads = torch.autograd.grad(
                         losses.sum() * (scale * term.weight),
@@ -366,7 +424,8 @@ class MAML(nn.Module):
                         materialize_grads=True,
                     )
                 if not totals:
-                    first = losses.detach()[:: term.copies], predictions.detach()[:: term.copies]
+                    averages = [u.detach() for u in adapted.values()] if memory else []
+                    first = losses.detach()[:: term.copies], predictions.detach()[:: term.copies], *averages
                 totals = [a + b for a, b in zip(totals, grads, strict=True)] if totals else list(grads)
         if all(w.is_contiguous() for w in weights.values()):
             totals = [flatten(totals)]
@@ -374,7 +433,8 @@ class MAML(nn.Module):
 
     def _estimated_losses(self, rows: Params, batch: TaskBatch) -> Tensor:
         """Query losses ``[T]`` of the first adaptation, with the derivatives of all of them, weighted."""
-        each = [(term, self._episodes(rows, term)[0].view(-1, term.copies)) for term in self._cut(batch)]
+        memory = self._recalled(batch)
+        each = [(term, self._episodes(rows, term, memory)[0].view(-1, term.copies)) for term in self._cut(batch)]
         first = each[0][1][:, 0]
         if len(each) == 1 and each[0][0].copies == 1:
             return first
@@ -383,12 +443,21 @@ class MAML(nn.Module):
     def _cut(self, batch: TaskBatch) -> list[Adaptations]:
         return cut(batch, self.estimator, self.inner_steps, self.inner_batches)
 
-    def _episodes(self, rows: Params, term: Adaptations) -> tuple[Tensor, Tensor]:
-        """Adapt and judge: query losses ``[T·c]`` and predictions from workers' weights ``[n, *shape]``."""
+    def _episodes(self, rows: Params, term: Adaptations, memory: Params) -> tuple[Tensor, Tensor, Params]:
+        """Adapt and judge: query losses ``[T·c]``, predictions and adapted weights from workers' ``[n, *shape]``."""
         start = self._deal(rows, term.query_x.shape[0])
         *_, adapted = self._trajectory(start, term.steps, keep_graph=torch.is_grad_enabled())
+        if memory:
+            adapted = tracked(memory, adapted, lambda weights: self._step_from(weights, term.steps[0]))
         predictions = self._predictions(start, adapted, term.query_x)
-        return self._losses(predictions, term.query_y), predictions
+        return self._losses(predictions, term.query_y), predictions, adapted
+
+    def _step_from(self, weights: Params, batch: InnerBatch) -> Params:
+        """An inner step from each task's own weights ``[T, *shape]``, without a graph."""
+        own = {name: w for name, w in weights.items() if name in self.adapted}
+        kept = {name: w for name, w in weights.items() if name not in own}
+        *_, adapted = self._trajectory(Start(own, kept, {}, {}), [batch], keep_graph=False)
+        return adapted
 
     def _trajectory(self, start: Start, steps: Iterable[InnerBatch], keep_graph: bool) -> Iterator[Params]:
         own = start.own
@@ -453,6 +522,9 @@ class MAML(nn.Module):
                 f"got shape {tuple(losses.shape[1:])} for each."
             )
         return losses
+
+    def _trainable(self) -> Params:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _one_row(self) -> Params:
         return {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}

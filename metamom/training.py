@@ -17,6 +17,7 @@ from tqdm import tqdm
 from metamom.batch import Sampler
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.checkpoints import CheckpointError
+from metamom.diagnostics import TrackBias, check_track, track
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
@@ -60,7 +61,8 @@ class TrainResult(NamedTuple):
 
     Attributes:
         metrics: one entry for each step that this call did: ``step, loss, accuracy, grad_norm, bias_error,
-            wire_bytes, seconds, world_size``, and ``validation`` with ``validation_halfwidth`` where it was measured.
+            wire_bytes, seconds, world_size``, and ``validation`` with ``validation_halfwidth``, and ``measured_bias``
+            (`metamom.diagnostics.track`), where they were measured.
         validation: the last validation, if any.
         resumed_from: number of steps that were done before this call.
     """
@@ -90,6 +92,7 @@ def train(
     keep_checkpoints: int = 3,
     settings: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
+    track_bias: TrackBias | None = None,
     label: str = "train",
 ) -> TrainResult:
     """Train a meta-learner: sample, composite meta-gradients, bias, aggregate, optimizer step.
@@ -119,6 +122,8 @@ def train(
         settings: what defines the run, as JSON values; made from the arguments if ``None``. A resumed run must have
             the same.
         tensorboard: write losses for TensorBoard into ``run_dir`` too.
+        track_bias: measure the bias every so many steps, at the weights that the step's gradient is taken at, into the
+            metrics' ``measured_bias``. Training goes as without it, bit for bit.
         label: what the progress bar says.
 
     Returns:
@@ -154,6 +159,8 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     check_momentum(optimizer, operator)
+    if track_bias is not None:
+        check_track(learner, operator, track_bias)
     if (resume or tensorboard) and run_dir is None:
         raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
     if settings is None:
@@ -193,8 +200,9 @@ def train(
         interrupts = stack.enter_context(Interrupts())
         bar = stack.enter_context(tqdm(total=iterations, initial=progress.done, desc=label, unit="it", disable=None))
         while progress.done < iterations:
-            began = time.perf_counter()
             step = progress.done
+            measured = _tracked(learner, operator, track_bias, step)
+            began = time.perf_counter()
             check_momentum(optimizer, operator)  # a schedule may have moved beta
             batch = sampler.sample(step, meta_batch).to(like.device, like.dtype)
             optimizer.zero_grad()
@@ -202,7 +210,7 @@ def train(
                 loss, report = learner.backward(batch, workers=workers, bias=operator, aggregate=aggregate)
             except NonFiniteError as error:
                 raise DivergedError("a worker's gradient", step) from error
-            line: dict[str, Any] = {"step": step, "loss": float(loss), **report, "world_size": 1}
+            line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": 1}
             _check_finite(line)
             optimizer.step()
             watch.look(line["loss"], line["grad_norm"])
@@ -380,6 +388,18 @@ def _save(parts: Mapping[str, Any], run: RunDirectory | None, progress: _Progres
     rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     state |= {"seconds": progress.seconds, "best": progress.best, "rng": rng}
     run.checkpoints.save(progress.done, state, best=is_best)
+
+
+def _tracked(
+    learner: MAML, operator: BiasOperator | None, plan: TrackBias | None, step: int
+) -> dict[str, dict[str, float]]:
+    """The measured bias, at the steps when it is due."""
+    if plan is None or step % plan.every:
+        return {}
+    try:
+        return {"measured_bias": track(learner, operator, plan)}
+    except NonFiniteError as error:
+        raise DivergedError("a worker's gradient", step) from error
 
 
 def _check_finite(line: Mapping[str, Any]) -> None:

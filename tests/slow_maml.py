@@ -202,3 +202,62 @@ def product_formula(
             product = grads(dot, u, list(u))
             v = {n: v[n] - product[n] for n in v}
     return {**v, **by_alpha}, end.detach()
+
+
+# ---- inner tracking, by its formulas
+
+
+def slow_tracked(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: TaskBatch,
+    estimator: str,
+    memory: dict[int, tuple[Params, Params]],
+    *,
+    b_u: float,
+    inner_lr: float,
+    adapted: Collection[str] | None = None,
+) -> tuple[Params, Tensor]:
+    """The mean over the tasks of ``(I - alpha H_i(w; S'_i)) grad L_i(u_i)``, and the query losses ``[T]``.
+
+    Args:
+        memory: u_i (of the adapted parameters) and the weights of the last visit, by task id; moves on.
+    """
+    weights = weights_of(model)
+    names = list(weights) if adapted is None else list(adapted)
+    total, losses = {name: torch.zeros_like(w) for name, w in weights.items()}, []
+
+    def loss(at: Params, points: Points) -> Tensor:
+        return loss_fn(torch.func.functional_call(model, at, (points[0],)), points[1])
+
+    def step(at: Params, points: Points) -> Params:
+        moved = adapt_task(model, loss_fn, at, *points, steps=1, inner_lr=lambda name: inner_lr, adapted=names)
+        return {name: moved[name].detach() for name in names}
+
+    for t in range(batch.num_tasks):
+        i, x, y = int(batch.task_ids[t]), batch.support_x[t], batch.support_y[t]
+        half = len(x) // 2
+        along = hessian = (x, y)
+        if estimator != "moml-coupled":
+            along, hessian = (x[:half], y[:half]), (x[half:], y[half:])
+        new = step(weights, along)
+        if i not in memory:
+            memory[i] = new, weights
+        u, last = memory[i]
+        if estimator == "scsc":
+            before = step(last, along)
+            u = {n: (1 - b_u) * (u[n] + new[n] - before[n]) + b_u * new[n] for n in names}
+        else:
+            u = {n: (1 - b_u) * u[n] + b_u * new[n] for n in names}
+        memory[i] = u, weights
+        at = {n: u.get(n, w).detach().requires_grad_() for n, w in weights.items()}
+        end = loss(at, (batch.query_x[t], batch.query_y[t]))
+        v = dict(zip(at, torch.autograd.grad(end, list(at.values()), allow_unused=True), strict=True))
+        moving = [weights[n] for n in names]
+        slopes = torch.autograd.grad(loss(weights, hessian), moving, create_graph=True)
+        dot = sum((g * v[n]).sum() for n, g in zip(names, slopes, strict=True))
+        products = torch.autograd.grad(dot, list(weights.values()), allow_unused=True, materialize_grads=True)
+        for n, product in zip(weights, products, strict=True):
+            total[n] += (v[n] - inner_lr * product) / batch.num_tasks
+        losses.append(end.detach())
+    return total, torch.stack(losses)

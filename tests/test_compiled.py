@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -171,6 +172,53 @@ def test_another_loss_is_not_taken_for_the_old_one(traced):
     learner.loss_fn = F.l1_loss
     losses = learner.meta_gradient(small_batch()).losses
     torch.testing.assert_close(losses, MAML(learner.model, F.l1_loss).meta_gradient(small_batch()).losses)
+    assert len(traced) == 2
+
+
+def a_module(model: nn.Sequential) -> None:
+    model[1] = nn.Sigmoid()
+
+
+def a_hook(model: nn.Sequential) -> None:
+    model[0].register_forward_hook(lambda module, given, out: 3 * out)
+
+
+def a_hook_before(model: nn.Sequential) -> None:
+    model[0].register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+
+
+@pytest.mark.parametrize("change", [a_module, a_hook, a_hook_before])
+def test_modules_and_hooks_that_change_are_followed(traced, change):
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    learner = MAML(model, F.mse_loss, compile=True)
+    before = learner.meta_gradient(small_batch()).losses
+    change(model)
+    after = MAML(model, F.mse_loss).meta_gradient(small_batch()).losses
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(learner.meta_gradient(small_batch()).losses, after)
+    assert len(traced) == 2
+
+
+def test_compiling_draws_nothing(traced):
+    """Or a run that is resumed, and compiles again, would draw other numbers than one that went on."""
+    model = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double()
+    learner = MAML(model, F.mse_loss, compile=True)
+    with torch.random.fork_rng(devices=[]):
+        losses = []
+        for _ in range(2):  # compiling, and compiled
+            torch.manual_seed(0)
+            losses.append(learner.meta_gradient(small_batch()).losses)
+            losses.append(torch.rand(1))
+    assert torch.equal(losses[0], losses[2])
+    assert torch.equal(losses[1], losses[3])
+    assert len(traced) == 1
+
+
+def test_a_learner_that_has_compiled_pickles(traced):
+    learner = MAML(nn.Linear(1, 1).double(), F.mse_loss, compile=True)
+    losses = learner.meta_gradient(small_batch()).losses
+    copied = pickle.loads(pickle.dumps(learner))
+    assert torch.equal(copied.meta_gradient(small_batch()).losses, losses)
     assert len(traced) == 2
 
 

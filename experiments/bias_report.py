@@ -1,0 +1,325 @@
+"""Measured bias over the inner batch size, as a table, a figure, JSON and a page.
+
+    metamom bias sinusoid --inner-batch 1,2,5,10,20 --out DIR
+
+writes ``DIR/bias.md`` and ``DIR/figures/bias.png``; a run directory takes the place of the task.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metamom.batch import Sampler
+from metamom.diagnostics import AtSize, Measured, Part, TrackBias, measure
+from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
+from metamom.experiments.recipes import DTYPES, Recipe
+from metamom.files import write_atomically
+from metamom.intervals import Interval
+from metamom.maml import MAML
+from metamom.run_directory import environment
+from metamom.slope import Slope
+
+WORDS = {
+    "bias": "bias",
+    "curvature": "curvature: the inner batch in a non-linear gradient",
+    "coupling": "coupling: the same inner batch in the Hessian",
+    "hessian": "Hessian: dropped, or by differences",
+    "extrapolation": "extrapolation of Richardson",
+    "operator": "operator: C(g) - g",
+}
+
+
+class Plan(NamedTuple):
+    """What a task's measurement takes where nothing is said."""
+
+    inner_batches: tuple[int, ...]
+    pool: int
+    queries: int
+    tasks: int
+    pairs: int
+    dtype: str
+
+
+# Omniglot has 20 drawings of a character in all; float64 where a bias is as small as float32's rounding may be
+PLANS = {
+    "sinusoid": Plan((1, 2, 5, 10, 20), pool=480, queries=20, tasks=300, pairs=12, dtype="float64"),
+    "omniglot": Plan((1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32"),
+}
+FEWEST = 12  # workers, of several tasks each, that an interval is made from
+
+
+def measure_recipe(
+    recipe: Recipe,
+    learner: MAML,
+    *,
+    inner_batches: tuple[int, ...] | None = None,
+    tasks: int | None = None,
+    root: str | None = None,
+) -> Measured:
+    """The bias meter on a recipe's training tasks, with a pool for each.
+
+    Args:
+        recipe: of the tasks, the bias operator and the tasks that a worker has.
+        learner: whose weights and estimator.
+        inner_batches: in shots; by task if ``None``.
+        tasks: in all; by task if ``None``. With an operator a worker's message is of several, at least 12 workers'.
+        root: of the data.
+
+    Raises:
+        ValueError: see `measure`.
+    """
+    plan = PLANS[recipe.task]
+    sizes = plan.inner_batches if inner_batches is None else inner_batches
+    count = plan.tasks if tasks is None else tasks
+    if count < 3:
+        raise ValueError(f"an interval needs at least 3 tasks; got tasks={count}.")
+    operator, each = recipe.operator(), _tasks_per_worker(recipe)
+    return measure(
+        learner.to(DTYPES[plan.dtype]),
+        pools(recipe, plan.pool, plan.queries, sizes, root=root),
+        inner_batches=sizes,
+        bias=operator,
+        draws=count if each == 1 else max(FEWEST, count // each),
+        tasks_per_worker=each,
+        queries=recipe.queries,
+        most_pairs=plan.pairs,
+        label=f"bias {recipe.task}",
+    )
+
+
+def tracking(recipe: Recipe, every: int, *, root: str | None = None) -> TrackBias:
+    """What ``train --track-bias every=N`` measures: at the --shots, by a few tasks.
+
+    Args:
+        recipe: of the run.
+        every: N >= 1.
+        root: of the data.
+    """
+    assert recipe.shots is not None
+    plan = PLANS[recipe.task]
+    pool = min(plan.pool, 8 * recipe.shots * (recipe.inner_steps if recipe.inner_batches == "fresh" else 1))
+    return TrackBias(
+        every,
+        pools(recipe, max(4, pool), plan.queries, (recipe.shots,), root=root),
+        recipe.shots,
+        tasks_per_worker=_tasks_per_worker(recipe),
+        queries=recipe.queries,
+    )
+
+
+def pools(
+    recipe: Recipe, shots: int, queries: int, inner_batches: tuple[int, ...], *, root: str | None = None
+) -> Sampler:
+    """A recipe's training tasks with larger sets, and independent draws where the tasks are fixed."""
+    assert recipe.queries is not None
+    turns = recipe.inner_steps if recipe.inner_batches == "fresh" else 1
+    larger = replace(
+        recipe,
+        shots=max(shots, 2 * turns * max(inner_batches, default=1)),
+        queries=max(queries, recipe.queries),
+        estimator="exact",
+        inner_batches="same",
+        order="replacement",
+    )
+    return larger.sampler(root=root)
+
+
+def _tasks_per_worker(recipe: Recipe) -> int:
+    """Of one draw: as many as a worker has where an operator acts on their mean, else one."""
+    assert recipe.meta_batch is not None
+    return 1 if recipe.operator() is None else max(1, recipe.meta_batch // recipe.workers)
+
+
+def table(found: Measured) -> str:
+    """A line for each size and source, at most 100 columns."""
+    lines = [f"{'m':>4}  {'':<13}  {'norm':>9}  {_level(found) + ' interval':<22}  {'of gradient':>11}  zero"]
+    for at in found.sizes:
+        for number, (name, part) in enumerate(_parts(at)):
+            low, high = (_number(end) for end in (part.norm.low, part.norm.high))
+            lines.append(
+                f"{at.inner_batch if number == 0 else '':>4}  {name:<13}  {_number(part.norm.value):>9}  "
+                f"{f'{low} to {high}':<22}  {_share(part, found):>11}  {_zero(part)}"
+            )
+        low, high = (_number(end) for end in (at.variance.low, at.variance.high))
+        lines.append(f"{'':>4}  {'variance':<13}  {_number(at.variance.value):>9}  {low} to {high}")
+    return "\n".join(lines)
+
+
+def summary(found: Measured) -> list[str]:
+    """What the table's numbers are, in sentences."""
+    each = "one task" if found.tasks_per_worker == 1 else f"{found.tasks_per_worker} tasks"
+    lines = [
+        f"estimator {found.estimator}, operator {found.bias}; {found.draws} draws of {each}; m in shots",
+        f"norm of the gradient: {_with_interval(found.gradient)}",
+        "variance: of one worker's message, over its tasks, inner batches and query points",
+    ]
+    if found.correction is not None:
+        lines.append(f"reference: inner batches of {found.pool // 2} shots, extrapolated")
+        lines.append(f"its correction by that: {_with_interval(found.correction)}; at most 1.4 times as much is left")
+    else:
+        lines.append("reference: the exact population")
+    return lines
+
+
+def slopes(found: Measured) -> list[str]:
+    """How the bias and its sources fall with m, a sentence each."""
+    return [f"{name}: {_slope_words(slope)}" for name, slope in found.slopes.items()]
+
+
+def as_json(found: Measured) -> dict[str, Any]:
+    """The numbers as JSON values: intervals are ``{"value", "low", "high"}``, of norms but for the variance."""
+    return {
+        "estimator": found.estimator,
+        "operator": found.bias,
+        "reference": found.reference,
+        "draws": found.draws,
+        "tasks_per_worker": found.tasks_per_worker,
+        "pool": found.pool,
+        "confidence": found.confidence,
+        "gradient": found.gradient._asdict(),
+        "correction": None if found.correction is None else found.correction._asdict(),
+        "sizes": [
+            {
+                "inner_batch": at.inner_batch,
+                "bias": _part_json(at.bias),
+                "sources": {name: _part_json(part) for name, part in at.sources.items()},
+                "variance": at.variance._asdict(),
+            }
+            for at in found.sizes
+        ],
+        "slopes": {
+            name: None
+            if slope is None
+            else {
+                **slope.exponent._asdict(),
+                "sizes": list(slope.sizes),
+                "consistent_with": list(slope.consistent),
+            }
+            for name, slope in found.slopes.items()
+        },
+    }
+
+
+def write(found: Measured, folder: Path, title: str) -> Path:
+    """``bias.md`` and ``figures/bias.png`` in the folder.
+
+    Args:
+        found: what was measured.
+        folder: is made if it is not there.
+        title: of what model and tasks.
+
+    Returns:
+        The path of ``bias.md``.
+    """
+    draw(found, folder / "figures" / "bias.png", title)
+    level = _level(found)
+    about = environment()
+    program, *arguments = about.pop("command")
+    command = shlex.join(["metamom" if program.endswith(("__main__.py", "metamom")) else program, *arguments])
+    lines = [f"# Bias of the meta-gradient: {title}", "", f"`{command}`", ""]
+    lines += [f"- {line}" for line in [*summary(found), *slopes(found)]]
+    lines += ["", "![bias over the inner batch size](figures/bias.png)", ""]
+    lines += [f"| m | | norm | {level} interval | of gradient | zero |", "|---:|---|---:|---|---:|---|"]
+    for at in found.sizes:
+        for name, part in _parts(at):
+            low, high = (_number(end) for end in (part.norm.low, part.norm.high))
+            cells = (str(at.inner_batch), name, _number(part.norm.value), f"{low} to {high}", _share(part, found))
+            lines.append(f"| {' | '.join(cells)} | {_zero(part)} |")
+        low, high = (_number(end) for end in (at.variance.low, at.variance.high))
+        lines.append(f"| {at.inner_batch} | variance | {_number(at.variance.value)} | {low} to {high} | | |")
+    names = [name for name, _ in _parts(found.sizes[0]) if name in WORDS]
+    lines += ["", *(f"- {WORDS[name]}" for name in names)]
+    lines += [
+        "",
+        "Squared norms are means of products of different draws, so that noise adds nothing to them; intervals are the "
+        "jackknife's. Where zero is not excluded the norm is shown as 0 if its square came out negative.",
+        "",
+        ", ".join(f"{name} {value}" for name, value in about.items()),
+        "",
+    ]
+    path = folder / "bias.md"
+    write_atomically(path, "\n".join(lines).encode())
+    return path
+
+
+def draw(found: Measured, path: Path, title: str) -> None:
+    """The norms with their intervals on logarithmic axes, and the fitted powers as lines.
+
+    Where zero is not excluded there is the interval's upper end alone, with an arrow down.
+    """
+    figure, (panel,) = row_of_panels(1)
+    sizes = [at.inner_batch for at in found.sizes]
+    names = [name for name, _ in _parts(found.sizes[0])]
+    lowest = min((part.norm.low for at in found.sizes for _, part in _parts(at) if part.excludes_zero), default=None)
+    for number, name in enumerate(names):
+        colour, shift = COLOURS[number % 6], 1.04 ** (number - (len(names) - 1) / 2)
+        parts = [dict(_parts(at))[name] for at in found.sizes]
+        seen = [(m * shift, part.norm) for m, part in zip(sizes, parts, strict=True) if part.excludes_zero]
+        unseen = [(m * shift, part.norm.high) for m, part in zip(sizes, parts, strict=True) if not part.excludes_zero]
+        slope = found.slopes.get(name)
+        if name == "bias" and "operator" in names:
+            slope = None  # that is the slope of the estimator's share
+        label = name if slope is None else f"{name}, ~ m^{slope.exponent.value:.2f}"
+        spread = [[n.value - n.low for _, n in seen], [n.high - n.value for _, n in seen]]
+        panel.errorbar(
+            [x for x, _ in seen], [n.value for _, n in seen], spread, fmt="o", markersize=4, capsize=2, color=colour,
+            label=label,
+        )  # fmt: skip
+        for x, high in unseen:
+            if high > 0:
+                panel.annotate(
+                    "",
+                    (x, high * 0.6),
+                    (x, high),
+                    arrowprops={"arrowstyle": "->", "color": colour},
+                    annotation_clip=True,
+                )
+                panel.plot([x], [high], "_", color=colour, markersize=8)
+        if slope is not None:
+            line = [slope.scale * m**slope.exponent.value for m in sizes]
+            panel.plot(sizes, line, color=colour, linestyle=DASHES[number % 4], linewidth=1)
+    panel.set(xscale="log", yscale="log", xlabel="inner batch m (shots)", ylabel="norm of the bias", title=title)
+    panel.set_xticks(sizes, [str(m) for m in sizes])
+    panel.set_xticks([], minor=True)
+    if lowest is not None:
+        panel.set_ylim(bottom=lowest / 2)
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, path)
+
+
+def _parts(at: AtSize) -> list[tuple[str, Part]]:
+    return [("bias", at.bias), *at.sources.items()]
+
+
+def _part_json(part: Part) -> dict[str, Any]:
+    return {**part.norm._asdict(), "squared": part.squared.value, "excludes_zero": part.excludes_zero}
+
+
+def _level(found: Measured) -> str:
+    return f"{100 * found.confidence:g} %"
+
+
+def _zero(part: Part) -> str:
+    return "excluded" if part.excludes_zero else "not excluded"
+
+
+def _share(part: Part, found: Measured) -> str:
+    if found.gradient.value == 0:
+        return "-"
+    percent = 100 * part.norm.value / found.gradient.value
+    return f"{percent:.0f} %" if percent >= 100 else f"{percent:.2g} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _with_interval(interval: Interval) -> str:
+    return f"{_number(interval.value)} [{_number(interval.low)}, {_number(interval.high)}]"
+
+
+def _slope_words(slope: Slope | None) -> str:
+    return "zero is excluded at fewer than two sizes, so there is no slope to see" if slope is None else slope.words

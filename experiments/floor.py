@@ -1,0 +1,208 @@
+"""The bias floor is the same for every beta, momentum's own error shrinks with beta, and cures lower the floor.
+
+    python -m metamom.experiments.floor [--run-dir runs/floor]
+
+Two linear regressions of different covariance (I and I/4), one inner step of 1/2 on m = 2 points, all of it through
+`MAML` and `CompositeMomentum`. Where the mean iterate ends is known exactly for the estimators that are affine in the
+weights (docs/theory.md, "Fixed points of tasks that differ"); for Top-K and its error feedback it is measured alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from metamom.batch import Sampler
+from metamom.bias.spec import parse
+from metamom.estimators import Estimator
+from metamom.experiments.figures import COLOURS, row_of_panels, save
+from metamom.files import write_atomically
+from metamom.maml import MAML
+from metamom.optim import CompositeMomentum
+from metamom.tasks import FixedTasks, LinearRegression, PerWorker, half_squared_error
+from metamom.theory import designs, regression
+from metamom.theory.fixed_points import AffineMean, Floor, bias_floor
+from metamom.tracking import TRACKING
+
+COVARIANCES = torch.stack([torch.eye(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64) / 4])
+THETAS = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+DESIGNS = [designs.Gaussian(covariance) for covariance in COVARIANCES]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One step size for all; ``tasks`` are dealt evenly to the two regressions."""
+
+    alpha: float = 0.5
+    betas: tuple[float, ...] = (1.0, 0.3, 0.1)
+    lr: float = 0.5
+    tasks: int = 64
+    queries: int = 20
+    steps: int = 2000
+    last: int = 1750
+    blocks: int = 20
+
+
+class Arm(NamedTuple):
+    """An estimator on inner batches of m points, and an operator on the two regressions' gradients."""
+
+    estimator: Estimator
+    m: int
+    bias: str = "none"
+
+    def __str__(self) -> str:
+        return f"{self.estimator}, m = {self.m}" + ("" if self.bias == "none" else f", {self.bias}")
+
+
+FIXED_POINTS = (*(Arm("exact", m) for m in (2, 5, 10)), Arm("first-order", 2), Arm("moml-coupled", 2))
+CURES = tuple(Arm(name, 2) for name in ("independent", "cross-fit", "richardson", "moml", "scsc"))
+COMPRESSED = (Arm("independent", 2, "topk:1"), Arm("independent", 2, "ef21-sgdm(0.1):topk:1"))
+
+
+class Ended(NamedTuple):
+    """What the last steps of a run say.
+
+    Attributes:
+        mean: of the iterates, ``[d]``.
+        error: its standard error, ``[d]``.
+        floor: ``||grad f(E w)||^2``, estimated without the bias of a square: it may be below zero.
+        halfwidth: of its 95 % interval.
+        deviation_sq: mean of ``||v_k - grad f(w_k)||^2``.
+    """
+
+    mean: Tensor
+    error: Tensor
+    floor: float
+    halfwidth: float
+    deviation_sq: float
+
+
+def predicted(arm: Arm, alpha: float) -> Floor | None:
+    """Where the arm ends by theory; None where nothing is known in closed form."""
+    if arm.bias != "none":
+        return None
+    exact = [regression.population(design, alpha) for design in DESIGNS]
+    biased: list[AffineMean] = exact
+    if arm.estimator == "exact":
+        biased = [regression.coupled(design, alpha, arm.m) for design in DESIGNS]
+    elif arm.estimator == "moml-coupled":
+        biased = [regression.coupled(design, alpha, arm.m, share=TRACKING) for design in DESIGNS]
+    elif arm.estimator == "first-order":
+        biased = [regression.first_order(design, alpha) for design in DESIGNS]
+    return bias_floor(exact, biased, THETAS)
+
+
+def run(config: Config, arm: Arm, beta: float, *, seed: int = 0) -> Ended:
+    """Train one arm and look at where it ends."""
+    model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    learner = MAML(model, half_squared_error, inner_lr=config.alpha, estimator=arm.estimator)
+    operator = parse(arm.bias)
+    optimizer = CompositeMomentum(learner.parameters(), lr=config.lr, beta=1.0 if operator.carries_momentum else beta)
+    shots = arm.m * learner.support_parts
+
+    def family(covariance: Tensor, theta: Tensor) -> LinearRegression:
+        return LinearRegression(
+            2, shots, config.queries, covariance=covariance, theta=theta, seed=seed, dtype=torch.float64
+        )
+
+    sampler: Sampler = FixedTasks(family(COVARIANCES, THETAS), config.tasks)
+    workers = 1
+    if arm.bias != "none":
+        sampler, workers = PerWorker([family(*each) for each in zip(COVARIANCES, THETAS, strict=True)]), 2
+    exact = [regression.population(design, config.alpha) for design in DESIGNS]
+    slope = torch.stack([mean.gain for mean in exact]).mean(0)
+    optimum = bias_floor(exact, exact, THETAS).optimum
+    iterates, deviations = torch.empty(config.steps, 2, dtype=torch.float64), torch.empty(config.steps)
+    for k in tqdm(range(config.steps), desc=f"{arm}, beta = {beta:g}", leave=False, disable=None):
+        optimizer.zero_grad()
+        learner.backward(sampler.sample(k, config.tasks), workers=workers, bias=operator)
+        iterates[k] = model.weight.detach()[0]
+        optimizer.step()
+        v = optimizer.state[model.weight]["momentum"][0]
+        deviations[k] = (v - slope @ (iterates[k] - optimum)).square().sum()
+    blocks = torch.stack([block.mean(0) for block in iterates[-config.last :].tensor_split(config.blocks)])
+    floor, halfwidth = squared_mean((blocks - optimum) @ slope.T)
+    error = blocks.std(0) / math.sqrt(config.blocks)
+    return Ended(blocks.mean(0), error, floor, halfwidth, float(deviations[-config.last :].mean()))
+
+
+def squared_mean(values: Tensor) -> tuple[float, float]:
+    """``||E g||^2`` from independent draws ``[n, d]``, without bias, and its 95 % half-width (jackknife).
+
+    The mean of ``<g_i, g_j>`` over pairs i != j: the square of the mean would hold the noise of each draw once.
+    """
+    n = len(values)
+    total, squares = values.sum(0), values.square().sum(1)
+    estimate = float((total.square().sum() - squares.sum()) / (n * (n - 1)))
+    rest = total - values
+    without = (rest.square().sum(1) - (squares.sum() - squares)) / ((n - 1) * (n - 2))
+    return estimate, 1.96 * math.sqrt(float((without - without.mean()).square().sum()) * (n - 1) / n)
+
+
+def report(config: Config, run_dir: Path) -> Path:
+    """Run every arm with every beta; ``report.md`` and the figure."""
+    figure, (plane, floors, errors) = row_of_panels(3, sharey=False)
+    lines = [
+        f"Two regressions, {config.tasks} tasks a step, γ = {config.lr:g}, {config.steps} steps, means of the last",
+        f"{config.last}; 95 % intervals. Predicted are the limit of the mean iterate and the squared gradient there.",
+        "",
+        "| estimator, inner batch, operator | β | mean iterate | predicted | ‖∇f‖² there | predicted | E‖v − ∇f‖² |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for number, arm in enumerate((*FIXED_POINTS, *CURES, *COMPRESSED)):
+        truth, colour = predicted(arm, config.alpha), COLOURS[number % len(COLOURS)]
+        marker = "os^D"[number // len(COLOURS)]
+        betas = config.betas if "sgdm" not in arm.bias else (1.0,)
+        ended = {beta: run(config, arm, beta) for beta in betas}
+        for beta, end in ended.items():
+            at = f"{_point(end.mean)} ± {1.96 * float(end.error.max()):.4f}"
+            said = ("—", "—") if truth is None else (_point(truth.end), f"{truth.floor:.2e}")
+            lines.append(
+                f"| {arm} | {beta:g} | {at} | {said[0]} | {end.floor:.1e} ± {end.halfwidth:.0e} | {said[1]} "
+                f"| {end.deviation_sq:.2e} |"
+            )
+        first = ended[betas[0]]
+        x, y = first.mean.tolist()
+        right, up = (1.96 * first.error).tolist()
+        plane.errorbar(x, y, up, right, color=colour, fmt=marker, markersize=5, label=str(arm))
+        if truth is not None:
+            plane.plot(*truth.end, "x", color="black", markersize=8)
+            if truth.floor > 1e-12:
+                floors.axhline(truth.floor, color=colour, linewidth=0.8, linestyle=":")
+        values = [end.floor for end in ended.values()]
+        floors.errorbar(
+            betas, values, [end.halfwidth for end in ended.values()], color=colour, fmt=f"{marker}-", markersize=4
+        )
+        errors.plot(betas, [end.deviation_sq for end in ended.values()], f"{marker}-", color=colour, markersize=4)
+    plane.set(xlabel="w₁", ylabel="w₂", title="mean iterate (crosses: predicted)")
+    floors.set(xscale="log", xlabel="β", title="‖∇f‖² there (dotted: predicted)")
+    floors.set_yscale("symlog", linthresh=1e-4)
+    errors.set(xscale="log", yscale="log", xlabel="β", title="E‖v − ∇f(w)‖²")
+    figure.legend(*plane.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    save(figure, run_dir / "figures" / "floor.png")
+    text = "# The bias floor, every beta, and the cures\n\n" + "\n".join(lines) + "\n\n![Floors](figures/floor.png)\n"
+    write_atomically(run_dir / "report.md", text.encode())
+    return run_dir / "report.md"
+
+
+def _point(w: Tensor) -> str:
+    return f"({float(w[0]):.4f}, {float(w[1]):.4f})"
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description="Bias floors, for every beta and with each cure.", allow_abbrev=False)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/floor"), help="where the report goes")
+    print(report(Config(), parser.parse_args().run_dir).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Squared norms and variances of means, without the noise's own share, and their intervals by the jackknife.
+
+Legend: R independent draws of a vector of d entries.
+
+The squared norm of a mean of R draws is too large by (their variance)/R, and the more so the smaller what is looked
+for. The mean of the products of *different* draws is not: ``U = sum_{i != j} <x_i, x_j> / (R (R - 1))``, which may
+come out negative where the mean is zero. Both numbers here are U-statistics; each is given with its value without each
+of the draws, from which intervals follow, also of whatever else is computed from several of them.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """An estimate and its confidence interval ``low <= value <= high``."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def covers_zero(self) -> bool:
+        """Whether zero cannot be excluded."""
+        return self.low <= 0 <= self.high
+
+
+class Jackknife(NamedTuple):
+    """An estimate, and what it is without each of the draws ``[R]``."""
+
+    value: float
+    without: Tensor
+
+    @property
+    def error(self) -> float:
+        """The standard error. For a degenerate U-statistic (a mean of zero) it is too large by up to √2."""
+        r = len(self.without)
+        return math.sqrt((r - 1) / r * float((self.without - self.without.mean()).square().sum()))
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """The normal interval."""
+        half = NormalDist().inv_cdf((1 + confidence) / 2) * self.error
+        return Interval(self.value, self.value - half, self.value + half)
+
+
+def squared_norm(rows: Tensor) -> Jackknife:
+    """The squared norm of the mean of a distribution, unbiased: the mean of ``<x_i, x_j>`` over i != j.
+
+    Args:
+        rows: ``[R, d]``, R >= 3 independent draws.
+
+    Returns:
+        A `Jackknife`; negative values happen where the mean is zero.
+
+    Raises:
+        ValueError: for fewer than 3 draws.
+
+    Example:
+        >>> import torch
+        >>> squared_norm(torch.tensor([[3.0], [1.0], [-1.0]])).value  # (3·1 - 3·1 - 1·1) / 3
+        -0.3333333333333333
+
+    Reference:
+        Hoeffding, "A class of statistics with asymptotically normal distribution" (1948); their jackknife: Arvesen,
+        "Jackknifing U-statistics" (1969).
+    """
+    r = _draws(rows)
+    rows = rows.double()
+    own = rows.square().sum(1)
+    with_others = rows @ rows.sum(0) - own  # of each row, its products with all others
+    pairs = float(with_others.sum())
+    return Jackknife(pairs / (r * (r - 1)), (pairs - 2 * with_others) / ((r - 1) * (r - 2)))
+
+
+def total_variance(rows: Tensor) -> Jackknife:
+    """The trace of the covariance of a distribution, unbiased.
+
+    Args:
+        rows: ``[R, d]``, R >= 3 independent draws.
+
+    Raises:
+        ValueError: for fewer than 3 draws.
+
+    Example:
+        >>> import torch
+        >>> total_variance(torch.tensor([[3.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])).value
+        4.0
+    """
+    r = _draws(rows)
+    rows = rows.double()
+    away = (rows - rows.mean(0)).square().sum(1)
+    total = float(away.sum())
+    return Jackknife(total / (r - 1), (total - r / (r - 1) * away) / (r - 2))
+
+
+def norm(squared: Interval) -> Interval:
+    """The norm, of the squared norm: negative ends are zero."""
+    return Interval(*(math.sqrt(max(0.0, end)) for end in squared))
+
+
+def _draws(rows: Tensor) -> int:
+    if rows.dim() != 2 or len(rows) < 3:
+        raise ValueError(f"an interval needs draws [R, d], at least R=3 of them; got shape {list(rows.shape)}.")
+    return len(rows)
