@@ -372,7 +372,7 @@ def test_train_with_every_flag(metamom, tmp_path):
     config = read_config(run)
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
-        "estimator": "first-order", "inner_batches": "fresh",
+        "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "schedule": "constant",
         "meta_batch": 4, "workers": 2,
