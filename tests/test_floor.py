@@ -9,7 +9,7 @@ import torch
 
 from metamom.experiments.floor import CURES, FIXED_POINTS, Arm, Config, predicted, report, run, squared_mean
 
-SHORT = Config(steps=500, last=400, blocks=10)
+SHORT = Config(steps=300, last=250, blocks=10)
 
 
 def test_predictions_are_those_of_the_reference():

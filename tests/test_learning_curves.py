@@ -137,8 +137,14 @@ def test_the_plain_run_is_a_loop_over_tasks(name):
     assert plain.losses[-5:].mean() < 0.7 * plain.losses[:5].mean()
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", PROBLEMS)
+RUNS = [
+    pytest.param(name, path, marks=pytest.mark.slow if (name, path) == ("Conv4", "compiled") else ())
+    for name in PROBLEMS
+    for path in PATHS
+]
+
+
+@pytest.mark.parametrize(("name", "path"), RUNS)
 def test_a_fast_path_learns_as_the_plain_one(name, path, small_budget):
     problem = PROBLEMS[name]
     model = problem.fast()

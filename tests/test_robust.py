@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from operators import DTYPES
 from scipy.optimize import minimize
@@ -84,7 +84,19 @@ def test_geometric_medians_known_in_closed_form():
     assert median([2.0, 2.0], [2.0, 2.0], [2.0, 2.0], [50.0, -7.0], [9.0, 9.0]) == [2, 2]  # most of them in one point
 
 
+CREEPS = [
+    [0, 0, 0, -7],
+    [0, 0, -3, -2],
+    [-1, 0, -1, -5],
+    [1, -1, -5, -13],
+    [1, 0, 0, 0],
+    [1, 0, -8, 0],
+    [2e-6, 0, -3, 1],
+]
+
+
 @settings(deadline=None, max_examples=60)
+@example(x=torch.tensor(CREEPS, dtype=torch.float64))
 @given(x=rows())
 def test_geometric_median_against_brute_force(x):
     ours = geometric_median(x)
