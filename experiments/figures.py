@@ -123,22 +123,26 @@ def heat_map(
     columns: Sequence[float],
     values: npt.NDArray[np.float64],
     *,
-    best: Sequence[tuple[int, int]],
+    best: Sequence[tuple[int, int]] = (),
+    log: bool = True,
 ) -> None:
-    """Values by row and column, on a logarithmic scale: each written into its field, infinite ones as a dash.
+    """Values by row and column: each written into its field, infinite ones as a dash.
 
     Args:
         panel: to draw in.
         rows: labels of the rows.
         columns: labels of the columns.
-        values: ``[rows, columns]``, > 0; small is good, and dark.
+        values: ``[rows, columns]``; small is good, and dark.
         best: fields ``(row, column)`` to frame.
+        log: colours go by the logarithm, of values > 0; else they go from 0 to 1, as shares do.
     """
     shown = np.where(np.isfinite(values), values, np.nan)
-    image = panel.imshow(np.log10(shown), cmap="viridis", aspect="auto", origin="lower")
+    shade = np.log10(shown) if log else shown
+    vmin, vmax = (None, None) if log else (0.0, 1.0)
+    image = panel.imshow(shade, cmap="viridis", aspect="auto", origin="lower", vmin=vmin, vmax=vmax)
     low, high = image.get_clim()
     for (i, j), value in np.ndenumerate(shown):
-        dark = np.isfinite(value) and np.log10(value) < (low + high) / 2
+        dark = np.isfinite(value) and shade[i, j] < (low + high) / 2
         text = "–" if not np.isfinite(value) else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
         panel.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     for i, j in best:

@@ -77,6 +77,7 @@ class Recipe:
     lr: float | None = None
     beta: float = 0.1
     first_step: FirstStep = "zero"
+    normalize: bool = False
     schedule: str = "constant"
     meta_batch: int | None = None
     workers: int = 1
@@ -132,14 +133,14 @@ class Recipe:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe that `settings` describes.
+        """The recipe that `settings` describes; what an earlier version had no setting for is as it was then.
 
         Raises:
-            ValueError: if it is not the settings of a recipe of this version.
+            ValueError: if it is not the settings of a recipe of this version or an earlier one.
         """
         names = {field.name for field in fields(cls)}
-        if set(settings) != names:
-            odd = sorted(set(settings) ^ names)
+        odd = sorted(set(settings) - names) or sorted({"task"} - set(settings))
+        if odd:
             raise ValueError(
                 f"this is no run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
                 "Use the version that wrote it (config.json names it)."
@@ -207,7 +208,9 @@ class Recipe:
         params, lr = learner.parameters(), self.lr
         assert lr is not None
         if self.optimizer == "momentum":
-            return CompositeMomentum(params, lr=lr, beta=self.beta, first_step=self.first_step)
+            return CompositeMomentum(
+                params, lr=lr, beta=self.beta, first_step=self.first_step, normalize=self.normalize
+            )
         if not 0 < lr < math.inf:
             raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
         kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}

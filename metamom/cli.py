@@ -56,9 +56,10 @@ def _train(arguments: Arguments) -> int:
 
     keep_freed_memory()
     given = _given(arguments)
-    if arguments.optimizer != "momentum" and {"beta", "first_step"} & set(given):
+    if arguments.optimizer != "momentum" and {"beta", "first_step", "normalize"} & set(given):
         raise ValueError(
-            f"--beta and --first-step belong to --optimizer momentum; got --optimizer {given['optimizer']}."
+            "--beta, --first-step and --normalize belong to --optimizer momentum; got --optimizer "
+            f"{given['optimizer']}."
         )
     recipe = Recipe(task=arguments.task, **given)
     learner = recipe.learner()

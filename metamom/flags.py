@@ -222,6 +222,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first-step", choices=get_args(FirstStep), help="start from v_{-1} = 0 or v_0 = g_0 (default: zero)"
     )
+    parser.add_argument(
+        "--normalize", action="store_true", default=None, help="move by γ v/‖v‖: every step as long as γ"
+    )
     parser.add_argument("--seed", type=int, help="of the initial weights and of the tasks (default: 0)")
 
 

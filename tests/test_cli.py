@@ -104,7 +104,8 @@ BAD_ARGUMENTS = {
     "zero inner lr": (["train", "sinusoid", "--inner-lr", "0"], "inner_lr must be > 0"),
     "beta 0": (["train", "sinusoid", "--beta", "0"], r"must be in \(0, 1\]; got 0\.0.*beta=0\.1"),
     "beta 1.5": (["train", "sinusoid", "--beta", "1.5"], r"must be in \(0, 1\]; got 1\.5"),
-    "beta of SGD": (["train", "sinusoid", "--optimizer", "sgd", "--beta", "0.5"], "--beta and --first-step"),
+    "beta of SGD": (["train", "sinusoid", "--optimizer", "sgd", "--beta", "0.5"], "--beta, --first-step and"),
+    "normalised Adam": (["train", "sinusoid", "--optimizer", "adam", "--normalize"], "--beta, --first-step and --norm"),
     "unknown task": (["train", "pendulum"], "invalid choice: 'pendulum'.*sinusoid"),
     "unknown command": (["fly"], "invalid choice: 'fly'"),
     "no command": ([], "required: COMMAND"),
@@ -330,6 +331,9 @@ def test_run_of_another_version(metamom, trained, tmp_path):
     config["settings"]["flavour"] = "sweet"
     (run / "config.json").write_text(json.dumps(config))
     assert "its settings differ in flavour" in the_error(metamom("evaluate", run))
+    del config["settings"]["flavour"], config["settings"]["tracking"]  # as a version wrote that knew no tracking
+    (run / "config.json").write_text(json.dumps(config))
+    assert metamom("evaluate", run, "--json").out == metamom("evaluate", trained, "--json").out != ""
     (run / "config.json").write_text("{")
     assert "config.json cannot be read as a run's configuration" in the_error(metamom("evaluate", run))
 
@@ -364,7 +368,7 @@ EVERY_FLAG = {
 def test_train_with_every_flag(metamom, tmp_path):
     run = tmp_path / "run"
     flags = [word for flag in EVERY_FLAG.items() for word in flag]
-    said = metamom("train", "sinusoid", *flags, "--run-dir", run, "--resume", "--tensorboard")
+    said = metamom("train", "sinusoid", *flags, "--normalize", "--run-dir", run, "--resume", "--tensorboard")
     assert said.code == 0, said
     assert said.err == ""
     assert f"trained for 4 iterations, in {run}" in said.out
@@ -374,7 +378,8 @@ def test_train_with_every_flag(metamom, tmp_path):
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False,
-        "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "schedule": "constant",
+        "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
+        "schedule": "constant",
         "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
         "seed": 3, "dtype": "float64", "device": "cpu",
@@ -387,9 +392,9 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert state["learner"]["model.0.weight"].dtype == torch.float64
     assert {"step_sizes.alpha:2:weight", "step_sizes.alpha:4:bias"} <= state["learner"].keys()
     group = state["optimizer"]["param_groups"][0]
-    assert (group["lr"], group["beta"], group["first_step"]) == (0.0001, 0.5, "gradient")
+    assert (group["lr"], group["beta"], group["first_step"], group["normalize"]) == (0.0001, 0.5, "gradient", True)
     assert list((run / "tensorboard").iterdir())
-    again = metamom("train", "sinusoid", *flags, "--run-dir", run, "--resume", "--tensorboard")
+    again = metamom("train", "sinusoid", *flags, "--normalize", "--run-dir", run, "--resume", "--tensorboard")
     assert again.code == 0
     assert f"{run} is trained for 4 iterations already" in again.out
 

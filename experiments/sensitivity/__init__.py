@@ -1,0 +1,1 @@
+"""How sensitive training is to gamma and beta: whole grids for every optimizer, at several levels of bias."""

@@ -1,0 +1,159 @@
+"""One field of a grid after the other: training runs, each outcome kept on disk as soon as it is known."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from metamom.batch import Sampler
+from metamom.bias import NonFiniteError, parse
+from metamom.evaluation import evaluate
+from metamom.experiments.sensitivity.methods import METHODS, methods_at
+from metamom.experiments.sensitivity.settings import SETTINGS, Setting
+from metamom.files import write_atomically
+
+PLAN = ("iterations", "evaluate_every", "validation_tasks", "target", "meta_batch", "workers")
+
+
+class Field(NamedTuple):
+    """Where one run stands: a setting, a level of bias, a method, its step size, beta and seed."""
+
+    setting: str
+    level: str
+    method: str
+    lr: float
+    beta: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run went.
+
+    Attributes:
+        steps: iterations until the target was reached, seen at a validation; None if never.
+        error: in the last validation; None if the run diverged.
+    """
+
+    steps: int | None
+    error: float | None
+
+
+def fields(name: str) -> Iterator[Field]:
+    """All of a setting's grids, seed by seed: whoever uses a learner anew compiles it once."""
+    setting = SETTINGS[name]
+    for seed in range(setting.seeds):
+        for level in setting.levels:
+            for key, method in methods_at(setting.methods, level).items():
+                for lr in method.grid(setting.lr_scale, setting.lr_count):
+                    for beta in setting.betas:
+                        yield Field(name, level, key, lr, beta, seed)
+
+
+class Trainer:
+    """Runs of one setting with one learner, whose weights go back to where they began before each.
+
+    Args:
+        setting: what to train.
+        root: of the data; found as the samplers find it if None.
+    """
+
+    def __init__(self, setting: Setting, root: str | None = None) -> None:
+        self._setting, self._root = setting, root
+        self._learner = setting.learner(0, setting.compiled)
+        self._seed: int | None = None
+
+    def run(self, field: Field) -> Outcome:
+        """Train once. A run diverges where a gradient stops being finite, or its error ends above where it began."""
+        setting, method = self._setting, METHODS[field.method]
+        self._begin(field.seed)
+        spec = method.bias(field.level, field.beta)
+        assert spec is not None
+        operator = parse(spec)
+        optimizer = method.optimizer(self._learner.parameters(), field.lr, field.beta)
+        first = self._validate()
+        steps, error = None, first
+        for k in range(setting.iterations):
+            optimizer.zero_grad()
+            try:
+                batch = self._training.sample(k, setting.meta_batch)
+                self._learner.backward(batch, workers=setting.workers, bias=operator)
+            except NonFiniteError:
+                return Outcome(steps, None)
+            optimizer.step()
+            if (k + 1) % setting.evaluate_every == 0:
+                error = self._validate()
+                if not math.isfinite(error):
+                    return Outcome(steps, None)
+                if steps is None and error <= setting.target:
+                    steps = k + 1
+        return Outcome(steps, error if error <= first else None)
+
+    def _begin(self, seed: int) -> None:
+        """The weights and the tasks of a seed."""
+        if seed != self._seed:
+            self._seed = seed
+            self._training, self._validation = self._setting.tasks(seed, self._root)
+            self._start = copy.deepcopy(self._setting.learner(seed, False).state_dict())
+        self._learner.load_state_dict(self._start)
+
+    def _validate(self) -> float:
+        seen = evaluate(
+            self._learner, self._validation, tasks=self._setting.validation_tasks, steps=(1,), stream="validation"
+        )
+        return seen.mean[0] if seen.metric == "loss" else 1 - seen.mean[0]
+
+    _training: Sampler
+    _validation: Sampler
+    _start: dict[str, torch.Tensor]
+
+
+def search(name: str, path: Path, *, root: str | None = None) -> dict[Field, Outcome]:
+    """Every field of a setting; those in the file already are not run again.
+
+    Args:
+        name: of the setting.
+        path: of the file of outcomes, rewritten after each run.
+        root: of the data.
+
+    Raises:
+        ValueError: if the file holds outcomes of other lengths, targets or batches than the setting's.
+    """
+    setting = SETTINGS[name]
+    plan = {key: getattr(setting, key) for key in PLAN}
+    known = _read(path, plan)
+    wanted = list(fields(name))
+    missing = [field for field in wanted if field not in known]
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(setting, root)
+        for field in tqdm(missing, desc=name, unit="run", disable=None):
+            known[field] = trainer.run(field)
+            runs = [{**at._asdict(), **asdict(outcome)} for at, outcome in known.items()]
+            write_atomically(path, json.dumps({"plan": plan, "runs": runs}, indent=0).encode())
+    return {field: known[field] for field in wanted}
+
+
+def _read(path: Path, plan: dict[str, float]) -> dict[Field, Outcome]:
+    """The outcomes in a file, none if there is no file."""
+    if not path.exists():
+        return {}
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if there["plan"] != plan:
+        raise ValueError(
+            f"{path} holds runs of another plan: {there['plan']} there, {plan} here. Move it away, or choose another "
+            "--run-dir."
+        )
+    known = {}
+    for run in there["runs"]:
+        outcome = Outcome(run.pop("steps"), run.pop("error"))
+        known[Field(**run)] = outcome
+    return known

@@ -1,0 +1,125 @@
+"""Grids as heat maps, and a table of each method's best fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from metamom.experiments.figures import heat_map, save
+from metamom.experiments.sensitivity.grid import Field, Outcome
+from metamom.experiments.sensitivity.methods import METHODS, methods_at
+from metamom.experiments.sensitivity.settings import SETTINGS
+
+Values = npt.NDArray[np.float64]
+
+NEAR = 1.5  # times the fewest steps
+
+
+class Grid(NamedTuple):
+    """One method at one level of bias, ``[lrs, betas]`` each.
+
+    Attributes:
+        lrs: step sizes of the rows.
+        betas: of the columns.
+        steps: median over the seeds of the iterations to the target; infinite if at least half never got there.
+        error: mean of the last validation error over the seeds that did not diverge; infinite if all did.
+        diverged: share of the seeds.
+    """
+
+    lrs: tuple[float, ...]
+    betas: tuple[float, ...]
+    steps: Values
+    error: Values
+    diverged: Values
+
+
+def grid_of(outcomes: Mapping[Field, Outcome], setting: str, level: str, method: str) -> Grid:
+    """The seeds' outcomes, put together."""
+    chosen = SETTINGS[setting]
+    lrs, betas = METHODS[method].grid(chosen.lr_scale, chosen.lr_count), chosen.betas
+    grid = Grid(lrs, betas, *(np.full((len(lrs), len(betas)), math.inf) for _ in range(3)))
+    for i, lr in enumerate(lrs):
+        for j, beta in enumerate(betas):
+            seeds = [outcomes[Field(setting, level, method, lr, beta, seed)] for seed in range(chosen.seeds)]
+            steps = sorted(math.inf if seed.steps is None else seed.steps for seed in seeds)
+            ended = [seed.error for seed in seeds if seed.error is not None]
+            grid.steps[i, j] = steps[len(steps) // 2]
+            grid.error[i, j] = np.mean(ended) if ended else math.inf
+            grid.diverged[i, j] = 1 - len(ended) / len(seeds)
+    return grid
+
+
+def table(outcomes: Mapping[Field, Outcome], setting: str) -> str:
+    """Each method's best at each level, in Markdown: momentum and plain SGD apart, by the columns of one grid."""
+    chosen = SETTINGS[setting]
+    lines = [
+        f"{chosen.iterations} iterations of {chosen.meta_batch} tasks on {chosen.workers} workers, {chosen.seeds}",
+        f"seed{'s' if chosen.seeds > 1 else ''}; target: validation error {chosen.target:g} on",
+        f"{chosen.validation_tasks} tasks, looked at every {chosen.evaluate_every} iterations. Fields near: share of",
+        f"the grid that is there in at most {NEAR:g} times the method's fewest steps.",
+        "",
+        "| bias | method | fewest steps (γ, β) | last error (γ, β) | diverged | fields near |",
+        "|---|---|---|---|---|---|",
+    ]
+    for level in chosen.levels:
+        for key, method in methods_at(chosen.methods, level).items():
+            grid = grid_of(outcomes, setting, level, key)
+            sides = {method.title: grid}
+            if key == "momentum":
+                plain = [j for j, beta in enumerate(grid.betas) if beta == 1]
+                sides = {"SGD": _columns(grid, plain)}
+                sides["momentum"] = _columns(grid, [j for j in range(len(grid.betas)) if j not in plain])
+            lines += [_row(level, title, side) for title, side in sides.items()]
+    return "\n".join(lines)
+
+
+def figure(outcomes: Mapping[Field, Outcome], setting: str, level: str, path: Path) -> None:
+    """Heat maps of every method at one level: steps to the target, last error, diverged share."""
+    chosen = SETTINGS[setting]
+    methods = methods_at(chosen.methods, level)
+    height = 0.75 + 0.26 * chosen.lr_count
+    drawing = Figure(figsize=(9.5, height * len(methods) + 0.6), layout="constrained")
+    panels = drawing.subplots(len(methods), 3, squeeze=False)
+    for row, (key, method) in zip(panels, methods.items(), strict=True):
+        grid = grid_of(outcomes, setting, level, key)
+        for panel, values in zip(row, (grid.steps, grid.error), strict=False):
+            best = [_best(values)] if np.isfinite(values).any() else []
+            heat_map(panel, grid.lrs, grid.betas, values, best=best)
+        heat_map(row[2], grid.lrs, grid.betas, grid.diverged, log=False)
+        row[0].set_ylabel(f"{method.title.replace(': ', ':' + chr(10)).replace('; ', ';' + chr(10))}\nγ", fontsize=8)
+    for panel, title in zip(
+        panels[0], (f"iterations to an error of {chosen.target:g}", "last error", "share diverged"), strict=True
+    ):
+        panel.set_title(title, fontsize=9)
+    for panel in panels[-1]:
+        panel.set_xlabel("β")
+    drawing.suptitle(f"{chosen.title}; bias: {level}", fontsize=10)
+    save(drawing, path)
+
+
+def _row(level: str, title: str, grid: Grid) -> str:
+    cells = []
+    for values, form in ((grid.steps, "{:.0f}"), (grid.error, "{:.3g}")):
+        i, j = _best(values)
+        known = np.isfinite(values[i, j])
+        cells.append(f"{form.format(values[i, j])} ({grid.lrs[i]:g}, {grid.betas[j]:g})" if known else "never")
+    near = np.isfinite(grid.steps) & (grid.steps <= NEAR * grid.steps.min())
+    return f"| {level} | {title} | {' | '.join(cells)} | {grid.diverged.mean():.0%} | {near.mean():.0%} |"
+
+
+def _columns(grid: Grid, columns: list[int]) -> Grid:
+    """Some of the betas alone."""
+    betas = tuple(grid.betas[j] for j in columns)
+    return Grid(grid.lrs, betas, grid.steps[:, columns], grid.error[:, columns], grid.diverged[:, columns])
+
+
+def _best(values: Values) -> tuple[int, int]:
+    """Row and column of the smallest."""
+    row, column = np.unravel_index(int(values.argmin()), values.shape)
+    return int(row), int(column)
