@@ -29,6 +29,8 @@ CompileMode = bool | Literal["auto"]
 # two cores; docs/performance.md has the measurements.
 SPEED_UP = 2.5
 FIRST_CALLS = 3  # watched before deciding
+GRAPHS_KEPT = 16  # those used last
+GRAPHS_TO_WONDER_AT = 8
 
 
 def check_compiler(device: torch.device) -> None:
@@ -61,7 +63,8 @@ class Compiled:
     Args:
         function: of tensors, numbers and dicts of tensors, to a tuple of tensors. Numbers are compiled in as they
             are, the keys of dicts must stay the same. Tensors that are not among its arguments may change their
-            values between calls, but not their shapes.
+            values between calls, but not their shapes. The graphs used last are kept; a function that is compiled
+            often draws one warning.
         settings: what else the function's course depends on; it is compiled anew for each value that this returns.
         mode: ``True`` compiles at the first call. ``"auto"`` runs the function as it is until compiling pays: until
             the calls to come (`expected`, where it was told, else as many as there have been) would save more time
@@ -84,6 +87,7 @@ class Compiled:
         self.mode = mode
         self.cost = cost
         self.expected: int | None = None
+        self.compiled = 0
         self.graphs: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
         self.eager: dict[Any, _Eager] = {}
 
@@ -98,7 +102,7 @@ class Compiled:
             if self.mode == "auto" and not self._pays(key):
                 return self._timed(key, args)
             try:
-                graph = self.graphs[key] = self._compile(args)
+                graph = self._compile(args)
             except Exception as error:  # whatever it is: the plain function has just run, and still does
                 if self.mode != "auto":
                     raise
@@ -106,12 +110,29 @@ class Compiled:
                 warnings.warn(f'compile="auto" goes on without compiling: {said}', stacklevel=2)
                 self.cost = math.inf
                 return self._timed(key, args)
+            self._count()
+        self.graphs.pop(key, None)
+        self.graphs[key] = graph  # the last one: the one to be forgotten last
+        if len(self.graphs) > GRAPHS_KEPT:
+            del self.graphs[next(iter(self.graphs))]
         with torch.no_grad():
             return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
     def __getstate__(self) -> dict[str, Any]:
         """What is compiled stays in this process: a copy compiles anew."""
         return {**self.__dict__, "graphs": {}, "eager": {}}
+
+    def _count(self) -> None:
+        """Warn, once, of a function that is compiled again and again."""
+        self.compiled += 1
+        if self.compiled == GRAPHS_TO_WONDER_AT:
+            warnings.warn(
+                f"a meta-gradient has been compiled {self.compiled} times, which takes seconds each time: something "
+                "that it is compiled for changes from call to call. Keep batches of one shape; change buffers and "
+                "frozen parameters in place (buffer.copy_(...)) and do not replace them, nor the loss, a module or "
+                "a hook; or run without compiling.",
+                stacklevel=2,
+            )
 
     def _pays(self, key: Any) -> bool:
         """Whether the calls to come would save more time than compiling takes."""

@@ -220,7 +220,12 @@ class MAML(nn.Module):
         """Tell how many meta-gradients are still to come: what ``compile="auto"`` decides by; `metamom.train` does.
 
         Without it, ``"auto"`` reckons with as many to come as there have been.
+
+        Raises:
+            ValueError: for a number below 0.
         """
+        if iterations < 0:
+            raise ValueError(f"iterations to come must be >= 0; got {iterations}.")
         self._expected = iterations
 
     def meta_parameters(self) -> Params:

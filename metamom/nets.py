@@ -62,6 +62,7 @@ class Conv4(nn.Module):
         self, ways: int, channels: int = 1, hidden: int = 64, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
+        self.channels = channels
         if ways < 1 or channels < 1 or hidden < 1:
             raise ValueError(f"Conv4 needs positive sizes; got ways={ways}, channels={channels}, hidden={hidden}.")
         blocks = [
@@ -74,6 +75,10 @@ class Conv4(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores ``[N, ways]`` of images ``[N, channels, 28, 28]``."""
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"Conv4 wants images [N, {self.channels}, height, width], such as 28 by 28; got {tuple(x.shape)}."
+            )
         scores: Tensor = self.head(self.features(x.movedim(1, -1)).mean((1, 2)))
         return scores
 

@@ -235,3 +235,8 @@ def test_ctrl_c_while_compiling_is_no_failure(clock, monkeypatch):
 def test_compile_is_a_bool_or_auto(mode):
     with pytest.raises(ValueError, match=rf'compile must be True, False or "auto"; got {mode!r}\.'):
         small(compile=mode)
+
+
+def test_a_negative_number_of_iterations_to_come():
+    with pytest.raises(ValueError, match=r"iterations to come must be >= 0; got -1\."):
+        small().expect(-1)

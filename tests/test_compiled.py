@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,23 @@ def test_values_that_change_are_followed(traced, change):
     after = MAML(model, F.mse_loss).meta_gradient(batch).grads
     assert relative_error(before, after) > 1e-2
     assert relative_error(learner.meta_gradient(batch).grads, after) < 1e-12
+
+
+def test_compiling_at_every_call_is_told_once_and_keeps_no_graph_for_ever(traced):
+    """A buffer that is replaced at each step is followed, and costs a compilation each time: nobody wants that."""
+    model, batch = Scaled().double(), regression_batch(dim=2)
+    learner = MAML(model, F.mse_loss, compile=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            model.scale = 1.1 * model.scale
+            expected = MAML(model, F.mse_loss).meta_gradient(batch).grads
+            assert relative_error(learner.meta_gradient(batch).grads, expected) < 1e-12
+    assert len(traced) == 20
+    assert [str(warning.message)[:44] for warning in told] == ["a meta-gradient has been compiled 8 times, w"]
+    assert len(learner._gradient.graphs) == 16
+    learner.meta_gradient(batch)
+    assert len(traced) == 20  # the newest is kept
 
 
 def test_each_shape_and_setting_is_compiled_once(traced):

@@ -262,3 +262,18 @@ def test_unfold_and_fold_are_adjoint(sizes):
     x, p = draw(B, H, W, C), draw(B, (H + 1) // 2, (W + 1) // 2, 9 * C, seed=1)
     unfolded, folded = _Unfold.run(x), _Fold.run(p, H, W)
     torch.testing.assert_close((unfolded * p).sum(), (x * folded).sum(), **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (StridedConv(3, 4), (2, 3, 28, 28), r"StridedConv wants images \[N, H, W, 3\].*got \(2, 3, 28, 28\)"),
+        (StridedConv(3, 4), (28, 28, 3), r"StridedConv wants images \[N, H, W, 3\].*got \(28, 28, 3\)"),
+        (BatchNormReLU(4), (2, 4, 7, 7), r"BatchNormReLU wants \[N, \.\.\., 4\].*got \(2, 4, 7, 7\)"),
+        (Conv4(5), (2, 28, 28), r"Conv4 wants images \[N, 1, height, width\].*got \(2, 28, 28\)"),
+        (Conv4(5, channels=3), (2, 28, 28, 3), r"Conv4 wants images \[N, 3, height, width\].*got \(2, 28, 28, 3\)"),
+    ],
+)
+def test_inputs_of_another_shape(module, shape, message):
+    with pytest.raises(ValueError, match=message):
+        module(torch.zeros(shape))
