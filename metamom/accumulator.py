@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from metamom.aggregate import aggregate, flatten, unflatten
+from metamom.aggregate import aggregate, deliver, flatten, unflatten
 from metamom.bias import Bias, as_operator
 
 
@@ -152,7 +152,10 @@ class BiasedAccumulator:
         total, report = aggregate(rows, self.bias, workers=order, sizes=[p.numel() for p in self.params])
         grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
         for number, p in enumerate(self.params):
-            p.grad = grads[str(number)] if self._touched[number] else None
+            if self._touched[number]:
+                deliver(p, grads[str(number)], self.bias)
+            else:
+                p.grad = None
         self.reset()
         return report
 

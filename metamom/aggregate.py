@@ -11,7 +11,7 @@ from torch.linalg import vector_norm
 
 from metamom.bias import Bias, Identity, as_operator
 from metamom.bias.base import Sizes
-from metamom.robust import Aggregate, robust_mean
+from metamom.robust import Aggregate, check_aggregate, robust_mean
 
 
 def flatten(grads: Iterable[Tensor]) -> Tensor:
@@ -27,6 +27,13 @@ def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(zip(like, pieces, strict=True))
     pieces = vectors.split_with_sizes([w.numel() for w in like.values()], -1)
     return {name: piece.view(lead + w.shape).to(w.dtype) for (name, w), piece in zip(like.items(), pieces, strict=True)}
+
+
+def deliver(parameter: Tensor, gradient: Tensor, bias: Bias = None) -> None:
+    """Leave a gradient in ``.grad``, with a note for `CompositeMomentum` if workers average their own over steps."""
+    parameter.grad = gradient
+    if getattr(bias, "carries_momentum", False):
+        gradient.carries_momentum = bias  # type: ignore[attr-defined]
 
 
 def aggregate(
@@ -50,6 +57,9 @@ def aggregate(
         ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
         `metamom.maml.Backward` explains them.
 
+    Raises:
+        ValueError: by the operator; for a spelling of ``how`` that means nothing, or that trims off none of n workers.
+
     Reference:
         arXiv 2403.00853, the server's averaging.
     """
@@ -59,6 +69,7 @@ def aggregate(
     if operator is None and how == "mean":
         total, error = mean, 0.0
     else:
+        check_aggregate(how, n)
         # a robust mean would swallow one worker's NaN, so that operators' own check is wanted here too
         total = robust_mean((operator or Identity())(grads, workers=workers, sizes=sizes), how)
         norm = float(vector_norm(mean))

@@ -104,6 +104,11 @@ class Checkpoints:
         """Where the best checkpoint is kept."""
         return self.folder / "best.pt"
 
+    def sweep(self) -> None:
+        """Delete what a process that was killed has left half written; only for who alone may write here."""
+        for half in self.folder.glob(".*.tmp"):
+            half.unlink(missing_ok=True)
+
     def steps(self) -> list[int]:
         """Steps of the checkpoints present, ascending."""
         if not self.folder.is_dir():

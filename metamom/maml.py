@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.aggregate import aggregate as combine
-from metamom.aggregate import flatten, unflatten
+from metamom.aggregate import deliver, flatten, unflatten
 from metamom.autocast import autocast
 from metamom.batch import TaskBatch, block
 from metamom.bias import Bias
@@ -326,7 +326,7 @@ class MAML(nn.Module):
         sizes = [w.numel() for w in weights.values()]
         total, report = combine(grads, bias, aggregate, sizes=sizes)
         for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            deliver(parameter, gradient if parameter.grad is None else parameter.grad + gradient, bias)
         self._remember(batch, averages, grads, losses)
         right = accuracy(predictions, batch.query_y)
         return Backward(losses.mean(), {"accuracy": None if right is None else float(right.mean()), **report})
@@ -336,6 +336,8 @@ class MAML(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """The workers' flattened meta-gradients ``[n, d]``, query losses ``[T]``, predictions, and averages to keep."""
         self._check(batch)
+        if isinstance(workers, bool) or not isinstance(workers, int):
+            raise TypeError(f"the number of workers must be a whole number; got {workers!r}.")
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
         if isinstance(self._gradient, Compiled):

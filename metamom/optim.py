@@ -152,6 +152,10 @@ class CompositeMomentum(Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            ValueError: for a beta out of range, or below 1 for gradients that workers have averaged (EF21SGDM).
+            TypeError: for a sparse gradient.
         """
         loss = None
         if closure is not None:
@@ -162,6 +166,8 @@ class CompositeMomentum(Optimizer):
             _check_beta(group["beta"])  # it may have been scheduled, or changed by hand
             pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
             _check_gradients(pairs)
+            if group["beta"] != 1:
+                _check_momentum(pairs, group["beta"])
             pending.append((group, pairs))
         moved = [(group, *self._average(group, pairs)) for group, pairs in pending if pairs]
         norm = _norm([v for group, _, bufs in moved if group["normalize"] for v in bufs])
@@ -312,6 +318,16 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
         else:
             torch._foreach_mul_(vs, 1 - beta)
             torch._foreach_add_(vs, gs, alpha=beta)
+
+
+def _check_momentum(pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
+    """Refuse to average once more what the workers have averaged (`metamom.aggregate.deliver` notes it)."""
+    operator = getattr(pairs[0][1], "carries_momentum", None) if pairs else None
+    if operator is not None:
+        raise ValueError(
+            f"{operator.spec} carries the momentum on the workers, so the server must have none: use "
+            f"CompositeMomentum(beta=1), and no schedule of beta; got beta={beta}."
+        )
 
 
 def _check_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -66,6 +66,7 @@ class RunDirectory:
             ) from error
         try:
             self._check(json.loads(json.dumps(dict(settings))), resume)
+            self.checkpoints.sweep()
         except BaseException:
             self.close()
             raise

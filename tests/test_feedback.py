@@ -15,7 +15,19 @@ import torch
 from operators import FEEDBACK, assert_identical, cut, each
 from torch import Tensor
 
-from metamom import MAML, Clip, Compose, CompositeMomentum, Identity, RandK, Sign, TopK, train
+from metamom import (
+    MAML,
+    BiasedAccumulator,
+    Clip,
+    Compose,
+    CompositeMomentum,
+    Identity,
+    RandK,
+    Sign,
+    TaskBatch,
+    TopK,
+    train,
+)  # fmt: skip
 from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, Function
 from metamom.nets import SinusoidMLP
 from metamom.optim import LambdaBeta
@@ -388,3 +400,38 @@ def test_ef21_keeps_its_bound_at_the_largest_step(operator):
     for k, square in enumerate(squares, 1):
         total += square
         assert total / k <= 2 * start / (lr * k) + missed / ((1 - a) * k)
+
+
+@pytest.mark.parametrize("path", ["MAML", "BiasedAccumulator"])
+def test_momentum_on_the_workers_is_not_averaged_again_by_the_server(path):
+    """In anybody's loop too: the optimizer sees it from the gradient, and nothing has moved."""
+    w = torch.nn.Linear(2, 1, bias=False)
+    operator = EF21SGDM(TopK(1), eta=0.5)
+    learner = MAML(w, torch.nn.functional.mse_loss)
+    accumulator = BiasedAccumulator(w.parameters(), bias=operator, workers=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def backward(bias):
+        w.zero_grad()
+        x, y = torch.randn(2, 3, 2, generator=generator), torch.randn(2, 3, 1, generator=generator)
+        if path == "MAML":
+            learner.backward(TaskBatch(x, y, x, y), bias=bias)
+        else:
+            w(x).square().sum().backward()
+            accumulator.bias = bias
+            accumulator.add()
+            accumulator.finish()
+
+    optimizer = CompositeMomentum(w.parameters(), lr=0.1, beta=0.3)
+    before = w.weight.detach().clone()
+    backward(operator)
+    with pytest.raises(ValueError, match=r"ef21-sgdm\(0\.5\):topk:1 carries the momentum.*beta=1.*got beta=0\.3"):
+        optimizer.step()
+    assert torch.equal(w.weight.detach(), before)
+    assert not optimizer.state
+    optimizer.param_groups[0]["beta"] = 1.0
+    optimizer.step()
+    assert not torch.equal(w.weight.detach(), before)
+    optimizer.param_groups[0]["beta"] = 0.3
+    backward(EF21(TopK(1)))  # no momentum of its own: nothing to be said
+    optimizer.step()

@@ -603,6 +603,12 @@ def test_workers_must_divide_the_tasks(workers):
         MAML(mlp().double(), F.mse_loss).meta_gradient(regression_batch(tasks=4), workers=workers)
 
 
+@pytest.mark.parametrize("workers", [True, 2.0, "2"])
+def test_workers_are_a_whole_number(workers):
+    with pytest.raises(TypeError, match="number of workers must be a whole number; got"):
+        MAML(mlp().double(), F.mse_loss).backward(regression_batch(tasks=4), workers=workers)
+
+
 def test_dropout_draws_a_mask_for_each_task():
     model = nn.Sequential(nn.Linear(2, 20), nn.Dropout(0.5), nn.Linear(20, 1)).double()
     one = regression_batch(tasks=1)

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,6 +310,40 @@ def test_interrupted_and_resumed_as_if_never(bias, tmp_path, monkeypatch):
     assert read(tmp_path / "parts") == read(tmp_path / "whole")
 
 
+KILLED = """
+import os, signal
+from test_paper import KEYS, SMALL, made
+from metamom.experiments.paper import protocol, run
+class Small(protocol.Protocol):
+    def data(self, part, root):
+        return made(24, 1, __import__("torch").float32) if part == "train" else made(10, 2, __import__("torch").float32)
+protocol.PROTOCOLS["mnist"] = Small(**{name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__})
+run.SAVE_AFTER = %r
+log = run.RunDirectory.log
+def killed(self, line):
+    log(self, line)
+    if line["step"] == %d:
+        os.kill(os.getpid(), signal.SIGKILL)
+run.RunDirectory.log = killed
+run.reproduce("mnist", run_dir=%r, **KEYS)
+"""
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("save_after", "at"), [(1e9, 0), (1e9, 3), (0.0, 2)])
+def test_killed_and_resumed_as_if_never(save_after, at, tmp_path):
+    """Behind the start's checkpoint alone, too: those epochs are done again."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = reproduce("mnist", run_dir=whole, **KEYS)
+    code = KILLED % (save_after, at, str(parts))
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    (parts / "checkpoints" / ".step-00000003.pt.x1.tmp").write_bytes(b"half of a checkpoint")
+    assert reproduce("mnist", run_dir=parts, resume=True, **KEYS) == expected
+    assert read(parts) == read(whole)
+    assert not list((parts / "checkpoints").glob(".*"))
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("bias", ["ef14:topk:20", "ef21:randk:20"])
 def test_a_resumed_run_may_take_other_chunks(bias, tmp_path):
@@ -544,6 +579,16 @@ def test_the_table(tmp_path, capsys):
     assert "No runs to compare momentum with SGD by." in text
     assert "not in 6" in lines[0]
     assert (ours / "figures" / "mnist-n6-lr0.1-topk-20.png").stat().st_size > 10_000
+    metrics = ours / "beta0.5" / "metrics.csv"
+    metrics.write_text(metrics.read_text() + "6,2.1,0.")  # a run under way
+    assert table(theirs, ours).read_text(encoding="utf-8") == text
+    shutil.copytree(ours / "beta0.5", ours / "copy")
+    with pytest.raises(ValueError, match=r"beta0\.5 and .*copy are runs of one setting and seed"):
+        table(theirs, ours)
+    shutil.rmtree(ours / "copy")
+    next(theirs.iterdir()).write_text("x")
+    with pytest.raises(ValueError, match=r"seed_0\.csv holds no epochs: it is cut short or damaged"):
+        table(theirs, ours)
     with pytest.raises(ValueError, match="none of the authors' results"):
         table(ours, ours)
     with pytest.raises(ValueError, match="no run of `metamom reproduce`"):

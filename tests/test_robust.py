@@ -13,6 +13,7 @@ from operators import DTYPES
 from scipy.optimize import minimize
 from torch import Tensor
 
+from metamom.aggregate import aggregate
 from metamom.robust import check_aggregate, geometric_median, robust_mean
 
 HOW = ["mean", "median", "trimmed:0.1", "trimmed:0.25", "trimmed:0.49", "geomedian"]
@@ -217,3 +218,8 @@ def test_bad_spellings(how):
     for refuse in (check_aggregate, lambda how: robust_mean(torch.ones(3, 2), how)):
         with pytest.raises(ValueError, match=r"mean, median, geomedian or trimmed:SHARE with 0 < SHARE < 0\.5; got"):
             refuse(how)
+
+
+def test_a_share_that_trims_off_nobody_is_refused_wherever_gradients_are_aggregated():
+    with pytest.raises(ValueError, match=r"trimmed:0\.1 of 4 workers leaves out none of them and is the mean"):
+        aggregate(torch.zeros(4, 2), None, "trimmed:0.1")

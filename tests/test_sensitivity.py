@@ -99,9 +99,14 @@ def test_a_run_is_the_plain_loop(setting, level, method, spec):
         optimizer.step()
         if k % 2 == 1:
             errors.append(evaluate(learner, validation, tasks=8, steps=(1,), stream="validation").mean[0])
-    assert ended.error == errors[-1]
-    reached = [2 * i + 2 for i, error in enumerate(errors) if error <= setting.target]
-    assert ended.steps == (reached[0] if reached else None)
+    assert ended.errors[1:] == tuple(errors)
+    assert len(ended.errors) == 4
+    assert not ended.diverged
+
+
+def test_steps_to_a_target():
+    outcome = Outcome((3.0, 2.0, 2.5, 1.0), False)
+    assert [outcome.steps_to(target, 10) for target in (3.0, 2.2, 1.0, 0.5)] == [0, 10, 30, math.inf]
 
 
 def test_a_run_after_another_begins_where_the_first_did(setting):
@@ -114,8 +119,10 @@ def test_a_run_after_another_begins_where_the_first_did(setting):
 
 @pytest.mark.parametrize("lr", [30.0, 1e200])
 def test_diverged(setting, lr):
-    """Worse than it began, or not finite: no error is reported for either."""
-    assert Trainer(replace(setting, iterations=20)).run(Field(NAME, "none", "momentum", lr, 1.0, 0)).error is None
+    """Worse than it began, or not finite."""
+    ended = Trainer(replace(setting, iterations=20)).run(Field(NAME, "none", "momentum", lr, 1.0, 0))
+    assert ended.diverged
+    assert all(math.isfinite(error) for error in ended.errors)
 
 
 def test_search_keeps_every_outcome_and_goes_on(setting, tmp_path, monkeypatch):
@@ -145,8 +152,8 @@ def test_search_keeps_every_outcome_and_goes_on(setting, tmp_path, monkeypatch):
     assert search(NAME, path) == outcomes
 
     before = path.read_bytes()
-    monkeypatch.setitem(SETTINGS, NAME, replace(setting, target=0.1))
-    with pytest.raises(ValueError, match=r"runs of another plan.*0\.5.*there.*0\.1.*here"):
+    monkeypatch.setitem(SETTINGS, NAME, replace(setting, iterations=8))
+    with pytest.raises(ValueError, match=r"runs of another plan.*6.*there.*8.*here"):
         search(NAME, path)
     assert path.read_bytes() == before
 
@@ -157,20 +164,21 @@ def outcomes_of(make):
 
 def test_seeds_put_together(setting):
     """Steps: the median, infinite where the half never arrives; errors: the mean of those that did not diverge."""
-    given = {0: Outcome(4, 0.5), 1: Outcome(None, None)}
+    given = {0: Outcome((2.0, 0.6, 0.5), False), 1: Outcome((2.0,), True)}
     seen = report.grid_of(outcomes_of(lambda field: given[field.seed]), NAME, "none", "adam")
     assert (seen.steps == math.inf).all()
     assert (seen.error == 0.5).all()
     assert (seen.diverged == 0.5).all()
-    seen = report.grid_of(outcomes_of(lambda field: Outcome(field.seed + 2, 0.25 * field.seed)), NAME, "none", "adam")
-    assert (seen.steps == 3).all()
+    seen = report.grid_of(outcomes_of(lambda field: Outcome((2.0, 0.25 * field.seed), False)), NAME, "none", "adam")
+    assert (seen.steps == 2).all()
     assert (seen.error == 0.125).all()
+    assert (seen.diverged == 0).all()
 
 
 def test_table_has_sgd_apart_and_every_figure_is_drawn(setting, tmp_path):
     def made(field):
         good = field.beta < 1 or field.method != "momentum"
-        return Outcome(2, 0.1 * field.lr) if good else Outcome(None, None)
+        return Outcome((1.0, 0.1 * field.lr), False) if good else Outcome((1.0,), True)
 
     outcomes = outcomes_of(made)
     table = report.table(outcomes, NAME).splitlines()
@@ -200,4 +208,4 @@ def test_a_step_of_the_real_settings(name, data_root):
     )
     field = Field(name, "topk:1%", "momentum", METHODS["momentum"].grid(1.0, 3)[0], 0.1, 0)
     trainer = Trainer(chosen, str(data_root))
-    assert trainer.run(field) != Outcome(None, None)
+    assert len(trainer.run(field).errors) == 2

@@ -50,6 +50,8 @@ def authors_curves(folder: Path) -> list[Curve]:
     for path in sorted(folder.rglob("*.csv")):
         if (match := NAME.fullmatch(path.name)) and match["title"] in TITLES:
             rows = list(_rows(path, "" if match["seed"] else "_mean"))
+            if not rows:
+                raise ValueError(f"{path} holds no epochs: it is cut short or damaged; put a whole copy in its place.")
             found.append(Curve(_named(match), int(match["seed"]) if match["seed"] else None, rows))
     if not found:
         raise ValueError(
@@ -65,15 +67,23 @@ def our_curves(folder: Path) -> list[Curve]:
     Raises:
         ValueError: if there is none, or one that cannot be read.
     """
-    found = []
+    found: list[Curve] = []
+    places: dict[tuple[Setting, int], Path] = {}
     for path in sorted(folder.rglob("config.json")):
         settings = read_config(path.parent)["settings"]
         if settings.get("experiment") != "paper":
             continue
-        rows = list(_rows(path.with_name("metrics.csv"), "")) if path.with_name("metrics.csv").exists() else []
+        metrics = path.with_name("metrics.csv")
+        rows = list(_rows(metrics, "", running=True)) if metrics.exists() else []
         if rows:
             bias = _canonical(settings["bias"], settings["parameters"])
             setting = Setting(settings["dataset"], settings["nodes"], settings["lr"], bias, settings["beta"])
+            other = places.setdefault((setting, settings["seed"]), path.parent)
+            if other != path.parent:
+                raise ValueError(
+                    f"{other} and {path.parent} are runs of one setting and seed, which would count twice: move one of "
+                    "them away."
+                )
             found.append(Curve(setting, settings["seed"], rows))
     if not found:
         raise ValueError(f"{folder} holds no run of `metamom reproduce`; name a folder that has some (--run-dir).")
@@ -105,9 +115,11 @@ def _canonical(spec: str, parameters: int) -> str:
     return operator.spec
 
 
-def _rows(path: Path, suffix: str) -> Iterator[Row]:
+def _rows(path: Path, suffix: str, *, running: bool = False) -> Iterator[Row]:
+    """The epochs of a file; of a run that may be under way, or was killed, without a last line cut short."""
     with path.open(newline="", encoding="utf-8") as file:
-        for number, line in enumerate(csv.DictReader(file), 2):
+        lines = [line for line in file if line.endswith("\n") or not running]
+        for number, line in enumerate(csv.DictReader(lines), 2):
             try:
                 yield Row(*(float(line[f"{name}{suffix}"]) for name in Row._fields))
             except (KeyError, TypeError, ValueError) as error:

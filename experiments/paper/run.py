@@ -98,11 +98,12 @@ def reproduce(
     with ExitStack() as stack:
         run = stack.enter_context(RunDirectory(run_dir, settings, length=length, resume=resume))
         seconds = _restored(training, run)
-        run.forget_metrics_from(training.epochs)
-        rows = [Row(*(line[name] for name in Row._fields)) for line in read_metrics(run.path)]
-        _refuse_strangers(run.path / "metrics.csv", rows)
+        lines = [line for line in read_metrics(run.path) if line["step"] < training.epochs]
+        rows = [Row(*(line[name] for name in Row._fields)) for line in lines]
         run.write_config()
+        # first the copy: a crash behind it leaves the metrics that tell it from a stranger's
         write_atomically(run.path / "metrics.csv", "".join(f"{line}\n" for line in [HEADER, *_lines(rows)]).encode())
+        run.forget_metrics_from(training.epochs)
         if not rows:
             _save(training, run, seconds)
         csv = stack.enter_context((run.path / "metrics.csv").open("a", encoding="utf-8"))
@@ -173,9 +174,9 @@ def _lines(rows: list[Row], first: int = 0) -> list[str]:
     return [",".join(map(repr, (epoch, *row))) for epoch, row in enumerate(rows, first)]
 
 
-def _refuse_strangers(path: Path, rows: list[Row]) -> None:
+def _refuse_strangers(path: Path) -> None:
     """What stands in ``metrics.csv`` without a run beside it, perhaps a copy of the authors', is not written over."""
-    if not rows and path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1:
+    if path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1:
         raise ValueError(f"{path} holds results, but there is no run beside them; choose another directory.")
 
 
@@ -183,12 +184,15 @@ def _restored(training: Training, run: RunDirectory) -> float:
     """Put the newest good checkpoint into the training; the seconds that were spent before it."""
     state = run.newest_state()
     if state is None:
+        _refuse_strangers(run.path / "metrics.csv")
         return 0.0
     try:
         training.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())
-        raise CheckpointError(f"the checkpoints in {run.path} are of another kind of run: {why}") from error
+        raise CheckpointError(
+            f"the checkpoints in {run.path} are of another kind of run, or of another version of metamom: {why}"
+        ) from error
     return float(state["seconds"])
 
 

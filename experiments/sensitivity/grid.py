@@ -20,7 +20,7 @@ from metamom.experiments.sensitivity.methods import METHODS, methods_at
 from metamom.experiments.sensitivity.settings import SETTINGS, Setting
 from metamom.files import write_atomically
 
-PLAN = ("iterations", "evaluate_every", "validation_tasks", "target", "meta_batch", "workers")
+PLAN = ("iterations", "evaluate_every", "validation_tasks", "meta_batch", "workers")
 
 
 class Field(NamedTuple):
@@ -39,12 +39,16 @@ class Outcome:
     """How a run went.
 
     Attributes:
-        steps: iterations until the target was reached, seen at a validation; None if never.
-        error: in the last validation; None if the run diverged.
+        errors: of each validation, the first of the weights that it began from; up to the last that was finite.
+        diverged: whether a gradient or an error was not finite, or the last error is above the first.
     """
 
-    steps: int | None
-    error: float | None
+    errors: tuple[float, ...]
+    diverged: bool
+
+    def steps_to(self, target: float, every: int) -> float:
+        """Iterations until a validation was at or below the target; infinite if none was."""
+        return next((every * i for i, error in enumerate(self.errors) if error <= target), math.inf)
 
 
 def fields(name: str) -> Iterator[Field]:
@@ -72,30 +76,28 @@ class Trainer:
         self._seed: int | None = None
 
     def run(self, field: Field) -> Outcome:
-        """Train once. A run diverges where a gradient stops being finite, or its error ends above where it began."""
+        """Train once, from the weights of the field's seed."""
         setting, method = self._setting, METHODS[field.method]
         self._begin(field.seed)
         spec = method.bias(field.level, field.beta)
         assert spec is not None
         operator = parse(spec)
         optimizer = method.optimizer(self._learner.parameters(), field.lr, field.beta)
-        first = self._validate()
-        steps, error = None, first
+        errors = [self._validate()]
         for k in range(setting.iterations):
             optimizer.zero_grad()
             try:
                 batch = self._training.sample(k, setting.meta_batch)
                 self._learner.backward(batch, workers=setting.workers, bias=operator)
             except NonFiniteError:
-                return Outcome(steps, None)
+                return Outcome(tuple(errors), True)
             optimizer.step()
             if (k + 1) % setting.evaluate_every == 0:
                 error = self._validate()
                 if not math.isfinite(error):
-                    return Outcome(steps, None)
-                if steps is None and error <= setting.target:
-                    steps = k + 1
-        return Outcome(steps, error if error <= first else None)
+                    return Outcome(tuple(errors), True)
+                errors.append(error)
+        return Outcome(tuple(errors), errors[-1] > errors[0])
 
     def _begin(self, seed: int) -> None:
         """The weights and the tasks of a seed."""
@@ -125,7 +127,7 @@ def search(name: str, path: Path, *, root: str | None = None) -> dict[Field, Out
         root: of the data.
 
     Raises:
-        ValueError: if the file holds outcomes of other lengths, targets or batches than the setting's.
+        ValueError: if the file holds outcomes of other lengths or batches than the setting's.
     """
     setting = SETTINGS[name]
     plan = {key: getattr(setting, key) for key in PLAN}
@@ -154,6 +156,6 @@ def _read(path: Path, plan: dict[str, float]) -> dict[Field, Outcome]:
         )
     known = {}
     for run in there["runs"]:
-        outcome = Outcome(run.pop("steps"), run.pop("error"))
+        outcome = Outcome(tuple(run.pop("errors")), run.pop("diverged"))
         known[Field(**run)] = outcome
     return known

@@ -47,8 +47,8 @@ def grid_of(outcomes: Mapping[Field, Outcome], setting: str, level: str, method:
     for i, lr in enumerate(lrs):
         for j, beta in enumerate(betas):
             seeds = [outcomes[Field(setting, level, method, lr, beta, seed)] for seed in range(chosen.seeds)]
-            steps = sorted(math.inf if seed.steps is None else seed.steps for seed in seeds)
-            ended = [seed.error for seed in seeds if seed.error is not None]
+            steps = sorted(seed.steps_to(chosen.target, chosen.evaluate_every) for seed in seeds)
+            ended = [seed.errors[-1] for seed in seeds if not seed.diverged]
             grid.steps[i, j] = steps[len(steps) // 2]
             grid.error[i, j] = np.mean(ended) if ended else math.inf
             grid.diverged[i, j] = 1 - len(ended) / len(seeds)
@@ -59,10 +59,10 @@ def table(outcomes: Mapping[Field, Outcome], setting: str) -> str:
     """Each method's best at each level, in Markdown: momentum and plain SGD apart, by the columns of one grid."""
     chosen = SETTINGS[setting]
     lines = [
-        f"{chosen.iterations} iterations of {chosen.meta_batch} tasks on {chosen.workers} workers, {chosen.seeds}",
-        f"seed{'s' if chosen.seeds > 1 else ''}; target: validation error {chosen.target:g} on",
-        f"{chosen.validation_tasks} tasks, looked at every {chosen.evaluate_every} iterations. Fields near: share of",
-        f"the grid that is there in at most {NEAR:g} times the method's fewest steps.",
+        f"{chosen.iterations} iterations of {chosen.meta_batch} tasks on {chosen.workers} workers, seeds below",
+        f"{chosen.seeds}; target: validation error {chosen.target:g} on {chosen.validation_tasks} tasks, looked at",
+        f"every {chosen.evaluate_every} iterations. Fields near: share of the grid that is there in at most {NEAR:g}",
+        "times the method's fewest steps.",
         "",
         "| bias | method | fewest steps (γ, β) | last error (γ, β) | diverged | fields near |",
         "|---|---|---|---|---|---|",

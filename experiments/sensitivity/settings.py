@@ -125,7 +125,7 @@ SETTINGS = {
         iterations=120,
         evaluate_every=15,
         validation_tasks=100,
-        target=0.35,
+        target=0.42,
         levels=("none", "topk:1%"),
         meta_batch=8,
     ),
