@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from metamom.experiments.floor import CURES, FIXED_POINTS, Arm, Config, predicted, report, run, squared_mean
+from metamom import MAML, CompositeMomentum
+from metamom.experiments.floor import sinusoids
+from metamom.experiments.floor.regressions import CURES, FIXED_POINTS, Arm, Config, predicted, run, show
+from metamom.experiments.floor.square import squared_mean
+from metamom.nets import SinusoidMLP
+from metamom.tasks import FixedTasks, Sinusoid
 
 SHORT = Config(steps=300, last=250, blocks=10)
 
@@ -51,8 +59,55 @@ def test_the_square_of_a_mean_without_bias():
     assert squared_mean(torch.ones(5, 1, dtype=torch.float64)) == (pytest.approx(1.0), pytest.approx(0.0))
 
 
-def test_report(tmp_path):
-    text = report(replace(SHORT, steps=12, last=10, blocks=5, betas=(1.0,)), tmp_path).read_text(encoding="utf-8")
+def test_the_table_and_the_figure(tmp_path):
+    text = show(tmp_path / "floor.png", replace(SHORT, steps=12, last=10, blocks=5, betas=(1.0,)))
     assert "| exact, m = 2 | 1 |" in text
     assert "(0.7601, 0.2399)" in text
-    assert (tmp_path / "figures" / "floor.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "floor.png").read_bytes().startswith(b"\x89PNG")
+
+
+TINY = sinusoids.Config(
+    tasks=3, m=2, queries=4, lr=0.001, steps=6, every=2, last=3, warm_steps=5, warm_m=10, population=50, draws=4,
+    betas=(0.5,),
+)  # fmt: skip
+
+
+def test_an_arm_on_sinusoids_is_the_plain_loop():
+    """From the given weights; F along the way and at the mean of the last iterates, by the loss after a step."""
+    weights = sinusoids.start(TINY)
+    end = sinusoids.run(TINY, sinusoids.Arm("first-order", 2), 0.5, weights)
+
+    model = SinusoidMLP()
+    vector_to_parameters(weights.clone(), model.parameters())
+    learner = MAML(model, F.mse_loss, inner_lr=TINY.alpha, estimator="first-order")
+    optimizer = CompositeMomentum(learner.parameters(), lr=0.001, beta=0.5)
+    sampler, iterates = FixedTasks(Sinusoid(4, 4), 3), []
+    for k in range(6):
+        optimizer.zero_grad()
+        learner.backward(sampler.sample(k, 3))
+        optimizer.step()
+        iterates.append(parameters_to_vector(learner.parameters()).detach())
+
+    population = FixedTasks(Sinusoid(50, 50), 3).with_stream("population")
+
+    def value(w, draws):
+        vector_to_parameters(w, model.parameters())
+        losses = [learner.losses(population.sample(draw, 3)).mean() for draw in range(draws)]
+        return float(torch.stack(losses).mean().detach())
+
+    assert end.course == pytest.approx([value(w, 2) for w in (weights, *iterates[1::2])], rel=1e-5)
+    assert end.value == pytest.approx(value(torch.stack(iterates[3:]).mean(0), 4), rel=1e-5)
+
+
+def test_an_arm_that_diverges_is_said_to():
+    weights = sinusoids.start(TINY)
+    end = sinusoids.run(replace(TINY, lr=1e4), sinusoids.Arm("exact"), 1.0, weights)
+    assert math.isnan(end.value)
+    assert all(math.isfinite(value) for value in end.course)
+
+
+def test_the_table_and_the_figure_of_sinusoids(tmp_path):
+    text = sinusoids.show(tmp_path / "floor.png", TINY)
+    for name in ("exact, m = 2", "exact, m = 4", "first-order, m = 2", "moml, m = 2 + 2", "richardson, m = 2 + 2"):
+        assert f"| {name} | 0.5 |" in text
+    assert (tmp_path / "floor.png").read_bytes().startswith(b"\x89PNG")

@@ -1,15 +1,12 @@
-"""The bias floor is the same for every beta, momentum's own error shrinks with beta, and cures lower the floor.
+"""Two linear regressions of different covariance (I and I/4), where each estimator's floor is known.
 
-    python -m metamom.experiments.floor [--run-dir runs/floor]
-
-Two linear regressions of different covariance (I and I/4), one inner step of 1/2 on m = 2 points, all of it through
-`MAML` and `CompositeMomentum`. Where the mean iterate ends is known exactly for the estimators that are affine in the
-weights (docs/theory.md, "Fixed points of tasks that differ"); for Top-K and its error feedback it is measured alone.
+One inner step of 1/2 on m points, all of it through `MAML` and `CompositeMomentum`. Where the mean iterate ends is
+known exactly for the estimators that are affine in the weights (docs/theory.md, "Fixed points of tasks that differ");
+for Top-K and its error feedback it is measured alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +20,15 @@ from metamom.batch import Sampler
 from metamom.bias.spec import parse
 from metamom.estimators import Estimator
 from metamom.experiments.figures import COLOURS, row_of_panels, save
-from metamom.files import write_atomically
+from metamom.experiments.floor.square import squared_mean
 from metamom.maml import MAML
 from metamom.optim import CompositeMomentum
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, half_squared_error
 from metamom.theory import designs, regression
 from metamom.theory.fixed_points import AffineMean, Floor, bias_floor
 from metamom.tracking import TRACKING
+
+TITLE = "Linear regressions, where the floor is known"
 
 COVARIANCES = torch.stack([torch.eye(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64) / 4])
 THETAS = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -134,21 +133,8 @@ def run(config: Config, arm: Arm, beta: float, *, seed: int = 0) -> Ended:
     return Ended(blocks.mean(0), error, floor, halfwidth, float(deviations[-config.last :].mean()))
 
 
-def squared_mean(values: Tensor) -> tuple[float, float]:
-    """``||E g||^2`` from independent draws ``[n, d]``, without bias, and its 95 % half-width (jackknife).
-
-    The mean of ``<g_i, g_j>`` over pairs i != j: the square of the mean would hold the noise of each draw once.
-    """
-    n = len(values)
-    total, squares = values.sum(0), values.square().sum(1)
-    estimate = float((total.square().sum() - squares.sum()) / (n * (n - 1)))
-    rest = total - values
-    without = (rest.square().sum(1) - (squares.sum() - squares)) / ((n - 1) * (n - 2))
-    return estimate, 1.96 * math.sqrt(float((without - without.mean()).square().sum()) * (n - 1) / n)
-
-
-def report(config: Config, run_dir: Path) -> Path:
-    """Run every arm with every beta; ``report.md`` and the figure."""
+def show(figure_path: Path, config: Config = Config()) -> str:
+    """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
     figure, (plane, floors, errors) = row_of_panels(3, sharey=False)
     lines = [
         f"Two regressions, {config.tasks} tasks a step, γ = {config.lr:g}, {config.steps} steps, means of the last",
@@ -187,22 +173,9 @@ def report(config: Config, run_dir: Path) -> Path:
     floors.set_yscale("symlog", linthresh=1e-4)
     errors.set(xscale="log", yscale="log", xlabel="β", title="E‖v − ∇f(w)‖²")
     figure.legend(*plane.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    save(figure, run_dir / "figures" / "floor.png")
-    text = "# The bias floor, every beta, and the cures\n\n" + "\n".join(lines) + "\n\n![Floors](figures/floor.png)\n"
-    write_atomically(run_dir / "report.md", text.encode())
-    return run_dir / "report.md"
+    save(figure, figure_path)
+    return "\n".join(lines)
 
 
 def _point(w: Tensor) -> str:
     return f"({float(w[0]):.4f}, {float(w[1]):.4f})"
-
-
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description="Bias floors, for every beta and with each cure.", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/floor"), help="where the report goes")
-    print(report(Config(), parser.parse_args().run_dir).read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,177 @@
+"""Sinusoids, where nothing is closed form: which estimators stay near a solution of the true objective.
+
+The true objective F is the loss after an inner step on the whole population of a task's points, here 1,000 of them. All
+arms start from the same weights, trained on inner batches of 100; on batches of m points each then goes where its own
+bias takes it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+from metamom.estimators import Estimator
+from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
+from metamom.experiments.floor.square import squared_mean
+from metamom.maml import MAML
+from metamom.nets import SinusoidMLP
+from metamom.optim import CompositeMomentum
+from metamom.tasks import FixedTasks, Sinusoid
+
+TITLE = "Sinusoids, where nothing is closed form"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One inner step of alpha on fixed tasks, all of them in each step; one step size for all arms."""
+
+    alpha: float = 0.05
+    tasks: int = 10
+    m: int = 5
+    queries: int = 20
+    betas: tuple[float, ...] = (1.0, 0.1)
+    lr: float = 0.0005
+    steps: int = 2000
+    every: int = 250  # steps between looks at F
+    last: int = 500  # whose mean iterate counts
+    warm_steps: int = 2000
+    warm_lr: float = 0.02
+    warm_m: int = 100
+    population: int = 1000  # points that stand for all of a task
+    draws: int = 16  # of them
+
+
+class Arm(NamedTuple):
+    """An estimator, and by how much its inner batch is larger than m."""
+
+    estimator: Estimator
+    times: int = 1
+
+    def named(self, config: Config) -> str:
+        """Its inner points, those for the Hessian apart."""
+        m = self.times * config.m
+        whole = self.estimator in ("exact", "first-order", "moml-coupled")
+        return f"{self.estimator}, m = {m}" + ("" if whole else f" + {m}")
+
+
+ARMS = (
+    Arm("exact"), Arm("exact", 2), Arm("first-order"), Arm("independent"), Arm("cross-fit"), Arm("richardson"),
+    Arm("moml"), Arm("scsc"),
+)  # fmt: skip
+
+
+class Ended(NamedTuple):
+    """What came of an arm.
+
+    Attributes:
+        course: F of the weights after every so many steps, from the start on; up to where it diverged.
+        floor: ``||grad F||^2`` at the mean of the last iterates, without the bias of a square; NaN if it diverged.
+        halfwidth: of its 95 % interval.
+        value: F there.
+    """
+
+    course: list[float]
+    floor: float
+    halfwidth: float
+    value: float
+
+
+def start(config: Config) -> Tensor:
+    """Weights ``[d]`` that all arms begin from: trained on large inner batches."""
+    learner = _learner(config, "exact")
+    optimizer = CompositeMomentum(learner.parameters(), lr=config.warm_lr, beta=0.1)
+    sampler = _tasks(config, config.warm_m)
+    for k in tqdm(range(config.warm_steps), desc="start", leave=False, disable=None):
+        optimizer.zero_grad()
+        learner.backward(sampler.sample(k, config.tasks))
+        optimizer.step()
+    return parameters_to_vector(learner.model.parameters()).detach()
+
+
+def true_gradients(config: Config, weights: Tensor, draws: int) -> tuple[Tensor, float]:
+    """Independent estimates ``[draws, d]`` of grad F in float64, and F."""
+    learner = _learner(config, "exact", weights)
+    sampler = _tasks(config, config.population, queries=config.population).with_stream("population")
+    gradients, losses = [], []
+    for draw in range(draws):
+        grads, loss = learner.meta_gradient(sampler.sample(draw, config.tasks))
+        gradients.append(torch.cat([g.flatten() for g in grads.values()]).double())
+        losses.append(float(loss.mean()))
+    return torch.stack(gradients), sum(losses) / draws
+
+
+def run(config: Config, arm: Arm, beta: float, weights: Tensor) -> Ended:
+    """Train one arm from these weights and look at where it ends."""
+    learner = _learner(config, arm.estimator, weights)
+    optimizer = CompositeMomentum(learner.parameters(), lr=config.lr, beta=beta)
+    sampler = _tasks(config, arm.times * config.m * learner.support_parts)
+    course, total = [true_gradients(config, weights, 2)[1]], torch.zeros(weights.shape, dtype=torch.float64)
+    for k in tqdm(range(config.steps), desc=f"{arm.named(config)}, beta = {beta:g}", leave=False, disable=None):
+        optimizer.zero_grad()
+        learner.backward(sampler.sample(k, config.tasks))
+        optimizer.step()
+        now = parameters_to_vector(learner.model.parameters()).detach()
+        if (k + 1) % config.every == 0:
+            value = true_gradients(config, now, 2)[1]
+            if not value < 100 * course[0]:  # a NaN too
+                return Ended(course, math.nan, math.nan, math.nan)
+            course.append(value)
+        if k >= config.steps - config.last:
+            total += now
+    gradients, value = true_gradients(config, (total / config.last).to(weights.dtype), config.draws)
+    return Ended(course, *squared_mean(gradients), value)
+
+
+def show(figure_path: Path, config: Config = Config()) -> str:
+    """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
+    weights = start(config)
+    gradients, value = true_gradients(config, weights, config.draws)
+    floor, halfwidth = squared_mean(gradients)
+    lines = [
+        f"{config.tasks} fixed sinusoids, one inner step of {config.alpha:g}, γ = {config.lr:g}, {config.steps} steps",
+        f"from weights where F = {value:.3f} and ‖∇F‖² = {floor:.2g} ± {halfwidth:.1g}. At the mean of the last",
+        f"{config.last} iterates; 95 % intervals over {config.draws} draws of {config.population} points a task; one",
+        "seed.",
+        "",
+        "| estimator, inner batch | β | F | ‖∇F‖² |",
+        "|---|---|---|---|",
+    ]
+    figure, panels = row_of_panels(len(config.betas))
+    for panel, beta in zip(panels, config.betas, strict=True):
+        for number, arm in enumerate(ARMS):
+            end, name = run(config, arm, beta, weights), arm.named(config)
+            said = (
+                "diverged | |"
+                if math.isnan(end.value)
+                else f"{end.value:.3f} | {end.floor:.2g} ± {end.halfwidth:.1g} |"
+            )
+            lines.append(f"| {name} | {beta:g} | {said}")
+            steps = [config.every * i for i in range(len(end.course))]
+            colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS)]
+            panel.plot(steps, end.course, label=name, color=colour, linestyle=dash)
+            if math.isnan(end.value):
+                panel.plot(steps[-1], end.course[-1], "x", color=colour)
+        panel.set(yscale="log", xlabel="step", title=f"β = {beta:g}")
+    panels[0].set_ylabel("F, the loss after a step on the population")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    save(figure, figure_path)
+    return "\n".join(lines)
+
+
+def _learner(config: Config, estimator: Estimator, weights: Tensor | None = None) -> MAML:
+    model = SinusoidMLP(generator=torch.Generator().manual_seed(0))
+    if weights is not None:
+        vector_to_parameters(weights.clone(), model.parameters())
+    return MAML(model, F.mse_loss, inner_lr=config.alpha, estimator=estimator)
+
+
+def _tasks(config: Config, shots: int, *, queries: int | None = None) -> FixedTasks:
+    return FixedTasks(Sinusoid(shots, config.queries if queries is None else queries), config.tasks)
