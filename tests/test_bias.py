@@ -127,6 +127,56 @@ def test_no_plain_operator_overflows(operator, dtype, fill):
     assert bool(out.any()) or operator.spec.startswith("clip:0.001")
 
 
+LARGE = [Sign(), QSGD(1), QSGD(4), QSGD(16), RandK(3, scaled=True), RandK(ratio=0.3, scaled=True), *PLAIN]
+
+
+@each(LARGE + LAYERWISE)
+@each_dtype
+@pytest.mark.parametrize("d", [4, 7, 100])
+def test_the_largest_numbers_overflow_only_where_the_exact_result_does(operator, dtype, d):
+    """The same signs and draws at magnitude one, in float64, say by how much each entry exceeds the largest number."""
+    finfo = torch.finfo(dtype)
+    signs = torch.ones(2, d, dtype=torch.float64)
+    signs[0, 1::3], signs[1] = -1, 1e-3  # only the first row may overflow
+    g = signs.to(dtype) * finfo.max
+    if operator.spec.startswith(("clip", "normalize")):  # by absolute numbers
+        assert bool(operator(g, step=1, sizes=cut(d)).isfinite().all())
+        return
+    exact = operator(signs, step=1, sizes=cut(d))
+    if float(exact.abs().max()) <= 1 + 4 * finfo.eps:
+        out = operator(g, step=1, sizes=cut(d))
+        assert bool(out.isfinite().all())
+        torch.testing.assert_close(out[0].double() / finfo.max, exact[0], rtol=rounding(dtype, d), atol=0)
+    else:
+        with pytest.raises(
+            NonFiniteError, match=rf"finite gradient in row 0 .*beyond the range of {dtype}.*wider dtype"
+        ):
+            operator(g, step=1, sizes=cut(d))
+
+
+@each([QSGD(16), QSGD(1), RandK(ratio=0.3, scaled=True), Compose(Sign(), QSGD(1))])
+@each_dtype
+def test_more_than_the_dtype_holds_is_refused(operator, dtype):
+    g = torch.ones(2, 40_000, dtype=dtype)
+    g[1] *= torch.finfo(dtype).max
+    before = operator.state_dict()
+    spec = operator.spec.split("+")[-1]
+    with pytest.raises(NonFiniteError, match=rf"{spec} takes the finite gradient in row 1 .*range of {dtype}"):
+        operator(g)
+    with pytest.raises(NonFiniteError, match="beyond the range"):
+        operator.encode(g[1])
+    assert operator.state_dict() == before
+
+
+@each_dtype
+def test_a_mean_magnitude_is_no_more_than_the_largest(dtype):
+    largest = torch.finfo(dtype).max
+    g = torch.full((2, 40_000), largest, dtype=dtype)
+    g[1] = 1
+    assert_identical(Sign()(g), g)
+    assert_identical(Sign().decode(Sign().encode(g[0]), 40_000, dtype), g[0])
+
+
 @each([Identity(), RandK(1), EF21(TopK(1))])
 @pytest.mark.parametrize(
     ("g", "error", "message"),
@@ -277,7 +327,12 @@ def test_specs_are_short(operator, spec):
         ("randk:5:all", "randk has no option 'all'"),
         ("randk:5:seed", "randk has no option 'seed'"),
         ("randk:5:seed=x", "'x'"),
-        ("randk:5:seed=-1", "0 <= seed < 2^64; got -1"),
+        ("topk:1e99999999999999999999%", "0 < ratio <= 1; got ratio=inf"),
+        ("topk:1e-99999999999999999999%", "0 < ratio <= 1; got ratio=0.0"),
+        ("randk:5:seed=-1", "'seed=-1' does not fit randk: a seed is a whole number, 0 <= seed < 2^64; got -1"),
+        ("qsgd:4:seed=-1", "'seed=-1' does not fit qsgd: a seed is a whole number, 0 <= seed < 2^64; got -1"),
+        (f"qsgd:4:tensor:seed={2**64}", f"'seed={2**64}' does not fit qsgd: a seed is"),
+        ("randk:1%:seed=", "randk's seed must be a whole number; got ''"),
         ("clip", "clip needs a number behind a colon"),
         ("clip:one", "'one' does not fit clip"),
         ("clip:0", "does not fit clip: Clip needs a norm tau > 0 and finite; got 0.0"),
@@ -377,6 +432,26 @@ def test_constants_layer_by_layer():
     assert scaled.constants(7, workers=2, zeta2=2.0, sizes=[5, 2]) == pytest.approx((0, 0, 2, 4))
     assert scaled.contraction(4, [2, 2]) is None
     assert QSGD(2, per_tensor=True).constants(7, zeta2=2.0, sizes=[5, 2]) == pytest.approx((0, 0, 1.118034, 2.236068))
+
+
+@each([TopK(2), RandK(2), QSGD(2), Clip(1.0), Sign(), Normalize(), EF21(Sign())])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d": 0}, "d must be a whole number >= 1; got 0"),
+        ({"d": -3}, "d must be a whole number >= 1; got -3"),
+        ({"workers": 0}, "workers must be a whole number >= 1; got 0"),
+        ({"workers": 2.5}, r"workers must be a whole number >= 1; got 2\.5"),
+        ({"zeta2": -1}, "zeta2 must be >= 0 and finite; got -1"),
+        ({"zeta2": math.nan}, "zeta2 must be >= 0 and finite; got nan"),
+        ({"zeta2": math.inf}, "zeta2 must be >= 0 and finite; got inf"),
+        ({"bound": -4.0}, r"bound must be >= 0 and finite; got -4\.0"),
+        ({"bound": math.nan}, "bound must be >= 0 and finite; got nan"),
+    ],
+)
+def test_constants_of_what_cannot_be(operator, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        operator.constants(**{"d": 10, **arguments})
 
 
 @each([ClipValue(1.0), Normalize(), Compose(TopK(1), Sign()), Clip(1.0), Clip(1.0, per_tensor=True), EF21(Sign())])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from operators import FEEDBACK, assert_identical, cut, each
+from operators import FEEDBACK, assert_identical, cut, each, each_dtype
 from torch import Tensor
 
 from metamom import (
@@ -28,7 +29,7 @@ from metamom import (
     TopK,
     train,
 )  # fmt: skip
-from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, Function
+from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, Function, NonFiniteError
 from metamom.nets import SinusoidMLP
 from metamom.optim import LambdaBeta
 from metamom.run_directory import read_metrics
@@ -220,6 +221,36 @@ def test_a_state_of_another_kind():
     one(torch.ones(2, 3))
     with pytest.raises(ValueError, match="ef21:sign keeps estimate of each worker; got error"):
         EF21(Sign()).load_state_dict(one.state_dict())
+
+
+@each(FEEDBACK)
+@pytest.mark.parametrize(("state", "got"), [({}, "nothing"), ({"workers": {}}, "'workers'"), ({"calls": 3}, "'calls'")])
+def test_a_state_that_lacks_something(operator, state, got):
+    kept = f"'workers', the {', '.join(operator.names)} of each, and 'operator', the state of {operator.operator.spec}"
+    with pytest.raises(ValueError, match=re.escape(f"state_dict() gave: {kept}; got {got}.")):
+        operator.load_state_dict(state)
+
+
+def test_a_worker_without_a_state():
+    with pytest.raises(ValueError, match="keeps estimate of each worker; got int"):
+        EF21(Sign()).load_state_dict({"workers": {0: 3}, "operator": {}})
+
+
+@each_dtype
+@each([EF14(TopK(1)), EF14(RandK(1)), EF21(TopK(1)), EF21SGDM(TopK(1), eta=1), EF21(Sign())])
+def test_a_state_beyond_the_dtype_is_refused(operator, dtype):
+    """Each gradient is finite, but not its sum with what the state holds; the state is then as it was."""
+    operator.reset()
+    signs = torch.tensor([[1.0, -1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    g = (signs * torch.finfo(dtype).max).flip(0)  # row 1
+    operator(g)
+    before = {name: tensor.clone() for name, tensor in operator.state.items()}
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match=rf" row 1 .*beyond the range of {dtype}"):
+            operator(g if isinstance(operator, EF14) else -g)
+        for name, tensor in operator.state.items():
+            assert_identical(tensor, before[name])
+    operator.reset()
 
 
 @each(FEEDBACK)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from operators import RANDOM, assert_identical, cut, each, gradients
 
 from metamom import QSGD, Clip, Compose, RandK, TopK
-from metamom.bias import EF21
+from metamom.bias import EF21, NonFiniteError
 from metamom.bias.random import quantize, rand_k
 
 DRAWS = 6_000
@@ -140,6 +140,22 @@ def test_a_generator_that_is_missing_or_one_too_many():
     for saved, other in ((RandK(3, generator=generator), RandK(3)), (QSGD(3), QSGD(3, generator=generator))):
         with pytest.raises(ValueError, match="when it was saved"):
             other.load_state_dict(saved.state_dict())
+
+
+@each([RandK(3), QSGD(3), EF21(RandK(3))])
+def test_a_state_without_the_number_of_calls(operator):
+    state = {"workers": {}, "operator": {}} if operator.feeds_back else {}
+    with pytest.raises(ValueError, match=r"goes on from what its state_dict\(\) gave: 'calls', .*; got nothing"):
+        operator.load_state_dict(state)
+
+
+def test_qsgd_without_room_for_its_norm():
+    """The norm 2 max is beyond float32, C(g) = g is not: the call says it, a message cannot."""
+    largest = torch.finfo(torch.float32).max
+    g = torch.tensor([largest, -largest, largest, largest])
+    assert_identical(QSGD(2)(g), g)
+    with pytest.raises(NonFiniteError, match=r"qsgd:2 .*range of torch\.float32"):
+        QSGD(2).encode(g)
 
 
 def test_compositions_carry_what_their_members_do():

@@ -110,5 +110,22 @@ def test_more_entries_than_there_are(make):
     for call in (make(5), make(5).wire_bytes, make(5).contraction, make(5).encode):
         with pytest.raises(ValueError, match=message):
             call(G if call in (make(5),) or getattr(call, "__name__", "") == "encode" else 4)
-    with pytest.raises(ValueError, match="k <= 1 "):
-        make(2, per_tensor=True)(G, sizes=[3, 1])
+
+
+@pytest.mark.parametrize("make", [TopK, RandK])
+def test_more_entries_than_a_tensor_has(make):
+    operator, g, sizes = make(1000, per_tensor=True), torch.ones(2522), [2000, 512, 0, 10]
+    message = (
+        f"{make.__name__} needs 1 <= k <= 10 (the number of entries of the smallest parameter tensor; {operator.spec} "
+        "acts on each); got k=1000. Pass ratio= to keep a share of each."
+    )
+    calls = (
+        lambda: operator(g, sizes=sizes),
+        lambda: operator.encode(g, sizes=sizes),
+        lambda: operator.wire_bytes(2522, sizes=sizes),
+        lambda: operator.constants(2522, sizes=sizes),
+        lambda: operator.contraction(2522, sizes),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()

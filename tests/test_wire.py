@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import FEEDBACK, STATELESS, G, assert_identical, cut, each, gradients
+from operators import FEEDBACK, STATELESS, G, assert_identical, cut, each, each_dtype, gradients
 
 from metamom import QSGD, Clip, Compose, Identity, RandK, Sign, TopK
 from metamom.bias.select import INTEGERS
@@ -52,6 +54,47 @@ def test_messages_of_another_length(operator):
             operator.decode(bad, 4, G.dtype)
     with pytest.raises(ValueError, match=r"one worker's gradient \[d\]; got shape \(2, 4\)"):
         operator.encode(G.repeat(2, 1))
+
+
+@each([TopK(3), TopK(3, ties="all"), TopK(1, per_tensor=True), RandK(3), RandK(3, scaled=True)])
+@each_dtype
+def test_indices_that_are_none(operator, dtype):
+    d, sizes = 10, [3, 3, 4]
+    good = operator.encode(torch.arange(1.0, 11).to(dtype), sizes=sizes)
+    operator.decode(good, d, dtype, sizes=sizes)
+    for index in (-1, d, 2**31 - 1, -(2**31)):
+        message = good.clone()
+        message[4:8] = torch.tensor([index], dtype=torch.int32).view(torch.uint8)
+        with pytest.raises(ValueError, match=r"holds indices outside 0\.\.9\. It is damaged, or of another operator"):
+            operator.decode(message, d, dtype, sizes=sizes)
+    with pytest.raises(ValueError, match=r"indices outside 0\.\.4"):  # as many bytes for fewer entries
+        TopK(3).decode(TopK(3).encode(torch.arange(1.0, 11).to(dtype)), 5, dtype)
+    message = good.clone()
+    message[4:8] = message[:4]
+    with pytest.raises(ValueError, match="holds an index twice"):
+        operator.decode(message, d, dtype, sizes=sizes)
+
+
+@each(STATELESS)
+@each_dtype
+def test_messages_of_values_that_are_not_finite(operator, dtype):
+    g = torch.arange(1.0, 8).to(dtype)
+    size = operator.wire_bytes(7, g.element_size(), cut(7))
+    with pytest.raises(ValueError, match="It is damaged, or of another operator, size or dtype"):
+        operator.decode(torch.full((size,), 255, dtype=torch.uint8), 7, dtype, sizes=cut(7))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@each([TopK(2), RandK(2), Identity(), Sign(), QSGD(2)])
+@each_dtype
+def test_one_value_that_is_not_finite(operator, dtype, value):
+    message = operator.encode(G.to(dtype))
+    wide = torch.promote_types(dtype, torch.float32) if isinstance(operator, QSGD) else dtype
+    bad = torch.tensor([value], dtype=wide).view(torch.uint8)
+    start = 8 if isinstance(operator, TopK | RandK) else 0
+    message[start : start + len(bad)] = bad
+    with pytest.raises(ValueError, match="values that are infinite or NaN"):
+        operator.decode(message, 4, dtype)
 
 
 def test_what_has_no_message():

@@ -80,26 +80,29 @@ def table(outcomes: Mapping[Field, Outcome], setting: str) -> str:
 
 
 def figure(outcomes: Mapping[Field, Outcome], setting: str, level: str, path: Path) -> None:
-    """Heat maps of every method at one level: steps to the target, last error, diverged share."""
+    """Heat maps of every method at one level: steps to the target, last error, and, if any diverged, how many did."""
     chosen = SETTINGS[setting]
     methods = methods_at(chosen.methods, level)
+    grids = {key: grid_of(outcomes, setting, level, key) for key in methods}
+    titles = [f"iterations to an error of {chosen.target:g}", "last error", "share diverged"]
+    if not any(grid.diverged.any() for grid in grids.values()):
+        titles.pop()
     height = 0.75 + 0.26 * chosen.lr_count
-    drawing = Figure(figsize=(9.5, height * len(methods) + 0.6), layout="constrained")
-    panels = drawing.subplots(len(methods), 3, squeeze=False)
+    drawing = Figure(figsize=(0.5 + 3 * len(titles), height * len(methods) + 0.6), layout="constrained")
+    panels = drawing.subplots(len(methods), len(titles), squeeze=False)
     for row, (key, method) in zip(panels, methods.items(), strict=True):
-        grid = grid_of(outcomes, setting, level, key)
+        grid = grids[key]
         for panel, values in zip(row, (grid.steps, grid.error), strict=False):
             best = [_best(values)] if np.isfinite(values).any() else []
             heat_map(panel, grid.lrs, grid.betas, values, best=best)
-        heat_map(row[2], grid.lrs, grid.betas, grid.diverged, log=False)
+        for panel in row[2:]:
+            heat_map(panel, grid.lrs, grid.betas, grid.diverged, log=False)
         row[0].set_ylabel(f"{method.title.replace(': ', ':' + chr(10)).replace('; ', ';' + chr(10))}\nγ", fontsize=8)
-    for panel, title in zip(
-        panels[0], (f"iterations to an error of {chosen.target:g}", "last error", "share diverged"), strict=True
-    ):
+    for panel, title in zip(panels[0], titles, strict=True):
         panel.set_title(title, fontsize=9)
     for panel in panels[-1]:
         panel.set_xlabel("β")
-    drawing.suptitle(f"{chosen.title}; bias: {level}", fontsize=10)
+    drawing.suptitle(f"{chosen.title}; bias: {level}" + "; none diverged" * (len(titles) < 3), fontsize=10)
     save(drawing, path)
 
 

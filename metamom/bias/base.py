@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metamom.bias.checks import all_finite, check_setting
+
 Sizes = Sequence[int]
 
 
 class NonFiniteError(ValueError):
-    """A worker's gradient has an entry that is infinite or NaN."""
+    """A worker's gradient has an entry that is infinite or NaN, or an operator makes one of finite entries."""
 
 
 class Place(NamedTuple):
@@ -83,7 +85,7 @@ class BiasOperator(ABC):
             ``[..., d]``, a new tensor or the very same one.
 
         Raises:
-            NonFiniteError: for an infinite entry or a NaN.
+            NonFiniteError: for an infinite entry or a NaN, and where C(g) is beyond the range of the gradients' dtype.
             TypeError: for entries that are no floating-point numbers.
             ValueError: for workers that do not fit the rows, sizes that are missing or do not add up to d; and as the
                 operator says. What the operator carries from call to call is then as it was.
@@ -121,15 +123,16 @@ class BiasOperator(ABC):
         """The operator's row of the table in docs/theory.md, for full local gradients.
 
         Args:
-            d: length of the gradients.
-            workers: n, with draws of their own.
-            zeta2: heterogeneity, ``1/n sum ||grad f_i - grad f||^2 <= zeta^2``.
-            bound: G with ``||grad f_i|| <= G``, which clipping needs.
+            d: length of the gradients, >= 1.
+            workers: n >= 1, with draws of their own.
+            zeta2: heterogeneity >= 0, ``1/n sum ||grad f_i - grad f||^2 <= zeta^2``.
+            bound: G >= 0 with ``||grad f_i|| <= G``, which clipping needs.
             sizes: as for a call.
 
         Raises:
-            ValueError: where no such bound is known.
+            ValueError: where no such bound is known, and for arguments out of range.
         """
+        check_setting(d, workers, zeta2, bound)
         alpha = self.contraction(d, sizes)
         if alpha is None:
             raise ValueError(f"no constants are known for {self.spec}: it is neither contractive nor unbiased.")
@@ -166,14 +169,17 @@ class BiasOperator(ABC):
         """What a message says: ``C(g)`` ``[d]``, exactly.
 
         Raises:
-            ValueError: for a message of another length.
+            ValueError: for a message of another length, or one that no gradient has.
         """
         parts = self._parts(d, sizes)
         lengths = [self._wire_bytes(size, dtype.itemsize) for size in parts]
         if message.dtype is not torch.uint8 or message.shape != (sum(lengths),):
             raise self._misfit(message, f"{sum(lengths)} bytes", d, dtype)
         messages = torch.split(message, lengths)
-        return torch.cat([self._decode(m, size, dtype) for m, size in zip(messages, parts, strict=True)])
+        out = torch.cat([self._decode(m, size, dtype) for m, size in zip(messages, parts, strict=True)])
+        if not all_finite(out):
+            raise self._damaged("values that are infinite or NaN", d, dtype)
+        return out
 
     def reset(self) -> None:
         """Forget what earlier calls have left."""
@@ -205,6 +211,23 @@ class BiasOperator(ABC):
             f"{self.spec} sends {wanted} for {d} entries of {dtype}; got a message of {tuple(message.shape)} "
             f"{message.dtype}."
         )
+
+    def _damaged(self, what: str, d: int, dtype: torch.dtype) -> ValueError:
+        return ValueError(
+            f"{self.spec} sends no such message for {d} entries of {dtype}: it holds {what}. It is damaged, or of "
+            "another operator, size or dtype."
+        )
+
+    def _in_range(self, rows: Tensor) -> Tensor:
+        """What is made of finite gradients ``[n, d]``, where that may be too large for the dtype."""
+        if not all_finite(rows):
+            first = int((~rows.isfinite()).any(-1).nonzero()[0])
+            raise NonFiniteError(
+                f"{self.spec} takes the finite gradient in row {first} (rows are workers) beyond the range of "
+                f"{rows.dtype}, whose largest number is {torch.finfo(rows.dtype).max:g}: pass gradients of a wider "
+                "dtype, or clip them first."
+            )
+        return rows
 
     def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
         """The lengths that the operator acts on, one after the other."""
@@ -329,12 +352,10 @@ def _check(gradient: Tensor) -> None:
         raise TypeError(f"a bias operator acts on floating-point gradients; got {gradient.dtype}.")
     if gradient.dim() == 0 or gradient.shape[-1] == 0:
         raise ValueError(f"a bias operator acts on gradients [..., d] with d >= 1; got shape {tuple(gradient.shape)}.")
-    # the sum is cheap and finite almost always; where it is not, a large sum of finite entries may be why
-    if not bool(gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).isfinite()):
+    if not all_finite(gradient):
         bad = ~gradient.isfinite()
-        if bool(bad.any()):
-            first = int(bad.reshape(-1, gradient.shape[-1]).any(-1).nonzero()[0])
-            raise NonFiniteError(
-                f"{int(bad.sum())} entries of the gradients are infinite or NaN, the first in row {first} (rows are "
-                "workers): a smaller step size, or the loss, must keep them finite; no operator can."
-            )
+        first = int(bad.reshape(-1, gradient.shape[-1]).any(-1).nonzero()[0])
+        raise NonFiniteError(
+            f"{int(bad.sum())} entries of the gradients are infinite or NaN, the first in row {first} (rows are "
+            "workers): a smaller step size, or the loss, must keep them finite; no operator can."
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator, Constants, Place, Sizes
+from metamom.bias.checks import check_setting
 from metamom.bias.norms import scaled_norm
 
 
@@ -56,6 +57,7 @@ class Clip(BiasOperator):
         self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
     ) -> Constants:
         """The relative form: ``c = (1 - tau/G)_+``, ``B = c^2``, ``b^2 = c^2 zeta^2``; see `BiasOperator.constants`."""
+        check_setting(d, workers, zeta2, bound)
         if bound is None or self.per_tensor:
             raise ValueError(f"{self.spec} has constants only as a whole, and where ||grad f_i|| <= G: pass bound=G.")
         c2 = (1 - self.max_norm / bound) ** 2 if bound > self.max_norm else 0.0

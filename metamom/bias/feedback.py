@@ -63,6 +63,8 @@ class ErrorFeedback(BiasOperator):
                     )
                 state[name][row] = kept
         out, state = self._step(rows, state, lambda difference: self.operator._pass(difference, place, sizes))
+        for tensor in state.values():  # what goes to the server is finite where these are
+            self._in_range(tensor)
         for row, worker in enumerate(place.workers):  # only now, since the operator may raise
             self._keep(worker, {name: tensor[row] for name, tensor in state.items()})
         return out
@@ -103,10 +105,20 @@ class ErrorFeedback(BiasOperator):
         return {"workers": dict(self._workers), "operator": self.operator.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `BiasOperator`."""
+        """See `BiasOperator`.
+
+        Raises:
+            ValueError: for what is no state of such an operator.
+        """
+        if not {"workers", "operator"} <= set(state):
+            raise ValueError(
+                f"{self.spec} goes on from what its state_dict() gave: 'workers', the {', '.join(self.names)} of each, "
+                f"and 'operator', the state of {self.operator.spec}; got {', '.join(map(repr, state)) or 'nothing'}."
+            )
         for kept in state["workers"].values():
             if not isinstance(kept, dict) or set(kept) != set(self.names):
-                raise ValueError(f"{self.spec} keeps {', '.join(self.names)} of each worker; got {', '.join(kept)}.")
+                got = ", ".join(kept) if isinstance(kept, dict) else type(kept).__name__
+                raise ValueError(f"{self.spec} keeps {', '.join(self.names)} of each worker; got {got}.")
         self.operator.load_state_dict(state["operator"])
         self._workers = {
             worker: {name: tensor.clone() for name, tensor in kept.items()} for worker, kept in state["workers"].items()

@@ -93,5 +93,7 @@ def _mean_magnitude(gradient: Tensor) -> Tensor:
     wide = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
     mean = wide.mean(-1, keepdim=True)
     if not bool(mean.isfinite().all()):
-        mean = (wide / gradient.shape[-1]).sum(-1, keepdim=True)
+        largest = wide.amax(-1, keepdim=True)
+        share = (wide / largest).mean(-1, keepdim=True).clamp_max(1)  # which rounding may have brought above
+        mean = torch.where(mean.isfinite(), mean, largest * share)
     return mean.to(gradient.dtype)

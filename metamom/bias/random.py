@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator, Constants, Place, Sizes
+from metamom.bias.checks import check_setting
 from metamom.bias.norms import scaled_norm
 from metamom.bias.sparse import Sparse
 from metamom.bias.wire import pack, packed_bytes, unpack
 from metamom.counter import Places, Purpose, subset, uniforms
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ValueError: unless it is a whole number, 0 <= seed < 2^64.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"a seed is a whole number, 0 <= seed < 2^64; got {seed!r}.")
 
 
 class Draws(BiasOperator):
@@ -22,8 +33,7 @@ class Draws(BiasOperator):
     _calls: int
 
     def _seeded(self, seed: int, generator: torch.Generator | None) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"a seed is a whole number, 0 <= seed < 2^64; got {seed!r}.")
+        check_seed(seed)
         self.seed = seed
         self._generator = generator
         self._calls = 0
@@ -41,8 +51,12 @@ class Draws(BiasOperator):
         """See `BiasOperator`; a generator given is set to where the saved one stood.
 
         Raises:
-            ValueError: if only one of the two, the operator that was saved and this one, has a generator.
+            ValueError: if only one of the two, the operator that was saved and this one, has a generator; for a state
+                without the number of calls.
         """
+        if "calls" not in state:
+            got = ", ".join(map(repr, state)) or "nothing"
+            raise ValueError(f"{self.spec} goes on from what its state_dict() gave: 'calls', their number; got {got}.")
         if ("generator" in state) != (self._generator is not None):
             saved, here = ("a generator", "seed=") if "generator" in state else ("seed=", "a generator")
             raise ValueError(f"{self.spec} drew by {saved} when it was saved and draws by {here} now: make it alike.")
@@ -112,7 +126,7 @@ class RandK(Sparse, Draws):
         n, d = rows.shape
         k = self.kept(d)
         out = rand_k(rows, self._indices(n, d, k, place).to(rows.device))
-        return out * (d / k) if self.scaled else out
+        return self._in_range(out * (d / k)) if self.scaled else out
 
     def _indices(self, n: int, d: int, k: int, place: Place) -> Tensor:
         if self._generator is not None:
@@ -133,6 +147,7 @@ class RandK(Sparse, Draws):
         self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
     ) -> Constants:
         """Exact for independent sets, layer by layer the largest of the layers'; see `BiasOperator.constants`."""
+        check_setting(d, workers, zeta2, bound)
         shares = [self.kept(size) / size for size in self._parts(d, sizes)]
         p = min(shares)
         if self.scaled:
@@ -199,7 +214,12 @@ class QSGD(Draws):
 
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
         norm, whole = self._quantized(rows, place)
-        return (norm * (whole / self.levels)).to(rows.dtype)
+        out = norm * (whole / self.levels)
+        if _fits(norm, rows.dtype):  # and so does what is no longer
+            return out.to(rows.dtype)
+        _, scale, length = scaled_norm(rows.to(norm.dtype))  # where the norm has no room, C(g) may have
+        out = torch.where(norm.isfinite(), out, length * (whole / self.levels) * scale)
+        return self._in_range(out.to(rows.dtype))
 
     def _quantized(self, rows: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         if self._generator is not None:
@@ -214,6 +234,7 @@ class QSGD(Draws):
         self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
     ) -> Constants:
         """By the bound on omega; see `BiasOperator.constants`."""
+        check_setting(d, workers, zeta2, bound)
         omega = max(self._omega(size) for size in self._parts(d, sizes)) / workers
         return Constants(0.0, 0.0, omega, omega * zeta2)
 
@@ -230,6 +251,9 @@ class QSGD(Draws):
 
     def _encode(self, part: Tensor, place: Place) -> Tensor:
         norm, whole = self._quantized(part.unsqueeze(0), place)
+        if not _fits(norm, part.dtype):
+            self._in_range(norm)  # which is sent
+            self._in_range((norm * (whole / self.levels)).to(part.dtype))
         digits = whole[0].to(torch.int64) + self.levels
         return torch.cat([norm[0].view(torch.uint8), pack(digits, 2 * self.levels + 1)])
 
@@ -243,3 +267,8 @@ class QSGD(Draws):
     def spec(self) -> str:
         """``qsgd:LEVELS``, then ``:tensor`` where chosen."""
         return ":".join([f"qsgd:{self.levels}" + ":tensor" * self.per_tensor, *self._seed_word])
+
+
+def _fits(norm: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a dtype has numbers as large as these norms."""
+    return bool((norm <= torch.finfo(dtype).max).all())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator, Place, Sizes
+from metamom.bias.checks import all_finite
 from metamom.bias.select import INTEGERS
 
 
@@ -37,7 +38,7 @@ class Sparse(BiasOperator):
         self.per_tensor = per_tensor
 
     def kept(self, d: int) -> int:
-        """K, for gradients of length d.
+        """K, for gradients of length d, or for a parameter tensor of d entries.
 
         Raises:
             ValueError: if K > d.
@@ -46,9 +47,10 @@ class Sparse(BiasOperator):
             return max(1, round(self.ratio * d))
         assert self.k is not None
         if self.k > d:
+            what = f"entries of the smallest parameter tensor; {self.spec} acts on each" * self.per_tensor
             raise ValueError(
-                f"{type(self).__name__} needs 1 <= k <= {d} (the number of parameters); got k={self.k}. "
-                "Pass ratio= to keep a share of them."
+                f"{type(self).__name__} needs 1 <= k <= {d} (the number of {what or 'parameters'}); got k={self.k}. "
+                f"Pass ratio= to keep a share of {'each' if self.per_tensor else 'them'}."
             )
         return self.k
 
@@ -63,6 +65,13 @@ class Sparse(BiasOperator):
     @abstractmethod
     def _apply(self, rows: Tensor, place: Place) -> Tensor: ...
 
+    def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
+        """See `BiasOperator`; K is held against the smallest part first, for an error to name it."""
+        parts = super()._parts(d, sizes)
+        if parts:
+            self.kept(min(parts))
+        return parts
+
     def _wire_bytes(self, d: int, element_size: int) -> int:
         """K values and K indices of 4 bytes."""
         return self.kept(d) * (element_size + 4)
@@ -74,8 +83,15 @@ class Sparse(BiasOperator):
         if message.dtype is not torch.uint8 or message.dim() != 1 or rest or not self._sends(count, least):
             raise self._misfit(message, f"{least * each} bytes" + " or more" * self._sends(least + 1, least), d, dtype)
         indices, values = torch.split(message, [4 * count, dtype.itemsize * count])
+        places, entries = indices.clone().view(torch.int32).long(), values.clone().view(dtype)
+        if bool(((places < 0) | (places >= d)).any()):
+            raise self._damaged(f"indices outside 0..{d - 1}", d, dtype)
+        if int(torch.zeros(d, dtype=torch.bool, device=message.device).index_fill_(0, places, True).sum()) < count:
+            raise self._damaged("an index twice", d, dtype)
+        if not all_finite(entries):
+            raise self._damaged("values that are infinite or NaN", d, dtype)
         out = torch.zeros(d, dtype=dtype, device=message.device)
-        out[indices.clone().view(torch.int32).long()] = values.clone().view(dtype)
+        out[places] = entries
         return out
 
     def _sends(self, count: int, kept: int) -> bool:

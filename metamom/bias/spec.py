@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -12,7 +13,7 @@ from metamom.bias.clip import Clip, ClipValue
 from metamom.bias.compose import Compose
 from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21
 from metamom.bias.normalize import Normalize, Sign
-from metamom.bias.random import QSGD, RandK
+from metamom.bias.random import QSGD, RandK, check_seed
 from metamom.bias.topk import TopK
 
 N = TypeVar("N", int, float)
@@ -39,11 +40,15 @@ class Kind(NamedTuple):
 
 
 class Option(NamedTuple):
-    """What may follow an operator, behind a colon: the keyword that it is, its value, and its meaning."""
+    """What may follow an operator, behind a colon: the keyword that it is, its value, and its meaning.
+
+    Where the value is a number, ``check`` refuses what is out of range.
+    """
 
     keyword: str
     value: bool | str | type[int]
     meaning: str
+    check: Callable[[int], None] | None = None
 
 
 KINDS: dict[str, Kind] = {
@@ -62,7 +67,7 @@ OPTIONS: dict[str, Option] = {
     "all": Option("ties", "all", "keep all entries equal to the K-th largest, not the first alone"),
     "scaled": Option("scaled", True, "multiply what is kept by d/K, which makes it unbiased"),
     "shared": Option("shared", True, "the same entries for all workers"),
-    "seed": Option("seed", int, "seed of the draws (0 unless given)"),
+    "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
 AROUND = {  # operators around one
     "A+B": "A, then B on what it leaves",
@@ -142,8 +147,9 @@ def _single(text: str) -> BiasOperator:
         raise ValueError(f"{name} needs a number behind a colon.")
     try:
         if kind.share and argument.endswith("%"):
-            _number(float, argument[:-1], f"{name}'s percentage")
-            share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimals: 7 % is 0.07, not 7 * 0.01
+            share = _number(float, argument[:-1], f"{name}'s percentage")
+            if share and math.isfinite(share):  # else its exponent may be too much for Decimal
+                share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimals: 7 % is 0.07, not 7 * 0.01
             return kind.make(ratio=share, **options)
         return kind.make(_number(kind.number, argument, f"{name}'s {kind.argument}"), **options)
     except ValueError as error:
@@ -156,7 +162,14 @@ def _option(name: str, word: str) -> tuple[str, Any]:
     if key not in KINDS[name].options or bool(equals) != (OPTIONS[key].value is int):
         raise ValueError(f"{name} has no option {word!r}.")
     option = OPTIONS[key]
-    return option.keyword, _number(int, value, f"{name}'s {key}") if equals else option.value
+    if option.check is None:
+        return option.keyword, option.value
+    number = _number(int, value, f"{name}'s {key}")
+    try:
+        option.check(number)
+    except ValueError as error:
+        raise ValueError(f"{word!r} does not fit {name}: {error}") from error
+    return option.keyword, number
 
 
 def _number(kind: type[N], text: str, what: str) -> N:
