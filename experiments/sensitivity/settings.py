@@ -149,7 +149,7 @@ SETTINGS = {
         iterations=120,
         evaluate_every=15,
         validation_tasks=100,
-        target=0.2,
+        target=0.22,
         levels=("none", "topk:1%"),
         meta_batch=8,
     ),
