@@ -166,7 +166,8 @@ def summary(found: Measured) -> list[str]:
 
 def slopes(found: Measured) -> list[str]:
     """How the bias and its sources fall with m, a sentence each."""
-    return [f"{name}: {_slope_words(slope)}" for name, slope in found.slopes.items()]
+    said = {"bias": "bias" if found.bias == "none" else "bias without the operator's"}
+    return [f"{said.get(name, name)}: {_slope_words(slope)}" for name, slope in found.slopes.items()]
 
 
 def as_json(found: Measured) -> dict[str, Any]:

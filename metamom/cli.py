@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         print(f"metamom: diverged: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"metamom: error: not enough memory: {error}. Take smaller batches.", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("METAMOM_DEBUG"):
             raise

@@ -139,7 +139,9 @@ def measure(
         inner_batches: m >= 1, in shots: points a class for classification, else points.
         bias: the operator C on each worker's flattened gradient, without state from call to call.
         population: where it is known, a sampler of the same tasks with their populations as support and as query sets
-            (`metamom.tasks.population.Population`): the reference is then exact.
+            (`metamom.tasks.population.Population`): the reference is then exact. The pool's shares points with the
+            inner batches, which takes noise out of their difference: with a population, intervals are wider for as many
+            draws.
         draws: R >= 3, workers' messages that intervals come from.
         tasks_per_worker: tasks that a worker takes the mean of, before C. Families of given tasks need a multiple of
             their number.

@@ -196,7 +196,7 @@ def train(
         if resumed_from == 0:
             _save(parts, run, progress)
         log = stack.enter_context(_Log(run, progress.done, tensorboard))
-        watch = Watch(optimizer, operator)
+        watch = Watch(optimizer, operator, learner.estimator)
         interrupts = stack.enter_context(Interrupts())
         bar = stack.enter_context(tqdm(total=iterations, initial=progress.done, desc=label, unit="it", disable=None))
         while progress.done < iterations:

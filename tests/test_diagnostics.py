@@ -341,6 +341,7 @@ def test_the_command_on_tasks(tmp_path, capsys, monkeypatch):
     for name in ("bias", "curvature", "coupling", "hessian", "operator", "variance"):
         assert said.count(f" {name} ") >= 2, name
     assert "first-order, operator topk:10%; 12 draws of 8 tasks" in said
+    assert "bias without the operator's: " in said
     assert (out / "figures" / "bias.png").stat().st_size > 5000
     page = (out / "bias.md").read_text()
     assert "![bias over the inner batch size](figures/bias.png)" in page
@@ -374,6 +375,7 @@ def test_the_command_on_a_run_says_json_alone(tmp_path, capsys, monkeypatch):
     [
         (["nowhere"], "nowhere"),
         (["sinusoid", "--inner-batch", "0"], "numbers of shots >= 1"),
+        (["sinusoid", "--inner-batch", "100000000000"], "not enough memory"),
         (["sinusoid", "--tasks", "2"], "at least 3 tasks; got tasks=2"),
         (["sinusoid", "--bias", "ef21:topk:5%"], "feeds errors back"),
         (["run", "--inner-lr", "0.1"], "--inner-lr belongs to the learner that the run trained"),

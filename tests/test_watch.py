@@ -23,12 +23,15 @@ def descend(
     noise: float = 0.0,
     bias: float = 0.0,
     optimizer: type = CompositeMomentum,
+    operator: str = "none",
+    estimator: str | None = None,
+    least: float = 0.0,
 ) -> list[str]:
     """The warnings of a quadratic ``1/2 x^2 + 1/2 y^2 / 4`` with noise and a constant bias in its gradients."""
     curvatures = torch.tensor([1.0, 0.25], dtype=torch.float64)
     x = nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64))
     made = optimizer([x], lr=lr, **({"beta": beta} if optimizer is CompositeMomentum else {}))
-    watch = Watch(made, None)
+    watch = Watch(made, None if operator == "none" else parse(operator), estimator)
     generator = torch.Generator().manual_seed(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -36,7 +39,7 @@ def descend(
             at = x.detach()
             x.grad = curvatures * at + bias + noise * torch.randn(2, generator=generator, dtype=torch.float64)
             made.step()
-            watch.look(float(0.5 * (curvatures * at**2).sum()), float(x.grad.norm()))
+            watch.look(least + float(0.5 * (curvatures * at**2).sum()), float(x.grad.norm()))
     assert all(issubclass(warning.category, StallWarning) for warning in caught)
     return [str(warning.message) for warning in caught]
 
@@ -62,10 +65,37 @@ def test_momentum_that_swings():
     assert "likely cause: beta" in message
 
 
-def test_a_bias_that_cancels_the_gradient():
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_a_bias_that_cancels_the_gradient(beta):
     """It stands where the gradient is -bias, and its loss is 1/2 bias^2 (1 + 4)."""
-    (message,) = descend(0.3, 0.5, bias=0.5, noise=0.01)
-    assert "likely cause: bias" in message
+    for biased in ({"operator": "topk:1"}, {"estimator": "first-order"}):
+        (message,) = descend(0.3, beta, bias=0.5, noise=0.01, **biased)
+        assert "likely cause: bias" in message
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("estimator", ["exact", "independent", "moml", None])
+def test_a_run_at_its_best_draws_nothing(beta, estimator):
+    """The loss is not zero at the minimum, and nothing is known to be biased."""
+    assert descend(0.05, beta, noise=0.05, least=1.0, estimator=estimator) == []
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_healthy_training_draws_nothing(beta):
+    """Linear regressions with noise in their targets: the loss ends at half its variance."""
+    for estimator in ("exact", "independent", "cross-fit"):
+        learner = MAML(nn.Linear(2, 1, bias=False), half_squared_error, inner_lr=0.1, estimator=estimator)
+        tasks = LinearRegression(2, 5 * learner.support_parts, theta=[1.0, -2.0], noise=0.5)
+        optimizer = CompositeMomentum(learner.parameters(), lr=0.1, beta=beta)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(learner, optimizer, tasks, iterations=410, meta_batch=4)
+
+
+def test_plain_sgd_in_noise_at_too_large_a_step():
+    (message,) = descend(0.5, 1.0, noise=1.0)
+    assert "likely cause: gamma" in message
+    assert "lower gamma" in message
 
 
 def test_another_optimizer_and_normalised_steps_are_not_judged():
@@ -78,7 +108,6 @@ def test_another_optimizer_and_normalised_steps_are_not_judged():
 @pytest.mark.parametrize(
     ("spec", "biased"),
     [
-        ("none", None),
         ("topk:3", True),
         ("clip:1", True),
         ("sign:tensor", True),
@@ -88,7 +117,10 @@ def test_another_optimizer_and_normalised_steps_are_not_judged():
 )
 def test_what_is_known_of_the_bias(spec, biased):
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    assert Watch(CompositeMomentum(params, lr=0.1), parse(spec)).biased is biased
+    assert Watch(CompositeMomentum(params, lr=0.1), parse(spec), "exact").biased is biased
+    assert Watch(CompositeMomentum(params, lr=0.1), parse(spec), "first-order").biased is True
+    assert Watch(CompositeMomentum(params, lr=0.1), None, "exact").biased is False
+    assert Watch(CompositeMomentum(params, lr=0.1), None, "cross-fit").biased is None
 
 
 def test_training_warns_once():

@@ -138,7 +138,7 @@ SETTINGS = {
         iterations=120,
         evaluate_every=15,
         validation_tasks=100,
-        target=0.5,
+        target=0.54,
         levels=("none", "topk:1%"),
         meta_batch=8,
     ),

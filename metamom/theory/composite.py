@@ -17,7 +17,8 @@ def meta_smoothness(L: float, rho: float, alpha: float, outer_grad: float, *, co
     """How smooth MAML's objective is near w: ``L (1 + alpha L)^2 + alpha rho ||grad L_i(u_i)||``.
 
     Convex L_i with ``alpha <= 1/L``: ``L + alpha rho ||grad L_i(u_i)||``. It grows with the gradient: use the largest
-    one that the run meets for the L of `max_step`.
+    one that the run meets for the L of `max_step`. Assumed: one exact inner step; L_i L-smooth with
+    a rho-Lipschitz Hessian.
 
     Args:
         L: smoothness of the tasks' losses, > 0.
@@ -49,6 +50,8 @@ def bias_bound(L: float, rho: float, alpha: float, sigma_g: float, m: int, *, si
     on the inner batch (the usual MAML, estimator "exact"): that and ``alpha^2 L sigma_h sigma_g / m``. O(1/m) needs a
     Lipschitz Hessian. The usual estimator is biased for f, but has no bias for the m-shot objective
     ``E_S L_i(w - alpha grad L_S(w))``: say which one a floor refers to.
+    Assumed: one inner step, independent samples, an outer batch of its own, the population's loss L-smooth with a
+    rho-Lipschitz Hessian.
 
     Args:
         L: smoothness of the task's loss, > 0.
@@ -84,7 +87,7 @@ def bias_bound_steps(
 
     ``(1+alpha L)^J L D_J + alpha rho (1+alpha L)^{J-1} ||grad L(u_J)|| sum_{j<J} D_j``, where
     ``D_j^2 = alpha^2 sigma_g^2/m ((1+alpha L)^{2j} - 1) / ((1+alpha L)^2 - 1)``. It is O(1/sqrt(m)) and loose: on
-    quadratics the bias is 0.
+    quadratics the bias is 0. Assumed: as for `bias_bound`, with an inner batch of its own for each step.
 
     Args:
         L, rho, alpha, sigma_g, m: as for `bias_bound`, rho finite.
@@ -124,7 +127,8 @@ def mean_square_bound(
     """A bound on ``E ||g - grad f_i||^2`` of one-step MAML, Hessian batch independent of the inner one or the same.
 
     ``Lambda sigma_out2/m_out + 2 Lambda L^2 alpha^2 sigma_g2/m_in + 2 alpha^2 sigma_h2/m_h ||grad L_i(u_i)||^2``. A
-    mean over n tasks divides the variance in it by n, not the bias.
+    mean over n tasks divides the variance in it by n, not the bias. Assumed: as for `bias_bound`, with the outer batch
+    independent of the others.
 
     Args:
         L: smoothness of the task's loss, > 0.
@@ -157,6 +161,7 @@ def first_order_constants(L: float, alpha: float, zeta2: float) -> Constants:
     """First-order MAML with exact inner steps: ``B = kappa^2``, ``b2 = kappa^2 zeta2``.
 
     ``kappa = alpha L/(1 - alpha L)``. No batch size is in it: larger batches do not help.
+    Assumed: L-smooth losses of the tasks, one inner step.
 
     Args:
         L: smoothness of the tasks' losses, > 0.

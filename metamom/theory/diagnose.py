@@ -55,8 +55,8 @@ def diagnose(
     Independent noise around a mean of zero has ``v_sq = beta/(2-beta) grad_sq``; what exceeds that is a direction kept
     from step to step. If one is kept and the loss falls little by it, gamma is small; if one is kept and the loss
     should have fallen far more, the steps go where the loss does not fall: bias. If none is kept, the noise explains a
-    loss of about ``gamma sigma2 / 4``: if that is much of the loss, gamma; if not, the estimates' mean is zero where
-    the loss is not least: bias, or the best that this model can do.
+    loss of about ``gamma sigma2 / 4``: if that is much of the loss, gamma; if not, the estimates' mean is zero: by
+    bias, if there is known to be one, or because the loss is the least that this model can reach.
 
     What it cannot know: whether a flat loss is the minimum (nothing in a run tells that from a bias that cancels the
     gradient; a larger batch, another estimator or a smaller gamma does), and whether a swing comes from the data (an
@@ -203,6 +203,9 @@ def _flat(
         head += f" The gradients keep a direction (squared mean about {kept:.3g})"
         if expected > 4 * max(fall, 0.0) + 0.1 * size:
             why = f" that should have lowered the loss by {expected:.3g}: it does not point downhill."
+            if biased is False:
+                cure = " Without bias, the valley is too narrow for the steps: try a smaller gamma."
+                return Diagnosis("stalled", "gamma", head + why + cure)
             cure = (
                 " Likely bias: try another estimator or error feedback. Or the valley is narrow: try a smaller gamma."
             )
@@ -215,5 +218,5 @@ def _flat(
         return Diagnosis("stalled", "gamma", head + cure)
     if biased is False:
         return Diagnosis("stalled", "unknown", head + " Without bias, that looks like the best this model can do here.")
-    cure = " Likely bias, or the best that this model can do: a larger inner batch or another estimator would tell."
-    return Diagnosis("stalled", "bias", head + cure)
+    cure = " bias, or the best that this model can do: a larger inner batch or another estimator would tell."
+    return Diagnosis("stalled", "bias" if biased else "unknown", head + (" Likely" if biased else " It is") + cure)

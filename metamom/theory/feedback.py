@@ -14,7 +14,7 @@ from metamom.theory import checks
 
 
 def ef21_step(alpha_c: float, L: float, L_tilde: float) -> float:
-    """The largest step size of EF21: ``1 / (L + L_tilde a / (1 - a))``.
+    """The largest step size of EF21: ``1 / (L + L_tilde a / (1 - a))``; assumed as for `bound_ef21`.
 
     Args:
         alpha_c: contraction, in (0, 1].
@@ -67,7 +67,7 @@ def bound_ef21(
 
 
 def ef14_step(alpha_c: float, L: float) -> float:
-    """The largest step size of EF14: ``(1 - a) / ((1 + a) L)``.
+    """The largest step size of EF14: ``(1 - a) / ((1 + a) L)``; assumed as for `bound_ef14`.
 
     Args:
         alpha_c: contraction, in (0, 1].

@@ -31,7 +31,7 @@ def ef21_sgdm_step(alpha_c: float, eta: float, L: float, L_tilde: float) -> floa
     """The largest step size of EF21-SGDM: ``2 / (L + sqrt(L^2 + 4 kappa))``.
 
     ``kappa = 2 (X L_tilde^2 + R L^2 + X R L_tilde^2)``, ``X = 2 a^2 eta^2/(1-a)^2``, ``R = (r/(1-r))^2``,
-    ``r = sqrt(1-eta)``.
+    ``r = sqrt(1-eta)``. Assumed: as for `bound_ef21_sgdm`.
 
     Args:
         alpha_c: contraction, in (0, 1].

@@ -94,7 +94,9 @@ def bound_1a(
 def terms_1a(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
 ) -> Terms:
-    """`bound_1a`, split into what the start, the bias and the noise contribute. Same arguments and errors.
+    """`bound_1a`, split into what the start, the bias and the noise contribute.
+
+    Same assumptions, arguments and errors.
 
     Example:
         >>> terms_1a(L=1, beta=1, gamma=0.5, delta0=1, K=100, b2=0.25, sigma2=2)

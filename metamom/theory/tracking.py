@@ -68,6 +68,8 @@ def scsc_kappa(Lambda: float, b_u: float, alpha: float, sigma_h2: float, m: int)
 def tracking_step(L: float, beta: float, kappa: float) -> float:
     """The largest step size of Theorem M: ``2 / (c + sqrt(c^2 + 4 kappa))``, ``c = L (2 - beta)/beta``.
 
+    Assumed: as for `bound_tracking`.
+
     Args:
         L: smoothness of f, > 0.
         beta: in (0, 1].
@@ -95,7 +97,7 @@ def inner_floor(
     """What the inner batches leave in the mean of ``||grad f||^2``; it vanishes with b_u.
 
     MOML: ``Lambda (1 + sqrt(1-b_u)) b_u alpha^2 sigma_g2 / m``; SCSC: ``2 Lambda b_u/(2-b_u) alpha^2 sigma_g2 / m``, or
-    half of that if the noise is additive (sigma_h2 = 0).
+    half of that if the noise is additive (sigma_h2 = 0). Assumed: as for `bound_tracking`.
 
     Args:
         method: "moml" or "scsc".
@@ -142,7 +144,9 @@ def bound_tracking(
     """The bound of Theorem M on ``1/K sum_{k<K} E ||grad f(x_k)||^2``.
 
     ``2 delta0/(gamma K) + Lambda s start_error_sq / K + floor + [(2-beta) L gamma + beta kappa gamma^2] sigma2`` with
-    ``s = r/(1-r)``, ``r = sqrt(1-b_u)``, for MOML and ``s = 1/(b_u (2-b_u))`` for SCSC.
+    ``s = r/(1-r)``, ``r = sqrt(1-b_u)``, for MOML and ``s = 1/(b_u (2-b_u))`` for SCSC. Assumed: f is L-smooth and
+    bounded below, ``v_{-1} = 0``, one inner step, all tasks in each step, and Hessian and outer batches independent of
+    the inner ones and of each other.
 
     Args:
         method: "moml" or "scsc".
