@@ -142,7 +142,7 @@ def heat_map(
     image = panel.imshow(shade, cmap="viridis", aspect="auto", origin="lower", vmin=vmin, vmax=vmax)
     low, high = image.get_clim()
     for (i, j), value in np.ndenumerate(shown):
-        dark = np.isfinite(value) and shade[i, j] < (low + high) / 2
+        dark = np.isfinite(value) and shade[i, j] <= (low + high) / 2
         text = "–" if not np.isfinite(value) else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
         panel.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     for i, j in best:

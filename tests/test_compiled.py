@@ -101,6 +101,30 @@ def test_torchinductor_agrees_with_plain_layers():
         torch.testing.assert_close(losses, expected.losses, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_torchinductor_in_fewer_bits_is_as_exact_as_the_plain_path(autocast):
+    """Both roundings against float64, over ten batches: TorchInductor's may be another one, and no worse."""
+    exact = MAML(conv4(hidden=16), F.cross_entropy, inner_lr=0.1)
+    fewer = {
+        compile: MAML(conv4(hidden=16, dtype=torch.float32), F.cross_entropy, inner_lr=0.1, compile=compile,
+                      autocast=autocast)
+        for compile in (False, True)
+    }  # fmt: skip
+    errors: dict[bool, list[float]] = {False: [], True: []}
+    for seed in range(10):
+        batch = image_batch(10 * seed, shots=(1, 5))
+        expected = exact.meta_gradient(batch, workers=2)
+        for compile, learner in fewer.items():
+            grads, losses = learner.meta_gradient(batch.to("cpu", torch.float32), workers=2)
+            errors[compile].append(relative_error(grads, expected.grads))
+            bits = {"rtol": 1e-4, "atol": 1e-4} if autocast is None else {"rtol": 0.05, "atol": 0.05}
+            torch.testing.assert_close(losses.double(), expected.losses, **bits)
+    plain, compiled = (statistics.median(errors[compile]) for compile in (False, True))
+    assert compiled < 2 * plain
+    assert plain < (0.02 if autocast is None else 0.5)  # a unit on the other side of zero moves a whole gradient
+
+
 class Scaled(nn.Module):
     """A linear model of inputs scaled by a buffer and shifted by a frozen parameter."""
 
