@@ -163,12 +163,15 @@ def outcomes_of(make):
 
 
 def test_seeds_put_together(setting):
-    """Steps: the median, infinite where the half never arrives; errors: the mean of those that did not diverge."""
+    """A run that diverges never arrives, whatever it passed on its way, and its field has no error."""
     given = {0: Outcome((2.0, 0.6, 0.5), False), 1: Outcome((2.0,), True)}
     seen = report.grid_of(outcomes_of(lambda field: given[field.seed]), NAME, "none", "adam")
     assert (seen.steps == math.inf).all()
-    assert (seen.error == 0.5).all()
+    assert (seen.error == math.inf).all()
     assert (seen.diverged == 0.5).all()
+    given = {0: Outcome((2.0, 0.6, 0.4), True), 1: Outcome((2.0, 0.6, 0.4), False)}  # there, and then away
+    seen = report.grid_of(outcomes_of(lambda field: given[field.seed]), NAME, "none", "adam")
+    assert (seen.steps == math.inf).all()
     seen = report.grid_of(outcomes_of(lambda field: Outcome((2.0, 0.25 * field.seed), False)), NAME, "none", "adam")
     assert (seen.steps == 2).all()
     assert (seen.error == 0.125).all()

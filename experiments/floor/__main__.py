@@ -1,6 +1,8 @@
 """Measure the floors and write the report.
 
 python -m metamom.experiments.floor [--only regressions|sinusoids] [--run-dir runs/floor]
+
+``report.md`` holds what was run now and what an earlier run has left.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from metamom.allocator import keep_freed_memory
 from metamom.experiments.floor import regressions, sinusoids
-from metamom.files import write_atomically
+from metamom.experiments.parts import assembled, keep_part
 
 EXPERIMENTS = {"regressions": regressions, "sinusoids": sinusoids}
 
@@ -22,13 +24,12 @@ def main() -> None:
     parser.add_argument("--only", choices=EXPERIMENTS, help="one of them alone")
     arguments = parser.parse_args()
     keep_freed_memory()
-    text = "# The bias floor, every beta, and the cures\n"
     for name in [arguments.only] if arguments.only else EXPERIMENTS:
         experiment, figure = EXPERIMENTS[name], Path("figures") / f"floor-{name}.png"
         table = experiment.show(arguments.run_dir / figure)
-        text += f"\n## {experiment.TITLE}\n\n{table}\n\n![{experiment.TITLE}]({figure})\n"
-    write_atomically(arguments.run_dir / "report.md", text.encode())
-    print(text)
+        keep_part(arguments.run_dir, name, f"{table}\n\n![{experiment.TITLE}]({figure})")
+    titles = {name: experiment.TITLE for name, experiment in EXPERIMENTS.items()}
+    print(assembled(arguments.run_dir, "The bias floor, every beta, and the cures", titles).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

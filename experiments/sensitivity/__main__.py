@@ -3,19 +3,20 @@
     python -m metamom.experiments.sensitivity [--only sinusoid,omniglot,anil,fashion,mlp] [--run-dir runs/sensitivity]
 
 Every run's outcome is kept in ``RUN/outcomes``; an interrupted search goes on where it stood. The tables go into
-``RUN/report.md``, the heat maps into ``RUN/figures``.
+``RUN/report.md``, beside those of earlier runs, the heat maps into ``RUN/figures``.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from metamom.allocator import keep_freed_memory
+from metamom.experiments.parts import assembled, keep_part
 from metamom.experiments.sensitivity.grid import search
 from metamom.experiments.sensitivity.report import figure, table
 from metamom.experiments.sensitivity.settings import SETTINGS
-from metamom.files import write_atomically
 
 
 def main() -> None:
@@ -29,16 +30,21 @@ def main() -> None:
     if unknown := [name for name in names if name not in SETTINGS]:
         parser.error(f"--only: {', '.join(unknown)} not among {', '.join(SETTINGS)}.")
     keep_freed_memory()
-    text = "# How sensitive training is to γ and β\n"
     for name in names:
-        outcomes = search(name, arguments.run_dir / "outcomes" / f"{name}.json", root=arguments.data_root)
-        text += f"\n## {SETTINGS[name].title}\n\n{table(outcomes, name)}\n"
+        try:
+            outcomes = search(name, arguments.run_dir / "outcomes" / f"{name}.json", root=arguments.data_root)
+        except ValueError as error:
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            sys.exit("interrupted; every run that was finished is kept: the same command goes on.")
+        text = table(outcomes, name)
         for level in SETTINGS[name].levels:
             path = Path("figures") / f"{name}-{level.replace(':', '').replace('%', '')}.png"
             figure(outcomes, name, level, arguments.run_dir / path)
-            text += f"\n![{SETTINGS[name].title}, {level}]({path})\n"
-        write_atomically(arguments.run_dir / "report.md", text.encode())
-    print(text)
+            text += f"\n\n![{SETTINGS[name].title}, {level}]({path})"
+        keep_part(arguments.run_dir, name, text)
+    titles = {name: setting.title for name, setting in SETTINGS.items()}
+    print(assembled(arguments.run_dir, "How sensitive training is to γ and β", titles).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

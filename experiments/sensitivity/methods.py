@@ -31,9 +31,8 @@ class Method(NamedTuple):
     scaled: bool = True
 
     def grid(self, scale: float, count: int) -> tuple[float, ...]:
-        """``count`` of its step sizes, those in the middle."""
-        skip = (len(self.lrs) - count) // 2
-        return tuple(round(lr * (scale if self.scaled else 1), 12) for lr in self.lrs[skip : skip + count])
+        """Its ``count`` smallest step sizes."""
+        return tuple(round(lr * (scale if self.scaled else 1), 12) for lr in self.lrs[:count])
 
 
 def _around(kind: str) -> Callable[[str, float], str | None]:

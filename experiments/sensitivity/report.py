@@ -27,8 +27,9 @@ class Grid(NamedTuple):
     Attributes:
         lrs: step sizes of the rows.
         betas: of the columns.
-        steps: median over the seeds of the iterations to the target; infinite if at least half never got there.
-        error: mean of the last validation error over the seeds that did not diverge; infinite if all did.
+        steps: the upper median over the seeds of the iterations to the target, infinite where one diverged or never
+            got there.
+        error: mean of the seeds' last validation errors; infinite if one diverged.
         diverged: share of the seeds.
     """
 
@@ -47,11 +48,12 @@ def grid_of(outcomes: Mapping[Field, Outcome], setting: str, level: str, method:
     for i, lr in enumerate(lrs):
         for j, beta in enumerate(betas):
             seeds = [outcomes[Field(setting, level, method, lr, beta, seed)] for seed in range(chosen.seeds)]
-            steps = sorted(seed.steps_to(chosen.target, chosen.evaluate_every) for seed in seeds)
-            ended = [seed.errors[-1] for seed in seeds if not seed.diverged]
+            steps = sorted(
+                math.inf if seed.diverged else seed.steps_to(chosen.target, chosen.evaluate_every) for seed in seeds
+            )
             grid.steps[i, j] = steps[len(steps) // 2]
-            grid.error[i, j] = np.mean(ended) if ended else math.inf
-            grid.diverged[i, j] = 1 - len(ended) / len(seeds)
+            grid.error[i, j] = np.mean([math.inf if seed.diverged else seed.errors[-1] for seed in seeds])
+            grid.diverged[i, j] = np.mean([seed.diverged for seed in seeds])
     return grid
 
 

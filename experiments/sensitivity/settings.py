@@ -33,7 +33,7 @@ class Setting:
         levels: bias of each worker's gradient, as the command line spells it.
         methods: some of `metamom.experiments.sensitivity.methods.METHODS`.
         lr_scale: what a method's grid of step sizes is multiplied by.
-        lr_count: how many step sizes of it, from the middle.
+        lr_count: how many step sizes of it, from the smallest on.
         betas: weight of the new gradient; 1 is no momentum.
         seeds: 0, 1, ..., seeds - 1: of weights and tasks.
         meta_batch: tasks an iteration.
