@@ -67,6 +67,7 @@ def test_a_graph_that_is_kept_would_be_counted():
     assert live()[1] == before[1]
 
 
+@pytest.mark.slow
 def test_the_experiment_tells_what_it_measured():
     command = [sys.executable, "-m", "metamom.experiments.memory", *WORDS, "--eager", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
