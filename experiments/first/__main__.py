@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from metamom.experiments.first import floors, law, tuned
-from metamom.files import write_atomically
+from metamom.experiments.parts import assembled, keep_part
 
 EXPERIMENTS = {"law": law, "floors": floors, "tuned": tuned}
 
@@ -22,13 +22,12 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/first"), help="where the report goes")
     parser.add_argument("--only", choices=EXPERIMENTS, help="one of them alone")
     arguments = parser.parse_args()
-    text = "# Three first experiments\n"
     for name in [arguments.only] if arguments.only else EXPERIMENTS:
         experiment, figure = EXPERIMENTS[name], Path("figures") / f"first-{name}.png"
         table = experiment.show(arguments.run_dir / figure)
-        text += f"\n## {experiment.TITLE}\n\n{table}\n\n![{experiment.TITLE}]({figure})\n"
-    write_atomically(arguments.run_dir / "report.md", text.encode())
-    print(text)
+        keep_part(arguments.run_dir, name, f"{table}\n\n![{experiment.TITLE}]({figure})")
+    titles = {name: experiment.TITLE for name, experiment in EXPERIMENTS.items()}
+    print(assembled(arguments.run_dir, "Three first experiments", titles).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -101,6 +101,18 @@ def _fashion(seed: int, root: str | None) -> tuple[Sampler, Sampler]:
     return samplers[0], samplers[1].with_stream("validation")
 
 
+OMNIGLOT = Setting(
+    title="Omniglot 5-way 1-shot, Conv4 of 32 channels",
+    learner=lambda seed, compiled: _classifier(Conv4(5, hidden=32, generator=_draws(seed)), compiled),
+    tasks=_omniglot,
+    iterations=120,
+    evaluate_every=15,
+    validation_tasks=100,
+    target=0.42,
+    levels=("none", "topk:1%"),
+    meta_batch=8,
+)
+
 SETTINGS = {
     "sinusoid": Setting(
         title="sinusoids, MLP 1-40-40-1",
@@ -118,50 +130,27 @@ SETTINGS = {
         lr_count=5,
         seeds=2,
     ),
-    "omniglot": Setting(
-        title="Omniglot 5-way 1-shot, Conv4 of 32 channels",
-        learner=lambda seed, compiled: _classifier(Conv4(5, hidden=32, generator=_draws(seed)), compiled),
-        tasks=_omniglot,
-        iterations=120,
-        evaluate_every=15,
-        validation_tasks=100,
-        target=0.42,
-        levels=("none", "topk:1%"),
-        meta_batch=8,
-    ),
-    "anil": Setting(
+    "omniglot": OMNIGLOT,
+    "anil": replace(
+        OMNIGLOT,
         title="Omniglot 5-way 1-shot, ANIL on Conv4 of 32 channels",
         learner=lambda seed, compiled: _classifier(
             Conv4(5, hidden=32, generator=_draws(seed)), compiled, adapt=["head"]
         ),
-        tasks=_omniglot,
-        iterations=120,
-        evaluate_every=15,
-        validation_tasks=100,
         target=0.54,
-        levels=("none", "topk:1%"),
-        meta_batch=8,
     ),
-    "fashion": Setting(
+    "fashion": replace(
+        OMNIGLOT,
         title="Fashion-MNIST 3-way 1-shot on classes not seen, Conv4 of 32 channels",
         learner=lambda seed, compiled: _classifier(Conv4(3, hidden=32, generator=_draws(seed)), compiled),
         tasks=_fashion,
-        iterations=120,
-        evaluate_every=15,
-        validation_tasks=100,
         target=0.22,
-        levels=("none", "topk:1%"),
-        meta_batch=8,
     ),
-    "mlp": Setting(
+    "mlp": replace(
+        OMNIGLOT,
         title="Omniglot 5-way 1-shot, MLP 784-64-64-5",
         learner=lambda seed, compiled: _classifier(_image_mlp(5, seed), compiled),
-        tasks=_omniglot,
         iterations=240,
-        evaluate_every=15,
-        validation_tasks=100,
         target=0.6,
-        levels=("none", "topk:1%"),
-        meta_batch=8,
     ),
 }

@@ -1,4 +1,4 @@
-"""The map's prediction on the paper's MNIST: no noise, so momentum wins, compressed or not; and with mini-batches."""
+"""The map's prediction on the paper's MNIST: no noise, so momentum wins, compressed or not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from metamom.bias.base import NonFiniteError
@@ -18,7 +16,6 @@ from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.paper.protocol import protocol
 from metamom.experiments.paper.training import Training
 from metamom.experiments.when.tuning import Tuned, cells, counted, listed, tune
-from metamom.optim import CompositeMomentum
 from metamom.tasks.images import LabelledImages
 
 TITLE = "Compressed MNIST"
@@ -26,7 +23,7 @@ TITLE = "Compressed MNIST"
 
 @dataclass(frozen=True)
 class Config:
-    """Full gradients of some of the paper's 100 nodes, an epoch a step; then, if asked for, random images."""
+    """Full gradients of some of the paper's 100 nodes, an epoch a step."""
 
     nodes: int = 20  # the first ones, of 600 images each: a fifth of the time
     operators: tuple[str, ...] = ("none", "topk:33500:all")
@@ -36,13 +33,6 @@ class Config:
     target: float = 0.9  # test accuracy
     epochs: int = 60
     seed: int = 0
-    batches: tuple[int, ...] = ()  # random images a step, such as (10, 100, 1000): to bring noise back; not yet run
-    batch_lrs: tuple[float, ...] = tuple(2.0**power for power in range(-6, 3))
-    batch_first: float = 0.125
-    batch_again: tuple[int, ...] = (1, 2, 3)
-    steps: int = 1500
-    every: int = 5
-    judged: int = 2000  # test images, of which the accuracy is taken in these runs
 
 
 class Bench:
@@ -70,59 +60,30 @@ class Bench:
                 return epoch + 1
         return math.inf
 
-    def mini(self, batch: int, lr: float, beta: float, seed: int, cap: int) -> float:
-        """Steps of as many images each, drawn with replacement, until the target; without an operator."""
-        model = self.kind.initial(seed).model
-        optimizer = CompositeMomentum(model.parameters(), lr=lr, beta=beta)
-        draws = torch.Generator().manual_seed(1000 + seed)
-        judged = slice(0, self.config.judged)
-        for step in range(cap):
-            chosen = torch.randint(len(self.train.labels), (batch,), generator=draws)
-            loss = F.cross_entropy(model(self.train.images[chosen]), self.train.labels[chosen])
-            if not math.isfinite(float(loss.detach())):
-                return math.inf
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if (step + 1) % self.config.every == 0:
-                with torch.no_grad():
-                    hits = model(self.test.images[judged]).argmax(-1) == self.test.labels[judged]
-                if float(hits.double().mean()) >= self.config.target:
-                    return step + 1
-        return math.inf
-
 
 class Answer(NamedTuple):
-    """The text, and what was found for each operator and each batch."""
+    """The text, and what was found for each operator."""
 
     text: str
     full: dict[str, Tuned]
-    mini: dict[int, Tuned]
 
 
 def answer(figures: Path, config: Config = Config()) -> Answer:
     """Search both sides of everything; draws ``when-mnist.png``; the text is Markdown."""
     bench = Bench(config)
     full: dict[str, Tuned] = {}
-    mini: dict[int, Tuned] = {}
     with tqdm(desc="mnist, full gradients", unit="run", disable=None) as bar:
         for operator in config.operators:
             full[operator] = tune(
                 counted(partial(bench.full, operator), bar), config.lrs, config.betas, first=config.first,
                 seeds=(config.seed,), again=(), cap=config.epochs, patience=1.0, tries=1,
             )  # fmt: skip
-    with tqdm(desc="mnist, random images", unit="run", disable=None) as bar:
-        for batch in config.batches:
-            mini[batch] = tune(
-                counted(partial(bench.mini, batch), bar), config.batch_lrs, config.betas, first=config.batch_first,
-                seeds=(config.seed,), again=config.batch_again, cap=config.steps,
-            )  # fmt: skip
-    return Answer(text_of(figures, config, full, mini), full, mini)
+    return Answer(text_of(figures, config, full), full)
 
 
-def text_of(figures: Path, config: Config, full: dict[str, Tuned], mini: dict[int, Tuned]) -> str:
+def text_of(figures: Path, config: Config, full: dict[str, Tuned]) -> str:
     """The tables and the figure of a search."""
-    _draw(figures / "when-mnist.png", config, full, mini)
+    _draw(figures / "when-mnist.png", config, full)
     head = ["SGD: γ | steps | momentum: γ, β | steps | ratio |", "|---|---|---|---|---|---|"]
     text = [
         f"Steps to {config.target:.0%} test accuracy. Searched for both sides: γ ∈ {{{listed(sorted(config.lrs))}}}, "
@@ -132,20 +93,12 @@ def text_of(figures: Path, config: Config, full: dict[str, Tuned], mini: dict[in
         "\n".join([f"| operator | {head[0]}", head[1], *(f"| {name} | {cells(at)} |" for name, at in full.items())]),
         "![Steps of every cell](figures/when-mnist.png)",
     ]
-    if mini:
-        text[-1:-1] = [
-            f"Random images instead, no operator, v₋₁ = 0, γ ∈ {{{listed(sorted(config.batch_lrs))}}}, accuracy on "
-            f"{config.judged} test images every {config.every} steps; again on seeds {listed(config.batch_again)}:",
-            "\n".join(
-                [f"| images a step | {head[0]}", head[1], *(f"| {size} | {cells(at)} |" for size, at in mini.items())]
-            ),
-        ]
     return "\n\n".join(text)
 
 
-def _draw(path: Path, config: Config, full: dict[str, Tuned], mini: dict[int, Tuned]) -> None:
-    figure, panels = row_of_panels(len(full) + bool(mini), sharey=False)
-    for panel, (operator, tuned) in zip(panels, full.items(), strict=False):
+def _draw(path: Path, config: Config, full: dict[str, Tuned]) -> None:
+    figure, panels = row_of_panels(len(full), sharey=False)
+    for panel, (operator, tuned) in zip(panels, full.items(), strict=True):
         for number, beta in enumerate(config.betas):
             reached = sorted((c.lr, c.steps) for c in tuned.cells if c.beta == beta and math.isfinite(c.steps))
             label = "SGD (β = 1)" if beta == 1 else f"momentum, β = {beta:g}"
@@ -158,10 +111,4 @@ def _draw(path: Path, config: Config, full: dict[str, Tuned], mini: dict[int, Tu
         )
     panels[0].set_ylabel(f"steps to {config.target:.0%} test accuracy")
     panels[0].legend(frameon=False, fontsize=8)
-    if mini:
-        last = panels[-1]
-        last.plot(list(mini), [tuned.speedup for tuned in mini.values()], "o-", color=COLOURS[3], markersize=4)
-        last.axhline(1, color="0.4", linewidth=0.8)
-        last.set(xscale="log", xlabel="random images a step", ylabel="steps of SGD / steps of momentum", ylim=(0, None))
-        last.set_title("with noise, both at their best")
     save(figure, path)
