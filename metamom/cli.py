@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from metamom.distributed import ProcessError, World, start
 from metamom.flags import parser
 from metamom.interrupts import TrainingInterrupted
 from metamom.training import DivergedError
@@ -28,11 +29,19 @@ Arguments = argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 (diverged), 2 (bad input), 130 or 143 (interrupted)."""
+    """Run the command.
+
+    Returns:
+        Its exit status: 0, 1 (diverged), 2 (bad input), 3 (another process is gone or hangs), 130, 143 (interrupted).
+    """
     arguments = parser(COMMANDS).parse_args(argv)
     try:
         with warnings.catch_warnings(), _sigterm_as_interrupt():
             warnings.showwarning = _show_warning
+            if arguments.run in (_train, _evaluate):
+                with start(server=arguments.server, timeout=arguments.timeout) as world:
+                    return int(arguments.run(arguments, world))
+            _refuse_processes()
             command: Callable[[Arguments], int] = arguments.run
             return command(arguments)
     except KeyboardInterrupt as interrupt:
@@ -42,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         print(f"metamom: diverged: {error}", file=sys.stderr)
         return 1
+    except ProcessError as error:
+        print(f"metamom: error: {error}", file=sys.stderr)
+        return 3
     except MemoryError as error:
         print(f"metamom: error: not enough memory: {error}. Take smaller batches.", file=sys.stderr)
         return 2
@@ -52,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _train(arguments: Arguments) -> int:
+def _train(arguments: Arguments, world: World) -> int:
     from metamom.allocator import keep_freed_memory
     from metamom.experiments.recipes import ITERATIONS, Recipe
     from metamom.training import train
@@ -67,7 +79,8 @@ def _train(arguments: Arguments) -> int:
     recipe = Recipe(task=arguments.task, **given)
     learner = recipe.learner()
     optimizer = recipe.make_optimizer(learner)
-    run_dir = arguments.run_dir or f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = arguments.run_dir or world.from_first(lambda: f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}")
+    _warn_of_restarts(arguments, world)
     assert recipe.meta_batch is not None
     iterations = ITERATIONS[recipe.task] if arguments.iterations is None else arguments.iterations
     tracking = None
@@ -94,8 +107,11 @@ def _train(arguments: Arguments) -> int:
         settings=recipe.settings(),
         tensorboard=arguments.tensorboard,
         track_bias=tracking,
+        world=world,
         label=f"train {recipe.task}",
     )
+    if not world.first:
+        return 0
     if not result.metrics:
         print(f"{run_dir} is trained for {result.resumed_from} iterations already; pass more --iterations to go on.")
         return 0
@@ -110,7 +126,7 @@ def _train(arguments: Arguments) -> int:
     return 0
 
 
-def _evaluate(arguments: Arguments) -> int:
+def _evaluate(arguments: Arguments, world: World) -> int:
     from metamom.evaluation import evaluate
     from metamom.experiments.saved import load_run
 
@@ -132,7 +148,11 @@ def _evaluate(arguments: Arguments) -> int:
             stacklevel=1,
         )
     sampler = recipe.sampler(arguments.split, root=arguments.data_root)
-    result = evaluate(saved.learner, sampler, tasks=arguments.tasks, steps=arguments.steps, stream=arguments.split)
+    result = evaluate(
+        saved.learner, sampler, tasks=arguments.tasks, steps=arguments.steps, stream=arguments.split, world=world
+    )
+    if not world.first:
+        return 0
     if arguments.json:
         answer = {"steps": result.steps, "mean": result.mean, "halfwidth": result.halfwidth, "tasks": arguments.tasks}
         print(json.dumps(answer))
@@ -257,7 +277,7 @@ def _table(arguments: Arguments) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Arguments], int]] = {
+COMMANDS: dict[str, Callable[..., int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
@@ -274,6 +294,30 @@ def _given(arguments: Arguments) -> dict[str, Any]:
 
     names = [field.name for field in fields(Recipe) if field.name != "task"]
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def _refuse_processes() -> None:
+    """Of commands that do not share their work with other processes.
+
+    Raises:
+        ValueError: where torchrun has started several.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
+        raise ValueError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes, each of which would do all of this: start the "
+            "command without it. train and evaluate share their work."
+        )
+
+
+def _warn_of_restarts(arguments: Arguments, world: World) -> None:
+    """Where torchrun would start this command again, which could not go on where it stood."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if world.size > 1 and restarts != "0" and not (arguments.resume and arguments.run_dir):
+        warnings.warn(
+            f"torchrun may start this again {restarts} time(s), but it will not go on where it stood: give --run-dir "
+            "and --resume.",
+            stacklevel=1,
+        )
 
 
 @contextmanager
@@ -294,4 +338,5 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"metamom: warning: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, which say the same, the first
+        print(f"metamom: warning: {message}", file=sys.stderr)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from metamom.batch import Sampler
+from metamom.batch import Sampler, TaskBatch
+from metamom.distributed import World
 from metamom.maml import MAML
 from metamom.metrics import accuracy
 
@@ -47,6 +48,7 @@ def evaluate(
     steps: Sequence[int] = (0, 1, 5, 10),
     confidence: float = 0.95,
     stream: str = "test",
+    world: World | None = None,
 ) -> Evaluation:
     """Adapt to fresh tasks and judge on their query sets.
 
@@ -61,6 +63,7 @@ def evaluate(
         steps: numbers of inner steps >= 0, in any order; 0 is before adaptation.
         confidence: of the intervals, in (0, 1); 0.95 gives ``mean ± 1.96 s / sqrt(T)``.
         stream: which stream of the sampler's seed to draw from.
+        world: the processes that share the tasks; one alone by default. The result is the same, bit for bit, on all.
 
     Returns:
         An `Evaluation`.
@@ -81,29 +84,26 @@ def evaluate(
     with_stream = getattr(sampler, "with_stream", None)
     source: Sampler = sampler if with_stream is None else with_stream(stream)
     like = next(learner.model.parameters())
-    # Blocks of one meta-batch, dealt as to processes: which tasks are drawn does not depend on how many are computed
-    # together. A number without a divisor of a fair size, such as a prime, is drawn whole and computed in parts.
-    fair = (n for n in range(1, tasks + 1) if tasks % n == 0 and BLOCK // 4 <= tasks // n <= BLOCK)
-    blocks = next(fair, 1)
-    collected, metric = [], "loss"
-    with _evaluation_mode(learner.model):
-        drawn = (source.sample(0, tasks, rank=rank, world_size=blocks) for rank in range(blocks))
-        parts = (b.part(start, start + BLOCK) for b in drawn for start in range(0, b.num_tasks, BLOCK))
-        total = blocks * -(-tasks // blocks // BLOCK)
-        for part in tqdm(parts, total=total, desc="evaluate", unit="block", leave=False, disable=None):
+    world = World() if world is None else world
+    values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # of other processes' tasks zero; last, the metric
+    with world.together(), _evaluation_mode(learner.model):
+        count, parts = _parts(source, tasks, world)
+        hidden = None if world.first else True
+        for first, part in tqdm(parts, total=count, desc="evaluate", unit="block", leave=False, disable=hidden):
             batch = part.to(like.device, like.dtype)
-            values: dict[int, Tensor] = {}
+            theirs = slice(first, first + batch.num_tasks)
             for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
                 if step not in steps:
                     continue
                 with torch.no_grad():
                     predictions = learner.predict(params, batch.query_x)
                     right = accuracy(predictions, batch.query_y)
-                    metric = "loss" if right is None else "accuracy"
                     loss = torch.func.vmap(learner.loss_fn)
-                    values[step] = loss(predictions, batch.query_y) if right is None else right
-            collected.append(torch.stack([values[step] for step in steps]).double().cpu())
-    all_values = torch.cat(collected, dim=1)
+                    value = (loss(predictions, batch.query_y) if right is None else right).double().cpu()
+                values[-1, theirs] = float(right is not None)
+                for row in (row for row, wanted in enumerate(steps) if wanted == step):
+                    values[row, theirs] = value
+    all_values, is_accuracy = world.sum_everywhere(values).split_with_sizes([len(steps), 1])
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     halfwidth = z * all_values.std(dim=1) / math.sqrt(tasks)
     return Evaluation(
@@ -111,9 +111,32 @@ def evaluate(
         tuple(all_values.mean(1).tolist()),
         tuple(halfwidth.tolist()),
         all_values,
-        "accuracy" if metric == "accuracy" else "loss",
+        "accuracy" if bool(is_accuracy.any()) else "loss",
         confidence,
     )
+
+
+def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tuple[int, TaskBatch]]]:
+    """How many parts of the tasks are this process's, and each of them after the number of its first task.
+
+    They are blocks of one meta-batch, dealt as to processes: which tasks are drawn does not depend on how many are
+    computed together, nor where. A number without a divisor of a fair size, such as a prime, is drawn whole.
+    """
+    fair = (n for n in range(1, tasks + 1) if tasks % n == 0 and BLOCK // 4 <= tasks // n <= BLOCK)
+    blocks = next(fair, 1)
+    size = min(BLOCK, tasks // blocks)
+    mine = range(world.rank, -(-tasks // size), world.size)
+
+    def drawn() -> Iterator[tuple[int, TaskBatch]]:
+        whole = source.sample(0, tasks) if blocks == 1 and mine else None
+        for number in mine:
+            first = number * size
+            if whole is None:
+                yield first, source.sample(0, tasks, rank=number, world_size=blocks)
+            else:
+                yield first, whole.part(first, first + size)
+
+    return len(mine), drawn()
 
 
 @contextmanager

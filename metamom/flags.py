@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 
-def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
+def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
     """The command line; each command's function is in the result's ``run``."""
     from metamom.experiments.recipes import TASKS
     from metamom.run_directory import environment
@@ -43,6 +43,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
             metavar="every=N",
             help="measure the bias every N iterations, into metrics.jsonl; training itself goes as without",
         )
+        _add_processes(train)
         train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into the run directory")
 
     evaluate = kinds.add_parser("evaluate", help="evaluate a trained meta-learner on fresh tasks", allow_abbrev=False)
@@ -66,6 +67,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     evaluate.add_argument(
         "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
     )
+    _add_processes(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     comparing = kinds.add_parser("compare", help="momentum against plain meta-SGD").add_subparsers(
@@ -245,7 +247,26 @@ def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, or start it")
 
 
-def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> None:
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """Flags of commands that torchrun may start on several processes."""
+    from metamom.distributed import SERVERS, TIMEOUT
+
+    parser.add_argument(
+        "--server",
+        choices=SERVERS,
+        default=SERVERS[0],
+        help="under torchrun, who aggregates: every process, or process 0 for all (default: replicated)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"under torchrun, wait so long for another process before it is an error (default: {TIMEOUT:g})",
+    )
+
+
+def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[..., int]]) -> None:
     """Flags of the bias meter."""
     from metamom.sources import MEASURED
 
@@ -287,9 +308,7 @@ def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[[
     )
 
 
-def _add_reproduce(
-    parser: argparse.ArgumentParser, commands: Mapping[str, Callable[[argparse.Namespace], int]]
-) -> None:
+def _add_reproduce(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[..., int]]) -> None:
     """The paper's two experiments, and ours beside the authors'."""
     from metamom.experiments.paper.run import EPOCHS
 

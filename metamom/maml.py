@@ -10,21 +10,21 @@ pass leaves each worker's gradient there and no gradient per task is ever stored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metamom.aggregate import aggregate as combine
-from metamom.aggregate import deliver, flatten, unflatten
+from metamom.aggregate import Aggregation, deliver, flatten, unflatten
 from metamom.autocast import autocast
 from metamom.batch import TaskBatch, block
-from metamom.bias import Bias
+from metamom.bias import Bias, as_operator
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
 from metamom.differences import Losses, drawing_refused
+from metamom.distributed import World, digest
 from metamom.estimators import (
     TRACKED,
     Adaptations,
@@ -65,8 +65,9 @@ class Backward(NamedTuple):
     Attributes:
         loss: mean query loss over the tasks, a 0-d tensor without a graph.
         metrics: ``accuracy`` (of the query sets; ``None`` for regression), ``grad_norm`` (of the aggregate),
-            ``bias_error`` (how far the operator moved the mean gradient, relative to that gradient's norm) and
-            ``wire_bytes`` (of the workers' messages to the server).
+            ``bias_error`` (how far the operator moved the mean gradient, relative to that gradient's norm; ``None``
+            where it was not measured), ``wire_bytes`` (of the workers' messages to the server) and ``sent_bytes``
+            (what processes sent each other in this step, all of them together: see `metamom.distributed.World`).
     """
 
     loss: Tensor
@@ -298,43 +299,94 @@ class MAML(nn.Module):
                 model cannot run under per-task weights, or a tracked estimator gets tasks without ids.
         """
         weights = self.meta_parameters()
-        grads, losses, _, averages = self._meta_gradient(weights, batch, workers)
-        self._remember(batch, averages, grads, losses)
+        rows, of_tasks = zip(*self._gradients(weights, batch, workers), strict=True)
+        grads = _joined(rows)
+        losses, _, *averages = map(_joined, zip(*of_tasks, strict=True))
+        self._remember(batch.task_ids, averages, grads, losses)
         return MetaGradient(unflatten(grads, weights), losses)
 
     def backward(
-        self, batch: TaskBatch, *, workers: int = 1, bias: Bias = None, aggregate: Aggregate = "mean"
+        self,
+        batch: TaskBatch,
+        *,
+        workers: int = 1,
+        bias: Bias = None,
+        aggregate: Aggregate = "mean",
+        world: World | None = None,
+        measure: bool = True,
     ) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
         Args:
-            batch: T tasks.
-            workers: n >= 1, must divide T.
+            batch: T tasks; of several processes, this one's block (`metamom.distributed.World.sample`).
+            workers: n >= 1, over all processes; must divide the number of all tasks.
             bias: the operator C on each worker's flattened gradient ``[n, d]``, or a function ``[d] -> [d]``; none by
                 default. One with error feedback moves its state on. The memory of tracked estimators moves on as in
                 `meta_gradient`, and not if the operator raises.
             aggregate: ``"mean"``, or a robust one: see `metamom.robust.robust_mean`.
+            world: the processes that do this step together; one alone by default. Gradient, loss and metrics are then
+                those of all of them, on all of them.
+            measure: whether to measure ``bias_error``, for which several processes exchange whole gradients.
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
 
         Raises:
-            ValueError: as `meta_gradient`; and by the operator.
+            ValueError: as `meta_gradient`; by the operator; for processes that differ in weights or arguments.
+            metamom.distributed.ProcessError: if another process is gone, or hangs. Any other failure of one process is
+                raised by all.
         """
+        world = World() if world is None else world
+        sent = world.sent
         weights = self.meta_parameters()
-        grads, losses, predictions, averages = self._meta_gradient(weights, batch, workers)
-        sizes = [w.numel() for w in weights.values()]
-        total, report = combine(grads, bias, aggregate, sizes=sizes)
+        if world.size > 1:
+            self._check_same(world, batch, workers, bias, aggregate)
+        with world.together():
+            self._check(batch)
+            mine, done = world.workers(workers), 0
+            sizes = [w.numel() for w in weights.values()]
+            server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure)
+            found: list[tuple[Tensor, ...]] = []
+            for rows, of_tasks in self._gradients(weights, batch, len(mine)):
+                server.add(rows, mine[done : done + len(rows)])
+                done += len(rows)
+                found.append(of_tasks)
+            losses, predictions, *averages = map(_joined, zip(*found, strict=True))
+            right = accuracy(predictions, batch.query_y)
+        outcomes = world.gather(torch.stack([losses] if right is None else [losses, right.to(losses)]))
+        losses, *shares = outcomes.transpose(0, 1).flatten(1)
+        total, report = server.finish()
         for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
             deliver(parameter, gradient if parameter.grad is None else parameter.grad + gradient, bias)
-        self._remember(batch, averages, grads, losses)
-        right = accuracy(predictions, batch.query_y)
-        return Backward(losses.mean(), {"accuracy": None if right is None else float(right.mean()), **report})
+        if self.memory is not None:
+            assert batch.task_ids is not None
+            everyones = [world.gather(u).flatten(0, 1) for u in averages]
+            self._remember(world.gather(batch.task_ids).flatten(), everyones, total, losses)
+        share = float(shares[0].mean()) if shares else None
+        return Backward(losses.mean(), {"accuracy": share, **report, "sent_bytes": world.sent - sent})
 
-    def _meta_gradient(
+    def _check_same(self, world: World, batch: TaskBatch, workers: int, bias: Bias, aggregate: Aggregate) -> None:
+        """Refuse processes that would not do the same step; looked at when something of it is new."""
+        operator = as_operator(bias)
+        spec = "none" if operator is None else operator.spec
+        shapes = [tuple(x.shape) for x in batch[:4]]
+        step = f"workers={workers}, bias={spec}, aggregate={aggregate}, batches of {shapes}"
+        world.check_same("the step's arguments", step, "Give all of them the same.", once=f"{id(self)} {step}")
+        weights = self.meta_parameters().values()
+        world.check_same(
+            "the learner's weights",
+            lambda: digest(weights),
+            "Make the model after the same torch.manual_seed on each, or load the same weights.",
+            once=str(id(self)),
+        )
+
+    def _gradients(
         self, weights: Params, batch: TaskBatch, workers: int
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """The workers' flattened meta-gradients ``[n, d]``, query losses ``[T]``, predictions, and averages to keep."""
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """The workers' flattened meta-gradients, some ``[k, d]`` at a time in their order, as chunks give them.
+
+        Each time with query losses ``[T]``, predictions and averages to keep, of the tasks of these workers.
+        """
         self._check(batch)
         if isinstance(workers, bool) or not isinstance(workers, int):
             raise TypeError(f"the number of workers must be a whole number; got {workers!r}.")
@@ -344,21 +396,19 @@ class MAML(nn.Module):
             self._gradient.expected = None if self._expected is None else self._expected * len(parts)
             if self._expected is not None:  # of calls beyond those told of nothing is known
                 self._expected = self._expected - 1 if self._expected > 1 else None
-        results: list[tuple[Tensor, ...]] = []
+        rows: Tensor | None = None
+        held: list[tuple[Tensor, ...]] = []
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
             tasks = batch if len(parts) == 1 else batch.part(start, stop)
             found = self._gradient(weights, self._recalled(tasks), last - first, 1 / per_worker, *tasks[:4])
             of_tasks, grads = found[: 2 + self._averages], found[2 + self._averages :]
             chunk = grads[0] if len(grads) == 1 else flatten(grads)
-            if len(parts) == 1:
-                return chunk, of_tasks[0], of_tasks[1], list(of_tasks[2:])
-            if not results:
-                total = chunk.new_zeros(workers, chunk.shape[1])
-            total[first:last] += chunk
-            results.append(of_tasks)
-        losses, predictions, *averages = (torch.cat(each) for each in zip(*results, strict=True))
-        return total, losses, predictions, averages
+            rows = chunk if rows is None else rows + chunk
+            held.append(of_tasks)
+            if stop % per_worker == 0:
+                yield rows, tuple(map(_joined, zip(*held, strict=True)))
+                rows, held = None, []
 
     @property
     def _averages(self) -> int:
@@ -369,10 +419,10 @@ class MAML(nn.Module):
         """What is remembered of the tasks; nothing by estimators that track none."""
         return {} if self.memory is None else self.memory.recall(batch.task_ids, self._trainable())
 
-    def _remember(self, batch: TaskBatch, averages: list[Tensor], *results: Tensor) -> None:
+    def _remember(self, task_ids: Tensor | None, averages: list[Tensor], *results: Tensor) -> None:
         """Move the tasks' memory on, unless something would poison it."""
         if self.memory is not None and all(bool(x.isfinite().all()) for x in (*averages, *results)):
-            self.memory.keep(batch.task_ids, dict(zip(self.adapted, averages, strict=True)), self._trainable())
+            self.memory.keep(task_ids, dict(zip(self.adapted, averages, strict=True)), self._trainable())
 
     def _check(self, batch: TaskBatch) -> None:
         """Refuse a batch that the estimator cannot take."""
@@ -538,6 +588,10 @@ class MAML(nn.Module):
 
     def _deal(self, rows: Params, num_tasks: int) -> Start:
         return deal(rows, num_tasks, self.adapted, self.step_sizes.learned())
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _whole(support_x: Tensor, support_y: Tensor, steps: int) -> list[InnerBatch]:

@@ -14,16 +14,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from metamom.batch import Sampler
+from metamom.batch import Sampler, block
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.checkpoints import CheckpointError
 from metamom.diagnostics import TrackBias, check_track, track
+from metamom.distributed import World, digest
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
 from metamom.robust import Aggregate, check_aggregate
 from metamom.run_directory import RunDirectory
 from metamom.watch import Watch
+
+# Steps between measurements of the bias error over several processes, which exchange whole gradients for it.
+MEASURE_EVERY = 50
 
 
 class DivergedError(ArithmeticError):
@@ -61,8 +65,8 @@ class TrainResult(NamedTuple):
 
     Attributes:
         metrics: one entry for each step that this call did: ``step, loss, accuracy, grad_norm, bias_error,
-            wire_bytes, seconds, world_size``, and ``validation`` with ``validation_halfwidth``, and ``measured_bias``
-            (`metamom.diagnostics.track`), where they were measured.
+            wire_bytes, sent_bytes, seconds, world_size``, and ``validation`` with ``validation_halfwidth``, and
+            ``measured_bias`` (`metamom.diagnostics.track`), where they were measured.
         validation: the last validation, if any.
         resumed_from: number of steps that were done before this call.
     """
@@ -93,6 +97,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
     track_bias: TrackBias | None = None,
+    world: World | None = None,
     label: str = "train",
 ) -> TrainResult:
     """Train a meta-learner: sample, composite meta-gradients, bias, aggregate, optimizer step.
@@ -124,16 +129,22 @@ def train(
         tensorboard: write losses for TensorBoard into ``run_dir`` too.
         track_bias: measure the bias every so many steps, at the weights that the step's gradient is taken at, into the
             metrics' ``measured_bias``. Training goes as without it, bit for bit.
+        world: the processes that train together (`metamom.distributed.start`), each of which calls this with the same
+            arguments; one alone by default. What is trained does not depend on how many they are, so a run may go on
+            with another number of them. Process 0 alone reads and writes ``run_dir``, and shows progress. A model that
+            draws at random (dropout) draws alike on all of them.
         label: what the progress bar says.
 
     Returns:
-        A `TrainResult`.
+        A `TrainResult`, the same on all processes.
 
     Raises:
         ValueError: for an argument out of range; for a ``run_dir`` in use, with a run in it while ``resume`` is
             false, or with a run of other settings.
         DivergedError: at the first loss, gradient or weight that is not finite.
-        TrainingInterrupted: by a signal, after saving.
+        TrainingInterrupted: by a signal to any process, after saving.
+        metamom.distributed.ProcessError: if another process is gone, or hangs. Any other failure of one process is
+            raised by all.
 
     Example:
         >>> from torch.nn import functional as F
@@ -145,75 +156,94 @@ def train(
         >>> len(result.metrics)
         3
     """
+    world = World() if world is None else world
     operator = as_operator(bias)
-    check_plan(
-        learner,
-        sampler,
-        iterations=iterations,
-        meta_batch=meta_batch,
-        workers=workers,
-        bias=operator,
-        aggregate=aggregate,
-        evaluate_every=evaluate_every,
-        evaluate_tasks=evaluate_tasks,
-        checkpoint_every=checkpoint_every,
-    )
-    check_momentum(optimizer, operator)
-    if track_bias is not None:
-        check_track(learner, operator, track_bias)
-    if (resume or tensorboard) and run_dir is None:
-        raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
-    if settings is None:
-        settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=operator)
-        settings["aggregate"] = aggregate
-    parts: dict[str, Any] = {
-        "learner": learner,
-        "optimizer": optimizer,
-        **{f"scheduler{i}": s for i, s in enumerate(schedulers)},
-    }
-    if operator is not None and operator.state_dict():
-        operator.reset()
-        parts["bias"] = operator
-    like = next(learner.model.parameters())
-    metrics: list[dict[str, Any]] = []
-    checked: Evaluation | None = None
-    with ExitStack() as stack:
+    with world.together(), ExitStack() as stack:
+        check_plan(
+            learner,
+            sampler,
+            iterations=iterations,
+            meta_batch=meta_batch,
+            workers=workers,
+            bias=operator,
+            aggregate=aggregate,
+            evaluate_every=evaluate_every,
+            evaluate_tasks=evaluate_tasks,
+            checkpoint_every=checkpoint_every,
+            world=world,
+        )
+        check_momentum(optimizer, operator)
+        if track_bias is not None:
+            check_track(learner, operator, track_bias)
+        if (resume or tensorboard) and run_dir is None:
+            raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
+        if settings is None:
+            settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=operator)
+            settings["aggregate"] = aggregate
+        parts: dict[str, Any] = {
+            "learner": learner,
+            "optimizer": optimizer,
+            **{f"scheduler{i}": s for i, s in enumerate(schedulers)},
+        }
+        if operator is not None and operator.state_dict():
+            operator.reset()
+            parts["bias"] = operator
+        like = next(learner.model.parameters())
+        metrics: list[dict[str, Any]] = []
+        checked: Evaluation | None = None
         run = None
-        if run_dir is not None:
-            length = {
-                "iterations": iterations,
-                "checkpoint_every": checkpoint_every,
-                "evaluate_every": evaluate_every,
-                "evaluate_tasks": evaluate_tasks,
-            }
-            directory = RunDirectory(run_dir, settings, length=length, resume=resume, keep=keep_checkpoints)
-            run = stack.enter_context(directory)
-        progress = _restored(parts, run) or _Progress(0, 0.0, None)
+        with world.together():
+            if run_dir is not None and world.first:
+                length = {
+                    "iterations": iterations,
+                    "checkpoint_every": checkpoint_every,
+                    "evaluate_every": evaluate_every,
+                    "evaluate_tasks": evaluate_tasks,
+                    "processes": world.size,
+                    "server": world.server,
+                }
+                directory = RunDirectory(run_dir, settings, length=length, resume=resume, keep=keep_checkpoints)
+                run = stack.enter_context(directory)
+        saved = _Saved(parts, run, world, run_dir)
+        progress = saved.restored() or _Progress(0, 0.0, None)
+        if world.size > 1 and operator is not None:
+            carried = range(workers) if workers < world.size else world.workers(workers)
+            operator.deal(carried, each=aggregate != "mean")
         resumed_from = progress.done
         learner.expect(iterations - resumed_from)
         if run is not None:
             run.write_config()
         if resumed_from == 0:
-            _save(parts, run, progress)
-        log = stack.enter_context(_Log(run, progress.done, tensorboard))
-        watch = Watch(optimizer, operator, learner.estimator)
+            saved.save(progress)
+        log = stack.enter_context(_Log(run, progress.done, tensorboard and world.first))
+        watch = Watch(optimizer, operator, learner.estimator) if world.first else None
         interrupts = stack.enter_context(Interrupts())
-        bar = stack.enter_context(tqdm(total=iterations, initial=progress.done, desc=label, unit="it", disable=None))
+        hidden = None if world.first else True
+        bar = stack.enter_context(tqdm(total=iterations, initial=progress.done, desc=label, unit="it", disable=hidden))
         while progress.done < iterations:
             step = progress.done
             measured = _tracked(learner, operator, track_bias, step)
             began = time.perf_counter()
             check_momentum(optimizer, operator)  # a schedule may have moved beta
-            batch = sampler.sample(step, meta_batch).to(like.device, like.dtype)
+            batch = world.sample(sampler, step, meta_batch).to(like.device, like.dtype)
             optimizer.zero_grad()
+            world.word = interrupts.caught or 0
             try:
-                loss, report = learner.backward(batch, workers=workers, bias=operator, aggregate=aggregate)
+                loss, report = learner.backward(
+                    batch,
+                    workers=workers,
+                    bias=operator,
+                    aggregate=aggregate,
+                    world=world,
+                    measure=world.size == 1 or step % MEASURE_EVERY == 0,
+                )
             except NonFiniteError as error:
                 raise DivergedError("a worker's gradient", step) from error
-            line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": 1}
+            line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}
             _check_finite(line)
             optimizer.step()
-            watch.look(line["loss"], line["grad_norm"])
+            if watch is not None:
+                watch.look(line["loss"], line["grad_norm"])
             for scheduler in schedulers:
                 scheduler.step()
             took = time.perf_counter() - began
@@ -222,22 +252,27 @@ def train(
             last, is_best = progress.done == iterations, False
             if validation is not None and (last or (evaluate_every and progress.done % evaluate_every == 0)):
                 checked = evaluate(
-                    learner, validation, tasks=evaluate_tasks, steps=(learner.inner_steps,), stream="validation"
+                    learner,
+                    validation,
+                    tasks=evaluate_tasks,
+                    steps=(learner.inner_steps,),
+                    stream="validation",
+                    world=world,
                 )
                 line.update(validation=checked.mean[0], validation_halfwidth=checked.halfwidth[0])
                 is_best = _better(checked, progress.best)
                 progress = progress._replace(best=checked.mean[0] if is_best else progress.best)
             metrics.append(line)
             log.write(line)
+            # by a signal to any process, which the others know if it came before the gradients were exchanged
+            stopped = max(world.words) if world.size > 1 else interrupts.caught or 0
             bar.set_postfix(_shown(line, meta_batch / took), refresh=False)
             bar.update()
-            if last or is_best or progress.done % checkpoint_every == 0 or interrupts.caught is not None:
-                _save(parts, run, progress, is_best)
-            if interrupts.caught is not None:
-                kept = f"saved in {run.path}; resume to go on" if run else "nothing was saved, for want of a run_dir"
-                raise TrainingInterrupted(
-                    f"stopped after step {progress.done} of {iterations}; {kept}.", interrupts.caught
-                )
+            if last or is_best or progress.done % checkpoint_every == 0 or stopped:
+                saved.save(progress, is_best)
+            if stopped:
+                kept = f"saved in {run_dir}; resume to go on" if run_dir else "nothing was saved, for want of a run_dir"
+                raise TrainingInterrupted(f"stopped after step {progress.done} of {iterations}; {kept}.", stopped)
     return TrainResult(metrics, checked, resumed_from)
 
 
@@ -253,6 +288,7 @@ def check_plan(
     evaluate_every: int | None,
     evaluate_tasks: int,
     checkpoint_every: int = 1,
+    world: World | None = None,
 ) -> None:
     """Refuse what `train` could only refuse after it had begun; the arguments are `train`'s.
 
@@ -274,6 +310,9 @@ def check_plan(
             f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
         )
     check_aggregate(aggregate, workers)
+    if world is not None:
+        world.workers(workers)
+        block(meta_batch, world.rank, world.size)
     operator = as_operator(bias)
     if operator is not None:
         sizes = [p.numel() for p in learner.meta_parameters().values()]
@@ -355,39 +394,62 @@ class _Log:
                     self.board.add_scalar(name, line[name], line["step"])
 
 
-def _restored(parts: Mapping[str, Any], run: RunDirectory | None) -> _Progress | None:
-    """Put the newest good checkpoint into the parts of a run."""
-    if run is None:
-        return None
-    state = run.newest_state()
-    if state is None:
-        return None
-    missing = [name for name in parts if name not in state]
-    if missing:
-        raise CheckpointError(f"the checkpoints in {run.path} hold no {', '.join(missing)}: another kind of run's.")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as error:
-        why = " ".join(str(error).split())
-        raise CheckpointError(f"the checkpoints in {run.path} are of another model or optimizer: {why}") from error
-    torch.set_rng_state(state["rng"]["cpu"])
-    if state["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    return _Progress(state["step"], state["seconds"], state["best"])
+class _Saved:
+    """A run's state in its checkpoints: the parts by name, of all processes, which process 0 reads and writes."""
 
+    def __init__(
+        self, parts: Mapping[str, Any], run: RunDirectory | None, world: World, run_dir: str | Path | None
+    ) -> None:
+        self.parts = parts
+        self.run = run
+        self.world = world
+        self.path = run_dir
 
-def _save(parts: Mapping[str, Any], run: RunDirectory | None, progress: _Progress, is_best: bool = False) -> None:
-    """Save the state after ``progress.done`` steps, unless its weights are not good."""
-    if not all(bool(p.isfinite().all()) for p in parts["learner"].parameters()):
-        raise DivergedError("a weight", progress.done)
-    if run is None:
-        return
-    state = {name: part.state_dict() for name, part in parts.items()}
-    # a model's own random layers (dropout) draw from torch's generators
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    state |= {"seconds": progress.seconds, "best": progress.best, "rng": rng}
-    run.checkpoints.save(progress.done, state, best=is_best)
+    def restored(self) -> _Progress | None:
+        """Put the newest good checkpoint into the parts."""
+        state = self.world.from_first(lambda: None if self.run is None else self.run.newest_state())
+        if state is None:
+            return None
+        missing = [name for name in self.parts if name not in state]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoints in {self.path} hold no {', '.join(missing)}: another kind of run's."
+            )
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            why = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoints in {self.path} are of another model or optimizer: {why}") from error
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"][: torch.cuda.device_count()])
+        return _Progress(state["step"], state["seconds"], state["best"])
+
+    def save(self, progress: _Progress, is_best: bool = False) -> None:
+        """Save the state after ``progress.done`` steps, unless its weights are not good."""
+        weights = self.parts["learner"].state_dict()
+        if not all(bool(p.isfinite().all()) for p in self.parts["learner"].parameters()):
+            raise DivergedError("a weight", progress.done)
+        self.world.check_same(
+            f"the weights after {progress.done} steps",
+            lambda: digest(w for w in weights.values() if isinstance(w, Tensor)),
+            "Machines of different kinds round differently: take processes of one kind.",
+        )
+        if self.path is None:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if "bias" in state:
+            state["bias"] = self.parts["bias"].merged(self.world.gather_objects(state["bias"]))
+        # a model's own random layers (dropout) draw from torch's generators
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        state |= {"seconds": progress.seconds, "best": progress.best, "rng": rng}
+        with self.world.together():
+            if self.run is not None:
+                self.run.checkpoints.save(progress.done, state, best=is_best)
 
 
 def _tracked(

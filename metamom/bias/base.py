@@ -61,6 +61,7 @@ class BiasOperator(ABC):
     """
 
     per_tensor: bool = False  # an argument of those that can act on each parameter tensor by itself
+    compresses: bool = False  # whether a message says less than all entries, so that gradients travel as messages
     names: tuple[str, ...] = ()  # of the tensors [d] that each worker keeps from call to call: error feedback's
     carries_momentum: bool = False  # whether the workers average gradients over steps, so that the server must not
 
@@ -90,12 +91,12 @@ class BiasOperator(ABC):
             ValueError: for workers that do not fit the rows, sizes that are missing or do not add up to d; and as the
                 operator says. What the operator carries from call to call is then as it was.
         """
-        _check(gradient)
+        check_gradient(gradient)
         rows = gradient.reshape(-1, gradient.shape[-1])
-        place = Place(self._next_step() if step is None else step, _numbers(workers, len(rows)))
+        place = Place(self.next_step() if step is None else step, _numbers(workers, len(rows)))
         out = self._pass(rows, place, sizes)
         if step is None:
-            self._count_call()
+            self.count_call()
         return gradient if out is rows else out.view(gradient.shape)
 
     @abstractmethod
@@ -111,6 +112,16 @@ class BiasOperator(ABC):
     def feeds_back(self) -> bool:
         """Whether each worker keeps a state from call to call."""
         return bool(self.names)
+
+    @property
+    def varies(self) -> bool:
+        """Whether messages may be longer than `wire_bytes`."""
+        return False
+
+    @property
+    def separable(self) -> bool:
+        """Whether the workers of one step may pass in several calls, and in several processes, with the same result."""
+        return True
 
     def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
         """``alpha_c`` with ``E ||C(g) - g||^2 <= (1 - alpha_c) ||g||^2`` for all g ``[d]``; None if there is none."""
@@ -160,7 +171,7 @@ class BiasOperator(ABC):
         Returns:
             ``[wire_bytes]`` uint8.
         """
-        _check(gradient)
+        check_gradient(gradient)
         if gradient.dim() != 1:
             raise ValueError(f"encode takes one worker's gradient [d]; got shape {tuple(gradient.shape)}.")
         return self._message(gradient, Place(step, [worker]), sizes)
@@ -181,9 +192,64 @@ class BiasOperator(ABC):
             raise self._damaged("values that are infinite or NaN", d, dtype)
         return out
 
+    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
+        """Workers' messages, in place of a call: what each keeps from call to call moves on as by one.
+
+        Args:
+            gradients: ``[n, d]``.
+            step: as for a call.
+            workers: whose gradients these are.
+            sizes: as for a call.
+
+        Returns:
+            n messages, each ``[bytes]`` uint8.
+
+        Raises:
+            NonFiniteError: as a call.
+        """
+        check_gradient(gradients)
+        places = [Place(step, [worker]) for worker in _numbers(workers, len(gradients))]
+        return [self._message(g, place, sizes) for g, place in zip(gradients, places, strict=True)]
+
+    def receive(
+        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
+    ) -> Tensor:
+        """What the server reckons with: the sum over all workers, or each one's.
+
+        Args:
+            messages: of all workers, in their order.
+            d: length of the gradients.
+            dtype: of the gradients.
+            sizes: as for a call.
+            each: give each worker's ``[n, d]`` in place of their sum ``[d]``.
+
+        Raises:
+            ValueError: for messages that no gradients have.
+        """
+        if each:
+            return torch.stack([self.decode(message, d, dtype, sizes=sizes) for message in messages])
+        total = torch.zeros(d, dtype=dtype, device=messages[0].device)
+        for message in messages:
+            self._add(total, message, sizes)
+        return total
+
     def reset(self) -> None:
         """Forget what earlier calls have left."""
         return  # most operators: nothing
+
+    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
+        """Of a state loaded, keep what these workers need, who are one process's, and what a server of all needs.
+
+        Args:
+            workers: whose state stays.
+            each: as for `receive`.
+        """
+        return  # most operators: nothing
+
+    @staticmethod
+    def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state of the `state_dict` of all processes, that of process 0 first."""
+        return states[0]  # most operators: the same on all
 
     def state_dict(self) -> dict[str, Any]:
         """What earlier calls have left, for a checkpoint."""
@@ -205,6 +271,10 @@ class BiasOperator(ABC):
         """The message of one gradient ``[d]``, whole or layer by layer."""
         parts = torch.split(gradient, self._parts(len(gradient), sizes))
         return torch.cat([self._encode(part, place._replace(part=i)) for i, part in enumerate(parts)])
+
+    def _add(self, total: Tensor, message: Tensor, sizes: Sizes | None) -> None:
+        """Add what a message says to ``total [d]``."""
+        total += self.decode(message, len(total), total.dtype, sizes=sizes)
 
     def _misfit(self, message: Tensor, wanted: str, d: int, dtype: torch.dtype) -> ValueError:
         return ValueError(
@@ -239,11 +309,11 @@ class BiasOperator(ABC):
             raise ValueError(f"sizes must add up to the gradient's {d} entries; got {list(sizes)}.")
         return [size for size in sizes if size > 0]
 
-    def _next_step(self) -> int:
+    def next_step(self) -> int:
         """The number of earlier calls, where they count."""
         return 0
 
-    def _count_call(self) -> None:
+    def count_call(self) -> None:
         """One call more, which has not failed."""
         return  # most operators: it does not matter
 
@@ -346,7 +416,7 @@ def _numbers(workers: Sequence[int] | None, rows: int) -> Sequence[int]:
     return workers
 
 
-def _check(gradient: Tensor) -> None:
+def check_gradient(gradient: Tensor) -> None:
     """Refuse what no operator has a meaning for."""
     if not gradient.is_floating_point():
         raise TypeError(f"a bias operator acts on floating-point gradients; got {gradient.dtype}.")

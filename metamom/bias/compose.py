@@ -44,12 +44,27 @@ class Compose(BiasOperator):
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
         return self._pass(rows, place, None)
 
-    def _next_step(self) -> int:
-        return max(operator._next_step() for operator in self.operators)
+    def next_step(self) -> int:
+        return max(operator.next_step() for operator in self.operators)
 
-    def _count_call(self) -> None:
+    def count_call(self) -> None:
         for operator in self.operators:
-            operator._count_call()
+            operator.count_call()
+
+    @property
+    def compresses(self) -> bool:  # type: ignore[override]
+        """Whether the last one does."""
+        return self.operators[-1].compresses
+
+    @property
+    def varies(self) -> bool:
+        """Whether the last one's do."""
+        return self.operators[-1].varies
+
+    @property
+    def separable(self) -> bool:
+        """Whether all are."""
+        return all(operator.separable for operator in self.operators)
 
     def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
         """Unknown: what two contractions do one after the other need not contract as far as one of them."""
@@ -70,6 +85,9 @@ class Compose(BiasOperator):
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
         """The last one's."""
         return self.operators[-1].decode(message, d, dtype, sizes=sizes)
+
+    def _add(self, total: Tensor, message: Tensor, sizes: Sizes | None) -> None:
+        self.operators[-1]._add(total, message, sizes)
 
     def reset(self) -> None:
         """All of them."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place, Sizes
+from metamom.bias.base import BiasOperator, Place, Sizes, check_gradient
 from metamom.bias.clip import Clip
 from metamom.optim import momentum_update_
 
@@ -53,6 +53,10 @@ class ErrorFeedback(BiasOperator):
         """
 
     def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+        return self._moved(rows, place, lambda difference: self.operator._pass(difference, place, sizes))
+
+    def _moved(self, rows: Tensor, place: Place, operator: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the server reckons with, by an operator on ``[n, d]``; the states move on."""
         state = {name: torch.zeros_like(rows) for name in self.names}
         for row, worker in enumerate(place.workers):
             for name, kept in self._workers.get(worker, {}).items():
@@ -62,7 +66,7 @@ class ErrorFeedback(BiasOperator):
                         "an operator of its own for each run, or reset() it."
                     )
                 state[name][row] = kept
-        out, state = self._step(rows, state, lambda difference: self.operator._pass(difference, place, sizes))
+        out, state = self._step(rows, state, operator)
         for tensor in state.values():  # what goes to the server is finite where these are
             self._in_range(tensor)
         for row, worker in enumerate(place.workers):  # only now, since the operator may raise
@@ -81,11 +85,26 @@ class ErrorFeedback(BiasOperator):
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
         return self._pass(rows, place, None)
 
-    def _next_step(self) -> int:
-        return self.operator._next_step()
+    @property
+    def compresses(self) -> bool:  # type: ignore[override]
+        """Whether the operator does."""
+        return self.operator.compresses
 
-    def _count_call(self) -> None:
-        self.operator._count_call()
+    @property
+    def varies(self) -> bool:
+        """Whether the operator's do."""
+        return self.operator.varies
+
+    @property
+    def separable(self) -> bool:
+        """Whether the operator is: each worker's state is its own."""
+        return self.operator.separable
+
+    def next_step(self) -> int:
+        return self.operator.next_step()
+
+    def count_call(self) -> None:
+        self.operator.count_call()
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
         """The operator's: what is fed back never leaves the worker."""
@@ -94,6 +113,25 @@ class ErrorFeedback(BiasOperator):
     def encode(self, gradient: Tensor, *, step: int = 0, worker: int = 0, sizes: Sizes | None = None) -> Tensor:
         """Refused: a message depends on the state, which a call moves on."""
         raise ValueError(f"{self.spec} has a state: encode what its operator {self.operator.spec} is given.")
+
+    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
+        """See `BiasOperator.send`: messages of what the operator is given."""
+        check_gradient(gradients)
+        d, dtype = gradients.shape[1], gradients.dtype
+        sent: list[Tensor] = []
+
+        def over_the_wire(differences: Tensor) -> Tensor:
+            sent.extend(self.operator.send(differences, step=step, workers=workers, sizes=sizes))
+            return torch.stack([self.operator.decode(message, d, dtype, sizes=sizes) for message in sent])
+
+        self._moved(gradients, Place(step, workers), over_the_wire)
+        return sent
+
+    def receive(
+        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
+    ) -> Tensor:
+        """See `BiasOperator.receive`: what the operator's messages say."""
+        return self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
 
     def reset(self) -> None:
         """Forget the state."""
@@ -123,6 +161,16 @@ class ErrorFeedback(BiasOperator):
         self._workers = {
             worker: {name: tensor.clone() for name, tensor in kept.items()} for worker, kept in state["workers"].items()
         }
+
+    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
+        """See `BiasOperator.deal`."""
+        self._workers = {worker: kept for worker, kept in self._workers.items() if worker in set(workers)}
+
+    @staticmethod
+    def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See `BiasOperator.merged`: the workers of all, in order."""
+        workers = {worker: kept for state in states for worker, kept in state["workers"].items()}
+        return {**states[0], "workers": dict(sorted(workers.items()))}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.operator!r})"
@@ -161,6 +209,46 @@ class EF21(ErrorFeedback):
     """
 
     names: tuple[str, ...] = ("estimate",)
+
+    def __init__(self, operator: BiasOperator) -> None:
+        super().__init__(operator)
+        self._received: Tensor | None = None  # the server's estimates, where they come as messages: sum or each
+
+    def receive(
+        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
+    ) -> Tensor:
+        """See `BiasOperator.receive`: the estimates, moved on by what the messages say."""
+        change = self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
+        if self._received is None:
+            self._received = torch.zeros_like(change)
+        self._received += change.to(self._received.device)
+        return self._received
+
+    def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+        self._received = None  # estimates that do not come as messages are the workers' own
+        return super()._pass(rows, place, sizes)
+
+    def reset(self) -> None:
+        """Forget the state."""
+        super().reset()
+        self._received = None
+
+    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
+        """See `BiasOperator.deal`."""
+        if self._received is None and self._workers:
+            estimates = self.state["estimate"]
+            self._received = estimates if each else estimates.sum(0)
+        super().deal(workers, each=each)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `ErrorFeedback.state_dict`; with what the server keeps, where estimates come as messages."""
+        return {**super().state_dict(), **({} if self._received is None else {"received": self._received})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `ErrorFeedback.load_state_dict`."""
+        super().load_state_dict(state)
+        received = state.get("received")
+        self._received = None if received is None else received.clone()
 
     def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
         estimate = state["estimate"]

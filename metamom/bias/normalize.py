@@ -61,6 +61,8 @@ class Sign(BiasOperator):
         docs/theory.md; Karimireddy et al., "Error feedback fixes SignSGD", 2019.
     """
 
+    compresses = True
+
     def __init__(self, *, per_tensor: bool = False) -> None:
         self.per_tensor = per_tensor
 

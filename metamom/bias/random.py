@@ -38,6 +38,11 @@ class Draws(BiasOperator):
         self._generator = generator
         self._calls = 0
 
+    @property
+    def separable(self) -> bool:
+        """Not with a generator given, which is drawn from in the order of calls."""
+        return self._generator is None
+
     def reset(self) -> None:
         """Begin with the draws of the first call again; a generator given goes on, for it is its owner's to seed."""
         self._calls = 0
@@ -64,10 +69,10 @@ class Draws(BiasOperator):
         if self._generator is not None:
             self._generator.set_state(state["generator"].cpu())
 
-    def _next_step(self) -> int:
+    def next_step(self) -> int:
         return self._calls
 
-    def _count_call(self) -> None:
+    def count_call(self) -> None:
         self._calls += 1
 
     @property
@@ -202,6 +207,8 @@ class QSGD(Draws):
     Reference:
         docs/theory.md; Alistarh et al., "QSGD", 2017.
     """
+
+    compresses = True
 
     def __init__(
         self, levels: int, *, per_tensor: bool = False, seed: int = 0, generator: torch.Generator | None = None

@@ -25,6 +25,8 @@ class Sparse(BiasOperator):
         ValueError: unless exactly one of k and ratio is given and in range; when called, if K > d.
     """
 
+    compresses = True
+
     def __init__(self, k: int | None, ratio: float | None, per_tensor: bool) -> None:
         kind = type(self).__name__
         if (k is None) == (ratio is None):
@@ -78,6 +80,17 @@ class Sparse(BiasOperator):
 
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
         """See `BiasOperator.decode`."""
+        places, entries = self._read(message, d, dtype, sizes)
+        out = torch.zeros(d, dtype=dtype, device=message.device)
+        out[places] = entries
+        return out
+
+    def _add(self, total: Tensor, message: Tensor, sizes: Sizes | None) -> None:
+        places, entries = self._read(message, len(total), total.dtype, sizes)
+        total.index_add_(0, places, entries)
+
+    def _read(self, message: Tensor, d: int, dtype: torch.dtype, sizes: Sizes | None) -> tuple[Tensor, Tensor]:
+        """Indices and values of a message."""
         each, least = 4 + dtype.itemsize, sum(self.kept(size) for size in self._parts(d, sizes))
         count, rest = divmod(message.numel(), each)
         if message.dtype is not torch.uint8 or message.dim() != 1 or rest or not self._sends(count, least):
@@ -90,9 +103,7 @@ class Sparse(BiasOperator):
             raise self._damaged("an index twice", d, dtype)
         if not all_finite(entries):
             raise self._damaged("values that are infinite or NaN", d, dtype)
-        out = torch.zeros(d, dtype=dtype, device=message.device)
-        out[places] = entries
-        return out
+        return places, entries
 
     def _sends(self, count: int, kept: int) -> bool:
         """Whether a message may hold so many entries where K, added up over what it acts on, is ``kept``."""
@@ -103,7 +114,8 @@ class Sparse(BiasOperator):
         out = self._pass(gradient.unsqueeze(0), place, sizes)[0]
         # entries with any bit set come first (negative zeros too); where fewer are kept than K, others of zero follow
         bits = out.view(INTEGERS[out.element_size()]) != 0
-        order = bits.to(torch.int8).sort(descending=True, stable=True).indices
         least = sum(self.kept(size) for size in self._parts(len(gradient), sizes))
-        kept = order[: max(least, int(bits.sum()))]
+        kept = bits.nonzero()[:, 0]
+        if len(kept) < least:
+            kept = torch.cat([kept, (~bits).nonzero()[: least - len(kept), 0]])
         return torch.cat([kept.to(torch.int32).view(torch.uint8), out[kept].view(torch.uint8)])

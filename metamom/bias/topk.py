@@ -62,6 +62,11 @@ class TopK(Sparse):
     def _contraction(self, d: int) -> float | None:
         return self.kept(d) / d
 
+    @property
+    def varies(self) -> bool:
+        """Where ties are all kept."""
+        return self.ties == "all"
+
     def _sends(self, count: int, kept: int) -> bool:
         return count == kept or (self.ties == "all" and count > kept)
 

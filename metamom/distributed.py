@@ -1,0 +1,346 @@
+"""Processes that carry the workers together: one of them alone, or as many as torchrun starts.
+
+    from metamom import distributed
+
+    with distributed.start() as world:
+        learner.backward(world.sample(tasks, step, 32), workers=8, bias=TopK(ratio=0.05), world=world)
+
+Tasks are dealt to processes in blocks, and so are workers, so that what is trained does not depend on how many
+processes there are. One rule keeps a failure on one of them from leaving the others waiting: before tensors are
+exchanged, all have agreed (`World.agree`) that none has failed, and whoever fails anywhere joins that very exchange.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metamom.batch import Sampler, TaskBatch, block
+
+Server = Literal["replicated", "rank0"]
+SERVERS: tuple[Server, ...] = ("replicated", "rank0")
+TIMEOUT = 600.0  # seconds, where nothing is said: a first compiled step takes minutes
+T = TypeVar("T")
+
+
+class ProcessError(RuntimeError):
+    """An exchange between processes that failed: one of them is gone, hangs, or does something else than the others."""
+
+
+class World:
+    """The processes that carry the workers, as one of them sees them. Made by `start`; ``World()`` is a process alone.
+
+    Args:
+        rank: this process's number, 0 <= rank < size.
+        size: number of processes.
+        server: who aggregates: every process what all have sent (``"replicated"``), or process 0, which sends the
+            result to the others (``"rank0"``).
+        timeout: seconds > 0 after which waiting for another process is an error.
+        owned: whether `close` takes the process group down.
+
+    Attributes:
+        sent: bytes that the processes have sent each other so far, all of them together: agreements, losses and
+            gradients, by what an exchange sends at least (an all-reduce of p bytes by n processes: ``2 (n-1) p``).
+        word: a whole number that this process says with its next agreement.
+        words: what all said with the last one.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        server: Server = "replicated",
+        timeout: float = TIMEOUT,
+        owned: bool = False,
+    ) -> None:
+        if server not in SERVERS:
+            raise ValueError(f"the server must be one of {', '.join(SERVERS)}; got {server!r}.")
+        self.rank = rank
+        self.size = size
+        self.server = server
+        self.timeout = timeout
+        self.sent = 0
+        self.word = 0
+        self.words = [0]
+        self._owned = owned
+        self._shared: BaseException | None = None
+        self._looked_at: set[str] = set()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0, which writes files and shows progress."""
+        return self.rank == 0
+
+    def sample(self, sampler: Sampler, step: int, num_tasks: int) -> TaskBatch:
+        """This process's block of the meta-batch of ``num_tasks`` tasks that belongs to ``step``.
+
+        Raises:
+            ValueError: if the number of processes does not divide ``num_tasks``.
+        """
+        return sampler.sample(step, num_tasks, rank=self.rank, world_size=self.size)
+
+    def workers(self, n: int) -> range:
+        """Which of n workers this process carries: its block of them, or, of fewer than processes, the one it shares.
+
+        Raises:
+            TypeError: if n is no whole number.
+            ValueError: unless the number of processes divides n, or n divides it.
+        """
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"the number of workers must be a whole number; got {n!r}.")
+        if n < 1 or (n % self.size and self.size % n):
+            raise ValueError(
+                f"workers are dealt to {self.size} processes: their number must be a multiple of {self.size}, or "
+                f"divide it (several processes then carry one together); got {n}."
+            )
+        if n < self.size:
+            shared = self.rank * n // self.size
+            return range(shared, shared + 1)
+        return block(n, self.rank, self.size)
+
+    def agree(self, error: Exception | None = None) -> None:
+        """Go on once all processes have come here, and only if none of them has failed.
+
+        Args:
+            error: this process's failure.
+
+        Raises:
+            Exception: the failure of the process of lowest number that failed, the same on all of them.
+            ProcessError: if a process is gone or does not come within the time-out.
+        """
+        if self.size == 1:
+            self.words = [self.word]
+            if error is not None:
+                raise error
+            return
+        said = self.gather(torch.tensor([error is not None, self.word], dtype=torch.int64)).tolist()
+        self.words = [word for _, word in said]
+        failed = [rank for rank, (is_failed, _) in enumerate(said) if is_failed]
+        if not failed:
+            return
+        told = self.gather_objects(None if error is None else _packed(error))[failed[0]]
+        self._shared = error if error is not None and self.rank == failed[0] else _unpacked(told)
+        raise self._shared
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A part in which one process may fail: at its end all agree, or all raise the same error.
+
+        Raises:
+            Exception: as `agree`.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self._has_shared(error):
+                self.agree(error)
+            raise
+        self.agree()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What process 0 makes, on all of them.
+
+        Raises:
+            Exception: what it raises, on all of them.
+        """
+        with self.together():
+            made = [make() if self.first else None]
+        if self.size > 1:
+            self._call("an object of process 0", lambda: dist.broadcast_object_list(made, src=0))
+        return made[0]  # type: ignore[return-value]
+
+    def check_same(self, what: str, value: object, remedy: str, *, once: str | None = None) -> None:
+        """Refuse to go on with processes that differ in what must be the same.
+
+        Args:
+            what: it is, for the error.
+            value: of this process, or a function that makes it; tensors by `digest`.
+            remedy: what to do.
+            once: a name under which it is looked at once and not again.
+
+        Raises:
+            ValueError: on all processes, naming the first that differs from process 0.
+        """
+        if self.size == 1 or f"{what} {once}" in self._looked_at:
+            return
+        with self.together():
+            value = value() if callable(value) else value
+        said = self.gather_objects(value)
+        for rank, other in enumerate(said):
+            if other != said[0]:
+                self._shared = ValueError(
+                    f"the processes differ in {what}: {said[0]} on process 0, {other} on process {rank}. {remedy}"
+                )
+                raise self._shared
+        if once is not None:
+            self._looked_at.add(f"{what} {once}")
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every process's ``[*shape]``, of one shape on all: ``[size, *shape]``."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        out = tensor.new_empty(self.size, *tensor.shape)
+        self._call("tensors of all processes", lambda: dist.all_gather([*out], tensor.contiguous()))
+        self.sent += self.size * (self.size - 1) * tensor.nbytes
+        return out
+
+    def gather_to_server(self, tensor: Tensor) -> Tensor:
+        """`gather` where the server is; nothing of use elsewhere."""
+        if self.size == 1 or self.server == "replicated":
+            return self.gather(tensor)
+        out = [torch.empty_like(tensor) for _ in range(self.size)] if self.first else None
+        self._call("tensors for process 0", lambda: dist.gather(tensor.contiguous(), out, dst=0))
+        self.sent += (self.size - 1) * tensor.nbytes
+        return torch.stack([tensor] if out is None else out)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place: on the server, and on all where each is one."""
+        if self.size == 1:
+            return tensor
+        if self.server == "replicated":
+            return self.sum_everywhere(tensor)
+        self._call("a sum", lambda: dist.reduce(tensor, dst=0))
+        self.sent += (self.size - 1) * tensor.nbytes
+        return tensor
+
+    def sum_everywhere(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place, on all of them."""
+        if self.size > 1:
+            self._call("a sum", lambda: dist.all_reduce(tensor))
+            self.sent += 2 * (self.size - 1) * tensor.nbytes
+        return tensor
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """Process 0's tensor on all of them, in place."""
+        if self.size > 1:
+            self._call("the server's result", lambda: dist.broadcast(tensor, src=0))
+            self.sent += (self.size - 1) * tensor.nbytes
+        return tensor
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every process's object; not counted in `sent`."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        self._call("objects of all processes", lambda: dist.all_gather_object(out, value))
+        return out
+
+    def close(self) -> None:
+        """Leave the others. No process may need this one any more."""
+        if self._owned and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if isinstance(error, Exception) and not self._has_shared(error):
+                self.agree(error)
+        finally:
+            self.close()
+
+    def _has_shared(self, error: BaseException | None) -> bool:
+        """Whether the others know, or cannot be told."""
+        while error is not None:
+            if error is self._shared or isinstance(error, ProcessError):
+                return True
+            error = error.__cause__
+        return False
+
+    def _call(self, what: str, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ProcessError(
+                f"process {self.rank} of {self.size} could not exchange {what} with the others: one of them is gone, "
+                f"or has not come within the time-out of {self.timeout:g} s (timeout=, --timeout). Look at what the "
+                f"others say; start them again from the last checkpoint ({reason})."
+            ) from error
+
+
+def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
+    """Join the processes that torchrun has started; a process alone where it has not.
+
+    CPU tensors go by gloo, tensors on GPUs by nccl; each process takes the GPU of its local rank as ``"cuda"``. A
+    process group that is there already is taken as it is, and left when the world closes.
+
+    Args:
+        server: see `World`.
+        timeout: seconds > 0 after which waiting for another process is an error.
+
+    Returns:
+        A `World`, a context manager: on leaving, this process's failure becomes that of all.
+
+    Raises:
+        ValueError: for an argument out of range, or an environment that torchrun did not set whole.
+        ProcessError: if the others do not come within the time-out.
+
+    Example:
+        >>> with start() as world:
+        ...     world.size
+        1
+    """
+    if not timeout > 0:
+        raise ValueError(f"the time-out is a number of seconds > 0; got {timeout}.")
+    given = dist.is_available() and dist.is_initialized()
+    if not given and "RANK" not in os.environ:
+        return World(server=server, timeout=timeout)
+    World(server=server)  # refuses another server before anyone waits
+    if not given:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"RANK is set, so torchrun should have set {', '.join(missing)} too. Start the processes with "
+                "torchrun, or unset RANK."
+            )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise ProcessError(
+                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:g} s: {error}"
+            ) from error
+    return World(dist.get_rank(), dist.get_world_size(), server=server, timeout=timeout, owned=not given)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A few letters that differ where tensors differ in a bit."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _packed(error: Exception) -> bytes:
+    """An error as others can raise it: its type, what it says, its attributes."""
+    told = (type(error), str(error), dict(vars(error)))
+    try:
+        pickle.loads(pickle.dumps(told))
+        return pickle.dumps(told)
+    except (pickle.PicklingError, AttributeError, TypeError):  # of a type, or with attributes, that stay where they are
+        return pickle.dumps((RuntimeError, f"{type(error).__name__}: {error}", {}))
+
+
+def _unpacked(told: bytes | None) -> Exception:
+    assert told is not None
+    kind, message, attributes = pickle.loads(told)
+    error: Exception = kind.__new__(kind, message)
+    error.args = (message,)
+    vars(error).update(attributes)
+    return error
