@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from metamom.aggregate import aggregate, deliver, flatten, unflatten
+from metamom.aggregate import Aggregation, deliver, flatten, unflatten
 from metamom.bias import Bias, as_operator
+from metamom.distributed import World
 
 
 class BiasedAccumulator:
@@ -27,9 +28,11 @@ class BiasedAccumulator:
         bias: the operator C on each worker's flattened gradient, or a function ``[d] -> [d]``; ``None`` for the mean
             alone. Where a parameter got no gradient from a worker, that part of it is zero.
         workers: n; if given, `finish` insists on exactly so many. With error feedback, give it or name the workers.
+        world: the processes that share a step (`metamom.distributed.start`). Each adds the gradients of its own
+            workers (``world.workers(n)``) and gets the aggregate of all; one alone by default. It needs ``workers``.
 
     Raises:
-        ValueError: for no trainable parameter, or ``workers`` below 1.
+        ValueError: for no trainable parameter, ``workers`` below 1, or a number of them that cannot be dealt.
         TypeError: for a bias that is neither.
 
     Example:
@@ -47,7 +50,14 @@ class BiasedAccumulator:
         arXiv 2403.00853: operators act on each worker's whole gradient, before the server averages.
     """
 
-    def __init__(self, params: Iterable[Tensor], bias: Bias = None, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        bias: Bias = None,
+        workers: int | None = None,
+        *,
+        world: World | None = None,
+    ) -> None:
         if isinstance(params, Tensor):
             raise TypeError("BiasedAccumulator takes a list of parameters, such as model.parameters(); got one tensor.")
         params = list(params)
@@ -61,6 +71,10 @@ class BiasedAccumulator:
             raise ValueError(f"the number of workers must be a whole number >= 1; got {workers}.")
         self.bias = as_operator(bias)
         self.workers = workers
+        self.world = World() if world is None else world
+        if self.world.size > 1 and workers is None:
+            raise ValueError(f"{self.world.size} processes share the workers of a step: pass workers=, their number.")
+        self._mine = None if workers is None else self.world.workers(workers)
         for p in self.params:
             p.register_hook(_watch(weakref.ref(self), p))  # type: ignore[no-untyped-call]
         self.reset()
@@ -106,12 +120,16 @@ class BiasedAccumulator:
                 "add(worker=i), or make the BiasedAccumulator with workers=n, so that the i-th add() of each step is "
                 "worker i's."
             )
-        index = len(self._sums) if worker is None else worker
+        first = 0 if self._mine is None else self._mine.start
+        index = first + len(self._sums) if worker is None else worker
         if index < 0:
             raise ValueError(f"worker must be >= 0; got {worker}.")
-        if self.workers is not None and index >= self.workers:
+        if self._mine is not None and index not in self._mine:
             count = "the number of add() calls" if worker is None else "worker"
-            raise ValueError(f"{count} does not fit workers={self.workers}: got worker {index} (counted from 0).")
+            whose = "" if self.world.size == 1 else f", of which this process has {[*self._mine]}"
+            raise ValueError(
+                f"{count} does not fit workers={self.workers}{whose}: got worker {index} (counted from 0)."
+            )
         self._numbered = worker is not None
         self._arrived = False
         sums = self._sums.setdefault(index, [torch.zeros_like(p) for p in self.params])
@@ -133,6 +151,26 @@ class BiasedAccumulator:
             ValueError: if there was no `add`; if a gradient came after the last one; if the workers are not exactly
                 as many as asked for. Nothing is lost then: mend it and call again.
         """
+        with self.world.together():
+            order = self._order()
+            means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
+            rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
+            sizes = [p.numel() for p in self.params]
+            server = Aggregation(self.workers or len(order), self.bias, sizes=sizes, world=self.world)
+            server.add(rows, order)
+        total, report = server.finish()
+        grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
+        touched = self.world.sum_everywhere(torch.tensor(self._touched, dtype=torch.int64)).tolist()
+        for number, p in enumerate(self.params):
+            if touched[number]:
+                deliver(p, grads[str(number)], self.bias)
+            else:
+                p.grad = None
+        self.reset()
+        return report
+
+    def _order(self) -> list[int]:
+        """The workers whose gradients are here, if they are all that should be."""
         if any(p.grad is not None and bool(p.grad.any()) for p in self.params):
             raise ValueError(
                 "finish() found a gradient in .grad that no add() took: call add() after each loss.backward(), and "
@@ -140,24 +178,13 @@ class BiasedAccumulator:
             )
         if not self._sums:
             raise ValueError("finish() has nothing to aggregate: call add() after each loss.backward().")
-        if self.workers is not None and len(self._sums) != self.workers:
-            missing = sorted(set(range(self.workers)) - set(self._sums))
+        if self._mine is not None and len(self._sums) != len(self._mine):
+            missing = sorted(set(self._mine) - set(self._sums))
             raise ValueError(
-                f"finish() wanted gradients of exactly {self.workers} workers; got {len(self._sums)}, "
+                f"finish() wanted gradients of exactly {len(self._mine)} workers; got {len(self._sums)}, "
                 f"none of worker(s) {', '.join(map(str, missing))}."
             )
-        order = sorted(self._sums)
-        means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
-        rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
-        total, report = aggregate(rows, self.bias, workers=order, sizes=[p.numel() for p in self.params])
-        grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
-        for number, p in enumerate(self.params):
-            if self._touched[number]:
-                deliver(p, grads[str(number)], self.bias)
-            else:
-                p.grad = None
-        self.reset()
-        return report
+        return sorted(self._sums)
 
 
 def _watch(owner: weakref.ref[BiasedAccumulator], p: Tensor) -> Callable[[Tensor], None]:

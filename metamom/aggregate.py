@@ -165,9 +165,7 @@ class Aggregation:
     def _of_shared_workers(self) -> tuple[Tensor, dict[str, float | int | None]]:
         """Everybody is the server of all workers."""
         assert self._total is not None
-        alone = Aggregation(self.n, self.operator, self.how, sizes=self.sizes)
-        alone.add(self.world.sum_everywhere(self._total), range(self.n))
-        return alone.finish()
+        return aggregate(self.world.sum_everywhere(self._total), self.operator, self.how, sizes=self.sizes)
 
     def _of_messages(self) -> Tensor:
         """By what the workers' messages say."""

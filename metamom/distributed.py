@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from metamom.batch import Sampler, TaskBatch, block
 
@@ -74,7 +76,7 @@ class World:
         self.words = [0]
         self._owned = owned
         self._shared: BaseException | None = None
-        self._looked_at: set[str] = set()
+        self._looked_at: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
     @property
     def first(self) -> bool:
@@ -123,7 +125,12 @@ class World:
             if error is not None:
                 raise error
             return
-        said = self.gather(torch.tensor([error is not None, self.word], dtype=torch.int64)).tolist()
+        try:
+            said = self.gather(torch.tensor([error is not None, self.word], dtype=torch.int64)).tolist()
+        except ProcessError:
+            if error is not None:  # whom it cannot be told
+                raise error from None
+            raise
         self.words = [word for _, word in said]
         failed = [rank for rank, (is_failed, _) in enumerate(said) if is_failed]
         if not failed:
@@ -159,19 +166,20 @@ class World:
             self._call("an object of process 0", lambda: dist.broadcast_object_list(made, src=0))
         return made[0]  # type: ignore[return-value]
 
-    def check_same(self, what: str, value: object, remedy: str, *, once: str | None = None) -> None:
+    def check_same(self, what: str, value: object, remedy: str, *, once_for: object = None) -> None:
         """Refuse to go on with processes that differ in what must be the same.
 
         Args:
             what: it is, for the error.
             value: of this process, or a function that makes it; tensors by `digest`.
             remedy: what to do.
-            once: a name under which it is looked at once and not again.
+            once_for: an object for which this ``what`` (of this value, where it is given) is looked at once alone.
 
         Raises:
             ValueError: on all processes, naming the first that differs from process 0.
         """
-        if self.size == 1 or f"{what} {once}" in self._looked_at:
+        key = what if callable(value) else f"{what} {value}"
+        if self.size == 1 or (once_for is not None and key in self._looked_at.setdefault(once_for, set())):
             return
         with self.together():
             value = value() if callable(value) else value
@@ -182,8 +190,8 @@ class World:
                     f"the processes differ in {what}: {said[0]} on process 0, {other} on process {rank}. {remedy}"
                 )
                 raise self._shared
-        if once is not None:
-            self._looked_at.add(f"{what} {once}")
+        if once_for is not None:
+            self._looked_at[once_for].add(key)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every process's ``[*shape]``, of one shape on all: ``[size, *shape]``."""
@@ -245,7 +253,7 @@ class World:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
-            if isinstance(error, Exception) and not self._has_shared(error):
+            if error is None or (isinstance(error, Exception) and not self._has_shared(error)):
                 self.agree(error)
         finally:
             self.close()
@@ -309,7 +317,15 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            store.set_timeout(timedelta(seconds=timeout))
+            # torchrun's store on one machine still knows where the processes were before a restart (pytorch issue
+            # 135712); several machines count restarts each for itself, and get a new store by --rdzv-backend c10d
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            )
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
                 f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
@@ -328,18 +344,25 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _packed(error: Exception) -> bytes:
-    """An error as others can raise it: its type, what it says, its attributes."""
-    told = (type(error), str(error), dict(vars(error)))
-    try:
-        pickle.loads(pickle.dumps(told))
-        return pickle.dumps(told)
-    except (pickle.PicklingError, AttributeError, TypeError):  # of a type, or with attributes, that stay where they are
-        return pickle.dumps((RuntimeError, f"{type(error).__name__}: {error}", {}))
+    """An error as others can raise it: as it is, or made anew of its type, what it says and its attributes."""
+    if not isinstance(error, StopIteration):  # which means something else where it is raised in a generator
+        for told in (error, (type(error), str(error), dict(vars(error)))):
+            try:
+                packed = pickle.dumps(told)
+                copy = _unpacked(packed)
+            except (pickle.PicklingError, AttributeError, TypeError):  # of a type, or with attributes, that stay here
+                continue
+            if type(copy) is type(error) and str(copy) == str(error):
+                return packed
+    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-def _unpacked(told: bytes | None) -> Exception:
-    assert told is not None
-    kind, message, attributes = pickle.loads(told)
+def _unpacked(packed: bytes | None) -> Exception:
+    assert packed is not None
+    told = pickle.loads(packed)
+    if isinstance(told, Exception):
+        return told
+    kind, message, attributes = told
     error: Exception = kind.__new__(kind, message)
     error.args = (message,)
     vars(error).update(attributes)

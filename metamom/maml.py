@@ -337,10 +337,10 @@ class MAML(nn.Module):
                 raised by all.
         """
         world = World() if world is None else world
-        sent = world.sent
         weights = self.meta_parameters()
         if world.size > 1:
             self._check_same(world, batch, workers, bias, aggregate)
+        sent = world.sent  # after what is looked at once: a resumed run counts as one that was never stopped
         with world.together():
             self._check(batch)
             mine, done = world.workers(workers), 0
@@ -371,13 +371,13 @@ class MAML(nn.Module):
         spec = "none" if operator is None else operator.spec
         shapes = [tuple(x.shape) for x in batch[:4]]
         step = f"workers={workers}, bias={spec}, aggregate={aggregate}, batches of {shapes}"
-        world.check_same("the step's arguments", step, "Give all of them the same.", once=f"{id(self)} {step}")
+        world.check_same("the step's arguments", step, "Give all of them the same.", once_for=self)
         weights = self.meta_parameters().values()
         world.check_same(
             "the learner's weights",
             lambda: digest(weights),
             "Make the model after the same torch.manual_seed on each, or load the same weights.",
-            once=str(id(self)),
+            once_for=self,
         )
 
     def _gradients(

@@ -99,10 +99,12 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-        self._lock.release()
+        metrics, self._metrics = self._metrics, None
+        try:
+            if metrics is not None:
+                metrics.close()  # which fails again where a line could not be written
+        finally:
+            self._lock.release()
 
     def write_config(self) -> None:
         """Write ``config.json``; when a run is resumed, not before its checkpoint has proved to be usable."""

@@ -73,6 +73,8 @@ def commands() -> Iterator[Command]:
                 words = words[1:]
             if words and words[0].split("/")[-1] == "metamom":
                 yield Command(page, number, words[1:])
+            elif "torchrun" in words:
+                yield Command(page, number, words[words.index("metamom") + 1 :])
 
 
 PYTHON = list(blocks("python"))

@@ -1,0 +1,162 @@
+"""Runs that must not depend on how many processes do them; also the script that such processes run.
+
+python tests/distributed_cases.py FOLDER     started as torchrun starts processes
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from metamom import MAML, BiasedAccumulator, CompositeMomentum, evaluate, nets, train
+from metamom.bias import parse
+from metamom.distributed import Server, World, start
+from metamom.tasks import FixedTasks, Sinusoid
+
+META_BATCH = 16
+EVALUATED = (60, 53)  # tasks; a prime is drawn whole
+
+
+class Case(NamedTuple):
+    """One run; 16 tasks a step."""
+
+    bias: str = "none"
+    workers: int = 8
+    aggregate: str = "mean"
+    server: Server = "replicated"
+    beta: float = 0.1
+    dtype: torch.dtype = torch.float64
+    estimator: Any = "exact"
+    chunk_size: int | None = None
+    steps: int = 10
+
+
+DTYPES = (torch.float64, torch.float32)
+COMPRESSED = (
+    "topk:5%",
+    "topk:5%:all",
+    "topk:20%:tensor",
+    "randk:5%",
+    "randk:50%:scaled",
+    "qsgd:4",
+    "sign",
+    "sign:tensor",
+)
+FED_BACK = ("ef14:topk:5%", "ef21:topk:5%", "ef21:qsgd:64:tensor", "clip21:0.1")
+CASES = {
+    **{f"{spec} {dtype}": Case(spec, dtype=dtype, steps=50) for spec in ("none", "topk:5%") for dtype in DTYPES},
+    **{spec: Case(spec) for spec in ("clip:1", "normalize", "clip:0.5+topk:5%", *COMPRESSED, *FED_BACK)},
+    **{
+        f"{spec} rank0": Case(spec, server="rank0")
+        for spec in ("none", "clip:1", "topk:5%", "topk:5%:all", "ef21:topk:5%")
+    },
+    "ef21-sgdm": Case("ef21-sgdm(0.2):topk:5%", beta=1.0),
+    **{f"{how} {spec}": Case(spec, aggregate=how) for how in ("median", "trimmed:0.3") for spec in ("none", "topk:5%")},
+    "median ef21 rank0": Case("ef21:topk:5%", aggregate="median", server="rank0"),
+    "geomedian": Case("clip:1", aggregate="geomedian"),
+    "one worker": Case(workers=1),
+    "one worker, ef21": Case("ef21:topk:5%", workers=1),
+    "two workers, rank0": Case("topk:5%", workers=2, server="rank0"),
+    "chunks of workers": Case("topk:5%", chunk_size=4),
+    "chunks within workers": Case("qsgd:4", workers=4, chunk_size=1),
+    "moml": Case("topk:20%", estimator="moml"),
+    "workers of two processes": Case("randk:5%", workers=2),
+}
+# of these every process more costs time
+ON_FOUR = [
+    "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
+    "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
+    "chunks within workers", "moml", "workers of two processes",
+]  # fmt: skip
+# gone on with on another number of processes
+RESUMED = ("qsgd:4", "ef14:topk:5%", "ef21:topk:5%", "median ef21 rank0", "moml", "one worker, ef21")
+
+
+def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, list[dict[str, Any]]]:
+    """Train; the learner and the metrics."""
+    torch.manual_seed(0)
+    learner = MAML(
+        nets.SinusoidMLP(hidden=(12, 12)).to(case.dtype),
+        F.mse_loss,
+        inner_lr=0.02,
+        estimator=case.estimator,
+        chunk_size=case.chunk_size,
+    )
+    optimizer = CompositeMomentum(learner.parameters(), lr=0.02, beta=case.beta)
+    # fewer tasks a step than there are, so that tasks wander from one process to another
+    sampler = FixedTasks(Sinusoid(shots=10, queries=10, seed=3), 3 * META_BATCH)
+    bias = None if case.bias == "none" else parse(case.bias)
+    result = train(
+        learner,
+        optimizer,
+        sampler,
+        **{"iterations": case.steps, **options},
+        meta_batch=META_BATCH,
+        workers=case.workers,
+        bias=bias,
+        aggregate=case.aggregate,
+        world=world,
+    )
+    return learner, result.metrics
+
+
+def accumulated(workers: int, world: World | None = None) -> list[torch.Tensor]:
+    """Somebody's own loop with a `BiasedAccumulator`: each worker fits a line of its own; one weight rests."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3, dtype=torch.float64)
+    idle = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    params = [*model.parameters(), idle]
+    accumulator = BiasedAccumulator(params, parse("ef21:topk:30%"), workers, world=world)
+    optimizer = CompositeMomentum(params, lr=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        for worker in range(workers) if world is None else world.workers(workers):
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + worker), dtype=torch.float64)
+            model(x).square().mean().backward()
+            accumulator.add()
+        accumulator.finish()
+        assert idle.grad is None
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def main(folder: Path) -> None:
+    """All of it with these processes; results as ``SIZE.pt``."""
+    with start(timeout=60) as world:
+        found: dict[str, Any] = {}
+        names = ON_FOUR if world.size == 4 else list(CASES)
+        for name in names:
+            case = CASES[name]
+            world.server = case.server
+            learner, metrics = run(case, world)
+            found[name] = ([p.detach() for p in learner.parameters()], metrics)
+        values = [evaluate(learner, Sinusoid(), tasks=tasks, steps=(0, 3), world=world) for tasks in EVALUATED]
+        found["evaluated"] = ([p.detach() for p in learner.parameters()], [each.values for each in values])
+        world.server = "replicated"
+        found["accumulated"] = accumulated(8, world)
+        for name in RESUMED:
+            world.server = CASES[name].server
+            run(CASES[name], world, iterations=CASES[name].steps // 2, run_dir=folder / f"half-{world.size}" / name)
+            # what one process has begun
+            learner, _ = run(CASES[name], world, run_dir=folder / f"from-1-to-{world.size}" / name, resume=True)
+            found[f"{name} from 1"] = [p.detach() for p in learner.parameters()]
+        if world.size == 4:
+            for name in RESUMED:
+                world.server = CASES[name].server
+                learner, _ = run(CASES[name], world, run_dir=folder / "half-2" / name, resume=True)
+                found[f"{name} from 2"] = [p.detach() for p in learner.parameters()]
+        for _, metrics in (found[name] for name in names):
+            for line in metrics:
+                del line["seconds"]
+        everyones = world.gather_objects(str(found))
+        assert all(text == everyones[0] for text in everyones), "processes differ"
+        if world.first:
+            torch.save(found, folder / f"{world.size}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

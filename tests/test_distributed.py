@@ -1,0 +1,246 @@
+"""Several processes do what one does: the same weights, metrics, evaluations, checkpoints and bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import CASES, EVALUATED, META_BATCH, ON_FOUR, RESUMED, accumulated, run
+from processes import REPOSITORY, run_processes, torchrun
+
+from metamom import BiasedAccumulator, evaluate
+from metamom.bias import parse
+from metamom.distributed import World, start
+from metamom.tasks import Sinusoid
+from metamom.training import MEASURE_EVERY
+
+SIZES = (2, 4)
+EACH = [(name, 2) for name in CASES] + [(name, 4) for name in ON_FOUR]
+SCRIPT = str(Path(__file__).parent / "distributed_cases.py")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """Every case on one process."""
+    found = {name: run(case) for name, case in CASES.items()}
+    return {name: ([p.detach() for p in learner.parameters()], metrics) for name, (learner, metrics) in found.items()}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Every case on 2 and on 4 processes; runs begun on 1 and on 2 are gone on with."""
+    folder = tmp_path_factory.mktemp("together")
+    for name in RESUMED:
+        run(CASES[name], iterations=CASES[name].steps // 2, run_dir=folder / "half-1" / name)
+    found = {}
+    for size in SIZES:
+        shutil.copytree(folder / "half-1", folder / f"from-1-to-{size}")
+        ended = run_processes([SCRIPT, str(folder)], size, timeout=200)
+        assert [status for status, _, _ in ended] == [0] * size, ended
+        found[size] = torch.load(folder / f"{size}.pt", weights_only=True)
+        if size == 2:
+            shutil.copytree(folder / "half-2", folder / "from-2-to-1")
+    found[1] = {}
+    for name in RESUMED:
+        learner, _ = run(CASES[name], run_dir=folder / "from-2-to-1" / name, resume=True)
+        found[1][name] = [p.detach() for p in learner.parameters()]
+    return found
+
+
+def assert_same_weights(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    """To 1e-12 in float64 and 1e-5 in float32: only the order of sums may differ."""
+    tolerance = 1e-12 if wanted[0].dtype is torch.float64 else 1e-5
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "size"), EACH)
+def test_the_trajectory_does_not_depend_on_the_number_of_processes(name, size, alone, together):
+    weights, metrics = together[size][name]
+    wanted, wanted_metrics = alone[name]
+    assert_same_weights(weights, wanted)
+    tolerance = 1e-9 if CASES[name].dtype is torch.float64 else 1e-4
+    assert len(metrics) == CASES[name].steps
+    for line, twin in zip(metrics, wanted_metrics, strict=True):
+        assert (line["world_size"], twin["world_size"]) == (size, 1)
+        assert line["wire_bytes"] == twin["wire_bytes"]
+        for key in ("loss", "grad_norm"):
+            assert line[key] == pytest.approx(twin[key], rel=tolerance)
+        if line["bias_error"] is not None:
+            assert line["bias_error"] == pytest.approx(twin["bias_error"], rel=tolerance, abs=tolerance)
+        free = CASES[name].bias == "none" and CASES[name].aggregate == "mean"
+        shared = CASES[name].workers < size
+        assert (line["bias_error"] is not None) == (free or shared or line["step"] % MEASURE_EVERY == 0)
+
+
+def test_a_trajectory_moves(alone):
+    start_weights = [p.detach() for p in run(CASES["sign"], iterations=1)[0].parameters()]
+    for weights, _ in alone.values():
+        assert float((weights[0] - start_weights[0].to(weights[0])).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_begun_on_one_process_goes_on_on_several(name, size, alone, together):
+    assert_same_weights(together[size][f"{name} from 1"], alone[name][0])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_begun_on_two_processes_goes_on_on_another_number(name, size, alone, together):
+    found = together[1][name] if size == 1 else together[4][f"{name} from 2"]
+    assert_same_weights(found, alone[name][0])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_evaluation_is_the_same_bit_for_bit(size, together):
+    weights, values = together[size]["evaluated"]
+    learner, _ = run(list(CASES.values())[-1], iterations=1)
+    with torch.no_grad():
+        for p, w in zip(learner.parameters(), weights, strict=True):
+            p.copy_(w)
+    for tasks, found in zip(EVALUATED, values, strict=True):
+        assert torch.equal(evaluate(learner, Sinusoid(), tasks=tasks, steps=(0, 3)).values, found)
+
+
+@pytest.mark.parametrize(("name", "size"), EACH)
+def test_bytes_are_those_that_were_exchanged(name, size, together):
+    """Of a step without measurements: an agreement, the tasks' losses, and messages or gradients."""
+    case = CASES[name]
+    weights, metrics = together[size][name]
+    line = metrics[1]
+    d, entry = sum(w.numel() for w in weights), weights[0].element_size()
+    others = size - 1
+    agreement, losses = others * size * 16, others * META_BATCH * entry
+    if case.workers < size:
+        gradients = 2 * others * case.workers * d * entry
+    elif case.bias != "none" and parse(case.bias).compresses:
+        messages = line["wire_bytes"]
+        least = case.workers * parse(case.bias).wire_bytes(d, entry, [w.numel() for w in weights])
+        assert messages == least
+        gradients = others * messages if case.server == "replicated" else others * messages // size
+        gradients += others * size * (case.workers // size) * 8 * parse(case.bias).varies  # their lengths
+    else:
+        assert line["wire_bytes"] == case.workers * d * entry
+        if case.aggregate == "mean":
+            gradients = others * d * entry * (2 if case.server == "replicated" else 1)
+        else:
+            gradients = others * case.workers * d * entry
+    if case.server == "rank0" and case.workers >= size:
+        gradients += agreement + others * d * entry  # the server's result
+    memory = 0 if case.estimator == "exact" else others * META_BATCH * (8 + d * entry)
+    assert line["sent_bytes"] == agreement + losses + gradients + memory
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_accumulator_shares_its_workers(size, together):
+    assert_same_weights(together[size]["accumulated"], accumulated(8))
+
+
+def test_one_process_sends_nothing(alone):
+    assert all(line["sent_bytes"] == 0 for _, metrics in alone.values() for line in metrics)
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    """Progress, prints and files are process 0's; an evaluation prints one JSON object."""
+    command = ["train", "sinusoid", "--workers", "4", "--bias", "topk:5%", "--iterations", "6", "--run-dir"]
+    ended = torchrun(["-m", "metamom", *command, str(tmp_path / "run"), "--server", "rank0"], 2)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("trained for 6 iterations") == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["length"]["processes"] == 2
+    evaluation = ["-m", "metamom", "evaluate", str(tmp_path / "run"), "--tasks", "20", "--steps", "0,1", "--json"]
+    (first, second) = run_processes(evaluation, 2)
+    (one,) = run_processes(evaluation, 1)
+    assert (first[0], second[0], one[0]) == (0, 0, 0)
+    assert second[1] == ""
+    assert json.loads(first[1]) == json.loads(one[1])
+
+
+def test_the_readmes_own_script_under_torchrun(tmp_path):
+    """On one process and on three: the same evaluation, to what the order of sums may change."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "distributed.start()" in block
+    )
+    assert "range(200)" in code
+    script = tmp_path / "script.py"
+    script.write_text(code.replace("range(200)", "range(8)") + "\nif world.first:\n    print(list(result.mean))\n")
+    said = []
+    for size in (1, 3):
+        ended = torchrun([str(script)], size)
+        assert ended.returncode == 0, ended.stderr
+        said.append(json.loads(ended.stdout))
+    assert said[0] == pytest.approx(said[1], rel=1e-5)
+
+
+def test_processes_that_do_not_fit_are_told_what_to_do():
+    world = World(rank=1, size=4)
+    assert [*world.workers(8)] == [2, 3]
+    assert [*world.workers(2)] == [0]
+    with pytest.raises(ValueError, match=r"a multiple of 4, or divide it .*; got 6"):
+        world.workers(6)
+    with pytest.raises(TypeError, match="whole number"):
+        world.workers(2.0)
+    accumulator = BiasedAccumulator([torch.nn.Parameter(torch.ones(2))], workers=8, world=world)
+    accumulator.params[0].grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"this process has \[2, 3\]: got worker 4"):
+        accumulator.add(4)
+    with pytest.raises(ValueError, match="pass workers="):
+        BiasedAccumulator([torch.nn.Parameter(torch.ones(2))], world=world)
+    with pytest.raises(ValueError, match="replicated, rank0; got 'rank1'"):
+        start(server="rank1")
+    with pytest.raises(ValueError, match="seconds > 0; got 0"):
+        start(timeout=0)
+
+
+def test_a_process_alone_needs_no_others(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with start() as world:
+        assert (world.rank, world.size, world.first) == (0, 1, True)
+        assert world.from_first(lambda: 3) == 3
+        assert world.gather(torch.ones(2)).shape == (1, 2)
+        with pytest.raises(KeyError), world.together():
+            raise KeyError("mine")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="torchrun should have set"):
+        start()
+
+
+@pytest.mark.parametrize("script", ["differ.py"])
+def test_processes_that_differ_are_refused_by_all(tmp_path, script):
+    """Weights, arguments, and an operator that draws in the order of calls."""
+    (tmp_path / script).write_text(
+        "import torch\n"
+        "from torch.nn import functional as F\n"
+        "from metamom import MAML, RandK, distributed, nets\n"
+        "from metamom.tasks import Sinusoid\n"
+        "world = distributed.start(timeout=30)\n"
+        "batch = world.sample(Sinusoid(), 0, 4)\n"
+        "def attempt(seed, **options):\n"
+        "    torch.manual_seed(seed)\n"
+        "    try:\n"
+        "        MAML(nets.SinusoidMLP(), F.mse_loss).backward(batch, world=world, **options)\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+        "attempt(world.rank)\n"
+        "attempt(0, workers=2 + 2 * world.rank)\n"
+        "attempt(0, workers=2, bias=RandK(5, generator=torch.Generator()))\n"
+        "attempt(0, workers=3)\n"
+        "world.close()\n"
+    )
+    ended = run_processes([str(tmp_path / script)], 2)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert ended[0][1] == ended[1][1]
+    weights, arguments, generator, number = ended[0][1].splitlines()
+    assert "differ in the learner's weights" in weights
+    assert "torch.manual_seed" in weights
+    assert "workers=2" in arguments
+    assert "workers=4" in arguments
+    assert "make it with seed=" in generator
+    assert "a multiple of 2" in number
