@@ -247,7 +247,7 @@ def _data(arguments: Arguments) -> int:
 
 def _reproduce(arguments: Arguments) -> int:
     from metamom.allocator import keep_freed_memory
-    from metamom.experiments.paper import reproduce
+    from metamom.experiments.paper.run import reproduce
 
     keep_freed_memory()
     rows = reproduce(
@@ -271,7 +271,7 @@ def _reproduce(arguments: Arguments) -> int:
 
 
 def _table(arguments: Arguments) -> int:
-    from metamom.experiments.paper import table
+    from metamom.experiments.paper.table import table
 
     print(f"report: {table(arguments.paper, arguments.run_dir)}")
     return 0

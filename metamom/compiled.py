@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch._inductor
 from torch import Tensor, fx
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from metamom import kernels
@@ -155,6 +152,10 @@ class Compiled:
         return result
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        # here: they take as long to import as all of torch, and most runs compile nothing
+        from torch import _inductor as inductor
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         leaves, spec = pytree.tree_flatten(args)
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         check_compiler(tensors[0].device)
@@ -173,7 +174,7 @@ class Compiled:
         while True:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=drawn):
-                    compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(tensors), options)
+                    compiled: Callable[..., tuple[Tensor, ...]] = inductor.compile(graph, list(tensors), options)
             except Exception as error:
                 if not _forget_damaged(error):
                     cause = getattr(error, "inner_exception", error)
@@ -201,6 +202,8 @@ def _forget_damaged(error: Exception) -> bool:
     Returns:
         Whether it did; compiling again then makes that library anew.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     named = re.search(r"(\S+\.so): (file too short|invalid ELF header)", str(error))
     path = Path(named[1]) if named else None
     if path is None or not path.is_relative_to(cache_dir()) or not path.is_file():

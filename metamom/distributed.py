@@ -24,7 +24,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from metamom.batch import Sampler, TaskBatch, block
 
@@ -195,12 +194,22 @@ class World:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every process's ``[*shape]``, of one shape on all: ``[size, *shape]``."""
+        return self.gather_later(tensor)()
+
+    def gather_later(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """`gather`, begun now and waited for when the result is called: other exchanges may go on meanwhile."""
         if self.size == 1:
-            return tensor.unsqueeze(0)
-        out = tensor.new_empty(self.size, *tensor.shape)
-        self._call("tensors of all processes", lambda: dist.all_gather([*out], tensor.contiguous()))
+            return lambda: tensor.unsqueeze(0)
+        mine, everyones = tensor.contiguous(), tensor.new_empty(self.size, *tensor.shape)
         self.sent += self.size * (self.size - 1) * tensor.nbytes
-        return out
+        what = "tensors of all processes"
+        work = self._call(what, lambda: dist.all_gather([*everyones], mine, async_op=True))
+
+        def gathered() -> Tensor:
+            self._call(what, work.wait)
+            return everyones
+
+        return gathered
 
     def gather_to_server(self, tensor: Tensor) -> Tensor:
         """`gather` where the server is; nothing of use elsewhere."""
@@ -266,9 +275,9 @@ class World:
             error = error.__cause__
         return False
 
-    def _call(self, what: str, collective: Callable[[], object]) -> None:
+    def _call(self, what: str, collective: Callable[[], Any]) -> Any:
         try:
-            collective()
+            return collective()
         except RuntimeError as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ProcessError(
@@ -316,13 +325,16 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        from torch.distributed.rendezvous import rendezvous  # here: a torch without torch.distributed has none
+
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
             store.set_timeout(timedelta(seconds=timeout))
             # torchrun's store on one machine still knows where the processes were before a restart (pytorch issue
             # 135712); several machines count restarts each for itself, and get a new store by --rdzv-backend c10d
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+                restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"restart {restarts}", store)  # type: ignore[attr-defined]
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
             )

@@ -206,6 +206,8 @@ def train(
                 run = stack.enter_context(directory)
         saved = _Saved(parts, run, world, run_dir)
         progress = saved.restored() or _Progress(0, 0.0, None)
+        if world.size > 1:
+            torch.set_rng_state(world.from_first(torch.get_rng_state))
         if world.size > 1 and operator is not None:
             carried = range(workers) if workers < world.size else world.workers(workers)
             operator.deal(carried, each=aggregate != "mean")

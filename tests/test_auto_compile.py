@@ -20,6 +20,7 @@ from problems import (
     small,
     small_batch,
 )
+from torch.fx.experimental import proxy_tensor
 from torch.nn import functional as F
 
 import metamom.compiled
@@ -198,7 +199,7 @@ def failing(request, monkeypatch) -> str:
         raise NotImplementedError("aten::pairs has no lowering")
 
     if request.param == "tracing":
-        monkeypatch.setattr(metamom.compiled, "make_fx", lambda function: fails)
+        monkeypatch.setattr(proxy_tensor, "make_fx", lambda function: fails)
     else:
         monkeypatch.setattr(torch._inductor, "compile", fails)
     return request.param

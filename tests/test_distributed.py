@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed_cases import CASES, EVALUATED, META_BATCH, ON_FOUR, RESUMED, accumulated, run
-from processes import REPOSITORY, run_processes, torchrun
+from processes import REPOSITORY, free_port, run_processes, torchrun
 
 from metamom import BiasedAccumulator, evaluate
 from metamom.bias import parse
+from metamom.checkpoints import load
 from metamom.distributed import World, start
 from metamom.tasks import Sinusoid
 from metamom.training import MEASURE_EVERY
@@ -159,6 +161,24 @@ def test_the_command_line_under_torchrun(tmp_path):
     assert (first[0], second[0], one[0]) == (0, 0, 0)
     assert second[1] == ""
     assert json.loads(first[1]) == json.loads(one[1])
+
+
+@pytest.mark.slow
+def test_two_machines_are_two_torchruns(tmp_path):
+    """The README's command for two boxes, both of them this one."""
+    port = free_port()
+    train = ["-m", "metamom", "train", "sinusoid", "--workers", "4", "--bias", "topk:5%", "--iterations", "6"]
+    train += ["--dtype", "float64", "--run-dir"]
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7"]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(torchrun, [*train, str(tmp_path / "both")], 2, *options) for _ in range(2)]
+        ended = [each.result() for each in both]
+    assert [each.returncode for each in ended] == [0, 0], [each.stderr for each in ended]
+    assert "".join(each.stdout for each in ended).count("trained for 6 iterations") == 1
+    ((status, _, said),) = run_processes([*train, str(tmp_path / "one")], 1)
+    assert status == 0, said
+    weights = [load(tmp_path / run / "checkpoints" / "step-00000006.pt")["learner"] for run in ("both", "one")]
+    assert_same_weights(*([w for w in each.values() if isinstance(w, torch.Tensor)] for each in weights))
 
 
 def test_the_readmes_own_script_under_torchrun(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import importlib
 import itertools
 import json
 import os
@@ -24,14 +23,15 @@ from torch.nn import functional as F
 
 from metamom import checkpoints
 from metamom.bias import QSGD, Clip, Identity, Normalize, RandK, TopK, parse
-from metamom.experiments.paper import memory, nodes, protocol, published, reproduce, run, table
+from metamom.experiments.paper import memory, nodes, protocol, published, run
+from metamom.experiments.paper import table as tables
 from metamom.experiments.paper.published import Curve, Setting
 from metamom.experiments.paper.training import Row, Training
 from metamom.interrupts import TrainingInterrupted
 from metamom.tasks.images import LabelledImages
 from metamom.training import DivergedError
 
-tables = importlib.import_module("metamom.experiments.paper.table")  # its function hides it in the package
+reproduce, table = run.reproduce, tables.table
 MNIST, FASHION = protocol.PROTOCOLS["mnist"], protocol.PROTOCOLS["fashion"]
 
 

@@ -7,8 +7,3 @@ metamom reproduce table   --paper RESULTS_DIR --run-dir RUN
 `protocol` holds what the two experiments are, `nodes` the nodes' gradients, `memory` how many of them at a time,
 `training` an epoch, `run` the loop with its run directory, `published` the authors' files, `table` the comparison.
 """
-
-from metamom.experiments.paper.run import reproduce
-from metamom.experiments.paper.table import table
-
-__all__ = ["reproduce", "table"]
