@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any
 
-ECHO = 5.0  # seconds in which torchrun hands on the signal that its whole terminal has had
 NOTED = b"\ninterrupted: the step at hand is finished first; interrupt again to stop at once.\n"
 
 
@@ -32,14 +30,12 @@ class Interrupts:
     """While entered, the first Ctrl-C or SIGTERM is only noted in `caught`; a second one acts at once.
 
     Which is said at once on standard error: the step at hand may take long, above all where it is being compiled.
-    Under torchrun a second one means something only after a few seconds: torchrun hands on what it gets itself.
     A signal that is ignored stays ignored. Handlers can be set in the main thread alone; elsewhere nothing is caught
     and signals act as ever.
     """
 
     def __init__(self) -> None:
         self.caught: int | None = None
-        self._when = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -52,15 +48,9 @@ class Interrupts:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        echoed = "TORCHELASTIC_RUN_ID" in os.environ
-        if self.caught is None:
-            self.caught, self._when = number, time.monotonic()
-            os.write(2, NOTED)  # no print: the signal may have come in the middle of one
-            if not echoed:
-                self._restore()
-        elif time.monotonic() - self._when > ECHO:
-            self._restore()
-            signal.raise_signal(number)
+        self.caught = number
+        self._restore()
+        os.write(2, NOTED)  # no print: the signal may have come in the middle of one
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -5,7 +5,6 @@ python tests/distributed_cases.py FOLDER     started as torchrun starts processe
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from metamom import MAML, BiasedAccumulator, CompositeMomentum, evaluate, nets, train
-from metamom.bias import parse
+from metamom.bias import RandK, parse
 from metamom.distributed import Server, World, start
 from metamom.tasks import FixedTasks, Sinusoid
 
@@ -124,7 +123,7 @@ def accumulated(workers: int, world: World | None = None) -> list[torch.Tensor]:
     return [p.detach() for p in params]
 
 
-def main(folder: Path) -> None:
+def all_cases(folder: Path) -> None:
     """All of it with these processes; results as ``SIZE.pt``."""
     with start(timeout=60) as world:
         found: dict[str, Any] = {}
@@ -158,5 +157,20 @@ def main(folder: Path) -> None:
             torch.save(found, folder / f"{world.size}.pt")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def differ() -> None:
+    """Steps that processes must refuse: other weights, other arguments, draws in the order of calls, odd numbers."""
+    world = start(timeout=30)
+    batch = world.sample(Sinusoid(), 0, 4)
+    refused: list[tuple[int, dict[str, Any]]] = [
+        (world.rank, {}),
+        (0, {"workers": 2 + 2 * world.rank}),
+        (0, {"workers": 2, "bias": RandK(5, generator=torch.Generator())}),
+        (0, {"workers": 3}),
+    ]
+    for seed, options in refused:
+        torch.manual_seed(seed)
+        try:
+            MAML(nets.SinusoidMLP(), F.mse_loss).backward(batch, world=world, **options)
+        except ValueError as error:
+            print(error)
+    world.close()

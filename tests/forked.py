@@ -32,7 +32,9 @@ from metamom.tasks import Sinusoid
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # pytest, since what is forked looks at the module that was started
-CONTEXT.set_forkserver_preload(["pytest", "metamom.cli", "metamom.experiments.paper", "metamom.experiments.recipes"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "metamom.cli", "metamom.experiments.paper.run", "metamom.experiments.recipes"]
+)
 PATIENCE = 120.0  # seconds until a process that should have ended has hung
 
 

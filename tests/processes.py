@@ -1,4 +1,4 @@
-"""Real processes on loopback: started as torchrun starts them, or by torchrun itself."""
+"""Real processes on loopback, started by torchrun."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,36 +24,6 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-@contextmanager
-def processes(command: Sequence[str], size: int, **more: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """``python COMMAND`` on ``size`` processes that find each other, without torchrun's agent; killed on leaving."""
-    port = str(free_port())
-    started = []
-    try:
-        for rank in range(size):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            env = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more)
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-                )
-            )
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-
-
-def run_processes(
-    command: Sequence[str], size: int, *, timeout: float = 120.0, **more: str
-) -> list[tuple[int, str, str]]:
-    """Run them to their end: exit status, stdout and stderr of each."""
-    with processes(command, size, **more) as started:
-        said = [process.communicate(timeout=timeout) for process in started]
-        return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
 def torchrun(

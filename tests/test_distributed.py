@@ -6,13 +6,13 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_cases import CASES, EVALUATED, META_BATCH, ON_FOUR, RESUMED, accumulated, run
-from processes import REPOSITORY, free_port, run_processes, torchrun
+from distributed_cases import CASES, EVALUATED, META_BATCH, ON_FOUR, RESUMED, accumulated, all_cases, differ, run
+from forked import metamom, run_forked
+from processes import REPOSITORY, free_port, torchrun
 
 from metamom import BiasedAccumulator, evaluate
 from metamom.bias import parse
@@ -23,7 +23,6 @@ from metamom.training import MEASURE_EVERY
 
 SIZES = (2, 4)
 EACH = [(name, 2) for name in CASES] + [(name, 4) for name in ON_FOUR]
-SCRIPT = str(Path(__file__).parent / "distributed_cases.py")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +41,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, An
     found = {}
     for size in SIZES:
         shutil.copytree(folder / "half-1", folder / f"from-1-to-{size}")
-        ended = run_processes([SCRIPT, str(folder)], size, timeout=200)
-        assert [status for status, _, _ in ended] == [0] * size, ended
+        ended = run_forked(all_cases, size, folder / f"said-{size}", folder)
+        assert [status for status, _ in ended] == [0] * size, ended
         found[size] = torch.load(folder / f"{size}.pt", weights_only=True)
         if size == 2:
             shutil.copytree(folder / "half-2", folder / "from-2-to-1")
@@ -155,9 +154,9 @@ def test_the_command_line_under_torchrun(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("trained for 6 iterations") == 1
     assert json.loads((tmp_path / "run" / "config.json").read_text())["length"]["processes"] == 2
-    evaluation = ["-m", "metamom", "evaluate", str(tmp_path / "run"), "--tasks", "20", "--steps", "0,1", "--json"]
-    (first, second) = run_processes(evaluation, 2)
-    (one,) = run_processes(evaluation, 1)
+    evaluation = ["evaluate", str(tmp_path / "run"), "--tasks", "20", "--steps", "0,1", "--json"]
+    first, second = run_forked(metamom, 2, tmp_path / "shared", *evaluation)
+    (one,) = run_forked(metamom, 1, tmp_path / "one", *evaluation)
     assert (first[0], second[0], one[0]) == (0, 0, 0)
     assert second[1] == ""
     assert json.loads(first[1]) == json.loads(one[1])
@@ -175,7 +174,7 @@ def test_two_machines_are_two_torchruns(tmp_path):
         ended = [each.result() for each in both]
     assert [each.returncode for each in ended] == [0, 0], [each.stderr for each in ended]
     assert "".join(each.stdout for each in ended).count("trained for 6 iterations") == 1
-    ((status, _, said),) = run_processes([*train, str(tmp_path / "one")], 1)
+    ((status, said),) = run_forked(metamom, 1, tmp_path / "said", *train[2:], str(tmp_path / "one"))
     assert status == 0, said
     weights = [load(tmp_path / run / "checkpoints" / "step-00000006.pt")["learner"] for run in ("both", "one")]
     assert_same_weights(*([w for w in each.values() if isinstance(w, torch.Tensor)] for each in weights))
@@ -232,32 +231,11 @@ def test_a_process_alone_needs_no_others(monkeypatch):
         start()
 
 
-@pytest.mark.parametrize("script", ["differ.py"])
-def test_processes_that_differ_are_refused_by_all(tmp_path, script):
-    """Weights, arguments, and an operator that draws in the order of calls."""
-    (tmp_path / script).write_text(
-        "import torch\n"
-        "from torch.nn import functional as F\n"
-        "from metamom import MAML, RandK, distributed, nets\n"
-        "from metamom.tasks import Sinusoid\n"
-        "world = distributed.start(timeout=30)\n"
-        "batch = world.sample(Sinusoid(), 0, 4)\n"
-        "def attempt(seed, **options):\n"
-        "    torch.manual_seed(seed)\n"
-        "    try:\n"
-        "        MAML(nets.SinusoidMLP(), F.mse_loss).backward(batch, world=world, **options)\n"
-        "    except ValueError as error:\n"
-        "        print(error)\n"
-        "attempt(world.rank)\n"
-        "attempt(0, workers=2 + 2 * world.rank)\n"
-        "attempt(0, workers=2, bias=RandK(5, generator=torch.Generator()))\n"
-        "attempt(0, workers=3)\n"
-        "world.close()\n"
-    )
-    ended = run_processes([str(tmp_path / script)], 2)
-    assert [status for status, _, _ in ended] == [0, 0], ended
-    assert ended[0][1] == ended[1][1]
-    weights, arguments, generator, number = ended[0][1].splitlines()
+def test_processes_that_differ_are_refused_by_all(tmp_path):
+    first, second = run_forked(differ, 2, tmp_path)
+    assert (first[0], second[0]) == (0, 0), first
+    assert first[1] == second[1]
+    weights, arguments, generator, number = first[1].splitlines()
     assert "differ in the learner's weights" in weights
     assert "torch.manual_seed" in weights
     assert "workers=2" in arguments

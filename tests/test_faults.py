@@ -121,7 +121,9 @@ def restarted_by_torchrun(arguments: list[str], times: int, said: Path) -> Itera
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(times)]
     launcher += ["--master-port", str(free_port()), "-m", "metamom"]
     with said.open("wb") as output:
-        process = subprocess.Popen([*launcher, *arguments], env=environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [*launcher, *arguments], env=environment(), stdout=output, stderr=output, start_new_session=True
+        )
     try:
         yield process
     finally:
@@ -149,6 +151,20 @@ def test_killed_twice_under_torchrun_ends_as_undisturbed(bias, tmp_path):
     assert "trained for 60 iterations" in said.read_text()
     assert_runs(command(tmp_path / "whole", 60, bias=bias), tmp_path)
     assert_same_ending(run, tmp_path / "whole", generators=False)
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves(tmp_path):
+    """All processes stop after the same step, saved, before torchrun has lost its patience."""
+    run, said = tmp_path / "run", tmp_path / "said.txt"
+    with restarted_by_torchrun(command(run, LONG, "--checkpoint-every", str(LONG)), 0, said) as launcher:
+        until(lambda: lines(run) >= 7, lambda: launcher.poll() is None)
+        os.killpg(launcher.pid, signal.SIGINT)
+        launcher.wait(timeout=PATIENCE)
+    done = lines(run)
+    assert 7 <= done < LONG
+    assert said.read_text().count(f"stopped after step {done} of {LONG}") == 2, said.read_text()
+    assert load(run / "checkpoints" / f"step-{done:08d}.pt")["step"] == done
 
 
 def test_killed_again_and_again_ends_as_undisturbed_on_any_number_of_processes(tmp_path):
