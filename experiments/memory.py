@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from metamom.allocator import keep_freed_memory
 from metamom.chunks import ChunkSize
 from metamom.compiled import CompileMode
-from metamom.experiments.peak import peak_mib
+from metamom.experiments.peak import alone, peak_mib
 from metamom.maml import MAML
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum
@@ -112,12 +109,6 @@ def large_batch(given: LargeBatch) -> list[float]:
     return [before, peak_mib()]
 
 
-def _alone(function: Callable[..., list[float]], *args: Any) -> list[float]:
-    """The function's value, computed in a fresh process that keeps its freed memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as pool:
-        return pool.submit(function, *args).result()
-
-
 def _episodes() -> Episodes:
     images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     return Episodes(images, torch.arange(40) // 4, ways=5, shots=1, queries=1)
@@ -147,12 +138,12 @@ def main(words: Sequence[str] | None = None) -> None:
     say(f"peak MiB of a process after each quarter of {n * TASKS} tasks, {TASKS} or more of them an iteration")
     for run in long_runs(arguments.tasks):
         if not (run.compile and eager):
-            peaks = flat[str(run)] = _alone(flatness, run, n)
+            peaks = flat[str(run)] = alone(flatness, run, n)
             say(f"  {run!s:<42}" + "".join(f"{peak:9.0f}" for peak in peaks))
     say("\npeak MiB of a process before and after one meta-gradient of Conv4-64, 5-way 1-shot")
     for batch in large_batches(arguments.tasks):
         if not (batch.compile and eager):
-            before, after = large[str(batch)] = _alone(large_batch, batch)
+            before, after = large[str(batch)] = alone(large_batch, batch)
             say(f"  {batch!s:<42}{before:9.0f}{after:9.0f}")
     if arguments.json:
         print(json.dumps({"environment": environment(), "iterations": n, "flat": flat, "large": large}))

@@ -1,10 +1,16 @@
-"""How much memory a process has needed."""
+"""How much memory a process has needed, which tells of a computation where nothing else was in that process."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+
+from metamom.allocator import keep_freed_memory
 
 
 def peak_mib() -> float:
@@ -15,3 +21,9 @@ def peak_mib() -> float:
         return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def alone(function: Callable[..., list[float]], *args: Any) -> list[float]:
+    """The function's value, computed in a fresh process that keeps its freed memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as pool:
+        return pool.submit(function, *args).result()

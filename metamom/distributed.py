@@ -31,6 +31,9 @@ Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
 TIMEOUT = 600.0  # seconds, where nothing is said: a first compiled step takes minutes
 T = TypeVar("T")
+# Of the last exchange: a thread of gloo's lets go of them only after the exchange is done. If it were the last to hold
+# them, while the interpreter shuts down, the process would abort (pytorch pull request 179291).
+_IN_USE: list[Tensor] = []
 
 
 class ProcessError(RuntimeError):
@@ -201,9 +204,11 @@ class World:
         if self.size == 1:
             return lambda: tensor.unsqueeze(0)
         mine, everyones = tensor.contiguous(), tensor.new_empty(self.size, *tensor.shape)
+        rows = [*everyones]
         self.sent += self.size * (self.size - 1) * tensor.nbytes
         what = "tensors of all processes"
-        work = self._call(what, lambda: dist.all_gather([*everyones], mine, async_op=True))
+        work = self._call(what, lambda: dist.all_gather(rows, mine, async_op=True))
+        _IN_USE[:] = [mine, *rows]
 
         def gathered() -> Tensor:
             self._call(what, work.wait)

@@ -96,7 +96,7 @@ def instead(monkeypatch) -> list[tuple[Any, ...]]:
         asked.append(args)
         return [100.0] * (memory.QUARTERS if function is memory.flatness else 2)
 
-    monkeypatch.setattr(memory, "_alone", noting)
+    monkeypatch.setattr(memory, "alone", noting)
     return asked
 
 

@@ -1,0 +1,57 @@
+"""How long a step takes on many processes and what it sends: measured here, planned for elsewhere, and simulated.
+
+    python -m metamom.experiments.scaling [--run-dir runs/scaling] [--only measure|model|simulate]
+        [--processes 1,2,4] [--latency 50] [--quick]
+
+``report.md`` holds what was run now and what an earlier run has left; figures are in ``figures/``, all timings in
+``measured.json``, from which ``--only model`` plans anew. Ten minutes on two cores; nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from metamom.allocator import keep_freed_memory
+from metamom.experiments.scaling.problems import QUICK, Config
+from metamom.experiments.scaling.report import TITLES, report
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run, write and print.
+
+    Args:
+        words: of the command line; the process's own by default.
+    """
+    parser = argparse.ArgumentParser(description="Measure and plan steps over many processes.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--run-dir", type=Path, default=Path("runs/scaling"), help="where the report goes (default: runs/scaling)")
+    add("--only", choices=TITLES, help="one part alone")
+    add("--processes", default="1,2,4", help="how many are measured, with commas (default: 1,2,4)")
+    add("--latency", type=float, default=50.0, help="of the links that are planned for, μs (default: 50)")
+    add("--quick", action="store_true", help="little of everything, to see that it runs: its numbers say nothing")
+    arguments = parser.parse_args(words)
+    if not 0 <= arguments.latency < math.inf:
+        parser.error(f"--latency is a number of microseconds >= 0; got {arguments.latency}.")
+    counts = arguments.processes.split(",")
+    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts) or max(map(int, counts)) < 2:
+        parser.error(f"--processes wants numbers >= 1, and one above 1, such as 1,2,4; got {arguments.processes!r}.")
+    processes = sorted(set(map(int, counts)))
+    keep_freed_memory()
+    try:
+        path = report(
+            arguments.run_dir,
+            [arguments.only] if arguments.only else list(TITLES),
+            QUICK if arguments.quick else Config(),
+            processes,
+            1e-6 * arguments.latency,
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

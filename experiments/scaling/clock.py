@@ -1,0 +1,109 @@
+"""Seconds of a step by what they go into: a world and operators that look at the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metamom.bias.base import BiasOperator, Place, Sizes
+from metamom.distributed import World
+
+
+class Clock:
+    """Seconds so far, by the names of parts; a part within another counts as the outer one."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._running = False
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time this part."""
+        if self._running:
+            yield
+            return
+        self._running, begin = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._running = False
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """What was spent since the last time."""
+        spent, self.spent = self.spent, {}
+        return spent
+
+
+class TimedWorld(World):
+    """A world whose exchanges are timed, and apart from them its agreements, in which the fastest wait for all."""
+
+    clock: Clock
+
+    def agree(self, error: Exception | None = None) -> None:
+        """See `World`."""
+        with self.clock.part("wait"):
+            super().agree(error)
+
+    def _call(self, what: str, collective: Callable[[], Any]) -> Any:
+        with self.clock.part("exchange"):
+            return super()._call(what, collective)
+
+
+class TimedOperator(BiasOperator):
+    """Another operator, with the time that its messages take to make and to read."""
+
+    def __init__(self, operator: BiasOperator, clock: Clock) -> None:
+        self.operator = operator
+        self.compresses, self.names = operator.compresses, operator.names
+        self.carries_momentum = operator.carries_momentum
+        self._clock = clock
+
+    def __call__(self, gradient: Tensor, **how: Any) -> Tensor:
+        with self._clock.part("encode"):
+            return self.operator(gradient, **how)
+
+    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
+        """See `BiasOperator.send`."""
+        with self._clock.part("encode"):
+            return self.operator.send(gradients, step=step, workers=workers, sizes=sizes)
+
+    def receive(
+        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
+    ) -> Tensor:
+        """See `BiasOperator.receive`."""
+        with self._clock.part("decode"):
+            return self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
+
+    def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
+        """The operator's."""
+        return self.operator.wire_bytes(d, element_size, sizes)
+
+    def next_step(self) -> int:
+        return self.operator.next_step()
+
+    def count_call(self) -> None:
+        self.operator.count_call()
+
+    @property
+    def varies(self) -> bool:
+        """The operator's."""
+        return self.operator.varies
+
+    @property
+    def separable(self) -> bool:
+        """The operator's."""
+        return self.operator.separable
+
+    @property
+    def spec(self) -> str:
+        """The operator's."""
+        return self.operator.spec
+
+    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        raise AssertionError("calls go to the operator")

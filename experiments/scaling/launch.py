@@ -1,0 +1,59 @@
+"""Starts `step` on several processes, by torchrun, and reads what process 0 has found."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # an outer one's
+
+
+def on_processes(n: int, plan: Mapping[str, Any], timeout: float = 1800.0) -> Any:
+    """What `step` measures on n processes of one thread each.
+
+    Args:
+        n: number of processes.
+        plan: what they read.
+        timeout: seconds after which they are taken to hang.
+
+    Returns:
+        What process 0 has written.
+
+    Raises:
+        ChildProcessError: if they fail, having said why on stderr, or hang.
+    """
+    with TemporaryDirectory(prefix="metamom-scaling-") as folder:
+        said, found = Path(folder) / "plan.json", Path(folder) / "found.json"
+        said.write_text(json.dumps(plan), encoding="utf-8")
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)),
+            *("--master-addr", "127.0.0.1", "--master-port", str(_free_port())),
+            *("-m", "metamom.experiments.scaling.step", str(said), str(found)),
+        ]
+        kept = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
+        process = subprocess.Popen(command, env={**kept, "OMP_NUM_THREADS": "1"})
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise ChildProcessError(f"scaling: {n} processes had not ended after {timeout:g} s.") from error
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun then ends its processes
+                process.wait()
+        if status:
+            raise ChildProcessError(f"scaling: {n} processes ended with status {status}, see above.")
+        return json.loads(found.read_text(encoding="utf-8"))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,118 @@
+"""Many logical workers in one process: their time, their memory, and whether their bytes are the model's."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from metamom.experiments.peak import alone, peak_mib
+from metamom.experiments.scaling import model
+from metamom.experiments.scaling.model import Kind, Plan
+from metamom.experiments.scaling.problems import Config, make, operator
+
+TITLE = "Simulated: workers of one process"
+STEPS = 3  # timed, after one
+
+
+class Run(NamedTuple):
+    """Workers with a task each.
+
+    Attributes:
+        hidden: of the problem.
+        workers: n.
+        spec: of the operator.
+        chunk_size: tasks at a time.
+    """
+
+    hidden: int | None
+    workers: int
+    spec: str
+    chunk_size: int | None
+
+
+class Simulated(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+        seconds: of the fastest step.
+        before: peak MiB without the steps.
+        peak: MiB with them.
+        logged: ``wire_bytes`` of a step.
+        predicted: the model's.
+    """
+
+    seconds: float
+    before: float
+    peak: float
+    logged: int
+    predicted: int
+
+
+def simulate(run: Run) -> list[float]:
+    """A `Simulated` of this process, which should do nothing else."""
+    made, bias = make(run.hidden, run.chunk_size, real=False), operator(run.spec)
+    batch, d = made.tasks.sample(0, run.workers), made.entries
+    before, seconds, logged = peak_mib(), [], 0
+    for _ in range(1 + STEPS):
+        begin = time.perf_counter()
+        made.learner.zero_grad()
+        found = made.learner.backward(batch, workers=run.workers, bias=bias, measure=False)
+        seconds.append(time.perf_counter() - begin)
+        logged = int(found.metrics["wire_bytes"] or 0)
+    kind = Kind(4 * d if bias is None else bias.wire_bytes(d), dense=bias is None)
+    predicted = model.wire_bytes(Plan(run.workers, 1, 1, 4 * d, 0), kind)
+    return [min(seconds[1:]), before, peak_mib(), logged, predicted]
+
+
+def runs(config: Config) -> list[Run]:
+    """Those that are done: sinusoids by the number of workers, Conv4 where ``[n, d]`` is large."""
+    found = [Run(None, workers, "topk:1%", chunk) for chunk in (None, config.chunk) for workers in config.workers]
+    of_conv4 = [("topk:1%", None), ("topk:1%", config.chunk), ("ef21:topk:1%", config.chunk)]
+    return found + [Run(config.hidden, config.convolved, spec, chunk) for spec, chunk in of_conv4]
+
+
+def answer(config: Config) -> str:
+    """Do all of them, each in a process of its own, and tell of them in Markdown.
+
+    Raises:
+        RuntimeError: if a run's bytes are not the model's.
+    """
+    found = {run: _done(run) for run in tqdm(runs(config), desc="simulated", disable=None)}
+    lines = [
+        f"`MAML.backward` with a task for each worker, one thread, in a process of its own; the fastest of {STEPS} "
+        "steps. What memory a run has added stands beside the peak; the gradients of all workers at once would take "
+        "n · d · 4 bytes.",
+        "",
+        "| workers, operator, chunk_size | seconds | ms a worker | peak MiB | added | n · d · 4, MiB | wire_bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run, each in found.items():
+        name = "sinusoid MLP" if run.hidden is None else f"Conv4-{run.hidden}"
+        dense = 4 * make(run.hidden, real=False).entries * run.workers / 2**20
+        lines.append(
+            f"| {name}, {run.workers:,}, {run.spec}, {run.chunk_size or 'none'} | {each.seconds:.3g} | "
+            f"{1e3 * each.seconds / run.workers:.3g} | {each.peak:.0f} | {each.peak - each.before:.0f} | {dense:.1f} | "
+            f"{each.logged:,} |"
+        )
+    return "\n".join([*lines, "", *_growth(found, config)])
+
+
+def _growth(found: dict[Run, Simulated], config: Config) -> list[str]:
+    few, *_, many = config.workers
+    said = []
+    for chunk in (None, config.chunk):
+        first, last = (found[Run(None, n, "topk:1%", chunk)] for n in (few, many))
+        said.append(f"{last.seconds / first.seconds:.3g} times with chunk_size={chunk}")
+    return [
+        f"From {few} to {many:,} workers, {many / few:g} times as many, a step of the sinusoid MLP takes "
+        f"{' and '.join(said)}. Logged bytes are the model's in all {len(found)} runs."
+    ]
+
+
+def _done(run: Run) -> Simulated:
+    seconds, before, peak, logged, predicted = alone(simulate, run)
+    if logged != predicted:
+        raise RuntimeError(f"{run} logged {logged:.0f} bytes where the model predicts {predicted:.0f}.")
+    return Simulated(seconds, before, peak, int(logged), int(predicted))
