@@ -21,8 +21,10 @@ from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import write_report
 from metamom.files import write_atomically
 from metamom.optim import FirstStep
+from metamom.plan import check_momentum, check_plan
+from metamom.progress import DivergedError
 from metamom.run_directory import RunDirectory, read_metrics
-from metamom.training import DivergedError, check_momentum, check_plan, train
+from metamom.training import train
 
 
 class Default(NamedTuple):

@@ -20,7 +20,8 @@ from metamom.bias import (
 from metamom.evaluation import Evaluation, evaluate
 from metamom.maml import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta, momentum_update
-from metamom.training import DivergedError, TrainResult, train
+from metamom.progress import DivergedError
+from metamom.training import TrainResult, train
 
 __all__ = [
     "EF14",

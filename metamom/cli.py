@@ -23,7 +23,7 @@ from typing import Any
 from metamom.distributed import ProcessError, World, start
 from metamom.flags import parser
 from metamom.interrupts import TrainingInterrupted
-from metamom.training import DivergedError
+from metamom.progress import DivergedError
 
 Arguments = argparse.Namespace
 

@@ -10,44 +10,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from metamom.batch import Sampler, block
+from metamom.batch import Sampler
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
-from metamom.checkpoints import CheckpointError
 from metamom.diagnostics import TrackBias, check_track, track
-from metamom.distributed import World, digest
+from metamom.distributed import World
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
-from metamom.robust import Aggregate, check_aggregate
+from metamom.plan import check_momentum, check_plan, describe
+from metamom.progress import DivergedError, Progress, Saved
+from metamom.robust import Aggregate
 from metamom.run_directory import RunDirectory
 from metamom.watch import Watch
 
 # Steps between measurements of the bias error over several processes, which exchange whole gradients for it.
 MEASURE_EVERY = 50
-
-
-class DivergedError(ArithmeticError):
-    """A loss, a gradient or a weight is no longer finite.
-
-    Args:
-        what: is not finite.
-        step: at which it was seen.
-        remedies: what else there is to try, beside a smaller lr and clipped gradients.
-
-    Attributes:
-        step: as given.
-    """
-
-    def __init__(self, what: str, step: int, remedies: str = ", a smaller inner_lr, or float64") -> None:
-        super().__init__(
-            f"{what} is not finite at step {step}. Try a smaller lr, clipped gradients (bias=Clip(1.0), --bias "
-            f"clip:1){remedies}; the last good checkpoint, if the run has a directory, is as it was."
-        )
-        self.step = step
 
 
 class Scheduler(Protocol):
@@ -204,8 +184,8 @@ def train(
                 }
                 directory = RunDirectory(run_dir, settings, length=length, resume=resume, keep=keep_checkpoints)
                 run = stack.enter_context(directory)
-        saved = _Saved(parts, run, world, run_dir)
-        progress = saved.restored() or _Progress(0, 0.0, None)
+        saved = Saved(parts, run, world, run_dir)
+        progress = saved.restored() or Progress(0, 0.0, None)
         if world.size > 1:
             torch.set_rng_state(world.from_first(torch.get_rng_state))
         if world.size > 1 and operator is not None:
@@ -278,92 +258,6 @@ def train(
     return TrainResult(metrics, checked, resumed_from)
 
 
-def check_plan(
-    learner: MAML,
-    sampler: Sampler,
-    *,
-    iterations: int,
-    meta_batch: int,
-    workers: int,
-    bias: Bias,
-    aggregate: Aggregate,
-    evaluate_every: int | None,
-    evaluate_tasks: int,
-    checkpoint_every: int = 1,
-    world: World | None = None,
-) -> None:
-    """Refuse what `train` could only refuse after it had begun; the arguments are `train`'s.
-
-    Raises:
-        ValueError: for an argument out of range, or arguments that do not fit each other.
-    """
-    for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}.")
-    if evaluate_every is not None and evaluate_every < 1:
-        raise ValueError(f"evaluate_every must be >= 1, or None for the end alone; got {evaluate_every}.")
-    if evaluate_tasks < 2:
-        raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
-    if workers < 1 or meta_batch % workers:
-        raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
-    families = getattr(sampler, "workers", workers)
-    if families != workers:
-        raise ValueError(
-            f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
-        )
-    check_aggregate(aggregate, workers)
-    if world is not None:
-        world.workers(workers)
-        block(meta_batch, world.rank, world.size)
-    operator = as_operator(bias)
-    if operator is not None:
-        sizes = [p.numel() for p in learner.meta_parameters().values()]
-        operator.wire_bytes(sum(sizes), sizes=sizes)  # an operator too large says so
-
-
-def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
-    """Refuse momentum on the server where the workers have it: averaged twice, it is another method.
-
-    Raises:
-        ValueError: saying what to set.
-    """
-    if operator is None or not operator.carries_momentum:
-        return
-    for group in optimizer.param_groups:
-        if group.get("beta", 1) != 1 or group.get("momentum", 0) != 0 or "betas" in group:
-            raise ValueError(
-                f"{operator.spec} carries the momentum on the workers, so the server must have none: use "
-                f"CompositeMomentum(beta=1) (--beta 1), and no schedule of beta; got {type(optimizer).__name__} with "
-                f"{ {k: group[k] for k in ('beta', 'momentum', 'betas') if k in group} }."
-            )
-
-
-def describe(
-    learner: MAML, optimizer: Optimizer, sampler: Sampler, *, meta_batch: int, workers: int, bias: Bias
-) -> dict[str, Any]:
-    """What defines a run made from these parts, as JSON values: the default of ``train(settings=...)``."""
-    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    family = getattr(sampler, "describe", None)
-    operator = as_operator(bias)
-    return {
-        "model": str(learner.model),
-        "learner": learner.describe(),
-        "optimizer": {"kind": type(optimizer).__name__, "groups": groups},
-        "sampler": {"family": type(sampler).__name__} if family is None else family(),
-        "meta_batch": meta_batch,
-        "workers": workers,
-        "bias": "none" if operator is None else operator.spec,
-    }
-
-
-class _Progress(NamedTuple):
-    """How far a run has come: steps done, seconds they took, best validation."""
-
-    done: int
-    seconds: float
-    best: float | None
-
-
 class _Log:
     """Metrics to the run directory and, where asked for, to TensorBoard."""
 
@@ -396,64 +290,6 @@ class _Log:
                     self.board.add_scalar(name, line[name], line["step"])
 
 
-class _Saved:
-    """A run's state in its checkpoints: the parts by name, of all processes, which process 0 reads and writes."""
-
-    def __init__(
-        self, parts: Mapping[str, Any], run: RunDirectory | None, world: World, run_dir: str | Path | None
-    ) -> None:
-        self.parts = parts
-        self.run = run
-        self.world = world
-        self.path = run_dir
-
-    def restored(self) -> _Progress | None:
-        """Put the newest good checkpoint into the parts."""
-        state = self.world.from_first(lambda: None if self.run is None else self.run.newest_state())
-        if state is None:
-            return None
-        missing = [name for name in self.parts if name not in state]
-        if missing:
-            raise CheckpointError(
-                f"the checkpoints in {self.path} hold no {', '.join(missing)}: another kind of run's."
-            )
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            why = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoints in {self.path} are of another model or optimizer: {why}") from error
-        torch.set_rng_state(state["rng"]["cpu"])
-        if state["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"][: torch.cuda.device_count()])
-        return _Progress(state["step"], state["seconds"], state["best"])
-
-    def save(self, progress: _Progress, is_best: bool = False) -> None:
-        """Save the state after ``progress.done`` steps, unless its weights are not good."""
-        weights = self.parts["learner"].state_dict()
-        if not all(bool(p.isfinite().all()) for p in self.parts["learner"].parameters()):
-            raise DivergedError("a weight", progress.done)
-        self.world.check_same(
-            f"the weights after {progress.done} steps",
-            lambda: digest(w for w in weights.values() if isinstance(w, Tensor)),
-            "Machines of different kinds round differently: take processes of one kind.",
-        )
-        if self.path is None:
-            return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        if "bias" in state:
-            state["bias"] = self.parts["bias"].merged(self.world.gather_objects(state["bias"]))
-        # a model's own random layers (dropout) draw from torch's generators
-        rng = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        state |= {"seconds": progress.seconds, "best": progress.best, "rng": rng}
-        with self.world.together():
-            if self.run is not None:
-                self.run.checkpoints.save(progress.done, state, best=is_best)
-
-
 def _tracked(
     learner: MAML, operator: BiasOperator | None, plan: TrackBias | None, step: int
 ) -> dict[str, dict[str, float]]:
@@ -483,7 +319,3 @@ def _better(checked: Evaluation, best: float | None) -> bool:
 def _shown(line: Mapping[str, Any], rate: float) -> dict[str, str]:
     right = {} if line["accuracy"] is None else {"accuracy": f"{line['accuracy']:.3f}"}
     return {"loss": f"{line['loss']:.4f}", **right, "tasks/s": f"{rate:.0f}"}
-
-
-def _plain(value: Any) -> Any:
-    return float(value) if isinstance(value, Tensor) else value

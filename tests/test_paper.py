@@ -28,8 +28,8 @@ from metamom.experiments.paper import table as tables
 from metamom.experiments.paper.published import Curve, Setting
 from metamom.experiments.paper.training import Row, Training
 from metamom.interrupts import TrainingInterrupted
+from metamom.progress import DivergedError
 from metamom.tasks.images import LabelledImages
-from metamom.training import DivergedError
 
 reproduce, table = run.reproduce, tables.table
 MNIST, FASHION = protocol.PROTOCOLS["mnist"], protocol.PROTOCOLS["fashion"]

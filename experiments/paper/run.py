@@ -17,10 +17,10 @@ from metamom.experiments.paper.training import Row, Training
 from metamom.experiments.recipes import find_device
 from metamom.files import write_atomically
 from metamom.interrupts import Interrupts, TrainingInterrupted
+from metamom.progress import DivergedError
 from metamom.run_directory import RunDirectory, read_metrics
 from metamom.tasks.checks import check_seed
 from metamom.tasks.locate import PathLike
-from metamom.training import DivergedError
 
 HEADER = ",".join(("", *Row._fields))
 SAVE_AFTER = 10.0  # seconds of work that a crash may cost, or an epoch

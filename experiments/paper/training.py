@@ -15,8 +15,8 @@ from metamom.experiments.paper.memory import Needs, largest_chunk
 from metamom.experiments.paper.nodes import Seen
 from metamom.experiments.paper.protocol import Protocol
 from metamom.optim import CompositeMomentum
+from metamom.plan import check_momentum
 from metamom.tasks.images import LabelledImages
-from metamom.training import check_momentum
 
 TEST_BATCH = 1000  # images
 
