@@ -13,6 +13,7 @@ exchanged, all have agreed (`World.agree`) that none has failed, and whoever fai
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -31,9 +32,6 @@ Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
 TIMEOUT = 600.0  # seconds, where nothing is said: a first compiled step takes minutes
 T = TypeVar("T")
-# Of the last exchange: a thread of gloo's lets go of them only after the exchange is done. If it were the last to hold
-# them, while the interpreter shuts down, the process would abort (pytorch pull request 179291).
-_IN_USE: list[Tensor] = []
 
 
 class ProcessError(RuntimeError):
@@ -197,24 +195,12 @@ class World:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every process's ``[*shape]``, of one shape on all: ``[size, *shape]``."""
-        return self.gather_later(tensor)()
-
-    def gather_later(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """`gather`, begun now and waited for when the result is called: other exchanges may go on meanwhile."""
         if self.size == 1:
-            return lambda: tensor.unsqueeze(0)
-        mine, everyones = tensor.contiguous(), tensor.new_empty(self.size, *tensor.shape)
-        rows = [*everyones]
+            return tensor.unsqueeze(0)
+        everyones = tensor.new_empty(self.size, *tensor.shape)
+        self._call("tensors of all processes", lambda: dist.all_gather([*everyones], tensor.contiguous()))
         self.sent += self.size * (self.size - 1) * tensor.nbytes
-        what = "tensors of all processes"
-        work = self._call(what, lambda: dist.all_gather(rows, mine, async_op=True))
-        _IN_USE[:] = [mine, *rows]
-
-        def gathered() -> Tensor:
-            self._call(what, work.wait)
-            return everyones
-
-        return gathered
+        return everyones
 
     def gather_to_server(self, tensor: Tensor) -> Tensor:
         """`gather` where the server is; nothing of use elsewhere."""
@@ -280,9 +266,9 @@ class World:
             error = error.__cause__
         return False
 
-    def _call(self, what: str, collective: Callable[[], Any]) -> Any:
+    def _call(self, what: str, collective: Callable[[], object]) -> None:
         try:
-            return collective()
+            collective()
         except RuntimeError as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ProcessError(
@@ -330,7 +316,11 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        from torch.distributed.rendezvous import rendezvous  # here: a torch without torch.distributed has none
+        # here: a torch without torch.distributed has none of these. The first has the process group of the moment as a
+        # default, and torch.compile's parts import it at any time: a group that is kept alive so has threads left when
+        # the interpreter shuts down, and the process may abort after all is done
+        importlib.import_module("torch.distributed.nn.functional")
+        from torch.distributed.rendezvous import rendezvous
 
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))

@@ -353,9 +353,9 @@ class MAML(nn.Module):
                 found.append(of_tasks)
             losses, predictions, *averages = map(_joined, zip(*found, strict=True))
             right = accuracy(predictions, batch.query_y)
-        outcomes = world.gather_later(torch.stack([losses] if right is None else [losses, right.to(losses)]))
+        outcomes = world.gather(torch.stack([losses] if right is None else [losses, right.to(losses)]))
+        losses, *shares = outcomes.transpose(0, 1).flatten(1)
         total, report = server.finish()
-        losses, *shares = outcomes().transpose(0, 1).flatten(1)
         for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
             deliver(parameter, gradient if parameter.grad is None else parameter.grad + gradient, bias)
         if self.memory is not None:

@@ -5,6 +5,7 @@ python tests/distributed_cases.py FOLDER     started as torchrun starts processe
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,3 +175,11 @@ def differ() -> None:
         except ValueError as error:
             print(error)
     world.close()
+
+
+def threads_left() -> None:
+    """What threads a process has once it has left the others, although torch.compile's parts came in between."""
+    with start(timeout=30) as world:
+        world.gather(torch.ones(2))
+        importlib.import_module("torch._dynamo")
+    print(*(thread.joinpath("comm").read_text() for thread in Path("/proc/self/task").iterdir()))

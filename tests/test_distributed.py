@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from distributed_cases import CASES, EVALUATED, META_BATCH, ON_FOUR, RESUMED, accumulated, all_cases, differ, run
+from distributed_cases import (
+    CASES,
+    EVALUATED,
+    META_BATCH,
+    ON_FOUR,
+    RESUMED,
+    accumulated,
+    all_cases,
+    differ,
+    run,
+    threads_left,
+)
 from forked import metamom, run_forked
 from processes import REPOSITORY, free_port, torchrun
 
@@ -21,6 +33,7 @@ from metamom.distributed import World, start
 from metamom.tasks import Sinusoid
 from metamom.training import MEASURE_EVERY
 
+pytestmark = pytest.mark.xdist_group("processes")  # what the fixtures make takes a minute: once
 SIZES = (2, 4)
 EACH = [(name, 2) for name in CASES] + [(name, 4) for name in ON_FOUR]
 
@@ -195,6 +208,14 @@ def test_the_readmes_own_script_under_torchrun(tmp_path):
         assert ended.returncode == 0, ended.stderr
         said.append(json.loads(ended.stdout))
     assert said[0] == pytest.approx(said[1], rel=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_nothing_is_left_of_the_others(tmp_path):
+    """A thread of gloo's that is alive when the interpreter shuts down may abort the process, whose work is done."""
+    for status, said in run_forked(threads_left, 2, tmp_path):
+        assert status == 0, said
+        assert "gloo" not in said
 
 
 def test_processes_that_do_not_fit_are_told_what_to_do():

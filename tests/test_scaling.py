@@ -21,6 +21,7 @@ from metamom.experiments.scaling.planning import Case
 from metamom.experiments.scaling.problems import QUICK, Problem
 from metamom.experiments.scaling.simulate import Run
 
+pytestmark = pytest.mark.xdist_group("scaling")  # the fixture's processes take half a minute: once
 LINK = Link(latency=1e-3, bandwidth=1e6)
 DENSE, SPARSE = Kind(1000, dense=True), Kind(20, dense=False, apply=0.5, encode=2.0, decode=Line(3.0, 0.25))
 SERVERS = ["replicated", "rank0"]
