@@ -30,6 +30,7 @@ class BiasedAccumulator:
         workers: n; if given, `finish` insists on exactly so many. With error feedback, give it or name the workers.
         world: the processes that share a step (`metamom.distributed.start`). Each adds the gradients of its own
             workers (``world.workers(n)``) and gets the aggregate of all; one alone by default. It needs ``workers``.
+            Processes that carry one worker together must add equally often.
 
     Raises:
         ValueError: for no trainable parameter, ``workers`` below 1, or a number of them that cannot be dealt.
@@ -152,6 +153,11 @@ class BiasedAccumulator:
                 as many as asked for. Nothing is lost then: mend it and call again.
         """
         with self.world.together():
+            if self.world.size > 1:
+                assert self.workers is not None
+                adds = "" if self.workers >= self.world.size else f", {sum(self._counts.values())} adds"
+                spec, d = "none" if self.bias is None else self.bias.spec, sum(p.numel() for p in self.params)
+                self.world.step(f"a step of workers={self.workers}, bias={spec}, {d} entries{adds}", self.params)
             order = self._order()
             means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
             rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))

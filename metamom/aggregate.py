@@ -123,12 +123,16 @@ class Aggregation:
             self._held = []
         if self._measured:
             self._plain = _sum(self._plain, rows)
-        if self.world.size > 1 and self.operator is not None and self.operator.compresses:
-            self._messages += self.operator.send(rows, step=self._step, workers=workers, sizes=self.sizes)
-            self._like = rows[0]
-            return
-        if self.operator is not None:
-            rows = self.operator(rows, step=self._step, workers=workers, sizes=self.sizes)
+        operator = self.operator
+        if self.world.size > 1 and operator is not None:
+            with operator.held():  # until all processes have come so far
+                if operator.compresses:
+                    self._messages += operator.send(rows, step=self._step, workers=workers, sizes=self.sizes)
+                    self._like = rows[0]
+                    return
+                rows = operator(rows, step=self._step, workers=workers, sizes=self.sizes)
+        elif operator is not None:
+            rows = operator(rows, step=self._step, workers=workers, sizes=self.sizes)
         if self.how == "mean":
             self._total = _sum(self._total, rows)
         else:
@@ -143,6 +147,8 @@ class Aggregation:
         """
         if self._shared:
             return self._of_shared_workers()
+        if self.operator is not None:
+            self.operator.settle()
         if self._messages:
             total = self._of_messages()
         elif self.how == "mean":

@@ -16,11 +16,10 @@ import hashlib
 import importlib
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -31,6 +30,8 @@ from metamom.batch import Sampler, TaskBatch, block
 Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
 TIMEOUT = 600.0  # seconds, where nothing is said: a first compiled step takes minutes
+SAME = "Give all of them the same arguments and weights: make models after the same torch.manual_seed, or load them."
+WEIGHTS_EVERY = 50  # steps: their weights are compared, for processes that go apart
 T = TypeVar("T")
 
 
@@ -52,6 +53,7 @@ class World:
     Attributes:
         sent: bytes that the processes have sent each other so far, all of them together: agreements, losses and
             gradients, by what an exchange sends at least (an all-reduce of p bytes by n processes: ``2 (n-1) p``).
+        doing: what this process is about to do, in words; an agreement of processes that differ in it is refused.
         word: a whole number that this process says with its next agreement.
         words: what all said with the last one.
     """
@@ -72,11 +74,12 @@ class World:
         self.server = server
         self.timeout = timeout
         self.sent = 0
+        self.doing = ""
         self.word = 0
         self.words = [0]
         self._owned = owned
         self._shared: BaseException | None = None
-        self._looked_at: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+        self._steps = 0
 
     @property
     def first(self) -> bool:
@@ -118,6 +121,7 @@ class World:
 
         Raises:
             Exception: the failure of the process of lowest number that failed, the same on all of them.
+            ValueError: where they are `doing` different things, the same on all of them.
             ProcessError: if a process is gone or does not come within the time-out.
         """
         if self.size == 1:
@@ -126,15 +130,21 @@ class World:
                 raise error
             return
         try:
-            said = self.gather(torch.tensor([error is not None, self.word], dtype=torch.int64)).tolist()
+            doing = int.from_bytes(hashlib.blake2b(self.doing.encode(), digest_size=7).digest(), "little")
+            said = self.gather(torch.tensor([error is not None, self.word, doing], dtype=torch.int64)).tolist()
         except ProcessError:
             if error is not None:  # whom it cannot be told
                 raise error from None
             raise
-        self.words = [word for _, word in said]
-        failed = [rank for rank, (is_failed, _) in enumerate(said) if is_failed]
-        if not failed:
+        self.words = [word for _, word, _ in said]
+        failed = [rank for rank, (is_failed, _, _) in enumerate(said) if is_failed]
+        differ = any(other != said[0][2] for _, _, other in said)
+        if not failed and not differ:
             return
+        # some may have failed before they could say what they did: all begin again
+        did, self.doing, self._steps = self.doing, "", 0
+        if not failed:
+            self._refuse("what they do", self.gather_objects(did), SAME)
         told = self.gather_objects(None if error is None else _packed(error))[failed[0]]
         self._shared = error if error is not None and self.rank == failed[0] else _unpacked(told)
         raise self._shared
@@ -166,32 +176,37 @@ class World:
             self._call("an object of process 0", lambda: dist.broadcast_object_list(made, src=0))
         return made[0]  # type: ignore[return-value]
 
-    def check_same(self, what: str, value: object, remedy: str, *, once_for: object = None) -> None:
+    def check_same(self, what: str, value: object, remedy: str) -> None:
         """Refuse to go on with processes that differ in what must be the same.
 
         Args:
             what: it is, for the error.
             value: of this process, or a function that makes it; tensors by `digest`.
             remedy: what to do.
-            once_for: an object for which this ``what`` (of this value, where it is given) is looked at once alone.
 
         Raises:
             ValueError: on all processes, naming the first that differs from process 0.
         """
-        key = what if callable(value) else f"{what} {value}"
-        if self.size == 1 or (once_for is not None and key in self._looked_at.setdefault(once_for, set())):
+        if self.size == 1:
             return
         with self.together():
             value = value() if callable(value) else value
-        said = self.gather_objects(value)
+        self._refuse(what, self.gather_objects(value), remedy)
+
+    def step(self, what: str, weights: Iterable[Tensor]) -> None:
+        """Say what this process is `doing`: a step, with these arguments, every now and then with these weights."""
+        if self.size > 1:
+            told = f" at weights {digest(weights)}" if self._steps % WEIGHTS_EVERY == 0 else ""
+            self.doing = what + told
+            self._steps += 1
+
+    def _refuse(self, what: str, said: Sequence[object], remedy: str) -> None:
         for rank, other in enumerate(said):
             if other != said[0]:
                 self._shared = ValueError(
                     f"the processes differ in {what}: {said[0]} on process 0, {other} on process {rank}. {remedy}"
                 )
                 raise self._shared
-        if once_for is not None:
-            self._looked_at[once_for].add(key)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every process's ``[*shape]``, of one shape on all: ``[size, *shape]``."""
@@ -300,8 +315,8 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
         ...     world.size
         1
     """
-    if not timeout > 0:
-        raise ValueError(f"the time-out is a number of seconds > 0; got {timeout}.")
+    if not 0 < timeout <= 1e9:
+        raise ValueError(f"the time-out is a number of seconds > 0, at most 10^9; got {timeout}.")
     given = dist.is_available() and dist.is_initialized()
     if not given and "RANK" not in os.environ:
         return World(server=server, timeout=timeout)
@@ -357,7 +372,7 @@ def _packed(error: Exception) -> bytes:
             try:
                 packed = pickle.dumps(told)
                 copy = _unpacked(packed)
-            except (pickle.PicklingError, AttributeError, TypeError):  # of a type, or with attributes, that stay here
+            except Exception:  # noqa: BLE001 - whatever an error's own pickling raises: then its text goes
                 continue
             if type(copy) is type(error) and str(copy) == str(error):
                 return packed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch
-from metamom.distributed import World
+from metamom.distributed import World, digest
 from metamom.maml import MAML
 from metamom.metrics import accuracy
 
@@ -85,6 +85,9 @@ def evaluate(
     source: Sampler = sampler if with_stream is None else with_stream(stream)
     like = next(learner.model.parameters())
     world = World() if world is None else world
+    if world.size > 1:
+        weights = digest(learner.meta_parameters().values())
+        world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}, at weights {weights}"
     values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # of other processes' tasks zero; last, the metric
     with world.together(), _evaluation_mode(learner.model):
         count, parts = _parts(source, tasks, world)

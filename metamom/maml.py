@@ -24,7 +24,7 @@ from metamom.bias import Bias, as_operator
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
 from metamom.differences import Losses, drawing_refused
-from metamom.distributed import World, digest
+from metamom.distributed import World
 from metamom.estimators import (
     TRACKED,
     Adaptations,
@@ -338,10 +338,12 @@ class MAML(nn.Module):
         """
         world = World() if world is None else world
         weights = self.meta_parameters()
-        if world.size > 1:
-            self._check_same(world, batch, workers, bias, aggregate)
-        sent = world.sent  # after what is looked at once: a resumed run counts as one that was never stopped
+        sent = world.sent
         with world.together():
+            if world.size > 1:
+                operator, shapes = as_operator(bias), [tuple(x.shape) for x in batch[:4]]
+                what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
+                world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
             self._check(batch)
             mine, done = world.workers(workers), 0
             sizes = [w.numel() for w in weights.values()]
@@ -364,21 +366,6 @@ class MAML(nn.Module):
             self._remember(world.gather(batch.task_ids).flatten(), everyones, total, losses)
         share = float(shares[0].mean()) if shares else None
         return Backward(losses.mean(), {"accuracy": share, **report, "sent_bytes": world.sent - sent})
-
-    def _check_same(self, world: World, batch: TaskBatch, workers: int, bias: Bias, aggregate: Aggregate) -> None:
-        """Refuse processes that would not do the same step; looked at when something of it is new."""
-        operator = as_operator(bias)
-        spec = "none" if operator is None else operator.spec
-        shapes = [tuple(x.shape) for x in batch[:4]]
-        step = f"workers={workers}, bias={spec}, aggregate={aggregate}, batches of {shapes}"
-        world.check_same("the step's arguments", step, "Give all of them the same.", once_for=self)
-        weights = self.meta_parameters().values()
-        world.check_same(
-            "the learner's weights",
-            lambda: digest(weights),
-            "Make the model after the same torch.manual_seed on each, or load the same weights.",
-            once_for=self,
-        )
 
     def _gradients(
         self, weights: Params, batch: TaskBatch, workers: int

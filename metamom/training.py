@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from metamom.batch import Sampler
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.diagnostics import TrackBias, check_track, track
-from metamom.distributed import World
+from metamom.distributed import SAME, World, digest
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
@@ -111,12 +112,12 @@ def train(
             metrics' ``measured_bias``. Training goes as without it, bit for bit.
         world: the processes that train together (`metamom.distributed.start`), each of which calls this with the same
             arguments; one alone by default. What is trained does not depend on how many they are, so a run may go on
-            with another number of them. Process 0 alone reads and writes ``run_dir``, and shows progress. A model that
-            draws at random (dropout) draws alike on all of them.
+            with another number of them; but for a model that draws at random (dropout), which draws alike on all of
+            them. Process 0 alone reads and writes ``run_dir``, and shows progress.
         label: what the progress bar says.
 
     Returns:
-        A `TrainResult`, the same on all processes.
+        A `TrainResult`, the same on all processes but for the seconds.
 
     Raises:
         ValueError: for an argument out of range; for a ``run_dir`` in use, with a run in it while ``resume`` is
@@ -171,6 +172,22 @@ def train(
         like = next(learner.model.parameters())
         metrics: list[dict[str, Any]] = []
         checked: Evaluation | None = None
+        plan = {
+            **settings,
+            "iterations": iterations,
+            "checkpoint_every": checkpoint_every,
+            "evaluate_every": evaluate_every if validation is not None else 0,
+            "evaluate_tasks": evaluate_tasks,
+            "track_bias": None if track_bias is None else (track_bias.every, track_bias.draws),
+            "run_dir": run_dir is not None,
+            "resume": resume,
+            "server": world.server,
+        }
+        alike = "Start all of them by the same command."
+        world.check_same("the names of their settings", sorted(plan), alike)
+        for name in sorted(plan) if world.size > 1 else ():
+            world.check_same(name, json.dumps(plan[name], sort_keys=True), alike)
+        world.check_same("the learner's weights", lambda: digest(learner.meta_parameters().values()), SAME)
         run = None
         with world.together():
             if run_dir is not None and world.first:

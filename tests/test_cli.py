@@ -384,7 +384,10 @@ def test_train_with_every_flag(metamom, tmp_path):
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
         "seed": 3, "dtype": "float64", "device": "cpu",
     }  # fmt: skip
-    assert config["length"] == {"iterations": 4, "checkpoint_every": 2, "evaluate_every": 2, "evaluate_tasks": 5}
+    assert config["length"] == {
+        "iterations": 4, "checkpoint_every": 2, "evaluate_every": 2, "evaluate_tasks": 5,
+        "processes": 1, "server": "replicated",
+    }  # fmt: skip
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert ["validation" in line for line in lines] == [False, True, False, True]

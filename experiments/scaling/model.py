@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from metamom.distributed import Server
 
-AGREEMENT = 16  # bytes that each process says in `World.agree`
+AGREEMENT = 24  # bytes that each process says in `World.agree`
 
 
 class Exchange(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -233,6 +234,15 @@ class BiasOperator(ABC):
             self._add(total, message, sizes)
         return total
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, what workers keep from call to call does not move on; `settle` then moves it, or nothing does."""
+        yield
+
+    def settle(self) -> None:
+        """Move on what was `held`: all processes have come so far."""
+        return  # most operators: nothing
+
     def reset(self) -> None:
         """Forget what earlier calls have left."""
         return  # most operators: nothing
@@ -390,7 +400,7 @@ class Function(BiasOperator):
     @property
     def spec(self) -> str:
         """The function's name."""
-        return str(getattr(self.function, "__qualname__", repr(self.function)))
+        return str(getattr(self.function, "__qualname__", type(self.function).__qualname__))
 
 
 Bias = BiasOperator | Callable[[Tensor], Tensor] | None

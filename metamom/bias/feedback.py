@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class ErrorFeedback(BiasOperator):
             raise TypeError(f"error feedback goes around an operator without it; got {operator!r}.")
         self.operator = operator
         self._workers: dict[int, State] = {}
+        self._next: dict[int, State] = {}  # of the call at hand
+        self._held = False
 
     @property
     def state(self) -> State:
@@ -69,9 +72,27 @@ class ErrorFeedback(BiasOperator):
         out, state = self._step(rows, state, operator)
         for tensor in state.values():  # what goes to the server is finite where these are
             self._in_range(tensor)
-        for row, worker in enumerate(place.workers):  # only now, since the operator may raise
-            self._keep(worker, {name: tensor[row] for name, tensor in state.items()})
+        self._next = {  # kept only now, since the operator may raise
+            worker: {name: tensor[row] for name, tensor in state.items()} for row, worker in enumerate(place.workers)
+        }
+        if not self._held:
+            self.settle()
         return out
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """See `BiasOperator.held`."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def settle(self) -> None:
+        """See `BiasOperator.settle`."""
+        for worker, state in self._next.items():
+            self._keep(worker, state)
+        self._next = {}
 
     def _keep(self, worker: int, state: State) -> None:
         """A worker's next state, where its last one stands in memory: new tensors would leave holes behind."""
