@@ -157,6 +157,7 @@ class ErrorFeedback(BiasOperator):
     def reset(self) -> None:
         """Forget the state."""
         self._workers = {}
+        self._next = {}
         self.operator.reset()
 
     def state_dict(self) -> dict[str, Any]:
