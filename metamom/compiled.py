@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from metamom import kernels
+from metamom.draws import tracing
 from metamom.kernels.build import CompilerError, find_compiler, gist
 from metamom.products import enlarge_products
 
@@ -167,7 +168,8 @@ class Compiled:
             )
 
         drawn = [tensors[0].device] if tensors[0].is_cuda else []
-        with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device):  # a model may draw in tracing
+        # a model may draw in tracing
+        with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device), tracing():
             graph = make_fx(flat)(*tensors)
         enlarge_products(graph)
         options = _options(graph, tensors[0].device)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch
 from metamom.distributed import World, digest
 from metamom.maml import MAML
 from metamom.metrics import accuracy
+from metamom.swapping import evaluating
 
 BLOCK = 50  # tasks drawn and computed together
 
@@ -83,13 +83,13 @@ def evaluate(
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
     with_stream = getattr(sampler, "with_stream", None)
     source: Sampler = sampler if with_stream is None else with_stream(stream)
-    like = next(learner.model.parameters())
+    like = next(iter(learner.meta_parameters().values()))
     world = World() if world is None else world
     if world.size > 1:
         weights = digest(learner.meta_parameters().values())
         world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}, at weights {weights}"
     values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # of other processes' tasks zero; last, the metric
-    with world.together(), _evaluation_mode(learner.model):
+    with world.together(), evaluating():
         count, parts = _parts(source, tasks, world)
         hidden = None if world.first else True
         for first, part in tqdm(parts, total=count, desc="evaluate", unit="block", leave=False, disable=hidden):
@@ -101,9 +101,9 @@ def evaluate(
                 with torch.no_grad():
                     predictions = learner.predict(params, batch.query_x)
                     right = accuracy(predictions, batch.query_y)
-                    loss = torch.func.vmap(learner.loss_fn)
-                    value = (loss(predictions, batch.query_y) if right is None else right).double().cpu()
+                    value = learner.losses_of(params, predictions, batch.query_y) if right is None else right
                 values[-1, theirs] = float(right is not None)
+                value = value.double().cpu()
                 for row in (row for row, wanted in enumerate(steps) if wanted == step):
                     values[row, theirs] = value
     all_values, is_accuracy = world.sum_everywhere(values).split_with_sizes([len(steps), 1])
@@ -140,14 +140,3 @@ def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tup
                 yield first, whole.part(first, first + size)
 
     return len(mine), drawn()
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

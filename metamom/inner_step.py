@@ -5,6 +5,7 @@ Legend: T tasks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ Derivatives = Literal["none", "exact", "differences"]
 
 def inner_gradient(
     along: Losses, hessian: Losses | None, own: Params, others: Params, derivatives: Derivatives, precision: float
-) -> Params:
+) -> dict[str, Tensor | None]:
     """The gradient of each task's loss in its own parameters, for one inner step.
 
     Its value is that of the batch that the step goes along, its derivatives are those of the batch that gives the
@@ -33,19 +34,28 @@ def inner_gradient(
         precision: of differences, see `metamom.differences.difference`.
 
     Returns:
-        ``[T, *shape]`` by the names of ``own``.
+        ``[T, *shape]`` by the names of ``own``; ``None`` for what the losses do not depend on.
 
     Reference:
         Fallah, Mokhtari, Ozdaglar (2020), where the Hessian has a batch of its own.
     """
     if derivatives == "differences":
-        return gradient_by_differences(along, hessian or along, own, others, precision)
+        return {**gradient_by_differences(along, hessian or along, own, others, precision)}
     coupled = derivatives == "exact" and hessian is None
     value = _gradient(along, own, others, create_graph=coupled)
     if derivatives == "none" or hessian is None:
         return value
     derivative = _gradient(hessian, own, others, create_graph=True)
-    return {name: straight_through(g, derivative[name]) for name, g in value.items()}
+    return {
+        name: g if g is None or (d := derivative[name]) is None else straight_through(g, d) for name, g in value.items()
+    }
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+    """The gradient of a number in each input; ``None`` where it does not depend on it, as far as its graph says."""
+    if not output.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(output, list(inputs), create_graph=create_graph, allow_unused=True))
 
 
 def inner_step(w: Tensor, alpha: float | Tensor, grad: Tensor) -> Tensor:
@@ -100,15 +110,9 @@ class _StraightThrough(Function):
         return None, cotangents[0]
 
 
-def _gradient(losses: Losses, own: Params, others: Params, create_graph: bool) -> Params:
-    grads = torch.autograd.grad(
-        losses(own, others).sum(),
-        list(own.values()),
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(own, grads, strict=True))
+def _gradient(losses: Losses, own: Params, others: Params, create_graph: bool) -> dict[str, Tensor | None]:
+    found = gradients(losses(own, others).sum(), list(own.values()), create_graph)
+    return dict(zip(own, found, strict=True))
 
 
 def _memory_order(w: Tensor) -> list[int] | None:

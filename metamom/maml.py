@@ -11,20 +11,19 @@ pass leaves each worker's gradient there and no gradient per task is ever stored
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metamom.aggregate import Aggregation, deliver, flatten, unflatten
-from metamom.autocast import autocast
 from metamom.batch import TaskBatch, block
 from metamom.bias import Bias, as_operator
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
-from metamom.differences import Losses, drawing_refused
+from metamom.differences import Losses
 from metamom.distributed import World
+from metamom.draws import Step, is_tracing
 from metamom.estimators import (
     TRACKED,
     Adaptations,
@@ -37,16 +36,22 @@ from metamom.estimators import (
     passes,
     support_parts,
 )
-from metamom.inner_step import Derivatives, inner_gradient, inner_step, straight_through
+from metamom.inner_step import Derivatives, gradients, inner_gradient, inner_step, straight_through
+from metamom.learner_options import check_compile, check_option, check_replacement
 from metamom.metrics import accuracy
 from metamom.robust import Aggregate
+from metamom.run_by_task import RunByTask
 from metamom.selection import selected
 from metamom.start import Params, Start, deal
 from metamom.step_sizes import LearnInnerLR, StepSizes
+from metamom.swapping import alone, slots, swapped, trainable
 from metamom.tracking import TRACKING, Memory, check_tracking, distinct_ids, tracked
-from metamom.vmap_errors import check_model, explained, unchanged
+from metamom.unused import changes, cut_off, from_outside
+from metamom.vmap_errors import check_model, explained
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+
+LOSS = "loss_fn."  # before the names of a loss module's parameters
 
 # Seconds that compiling takes for each layer and each pass through the model, measured on two cores.
 COMPILE_SECONDS = 2.0
@@ -144,7 +149,7 @@ class MAML(nn.Module):
         model: nn.Module,
         loss_fn: LossFn,
         *,
-        inner_lr: float | Mapping[str, float | Tensor] = 0.01,
+        inner_lr: float | Tensor | Mapping[str, float | Tensor] = 0.01,
         inner_steps: int = 1,
         estimator: Estimator = "exact",
         inner_batches: InnerBatches = "same",
@@ -156,21 +161,11 @@ class MAML(nn.Module):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if inner_steps < 1:
-            raise ValueError(f"inner_steps must be >= 1; got {inner_steps}.")
+        check_option("inner_steps", inner_steps)
         check_estimator(estimator, inner_batches)
         check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
-        counted = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
-        if not (counted or chunk_size is None or (isinstance(chunk_size, str) and chunk_size == "auto")):
-            raise ValueError(
-                f'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}.'
-            )
-        if not (isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
-            raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
-        if autocast not in (None, torch.bfloat16):
-            raise ValueError(f"autocast must be torch.bfloat16 or None; got {autocast!r}.")
+        check_compile(compile)
         check_model(model)
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model = model
         self.loss_fn = loss_fn
         self.inner_steps = inner_steps
@@ -178,20 +173,67 @@ class MAML(nn.Module):
         self.inner_batches: InnerBatches = inner_batches
         self.chunk_size = chunk_size
         self.autocast = autocast
-        self.adapted = selected(adapt, trainable)
-        self.step_sizes = StepSizes(inner_lr, {name: trainable[name] for name in self.adapted}, learn_inner_lr)
+        weights = self._weights()
+        self.adapted = selected(adapt, trainable(model))
+        self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
         self.memory: Memory | None = None
         if estimator in TRACKED:
-            self.memory = Memory(estimator, TRACKING if tracking is None else tracking, trainable, self.adapted)
+            self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
         self._gradient: Callable[..., tuple[Tensor, ...]] = self._gradient_of_chunk
         self._expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
+        self._unused: set[str] = set()  # parameters that the model has been found not to use
+        self._run = RunByTask()
         if compile:
             if compile is True:
                 check_compiler(next(model.parameters()).device)
             layers = sum(not list(module.children()) for module in model.modules())
             cost = COMPILE_SECONDS * layers * passes(estimator, inner_steps)
             self._gradient = Compiled(self._gradient_of_chunk, self._settings, compile, cost)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; options of the constructor are checked as there.
+
+        Raises:
+            AttributeError: for an option that only the constructor takes.
+            ValueError: for a value out of range, or another model with other parameters.
+            TypeError: for a value of the wrong kind.
+        """
+        if name == "inner_lr":
+            weights = self._weights()
+            self.step_sizes.assign(value, {n: weights[n] for n in self.adapted})
+            return
+        check_option(name, value)
+        if "_run" in self.__dict__:  # it has been made
+            self._check_change(name, value)
+        if name == "loss_fn":  # a module in place of a function, or the other way round
+            self._modules.pop(name, None)
+        super().__setattr__(name, value)
+
+    def _check_change(self, name: str, value: Any) -> None:
+        """Refuse what does not go with the other options."""
+        if name == "model":
+            check_model(value)
+            check_replacement(trainable(self.model), trainable(value))
+        if name in ("estimator", "inner_batches", "inner_steps"):
+            estimator: Estimator = value if name == "estimator" else self.estimator
+            check_estimator(estimator, value if name == "inner_batches" else self.inner_batches)
+            steps = value if name == "inner_steps" else self.inner_steps
+            tracking = None if self.memory is None else self.memory.tracking
+            check_tracking(estimator, tracking, steps, self.step_sizes.kind)
+            if name == "estimator" and (value in TRACKED or self.estimator in TRACKED) and value != self.estimator:
+                raise ValueError(
+                    f"a learner with estimator {self.estimator!r} cannot go on with {value!r}, which remembers other "
+                    "things of the tasks: make another learner around the same model."
+                )
+
+    @property
+    def inner_lr(self) -> float | Tensor | dict[str, float | Tensor]:
+        """The inner step sizes in force: one number (or learned tensor) for all, else by parameter.
+
+        May be set, to what the constructor takes: learned step sizes are then learned on from there.
+        """
+        return self.step_sizes.values()
 
     def describe(self) -> dict[str, Any]:
         """The options that make this learner again, as JSON values."""
@@ -230,11 +272,12 @@ class MAML(nn.Module):
         self._expected = iterations
 
     def meta_parameters(self) -> Params:
-        """What meta-gradients are taken for, by name: the model's trainable parameters and learned step sizes.
+        """What meta-gradients are taken for, by name: the trainable parameters of model and loss, learned step sizes.
 
-        Names are those of ``model.named_parameters()``; step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
+        Names are those of ``model.named_parameters()``. Parameters of a ``loss_fn`` that is a module follow as
+        ``"loss_fn.NAME"`` (inner steps do not move them), step sizes as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
-        return self._trainable() | self.step_sizes.learned()
+        return self._weights() | self.step_sizes.learned()
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
         """Adapt to each task's support set, all of it in every step whatever the estimator.
@@ -263,6 +306,21 @@ class MAML(nn.Module):
         """Predictions ``[T, N, ...]`` of T tasks' adapted weights (from `adapt`) on their inputs ``x: [T, N, ...]``."""
         return self._predictions(Start(params, {}, {}, {}), params, x)
 
+    def losses_of(self, params: Params, predictions: Tensor, y: Tensor) -> Tensor:
+        """The losses ``[T]`` of T tasks' predictions (from `predict`), ``[T, N, ...]``.
+
+        Args:
+            params: the adapted weights that the predictions are by, which a loss module may share with the model.
+            predictions: ``[T, N, ...]``.
+            y: the targets, ``[T, N, ...]``.
+        """
+        return self._losses(Start(params, {}, {}, {}), params, predictions, y)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; safe while other threads use this learner to predict."""
+        with alone(self):
+            return super().state_dict(*args, **kwargs)
+
     def losses(self, batch: TaskBatch) -> Tensor:
         """Each task's query loss after adaptation, ``[T]``.
 
@@ -277,8 +335,11 @@ class MAML(nn.Module):
         """
         self._check(batch)
         rows = self._one_row()
-        parts = spans(batch.num_tasks, self._chunk_size(batch), batch.num_tasks)
-        return torch.cat([self._estimated_losses(rows, batch.part(start, stop)) for start, stop in parts])
+        step, found = Step(), []
+        for start, stop in spans(batch.num_tasks, self._chunk_size(batch), batch.num_tasks):
+            with step.tasks(start, stop - start):
+                found.append(self._estimated_losses(rows, batch.part(start, stop)))
+        return torch.cat(found)
 
     def meta_gradient(self, batch: TaskBatch, workers: int = 1) -> MetaGradient:
         """Each worker's composite meta-gradient, the mean over its own tasks.
@@ -349,7 +410,7 @@ class MAML(nn.Module):
             sizes = [w.numel() for w in weights.values()]
             server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure)
             found: list[tuple[Tensor, ...]] = []
-            for rows, of_tasks in self._gradients(weights, batch, len(mine)):
+            for rows, of_tasks in self._gradients(weights, batch, len(mine), world.rank * batch.num_tasks):
                 server.add(rows, mine[done : done + len(rows)])
                 done += len(rows)
                 found.append(of_tasks)
@@ -368,11 +429,12 @@ class MAML(nn.Module):
         return Backward(losses.mean(), {"accuracy": share, **report, "sent_bytes": world.sent - sent})
 
     def _gradients(
-        self, weights: Params, batch: TaskBatch, workers: int
+        self, weights: Params, batch: TaskBatch, workers: int, number: int = 0
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """The workers' flattened meta-gradients, some ``[k, d]`` at a time in their order, as chunks give them.
 
-        Each time with query losses ``[T]``, predictions and averages to keep, of the tasks of these workers.
+        Each time with query losses ``[T]``, predictions and averages to keep, of the tasks of these workers. The
+        ``number`` of the first task in the batch of all processes is what a random model draws by.
         """
         self._check(batch)
         if isinstance(workers, bool) or not isinstance(workers, int):
@@ -385,10 +447,12 @@ class MAML(nn.Module):
                 self._expected = self._expected - 1 if self._expected > 1 else None
         rows: Tensor | None = None
         held: list[tuple[Tensor, ...]] = []
+        step = Step()
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
             tasks = batch if len(parts) == 1 else batch.part(start, stop)
-            found = self._gradient(weights, self._recalled(tasks), last - first, 1 / per_worker, *tasks[:4])
+            with step.tasks(number + start, stop - start):
+                found = self._gradient(weights, self._recalled(tasks), last - first, 1 / per_worker, *tasks[:4])
             of_tasks, grads = found[: 2 + self._averages], found[2 + self._averages :]
             chunk = grads[0] if len(grads) == 1 else flatten(grads)
             rows = chunk if rows is None else rows + chunk
@@ -404,12 +468,12 @@ class MAML(nn.Module):
 
     def _recalled(self, batch: TaskBatch) -> Params:
         """What is remembered of the tasks; nothing by estimators that track none."""
-        return {} if self.memory is None else self.memory.recall(batch.task_ids, self._trainable())
+        return {} if self.memory is None else self.memory.recall(batch.task_ids, self._weights())
 
     def _remember(self, task_ids: Tensor | None, averages: list[Tensor], *results: Tensor) -> None:
         """Move the tasks' memory on, unless something would poison it."""
         if self.memory is not None and all(bool(x.isfinite().all()) for x in (*averages, *results)):
-            self.memory.keep(task_ids, dict(zip(self.adapted, averages, strict=True)), self._trainable())
+            self.memory.keep(task_ids, dict(zip(self.adapted, averages, strict=True)), self._weights())
 
     def _check(self, batch: TaskBatch) -> None:
         """Refuse a batch that the estimator cannot take."""
@@ -458,15 +522,17 @@ class MAML(nn.Module):
         totals: list[Tensor] = []
         with torch.enable_grad():
             rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
+            around = {} if is_tracing() else weights  # what the losses must depend on by way of the rows alone
             for term in self._cut(TaskBatch(*batch)):
                 losses, predictions, adapted = self._episodes(rows, term, memory)
                 with explained(self.model):
-                    grads = torch.autograd.grad(
-                        losses.sum() * (scale * term.weight),
-                        list(rows.values()),
-                        allow_unused=True,
-                        materialize_grads=True,
-                    )
+                    found = gradients(losses.sum() * (scale * term.weight), [*rows.values(), *around.values()])
+                past = [name for name, grad in zip(around, found[len(rows) :], strict=True) if grad is not None]
+                if past:
+                    raise from_outside(past)
+                own = dict(zip(rows, found[: len(rows)], strict=True))
+                self._check_cut([name for name, grad in own.items() if grad is None], term.query_x, term.query_y)
+                grads = [torch.zeros_like(rows[name]) if grad is None else grad for name, grad in own.items()]
                 if not totals:
                     averages = [u.detach() for u in adapted.values()] if memory else []
                     first = losses.detach()[:: term.copies], predictions.detach()[:: term.copies], *averages
@@ -494,7 +560,7 @@ class MAML(nn.Module):
         if memory:
             adapted = tracked(memory, adapted, lambda weights: self._step_from(weights, term.steps[0]))
         predictions = self._predictions(start, adapted, term.query_x)
-        return self._losses(predictions, term.query_y), predictions, adapted
+        return self._losses(start, adapted, predictions, term.query_y), predictions, adapted
 
     def _step_from(self, weights: Params, batch: InnerBatch) -> Params:
         """An inner step from each task's own weights ``[T, *shape]``, without a graph."""
@@ -510,14 +576,21 @@ class MAML(nn.Module):
             with torch.enable_grad():
                 at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
                 grads = self._inner_gradient(start, at, batch, keep_graph)
+                self._check_cut([name for name, grad in grads.items() if grad is None], batch.x, batch.y)
                 own = {
-                    n: inner_step(w, self.step_sizes.of(n, start.step_sizes, w.dim()), grads[n]) for n, w in at.items()
+                    n: w if (g := grads[n]) is None else inner_step(w, self._step_size(n, start, w), g)
+                    for n, w in at.items()
                 }
             if not keep_graph:
                 own = {name: w.detach() for name, w in own.items()}
             yield own
 
-    def _inner_gradient(self, start: Start, at: Params, batch: InnerBatch, keep_graph: bool) -> Params:
+    def _step_size(self, name: str, start: Start, weight: Tensor) -> float | Tensor:
+        return self.step_sizes.of(name, start.step_sizes, weight.dim())
+
+    def _inner_gradient(
+        self, start: Start, at: Params, batch: InnerBatch, keep_graph: bool
+    ) -> dict[str, Tensor | None]:
         derivatives: Derivatives = "exact" if keep_graph and self.estimator != "first-order" else "none"
         if keep_graph and self.estimator == "hessian-free" and batch.hessian is not None:
             derivatives = "differences"
@@ -525,8 +598,8 @@ class MAML(nn.Module):
         def losses(x: Tensor, y: Tensor, draws: bool = True) -> Losses:
             def of(own: Params, others: Params) -> Tensor:
                 kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
-                predictions = self._predictions(start._replace(kept=kept, shared=shared), own, x, draws)
-                return self._losses(predictions, y)
+                there = start._replace(kept=kept, shared=shared)
+                return self._losses(there, own, self._predictions(there, own, x, draws), y)
 
             return of
 
@@ -541,25 +614,17 @@ class MAML(nn.Module):
 
         A model that ``draws`` does so for each task; where it must not it is an error.
         """
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # the model's own stay as they are
-
-        def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
-            out: Tensor = torch.func.functional_call(self.model, {**buffers, **start.shared, **kept, **own}, (x,))
-            return out
-
-        weights = {**dict(self.model.named_parameters()), **start.shared, **start.kept, **own}
-        with (
-            explained(self.model),
-            nullcontext() if draws else drawing_refused(),
-            unchanged({"its input": x, **buffers, **weights}, self.model),
-            autocast(x.device, self.autocast),
-        ):
-            out: Tensor = torch.func.vmap(one_task, randomness="different" if draws else "error")(own, start.kept, x)
+        out = self._run(self.model, start, own, x, draws, self.autocast)
         return out if self.autocast is None else out.to(x.dtype)
 
-    def _losses(self, predictions: Tensor, y: Tensor) -> Tensor:
+    def _losses(self, start: Start, own: Params, predictions: Tensor, y: Tensor) -> Tensor:
+        """Losses ``[T]`` of predictions ``[T, N, ...]``, by the parameters that they were made with."""
+        loss_fn = self.loss_fn
         with explained(self.model, "loss_fn"):
-            losses: Tensor = torch.func.vmap(self.loss_fn)(predictions, y)
+            if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
+                losses = self._losses_by_module(loss_fn, start, own, predictions, y)
+            else:
+                losses = torch.func.vmap(loss_fn)(predictions, y)
         if losses.dim() != 1:
             raise ValueError(
                 "loss_fn must return one number a task, as reduction='mean' does; "
@@ -567,8 +632,65 @@ class MAML(nn.Module):
             )
         return losses
 
-    def _trainable(self) -> Params:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def _losses_by_module(
+        self, loss_fn: nn.Module, start: Start, own: Params, predictions: Tensor, y: Tensor
+    ) -> Tensor:
+        """The losses by a module that has parameters: the tasks' own where it shares the model's."""
+        names = self._names_in_loss()
+        with alone(loss_fn):
+            found = slots(loss_fn)
+
+            def one_task(own: Params, kept: Params, predictions: Tensor, y: Tensor) -> Tensor:
+                weights = {**start.shared, **kept, **own}
+                with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
+                    loss: Tensor = loss_fn(predictions, y)
+                return loss
+
+            losses: Tensor = torch.func.vmap(one_task)(own, start.kept, predictions, y)
+        return losses
+
+    def _check_cut(self, missing: Sequence[str], x: Tensor, y: Tensor) -> None:
+        """Refuse parameters without a gradient that the loss depends on; those that it does not are unused.
+
+        Args:
+            missing: names of meta-parameters.
+            x: inputs of some tasks, the first of which is tried, ``[T, N, ...]``.
+            y: their targets.
+        """
+        if is_tracing() or not (set(missing) - self._unused):
+            return
+        weights = {name: w.detach() for name, w in self._weights().items()}
+        names = [name for name in missing if name in weights and name not in self._unused]
+        step = Step()
+
+        def loss(weights: Params) -> Tensor:
+            start = self._deal({name: w.unsqueeze(0) for name, w in weights.items()}, 1)
+            with step.tasks(0, 1):
+                predictions = self._predictions(start, start.own, x[:1])
+                return self._losses(start, start.own, predictions, y[:1])
+
+        with torch.random.fork_rng(devices=[]):
+            used = changes(loss, weights, names)
+        if used:
+            raise cut_off(used)
+        self._unused.update(missing)
+
+    def _weights(self) -> Params:
+        """The trainable parameters of the model, and those of the loss that are not the model's too."""
+        weights = trainable(self.model)
+        if isinstance(self.loss_fn, nn.Module):
+            for name, meta_name in self._names_in_loss().items():
+                parameter = self.loss_fn.get_parameter(name)
+                if weights.setdefault(meta_name, parameter) is not parameter:
+                    raise ValueError(f"both the model and loss_fn have a parameter {meta_name!r}: rename the model's.")
+        return {name: p for name, p in weights.items() if p.requires_grad}
+
+    def _names_in_loss(self) -> dict[str, str]:
+        """The parameters of a loss that is a module: their names there, and among the meta-parameters."""
+        assert isinstance(self.loss_fn, nn.Module)
+        with alone(self.model), alone(self.loss_fn):
+            of_model = {id(p): name for name, p in self.model.named_parameters()}
+            return {name: of_model.get(id(p), LOSS + name) for name, p in self.loss_fn.named_parameters()}
 
     def _one_row(self) -> Params:
         return {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}

@@ -1,0 +1,162 @@
+"""What a model draws at random under `torch.func.vmap`: for each task by the task's number alone.
+
+Under ``vmap(randomness="different")`` all tasks draw from one generator, so a task's draws depend on which tasks are
+computed with it. Here each random operation is done task by task, with a generator seeded from one number a step, the
+task's number in the batch, and the number of the operation: the same in chunks of any size, on any process.
+
+A compiled meta-gradient has its random operations built in and draws as ``vmap`` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_STEP: ContextVar[Step | None] = ContextVar("step", default=None)
+_TRACING: ContextVar[bool] = ContextVar("tracing", default=False)
+
+
+class Step:
+    """The draws of one step, which all of its chunks share.
+
+    Its seed comes from torch's generator on the CPU when the first random operation is done: a model that draws
+    nothing leaves that generator as it is, one that draws moves it on by one number a step.
+
+    Attributes:
+        first: number of the first task at hand.
+        count: of the tasks at hand.
+        calls: of the model, since they came to hand.
+    """
+
+    def __init__(self) -> None:
+        self._seed: int | None = None
+        self.first = 0
+        self.count = 0
+        self.calls = 0
+
+    def seed(self) -> int:
+        """The step's seed."""
+        if self._seed is None:
+            self._seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+        return self._seed
+
+    @contextmanager
+    def tasks(self, first: int, count: int) -> Iterator[None]:
+        """Take ``count`` tasks to hand, of which the first has number ``first``."""
+        self.first, self.count, self.calls = first, count, 0
+        token = _STEP.set(self)
+        try:
+            yield
+        finally:
+            _STEP.reset(token)
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """While a graph is traced, let random operations be what they are."""
+    token = _TRACING.set(True)
+    try:
+        yield
+    finally:
+        _TRACING.reset(token)
+
+
+def is_tracing() -> bool:
+    """Whether a graph is traced in this thread."""
+    return _TRACING.get()
+
+
+class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Does the random operations of one call of the model task by task.
+
+    Args:
+        tasks: T, the size of vmap's axis: the tasks at hand, or c copies of each, one after the other.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        step = _STEP.get()
+        if step is None:
+            step = Step()
+            step.count = tasks
+        self.step = step
+        self.tasks = tasks
+        self.start = step.first * (tasks // step.count)
+        self.call = step.calls
+        self.operations = 0  # on all tasks at once
+        self.singles = 0  # on one task each, which come in their order
+        step.calls += 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        if not any(self._has_tasks(value) for value in (*args, *kwargs.values())):
+            task, number = self.singles % self.tasks, self.singles // self.tasks
+            self.singles += 1
+            return self._draw(func, args, kwargs, task, f"single {number}")
+        number = self.operations
+        self.operations += 1
+        results = []
+        for task in range(self.tasks):
+            own = [self._of(value, task) for value in args]
+            own_kwargs = {key: self._of(value, task) for key, value in kwargs.items()}
+            results.append(self._draw(func, own, own_kwargs, task, str(number)))
+        if func._schema.is_mutable:  # each task has written to its own part
+            return args[0]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results)
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    def _has_tasks(self, value: Any) -> bool:
+        """Whether an argument is a tensor, or a size, with all tasks in its first dimension."""
+        if isinstance(value, Tensor):
+            return value.dim() > 0 and value.shape[0] > 0 and value.shape[0] % self.tasks == 0
+        return isinstance(value, (list, tuple)) and len(value) > 0 and value[0] > 0 and value[0] % self.tasks == 0
+
+    def _of(self, value: Any, task: int) -> Any:
+        """One task's part of an argument."""
+        if not self._has_tasks(value):
+            return value
+        if isinstance(value, Tensor):
+            size = value.shape[0] // self.tasks
+            return value.narrow(0, task * size, size)
+        return [value[0] // self.tasks, *value[1:]]
+
+    def _draw(self, func: Any, args: Any, kwargs: dict[str, Any], task: int, what: str) -> Any:
+        key = f"{self.step.seed()} {self.start + task} {self.call} {what}"
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+        overload = _with_generator(func)
+        if overload is not None:
+            return overload(*args, **kwargs, generator=torch.Generator(device).manual_seed(seed))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+            else:
+                torch.default_generator.manual_seed(seed)
+            return func(*args, **kwargs)
+
+
+def _with_generator(func: Any) -> Any:
+    """The operation, or an overload of it, that takes a generator; ``None`` where there is none."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func
+    names = [argument.name for argument in func._schema.arguments]
+    for overload in func.overloadpacket.overloads():
+        other = getattr(func.overloadpacket, overload)
+        if [argument.name for argument in other._schema.arguments if argument.name != "generator"] == names and len(
+            other._schema.arguments
+        ) == len(names) + 1:
+            return other
+    return None

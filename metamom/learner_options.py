@@ -1,0 +1,70 @@
+"""The options of a learner: their ranges, and which of them may be set after it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a learner is built by: to set one of these later would change nothing, or leave it inconsistent.
+BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile")
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse a value out of range for an option that may be set at any time; others pass.
+
+    Raises:
+        TypeError: for a value of the wrong kind.
+        ValueError: for one out of range.
+        AttributeError: for an option that only the constructor takes.
+    """
+    if name in BUILT_IN:
+        raise AttributeError(
+            f"{name} is settled when a learner is made; got {name}={value!r} afterwards. Make another one around the "
+            f"same model: MAML(learner.model, learner.loss_fn, {name}=...)."
+        )
+    if name == "inner_steps":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"inner_steps must be a whole number >= 1; got {value!r}.")
+        if value < 1:
+            raise ValueError(f"inner_steps must be >= 1; got {value}.")
+    elif name == "chunk_size":
+        counted = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (counted or value is None or (isinstance(value, str) and value == "auto")):
+            raise ValueError(f'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {value!r}.')
+    elif name == "autocast":
+        if value not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be torch.bfloat16 or None; got {value!r}.")
+    elif name == "loss_fn" and (not callable(value) or isinstance(value, type)):
+        raise TypeError(
+            "loss_fn is a function (predictions, targets) -> loss, such as torch.nn.functional.mse_loss, or a "
+            f"loss module such as nn.MSELoss(); got {value!r}."
+        )
+
+
+def check_compile(compile: Any) -> None:
+    """Refuse a value of ``compile`` that means nothing.
+
+    Raises:
+        ValueError: saying what does.
+    """
+    if not (isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
+        raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
+
+
+def check_replacement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Refuse another model whose trainable parameters are not those of the one that the learner was made around.
+
+    Raises:
+        ValueError: naming those that differ.
+    """
+    wanted = {name: tuple(p.shape) for name, p in before.items()}
+    found = {name: tuple(p.shape) for name, p in after.items()}
+    if wanted != found:
+        odd = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+        raise ValueError(
+            "a learner's model can be replaced by one with the same trainable parameters; these differ: "
+            f"{', '.join(odd)}. Make another learner around this model."
+        )

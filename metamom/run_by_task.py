@@ -1,0 +1,107 @@
+"""A model run on all tasks at once, each with weights of its own.
+
+Legend: T tasks, N points of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from metamom.autocast import autocast
+from metamom.differences import drawing_refused
+from metamom.draws import DrawsByTask, is_tracing
+from metamom.embeddings import EmbeddingsByTask, has_embeddings
+from metamom.start import Params, Start
+from metamom.swapping import alone, in_mode, slots, swapped
+from metamom.vmap_errors import explained, unchanged
+
+
+class RunByTask:
+    """Runs a model as a loop over the tasks would, by `torch.func.vmap`.
+
+    What vmap does otherwise than a loop is found out when it first happens, and put right from then on: random draws
+    (`metamom.draws`) and embeddings (`metamom.embeddings`). Both may differ between training and evaluation mode.
+
+    Attributes:
+        draws: the modes (of ``model.training``) in which the model draws at random.
+        looks_up: whether the model looks embeddings up, by mode.
+    """
+
+    def __init__(self) -> None:
+        self.draws: set[bool] = set()
+        self.looks_up: dict[bool, bool] = {}
+
+    def __call__(
+        self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Predictions ``[T, N, ...]``.
+
+        Args:
+            model: left as it is, whatever happens; no other thread runs it meanwhile.
+            start: the parameters that all tasks share, or that inner steps do not move.
+            own: each task's other parameters, ``[T, *shape]``.
+            x: ``[T, N, ...]``.
+            draws: whether the model may draw at random.
+            dtype: of its products, see `metamom.autocast.autocast`.
+
+        Raises:
+            ValueError: for a model that cannot run so, changes its parameters, buffers or inputs in place, or draws at
+                random where it must not.
+        """
+        with alone(model):
+            found = slots(model)
+            buffers = {name: b.clone() for name, b in model.named_buffers()}  # the model's own stay as they are
+            given = {**buffers, **start.shared, **start.kept, **own}
+            watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
+
+            def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
+                weights = {**buffers, **start.shared, **kept, **own}
+                with swapped(found, {name: w for name, w in weights.items() if name in found.places}):
+                    out: Tensor = model(x)
+                return out
+
+            with (
+                explained(model),
+                nullcontext() if draws else drawing_refused(),
+                unchanged({"its input": x, **watched}, model),
+                in_mode(model),
+                autocast(x.device, dtype),
+                self._embeddings(model),
+            ):
+                return self._over_tasks(one_task, own, start.kept, x, model.training, draws)
+
+    def _over_tasks(
+        self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
+    ) -> Tensor:
+        """``one_task`` of each task; what it draws, it draws by the task's number."""
+        if is_tracing() and draws:
+            return _vmap(one_task, "different")(own, kept, x)
+        if not (draws and mode in self.draws):
+            try:
+                return _vmap(one_task, "error")(own, kept, x)
+            except RuntimeError as error:
+                if not draws or "randomness" not in str(error):
+                    raise
+            self.draws.add(mode)
+        with DrawsByTask(x.shape[0]):
+            return _vmap(one_task, "different")(own, kept, x)
+
+    @contextmanager
+    def _embeddings(self, model: nn.Module) -> Iterator[None]:
+        """Embeddings looked up task by task, where the model has some, has been seen to use some, or is new."""
+        mode = model.training
+        if not self.looks_up.get(mode, True) and not has_embeddings(model):
+            yield
+            return
+        with EmbeddingsByTask() as lookups:
+            yield
+        self.looks_up[mode] = self.looks_up.get(mode, False) or lookups.seen
+
+
+def _vmap(one_task: Callable[..., Tensor], randomness: str) -> Callable[..., Tensor]:
+    batched: Callable[..., Tensor] = torch.func.vmap(one_task, randomness=randomness)
+    return batched

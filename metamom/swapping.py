@@ -1,0 +1,117 @@
+"""A model's parameters and buffers replaced for one call, each physical place once, one thread at a time.
+
+`torch.func.functional_call` does not restore a module that is registered under two names (pytorch issue 164759), and
+several threads that use it on one model see each other's tensors. Here a tensor is replaced at every place where it is
+registered, places are found by the modules that hold them and not by their names, and the modules involved are locked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+Places = list[tuple[dict[str, Tensor | None], str]]
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_MAKING = threading.Lock()
+_EVALUATING: ContextVar[bool] = ContextVar("evaluating", default=False)
+
+
+class Slots(NamedTuple):
+    """The tensors registered in a model, by the first of their names.
+
+    Attributes:
+        tensors: parameters and buffers as they are now.
+        places: where each one is registered.
+    """
+
+    tensors: dict[str, Tensor]
+    places: dict[str, Places]
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Keep other threads from replacing the tensors of ``model``, or of any module that it shares, meanwhile."""
+    with ExitStack() as stack:
+        modules = sorted(model.modules(), key=id)  # in one order, so that no two threads wait for each other
+        with _MAKING:
+            locks = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
+        for lock in locks:
+            stack.enter_context(lock)
+        yield
+
+
+def slots(model: nn.Module) -> Slots:
+    """Where the parameters and buffers of ``model`` are registered; to be called `alone`."""
+    names: dict[int, str] = {}
+    found = Slots({}, {})
+    for prefix, module in model.named_modules():
+        for registered in (module._parameters, module._buffers):
+            for key, tensor in registered.items():
+                if tensor is None:
+                    continue
+                name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+                found.tensors[name] = tensor
+                found.places.setdefault(name, []).append((registered, key))
+    return found
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require a gradient by name, as ``model.named_parameters()`` has them."""
+    with alone(model):
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put ``tensors`` in place of those of the same names, and these back in the end; to be used `alone`."""
+    for name, tensor in tensors.items():
+        for registered, key in found.places[name]:
+            registered[key] = tensor
+    try:
+        yield
+    finally:
+        for name in tensors:
+            for registered, key in found.places[name]:
+                registered[key] = found.tensors[name]
+
+
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """In this thread, run models in evaluation mode (`in_mode`); the models themselves stay as they are."""
+    token = _EVALUATING.set(True)
+    try:
+        yield
+    finally:
+        _EVALUATING.reset(token)
+
+
+@contextmanager
+def in_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode where this thread is `evaluating`; to be used `alone`."""
+    training = [module for module in model.modules() if module.training] if _EVALUATING.get() else []
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _forget_locks() -> None:
+    """In a forked process, whose other threads are gone and leave what they had locked."""
+    global _MAKING
+    _LOCKS.clear()
+    _MAKING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)

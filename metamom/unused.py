@@ -1,0 +1,53 @@
+"""Parameters without a gradient: those that the model does not use, and those that it uses and whose graph is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def changes(output: Callable[[Params], Tensor], weights: Params, names: Sequence[str]) -> list[str]:
+    """Those of the named weights that an output depends on, found by trying other values.
+
+    Args:
+        output: of weights; must draw nothing at random, or the same each time.
+        weights: by name.
+        names: to be tried, each by itself if the output changes with all of them.
+    """
+    with torch.no_grad():
+        before = output(weights)
+
+        def matters(some: Sequence[str]) -> bool:
+            after = output({**weights, **{name: _other(weights[name]) for name in some}})
+            return not torch.equal(before.nan_to_num(), after.nan_to_num())
+
+        return [name for name in names if matters([name])] if matters(names) else []
+
+
+def cut_off(names: Sequence[str]) -> ValueError:
+    """What to say of parameters that the model uses, but that no gradient reaches."""
+    return ValueError(
+        f"the loss depends on {', '.join(names)}, but no gradient comes back: somewhere between, the graph is cut, as "
+        "by .detach(), .data, torch.no_grad(), .item(), or an autograd.Function without a derivative. Let the gradient "
+        "through, or freeze what is not to be trained (parameter.requires_grad_(False))."
+    )
+
+
+def from_outside(names: Sequence[str]) -> ValueError:
+    """What to say of parameters that the loss reads past the tasks' own weights."""
+    return ValueError(
+        f"the loss depends on {', '.join(names)} as they stand outside the model's call, and not on each task's "
+        "adapted weights: loss_fn, a hook, or a list that is no ModuleList or ParameterList keeps a reference of its "
+        "own. Read them from the model's registered parameters inside its forward, and return what the loss needs."
+    )
+
+
+def _other(weight: Tensor) -> Tensor:
+    """Other values of the same shape, far from the old ones."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+    return weight + noise * (1 + weight.abs().max()) if weight.numel() else weight
