@@ -11,6 +11,7 @@ pass leaves each worker's gradient there and no gradient per task is ever stored
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -182,6 +183,7 @@ class MAML(nn.Module):
         self._gradient: Callable[..., tuple[Tensor, ...]] = self._gradient_of_chunk
         self._expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
+        self._tried = False  # whether a meta-gradient to be compiled has been computed once without
         self._unused: set[str] = set()  # parameters that the model has been found not to use
         self._run = RunByTask()
         if compile:
@@ -442,6 +444,10 @@ class MAML(nn.Module):
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
         if isinstance(self._gradient, Compiled):
+            if not self._tried:  # as it is, for a graph does not show what is wrong with it
+                with torch.random.fork_rng(devices=[]):
+                    self._one_task(batch)()
+                self._tried = True
             self._gradient.expected = None if self._expected is None else self._expected * len(parts)
             if self._expected is not None:  # of calls beyond those told of nothing is known
                 self._expected = self._expected - 1 if self._expected > 1 else None
@@ -487,14 +493,13 @@ class MAML(nn.Module):
             return self.chunk_size
         key = (self._settings(), *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
         if key not in self._budgets:
-            weights, one = self.meta_parameters(), batch.part(0, 1)
-            memory = self._recalled(one)
-
-            def gradient() -> None:
-                self._gradient_of_chunk(weights, memory, 1, 1.0, *one[:4])
-
-            self._budgets[key] = tasks_within_budget(gradient, one)
+            self._budgets[key] = tasks_within_budget(self._one_task(batch), batch.part(0, 1))
         return self._budgets[key]
+
+    def _one_task(self, batch: TaskBatch) -> Callable[[], tuple[Tensor, ...]]:
+        """The meta-gradient of the first task, to be computed as it is."""
+        weights, one = self.meta_parameters(), batch.part(0, 1)
+        return partial(self._gradient_of_chunk, weights, self._recalled(one), 1, 1.0, *one[:4])
 
     def _settings(self) -> tuple[Hashable, ...]:
         """What a compiled meta-gradient has built in, apart from shapes.
