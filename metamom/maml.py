@@ -47,7 +47,7 @@ from metamom.start import Params, Start, deal
 from metamom.step_sizes import LearnInnerLR, StepSizes
 from metamom.swapping import alone, slots, swapped, trainable
 from metamom.tracking import TRACKING, Memory, check_tracking, distinct_ids, tracked
-from metamom.unused import changes, cut_off, from_outside
+from metamom.unused import changes, cut_off, differentiable_once, from_outside
 from metamom.vmap_errors import check_model, explained
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -185,6 +185,7 @@ class MAML(nn.Module):
         self._budgets: dict[Hashable, int] = {}
         self._tried = False  # whether a meta-gradient to be compiled has been computed once without
         self._unused: set[str] = set()  # parameters that the model has been found not to use
+        self._constant: set[str] = set()  # parameters whose gradients have been found not to depend on the weights
         self._run = RunByTask()
         if compile:
             if compile is True:
@@ -582,6 +583,9 @@ class MAML(nn.Module):
                 at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
                 grads = self._inner_gradient(start, at, batch, keep_graph)
                 self._check_cut([name for name, grad in grads.items() if grad is None], batch.x, batch.y)
+                if keep_graph and self.estimator != "first-order":
+                    flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
+                    self._check_constant(flat, batch)
                 own = {
                     n: w if (g := grads[n]) is None else inner_step(w, self._step_size(n, start, w), g)
                     for n, w in at.items()
@@ -679,6 +683,32 @@ class MAML(nn.Module):
         if used:
             raise cut_off(used)
         self._unused.update(missing)
+
+    def _check_constant(self, names: Sequence[str], batch: InnerBatch) -> None:
+        """Refuse gradients without a derivative that depend on the weights; others are those of a linear loss.
+
+        Args:
+            names: of adapted parameters whose inner gradients have no graph.
+            batch: of some tasks, the first of which is tried.
+        """
+        if is_tracing() or not (set(names) - self._constant):
+            return
+        weights = {name: w.detach() for name, w in self._weights().items()}
+        one, step = InnerBatch(batch.x[:1], batch.y[:1]), Step()
+
+        def gradient(name: str, weights: Params) -> Tensor:
+            start = self._deal({name: w.unsqueeze(0) for name, w in weights.items()}, 1)
+            with step.tasks(0, 1), torch.enable_grad():
+                at = {name: w.detach().requires_grad_() for name, w in start.own.items()}
+                found = self._inner_gradient(start, at, one, keep_graph=False)[name]
+            assert found is not None
+            return found
+
+        with torch.random.fork_rng(devices=[]):
+            cut = [name for name in names if changes(partial(gradient, name), weights, list(weights))]
+        if cut:
+            raise differentiable_once(cut)
+        self._constant.update(names)
 
     def _weights(self) -> Params:
         """The trainable parameters of the model, and those of the loss that are not the model's too."""

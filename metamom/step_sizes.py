@@ -63,6 +63,11 @@ class StepSizes(nn.Module):
                         "be a leaf, such as an nn.Parameter, and goes without learn_inner_lr. Pass it detached, with "
                         'learn_inner_lr="scalar", "tensor" or "entry" to learn a copy.'
                     )
+                if value.dtype != parameter.dtype:
+                    raise ValueError(
+                        f"a learned inner step size has the dtype of its parameter, {parameter.dtype}; got "
+                        f"{value.dtype} for {name}."
+                    )
                 self._register(place, value)
             elif self.kind is False:
                 if isinstance(value, Tensor):
@@ -169,14 +174,7 @@ def _checked(name: str, value: float | Tensor, parameter: Tensor) -> float | Ten
             )
         if not bool((value > 0).all() and value.isfinite().all()):
             raise ValueError(f"inner step sizes must be > 0 and finite; {name} has others.")
-        if not value.requires_grad:
-            return value.to(parameter.dtype)
-        if value.dtype != parameter.dtype:
-            raise ValueError(
-                f"a learned inner step size has the dtype of its parameter, {parameter.dtype}; got {value.dtype} for "
-                f"{name}."
-            )
-        return value
+        return value if value.requires_grad else value.to(parameter.dtype)
     if not 0 < float(value) < math.inf:
         raise ValueError(f"inner_lr must be > 0 and finite; got {value} for {name}.")
     return float(value)

@@ -37,6 +37,15 @@ def cut_off(names: Sequence[str]) -> ValueError:
     )
 
 
+def differentiable_once(names: Sequence[str]) -> ValueError:
+    """What to say of parameters whose gradients depend on the weights, but cannot be differentiated."""
+    return ValueError(
+        f"the gradient of {', '.join(names)} depends on the weights, but has no derivative: something in the model can "
+        "be differentiated only once, such as an autograd.Function whose backward is once_differentiable or detaches "
+        'what it computes with. Write that backward in differentiable operations, or use estimator="first-order".'
+    )
+
+
 def from_outside(names: Sequence[str]) -> ValueError:
     """What to say of parameters that the loss reads past the tasks' own weights."""
     return ValueError(

@@ -7,6 +7,7 @@ import torch
 from problems import assert_close, regression_batch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, evaluate
@@ -274,4 +275,57 @@ def test_a_list_of_registered_modules_is_right():
     model, batch = Listed(), regression_batch(tasks=2)
     expected, _ = loop(model, batch, 0.1, lambda out, y, weights: F.mse_loss(out, y), {})
     grads = MAML(model, F.mse_loss, inner_lr=0.1).meta_gradient(batch).grads
+    assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
+
+
+# ---- functions that can be differentiated only once
+
+
+class Once(Function):
+    """tanh, whose gradient cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return gradient * (1 - ctx.saved_tensors[0].square())
+
+
+class Detaching(Once):
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * (1 - ctx.saved_tensors[0].square())).detach()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("function", [Once, Detaching])
+def test_a_second_derivative_that_is_cut_off_is_an_error(function, compile, traced):
+    model, batch = Passing(function.apply, False), regression_batch(tasks=2)
+    with pytest.raises(ValueError, match=r"gradient of first\.weight, first\.bias depends on the weights"):
+        MAML(model, F.mse_loss, inner_lr=0.1, compile=compile).backward(batch)
+    first_order = MAML(model, F.mse_loss, inner_lr=0.1, estimator="first-order", compile=compile)
+    smooth = Passing(torch.tanh, False)
+    expected = MAML(smooth, F.mse_loss, inner_lr=0.1, estimator="first-order").meta_gradient(batch).grads
+    assert_close(first_order.meta_gradient(batch).grads, expected)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_that_is_linear_in_the_weights_has_no_second_derivative(compile, traced):
+    torch.manual_seed(0)
+    model, batch = nn.Linear(2, 1).double(), regression_batch(tasks=2)
+
+    def loss_fn(predictions: Tensor, targets: Tensor) -> Tensor:
+        return (predictions * targets).mean()
+
+    expected, _ = loop(model, batch, 0.1, lambda out, y, weights: loss_fn(out, y), {})
+    grads = MAML(model, loss_fn, inner_lr=0.1, compile=compile).meta_gradient(batch).grads
     assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
