@@ -89,8 +89,10 @@ class MAML(nn.Module):
     Args:
         model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs under `torch.func.vmap` with weights of their own
             for each task: no running statistics, no in-place changes, no data-dependent control flow.
-        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`.
-        inner_lr: alpha > 0; one number, or for each adapted parameter a number or a tensor.
+        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`. The
+            parameters of a loss that is a module are learned with the model's; inner steps do not move them.
+        inner_lr: alpha > 0; one number, or for each adapted parameter a number or a tensor. Leaf tensors that require a
+            gradient are learned, as the tensors that they are. May be set later: ``learner.inner_lr = 0.1``.
         inner_steps: J >= 1.
         estimator: of the meta-gradient. ``"exact"`` differentiates through the adaptation; ``"first-order"`` takes the
             adapted weights' gradient as the meta-gradient (FO-MAML). The others cut each support set in halves A and
@@ -108,8 +110,9 @@ class MAML(nn.Module):
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters the inner steps move: names of parameters or of modules, or a predicate on a
             parameter's name; all trainable ones by default. ANIL is ``adapt=["head"]``.
-        chunk_size: compute at most so many tasks at a time; bounds the memory, not the result. ``"auto"`` measures
-            what a task needs and takes about 512 MiB at a time on a CPU, half of what is free on a GPU.
+        chunk_size: compute at most so many tasks at a time; bounds the memory, not the result (but for what a
+            compiled model draws at random). ``"auto"`` measures what a task needs and takes about 512 MiB at
+            a time on a CPU, half of what is free on a GPU.
         compile: compile the whole meta-gradient, once for each shape of batch, and anew where the loss, a module, a
             hook, a buffer or a frozen parameter is replaced. What else model or loss read (a dropout's rate, a plain
             tensor) is compiled in: make another learner where that changes. ``"auto"`` compiles only once it pays (see
@@ -118,12 +121,18 @@ class MAML(nn.Module):
             float32; weights, gradients, normalisation and losses stay as they are. It costs accuracy (8 bits; see
             docs/performance.md for how much), and is faster only on hardware that multiplies in bfloat16.
 
+    What a model draws at random (dropout) depends on torch's generator at the start of a step and on the task's number
+    in the batch, not on the chunk or the process that it is computed in; in a compiled meta-gradient it depends on the
+    chunk. Several threads may adapt, predict and evaluate with one learner, or with learners that share modules: a
+    model runs for one of them at a time.
+
     Attributes:
         memory: the averages of tracked estimators, part of the ``state_dict``; ``None`` for the others.
 
     Raises:
         ValueError: for an option out of range or that doesn't go with the estimator, an unknown parameter name, a model
-            with running statistics, or ``compile=True`` where there is no compiler.
+            with running statistics, or ``compile=True`` where there is no compiler; from its methods, for a model in
+            which the graph between a parameter and the loss is cut, or that reads weights that are not the tasks'.
 
     Example:
         >>> from torch.nn import functional as F

@@ -112,8 +112,8 @@ def train(
             metrics' ``measured_bias``. Training goes as without it, bit for bit.
         world: the processes that train together (`metamom.distributed.start`), each of which calls this with the same
             arguments; one alone by default. What is trained does not depend on how many they are, so a run may go on
-            with another number of them; but for a model that draws at random (dropout), which draws alike on all of
-            them. Process 0 alone reads and writes ``run_dir``, and shows progress.
+            with another number of them; only a compiled model that draws at random (dropout) draws otherwise. Process
+            0 alone reads and writes ``run_dir``, and shows progress.
         label: what the progress bar says.
 
     Returns:

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     estimator: Any = "exact"
     chunk_size: int | None = None
     steps: int = 10
+    dropout: float = 0.0
 
 
 DTYPES = (torch.float64, torch.float32)
@@ -65,22 +66,26 @@ CASES = {
     "chunks within workers": Case("qsgd:4", workers=4, chunk_size=1),
     "moml": Case("topk:20%", estimator="moml"),
     "workers of two processes": Case("randk:5%", workers=2),
+    "dropout": Case("topk:20%", chunk_size=3, dropout=0.2),
 }
 # of these every process more costs time
 ON_FOUR = [
     "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
-    "chunks within workers", "moml", "workers of two processes",
+    "chunks within workers", "moml", "workers of two processes", "dropout",
 ]  # fmt: skip
 # gone on with on another number of processes
-RESUMED = ("qsgd:4", "ef14:topk:5%", "ef21:topk:5%", "median ef21 rank0", "moml", "one worker, ef21")
+RESUMED = ("qsgd:4", "ef14:topk:5%", "ef21:topk:5%", "median ef21 rank0", "moml", "one worker, ef21", "dropout")
 
 
 def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, list[dict[str, Any]]]:
     """Train; the learner and the metrics."""
     torch.manual_seed(0)
+    model: torch.nn.Module = nets.SinusoidMLP(hidden=(12, 12)).to(case.dtype)
+    if case.dropout:
+        model = torch.nn.Sequential(model, torch.nn.Dropout(case.dropout))
     learner = MAML(
-        nets.SinusoidMLP(hidden=(12, 12)).to(case.dtype),
+        model,
         F.mse_loss,
         inner_lr=0.02,
         estimator=case.estimator,
