@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metamom.autocast import autocast
 from metamom.differences import drawing_refused
 from metamom.draws import DrawsByTask, is_tracing
-from metamom.embeddings import EmbeddingsByTask, has_embeddings
+from metamom.functions_by_task import FunctionsByTask, may_call_them
 from metamom.start import Params, Start
 from metamom.swapping import alone, in_mode, slots, swapped
 from metamom.vmap_errors import explained, unchanged
@@ -24,16 +24,17 @@ class RunByTask:
     """Runs a model as a loop over the tasks would, by `torch.func.vmap`.
 
     What vmap does otherwise than a loop is found out when it first happens, and put right from then on: random draws
-    (`metamom.draws`) and embeddings (`metamom.embeddings`). Both may differ between training and evaluation mode.
+    (`metamom.draws`) and some functions (`metamom.functions_by_task`). Both may differ between training and
+    evaluation mode.
 
     Attributes:
         draws: the modes (of ``model.training``) in which the model draws at random.
-        looks_up: whether the model looks embeddings up, by mode.
+        calls: whether the model calls such functions, by mode.
     """
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
-        self.looks_up: dict[bool, bool] = {}
+        self.calls: dict[bool, bool] = {}
 
     def __call__(
         self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None
@@ -70,7 +71,7 @@ class RunByTask:
                 unchanged({"its input": x, **watched}, model),
                 in_mode(model),
                 autocast(x.device, dtype),
-                self._embeddings(model),
+                self._functions(model),
             ):
                 return self._over_tasks(one_task, own, start.kept, x, model.training, draws)
 
@@ -91,15 +92,15 @@ class RunByTask:
             return _vmap(one_task, "different")(own, kept, x)
 
     @contextmanager
-    def _embeddings(self, model: nn.Module) -> Iterator[None]:
-        """Embeddings looked up task by task, where the model has some, has been seen to use some, or is new."""
+    def _functions(self, model: nn.Module) -> Iterator[None]:
+        """Functions replaced, where the model has been seen to call them, may do so by its modules, or is new."""
         mode = model.training
-        if not self.looks_up.get(mode, True) and not has_embeddings(model):
+        if not self.calls.get(mode, True) and not may_call_them(model):
             yield
             return
-        with EmbeddingsByTask() as lookups:
+        with FunctionsByTask() as functions:
             yield
-        self.looks_up[mode] = self.looks_up.get(mode, False) or lookups.seen
+        self.calls[mode] = self.calls.get(mode, False) or functions.seen
 
 
 def _vmap(one_task: Callable[..., Tensor], randomness: str) -> Callable[..., Tensor]:
