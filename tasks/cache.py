@@ -1,10 +1,17 @@
-"""Arrays that are made once and kept in the per-user cache."""
+"""Arrays that are made once and kept in the per-user cache.
+
+A file begins with a checksum over what it was made from and what it holds, and is an ``.npz`` archive after it. The
+checksum finds damage, files of another origin and files under a wrong name; it is no signature, so who can write to
+the cache could forge one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
+import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,40 +25,62 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from metamom.files import cache_folder, write_atomically
+from metamom.reading import regular_file
 
 Arrays = dict[str, NDArray[Any]]
+
+HEAD = struct.Struct(">32sQ")  # SHA-256 of the key, the length and the archive; length of the archive in bytes
+CHUNK = 1 << 20  # bytes
 
 
 def cached(label: str, key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
     """What ``make`` returns, from the cache if it is there.
 
     Of several processes that ask at once, one calls ``make`` and the others wait. A file appears under its name only
-    when it is whole and on the disk; a damaged one is made again. A cache that can't be written costs a warning.
+    when it is whole and on the disk; one that is damaged, or wasn't made here from the same key, is made again. A cache
+    that can't be written costs a warning.
 
     Args:
         label: begins the file's name.
         key: everything that the arrays depend on, as JSON values.
         make: makes the arrays; none of them may need pickling.
     """
-    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_folder() / f"{label}-{digest}.npz"
-    if (arrays := _load(path)) is not None:
+    identity = json.dumps({"label": label, **key}, sort_keys=True).encode()
+    path = cache_folder() / f"{label}-{hashlib.sha256(identity).hexdigest()[:24]}.npz"
+    if (arrays := _load(path, identity)) is not None:
         return arrays
     with _locked(path) as writable:
-        if (arrays := _load(path)) is None:  # another process may have made it while this one waited
+        if (arrays := _load(path, identity)) is None:  # another process may have made it while this one waited
             arrays = make()
             if writable:
-                _store(path, arrays)
+                _store(path, identity, arrays)
     return arrays
 
 
-def _load(path: Path) -> Arrays | None:
+def _load(path: Path, identity: bytes) -> Arrays | None:
+    """The arrays, or ``None`` if they aren't there or the checksum isn't theirs. Nothing is parsed before it is."""
     try:
-        # Opened here, because np.load leaves a file open that it can't read; it checks the CRC of each array.
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with regular_file(path) as file:
+            head = file.read(HEAD.size)
+            if len(head) < HEAD.size:
+                return None
+            checksum, length = HEAD.unpack(head)
+            if os.fstat(file.fileno()).st_size != HEAD.size + length:
+                return None
+            found = _begun(identity, length)
+            while chunk := file.read(CHUNK):
+                found.update(chunk)
+            if found.digest() != checksum:
+                return None
+            file.seek(HEAD.size)
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error, NotImplementedError):
-        return None  # not there, or damaged
+        return None  # can't be read, or a forged checksum
+
+
+def _begun(identity: bytes, length: int) -> hashlib._Hash:
+    return hashlib.sha256(b"%d %b %d " % (len(identity), identity, length))
 
 
 @contextmanager
@@ -71,14 +100,17 @@ def _locked(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _store(path: Path, arrays: Arrays) -> None:
+def _store(path: Path, identity: bytes, arrays: Arrays) -> None:
     """Writes under another name first. The caller holds the lock, so older unfinished files are nobody's."""
     try:
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_atomically(path, buffer.getvalue())
+        archive = buffer.getvalue()
+        checksum = _begun(identity, len(archive))
+        checksum.update(archive)
+        write_atomically(path, HEAD.pack(checksum.digest(), len(archive)) + archive)
     except OSError as error:
         _warn(path, error)
 

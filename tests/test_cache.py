@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from fuzzing import bounded, campaign, damaged
+from irregular import IRREGULAR, put_in_place
 
 from metamom.files import cache_folder
-from metamom.tasks.cache import cached
+from metamom.tasks.cache import HEAD, cached
 
 MAKER = """
 import os, sys, time
@@ -71,6 +74,87 @@ def test_a_damaged_file_is_made_again(folder, damage):
     assert cached("test", {}, lambda: calls.append(1) or numbers())["x"].sum() == 499500
     assert calls == [1]
     assert cached("test", {}, lambda: pytest.fail("not mended"))["x"].sum() == 499500
+
+
+def assert_made_again() -> None:
+    calls = []
+    with bounded(20, 256):
+        made = cached("test", {}, lambda: calls.append(1) or numbers())
+    assert {name: array.tolist() for name, array in made.items()} == {name: x.tolist() for name, x in numbers().items()}
+    assert calls == [1]
+    assert cached("test", {}, lambda: pytest.fail("not mended"))["x"].tolist() == list(range(1000))
+
+
+CRAFTED = {
+    "other numbers": {"x": np.arange(1000)[::-1], "names": np.array(["a", "bc"])},
+    "another type": {"x": np.arange(1000.0), "names": np.array(["a", "bc"])},
+    "another shape": {"x": np.arange(1000)[None], "names": np.array(["a", "bc"])},
+    "one too few": {"x": np.arange(1000)},
+    "none": {},
+    "pickled": {"x": np.array([print], dtype=object)},
+}
+
+
+@pytest.mark.parametrize("headed", [False, True])
+@pytest.mark.parametrize("what", CRAFTED)
+def test_a_file_of_another_origin_is_made_again(folder, what, headed):
+    """Also with the head of the true file before it."""
+    cached("test", {}, numbers)
+    (file,) = folder.glob("*.npz")
+    head = file.read_bytes()[: HEAD.size] if headed else b""
+    np.savez(file, **CRAFTED[what])
+    file.write_bytes(head + file.read_bytes())
+    assert_made_again()
+
+
+def test_a_file_of_another_key_is_made_again(folder):
+    """A cache that somebody has renamed is whole, but of other data."""
+    cached("test", {}, numbers)
+    (file,) = folder.glob("*.npz")
+    cached("test", {"other": 1}, lambda: {"x": np.zeros(1000), "names": np.array(["c"])})
+    (other,) = {*folder.glob("*.npz")} - {file}
+    os.replace(other, file)
+    assert_made_again()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in IRREGULAR if kind != "a folder"])
+def test_only_a_regular_file_is_read(folder, kind):
+    cached("test", {}, numbers)
+    (file,) = folder.glob("*.npz")
+    put_in_place(kind, file)
+    assert_made_again()
+    assert file.is_file()
+    assert not file.is_symlink()
+
+
+def test_a_folder_in_its_place_stays(folder):
+    cached("test", {}, numbers)
+    (file,) = folder.glob("*.npz")
+    put_in_place("a folder", file)
+    with pytest.warns(RuntimeWarning, match="can't write the cache"):
+        assert cached("test", {}, numbers)["x"].sum() == 499500
+
+
+def test_a_link_to_a_file_is_followed(folder, tmp_path):
+    cached("test", {}, numbers)
+    (file,) = folder.glob("*.npz")
+    os.replace(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert cached("test", {}, lambda: pytest.fail("not read"))["x"].sum() == 499500
+
+
+@campaign(60, 1000)
+def test_damage_of_any_kind_is_mended(folder, seeds):
+    cached("test", {}, numbers)
+    (file,) = folder.glob("*.npz")
+    whole = file.read_bytes()
+    for seed in seeds:
+        broken = damaged(whole, random.Random(seed))
+        if broken == whole:
+            continue
+        file.write_bytes(broken)
+        assert_made_again()
+        assert file.read_bytes() == whole, f"seed {seed}"
 
 
 def test_a_failing_maker_leaves_nothing(folder):

@@ -1,0 +1,78 @@
+"""Reading files that somebody else may have put there: regular files alone, and never more than they should hold."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class NotAFileError(OSError):
+    """What lies there is no regular file; the message says what it is."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        super().__init__(errno.EINVAL, f"is {kind}, not a file", str(path))
+
+
+def what_is_there(path: Path) -> str:
+    """``"a file"``, ``"a folder"``, ``"a link to nothing"``, ``"nothing"``, ...; links are followed, nothing is opened.
+
+    Raises:
+        OSError: if it cannot be found out.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nothing" if path.is_symlink() else "nothing"
+    return "a file" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+@contextmanager
+def regular_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file, or a link to one, for reading.
+
+    Reading a named pipe waits for its writer, and reading a device may never end: these are not even opened.
+
+    Raises:
+        NotAFileError: if it is anything else.
+        OSError: if there is nothing, or it cannot be read.
+    """
+    kind = what_is_there(path)
+    if kind not in ("a file", "nothing"):
+        raise NotAFileError(kind, path)
+    with open(path, "rb", opener=_without_waiting) as file:
+        yield file
+
+
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """The contents of a regular file.
+
+    Args:
+        path: of the file.
+        limit: most bytes that it may have; no more than one above is read.
+
+    Raises:
+        NotAFileError: if it is no regular file.
+        OSError: if it cannot be read, or has more bytes.
+    """
+    with regular_file(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"has more than {limit} bytes", str(path))
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # should a pipe take the file's place at this moment
