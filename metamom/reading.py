@@ -34,8 +34,12 @@ def what_is_there(path: Path) -> str:
     """
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "a link to nothing" if path.is_symlink() else "nothing"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link to itself"
+        raise
     return "a file" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metamom.reading import NotAFileError, regular_file
 from metamom.tasks.locate import DataError, PathLike, locate
 
 CLASSES = 10
@@ -121,7 +122,8 @@ def idx(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DataError: for anything but that: damage, another kind of file, another shape, a label above 9.
+        DataError: for anything but that: a pipe or a folder, damage, another kind of file, another shape, a label
+            above 9. No more than `MAX_BYTES` are read or unpacked.
     """
     path = Path(path)
     data = _unpacked(path, dataset)
@@ -146,14 +148,16 @@ def idx(
 
 
 def _unpacked(path: Path, dataset: str) -> bytes:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        try:
+    try:
+        with regular_file(path) as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
             with gzip.GzipFile(fileobj=file) if packed else file as stream:
                 data = stream.read(MAX_BYTES + 1)  # and no further: a small archive may unpack to any size
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise _bad(path, dataset, f"is damaged ({error})") from error
+    except NotAFileError as error:
+        raise _bad(path, dataset, str(error.strerror)) from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise _bad(path, dataset, f"is damaged ({error})") from error
     if len(data) > MAX_BYTES:
         raise _bad(path, dataset, f"has more than {MAX_BYTES} bytes, more than any file of the data set")
     return data

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from platformdirs import user_data_dir
 
+from metamom.reading import what_is_there
+
 PathLike = str | os.PathLike[str]
 
 
@@ -27,12 +29,29 @@ class Root(NamedTuple):
 
 
 def data_root(root: PathLike | None = None) -> Root:
-    """The one folder that holds the data sets: ``root``, else ``$METAMOM_DATA``, else the per-user data folder."""
+    """The one folder that holds the data sets: ``root``, else ``$METAMOM_DATA``, else the per-user data folder.
+
+    Raises:
+        TypeError: if ``root`` is no path.
+        DataError: for a path that can't be one.
+    """
     if root is not None:
-        return Root(Path(root).expanduser(), "root=")
+        return Root(_path(root, "root="), "root=")
     if named := os.environ.get("METAMOM_DATA"):
-        return Root(Path(named).expanduser(), "$METAMOM_DATA")
+        return Root(_path(named, "$METAMOM_DATA"), "$METAMOM_DATA")
     return Root(Path(user_data_dir("metamom", appauthor=False)), "the per-user data folder")
+
+
+def _path(named: PathLike, origin: str) -> Path:
+    if not isinstance(named, str | os.PathLike):
+        raise TypeError(f"{origin} must be the path of a folder; got {named!r}.")
+    path = Path(named)
+    if "\0" in str(path):
+        raise DataError(f"{origin} must be the path of a folder; {str(path)!r} has a null character in it.")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{origin} is {path}, and there is no such user's home folder. Write the path out.") from error
 
 
 class Layout(NamedTuple):
@@ -66,15 +85,24 @@ def locate(dataset: str, name: str, root: PathLike | None = None) -> Path:
 
     Raises:
         DataNotFoundError: if there is neither; no other root is tried.
+        DataError: if something else lies in its place: a link to nothing, a named pipe, a device, ...
     """
     path, origin = data_root(root)
     kind = LAYOUTS[dataset].unpacked
     packed = packed_path(dataset, name, root)
     unpacked = packed.with_name(name)
-    if packed.is_file():
+    there = {file: what_is_there(file) for file in (packed, unpacked)}
+    if there[packed] == "a file":
         return packed
-    if unpacked.is_dir() if kind == "folder" else unpacked.is_file():
+    if there[unpacked] == f"a {kind}":
         return unpacked
+    for file, found in there.items():
+        if found != "nothing":
+            raise DataError(f"{file} is {found}, where {dataset} data should be. Remove it, or name another folder.")
+    if path.exists() and not path.is_dir():
+        raise DataNotFoundError(
+            f"the data root {path} (from {origin}) is no folder. Name the folder that holds {dataset}'s."
+        )
     command = f"metamom data fetch {dataset}"
     if root is None and not os.environ.get("METAMOM_DATA"):
         remedy = f"Run `{command}`, or name the folder that has it: root=, or $METAMOM_DATA."

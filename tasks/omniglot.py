@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,10 @@ from metamom.tasks.cache import Arrays, cached
 from metamom.tasks.checks import check_count
 from metamom.tasks.episodes import Episodes
 from metamom.tasks.locate import DataError, DataNotFoundError, PathLike, locate
-from metamom.tasks.omniglot_archive import read_characters
+from metamom.tasks.omniglot_archive import files_below, read_characters
 from metamom.tasks.omniglot_splits import PARTS, split_characters
 
+MAX_IMAGE_SIZE = 512  # pixels; with rotations the 964 background characters then take 20 GB
 CACHE_FORMAT = 1  # raise it when decoding changes
 
 
@@ -35,7 +36,7 @@ class Omniglot(Episodes):
         ways: classes of a task.
         shots: support drawings per class.
         queries: query drawings per class; shots + queries <= 20.
-        image_size: H, pixels a side; at 105 drawings stay as published.
+        image_size: H, pixels a side, up to 512; at 105 drawings stay as published.
         rotations: ``True``: in training (``"train"``, ``"background"``) characters rotated by 90°, 180° and 270°
             count as new classes. ``"all"``: in every split. ``False``: in none.
         seed: 0 <= seed < 2^64.
@@ -80,6 +81,11 @@ class Omniglot(Episodes):
         if rotations not in (True, False, "all"):
             raise ValueError(f"rotations must be True, False or 'all'; got {rotations!r}.")
         self.split, self.image_size = split, check_count("image_size", image_size)
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise ValueError(
+                f"image_size must be <= {MAX_IMAGE_SIZE}; got {image_size}. The drawings have 105 pixels a side, and "
+                f"all of them are kept in memory: enlarge batches instead."
+            )
         self.characters = _of_alphabets(split, alphabets)
         self.alphabets = None if alphabets is None else list(alphabets)
         self._rotations_argument = rotations
@@ -163,14 +169,9 @@ def _decoded(source: Path, part: str, image_size: int) -> Arrays:
 
 
 def _fingerprint(source: Path) -> dict[str, Any]:
-    """Changes when the data does: path, size and time of an archive; of a folder, of all its files together."""
-    if source.is_file():
-        files = [source.stat()]
-    else:
-        files = [os.stat(os.path.join(folder, name)) for folder, _, names in os.walk(source) for name in names]
-    return {
-        "path": str(source.resolve()),
-        "files": len(files),
-        "size": sum(file.st_size for file in files),
-        "mtime_ns": max((file.st_mtime_ns for file in files), default=0),
-    }
+    """Changes when the data does: path, size and time of an archive; of a folder, of each of its files."""
+    files = [("", source.stat())] if source.is_file() else files_below(source)
+    digest = hashlib.sha256()
+    for path, file in files:
+        digest.update(f"{path}\0{file.st_size} {file.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return {"path": str(source.resolve()), "files": digest.hexdigest()}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 import stat
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +22,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
+from metamom.reading import read_regular_file, what_is_there
 from metamom.tasks.locate import DataError
+from metamom.tasks.png import DamagedError, read_grey
 
-MAX_ARCHIVE = 32 << 20  # bytes; the published archives have under 10 MB, and every entry takes at least 46 of them
+MAX_ARCHIVE = 32 << 20  # bytes; the published archives have under 10 MB
+MAX_MEMBERS = 50_000  # the published archives have under 21,000
+MEMBER = b"PK\x01\x02"  # begins each entry of a zip archive's directory
+LOCAL_HEADER = 30  # bytes before a member's name
 MAX_DRAWING = 64 << 10  # bytes; the published drawings have under 1 kB
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may take gigabytes to unpack a few bytes
+ZIP_FAULTS = (  # what zipfile has been seen to raise over damaged archives
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, OverflowError, RuntimeError,
+)  # fmt: skip
 CLUTTER = re.compile(r"__MACOSX/.*|(.*/)?(\.DS_Store|Thumbs\.db)")  # left by file managers, never read
 DRAWING = re.compile(r"(?P<character>[\w()-]+/character\d\d)/\d{4}_(?P<number>\d\d)\.png", re.ASCII)
 
@@ -62,15 +71,17 @@ def read_characters(source: Path, part: str, image_size: int, expected: Expected
         DataError: for anything that isn't exactly that: damaged files, missing or strange members.
     """
     expected = PUBLISHED[part] if expected is None else expected
-    with (_archive if source.is_file() else _folder)(source, f"images_{part}") as (members, read):
-        characters = _arranged(source, members, expected)
-        images = np.empty((len(characters), expected.drawings, image_size, image_size), dtype=np.uint8)
-        total = len(characters) * expected.drawings
-        with tqdm(total=total, desc=f"decoding Omniglot {part}", unit="img", disable=None, leave=False) as bar:
-            for out, drawings in zip(images, characters.values(), strict=True):
-                for number, member in drawings.items():
-                    out[number - 1] = _decoded(read(member), source, member, expected.side, image_size)
-                bar.update(len(drawings))
+    if (kind := what_is_there(source)) not in ("a file", "a folder"):
+        raise _bad(source, f"is {kind}, neither an archive nor a folder")
+    members, read = _archive(source, f"images_{part}/") if kind == "a file" else _folder(source)
+    characters = _arranged(source, members, expected)
+    images = np.empty((len(characters), expected.drawings, image_size, image_size), dtype=np.uint8)
+    total = len(characters) * expected.drawings
+    with tqdm(total=total, desc=f"decoding Omniglot {part}", unit="img", disable=None, leave=False) as bar:
+        for out, drawings in zip(images, characters.values(), strict=True):
+            for number, member in drawings.items():
+                out[number - 1] = _decoded(read(member), source, member, expected.side, image_size)
+            bar.update(len(drawings))
     return Characters(list(characters), images)
 
 
@@ -78,50 +89,98 @@ Members = Iterable[tuple[str, str, int]]  # path below images_<part>/, name to r
 Reader = Callable[[str], bytes]
 
 
-@contextmanager
-def _archive(source: Path, top: str) -> Iterator[tuple[Members, Reader]]:
+def _archive(source: Path, top: str) -> tuple[Members, Reader]:
     size = source.stat().st_size
     if size > MAX_ARCHIVE:
         raise _bad(source, f"has {size} bytes, more than any Omniglot archive ({MAX_ARCHIVE})")
+    data = read_regular_file(source, MAX_ARCHIVE)
+    # counted before zipfile makes an object of each; compressed data hardly ever has such a signature
+    if (members := data.count(MEMBER)) > MAX_MEMBERS:
+        raise _bad(source, f"has {members} members, more than any Omniglot archive ({MAX_MEMBERS})")
     try:
-        archive = zipfile.ZipFile(source)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        archive = zipfile.ZipFile(BytesIO(data))
+    except ZIP_FAULTS as error:
         raise _bad(source, f"is no whole zip archive ({error})") from error
-    with archive:
-        members = []
-        for info in archive.infolist():
-            name = info.orig_filename  # as stored: `filename` may have been mended
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(name)  # checks the CRC, and stops at the size that was checked
+        except ZIP_FAULTS as error:
+            raise _bad(source, f"has a damaged member {name} ({error})") from error
+
+    return _members(source, archive, top), read
+
+
+def _members(source: Path, archive: zipfile.ZipFile, top: str) -> Iterator[tuple[str, str, int]]:
+    infos = archive.infolist()
+    _check_apart(source, infos, archive.start_dir)
+    for info in infos:
+        name = info.orig_filename  # as stored: `filename` may have been mended
+        if CLUTTER.fullmatch(name):
+            continue
+        if info.flag_bits & 0x1:
+            raise _bad(source, f"has an encrypted member {name!r}")
+        if info.compress_type not in METHODS:
+            raise _bad(source, f"has a member {name!r} that is packed by method {info.compress_type}, not by deflate")
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if not name.startswith(top) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise _bad(source, f"has a member {name!r} that is no file or folder below {top}")
+        if not info.is_dir():
+            yield name.removeprefix(top), name, info.file_size
+
+
+def _check_apart(source: Path, infos: Sequence[zipfile.ZipInfo], end: int) -> None:
+    """No two members share bytes: many that unpack the same ones are how a small archive grows a million fold."""
+    before = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < before:
+            raise _bad(source, f"has a member {info.orig_filename!r} that overlaps another")
+        before = info.header_offset + LOCAL_HEADER + len(info.orig_filename) + info.compress_size
+    if before > end:
+        raise _bad(source, "is damaged: its members go beyond its end")
+
+
+def _folder(source: Path) -> tuple[Members, Reader]:
+    def read(name: str) -> bytes:
+        try:
+            return read_regular_file(Path(name), MAX_DRAWING)
+        except OSError as error:
+            raise _bad(source, f"has a drawing {name} that can't be read ({error.strerror})") from error
+
+    return ((path, os.path.join(source, path), found.st_size) for path, found in files_below(source)), read
+
+
+def files_below(source: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of a folder of drawings by their paths below it, in order; they are not opened.
+
+    Raises:
+        DataError: for what is no regular file, and for a link to a folder or a folder where the layout has none.
+    """
+
+    def fail(error: OSError) -> None:
+        raise _bad(source, f"has a folder {error.filename} that can't be read ({error.strerror})") from error
+
+    for folder, folders, files in os.walk(source, onerror=fail):
+        folders.sort()
+        below = Path(folder).relative_to(source)
+        for name in folders:
+            if len(below.parts) == 2 or os.path.islink(os.path.join(folder, name)):
+                raise _bad(source, f"has a folder, or a link to one, {below / name} in the place of a drawing")
+        for name in sorted(files):
             if CLUTTER.fullmatch(name):
                 continue
-            if info.flag_bits & 0x1:
-                raise _bad(source, f"has an encrypted member {name!r}")
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            if not name.startswith(f"{top}/") or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _bad(source, f"has a member {name!r} that is no file or folder below {top}/")
-            if not info.is_dir():
-                members.append((name.removeprefix(f"{top}/"), name, info.file_size))
-
-        def read(name: str) -> bytes:
-            try:
-                return archive.read(name)  # checks the CRC, and stops at the size that was checked
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-                raise _bad(source, f"has a damaged member {name} ({error})") from error
-
-        yield members, read
+            path = os.path.join(folder, name)
+            found = _status(path)
+            if found is None or not stat.S_ISREG(found.st_mode):
+                raise _bad(source, f"has {what_is_there(Path(path))} in the place of a drawing, {below / name}")
+            yield "/".join((*below.parts, name)), found
 
 
-@contextmanager
-def _folder(source: Path, top: str) -> Iterator[tuple[Members, Reader]]:
-    def members() -> Iterator[tuple[str, str, int]]:
-        for folder, folders, files in os.walk(source):
-            folders.sort()
-            for file in files:
-                path = Path(folder, file)
-                if CLUTTER.fullmatch(file):
-                    continue
-                yield path.relative_to(source).as_posix(), str(path), path.stat().st_size
-
-    yield members(), lambda name: Path(name).read_bytes()
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:  # a link to nothing
+        return None
 
 
 def _arranged(source: Path, members: Members, expected: Expected) -> Mapping[str, Mapping[int, str]]:
@@ -150,16 +209,14 @@ def _arranged(source: Path, members: Members, expected: Expected) -> Mapping[str
 
 def _decoded(data: bytes, source: Path, member: str, side: int, image_size: int) -> NDArray[np.uint8]:
     try:
-        with Image.open(BytesIO(data), formats=["PNG"]) as png:
-            size = png.size
-            grey = png.convert("L") if size == (side, side) else None
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
+        grey = read_grey(data, side, side)
+    except DamagedError as error:
         raise _bad(source, f"has a damaged drawing {member} ({error})") from error
-    if grey is None:
-        raise _bad(source, f"has a drawing {member} of {size[0]}x{size[1]} pixels instead of {side}x{side}")
+    except ValueError as error:
+        raise _bad(source, f"has a drawing {member} {error}") from error
     if image_size != side:
-        grey = grey.resize((image_size, image_size), Image.Resampling.LANCZOS)
-    return np.subtract(255, np.asarray(grey), dtype=np.uint8)
+        grey = np.asarray(Image.fromarray(grey).resize((image_size, image_size), Image.Resampling.LANCZOS))
+    return np.subtract(255, grey, dtype=np.uint8)
 
 
 def _bad(source: Path, what: str) -> DataError:

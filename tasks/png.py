@@ -1,0 +1,80 @@
+"""Grey values of a small PNG picture, read with every checksum checked, or refused."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+RGB, WITH_ALPHA = 2, (4, 6)  # colour types
+REFUSED = {b"tRNS": "transparency", b"acTL": "an animation", b"iCCP": "a colour profile", b"cICP": "a colour profile"}
+GAMMA = 45455  # 1/2.2 in units of 1e-5: what values mean where no gAMA chunk says otherwise
+
+
+class DamagedError(ValueError):
+    """A file that isn't a whole PNG."""
+
+
+def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
+    """The picture's luminance, ``[height, width]``, 0 black to 255 white.
+
+    Grey of 1 to 16 bits, RGB of 8 bits (luma of ITU-R 601) and palettes are converted, interlaced or not. What would
+    need more to be known is refused: transparency (over which background?), animations, colour profiles, other gammas.
+
+    Args:
+        data: of the PNG file.
+        width: that it must have.
+        height: that it must have.
+
+    Raises:
+        DamagedError: if it is no whole PNG file.
+        ValueError: for another size or kind, e.g. "with transparency".
+    """
+    chunks = list(_chunks(data))
+    if chunks[0][0] != b"IHDR" or len(chunks[0][1]) != 13:
+        raise DamagedError("no header")
+    found_width, found_height, depth, colour = struct.unpack(">IIBB", chunks[0][1][:10])
+    if (found_width, found_height) != (width, height):
+        raise ValueError(f"of {found_width}x{found_height} pixels instead of {width}x{height}")
+    if colour in WITH_ALPHA:
+        raise ValueError("with transparency")
+    if colour == RGB and depth != 8:
+        raise ValueError(f"with colours of {depth} bits")
+    for name, contents in chunks:
+        if name in REFUSED:
+            raise ValueError(f"with {REFUSED[name]}")
+        if name == b"gAMA" and contents != struct.pack(">I", GAMMA):
+            raise ValueError("with a gamma other than 1/2.2")
+    try:
+        with Image.open(BytesIO(data), formats=["PNG"]) as png:
+            if png.mode.startswith("I"):  # 16 bits, which Pillow's own conversion to 8 would cut off at 255
+                return np.asarray(np.rint(np.asarray(png, dtype=np.float64) * (255 / 65535)), dtype=np.uint8)
+            if png.mode == "P" and np.asarray(png).max() >= len(dict(chunks).get(b"PLTE", b"")) // 3:
+                raise DamagedError("a colour that its palette lacks")
+            return np.asarray(png.convert("L"))
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:
+        raise DamagedError(str(error)) from error
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and contents of its parts, checked: Pillow passes over the checksums of the pixels."""
+    if data[:8] != SIGNATURE:
+        raise DamagedError("not a PNG file")
+    at, name = 8, b""
+    while name != b"IEND":
+        if at + 12 > len(data):
+            raise DamagedError("its end is missing")
+        length, name = struct.unpack_from(">I4s", data, at)
+        contents, checksum = data[at + 8 : at + 8 + length], data[at + 8 + length : at + 12 + length]
+        if checksum != struct.pack(">I", zlib.crc32(name + contents)):
+            raise DamagedError("a wrong checksum")
+        yield name, contents
+        at += 12 + length
+    if at != len(data):
+        raise DamagedError(f"{len(data) - at} bytes after its end")
