@@ -10,6 +10,7 @@ from pathlib import Path
 import requests
 from tqdm.auto import tqdm
 
+from metamom.reading import what_is_there
 from metamom.tasks.locate import DataError
 
 CHUNK = 1 << 14  # bytes; what came of a chunk before the connection broke is lost
@@ -36,8 +37,12 @@ class ResumingDownloader:
         """Fetches ``url`` to ``output_file``.
 
         Raises:
-            DataError: if the server can't be reached, refuses, or keeps breaking off; ``part`` keeps what came.
+            DataError: if the server can't be reached, refuses, or keeps breaking off; ``part`` keeps what came. Also if
+                something else lies in the place of ``part``: nothing is written through a link.
         """
+        kind = "a link" if self.part.is_symlink() else what_is_there(self.part)
+        if kind not in ("a file", "nothing"):
+            raise DataError(f"{self.part} is {kind}, where the partial download should go. Remove it and try again.")
         failures, most = 0, self._size()
         while True:
             try:

@@ -143,7 +143,7 @@ def _fetched(url: str, md5: str, target: Path) -> Path:
                 pooch.retrieve(
                     url, known_hash=f"md5:{md5}", fname=target.name, path=target.parent, downloader=downloader
                 )
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
         raise DataError(f"can't write {target} ({error}). Name another folder with root= (--root).") from error
     except DataError:
         raise

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import random
 import re
+import stat
 import struct
 import threading
 import zipfile
@@ -13,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fuzzing import bounded
+from irregular import IRREGULAR, put_in_place
 from tiny_omniglot import TINY, members, write_folder, write_zip
 
 from metamom.tasks import Omniglot, download, fetch, images, omniglot, omniglot_archive
@@ -171,6 +175,46 @@ def test_partial_files_of_any_length(tmp_path, server, archive, have, ranges):
     part.write_bytes({"all": archive, "more": archive + b"x", "half": archive[: len(archive) // 2]}[have])
     assert fetch.fetch("omniglot", tmp_path)[0].read_bytes() == archive
     assert visible(tmp_path) == [NAME]
+
+
+@pytest.mark.parametrize("kind", [*IRREGULAR, "a link to a file"])
+def test_something_else_in_the_place_of_the_partial_file(tmp_path, kind, server):
+    """It is neither waited for nor written through."""
+    part, outside = tmp_path / "root" / "omniglot" / f"{NAME}.part", tmp_path / "outside"
+    outside.write_bytes(b"mine")
+    if kind in IRREGULAR:
+        put_in_place(kind, part)
+    else:
+        part.parent.mkdir(parents=True)
+        part.symlink_to(outside)
+    before = sorted(tmp_path.rglob("*"))
+    with bounded(10, 64), pytest.raises(DataError, match=rf"{part} is a .*, where the partial download should go"):
+        fetch.fetch("omniglot", tmp_path / "root")
+    assert outside.read_bytes() == b"mine"
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix != ".lock"] == before
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_something_else_in_the_place_of_the_lock(tmp_path, kind, archive):
+    put_in_place(kind, tmp_path / "omniglot" / f".{NAME}.lock")
+    with bounded(10, 64):
+        if kind == "a named pipe":  # which can be locked as well
+            assert fetch.fetch("omniglot", tmp_path)[0].read_bytes() == archive
+        else:
+            with pytest.raises(DataError, match="can't write"):
+                fetch.fetch("omniglot", tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_fetched_files_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        (path,) = fetch.fetch("omniglot", tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_a_wrong_digest(tmp_path, server, archive):
