@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import bounded, campaign, damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from irregular import IRREGULAR, put_in_place
 from torch import Tensor
 
 from metamom import kernels
 from metamom.files import cache_folder
-from metamom.kernels import reference
+from metamom.kernels import build, reference
 from metamom.kernels.build import CompilerError, load
 
 CPU = torch.device("cpu")
@@ -253,6 +257,122 @@ def test_two_processes_build_once(tmp_path):
     assert [output(process) for process in processes] == ["(1, 1, 1, 9)"] * 2
     assert notes.read_text().split() == ["built"]
     assert len(list(cache.glob("*.so"))) == 1
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("METAMOM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def library(tmp_path, cache) -> Callable[[], tuple[Path, int]]:
+    """The library's path, and how often it was built for that: by a script that writes the same bytes each time."""
+    notes = tmp_path / "notes"
+    (tmp_path / "made").write_bytes(MADE)
+    compiler = script(
+        tmp_path / "c++", f'while [ "$1" != -o ]; do shift; done\necho >> {notes}\ncp {tmp_path}/made "$2"'
+    )
+
+    def get() -> tuple[Path, int]:
+        notes.write_text("")
+        path = build._library(str(compiler), "kernels-0")
+        assert path.read_bytes() == MADE
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert [*cache.glob("kernels-0-*.so")] == [path]
+        return path, len(notes.read_text())
+
+    return get
+
+
+MADE = random.Random(0).randbytes(3000)
+
+
+@campaign(25, 300)
+def test_a_damaged_library_is_built_again(library, seeds):
+    path, built = library()
+    assert (path, built) == (library()[0], 1)
+    assert library()[1] == 0
+    for seed in seeds:
+        broken = damaged(MADE, random.Random(seed))
+        path.write_bytes(broken)
+        assert library()[1] == (broken != MADE), f"seed {seed}"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in IRREGULAR if kind != "a folder"] + ["a link to a file"])
+def test_something_else_in_the_place_of_the_library(library, tmp_path, kind):
+    path, _ = library()
+    if kind in IRREGULAR:
+        put_in_place(kind, path)
+    else:  # which may be changed by others
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    with bounded(20, 256):
+        assert library()[1] == 1
+    assert not path.is_symlink()
+
+
+def test_a_library_under_a_name_that_is_not_its_own(library, cache):
+    """Code that somebody else left there."""
+    path, _ = library()
+    path.unlink()
+    (cache / "kernels-0-0123456789abcdef01234567.so").write_bytes(b"code")
+    (cache / "kernels-0.so").write_bytes(b"code")
+    assert library()[1] == 1
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_can_write_is_built_again(library, mode):
+    path, _ = library()
+    path.chmod(mode)
+    assert library()[1] == 1
+
+
+def test_a_library_of_another_user_is_built_again(library, monkeypatch):
+    library()
+    monkeypatch.setattr(build, "_user", lambda: os.getuid() + 1)
+    assert library()[1] == 1
+
+
+def test_users_who_share_a_folder_have_a_library_each(cache, monkeypatch, tmp_path):
+    names = []
+    monkeypatch.setattr(build, "_library", lambda _, name: names.append(name) or tmp_path)
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+    for user in (1, 2, 1):
+        monkeypatch.setattr(build, "_user", lambda user=user: user)
+        load.__wrapped__()
+    assert names[0] == names[2] != names[1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "trusted"), [(0o777, False), (0o703, False), (0o1777, True), (0o770, True), (0o755, True)]
+)
+def test_a_folder_where_every_user_replaces_files_is_refused(library, cache, mode, trusted):
+    cache.mkdir()
+    cache.chmod(mode)
+    if trusted:
+        assert library()[1] == 1
+    else:
+        with pytest.raises(
+            CompilerError, match=r"every user can replace files .* \(chmod o-w .*\), name another folder"
+        ):
+            library()
+
+
+def test_a_cache_that_cannot_be_written(cache):
+    cache.write_text("")
+    with pytest.raises(
+        CompilerError, match=r"cannot keep metamom's kernels in .*File exists.* folder in \$METAMOM_CACHE"
+    ):
+        load.__wrapped__()
+
+
+def test_a_library_that_cannot_be_loaded(cache, tmp_path, monkeypatch):
+    """As on a disk mounted without the right to execute."""
+    making = 'while [ "$1" != -o ]; do shift; done\necho broken > "$2"'
+    monkeypatch.setenv("CXX", str(script(tmp_path / "c++", f'[ "$1" = --version ] && exit 0\n{making}')))
+    with pytest.raises(CompilerError, match=r"or load them from there: .*(invalid ELF header|file too short)"):
+        load.__wrapped__()
 
 
 def test_there_is_no_compiler(monkeypatch, tmp_path):
