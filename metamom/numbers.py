@@ -1,0 +1,47 @@
+"""Numbers as users write them: plain ones, in the digits 0 to 9.
+
+``int`` and ``float`` also take ``1_000``, digits of other scripts, ``nan``, ``inf`` and line breaks, none of which
+anybody means in a flag or a SPEC.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+LONGEST = 100  # characters; int() of a million digits takes minutes
+
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_REAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def whole(text: str) -> int:
+    """The whole number that ``text`` is, such as ``-3``; spaces around it are ignored.
+
+    Raises:
+        ValueError: for any other text, and for more than 100 characters.
+    """
+    plain = text.strip(" ")
+    if len(plain) > LONGEST or _WHOLE.fullmatch(plain) is None:
+        raise ValueError(f"wanted a whole number, in the digits 0 to 9; got {shown(text)}.")
+    return int(plain)
+
+
+def real(text: str) -> float:
+    """The finite number that ``text`` is, such as ``5``, ``-0.1`` or ``1e-3``; spaces around it are ignored.
+
+    Raises:
+        ValueError: for any other text, a number beyond the range of a float, and more than 100 characters.
+    """
+    plain = text.strip(" ")
+    if len(plain) > LONGEST or _REAL.fullmatch(plain) is None or not math.isfinite(float(plain)):
+        raise ValueError(f"wanted a number, such as 5, 0.1 or 1e-3, in the digits 0 to 9; got {shown(text)}.")
+    return float(plain)
+
+
+def shown(text: str, longest: int = 60) -> str:
+    """A user's text in quotes for an error, invisible characters spelled out, its middle left out where it is long."""
+    if len(text) > longest:
+        half = longest // 2
+        return f"{text[:half]!r}...{text[-half:]!r} ({len(text)} characters)"
+    return repr(text)
