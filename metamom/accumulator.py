@@ -25,8 +25,9 @@ class BiasedAccumulator:
     Args:
         params: the parameters, as an optimizer takes them (no groups). Those without ``requires_grad`` at this moment
             are passed over; one that stands there twice, shared between modules, counts once.
-        bias: the operator C on each worker's flattened gradient, or a function ``[d] -> [d]``; ``None`` for the mean
-            alone. Where a parameter got no gradient from a worker, that part of it is zero.
+        bias: the operator C on each worker's flattened gradient, its SPEC (``"topk:5%"``), or a function
+            ``[d] -> [d]``; ``None`` for the mean alone. Where a parameter got no gradient from a worker, that part of
+            it is zero.
         workers: n; if given, `finish` insists on exactly so many. With error feedback, give it or name the workers.
         world: the processes that share a step (`metamom.distributed.start`). Each adds the gradients of its own
             workers (``world.workers(n)``) and gets the aggregate of all; one alone by default. It needs ``workers``.
@@ -34,7 +35,7 @@ class BiasedAccumulator:
 
     Raises:
         ValueError: for no trainable parameter, ``workers`` below 1, or a number of them that cannot be dealt.
-        TypeError: for a bias that is neither.
+        TypeError: for a bias that is none of these.
 
     Example:
         >>> from metamom import Clip
@@ -169,7 +170,7 @@ class BiasedAccumulator:
         touched = self.world.sum_everywhere(torch.tensor(self._touched, dtype=torch.int64)).tolist()
         for number, p in enumerate(self.params):
             if touched[number]:
-                deliver(p, grads[str(number)], self.bias)
+                deliver(p, grads[str(number)], server.operator)
             else:
                 p.grad = None
         self.reset()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.linalg import vector_norm
 
-from metamom.bias import Bias, Identity, as_operator
-from metamom.bias.base import Sizes
+from metamom.averaged import forget, note
+from metamom.bias import Bias, BiasOperator, Identity
+from metamom.bias.base import Sizes, without_state
 from metamom.distributed import World
 from metamom.robust import Aggregate, check_aggregate, robust_mean
 
@@ -30,11 +31,14 @@ def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece.view(lead + w.shape).to(w.dtype) for (name, w), piece in zip(like.items(), pieces, strict=True)}
 
 
-def deliver(parameter: Tensor, gradient: Tensor, bias: Bias = None) -> None:
-    """Leave a gradient in ``.grad``, with a note for `CompositeMomentum` if workers average their own over steps."""
-    parameter.grad = gradient
-    if getattr(bias, "carries_momentum", False):
-        gradient.carries_momentum = bias  # type: ignore[attr-defined]
+def deliver(parameter: Tensor, gradient: Tensor, operator: BiasOperator | None = None, *, add: bool = False) -> None:
+    """Leave a gradient in ``.grad``, or add it to what is there, and tell `CompositeMomentum` who averaged it."""
+    before = parameter.grad if add else None
+    parameter.grad = gradient if before is None else before + gradient
+    if operator is not None and operator.carries_momentum:
+        note(parameter, operator.spec)
+    elif before is None:
+        forget([parameter])
 
 
 class Aggregation:
@@ -47,15 +51,17 @@ class Aggregation:
 
     Args:
         n: number of workers, over all processes.
-        bias: the operator C on ``[n, d]``, or a function ``[d] -> [d]``; ``None`` for none.
+        bias: the operator C on ``[n, d]``, its SPEC, or a function ``[d] -> [d]``; ``None`` for none. A SPEC must not
+            name an operator that carries something from step to step: make that one once.
         how: see `metamom.robust.robust_mean`.
         sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself.
         world: the processes; one alone by default.
         measure: whether to measure the ``bias_error``, for which several processes exchange uncompressed gradients.
 
     Raises:
-        ValueError: for a spelling of ``how`` that means nothing, or that trims off none of n workers; for workers that
-            cannot be dealt to the processes, and an operator that draws in the order of calls on several of them.
+        ValueError: for a spelling of ``how`` that means nothing, or that trims off none of n workers; for a SPEC that
+            names no operator, or one with a state; for workers that cannot be dealt to the processes, and an operator
+            that draws in the order of calls on several of them.
 
     Reference:
         arXiv 2403.00853, the server's averaging.
@@ -75,7 +81,7 @@ class Aggregation:
         self.how = how
         self.sizes = sizes
         self.world = World() if world is None else world
-        self.operator = as_operator(bias)
+        self.operator = without_state(bias)
         if how != "mean":
             check_aggregate(how, n)
             # a robust mean would swallow one worker's NaN, so that operators' own check is wanted here too

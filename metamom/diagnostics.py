@@ -137,7 +137,7 @@ def measure(
         sampler: tasks whose support sets are pools: at least twice the inner batches of one adaptation, and 4 shots.
             Metamom's own are asked for their stream ``"bias"``; step r gives draw r.
         inner_batches: m >= 1, in shots: points a class for classification, else points.
-        bias: the operator C on each worker's flattened gradient, without state from call to call.
+        bias: the operator C on each worker's flattened gradient, or its SPEC, without error feedback.
         population: where it is known, a sampler of the same tasks with their populations as support and as query sets
             (`metamom.tasks.population.Population`): the reference is then exact. The pool's shares points with the
             inner batches, which takes noise out of their difference: with a population, intervals are wider for as many

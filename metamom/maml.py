@@ -393,9 +393,10 @@ class MAML(nn.Module):
         Args:
             batch: T tasks; of several processes, this one's block (`metamom.distributed.World.sample`).
             workers: n >= 1, over all processes; must divide the number of all tasks.
-            bias: the operator C on each worker's flattened gradient ``[n, d]``, or a function ``[d] -> [d]``; none by
-                default. One with error feedback moves its state on. The memory of tracked estimators moves on as in
-                `meta_gradient`, and not if the operator raises.
+            bias: the operator C on each worker's flattened gradient ``[n, d]``, its SPEC (``"topk:5%"``), or a function
+                ``[d] -> [d]``; none by default. One with error feedback moves its state on; make one that carries a
+                state once, since a SPEC would be a new one at each call. The memory of tracked estimators moves on as
+                in `meta_gradient`, and not if the operator raises.
             aggregate: ``"mean"``, or a robust one: see `metamom.robust.robust_mean`.
             world: the processes that do this step together; one alone by default. Gradient, loss and metrics are then
                 those of all of them, on all of them.
@@ -432,7 +433,7 @@ class MAML(nn.Module):
         losses, *shares = outcomes.transpose(0, 1).flatten(1)
         total, report = server.finish()
         for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
-            deliver(parameter, gradient if parameter.grad is None else parameter.grad + gradient, bias)
+            deliver(parameter, gradient, server.operator, add=True)
         if self.memory is not None:
             assert batch.task_ids is not None
             everyones = [world.gather(u).flatten(0, 1) for u in averages]

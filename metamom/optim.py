@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metamom.averaged import averaged_by, forget
+
 FirstStep = Literal["zero", "gradient"]
 
 
@@ -127,9 +129,12 @@ class CompositeMomentum(Optimizer):
         """Add a group; what it does not set comes from the constructor."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        forget(self.param_groups[-1]["params"])  # what other optimizers left there is not this one's
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, or set them to zero, as every optimizer does; forgetting takes a tenth of the time."""
+        for group in self.param_groups:
+            forget(group["params"])
         if not set_to_none:
             super().zero_grad(set_to_none)
             return
@@ -179,6 +184,7 @@ class CompositeMomentum(Optimizer):
                 _move(
                     params, [v / norm for v in bufs], lr, group["foreach"]
                 )  # lr / norm may be too large for a float16
+            forget(params)  # these gradients are used
         return loss
 
     def _average(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -322,10 +328,10 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
 
 def _check_momentum(pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
     """Refuse to average once more what the workers have averaged (`metamom.aggregate.deliver` notes it)."""
-    operator = getattr(pairs[0][1], "carries_momentum", None) if pairs else None
-    if operator is not None:
+    spec = averaged_by(p for p, _ in pairs)
+    if spec is not None:
         raise ValueError(
-            f"{operator.spec} carries the momentum on the workers, so the server must have none: use "
+            f"{spec} carries the momentum on the workers, so the server must have none: use "
             f"CompositeMomentum(beta=1), and no schedule of beta; got beta={beta}."
         )
 

@@ -94,8 +94,8 @@ def train(
         iterations: total number of steps, including those done before a resume.
         meta_batch: tasks a step.
         workers: n, must divide ``meta_batch``.
-        bias: the operator on each worker's gradient, or a function ``[d] -> [d]``. What it carries from step to step
-            starts afresh with the run, and is saved with it.
+        bias: the operator on each worker's gradient, its SPEC (``"topk:5%"``), or a function ``[d] -> [d]``. What it
+            carries from step to step starts afresh with the run, and is saved with it.
         aggregate: what the server takes of the workers' gradients: `metamom.robust.robust_mean`.
         schedulers: each goes on by one after every step.
         validation: tasks for validation, drawn from stream ``"validation"``.

@@ -247,7 +247,8 @@ def test_too_many_unnamed_workers(w):
     [
         ({"params": []}, ValueError, "at least one parameter"),
         ({"workers": 0}, ValueError, "whole number >= 1; got 0"),
-        ({"bias": 3}, TypeError, "operator or a function"),
+        ({"bias": 3}, TypeError, "a bias is an operator, a SPEC .* or a function"),
+        ({"bias": "topk"}, ValueError, "topk needs a number"),
         ({"bias": Clip}, TypeError, "got the class Clip itself"),
         ({"params": torch.nn.Parameter(torch.ones(2, 2))}, TypeError, "got one tensor"),
         ({"params": [{"params": []}]}, TypeError, "got a dict"),

@@ -6,8 +6,10 @@ Worker i has f_i(x) = 1/2 sum_j a_ij (x_j - c_ij)^2, so that everything has a cl
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import re
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from metamom import (
     Sign,
     TaskBatch,
     TopK,
+    averaged,
     train,
 )  # fmt: skip
 from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, Function, NonFiniteError
@@ -466,3 +469,125 @@ def test_momentum_on_the_workers_is_not_averaged_again_by_the_server(path):
     optimizer.param_groups[0]["beta"] = 0.3
     backward(EF21(TopK(1)))  # no momentum of its own: nothing to be said
     optimizer.step()
+
+
+def averaged_gradient(operator=None) -> tuple[torch.nn.Linear, CompositeMomentum]:
+    """A layer whose gradient comes from workers with momentum of their own, and an optimizer that would add more."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    optimizer = CompositeMomentum(layer.parameters(), lr=0.1, beta=0.3)
+    x, y = torch.ones(2, 3, 2), torch.ones(2, 3, 1)
+    MAML(layer, torch.nn.functional.mse_loss).backward(TaskBatch(x, y, x, y), bias=operator or EF21SGDM(TopK(1)))
+    return layer, optimizer
+
+
+def halve(layer):
+    layer.weight.grad = layer.weight.grad * 0.5
+
+
+def add_another_gradient(layer):
+    layer(torch.ones(1, 2)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        halve,
+        add_another_gradient,
+        lambda layer: torch.nn.utils.clip_grad_norm_(layer.parameters(), 1e-3),
+        lambda layer: setattr(layer.weight, "grad", layer.weight.grad.clone()),
+        lambda layer: layer.weight.grad.mul_(0.5),
+    ],
+    ids=["assigned", "accumulated", "clipped", "cloned", "in place"],
+)
+def test_the_guard_outlives_changes_of_the_gradient(change):
+    layer, optimizer = averaged_gradient()
+    change(layer)
+    with pytest.raises(ValueError, match=r"ef21-sgdm\(0\.1\):topk:1 carries the momentum"):
+        optimizer.step()
+    assert not vars(layer.weight.grad)  # nothing hangs on somebody else's tensor
+    assert not vars(layer.weight)
+
+
+@pytest.mark.parametrize("zero", ["optimizer", "to zero", "new optimizer", "other operator"])
+def test_the_guard_ends_with_the_gradient(zero):
+    """The same parameters train by other means afterwards."""
+    layer, optimizer = averaged_gradient()
+    if zero == "new optimizer":
+        layer.zero_grad()
+        optimizer = CompositeMomentum(layer.parameters(), lr=0.1, beta=0.3)
+    elif zero == "other operator":
+        layer.zero_grad()
+        x = torch.ones(2, 3, 2)
+        batch = TaskBatch(x, x[..., :1], x, x[..., :1])
+        MAML(layer, torch.nn.functional.mse_loss).backward(batch, bias=TopK(1))
+    else:
+        optimizer.zero_grad(set_to_none=zero == "optimizer")
+    add_another_gradient(layer)
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, layer.weight.detach())
+
+
+def test_a_step_uses_the_gradient_up():
+    layer, optimizer = averaged_gradient()
+    optimizer.param_groups[0]["beta"] = 1.0
+    optimizer.step()
+    layer.zero_grad()
+    optimizer.param_groups[0]["beta"] = 0.3
+    add_another_gradient(layer)
+    optimizer.step()
+
+
+def test_the_guard_keeps_neither_parameters_nor_operators_alive():
+    operator = EF21SGDM(TopK(1))
+    layer, optimizer = averaged_gradient(operator)
+    gone = weakref.ref(layer.weight), weakref.ref(operator)
+    noted = len(averaged._specs)
+    del layer, optimizer, operator
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert len(averaged._specs) < noted
+
+
+# after a checkpoint is loaded elsewhere
+
+
+@pytest.mark.parametrize("kind", [EF14, EF21, EF21SGDM])
+def test_feedback_answers_in_the_gradients_dtype(kind):
+    operator, g = kind(TopK(1)), torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    operator(g)
+    resumed = kind(TopK(1))
+    resumed.load_state_dict(operator.state_dict())
+    resumed._workers = {i: {n: t.double() for n, t in kept.items()} for i, kept in resumed._workers.items()}
+    out = resumed(g)
+    assert out.dtype is torch.float32
+    assert torch.equal(out, operator(g))
+    assert all(t.dtype is torch.float32 for t in resumed.state.values())
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("elsewhere", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_the_servers_estimates_answer_where_the_messages_are(each, elsewhere, monkeypatch):
+    """Estimates from a checkpoint on the CPU, in float32, and messages that came elsewhere or in another dtype."""
+    operator = EF21(TopK(1))
+    g = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    operator.receive(operator.send(g, step=0, workers=[0, 1]), 2, torch.float32, each=each)
+    resumed = EF21(TopK(1))
+    resumed.load_state_dict(operator.state_dict())
+    change = torch.ones(2, 2) if each else torch.ones(2)
+    monkeypatch.setattr(resumed.operator, "receive", lambda *_, **__: change.to(**elsewhere))
+    estimates = resumed.receive([], 2, torch.float32, each=each)
+    assert estimates.device == change.to(**elsewhere).device
+    assert estimates.dtype is change.to(**elsewhere).dtype
+    if "dtype" in elsewhere:
+        sent = torch.tensor([[3.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+        assert torch.equal(estimates, 1 + (sent if each else sent.sum(0)))
+
+
+def test_states_of_workers_that_have_passed_since_and_of_others():
+    """Some workers' gradients have come on a GPU since a checkpoint was loaded on the CPU, others' not yet."""
+    operator = EF14(TopK(1))
+    operator(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
+    operator._workers[0] = {name: tensor.to("meta") for name, tensor in operator._workers[0].items()}
+    assert operator.state["error"].device.type == "meta"
+    assert operator.state["error"].shape == (2, 2)

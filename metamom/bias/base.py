@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,9 @@ class BiasOperator(ABC):
     It acts on the last dimension, so that all workers' gradients ``[n, d]`` pass at once. Operators are values:
     equal if made from equal arguments, and printed as the call that makes them. What some of them carry from call to
     call (a count of calls, errors to feed back) is in their `state_dict` and no part of that value.
+
+    An operator of your own defines `_apply` and `spec`. It is such a value if each argument of its constructor is kept
+    in the attribute of the same name; otherwise it equals itself alone, and prints as ``Name(...)``.
     """
 
     per_tensor: bool = False  # an argument of those that can act on each parameter tensor by itself
@@ -340,19 +344,52 @@ class BiasOperator(ABC):
     def _decode(self, message: Tensor, d: int, dtype: torch.dtype) -> Tensor:
         return message.clone().view(dtype)
 
-    def _arguments(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+    def _arguments(self) -> dict[str, Any] | None:
+        """The constructor's arguments by name; ``None`` where one has no attribute of its name."""
+        names, kept = _parameters(type(self)), vars(self)
+        return {name: kept[name] for name in names} if all(name in kept for name in names) else None
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._arguments() == self._arguments()
+        if type(other) is not type(self):
+            return False
+        mine, others = self._arguments(), other._arguments()
+        if mine is None or others is None:
+            return self is other
+        return all(_equal(value, others[name]) for name, value in mine.items())
 
     def __hash__(self) -> int:
-        return hash((type(self), tuple(self._arguments().items())))
+        arguments = self._arguments()
+        if arguments is None:
+            return object.__hash__(self)
+        plain = tuple(value for value in arguments.values() if not isinstance(value, Tensor))  # equal ones hash apart
+        try:
+            return hash((type(self), plain))
+        except TypeError:  # an argument such as a list; equal operators have an equal hash all the same
+            return hash(type(self))
 
     def __repr__(self) -> str:
-        defaults = {name: parameter.default for name, parameter in signature(type(self)).parameters.items()}
-        given = [f"{name}={value!r}" for name, value in self._arguments().items() if value != defaults[name]]
+        kept, given = vars(self), []
+        for name, parameter in _parameters(type(self)).items():
+            if name not in kept:
+                return f"{type(self).__name__}(...)"
+            if not _equal(kept[name], parameter.default):
+                given.append(_BEFORE.get(parameter.kind, f"{name}=") + repr(kept[name]))
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+_BEFORE: dict[Any, str] = {Parameter.POSITIONAL_ONLY: "", Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
+
+
+def _parameters(kind: type[BiasOperator]) -> Mapping[str, Parameter]:
+    """The constructor's parameters."""
+    return signature(kind).parameters
+
+
+def _equal(a: object, b: object) -> bool:
+    """Whether two arguments are equal; tensors and arrays, whose ``==`` goes entry by entry, as wholes."""
+    if isinstance(a, (Tensor, np.ndarray)) or isinstance(b, (Tensor, np.ndarray)):
+        return a is b or (type(a) is type(b) and np.array_equal(np.asarray(a), np.asarray(b)))
+    return a is b or bool(a == b)
 
 
 class Identity(BiasOperator):
@@ -383,7 +420,10 @@ class Function(BiasOperator):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         if not callable(function):
-            raise TypeError(f"a bias is an operator or a function Tensor[d] -> Tensor[d]; got {function!r}.")
+            raise TypeError(
+                'a bias is an operator, a SPEC such as "topk:5%", or a function Tensor[d] -> Tensor[d]; got '
+                f"{function!r}."
+            )
         self.function = function
 
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
@@ -403,18 +443,54 @@ class Function(BiasOperator):
         return str(getattr(self.function, "__qualname__", type(self.function).__qualname__))
 
 
-Bias = BiasOperator | Callable[[Tensor], Tensor] | None
+Bias = BiasOperator | Callable[[Tensor], Tensor] | str | None
 
 
 def as_operator(bias: Bias) -> BiasOperator | None:
-    """The operator that ``bias`` means: itself, a user's function wrapped, or none.
+    """The operator that ``bias`` means: itself, what a SPEC such as ``"topk:5%"`` names, a function wrapped, or none.
+
+    A SPEC makes a new operator each time.
 
     Raises:
-        TypeError: if it is neither an operator nor a function.
+        TypeError: if it is none of these.
+        ValueError: for a SPEC that `metamom.bias.parse` refuses.
     """
     if isinstance(bias, type):
         raise TypeError(f"a bias is an operator, such as {bias.__name__}(...); got the class {bias.__name__} itself.")
+    if isinstance(bias, str):
+        from metamom.bias.spec import parse  # which imports every operator, and they this
+
+        return parse(bias)
     return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)
+
+
+def inner_operator(operator: BiasOperator | str, wanted: str) -> BiasOperator:
+    """An operator that another goes around, or the one that a SPEC names.
+
+    Raises:
+        TypeError: for what is none, or feeds errors back, with what is ``wanted``.
+        ValueError: as `as_operator`.
+    """
+    made = as_operator(operator) if isinstance(operator, str) else operator
+    if not isinstance(made, BiasOperator) or made.feeds_back:
+        raise TypeError(f"{wanted}; got {operator!r}.")
+    return made
+
+
+def without_state(bias: Bias) -> BiasOperator | None:
+    """`as_operator` for a single step, where a SPEC must not name an operator that carries something to the next one.
+
+    Raises:
+        TypeError: as `as_operator`.
+        ValueError: as `as_operator`, and for such a SPEC.
+    """
+    operator = as_operator(bias)
+    if isinstance(bias, str) and operator is not None and operator.state_dict():
+        raise ValueError(
+            f"bias={bias!r} would be a new operator at each step, but it carries a state from step to step (errors, or "
+            f"a count of draws): make it once, operator = metamom.bias.parse({bias!r}), and pass bias=operator."
+        )
+    return operator
 
 
 def _numbers(workers: Sequence[int] | None, rows: int) -> Sequence[int]:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place, Sizes
+from metamom.bias.base import BiasOperator, Place, Sizes, inner_operator
 
 
 class Compose(BiasOperator):
     """``C(g) = C_m(... C_1(g))``: the first operator given acts first, and the last one's message is sent.
 
     Args:
-        operators: two or more, none of them with error feedback, which goes around a composition instead.
+        operators: two or more, or SPECs of them, none with error feedback, which goes around a composition instead.
 
     Raises:
         ValueError: for fewer than two.
@@ -26,14 +26,12 @@ class Compose(BiasOperator):
         tensor([0.0000, 0.8000])
     """
 
-    def __init__(self, *operators: BiasOperator) -> None:
+    def __init__(self, *operators: BiasOperator | str) -> None:
         if len(operators) < 2:
             raise ValueError(f"Compose takes two operators or more; got {len(operators)}.")
-        for operator in operators:
-            if not isinstance(operator, BiasOperator) or operator.feeds_back:
-                raise TypeError(f"Compose takes operators without error feedback; got {operator!r}.")
+        members = [inner_operator(operator, "Compose takes operators without error feedback") for operator in operators]
         # a composition within one is the same composition
-        inner = [each.operators if isinstance(each, Compose) else (each,) for each in operators]
+        inner = [each.operators if isinstance(each, Compose) else (each,) for each in members]
         self.operators: tuple[BiasOperator, ...] = tuple(operator for each in inner for operator in each)
 
     def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:

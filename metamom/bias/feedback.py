@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place, Sizes, check_gradient
+from metamom.bias.base import BiasOperator, Place, Sizes, check_gradient, inner_operator
 from metamom.bias.clip import Clip
 from metamom.optim import momentum_update_
 
@@ -24,7 +24,7 @@ class ErrorFeedback(BiasOperator):
     saves it with every checkpoint. Operators must contract (Top-K, Rand-K unscaled, Sign) for the theory to hold.
 
     Args:
-        operator: C, on whole gradients or layer by layer.
+        operator: C, or its SPEC, on whole gradients or layer by layer.
 
     Raises:
         TypeError: for what is no operator, or feeds errors back itself.
@@ -34,10 +34,8 @@ class ErrorFeedback(BiasOperator):
         state: the workers' tensors by name, ``[n, d]`` in the order of the workers; empty before the first call.
     """
 
-    def __init__(self, operator: BiasOperator) -> None:
-        if not isinstance(operator, BiasOperator) or operator.feeds_back:
-            raise TypeError(f"error feedback goes around an operator without it; got {operator!r}.")
-        self.operator = operator
+    def __init__(self, operator: BiasOperator | str) -> None:
+        self.operator = inner_operator(operator, "error feedback goes around an operator without it")
         self._workers: dict[int, State] = {}
         self._next: dict[int, State] = {}  # of the call at hand
         self._held = False
@@ -46,7 +44,8 @@ class ErrorFeedback(BiasOperator):
     def state(self) -> State:
         """The workers' tensors by name."""
         kept = [self._workers[worker] for worker in sorted(self._workers)]
-        return {name: torch.stack([state[name] for state in kept]) for name in self.names} if kept else {}
+        # of workers that have passed since a checkpoint was loaded, and of others, which are still as it was
+        return {name: torch.stack([state[name].to(kept[0][name]) for state in kept]) for name in self.names if kept}
 
     @abstractmethod
     def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
@@ -232,7 +231,7 @@ class EF21(ErrorFeedback):
 
     names: tuple[str, ...] = ("estimate",)
 
-    def __init__(self, operator: BiasOperator) -> None:
+    def __init__(self, operator: BiasOperator | str) -> None:
         super().__init__(operator)
         self._received: Tensor | None = None  # the server's estimates, where they come as messages: sum or each
 
@@ -241,9 +240,9 @@ class EF21(ErrorFeedback):
     ) -> Tensor:
         """See `BiasOperator.receive`: the estimates, moved on by what the messages say."""
         change = self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
-        if self._received is None:
-            self._received = torch.zeros_like(change)
-        self._received += change.to(self._received.device)
+        # a checkpoint's may be on another device, or of another dtype, than the gradients of now
+        before = torch.zeros_like(change) if self._received is None else self._received.to(change)
+        self._received = before.add_(change)
         return self._received
 
     def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
@@ -290,7 +289,7 @@ class EF21SGDM(EF21):
     none, ``beta = 1`` (`train` insists on it).
 
     Args:
-        operator: C.
+        operator: C, or its SPEC.
         eta: weight of the new gradient in the workers' momentum, 0 < eta <= 1; 1 is EF21.
 
     Raises:
@@ -303,7 +302,7 @@ class EF21SGDM(EF21):
     names = ("estimate", "momentum")
     carries_momentum = True
 
-    def __init__(self, operator: BiasOperator, eta: float = 0.1) -> None:
+    def __init__(self, operator: BiasOperator | str, eta: float = 0.1) -> None:
         super().__init__(operator)
         if not 0 < eta <= 1:
             raise ValueError(f"EF21SGDM needs the weight of the new gradient, 0 < eta <= 1; got {eta}.")
@@ -335,10 +334,10 @@ class Clip21(EF21):
 
     def __init__(self, max_norm: float) -> None:
         super().__init__(Clip(max_norm))
-        self._tau = max_norm
+        self.max_norm = float(max_norm)
 
     def __repr__(self) -> str:
-        return f"Clip21({self._tau!r})"
+        return f"Clip21({self.max_norm!r})"
 
     @property
     def spec(self) -> str:

@@ -30,18 +30,19 @@ class Draws(BiasOperator):
     """An operator whose worker i draws at call k by the counter (seed, k, i), so the same wherever it runs."""
 
     seed: int
+    generator: torch.Generator | None
     _calls: int
 
     def _seeded(self, seed: int, generator: torch.Generator | None) -> None:
         check_seed(seed)
         self.seed = seed
-        self._generator = generator
+        self.generator = generator
         self._calls = 0
 
     @property
     def separable(self) -> bool:
         """Not with a generator given, which is drawn from in the order of calls."""
-        return self._generator is None
+        return self.generator is None
 
     def reset(self) -> None:
         """Begin with the draws of the first call again; a generator given goes on, for it is its owner's to seed."""
@@ -49,7 +50,7 @@ class Draws(BiasOperator):
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, and the state of a generator given."""
-        drawn = {} if self._generator is None else {"generator": self._generator.get_state()}
+        drawn = {} if self.generator is None else {"generator": self.generator.get_state()}
         return {"calls": self._calls, **drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -62,12 +63,12 @@ class Draws(BiasOperator):
         if "calls" not in state:
             got = ", ".join(map(repr, state)) or "nothing"
             raise ValueError(f"{self.spec} goes on from what its state_dict() gave: 'calls', their number; got {got}.")
-        if ("generator" in state) != (self._generator is not None):
+        if ("generator" in state) != (self.generator is not None):
             saved, here = ("a generator", "seed=") if "generator" in state else ("seed=", "a generator")
             raise ValueError(f"{self.spec} drew by {saved} when it was saved and draws by {here} now: make it alike.")
         self._calls = int(state["calls"])
-        if self._generator is not None:
-            self._generator.set_state(state["generator"].cpu())
+        if self.generator is not None:
+            self.generator.set_state(state["generator"].cpu())
 
     def next_step(self) -> int:
         return self._calls
@@ -134,8 +135,8 @@ class RandK(Sparse, Draws):
         return self._in_range(out * (d / k)) if self.scaled else out
 
     def _indices(self, n: int, d: int, k: int, place: Place) -> Tensor:
-        if self._generator is not None:
-            keys = torch.rand(1 if self.shared else n, d, generator=self._generator, device=self._generator.device)
+        if self.generator is not None:
+            keys = torch.rand(1 if self.shared else n, d, generator=self.generator, device=self.generator.device)
             chosen = keys.topk(k, dim=-1).indices
         else:
             places = self._places(place._replace(workers=[0]) if self.shared else place)
@@ -229,10 +230,8 @@ class QSGD(Draws):
         return self._in_range(out.to(rows.dtype))
 
     def _quantized(self, rows: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        if self._generator is not None:
-            drawn = torch.rand(
-                rows.shape, generator=self._generator, device=self._generator.device, dtype=torch.float64
-            )
+        if self.generator is not None:
+            drawn = torch.rand(rows.shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
         else:
             drawn = torch.from_numpy(uniforms(self.seed, self._places(place), Purpose.BIAS, rows.shape[1]))
         return quantize(rows, drawn.to(rows.device), self.levels)

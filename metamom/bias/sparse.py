@@ -62,7 +62,8 @@ class Sparse(BiasOperator):
         if self.ratio is None:
             return str(self.k)
         # in decimals, so that `parse` finds the very same ratio again: 0.07 * 100 is 7.000000000000001
-        return f"{Decimal(repr(self.ratio)).scaleb(2):f}%"
+        percent = Decimal(repr(self.ratio)).scaleb(2)
+        return f"{percent:f}%" if percent.adjusted() > -20 else f"{percent}%"  # 1E-300%, in place of 300 zeros
 
     @abstractmethod
     def _apply(self, rows: Tensor, place: Place) -> Tensor: ...

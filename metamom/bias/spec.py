@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -15,8 +14,12 @@ from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21
 from metamom.bias.normalize import Normalize, Sign
 from metamom.bias.random import QSGD, RandK, check_seed
 from metamom.bias.topk import TopK
+from metamom.numbers import real, shown, whole
 
 N = TypeVar("N", int, float)
+
+LONGEST = 3000  # characters of a SPEC, and
+MOST = 20  # operators in a composition: bounds on what is read, far beyond what is wanted
 
 
 class Kind(NamedTuple):
@@ -75,6 +78,7 @@ AROUND = {  # operators around one
     "ef21:A": "error feedback: A on the change from what was sent before",
     "ef21-sgdm(ETA):A": "EF21 of the workers' own momentum, with beta = 1 at the server",
 }
+FEEDBACK = re.compile(r"(?P<name>ef14|ef21|ef21-sgdm\((?P<eta>[^)]*)\)):(?P<inner>.*)")
 
 
 def parse(spec: str) -> BiasOperator:
@@ -82,6 +86,12 @@ def parse(spec: str) -> BiasOperator:
 
     ``+`` composes, the left one first; error feedback goes around all that stands behind it. Options follow after
     colons; `spec_help` lists everything.
+
+    Args:
+        spec: printable ASCII, at most 3,000 characters and 20 operators. Spaces around operators are ignored.
+
+    Returns:
+        A new operator, whose own ``spec`` parses to an equal one.
 
     Raises:
         ValueError: for an unknown or malformed SPEC, saying which part is wrong.
@@ -93,9 +103,9 @@ def parse(spec: str) -> BiasOperator:
         EF21SGDM(TopK(ratio=0.01), eta=0.1)
     """
     try:
-        return _any(spec.strip())
+        return _any(_plain(spec).strip(" "))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"bias operator {spec!r}: {error}") from error
+        raise ValueError(f"bias operator {shown(spec)}: {error}") from error
 
 
 def spellings() -> list[str]:
@@ -122,25 +132,47 @@ def _options(names: tuple[str, ...]) -> str:
     return " ".join(f":{name}" + "=N" * (OPTIONS[name].value is int) for name in names)
 
 
+def _plain(spec: str) -> str:
+    """A SPEC that is short enough to read, and has no character that a reader cannot see."""
+    if len(spec) > LONGEST:
+        raise ValueError(f"a SPEC has at most {LONGEST} characters; got {len(spec)}.")
+    odd = next((i for i, c in enumerate(spec) if not " " <= c <= "~"), None)
+    if odd is not None:
+        raise ValueError(f"a SPEC is printable ASCII; got {spec[odd]!a} as its character {odd + 1}.")
+    return spec
+
+
 def _any(text: str) -> BiasOperator:
-    around = re.fullmatch(r"(ef14|ef21|ef21-sgdm\(([^)]*)\)):(.*)", text)
-    if around is not None:
-        name, eta, inner = around.groups()
-        operator = _any(inner)
-        if name == "ef14":
-            return EF14(operator)
-        return EF21(operator) if name == "ef21" else EF21SGDM(operator, _number(float, eta, "ef21-sgdm's ETA"))
-    parts = [part.strip() for part in re.split(r"(?<!\d[eE])\+", text)]  # at every + that is no exponent's sign
-    return _single(text) if len(parts) == 1 else Compose(*map(_any, parts))
+    around = FEEDBACK.fullmatch(text)
+    inner = text if around is None else around["inner"]
+    parts = re.split(r"(?<!\d[eE])\+", inner)  # at every + that is no exponent's sign
+    if len(parts) > MOST:
+        raise ValueError(f"a SPEC composes at most {MOST} operators; got {len(parts)}.")
+    operators = [_single(part.strip(" ")) for part in parts]
+    operator = operators[0] if len(operators) == 1 else Compose(*operators)
+    if around is None:
+        return operator
+    if around["name"] == "ef14":
+        return EF14(operator)
+    if around["name"] == "ef21":
+        return EF21(operator)
+    return EF21SGDM(operator, _number(float, around["eta"], "ef21-sgdm's ETA"))
 
 
 def _single(text: str) -> BiasOperator:
+    if FEEDBACK.fullmatch(text) is not None:
+        raise ValueError(f"error feedback stands once, in front of all that it goes around; got {shown(text)} within.")
     name, *words = text.split(":")
     if name not in KINDS:
-        raise ValueError(f"unknown operator {text!r}; wanted {', '.join(spellings())}.")
+        raise ValueError(f"unknown operator {shown(text)}; wanted {', '.join(spellings())}.")
     kind = KINDS[name]
     argument = words.pop(0) if words and kind.number else ""
-    options = dict(_option(name, word) for word in words)
+    options: dict[str, Any] = {}
+    for word in words:
+        keyword, value = _option(name, word)
+        if keyword in options:
+            raise ValueError(f"{name} has an option twice: {shown(word)}.")
+        options[keyword] = value
     if kind.number is None:
         return kind.make(**options)
     if not argument:
@@ -148,19 +180,19 @@ def _single(text: str) -> BiasOperator:
     try:
         if kind.share and argument.endswith("%"):
             share = _number(float, argument[:-1], f"{name}'s percentage")
-            if share and math.isfinite(share):  # else its exponent may be too much for Decimal
+            if share:  # else its exponent may be too much for Decimal
                 share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimals: 7 % is 0.07, not 7 * 0.01
             return kind.make(ratio=share, **options)
         return kind.make(_number(kind.number, argument, f"{name}'s {kind.argument}"), **options)
     except ValueError as error:
-        raise ValueError(f"{argument!r} does not fit {name}: {error}") from error
+        raise ValueError(f"{shown(argument)} does not fit {name}: {error}") from error
 
 
 def _option(name: str, word: str) -> tuple[str, Any]:
     """The keyword that an option is, and its value."""
     key, equals, value = word.partition("=")
     if key not in KINDS[name].options or bool(equals) != (OPTIONS[key].value is int):
-        raise ValueError(f"{name} has no option {word!r}.")
+        raise ValueError(f"{name} has no option {shown(word)}.")
     option = OPTIONS[key]
     if option.check is None:
         return option.keyword, option.value
@@ -168,12 +200,12 @@ def _option(name: str, word: str) -> tuple[str, Any]:
     try:
         option.check(number)
     except ValueError as error:
-        raise ValueError(f"{word!r} does not fit {name}: {error}") from error
+        raise ValueError(f"{shown(word)} does not fit {name}: {error}") from error
     return option.keyword, number
 
 
 def _number(kind: type[N], text: str, what: str) -> N:
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{what} must be a {'whole ' * (kind is int)}number; got {text!r}.") from None
+        return kind(whole(text) if kind is int else real(text))
+    except ValueError as error:
+        raise ValueError(f"{what} must be a {'whole ' * (kind is int)}number; {error}") from None
