@@ -1,4 +1,10 @@
-"""metamom: meta-learners trained by composite momentum under biased gradients."""
+"""metamom: meta-learners trained by composite momentum under biased gradients.
+
+``metamom.nets``, ``metamom.tasks`` and the other sub-packages are imported when they are first named.
+"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
 from metamom.accumulator import BiasedAccumulator
 from metamom.batch import Sampler, TaskBatch
@@ -22,6 +28,18 @@ from metamom.maml import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta, momentum_update
 from metamom.progress import DivergedError
 from metamom.training import TrainResult, train
+
+if TYPE_CHECKING:
+    from metamom import bias as bias
+    from metamom import diagnostics as diagnostics
+    from metamom import distributed as distributed
+    from metamom import experiments as experiments
+    from metamom import interop as interop
+    from metamom import nets as nets
+    from metamom import tasks as tasks
+    from metamom import theory as theory
+
+    __version__: str
 
 __all__ = [
     "EF14",
@@ -50,3 +68,20 @@ __all__ = [
     "momentum_update",
     "train",
 ]
+
+_MODULES = ("bias", "diagnostics", "distributed", "experiments", "interop", "nets", "tasks", "theory")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"metamom.{name}")
+    if name == "__version__":
+        try:
+            return metadata.version("metamom")
+        except metadata.PackageNotFoundError:  # a checkout on the path that nothing has installed
+            return "unknown"
+    raise AttributeError(f"module 'metamom' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, "__version__"})

@@ -764,6 +764,10 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def forbidden(names: set[str]) -> set[str]:
     return {name for name in names if re.match(r"(metamom\.)?(tasks|experiments)\b", name)}
 
@@ -778,6 +782,8 @@ LIBRARY = sorted(
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
 def test_the_library_imports_neither_tasks_nor_experiments(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path == CHECKOUT / "metamom" / "__init__.py":  # which tells type checkers what it imports only by name
+        tree.body = [node for node in tree.body if not is_for_type_checkers(node)]
     if path.name not in ("cli.py", "flags.py"):
         assert not forbidden(imports(tree))
         return
