@@ -7,7 +7,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from metamom.accumulator import BiasedAccumulator
-from metamom.batch import Sampler, TaskBatch
+from metamom.batch import Sampler, TaskBatch, TaskSampler
 from metamom.bias import (
     EF14,
     EF21,
@@ -62,6 +62,7 @@ __all__ = [
     "Sampler",
     "Sign",
     "TaskBatch",
+    "TaskSampler",
     "TopK",
     "TrainResult",
     "evaluate",

@@ -5,10 +5,15 @@ Legend: T tasks, S support points a task, Q query points a task, n workers.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TaskBatch(NamedTuple):
@@ -85,9 +90,127 @@ class Sampler(Protocol):
     """Anything that gives tasks by step number.
 
     What comes out depends only on the sampler's own arguments, ``step`` and the global index of a task within the
-    meta-batch: never on what was asked before, nor on how many processes ask.
+    meta-batch: never on what was asked before, nor on how many processes ask. One that leaves out ``rank`` and
+    ``world_size`` will do in a single process. What else there is to offer, `TaskSampler` has.
     """
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
         """``rank``'s block of the meta-batch of ``num_tasks`` tasks that belongs to ``step``."""
         ...
+
+
+class TaskSampler(ABC):
+    """The base of metamom's own samplers, and of a user's own that offers more than `sample`.
+
+    Only of its subclasses are streams, descriptions and workers asked: another sampler may use these names as it likes.
+
+    Example:
+        >>> class Ones(TaskSampler):
+        ...     def __init__(self, stream="train"):
+        ...         self.stream = stream
+        ...     def sample(self, step, num_tasks, *, rank=0, world_size=1):
+        ...         x = torch.ones(len(block(num_tasks, rank, world_size)), 2, 1)
+        ...         return TaskBatch(x, x, x, x)
+        ...     def with_stream(self, stream):
+        ...         return Ones(stream)
+        >>> of_stream(Ones(), "test").stream
+        'test'
+    """
+
+    @abstractmethod
+    def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
+        """See `Sampler`."""
+
+    @property
+    def workers(self) -> int | None:
+        """The number of workers that it has a family for; ``None`` if it serves any number."""
+        return None
+
+    def with_stream(self, stream: str) -> Self:
+        """The same with tasks, or points, of another stream (``"validation"``, ``"test"``); itself if it has none."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from others, as JSON values: of a run's settings, which a resumed run must share."""
+        return {"family": type(self).__name__}
+
+
+def of_stream(sampler: Sampler, stream: str) -> Sampler:
+    """The sampler's tasks of another stream; the sampler as it is where it is no `TaskSampler`."""
+    return sampler.with_stream(stream) if isinstance(sampler, TaskSampler) else sampler
+
+
+def described(sampler: Sampler) -> dict[str, Any]:
+    """What tells a sampler from others, as JSON values: its type alone where it is no `TaskSampler`."""
+    return sampler.describe() if isinstance(sampler, TaskSampler) else {"family": type(sampler).__name__}
+
+
+def check_sampler(sampler: object, what: str = "a sampler") -> None:
+    """Refuse what gives no tasks.
+
+    Args:
+        sampler: what came.
+        what: it should be, for the error.
+
+    Raises:
+        TypeError: for anything without a method ``sample``, and for a class.
+    """
+    if isinstance(sampler, type):
+        raise TypeError(f"{what} gives tasks by sample(step, num_tasks); got the class {sampler.__name__} itself.")
+    if not isinstance(sampler, Sampler):
+        raise TypeError(
+            f"{what} gives tasks by sample(step, num_tasks), as metamom.tasks.Sinusoid() does; got a "
+            f"{type(sampler).__name__}. For batches of your own, write a class with that method."
+        )
+
+
+def takes_blocks(sampler: Sampler) -> bool:
+    """Whether a sampler can be asked for a part of a meta-batch, by ``rank`` and ``world_size``."""
+    try:
+        signature(sampler.sample).bind(0, 1, rank=0, world_size=1)
+    except TypeError:
+        return False
+    except ValueError:  # made without Python, so there is nothing to read
+        return True
+    return True
+
+
+def drawn(
+    sampler: Sampler, step: int, num_tasks: int, rank: int = 0, world_size: int = 1, *, or_all: bool = False
+) -> TaskBatch:
+    """``rank``'s block of the meta-batch of ``num_tasks`` tasks that belongs to ``step``, from any sampler.
+
+    Args:
+        sampler: asked.
+        step: >= 0.
+        num_tasks: of the whole meta-batch.
+        rank: number of the part, 0 <= rank < world_size.
+        world_size: number of parts.
+        or_all: let the whole meta-batch pass too, which a sampler gives that takes the last two and ignores them.
+
+    Raises:
+        TypeError: for a sampler that cannot give a part where one is wanted, or that gives no `TaskBatch`.
+        ValueError: for one that gives another number of tasks than the part has.
+    """
+    if takes_blocks(sampler):
+        batch = sampler.sample(step, num_tasks, rank=rank, world_size=world_size)
+    elif world_size == 1:
+        batch = sampler.sample(step, num_tasks)
+    else:
+        raise TypeError(
+            f"{type(sampler).__name__}.sample takes no rank and world_size, so it cannot be dealt to {world_size} "
+            "processes or workers: write sample(self, step, num_tasks, *, rank=0, world_size=1) and give the tasks of "
+            "metamom.batch.block(num_tasks, rank, world_size)."
+        )
+    if not isinstance(batch, TaskBatch):
+        raise TypeError(
+            f"{type(sampler).__name__}.sample must give a metamom.TaskBatch(support_x, support_y, query_x, query_y); "
+            f"got a {type(batch).__name__}."
+        )
+    if world_size > 1 and batch.num_tasks * world_size != num_tasks and not (or_all and batch.num_tasks == num_tasks):
+        raise ValueError(
+            f"{type(sampler).__name__}.sample gave {batch.num_tasks} tasks for part {rank} of {world_size} of a "
+            f"meta-batch of {num_tasks}: wanted {num_tasks // world_size}, those of metamom.batch.block(num_tasks, "
+            "rank, world_size)."
+        )
+    return batch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metamom.batch import Sampler, TaskBatch
+from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.intervals import Interval, Jackknife, norm, squared_norm, total_variance
 from metamom.maml import MAML
@@ -172,7 +172,8 @@ def measure(
     operator, sizes = as_operator(bias), tuple(inner_batches)
     _check_plan(learner, operator, sizes, draws, tasks_per_worker, queries, confidence)
     like = next(learner.model.parameters())
-    first = _of_stream(sampler).sample(0, tasks_per_worker)
+    check_sampler(sampler, "measure takes a sampler, which")
+    first = drawn(of_stream(sampler, STREAM), 0, tasks_per_worker)
     _check_pool(learner, first, sizes, queries)
     shot = points_per_shot(first)
     devices = [like.device] if like.device.type == "cuda" else []
@@ -187,10 +188,10 @@ def measure(
         with tqdm(total=draws * len(sizes), desc=label, unit="draw", leave=False, disable=None) as bar:
             for start in starts:
                 steps = range(start, min(start + at_once, draws))
-                pool = _drawn(sampler, steps, tasks_per_worker).to(like.device, like.dtype)
+                pool = _all_drawn(sampler, steps, tasks_per_worker).to(like.device, like.dtype)
                 whole = None
                 if population is not None:
-                    whole = _drawn(population, steps, tasks_per_worker).to(like.device, like.dtype)
+                    whole = _all_drawn(population, steps, tasks_per_worker).to(like.device, like.dtype)
                 found.add_reference(learner, pool, whole, tasks_per_worker)
                 for m in sizes:
                     found.add(learner, pool, whole, m, operator, tasks_per_worker, queries, most_pairs, steps)
@@ -239,7 +240,9 @@ def check_track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -
     if plan.every < 1:
         raise ValueError(f"track_bias measures every N >= 1 steps; got every={plan.every}.")
     _check_plan(learner, operator, (plan.inner_batch,), plan.draws, plan.tasks_per_worker, plan.queries, 0.95)
-    _check_pool(learner, _of_stream(plan.pools).sample(0, plan.tasks_per_worker), (plan.inner_batch,), plan.queries)
+    _check_pool(
+        learner, drawn(of_stream(plan.pools, STREAM), 0, plan.tasks_per_worker), (plan.inner_batch,), plan.queries
+    )
 
 
 def track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> dict[str, float]:
@@ -346,16 +349,10 @@ def _means(rows: Tensor, each: int) -> Tensor:
     return rows.reshape(-1, each, rows.shape[1]).mean(1)
 
 
-def _of_stream(sampler: Sampler) -> Sampler:
-    with_stream = getattr(sampler, "with_stream", None)
-    source: Sampler = sampler if with_stream is None else with_stream(STREAM)
-    return source
-
-
-def _drawn(sampler: Sampler, steps: range, each: int) -> TaskBatch:
+def _all_drawn(sampler: Sampler, steps: range, each: int) -> TaskBatch:
     """The draws of these steps, one after the other."""
-    source = _of_stream(sampler)
-    batches = [source.sample(step, each) for step in steps]
+    source = of_stream(sampler, STREAM)
+    batches = [drawn(source, step, each) for step in steps]
     return TaskBatch(*(torch.cat(fields) for fields in zip(*(batch[:4] for batch in batches), strict=True)))
 
 

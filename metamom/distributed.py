@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metamom.batch import Sampler, TaskBatch, block
+from metamom.batch import Sampler, TaskBatch, block, drawn
 
 Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
@@ -91,8 +91,9 @@ class World:
 
         Raises:
             ValueError: if the number of processes does not divide ``num_tasks``.
+            TypeError: for a sampler that gives no parts, where there are several processes, or no `TaskBatch`.
         """
-        return sampler.sample(step, num_tasks, rank=self.rank, world_size=self.size)
+        return drawn(sampler, step, num_tasks, self.rank, self.size)
 
     def workers(self, n: int) -> range:
         """Which of n workers this process carries: its block of them, or, of fewer than processes, the one it shares.

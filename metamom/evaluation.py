@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metamom.batch import Sampler, TaskBatch
+from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
 from metamom.distributed import World, digest
 from metamom.maml import MAML
 from metamom.metrics import accuracy
@@ -57,8 +57,8 @@ def evaluate(
 
     Args:
         learner: what `train` trained.
-        sampler: the tasks. Metamom's own are asked for their ``stream``, so that no training task comes back; any
-            other sampler is asked as it is, for its step 0.
+        sampler: the tasks. A `metamom.TaskSampler`, such as metamom's own, is asked for its ``stream``, so that no
+            training task comes back; any other is asked as it is, for its step 0.
         tasks: T >= 2.
         steps: numbers of inner steps >= 0, in any order; 0 is before adaptation.
         confidence: of the intervals, in (0, 1); 0.95 gives ``mean ± 1.96 s / sqrt(T)``.
@@ -81,8 +81,8 @@ def evaluate(
         raise ValueError(f"steps are numbers of inner steps >= 0, at least one of them; got {steps}.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
-    with_stream = getattr(sampler, "with_stream", None)
-    source: Sampler = sampler if with_stream is None else with_stream(stream)
+    check_sampler(sampler, "evaluate takes a sampler, which")
+    source = of_stream(sampler, stream)
     like = next(iter(learner.meta_parameters().values()))
     world = World() if world is None else world
     if world.size > 1:
@@ -123,20 +123,24 @@ def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tup
     """How many parts of the tasks are this process's, and each of them after the number of its first task.
 
     They are blocks of one meta-batch, dealt as to processes: which tasks are drawn does not depend on how many are
-    computed together, nor where. A number without a divisor of a fair size, such as a prime, is drawn whole.
+    computed together, nor where. A number without a divisor of a fair size, such as a prime, is drawn whole, and so
+    are the tasks of a sampler that gives no parts.
     """
     fair = (n for n in range(1, tasks + 1) if tasks % n == 0 and BLOCK // 4 <= tasks // n <= BLOCK)
-    blocks = next(fair, 1)
+    blocks = next(fair, 1) if takes_blocks(source) else 1
     size = min(BLOCK, tasks // blocks)
     mine = range(world.rank, -(-tasks // size), world.size)
 
-    def drawn() -> Iterator[tuple[int, TaskBatch]]:
-        whole = source.sample(0, tasks) if blocks == 1 and mine else None
+    def parts() -> Iterator[tuple[int, TaskBatch]]:
+        whole = drawn(source, 0, tasks) if blocks == 1 and mine else None
         for number in mine:
             first = number * size
             if whole is None:
-                yield first, source.sample(0, tasks, rank=number, world_size=blocks)
-            else:
-                yield first, whole.part(first, first + size)
+                part = drawn(source, 0, tasks, number, blocks, or_all=world.size == 1)
+                if part.num_tasks < tasks:
+                    yield first, part
+                    continue
+                whole = part  # a sampler that takes the keywords for a part, and ignores them
+            yield first, whole.part(first, first + size)
 
-    return len(mine), drawn()
+    return len(mine), parts()

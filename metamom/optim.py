@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import compress
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ from torch.optim import Optimizer
 from metamom.averaged import averaged_by, forget
 
 FirstStep = Literal["zero", "gradient"]
+
+# What other optimizers call an option, and what to do here.
+INSTEAD = {
+    "momentum": "a momentum of 0.9 elsewhere is beta=0.1 here, the weight of the new gradient",
+    "dampening": 'first_step="gradient" is SGD with dampening = momentum, first_step="zero" the form of the analysis',
+    "nesterov": "there is no Nesterov form; leave it out",
+    "betas": "betas=(0.9, ...) is beta=0.1 here, the weight of the new gradient, and there is no second moment",
+    "eps": "there is no second moment to keep away from zero; leave it out",
+    "amsgrad": "there is no second moment; leave it out",
+    "learning_rate": "the step size is lr",
+    "gamma": "the step size is lr",
+    "alpha": "the step size is lr, and the weight of the new gradient beta",
+}
 
 
 def momentum_update(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
@@ -80,7 +93,8 @@ class CompositeMomentum(Optimizer):
 
     Raises:
         ValueError: for an option out of range.
-        TypeError: at `step`, for a sparse gradient.
+        TypeError: for other optimizers' options, here or in a group, saying what takes their place; at `step`, for a
+            sparse gradient.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -106,7 +120,9 @@ class CompositeMomentum(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         normalize: bool = False,
+        **others: NoReturn,
     ) -> None:
+        _check_names(others, strict=True)
         defaults = {
             "lr": lr,
             "beta": beta,
@@ -127,6 +143,7 @@ class CompositeMomentum(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not set comes from the constructor."""
+        _check_names(param_group, strict=False)
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         forget(self.param_groups[-1]["params"])  # what other optimizers left there is not this one's
@@ -352,6 +369,21 @@ def _check_beta(beta: float) -> float:
             "A momentum of 0.9 elsewhere is beta=0.1 here; plain SGD is beta=1."
         )
     return beta
+
+
+def _check_names(options: Mapping[str, Any], *, strict: bool) -> None:
+    """Refuse other optimizers' options, and, if strict, any: groups may hold what schedulers or their owner keep."""
+    for name, value in options.items():
+        if name in INSTEAD:
+            cure = INSTEAD[name]
+            if name == "momentum" and isinstance(value, (int, float)) and 0 <= value < 1:
+                cure = f"momentum={value} is beta={1 - value:.12g} here"
+            raise TypeError(f"CompositeMomentum has no option {name!r}: {cure}.")
+        if strict:
+            raise TypeError(
+                f"CompositeMomentum has no option {name!r}; its options are lr, beta, first_step, weight_decay, "
+                "maximize, foreach and normalize."
+            )
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metamom.batch import Sampler, block
+from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.distributed import World
 from metamom.maml import MAML
+from metamom.optim import CompositeMomentum, LambdaBeta
 from metamom.robust import Aggregate, check_aggregate
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """What goes on by one after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def check_plan(
@@ -31,8 +45,12 @@ def check_plan(
     """Refuse what `train` could only refuse after it had begun; the arguments are `train`'s.
 
     Raises:
+        TypeError: for what is no learner or no sampler.
         ValueError: for an argument out of range, or arguments that do not fit each other.
     """
+    if not isinstance(learner, MAML):
+        raise TypeError(f"train takes a metamom.MAML learner; got a {type(learner).__name__}. Wrap the model in MAML.")
+    check_sampler(sampler, "train takes a sampler, which")
     for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1; got {value}.")
@@ -42,8 +60,8 @@ def check_plan(
         raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
     if workers < 1 or meta_batch % workers:
         raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
-    families = getattr(sampler, "workers", workers)
-    if families != workers:
+    families = sampler.workers if isinstance(sampler, TaskSampler) else None
+    if families not in (None, workers):
         raise ValueError(
             f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
         )
@@ -65,8 +83,10 @@ def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
     """
     if operator is None or not operator.carries_momentum:
         return
+    ours = isinstance(optimizer, CompositeMomentum)  # another optimizer may call something else beta
     for group in optimizer.param_groups:
-        if group.get("beta", 1) != 1 or group.get("momentum", 0) != 0 or "betas" in group:
+        without = group["beta"] == 1 if ours else group.get("momentum", 0) == 0 and group.get("betas", (0,))[0] == 0
+        if not without:
             raise ValueError(
                 f"{operator.spec} carries the momentum on the workers, so the server must have none: use "
                 f"CompositeMomentum(beta=1) (--beta 1), and no schedule of beta; got {type(optimizer).__name__} with "
@@ -74,18 +94,76 @@ def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
             )
 
 
+def check_optimizer(learner: MAML, optimizer: object) -> None:
+    """Refuse an optimizer that would leave standing what it is to move.
+
+    Parameters of the model may be left out of it, or frozen.
+
+    Raises:
+        TypeError: for what is no optimizer.
+        ValueError: for one over none of the learner's parameters, over others too, or without its step sizes.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {_kind(optimizer)}.")
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    own = {id(p) for p in learner.parameters()}
+    cure = "Make it over learner.parameters(), after the learner, and both again where the model is another one."
+    if not own & set(held):
+        raise ValueError(f"the optimizer holds none of the learner's parameters, so that nothing would move. {cure}")
+    foreign = [p for key, p in held.items() if key not in own]
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} of the optimizer's {len(held)} parameters are not the learner's and would never move, the "
+            f"first of shape {tuple(foreign[0].shape)}. {cure}"
+        )
+    missing = [name for name, p in learner.step_sizes.learned().items() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the learner learns inner step sizes that the optimizer does not hold, so that they would never move: "
+            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Make it over learner.parameters(), which has the "
+            "model's and these, or make the learner without learn_inner_lr."
+        )
+
+
+def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimizer) -> list[Scheduler]:
+    """One scheduler or several, as a list.
+
+    Raises:
+        TypeError: for what is no scheduler, or one that wants a number at each step.
+        ValueError: for one of another optimizer, which would change nothing here.
+    """
+    found = [schedulers] if isinstance(schedulers, Scheduler) else list(schedulers)
+    scheduler: Any
+    for scheduler in found:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError("ReduceLROnPlateau wants a loss at each step; train's schedulers are stepped without one.")
+        if isinstance(scheduler, (LRScheduler, LambdaBeta)) and scheduler.optimizer is not optimizer:
+            raise ValueError(
+                f"{type(scheduler).__name__} schedules another optimizer than the one that trains, so that it would "
+                "change nothing: make it of this one."
+            )
+        if isinstance(scheduler, (type, Optimizer)) or not isinstance(scheduler, Scheduler):
+            wanted = "LambdaLR(optimizer, ...) or LambdaBeta(optimizer, ...)"
+            raise TypeError(f"schedulers are such as {wanted}; got {_kind(scheduler)}.")
+    return found
+
+
+def _kind(thing: object) -> str:
+    """What came, in words."""
+    return f"the class {thing.__name__} itself" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
 def describe(
     learner: MAML, optimizer: Optimizer, sampler: Sampler, *, meta_batch: int, workers: int, bias: Bias
 ) -> dict[str, Any]:
     """What defines a run made from these parts, as JSON values: the default of ``train(settings=...)``."""
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    family = getattr(sampler, "describe", None)
     operator = as_operator(bias)
     return {
         "model": str(learner.model),
         "learner": learner.describe(),
         "optimizer": {"kind": type(optimizer).__name__, "groups": groups},
-        "sampler": {"family": type(sampler).__name__} if family is None else family(),
+        "sampler": described(sampler),
         "meta_batch": meta_batch,
         "workers": workers,
         "bias": "none" if operator is None else operator.spec,

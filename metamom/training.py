@@ -8,20 +8,20 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from metamom.batch import Sampler
+from metamom.batch import Sampler, check_sampler
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.diagnostics import TrackBias, check_track, track
 from metamom.distributed import SAME, World, digest
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
-from metamom.plan import check_momentum, check_plan, describe
+from metamom.plan import Scheduler, as_schedulers, check_momentum, check_optimizer, check_plan, describe
 from metamom.progress import DivergedError, Progress, Saved
 from metamom.robust import Aggregate
 from metamom.run_directory import RunDirectory
@@ -29,16 +29,6 @@ from metamom.watch import Watch
 
 # Steps between measurements of the bias error over several processes, which exchange whole gradients for it.
 MEASURE_EVERY = 50
-
-
-class Scheduler(Protocol):
-    """What goes on by one after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
-
-    def step(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class TrainResult(NamedTuple):
@@ -67,7 +57,7 @@ def train(
     workers: int = 1,
     bias: Bias = None,
     aggregate: Aggregate = "mean",
-    schedulers: Sequence[Scheduler] = (),
+    schedulers: Scheduler | Sequence[Scheduler] = (),
     validation: Sampler | None = None,
     evaluate_every: int | None = None,
     evaluate_tasks: int = 100,
@@ -89,7 +79,7 @@ def train(
 
     Args:
         learner: whose ``.grad`` each step sets; batches go to its device and dtype.
-        optimizer: any torch optimizer over ``learner.parameters()``.
+        optimizer: any torch optimizer over ``learner.parameters()``, or some of them.
         sampler: the tasks.
         iterations: total number of steps, including those done before a resume.
         meta_batch: tasks a step.
@@ -97,7 +87,7 @@ def train(
         bias: the operator on each worker's gradient, its SPEC (``"topk:5%"``), or a function ``[d] -> [d]``. What it
             carries from step to step starts afresh with the run, and is saved with it.
         aggregate: what the server takes of the workers' gradients: `metamom.robust.robust_mean`.
-        schedulers: each goes on by one after every step.
+        schedulers: one or several, of this optimizer; each goes on by one after every step.
         validation: tasks for validation, drawn from stream ``"validation"``.
         evaluate_every: steps between validations; only after the last step if ``None``.
         evaluate_tasks: tasks for each validation.
@@ -120,7 +110,9 @@ def train(
         A `TrainResult`, the same on all processes but for the seconds.
 
     Raises:
-        ValueError: for an argument out of range; for a ``run_dir`` in use, with a run in it while ``resume`` is
+        TypeError: for what is no learner, optimizer, sampler, scheduler or operator.
+        ValueError: for an argument out of range; for an optimizer over other parameters than the learner's, or without
+            its learned step sizes; for a ``run_dir`` in use, with a run in it while ``resume`` is
             false, or with a run of other settings.
         DivergedError: at the first loss, gradient or weight that is not finite.
         TrainingInterrupted: by a signal to any process, after saving.
@@ -153,7 +145,11 @@ def train(
             checkpoint_every=checkpoint_every,
             world=world,
         )
+        check_optimizer(learner, optimizer)
         check_momentum(optimizer, operator)
+        schedulers = as_schedulers(schedulers, optimizer)
+        if validation is not None:
+            check_sampler(validation, "validation is a sampler, which")
         if track_bias is not None:
             check_track(learner, operator, track_bias)
         if (resume or tensorboard) and run_dir is None:

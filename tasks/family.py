@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import operator
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metamom.batch import TaskBatch, block
+from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.counter import Places
 from metamom.tasks.checks import check_seed, check_step
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class TaskFamily(ABC):
+class TaskFamily(TaskSampler):
     """A distribution of tasks. A subclass says how one is drawn (`draw`); this class says which one (`sample`).
 
     Args:

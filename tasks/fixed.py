@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from metamom.batch import TaskBatch, block
+from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.counter import Floats, Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_step
 from metamom.tasks.family import TaskFamily
@@ -21,7 +21,7 @@ Order = Literal["replacement", "reshuffle"]
 ORDERS: tuple[Order, ...] = ("replacement", "reshuffle")
 
 
-class FixedTasks:
+class FixedTasks(TaskSampler):
     """n tasks of a family that stay from step to step: the finite sum f = 1/n Σ f_i of the analysis.
 
     The tasks are those of the family's own step 0 (n of them). At each step their points are drawn afresh, for each

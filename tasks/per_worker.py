@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metamom.batch import Sampler, TaskBatch, block
+from metamom.batch import Sampler, TaskBatch, TaskSampler, block, check_sampler, described, drawn, of_stream
 from metamom.tasks.fixed import FixedTasks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PerWorker:
+class PerWorker(TaskSampler):
     """n workers with their own families: worker i's contiguous block of each meta-batch comes from ``samplers[i]``.
 
     Train with the same number of workers. A member is asked for tasks by their indices in the whole meta-batch, so
@@ -53,11 +53,9 @@ class PerWorker:
         if not members:
             raise ValueError("PerWorker needs a sampler for each worker; got none.")
         for i, member in enumerate(members):
-            if isinstance(member, PerWorker) or not isinstance(member, Sampler):
-                raise TypeError(
-                    f"PerWorker needs a sampler of tasks for each worker; samplers[{i}] is {type(member).__name__}. "
-                    f"Name all workers' samplers in one list."
-                )
+            if isinstance(member, PerWorker):
+                raise TypeError(f"samplers[{i}] of a PerWorker is one itself: name all workers' samplers in one list.")
+            check_sampler(member, f"PerWorker takes samplers; samplers[{i}]")
         fixed = [member for member in members if isinstance(member, FixedTasks)]
         if fixed and len(fixed) != len(members):
             raise TypeError(
@@ -82,7 +80,7 @@ class PerWorker:
             if isinstance(member, FixedTasks):
                 parts.append(member.sample(step, num_tasks // n, rank=piece % each, world_size=each))
             else:
-                part = member.sample(step, num_tasks, rank=piece, world_size=L)
+                part = drawn(member, step, num_tasks, piece, L)
                 parts.append(part._replace(task_ids=None))  # ids of another kind of sampler may clash between workers
         joined = [_joined(name, [part[i] for part in parts]) for i, name in enumerate(TaskBatch._fields)]
         return TaskBatch._make(joined)
@@ -95,19 +93,14 @@ class PerWorker:
     def with_stream(self, stream: str) -> Self:
         """The same with every member that has streams drawing from this one."""
         other = copy.copy(self)
-        other.samplers = [
-            member.with_stream(stream) if hasattr(member, "with_stream") else member for member in self.samplers
-        ]
+        other.samplers = [of_stream(member, stream) for member in self.samplers]
         return other
 
     def describe(self) -> dict[str, Any]:
-        """The arguments that make this sampler again, as JSON values (a member without `describe` by its type)."""
+        """The arguments that make this sampler again, as JSON values (members that are no `TaskSampler` by type)."""
         return {
             "family": "PerWorker",
-            "samplers": [
-                member.describe() if hasattr(member, "describe") else {"family": type(member).__qualname__}
-                for member in self.samplers
-            ],
+            "samplers": [described(member) for member in self.samplers],
         }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from metamom.batch import TaskBatch, block
+from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.counter import Places
 from metamom.tasks.checks import check_step
 from metamom.tasks.linear import LinearRegression
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Population:
+class Population(TaskSampler):
     """The tasks of a family, each with its whole population as support set and as query set.
 
     A `LinearRegression` task with Gaussian features gets d points ``√d r_k``, the rows of ``Σ^½``, with the labels

@@ -577,3 +577,31 @@ def test_normalised_momentum_stays_within_its_bound(beta, gamma):
         x.grad = gradient * (1 - b / max(norms[-1], 1e-12))  # against the gradient
         optimizer.step()
     assert sum(norms) / K <= bound_1c(1.0, beta, gamma, gap, norms[0], K, b, 0.0) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"momentum": 0.9}, r"no option 'momentum': momentum=0\.9 is beta=0\.1 here"),
+        ({"momentum": 0}, r"momentum=0 is beta=1 here"),
+        ({"momentum": None}, r"a momentum of 0\.9 elsewhere is beta=0\.1 here"),
+        ({"dampening": 0.9}, 'first_step="gradient" is SGD with dampening'),
+        ({"nesterov": True}, "no Nesterov form"),
+        ({"betas": (0.9, 0.999)}, r"beta=0\.1 here.*no second moment"),
+        ({"eps": 1e-8}, "no second moment"),
+        ({"learning_rate": 0.1}, "the step size is lr"),
+    ],
+)
+def test_other_optimizers_options(option, message):
+    w = nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match=message):
+        CompositeMomentum([w], 0.1, **option)
+    with pytest.raises(TypeError, match=message):  # torch would keep it in the group, where nothing reads it
+        CompositeMomentum([{"params": [w], **option}], 0.1)
+
+
+def test_an_unknown_option():
+    w = nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match="no option 'bata'; its options are lr, beta, first_step"):
+        CompositeMomentum([w], 0.1, bata=0.1)
+    assert CompositeMomentum([{"params": [w], "name": "head"}], 0.1).param_groups[0]["name"] == "head"

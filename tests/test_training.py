@@ -35,6 +35,7 @@ from metamom import (
     DivergedError,
     LambdaBeta,
     RandK,
+    TaskSampler,
     TopK,
     checkpoints,
     evaluate,
@@ -141,7 +142,7 @@ def global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-class AtStep:
+class AtStep(TaskSampler):
     """A sampler that does something when a step's tasks are asked for."""
 
     def __init__(self, step: int, action: Callable[[Any], Any]) -> None:

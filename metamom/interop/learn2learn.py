@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metamom.batch import Sampler, TaskBatch, block
+from metamom.batch import Sampler, TaskBatch, TaskSampler, block, check_sampler
 from metamom.estimators import Estimator
 from metamom.interop.imports import import_learn2learn
 from metamom.maml import MAML, LossFn
@@ -48,7 +48,7 @@ def from_maml(l2l_maml: Any, loss_fn: LossFn, inner_steps: int = 1) -> MAML:
     return MAML(l2l_maml.module, loss_fn, inner_lr=l2l_maml.lr, inner_steps=inner_steps, estimator=estimator)
 
 
-class FromTaskset:
+class FromTaskset(TaskSampler):
     """A learn2learn ``Taskset`` (``TaskDataset``) as a metamom sampler.
 
     Each task is drawn with Python's, NumPy's and torch's generators seeded from this sampler's seed and the task's
@@ -147,6 +147,7 @@ class AsTaskset:
     def __init__(self, sampler: Sampler, num_tasks: int = -1) -> None:
         if num_tasks < 1 and num_tasks != -1:
             raise ValueError(f"num_tasks must be >= 1, or -1 for no end; got {num_tasks}.")
+        check_sampler(sampler, "AsTaskset takes a sampler, which")
         self.sampler = sampler
         self.num_tasks = num_tasks
         self.next_task = 0
@@ -206,7 +207,7 @@ def seeded(place: str) -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (it is what they draw from)
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)  # torch.manual_seed would move GPUs' generators too, which stay
     try:
         yield
     finally:
