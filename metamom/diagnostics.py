@@ -180,7 +180,10 @@ def measure(
     found = _Found()
     # a model's own random layers (dropout) draw from torch's generators: neither they nor a run around this is moved
     with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would move every GPU's, which nobody puts back
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
         widest = first.support_x.shape[1] // (2 * half_points(learner, min(sizes), first))
         widest = widest if most_pairs is None else min(widest, most_pairs)
         at_once = max(1, POINTS // (2 * widest * first.query_x.shape[1] * tasks_per_worker))

@@ -18,7 +18,10 @@ from torch import Tensor
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval ``low <= value <= high``."""
+    """An estimate and its confidence interval ``low <= value <= high``.
+
+    Of what cannot be negative, the ends are not, though an estimate without bias may be: then ``value < low = 0``.
+    """
 
     value: float
     low: float
@@ -31,10 +34,11 @@ class Interval(NamedTuple):
 
 
 class Jackknife(NamedTuple):
-    """An estimate, and what it is without each of the draws ``[R]``."""
+    """An estimate, what it is without each of the draws ``[R]``, and what it estimates is at least."""
 
     value: float
     without: Tensor
+    least: float = -math.inf
 
     @property
     def error(self) -> float:
@@ -43,9 +47,9 @@ class Jackknife(NamedTuple):
         return math.sqrt((r - 1) / r * float((self.without - self.without.mean()).square().sum()))
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """The normal interval."""
+        """The normal interval, as far as it is possible."""
         half = NormalDist().inv_cdf((1 + confidence) / 2) * self.error
-        return Interval(self.value, self.value - half, self.value + half)
+        return Interval(self.value, *(max(self.least, self.value + side * half) for side in (-1, 1)))
 
 
 def squared_norm(rows: Tensor) -> Jackknife:
@@ -74,7 +78,7 @@ def squared_norm(rows: Tensor) -> Jackknife:
     own = rows.square().sum(1)
     with_others = rows @ rows.sum(0) - own  # of each row, its products with all others
     pairs = float(with_others.sum())
-    return Jackknife(pairs / (r * (r - 1)), (pairs - 2 * with_others) / ((r - 1) * (r - 2)))
+    return Jackknife(pairs / (r * (r - 1)), (pairs - 2 * with_others) / ((r - 1) * (r - 2)), least=0.0)
 
 
 def total_variance(rows: Tensor) -> Jackknife:
@@ -95,7 +99,7 @@ def total_variance(rows: Tensor) -> Jackknife:
     rows = rows.double()
     away = (rows - rows.mean(0)).square().sum(1)
     total = float(away.sum())
-    return Jackknife(total / (r - 1), (total - r / (r - 1) * away) / (r - 2))
+    return Jackknife(total / (r - 1), (total - r / (r - 1) * away) / (r - 2), least=0.0)
 
 
 def norm(squared: Interval) -> Interval:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -96,5 +97,11 @@ def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | No
 
 
 def _inplace_modules(model: nn.Module) -> str | None:
-    names = [f"{name!r} ({type(m).__name__})" for name, m in model.named_modules() if getattr(m, "inplace", False)]
+    names = [f"{name!r} ({type(m).__name__})" for name, m in model.named_modules() if _is_inplace(m)]
     return f"one of the in-place modules {', '.join(names)}" if names else None
+
+
+def _is_inplace(module: nn.Module) -> bool:
+    """Whether it is one of torch's modules with this option, set; other modules may use the name as they like."""
+    torchs = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    return any("inplace" in signature(kind).parameters for kind in torchs) and getattr(module, "inplace", False) is True

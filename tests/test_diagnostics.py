@@ -67,6 +67,22 @@ def test_squared_norms_and_variances_are_those_of_pairs_of_different_draws():
         assert fast.without.tolist() == pytest.approx(without, rel=1e-12)
 
 
+def test_intervals_of_what_cannot_be_negative_are_not():
+    """One draw far from the others has a variance as uncertain as it is large: the normal interval reaches below 0."""
+    rows = torch.tensor([[10.0], [0.0], [0.0], [0.0]])
+    found = total_variance(rows).interval()
+    assert found.value == 25.0
+    assert found.low == 0.0  # 25 - 1.96 · 25
+    assert found.high == pytest.approx(25 + 1.959964 * 25, rel=1e-6)
+    around_zero = squared_norm(torch.tensor([[3.0], [1.0], [-1.0], [-3.5]]))
+    assert around_zero.value < 0  # an estimate without bias of a square that is zero
+    assert around_zero.interval().low == 0.0
+    assert around_zero.interval().covers_zero
+    surely_below = Jackknife(-1.0, torch.tensor([-1.0, -1.0, -1.0]), least=0.0)
+    assert surely_below.interval() == (-1.0, 0.0, 0.0)
+    assert Jackknife(-1.0, torch.tensor([-1.0, -1.0, -1.0])).interval() == (-1.0, -1.0, -1.0)  # of a slope, say
+
+
 def test_a_mean_of_zero_has_no_squared_norm():
     """The plug-in estimate would be d/R = 1 each time."""
     rows = torch.randn(400, 20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

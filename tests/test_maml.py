@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from metamom import MAML, Clip, CompositeMomentum, Identity, TaskBatch, TopK
 from metamom.nets import SinusoidMLP, use_batch_statistics
 from metamom.tasks import Sinusoid
+from metamom.vmap_errors import _inplace_modules
 
 
 def mean_over_workers(grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -548,6 +549,19 @@ def test_in_place_activations_inside_are_fine():
     grads, _ = MAML(model, F.mse_loss, inner_lr=0.05).meta_gradient(regression_batch())
     expected, _ = slow_meta_gradient(model, F.mse_loss, regression_batch(), inner_lr=0.05)
     assert_close(mean_over_workers(grads), expected)
+
+
+def test_only_modules_with_torchs_own_option_count_as_in_place():
+    class Block(nn.Sequential):
+        inplace = True  # means something else here
+
+    class Mine(nn.ReLU):
+        pass
+
+    model = nn.Sequential(Block(nn.ReLU()), Mine(inplace=True), nn.Dropout(0.1, inplace=True))
+    model[0].inplace = torch.ones(2)
+    assert _inplace_modules(model) == "one of the in-place modules '1' (Mine), '2' (Dropout)"
+    assert _inplace_modules(Block(nn.ReLU())) is None
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)])

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 import metamom
+from metamom.diagnostics import measure
+from metamom.interop.learn2learn import seeded
+from metamom.tasks import Sinusoid
+
+CHECKOUT = Path(__file__).parents[1]
 
 LAZY = ["bias", "diagnostics", "distributed", "experiments", "interop", "nets", "tasks", "theory"]
 
@@ -55,3 +64,34 @@ def test_other_names_are_refused_as_by_any_module() -> None:
     for module, name in ((metamom, "network"), (metamom.interop, "higher")):
         with pytest.raises(AttributeError, match=f"module {module.__name__!r} has no attribute {name!r}"):
             getattr(module, name)
+
+
+# the generators of others
+
+
+@pytest.mark.parametrize(
+    "path", sorted(path for part in ("metamom", "tasks", "experiments") for path in (CHECKOUT / part).rglob("*.py"))
+)
+def test_nothing_seeds_the_generators_of_every_device(path: Path) -> None:
+    """`torch.manual_seed` moves those of all GPUs, which `fork_rng` and `set_rng_state` do not put back."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr in ("manual_seed", "seed", "manual_seed_all"):
+            assert ast.unparse(node) not in ("torch.manual_seed", "torch.random.manual_seed", "torch.seed")
+
+
+@pytest.mark.parametrize("what", ["measure", "seeded"])
+def test_gpus_generators_stay(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", moved.append)
+    before = torch.get_rng_state()
+    if what == "measure":
+        learner = metamom.MAML(metamom.nets.SinusoidMLP(), F.mse_loss)
+        before = torch.get_rng_state()
+        measure(learner, Sinusoid(shots=4), inner_batches=(1,), draws=3)
+    else:
+        with seeded("a place"):
+            first = torch.rand(3)
+        with seeded("a place"):
+            assert torch.equal(torch.rand(3), first)
+    assert moved == []
+    assert torch.equal(torch.get_rng_state(), before)
