@@ -55,6 +55,7 @@ def run(method: str, iterations: int, folder: Path, root: str | None) -> tuple[E
         run_dir=folder / method,
         resume=True,
         settings=recipe.settings(),
+        free=recipe.free(),
         label=method,
     )
     test = evaluate(learner, recipe.sampler("test", root=root), tasks=TEST_TASKS, steps=TEST_STEPS, stream="test")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from metamom.maml import MAML
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum, FirstStep
 from metamom.robust import Aggregate, check_aggregate
+from metamom.schema import as_record
 from metamom.step_sizes import LearnInnerLR
 from metamom.tasks import FixedTasks, Omniglot, Sinusoid
 from metamom.tasks.checks import check_seed
@@ -50,14 +51,20 @@ DEFAULTS = {
     "sinusoid": Defaults(shots=10, queries=10, inner_lr=0.01, lr=0.03, meta_batch=8),
     "omniglot": Defaults(shots=1, queries=1, inner_lr=0.4, lr=0.3, meta_batch=16),
 }
+MOST = 2**31 - 1  # of any count
+MOST_WAYS = 10_000  # a model has a row of weights for each; Omniglot has 6,492 classes, turned ones among them
 ADAPTIVE_LR = 0.001  # of Adam and RMSprop
+
+
+HOW = {"how": True}  # metadata of a field that says only where and how a run is computed, not what comes of it
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides how a run goes, but for its length; equal recipes give equal runs.
 
-    ``None`` stands for the task's default and is replaced by it. Ranges are checked by what takes the values.
+    ``None`` stands for the task's default and is replaced by it. Ranges are checked by what takes the values. Fields
+    marked `HOW` may differ when a run goes on.
     """
 
     task: Task
@@ -71,8 +78,8 @@ class Recipe:
     tracking: float | None = None
     learn_inner_lr: LearnInnerLR = False
     adapt: tuple[str, ...] | None = None
-    chunk_size: ChunkSize = None
-    compile: CompileMode = False
+    chunk_size: ChunkSize = field(default=None, metadata=HOW)
+    compile: CompileMode = field(default=False, metadata=HOW)
     optimizer: OptimizerName = "momentum"
     lr: float | None = None
     beta: float = 0.1
@@ -87,7 +94,7 @@ class Recipe:
     order: Order = "replacement"
     seed: int = 0
     dtype: str = "float32"
-    device: str = "cpu"
+    device: str = field(default="cpu", metadata=HOW)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -106,6 +113,14 @@ class Recipe:
         for name, value in filled.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name != "seed" and isinstance(value, int) and value > MOST:
+                raise ValueError(f"{each.name} must be at most {MOST:,}; got {value}.")
+        if (self.ways or 0) > MOST_WAYS:
+            raise ValueError(
+                f"ways must be at most {MOST_WAYS:,}, about as many classes as there are; got {self.ways}."
+            )
         if self.adapt is not None:
             object.__setattr__(self, "adapt", tuple(self.adapt))
         check_seed(self.seed)
@@ -132,11 +147,16 @@ class Recipe:
         return asdict(self)
 
     @classmethod
+    def free(cls) -> tuple[str, ...]:
+        """Names of the settings that say only where and how a run is computed: these may differ when it goes on."""
+        return tuple(each.name for each in fields(cls) if each.metadata.get("how"))
+
+    @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Recipe:
         """The recipe that `settings` describes; what an earlier version had no setting for is as it was then.
 
         Raises:
-            ValueError: if it is not the settings of a recipe of this version or an earlier one.
+            ValueError: if it is not the settings of a recipe of this version or an earlier one, naming what is odd.
         """
         names = {field.name for field in fields(cls)}
         odd = sorted(set(settings) - names) or sorted({"task"} - set(settings))
@@ -145,7 +165,7 @@ class Recipe:
                 f"this is no run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
                 "Use the version that wrote it (config.json names it)."
             )
-        return cls(**settings)
+        return as_record(cls, dict(settings), "the settings of the run")
 
     def operator(self) -> BiasOperator | None:
         """The bias operator, ``None`` for none."""
@@ -229,7 +249,7 @@ def _cosine_length(schedule: str) -> int | None:
     kind, _, length = schedule.partition(":")
     if schedule == "constant":
         return None
-    if kind != "cosine" or not length.isdigit() or int(length) < 1:
+    if kind != "cosine" or not (length.isascii() and length.isdigit()) or int(length) < 1:
         raise ValueError(f"the schedule is constant, or cosine:N with N iterations >= 1; got {schedule!r}.")
     return int(length)
 

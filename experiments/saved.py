@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from metamom.checkpoints import CheckpointError, CheckpointFormatError, Checkpoints, load
 from metamom.experiments.recipes import Recipe
 from metamom.maml import MAML
+from metamom.restore import checked_head, load_parts
 from metamom.run_directory import read_config
 
 Which = Literal["best", "newest"]
@@ -47,10 +48,8 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
         state = checkpoints.load_newest()
     if state is None:
         raise CheckpointError(f"the run in {path} has no checkpoint yet.")
+    where = f"the checkpoint in {path}"
+    step, _ = checked_head(state, where)
     learner = recipe.learner()
-    try:
-        learner.load_state_dict(state["learner"])
-    except (RuntimeError, KeyError) as error:
-        why = " ".join(str(error).split())
-        raise CheckpointError(f"the checkpoint in {path} is of another model than its config.json: {why}") from error
-    return SavedRun(recipe, learner, state["step"])
+    load_parts({"learner": learner}, state, where, misfit="is of another model than its config.json")
+    return SavedRun(recipe, learner, step)

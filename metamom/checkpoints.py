@@ -21,8 +21,10 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 # what readers of a damaged zip archive and of the pickle in it have been seen to raise
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
-    TypeError, LookupError, AttributeError, OverflowError,
+    TypeError, LookupError, AttributeError, OverflowError, RecursionError, MemoryError, AssertionError,
+    NotImplementedError,
 )  # fmt: skip
+_DEEPEST = 100  # containers within containers; what `save` is given has about ten
 
 
 class CheckpointError(ValueError):
@@ -51,12 +53,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
                 raise error.__context__ from None
             raise
         try:  # told now, not when a long run is to be resumed; mapped, so that no tensor is read
-            torch.load(temporary, weights_only=True, mmap=True)
+            written = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+            _check_size(written, temporary.stat().st_size)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"the state for {path} holds something other than tensors, numbers, strings and containers of them, "
                 f"which could only be read by running code from the file: {_reason(error)} "
                 "Keep it out of the state_dict of the model, optimizer or scheduler that it belongs to."
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"the state for {path} could not be read again: {error}. Keep dense tensors with memory of their own."
             ) from error
 
 
@@ -67,22 +74,76 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
         CheckpointError: for a file that is missing, damaged, or of another format.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # torch.load itself would not notice a flipped bit
-        if broken is not None:
-            raise zipfile.BadZipFile(f"wrong checksum in {broken}")
-        state = torch.load(path, map_location=device, weights_only=True)
+        if path.exists() and not path.is_file():
+            raise zipfile.BadZipFile("it is not a file")
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_size(state, path.stat().st_size)
+        if torch.device(device).type != "cpu":
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}.") from error
     except _DAMAGE as error:
         raise CheckpointError(f"checkpoint {path} is cut short or damaged ({_reason(error)}).") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointFormatError(
             f"checkpoint {path} has format {found!r}; this version of metamom reads format {FORMAT}. "
             "Use the version that wrote it (see config.json), or start a new run."
         )
     return state
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what `save` cannot have written, before anything is read into memory that its file does not hold.
+
+    Raises:
+        zipfile.BadZipFile: for an archive that is damaged, or that claims to hold more than its file.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if len({record.filename for record in records}) < len(records):
+            raise zipfile.BadZipFile("it holds a record twice")
+        if min((record.header_offset for record in records), default=0) != 0:
+            raise zipfile.BadZipFile("it does not begin with its first record")
+        for record in records:
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise zipfile.BadZipFile(f"{record.filename} is compressed, which no checkpoint is")
+        if sum(record.file_size for record in records) > size:
+            raise zipfile.BadZipFile("it claims to hold more than its file")
+        broken = archive.testzip()  # torch.load itself would not notice a flipped bit
+    if broken is not None:
+        raise zipfile.BadZipFile(f"wrong checksum in {broken}")
+
+
+def _check_size(state: Any, size: int) -> None:
+    """Refuse contents that take much more memory, or time to go through, than a file of so many bytes can hold.
+
+    Raises:
+        ValueError: for tensors larger than the file, containers nested too deeply, or one repeated very often.
+    """
+    storages: dict[int, int] = {}
+    seen, waiting = 0, [(state, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > 100 * size:
+            raise ValueError("its containers are nested too deeply, or too often")
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu":
+                raise ValueError(f"it holds a tensor of layout {value.layout} on device {value.device}")
+            if value.numel() * value.element_size() > size:
+                raise ValueError(f"it holds a tensor of shape {tuple(value.shape)}, which is larger than the file")
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (str, bytes, bytearray)) and len(value) > size:
+            raise ValueError("it holds a text larger than the file")
+        elif isinstance(value, dict):
+            waiting += ((entry, depth + 1) for pair in value.items() for entry in pair)
+        elif isinstance(value, (list, tuple, set)):
+            waiting += ((entry, depth + 1) for entry in value)
+    if sum(storages.values()) > size:
+        raise ValueError("its tensors are larger than the file")
 
 
 class Checkpoints:

@@ -105,6 +105,7 @@ def _train(arguments: Arguments, world: World) -> int:
         resume=arguments.resume,
         checkpoint_every=arguments.checkpoint_every,
         settings=recipe.settings(),
+        free=recipe.free(),
         tensorboard=arguments.tensorboard,
         track_bias=tracking,
         world=world,

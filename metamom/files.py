@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,19 +27,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; then flush it to the disk, and rename it over ``path``.
 
-    A crash at any moment leaves what was there before, and at worst a stray ``*.tmp`` file.
+    A crash at any moment leaves what was there before, and at worst a stray ``*.tmp`` file. The file's mode is that of
+    any new file: the umask decides.
 
     Raises:
         OSError: if the folder cannot be written to or the disk is full; ``path`` is then as it was.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.touch(0o666, exist_ok=False)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

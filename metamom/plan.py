@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from metamom.aggregate import Aggregation
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.distributed import World
 from metamom.maml import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta
-from metamom.robust import Aggregate, check_aggregate
+from metamom.robust import Aggregate
 
 
 @runtime_checkable
@@ -65,14 +69,12 @@ def check_plan(
         raise ValueError(
             f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
         )
-    check_aggregate(aggregate, workers)
     if world is not None:
-        world.workers(workers)
         block(meta_batch, world.rank, world.size)
-    operator = as_operator(bias)
-    if operator is not None:
-        sizes = [p.numel() for p in learner.meta_parameters().values()]
-        operator.wire_bytes(sum(sizes), sizes=sizes)  # an operator too large says so
+    sizes = [p.numel() for p in learner.meta_parameters().values()]
+    server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world)  # refuses what does not go together
+    if server.operator is not None:
+        server.operator.wire_bytes(sum(sizes), sizes=sizes)  # an operator too large says so
 
 
 def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
@@ -106,7 +108,7 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {_kind(optimizer)}.")
     held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    own = {id(p) for p in learner.parameters()}
+    own = {id(p) for p in (*learner.parameters(), *learner.meta_parameters().values())}
     cure = "Make it over learner.parameters(), after the learner, and both again where the model is another one."
     if not own & set(held):
         raise ValueError(f"the optimizer holds none of the learner's parameters, so that nothing would move. {cure}")
@@ -154,20 +156,59 @@ def _kind(thing: object) -> str:
 
 
 def describe(
-    learner: MAML, optimizer: Optimizer, sampler: Sampler, *, meta_batch: int, workers: int, bias: Bias
+    learner: MAML,
+    optimizer: Optimizer,
+    sampler: Sampler,
+    *,
+    meta_batch: int,
+    workers: int,
+    bias: Bias,
+    aggregate: Aggregate = "mean",
+    schedulers: Sequence[Any] = (),
+    validation: Sampler | None = None,
 ) -> dict[str, Any]:
-    """What defines a run made from these parts, as JSON values: the default of ``train(settings=...)``."""
+    """What decides a run made from these parts, as JSON values: the default of ``train(settings=...)``.
+
+    How it is computed (chunks, compilation, device) is left out, and so are its length and what is only measured.
+    """
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     operator = as_operator(bias)
+    like = next(learner.model.parameters())
     return {
         "model": str(learner.model),
+        "loss": _of_function(learner.loss_fn),
+        "dtype": str(like.dtype),
+        "autocast": None if learner.autocast is None else str(learner.autocast),
         "learner": learner.describe(),
         "optimizer": {"kind": type(optimizer).__name__, "groups": groups},
+        "schedulers": [{"kind": type(each).__name__, **_numbers(each.state_dict())} for each in schedulers],
         "sampler": described(sampler),
         "meta_batch": meta_batch,
         "workers": workers,
         "bias": "none" if operator is None else operator.spec,
+        "aggregate": aggregate,
+        # decides what the best checkpoint is; a run without one has none
+        **({} if validation is None else {"validation": described(validation)}),
     }
+
+
+def _of_function(function: Any) -> dict[str, Any]:
+    """A loss: its name and, of a module or a partial function, the numbers and words that it was made with."""
+    if isinstance(function, nn.Module):
+        return {"name": str(function), **_numbers(vars(function))}
+    if isinstance(function, functools.partial):
+        return {**_of_function(function.func), **_numbers(function.keywords)}
+    return {"name": getattr(function, "__qualname__", type(function).__qualname__)}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a dict, what JSON can hold, without private entries and those that count steps."""
+    kept = {}
+    for name, value in values.items():
+        if not name.startswith("_") and name not in ("last_epoch", "last_step"):
+            with contextlib.suppress(TypeError, ValueError):
+                kept[name] = json.loads(json.dumps(value, default=_plain))
+    return kept
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metamom.checkpoints import CheckpointError
 from metamom.distributed import World, digest
+from metamom.restore import checked_generators, checked_head, load_parts
 from metamom.run_directory import RunDirectory
 
 
@@ -53,26 +54,33 @@ class Saved:
         self.world = world
         self.path = run_dir
 
-    def restored(self) -> Progress | None:
-        """Put the newest good checkpoint into the parts."""
+    def restored(self, iterations: int) -> Progress | None:
+        """Put the newest good checkpoint into the parts; all of it, or nothing.
+
+        Raises:
+            ValueError: if the run has done more iterations than that.
+            CheckpointError: for one that is not a run's of these parts, naming what is wrong with it.
+        """
         state = self.world.from_first(lambda: None if self.run is None else self.run.newest_state())
         if state is None:
             return None
-        missing = [name for name in self.parts if name not in state]
-        if missing:
-            raise CheckpointError(
-                f"the checkpoints in {self.path} hold no {', '.join(missing)}: another kind of run's."
+        where = f"the checkpoints in {self.path}"
+        step, seconds = checked_head(state, where)
+        best = state.get("best")
+        if not (best is None or isinstance(best, float)) or "best" not in state:
+            raise CheckpointError(f"{where} should hold the best validation, or None, as 'best'; got {best!r:.80}.")
+        if iterations < step:
+            raise ValueError(
+                f"the run in {self.path} has done {step} iterations, more than the {iterations} asked for in all. Pass "
+                f"iterations (--iterations) above {step} to go on, or take another directory for a shorter run."
             )
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            why = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoints in {self.path} are of another model or optimizer: {why}") from error
-        torch.set_rng_state(state["rng"]["cpu"])
-        if state["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"][: torch.cuda.device_count()])
-        return Progress(state["step"], state["seconds"], state["best"])
+        generators = checked_generators(state.get("rng"), where)
+        entries = sum(p.numel() for p in self.parts["learner"].meta_parameters().values())
+        load_parts(self.parts, state, where, entries=entries)
+        torch.set_rng_state(generators.cpu)
+        if generators.cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(generators.cuda[: torch.cuda.device_count()])
+        return Progress(step, seconds, best)
 
     def save(self, progress: Progress, is_best: bool = False) -> None:
         """Save the state after ``progress.done`` steps, unless its weights are not good."""

@@ -1,20 +1,26 @@
 """A run's directory: who may write to it, what is in it, and how it is read again.
 
-``config.json``      everything needed to run it again: ``settings`` that may not change when a run is resumed, its
-                     ``length`` and the like, which may, and the ``environment``: versions and hardware
+``config.json``      everything needed to run it again: the ``settings``, of which those that decide the run may not
+                     change when it is resumed; its ``length`` and the like, which may; the ``environment``: versions,
+                     hardware and command; and the ``history``: length and environment of every start
 ``metrics.jsonl``    one object a line, appended and flushed
 ``checkpoints/``     see `metamom.checkpoints`
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +28,30 @@ from filelock import FileLock, Timeout
 
 from metamom.checkpoints import CheckpointError, Checkpoints
 from metamom.files import write_atomically
+from metamom.schema import read_record
+
+
+@dataclass
+class Config:
+    """What ``config.json`` holds. Files of earlier versions have no history, and compare as a run of one start."""
+
+    settings: dict[str, Any]
+    length: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class RunDirectory:
     """A run directory opened for writing; a context manager that holds its lock.
 
-    The lock is the operating system's, so a process that dies gives it back.
+    The lock is the operating system's, so a process that dies gives it back. Nothing that is there changes before
+    `write_config` and `forget_metrics_from`: a resume that is refused leaves all as it was.
 
     Args:
         path: made if missing.
-        settings: what defines the run, as JSON values. A resumed run must have the same.
+        settings: what defines the run, as JSON values. A resumed run must have the same, but for what the record says
+            nothing of (an earlier version knew no such setting).
+        free: those of them, as ``"name"`` or ``"name.name"``, that say only where and how the run is computed.
         length: what may change when it is resumed, as JSON values; for the record.
         resume: go on with the run that is there, if any.
         keep: how many of the newest checkpoints to keep.
@@ -46,6 +66,7 @@ class RunDirectory:
         path: str | Path,
         settings: Mapping[str, Any],
         *,
+        free: Collection[str] = (),
         length: Mapping[str, Any] | None = None,
         resume: bool = False,
         keep: int = 3,
@@ -55,7 +76,10 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; a run needs a directory of its own.")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._config = {"settings": dict(settings), "length": dict(length or {}), "environment": environment()}
+        start = {"length": dict(length or {}), "environment": environment()}
+        self._config: dict[str, Any] = {"settings": dict(settings), **start}
+        self._history: list[dict[str, Any]] = []
+        self._fresh = False
         self._metrics: IO[str] | None = None
         self._lock = FileLock(self.path / ".lock")
         try:
@@ -65,31 +89,33 @@ class RunDirectory:
                 f"another process is writing to the run directory {self.path}; wait for it or choose another directory."
             ) from error
         try:
-            self._check(json.loads(json.dumps(dict(settings))), resume)
-            self.checkpoints.sweep()
+            self._check(json.loads(json.dumps(dict(settings))), free, resume)
         except BaseException:
             self.close()
             raise
 
-    def _check(self, settings: dict[str, Any], resume: bool) -> None:
+    def _check(self, settings: dict[str, Any], free: Collection[str], resume: bool) -> None:
         there = [name for name in ("metrics.jsonl", "runs", "report.md") if (self.path / name).exists()]
         there += [str(path.relative_to(self.path)) for path in self.checkpoints.beyond_start()]
         if not there:  # nothing, or a start that came to nothing: no step was done, so there is nothing to lose
             if (self.path / "config.json").exists():
                 read_config(self.path)  # refuses one that is no run's
-            self.checkpoints.path(0).unlink(missing_ok=True)
+            self._fresh = True
             return
         if not resume:
             raise ValueError(
                 f"{self.path} holds a run already ({', '.join(there)}); resume it (--resume, or resume=True), "
                 "or choose another directory."
             )
-        differences = list(_differences(read_config(self.path)["settings"], settings))
+        config = read_config(self.path)
+        differences = list(_differences(config["settings"], settings, free))
         if differences:
             raise ValueError(
                 f"the run in {self.path} was made with other settings: {'; '.join(differences)}. "
                 "Resume it with its own settings, or choose another directory."
             )
+        before = {name: config[name] for name in ("length", "environment")}
+        self._history = config["history"] or [before]
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -108,7 +134,11 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write ``config.json``; when a run is resumed, not before its checkpoint has proved to be usable."""
-        write_atomically(self.path / "config.json", (json.dumps(self._config, indent=2) + "\n").encode())
+        self.checkpoints.sweep()
+        start = {name: self._config[name] for name in ("length", "environment")}
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        config = {**self._config, "history": [*self._history, {"began": began, **start}]}
+        write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def newest_state(self) -> dict[str, Any] | None:
         """The newest checkpoint that is whole, ``None`` in a directory where no run has begun.
@@ -116,8 +146,10 @@ class RunDirectory:
         Raises:
             CheckpointError: if there are metrics but no checkpoint, or none that is usable.
         """
+        if self._fresh:
+            return None
         state = self.checkpoints.load_newest()
-        if state is None and read_metrics(self.path):
+        if state is None and read_log(self.path).lines:
             raise CheckpointError(
                 f"{self.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
                 "Put a checkpoint back, or start a new run in another directory."
@@ -125,11 +157,29 @@ class RunDirectory:
         return state
 
     def forget_metrics_from(self, step: int) -> None:
-        """Drop the metrics of steps that will be done again, and a last line cut short."""
+        """Drop the metrics of steps that will be done again, and a last line cut short.
+
+        Lines that cannot be read are left out with a warning, and the file as it was is kept beside the new one; steps
+        before ``step`` that have no line are named in a warning too.
+        """
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] < step]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if not path.exists():
+            return
+        log = read_log(self.path)
+        kept = [line for line in log.lines if line["step"] < step]
+        copy = _free_name(path)
+        if log.damaged:
+            write_atomically(copy, path.read_bytes())
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if log.damaged:
+            warnings.warn(
+                f"{path} was damaged in line {_listed(log.damaged)}: all that can be read is kept, and a copy of the "
+                f"damaged file is {copy.name}.",
+                stacklevel=2,
+            )
+        steps = [-1, *(line["step"] for line in kept), step]
+        if gaps := [n for a, b in itertools.pairwise(steps) for n in range(a + 1, b)]:
+            warnings.warn(f"{path} has no metrics of step {_listed(gaps)}.", stacklevel=2)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl`` and hand it to the operating system."""
@@ -140,7 +190,7 @@ class RunDirectory:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """``config.json`` of the run in ``path``: ``{"settings": ..., "length": ..., "environment": ...}``.
+    """``config.json`` of the run in ``path``: ``{"settings", "length", "environment", "history"}``.
 
     Raises:
         ValueError: if there is no run, or its configuration cannot be read.
@@ -149,30 +199,82 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path} holds no run: there is no {file}.")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config["settings"], dict):
-            raise TypeError("settings is no object")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read as a run's configuration: {error!r}.") from error
-    return dict(config)
+        return vars(read_record(Config, file))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as a run's configuration: {error}") from error
+
+
+class Log(NamedTuple):
+    """What can be read of ``metrics.jsonl``, by rising steps, and the numbers of the lines that cannot."""
+
+    lines: list[dict[str, Any]]
+    damaged: list[int]
+
+
+def read_log(path: str | Path) -> Log:
+    """The lines of ``metrics.jsonl``; a last one cut short counts for nothing, one out of order as damaged."""
+    file = Path(path) / "metrics.jsonl"
+    *whole, cut = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    found = {number: _line(text) for number, text in enumerate([*whole, cut] if cut else whole, 1)}
+    good = {number: line for number, line in found.items() if line is not None}
+    numbers = list(good)
+    kept = [numbers[i] for i in _longest_rising([line["step"] for line in good.values()])]
+    damaged = set(found) - set(kept) - ({len(whole) + 1} - set(good))
+    return Log([good[number] for number in kept], sorted(damaged))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``, without a last one that a crash cut short.
 
     Raises:
-        ValueError: if a line before the last is no JSON object.
+        ValueError: if a line before the last is no JSON object with a step above those before it.
     """
-    file = Path(path) / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(f"{file}, line {number} is no JSON object: {error}") from error
-    return metrics
+    log = read_log(path)
+    if log.damaged:
+        raise ValueError(
+            f"{Path(path) / 'metrics.jsonl'}, line {log.damaged[0]} is no JSON object with a step above those before. "
+            "Resume the run, which keeps all that can be read, or take the line out."
+        )
+    return log.lines
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics, ``None`` if it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    return dict(line) if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
+def _longest_rising(steps: list[int]) -> list[int]:
+    """Places of the longest subsequence that rises: what damage has put elsewhere stands out of it."""
+    ends: list[int] = []  # ends[k]: the place at which a rising sequence of length k + 1 ends lowest
+    before: list[int] = []
+    for place, step in enumerate(steps):
+        length = bisect_left(ends, step, key=steps.__getitem__)
+        before.append(ends[length - 1] if length else -1)
+        ends[length : length + 1] = [place]
+    rising: list[int] = []
+    place = ends[-1] if ends else -1
+    while place >= 0:
+        rising.append(place)
+        place = before[place]
+    return rising[::-1]
+
+
+def _listed(numbers: list[int]) -> str:
+    """``3, 12 to 19``; the first of them where they are many."""
+    groups = [[n for _, n in group] for _, group in itertools.groupby(enumerate(numbers), lambda at: at[1] - at[0])]
+    names = [str(group[0]) if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in groups]
+    return ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+
+
+def _free_name(path: Path) -> Path:
+    """A name for a copy of a damaged file, where there is none yet."""
+    names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged-{n}" for n in itertools.count(2)))
+    return next(copy for name in names if not (copy := path.with_name(name)).exists())
 
 
 def environment() -> dict[str, Any]:
@@ -194,12 +296,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
+def _differences(there: Any, here: Any, free: Collection[str], place: str = "") -> Iterator[str]:
+    if place in free:
+        return
     if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(k for k in here if k not in there)]:
-            yield from _differences(there.get(key), here.get(key), f"{place}.{key}" if place else key)
+        for key in there:
+            yield from _differences(there[key], here.get(key), free, f"{place}.{key}" if place else key)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for number, (a, b) in enumerate(zip(there, here, strict=True)):
-            yield from _differences(a, b, f"{place}[{number}]")
-    elif there != here:
+            yield from _differences(a, b, free, f"{place}[{number}]")
+    elif there != here and not (there != there and here != here):  # NaN equals itself here
         yield f"{place} is {there!r} there and {here!r} here"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,7 @@ def train(
     checkpoint_every: int = 500,
     keep_checkpoints: int = 3,
     settings: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
     tensorboard: bool = False,
     track_bias: TrackBias | None = None,
     world: World | None = None,
@@ -96,7 +97,8 @@ def train(
         checkpoint_every: steps between checkpoints; there is always one at the start and one at the end.
         keep_checkpoints: how many of the newest to keep, beside the best (by validation).
         settings: what defines the run, as JSON values; made from the arguments if ``None``. A resumed run must have
-            the same.
+            the same, but for what its record says nothing of.
+        free: names of those settings that say only where and how the run is computed: another value may go on with it.
         tensorboard: write losses for TensorBoard into ``run_dir`` too.
         track_bias: measure the bias every so many steps, at the weights that the step's gradient is taken at, into the
             metrics' ``measured_bias``. Training goes as without it, bit for bit.
@@ -112,8 +114,9 @@ def train(
     Raises:
         TypeError: for what is no learner, optimizer, sampler, scheduler or operator.
         ValueError: for an argument out of range; for an optimizer over other parameters than the learner's, or without
-            its learned step sizes; for a ``run_dir`` in use, with a run in it while ``resume`` is
-            false, or with a run of other settings.
+            its learned step sizes; for a ``run_dir`` in use, with a run in it while ``resume`` is false, with a run of
+            other settings, or with one that has done more iterations already. A run that is refused is left as it was.
+        metamom.checkpoints.CheckpointError: if none of its checkpoints can be used.
         DivergedError: at the first loss, gradient or weight that is not finite.
         TrainingInterrupted: by a signal to any process, after saving.
         metamom.distributed.ProcessError: if another process is gone, or hangs. Any other failure of one process is
@@ -154,9 +157,20 @@ def train(
             check_track(learner, operator, track_bias)
         if (resume or tensorboard) and run_dir is None:
             raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
+        board = _tensorboard() if tensorboard and world.first else None
         if settings is None:
-            settings = describe(learner, optimizer, sampler, meta_batch=meta_batch, workers=workers, bias=operator)
-            settings["aggregate"] = aggregate
+            settings = describe(
+                learner,
+                optimizer,
+                sampler,
+                meta_batch=meta_batch,
+                workers=workers,
+                bias=operator,
+                aggregate=aggregate,
+                schedulers=schedulers,
+                validation=validation,
+            )
+            free = [*free, *(() if validation is not None else ("validation",))]
         parts: dict[str, Any] = {
             "learner": learner,
             "optimizer": optimizer,
@@ -168,16 +182,21 @@ def train(
         like = next(learner.model.parameters())
         metrics: list[dict[str, Any]] = []
         checked: Evaluation | None = None
-        plan = {
-            **settings,
+        length = {
             "iterations": iterations,
             "checkpoint_every": checkpoint_every,
-            "evaluate_every": evaluate_every if validation is not None else 0,
+            "evaluate_every": evaluate_every,
             "evaluate_tasks": evaluate_tasks,
-            "track_bias": None if track_bias is None else (track_bias.every, track_bias.draws),
+            "processes": world.size,
+            "server": world.server,
+            **({} if track_bias is None else {"track_bias": [track_bias.every, track_bias.draws]}),
+        }
+        plan = {
+            **{name: value for name, value in settings.items() if name not in free},
+            **length,
+            "evaluate_every": evaluate_every if validation is not None else 0,
             "run_dir": run_dir is not None,
             "resume": resume,
-            "server": world.server,
         }
         alike = "Start all of them by the same command."
         world.check_same("the names of their settings", sorted(plan), alike)
@@ -187,18 +206,12 @@ def train(
         run = None
         with world.together():
             if run_dir is not None and world.first:
-                length = {
-                    "iterations": iterations,
-                    "checkpoint_every": checkpoint_every,
-                    "evaluate_every": evaluate_every,
-                    "evaluate_tasks": evaluate_tasks,
-                    "processes": world.size,
-                    "server": world.server,
-                }
-                directory = RunDirectory(run_dir, settings, length=length, resume=resume, keep=keep_checkpoints)
+                directory = RunDirectory(
+                    run_dir, settings, free=free, length=length, resume=resume, keep=keep_checkpoints
+                )
                 run = stack.enter_context(directory)
         saved = Saved(parts, run, world, run_dir)
-        progress = saved.restored() or Progress(0, 0.0, None)
+        progress = saved.restored(iterations) or Progress(0, 0.0, None)
         if world.size > 1:
             torch.set_rng_state(world.from_first(torch.get_rng_state))
         if world.size > 1 and operator is not None:
@@ -206,11 +219,12 @@ def train(
             operator.deal(carried, each=aggregate != "mean")
         resumed_from = progress.done
         learner.expect(iterations - resumed_from)
-        if run is not None:
+        if run is not None:  # from here on the directory changes
+            run.forget_metrics_from(resumed_from)
             run.write_config()
         if resumed_from == 0:
             saved.save(progress)
-        log = stack.enter_context(_Log(run, progress.done, tensorboard and world.first))
+        log = stack.enter_context(_Log(run, progress.done, board))
         watch = Watch(optimizer, operator, learner.estimator) if world.first else None
         interrupts = stack.enter_context(Interrupts())
         hidden = None if world.first else True
@@ -274,18 +288,9 @@ def train(
 class _Log:
     """Metrics to the run directory and, where asked for, to TensorBoard."""
 
-    def __init__(self, run: RunDirectory | None, done: int, tensorboard: bool) -> None:
+    def __init__(self, run: RunDirectory | None, done: int, board: Callable[..., Any] | None) -> None:
         self.run = run
-        self.board: Any = None
-        if run is not None:
-            run.forget_metrics_from(done)
-        if tensorboard:
-            assert run is not None
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("tensorboard=True needs TensorBoard: pip install 'metamom[tensorboard]'.") from error
-            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=done)
+        self.board = None if board is None or run is None else board(str(run.path / "tensorboard"), purge_step=done)
 
     def __enter__(self) -> _Log:
         return self
@@ -301,6 +306,14 @@ class _Log:
             for name in ("loss", "accuracy", "grad_norm", "bias_error", "validation"):
                 if line.get(name) is not None:
                     self.board.add_scalar(name, line[name], line["step"])
+
+
+def _tensorboard() -> Callable[..., Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard=True needs TensorBoard: pip install 'metamom[tensorboard]'.") from error
+    return SummaryWriter
 
 
 def _tracked(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from endings import assert_same, assert_same_ending, contents, newest
+from endings import assert_same, assert_same_ending, contents, newest, without_seconds
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, RMSprop
@@ -47,7 +48,7 @@ from metamom.checkpoints import CheckpointError, Checkpoints, load, save
 from metamom.cli import main
 from metamom.interrupts import TrainingInterrupted
 from metamom.nets import SinusoidMLP
-from metamom.run_directory import read_config, read_metrics
+from metamom.run_directory import read_config, read_log, read_metrics
 from metamom.tasks import PerWorker, Sinusoid
 
 PATIENCE = 120  # seconds until a process that should have done something has hung
@@ -480,11 +481,52 @@ def test_last_metrics_line_cut_short(uninterrupted, tmp_path):
     assert_same_ending(tmp_path, uninterrupted("from zero"))
 
 
-def test_damaged_metrics_are_named(tmp_path):
-    go(momentum(), tmp_path, iterations=4)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no JSON object"):
+def test_a_hole_in_the_metrics_is_told_and_what_can_be_read_is_kept(uninterrupted, tmp_path):
+    go(momentum(), tmp_path, iterations=8)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\0\xff\n", lines[3], b"[" * 5000 + b"\n", *lines[5:]]))
+    damaged = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3 is no JSON object with a step"):
+        read_metrics(tmp_path)
+    with pytest.warns(UserWarning, match="metrics") as told:
         go(momentum(), tmp_path, resume=True)
+    assert [re.sub(r".*metrics\.jsonl ", "", str(each.message)) for each in told] == [
+        "was damaged in line 3, 5: all that can be read is kept, and a copy of the damaged file is "
+        "metrics.jsonl.damaged.",
+        "has no metrics of step 2, 4.",
+    ]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    whole = without_seconds(read_metrics(uninterrupted("from zero")))
+    assert without_seconds(read_metrics(tmp_path)) == [line for line in whole if line["step"] not in (2, 4)]
+    assert_same(newest(tmp_path)["learner"], newest(uninterrupted("from zero"))["learner"])
+
+
+def test_metrics_lost_at_the_end_are_told(tmp_path):
+    """Those of steps that a checkpoint is behind, so that they are not done again."""
+    go(momentum(), tmp_path, iterations=8)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:10])
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl has no metrics of step 3 to 7\.$"):
+        go(momentum(), tmp_path, resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [
+        ([0, 1, 2, 93, 4], [0, 1, 2, 4]),
+        ([0, 1, 2, 1, 4], [0, 1, 2, 4]),
+        ([0, 1, 2, 2, 3], [0, 1, 2, 3]),
+        ([3, 0, 1, 2], [0, 1, 2]),
+        ([], []),
+    ],
+)
+def test_metrics_out_of_order_are_damaged(steps, kept, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    log = read_log(tmp_path)
+    assert [line["step"] for line in log.lines] == kept
+    assert len(log.damaged) == len(steps) - len(kept)
 
 
 # damaged checkpoints

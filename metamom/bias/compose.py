@@ -69,8 +69,8 @@ class Compose(BiasOperator):
         return None
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
-        """The last one's."""
-        return self.operators[-1].wire_bytes(d, element_size, sizes)
+        """The last one's; the others refuse here what they would in a call."""
+        return [operator.wire_bytes(d, element_size, sizes) for operator in self.operators][-1]
 
     def _message(self, gradient: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
         """The last one's, of what the others leave."""
@@ -100,7 +100,7 @@ class Compose(BiasOperator):
         """See `BiasOperator`."""
         own = self.state_dict()
         if set(state) != set(own):
-            raise ValueError(f"{self.spec} carries the state of operators {sorted(own)}; got that of {sorted(state)}.")
+            raise ValueError(f"{self.spec} carries the state of operators {sorted(own)}; got that of {list(state)}.")
         for i, kept in state.items():
             self.operators[int(i)].load_state_dict(kept)
 

@@ -174,10 +174,17 @@ class ErrorFeedback(BiasOperator):
                 f"{self.spec} goes on from what its state_dict() gave: 'workers', the {', '.join(self.names)} of each, "
                 f"and 'operator', the state of {self.operator.spec}; got {', '.join(map(repr, state)) or 'nothing'}."
             )
-        for kept in state["workers"].values():
+        if not isinstance(state["workers"], dict) or not isinstance(state["operator"], dict):
+            raise ValueError(f"{self.spec} keeps a dict of workers and one of its operator; got {state!r:.80}.")
+        for worker, kept in state["workers"].items():
             if not isinstance(kept, dict) or set(kept) != set(self.names):
-                got = ", ".join(kept) if isinstance(kept, dict) else type(kept).__name__
+                got = ", ".join(map(str, kept)) if isinstance(kept, dict) else type(kept).__name__
                 raise ValueError(f"{self.spec} keeps {', '.join(self.names)} of each worker; got {got}.")
+            if type(worker) is not int or worker < 0:
+                raise ValueError(f"{self.spec} numbers the workers by whole numbers >= 0; got {worker!r:.80}.")
+            for name, tensor in kept.items():
+                if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not tensor.is_floating_point():
+                    raise ValueError(f"{self.spec} keeps {name} [d] of worker {worker}; got {tensor!r:.80}.")
         self.operator.load_state_dict(state["operator"])
         self._workers = {
             worker: {name: tensor.clone() for name, tensor in kept.items()} for worker, kept in state["workers"].items()
@@ -267,8 +274,10 @@ class EF21(ErrorFeedback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `ErrorFeedback.load_state_dict`."""
-        super().load_state_dict(state)
         received = state.get("received")
+        if received is not None and not isinstance(received, Tensor):
+            raise ValueError(f"{self.spec} keeps a tensor as 'received'; got {received!r:.80}.")
+        super().load_state_dict(state)
         self._received = None if received is None else received.clone()
 
     def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:

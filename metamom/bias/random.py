@@ -63,10 +63,12 @@ class Draws(BiasOperator):
         if "calls" not in state:
             got = ", ".join(map(repr, state)) or "nothing"
             raise ValueError(f"{self.spec} goes on from what its state_dict() gave: 'calls', their number; got {got}.")
+        if type(state["calls"]) is not int or state["calls"] < 0:
+            raise ValueError(f"{self.spec} counts its calls by a whole number >= 0; got {state['calls']!r:.80}.")
         if ("generator" in state) != (self.generator is not None):
             saved, here = ("a generator", "seed=") if "generator" in state else ("seed=", "a generator")
             raise ValueError(f"{self.spec} drew by {saved} when it was saved and draws by {here} now: make it alike.")
-        self._calls = int(state["calls"])
+        self._calls = state["calls"]
         if self.generator is not None:
             self.generator.set_state(state["generator"].cpu())
 

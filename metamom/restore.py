@@ -1,0 +1,228 @@
+"""A checkpoint's contents into the parts of a run: looked at first, then all of them or none.
+
+Files are checked where they are read (`metamom.checkpoints`). Here it is whether what they hold fits: a part is the
+schema of its own state.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import LRScheduler
+
+from metamom.bias import BiasOperator
+from metamom.checkpoints import CheckpointError
+from metamom.optim import CompositeMomentum, LambdaBeta
+
+# what `load_state_dict` of modules, optimizers, schedulers and operators raises for states of another kind
+_MISFITS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError, AssertionError, MemoryError,
+)  # fmt: skip
+# what these keep of each parameter: tensors of its shape, or one number
+_KEPT: dict[type[Optimizer], set[str]] = {
+    CompositeMomentum: {"momentum"},
+    SGD: {"momentum_buffer"},
+    Adam: {"step", "exp_avg", "exp_avg_sq"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    RMSprop: {"step", "square_avg"},
+}
+
+
+class Generators(NamedTuple):
+    """States of torch's global generators, of the CPU and of each GPU."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+
+def load_parts(
+    parts: Mapping[str, Any],
+    state: Mapping[str, Any],
+    where: str,
+    *,
+    entries: int | None = None,
+    misfit: str = "are of another model or optimizer",
+) -> None:
+    """Load each part's state; where one does not fit, all are as they were before.
+
+    Args:
+        parts: by name; each has ``state_dict`` and ``load_state_dict``.
+        state: by the same names.
+        where: it comes from, for the error: "the checkpoints in RUN".
+        entries: of the gradients that bias operators keep something of.
+        misfit: what is said of a state that does not fit.
+
+    Raises:
+        CheckpointError: naming the part, and what is wrong.
+    """
+    missing = [name for name in parts if name not in state]
+    if missing:
+        raise CheckpointError(f"{where} hold no {', '.join(missing)}: another kind of run's.")
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    name = ""
+    try:
+        for name, part in parts.items():
+            if isinstance(part, Optimizer):
+                _check_optimizer(part, state[name])
+            elif isinstance(part, (LRScheduler, LambdaBeta)):
+                _check_schedule(part, state[name])
+            elif not isinstance(state[name], Mapping):
+                raise ValueError(f"its state should be a dict; got {type(state[name]).__name__}")
+            part.load_state_dict(state[name])
+            if isinstance(part, BiasOperator) and entries is not None:
+                _check_entries(part.state_dict(), entries, "its state")
+    except _MISFITS as error:
+        for part_name, part in parts.items():
+            part.load_state_dict(before[part_name])
+        why = " ".join(str(error).split())
+        kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{where} {misfit}: {name}: {kind}{why}") from error
+
+
+def checked_head(state: Mapping[str, Any], where: str) -> tuple[int, float]:
+    """``"step"`` and ``"seconds"`` of a checkpoint.
+
+    Raises:
+        CheckpointError: for anything but a whole number and a number, >= 0.
+    """
+    for name, kinds in (("step", (int,)), ("seconds", (int, float))):
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < math.inf:
+            kind = "a whole number" if kinds == (int,) else "a number"
+            raise CheckpointError(f"{where} should hold {kind} >= 0 as {name!r}; got {_short(value)}.")
+    return state["step"], float(state["seconds"])
+
+
+def checked_generators(state: Any, where: str) -> Generators:
+    """The states of torch's generators, each proved on a generator that nobody uses.
+
+    Raises:
+        CheckpointError: if they are none.
+    """
+    try:
+        found = Generators(state["cpu"], list(state["cuda"]))
+        torch.Generator().set_state(found.cpu)
+        for number, each in enumerate(found.cuda):
+            if not isinstance(each, Tensor) or each.dtype != torch.uint8:
+                raise TypeError(f"the state of GPU {number} is no tensor of bytes")
+            if torch.cuda.is_available():
+                torch.Generator(device="cuda").set_state(each)
+    except _MISFITS as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{where} hold no states of generators in 'rng': {type(error).__name__}: {why}"
+        ) from error
+    return found
+
+
+def _check_entries(state: dict[str, Any], entries: int, place: str) -> None:
+    """Of what operators keep of workers' gradients, all is ``[d]``."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            _check_entries(value, entries, f"{place}.{name}")
+        elif isinstance(value, Tensor) and value.is_floating_point() and value.shape != (entries,):
+            _refuse(f"{place}.{name}", f"a tensor of {entries} entries", value)
+
+
+def _check_optimizer(optimizer: Optimizer, state: Any) -> None:
+    mine = optimizer.state_dict()
+    if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
+        raise ValueError(f"its state should be a dict of 'state' and 'param_groups'; got {_short(state)}")
+    if not isinstance(state["state"], dict) or not isinstance(state["param_groups"], list):
+        raise ValueError("'state' should be a dict and 'param_groups' a list")
+    if len(state["param_groups"]) != len(mine["param_groups"]):
+        raise ValueError(f"wanted {len(mine['param_groups'])} param_groups; got {len(state['param_groups'])}")
+    numbers: list[Any] = []
+    for i, (here, there) in enumerate(zip(mine["param_groups"], state["param_groups"], strict=True)):
+        if not isinstance(there, dict) or not isinstance(there.get("params"), list):
+            raise ValueError(f"param_groups[{i}] should be a dict with a list 'params'; got {_short(there)}")
+        if len(there["params"]) != len(here["params"]):
+            raise ValueError(
+                f"param_groups[{i}] should have {len(here['params'])} parameters; got {len(there['params'])}"
+            )
+        numbers += there["params"]
+        _check_alike({k: v for k, v in here.items() if k != "params"}, there, f"param_groups[{i}]")
+    if not all(type(number) is int for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ValueError("'params' should be whole numbers that differ")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = dict(zip(numbers, (p.shape for p in parameters), strict=True))
+    for number, kept in state["state"].items():
+        if type(number) is not int or number not in shapes:
+            raise ValueError(f"'state' has an entry {_short(number)}, which is no parameter's")
+        if not isinstance(kept, dict):
+            raise ValueError(f"state[{number}] should be a dict; got {_short(kept)}")
+        if type(optimizer) in _KEPT:
+            _check_kept(kept, _KEPT[type(optimizer)], shapes[number], f"state[{number}]")
+
+
+def _check_kept(kept: dict[str, Any], wanted: set[str], shape: torch.Size, place: str) -> None:
+    """What an optimizer that works entry by entry keeps of a parameter."""
+    if missing := sorted(wanted - set(kept)):
+        raise ValueError(f"{place} has no {', '.join(missing)}")
+    for name, value in kept.items():
+        if name == "step":
+            _check_alike(0, value, f"{place}.{name}")
+        elif value is not None and (not isinstance(value, Tensor) or value.shape != shape):
+            raise ValueError(f"{place}.{name} should be a tensor of shape {tuple(shape)}; got {_short(value)}")
+
+
+def _check_schedule(schedule: LRScheduler | LambdaBeta, state: Any) -> None:
+    mine = schedule.state_dict()
+    _check_alike(mine, state, "its state")
+    odd = [n for n in state if n not in mine and (not isinstance(n, str) or n == "optimizer" or hasattr(schedule, n))]
+    if odd:  # torch's would put them in place of its methods
+        raise ValueError(f"its state holds {', '.join(map(str, odd))}, which no {type(schedule).__name__} saves")
+
+
+def _check_alike(mine: Any, saved: Any, place: str) -> None:
+    """Refuse a saved value of another kind than the one that is here: type, shape, keys, length.
+
+    What is unset here may be anything. Flags that were not there in an earlier version of torch may be missing.
+    """
+    if mine is None or (isinstance(mine, bool) and (saved is None or isinstance(saved, bool))):
+        return
+    if _is_number(mine):
+        if not _is_number(saved) or (math.isfinite(mine) and not math.isfinite(saved)):
+            _refuse(place, "a number", saved)
+    elif isinstance(mine, Tensor):
+        if not isinstance(saved, Tensor) or saved.shape != mine.shape:
+            _refuse(place, f"a tensor of shape {tuple(mine.shape)}", saved)
+    elif isinstance(mine, dict):
+        if not isinstance(saved, dict):
+            _refuse(place, "a dict", saved)
+        missing = [key for key, value in mine.items() if key not in saved and not isinstance(value, (bool, type(None)))]
+        if missing:
+            raise ValueError(f"{place} has no {', '.join(map(str, missing))}")
+        for key in mine.keys() & saved.keys():
+            _check_alike(mine[key], saved[key], f"{place}.{key}")
+    elif isinstance(mine, (list, tuple)):
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(mine):
+            _refuse(place, f"{len(mine)} entries", saved)
+        for i, (a, b) in enumerate(zip(mine, saved, strict=True)):
+            _check_alike(a, b, f"{place}[{i}]")
+    elif type(saved) is not type(mine):
+        _refuse(place, f"a {type(mine).__name__}", saved)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _refuse(place: str, wanted: str, got: Any) -> NoReturn:
+    raise ValueError(f"{place} should be {wanted}; got {_short(got)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value) if isinstance(value, (int, float, str, bytes, type(None))) else f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."

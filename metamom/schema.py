@@ -1,0 +1,73 @@
+"""Records read from files that anybody may have written: JSON checked against the types of a dataclass."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+LARGEST = 64 << 20  # bytes of a file of settings; a real one has a few thousand
+
+T = TypeVar("T")
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """The record in a JSON file.
+
+    Args:
+        kind: a dataclass with type hints; fields that it does not have are left out.
+        path: of a regular file.
+
+    Raises:
+        ValueError: naming the first field of another type, or saying why the file is not read.
+        OSError: if the file cannot be opened.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file.")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} that are read.")
+    record: T = _checked(kind, path.read_bytes(), str(path))
+    return record
+
+
+def as_record(kind: type[T], value: Any, what: str) -> T:
+    """A JSON value as a record.
+
+    Args:
+        kind: a dataclass with type hints; fields that it does not have are left out.
+        value: JSON values, nested.
+        what: they are, for the error.
+
+    Raises:
+        ValueError: naming the first field of another type.
+    """
+    record: T = _checked(kind, json.dumps(value), what)
+    return record
+
+
+def _checked(kind: Any, text: str | bytes, what: str) -> Any:
+    try:
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        first = errors[0]
+        why = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("json_invalid", "value_error"):  # no JSON; or all fields well, but not together
+            raise ValueError(f"{what}: {why.removesuffix('.')}.") from error
+        same = [e for e in errors if e["loc"][:1] == first["loc"][:1]]  # one for each type that was allowed there
+        place = ".".join(map(str, first["loc"][: -1 if len(same) > 1 else None]))
+        if first["type"] == "missing":
+            raise ValueError(f"{what}: {place} is missing.") from error
+        wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in same))
+        got = repr(first["input"])
+        raise ValueError(
+            f"{what}: {place or 'the whole'} should be {wanted}; got {got if len(got) <= 80 else got[:80] + '...'}."
+        ) from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
