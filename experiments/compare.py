@@ -12,10 +12,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from metamom.allocator import keep_freed_memory
 from metamom.evaluation import evaluate
+from metamom.experiments.numerals import shortest
 from metamom.experiments.processes import run_in_processes
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import write_report
@@ -24,6 +25,7 @@ from metamom.optim import FirstStep
 from metamom.plan import check_momentum, check_plan
 from metamom.progress import DivergedError
 from metamom.run_directory import RunDirectory, read_metrics
+from metamom.schema import read_record
 from metamom.training import train
 
 
@@ -110,6 +112,28 @@ class Outcome(NamedTuple):
     path: Path
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What ``outcome.json`` holds of a finished run: see `Outcome`."""
+
+    diverged: int | None
+    test: tuple[float, ...] | None
+    halfwidth: tuple[float, ...] | None
+
+    def check(self, comparison: Comparison, path: Path) -> None:
+        """Refuse one that no run of the comparison has.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        sizes = [0 if each is None else len(each) for each in (self.test, self.halfwidth)]
+        if sizes != [len(comparison.steps) if self.diverged is None else 0] * 2:
+            raise ValueError(
+                f"{path} is damaged: it should hold a test result after each of {comparison.steps} steps, or where the "
+                "run diverged. Remove it to have the run evaluated again."
+            )
+
+
 def compare(
     comparison: Comparison, run_dir: str | Path, *, root: str | None = None, resume: bool = False, jobs: int = 1
 ) -> Path:
@@ -146,7 +170,8 @@ def compare(
         )
     for arm in comparison.arms():
         check_momentum(arm.make_optimizer(arm.learner()), arm.operator())
-    with RunDirectory(run_dir, asdict(comparison), resume=resume) as run:
+    free = tuple(f"base.{name}" for name in Recipe.free())
+    with RunDirectory(run_dir, asdict(comparison), free=free, resume=resume) as run:
         run.write_config()
         recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]
         reused = sum((_place(recipe, run.path) / "outcome.json").exists() for recipe in recipes)
@@ -158,7 +183,8 @@ def compare(
 
 
 def _place(recipe: Recipe, run_dir: Path) -> Path:
-    name = f"beta{recipe.beta:g}-{recipe.first_step}_lr{recipe.lr:g}_seed{recipe.seed}"
+    assert recipe.lr is not None
+    name = f"beta{shortest(recipe.beta)}-{recipe.first_step}_lr{shortest(recipe.lr)}_seed{recipe.seed}"
     return run_dir / "runs" / name
 
 
@@ -170,7 +196,6 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
     if not ending.exists():
         learner = recipe.learner()
         optimizer = recipe.make_optimizer(learner)
-        end: dict[str, Any]
         try:
             train(
                 learner,
@@ -190,16 +215,37 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
                 checkpoint_every=comparison.evaluate_every,
                 keep_checkpoints=1,
                 settings=recipe.settings(),
+                free=recipe.free(),
                 label=path.name,
             )
         except DivergedError as error:
-            end = {"diverged": error.step, "test": None, "halfwidth": None}
+            end = Ending(error.step, None, None)
         else:
             test = evaluate(
                 learner, recipe.sampler("test", root=root), tasks=comparison.test_tasks, steps=comparison.steps
             )
-            end = {"diverged": None, "test": test.mean, "halfwidth": test.halfwidth}
-        write_atomically(ending, json.dumps(end).encode())
-    end = json.loads(ending.read_text())
-    curve = [(line["step"] + 1, line["validation"]) for line in read_metrics(path) if "validation" in line]
-    return Outcome(recipe, curve, comparison.steps, end["test"], end["halfwidth"], end["diverged"], path)
+            end = Ending(None, test.mean, test.halfwidth)
+        write_atomically(ending, json.dumps(asdict(end)).encode())
+    ended = read_record(Ending, ending)
+    ended.check(comparison, ending)
+    curve = _curve(path)
+    if ended.diverged is None and (not curve or curve[-1][0] != comparison.iterations):
+        raise ValueError(
+            f"the run in {path} is finished, but its metrics.jsonl has no last validation: it is damaged. Put a copy "
+            "in its place, or remove the run's folder to have it done again."
+        )
+    return Outcome(recipe, curve, comparison.steps, ended.test, ended.halfwidth, ended.diverged, path)
+
+
+def _curve(path: Path) -> list[tuple[int, float]]:
+    """A run's validations ``[(steps done, mean)]``."""
+    curve = []
+    for line in read_metrics(path):
+        if "validation" in line:
+            if not isinstance(line["validation"], float):
+                raise ValueError(
+                    f"{path / 'metrics.jsonl'} is damaged: the validation of step {line['step']} should be a number; "
+                    f"got {line['validation']!r:.80}."
+                )
+            curve.append((line["step"] + 1, line["validation"]))
+    return curve

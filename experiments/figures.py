@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from metamom.counter import Places
+from metamom.experiments.numerals import shortest, told_apart
 from metamom.maml import MAML
 from metamom.tasks import Sinusoid
 
@@ -31,7 +32,7 @@ def learning_curves(
 
     Args:
         path: of the PNG.
-        arms: for each label its seeds' curves ``[(iteration, value)]``, all at the same iterations.
+        arms: for each label its seeds' curves ``[(iteration, value)]``; iterations that one lacks are left out.
         ylabel: what the values are.
         title: of the figure.
         target: marked by a thin line.
@@ -42,15 +43,16 @@ def learning_curves(
         if not curves:
             axes[0].plot([], [], color=COLOURS[number % 6], label=f"{label} (all diverged)")
             continue
-        iterations = [iteration for iteration, _ in curves[0]]
-        values = np.array([[value for _, value in curve] for curve in curves])
+        by_iteration = [dict(curve) for curve in curves]
+        iterations = [i for i, _ in curves[0] if all(i in curve for curve in by_iteration)]
+        values = np.array([[curve[i] for i in iterations] for curve in by_iteration])
         colour, dash = COLOURS[number % 6], DASHES[number % 4]
         axes[0].plot(iterations, values.mean(0), color=colour, linestyle=dash, label=label)
         if len(curves) > 1:
             axes[0].fill_between(iterations, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     axes[0].axhline(target, color="0.5", linewidth=0.8)
     axes[0].annotate(
-        f"target {target:g}", (1, target), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+        f"target {shortest(target)}", (1, target), xycoords=("axes fraction", "data"), xytext=(-4, 3),
         textcoords="offset points", ha="right", fontsize=8, color="0.35",
     )  # fmt: skip
     axes[0].set(xlabel="iteration", ylabel=ylabel, title=title)
@@ -147,8 +149,8 @@ def heat_map(
         panel.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     for i, j in best:
         panel.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2))
-    panel.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
-    panel.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
+    panel.set_xticks(range(len(columns)), told_apart(columns))
+    panel.set_yticks(range(len(rows)), told_apart(rows))
 
 
 def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:

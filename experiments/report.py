@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from metamom.experiments import figures
+from metamom.experiments.numerals import shortest
 from metamom.experiments.saved import load_run
 from metamom.files import write_atomically
 from metamom.run_directory import environment
@@ -31,6 +33,12 @@ class Scale(NamedTuple):
     def with_interval(self, value: float, halfwidth: float) -> str:
         """A value and its interval, such as ``90.6 ± 1.1 %``."""
         return f"{self.show(value)} ± {self.show(halfwidth)}{self.unit}"
+
+    def exactly(self, value: float) -> str:
+        """A value with its unit and all of its digits, for what was asked for."""
+        text = self.show(value)
+        scale = 100 if self.unit else 1
+        return f"{text if math.isclose(float(text), scale * value) else f'{scale * value:.12g}'}{self.unit}"
 
     def reached(self, value: float, target: float) -> bool:
         """Whether a value is at least as good as the target."""
@@ -55,9 +63,20 @@ class Arm(NamedTuple):
         """Those that did not diverge."""
         return [o for o in self.outcomes if o.diverged is None]
 
+    @property
+    def whole(self) -> bool:
+        """Whether none diverged."""
+        return len(self.finished) == len(self.outcomes)
+
     def validation(self) -> float:
-        """Mean of the last validation over the seeds; NaN if one diverged."""
-        return float(np.mean([o.curve[-1][1] if o.diverged is None else np.nan for o in self.outcomes]))
+        """Mean of the last validation over the seeds that did not diverge; NaN if all did."""
+        return float(np.mean([o.curve[-1][1] for o in self.finished])) if self.finished else math.nan
+
+    def of_seeds(self) -> str:
+        """``" (2 of 3 seeds)"`` where some diverged, and not all."""
+        if self.whole or not self.finished:
+            return ""
+        return f" ({len(self.finished)} of {len(self.outcomes)} seeds)"
 
 
 def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Path, reused: int = 0) -> Path:
@@ -79,7 +98,8 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         "",
         f"{comparison.iterations:,} iterations of {base.meta_batch} tasks ({_plural(base.shots or 0, 'shot')}, "
         f"{_plural(base.queries or 0, 'query', 'queries')}), "
-        f"{_plural(base.inner_steps, 'inner step')} of {base.inner_lr:g} in training, "
+        f"{_plural(base.inner_steps, 'inner step')} of {shortest(base.inner_lr or 0)}"
+        f"{' at first' * bool(base.learn_inner_lr)} in training, "
         f"{_plural(comparison.seeds, 'seed')}; {comparison.test_tasks} test tasks for each seed, the same for every "
         "method. β = 1 is plain meta-SGD.",
         "",
@@ -87,18 +107,19 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         "",
         *_table(arms, comparison, scale),
         "",
-        f"± is the 95 % interval {_interval_of(comparison.seeds)}. "
+        f"± is the 95 % interval {_interval_of(comparison.seeds)}. {_of_diverged(arms)}"
         f"Iterations to target: until validation {scale.name} "
-        f"{'is at least' if scale.higher_is_better else 'is at most'} {scale.show(comparison.target)}{scale.unit}, "
-        f"looked at every {comparison.evaluate_every} iterations: the median over the seeds that reach it.",
+        f"{'is at least' if scale.higher_is_better else 'is at most'} {scale.exactly(comparison.target)}, "
+        f"looked at every {comparison.evaluate_every} iterations and at the end: the median over the seeds that reach "
+        "it, also where they diverge later.",
     ]
     if len(comparison.lrs) > 1:
         lines += [
             "",
             "## Each method at its own best step size",
             "",
-            f"Best by final validation over the grid γ ∈ {{{', '.join(f'{lr:g}' for lr in comparison.lrs)}}}, "
-            "the same for every method; a step size at which a seed diverged is out.",
+            f"Best by final validation over the grid γ ∈ {{{', '.join(map(shortest, comparison.lrs))}}}, "
+            f"the same for every method; a step size at which a seed diverged is out{_but(best)}.",
             "",
             *_table(best, comparison, scale),
         ]
@@ -125,7 +146,9 @@ def _arms(outcomes: Iterable[Outcome]) -> list[Arm]:
     for outcome in outcomes:
         recipe = outcome.recipe
         assert recipe.lr is not None
-        label = "SGD (β = 1)" if recipe.beta == 1 else f"momentum, β = {recipe.beta:g}, {_FIRST[recipe.first_step]}"
+        label = (
+            "SGD (β = 1)" if recipe.beta == 1 else f"momentum, β = {shortest(recipe.beta)}, {_FIRST[recipe.first_step]}"
+        )
         groups.setdefault((label, recipe.lr), Arm(label, recipe.lr, [])).outcomes.append(outcome)
     return list(groups.values())
 
@@ -134,18 +157,20 @@ _FIRST = {"zero": "v₋₁ = 0", "gradient": "v₀ = g₀"}
 
 
 def _best(arms: list[Arm], scale: Scale) -> Arm:
-    """The step size with the best final validation; one with diverged seeds only where all have some."""
-    sound = [arm for arm in arms if len(arm.finished) == len(arm.outcomes)]
-    if not sound:
-        return max(arms, key=lambda arm: len(arm.finished))
-    return (max if scale.higher_is_better else min)(sound, key=Arm.validation)
+    """The step size with the best final validation, among those at which the fewest seeds diverged."""
+
+    def badness(arm: Arm) -> tuple[int, bool, float]:
+        value = arm.validation()
+        return -len(arm.finished), math.isnan(value), -value if scale.higher_is_better else value
+
+    return min(arms, key=badness)
 
 
 def _table(arms: Sequence[Arm], comparison: Comparison, scale: Scale) -> list[str]:
     names = ["before" if s == 0 else f"{s} step{'s' if s > 1 else ''}" for s in comparison.steps]
     head = ["method", "γ", *names, "iterations to target", "diverged"]
     rows = [
-        [arm.label, f"{arm.lr:g}", *_tests(arm, comparison, scale), *_speed(arm, comparison, scale)] for arm in arms
+        [arm.label, shortest(arm.lr), *_tests(arm, comparison, scale), *_speed(arm, comparison, scale)] for arm in arms
     ]
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
 
@@ -158,10 +183,13 @@ def _tests(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
         if not means:
             cells.append("—")
             continue
-        width = widths[0]
-        if len(means) > 1:
-            width = _halfwidth(means)
-        cells.append(scale.with_interval(float(np.mean(means)), width))
+        mean = float(np.mean(means))
+        if len(arm.outcomes) == 1:
+            cells.append(scale.with_interval(mean, widths[0]))
+        elif len(means) == 1:  # of several seeds one is left: an interval over its test tasks would be of another kind
+            cells.append(f"{scale.show(mean)}{scale.unit}{arm.of_seeds()}")
+        else:
+            cells.append(f"{scale.with_interval(mean, _halfwidth(means))}{arm.of_seeds()}")
     return cells
 
 
@@ -171,7 +199,7 @@ def _speed(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
         reached = [iteration for iteration, value in outcome.curve if scale.reached(value, comparison.target)]
         firsts += reached[:1]
     seeds = len(arm.outcomes)
-    median = f"{np.median(firsts):.0f}" if firsts else "never"
+    median = shortest(float(np.median(firsts))) if firsts else "never"
     share = "" if len(firsts) in (0, seeds) else f" ({len(firsts)} of {seeds} seeds)"
     return [median + share, f"{seeds - len(arm.finished)} of {seeds}"]
 
@@ -179,11 +207,16 @@ def _speed(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
 def _differences(best: Sequence[Arm], comparison: Comparison, scale: Scale) -> list[str]:
     """Each method against plain meta-SGD, seed by seed: what the seeds' tasks have in common cancels."""
     plain = next((arm for arm in best if arm.outcomes[0].recipe.beta == 1), None)
-    if plain is None or comparison.seeds < 2 or len(plain.finished) < len(plain.outcomes):
+    others = [arm for arm in best if arm is not plain]
+    if plain is None or comparison.seeds < 2 or not others:
         return []
-    lines = []
-    for arm in best:
-        if arm is plain or len(arm.finished) < len(arm.outcomes):
+    if not plain.whole:
+        return [f"No differences from {plain.label}: seeds of it diverged at every step size.", ""]
+    head = f"Difference from {plain.label}, γ = {shortest(plain.lr)}, on the same seeds and test tasks (95 % interval):"
+    lines = [head, ""]
+    for arm in others:
+        if not arm.whole:
+            lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: none, for seeds diverged.")
             continue
         cells = []
         for number, steps in enumerate(comparison.steps):
@@ -191,11 +224,8 @@ def _differences(best: Sequence[Arm], comparison: Comparison, scale: Scale) -> l
             ours = (outcome.test[number] for outcome in arm.outcomes if outcome.test is not None)
             gaps = np.array(list(ours)) - np.array(list(theirs))
             cells.append(f"{scale.with_interval(float(gaps.mean()), _halfwidth(gaps))} after {_plural(steps, 'step')}")
-        lines.append(f"- {arm.label}, γ = {arm.lr:g}: {', '.join(cells)}.")
-    if not lines:
-        return []
-    head = f"Difference from {plain.label}, γ = {plain.lr:g}, on the same seeds and test tasks (95 % interval):"
-    return [head, "", *lines, ""]
+        lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: {', '.join(cells)}.")
+    return [*lines, ""]
 
 
 def _halfwidth(values: Sequence[float] | np.ndarray[Any, Any]) -> float:
@@ -208,11 +238,13 @@ def _draw(
 ) -> list[tuple[str, str]]:
     """Draw the figures; returns their names and captions."""
     single = len(comparison.lrs) == 1
-    labels = {arm.label: arm.label if single else f"{arm.label}, γ = {arm.lr:g}" for arm in best}
+    labels = {arm.label: arm.label if single else f"{arm.label}, γ = {shortest(arm.lr)}" for arm in best}
     band = "" if comparison.seeds == 1 else f", mean and range of {comparison.seeds} seeds"
+    if band and not all(arm.whole for arm in best):
+        band = ", mean and range of the seeds that did not diverge"
     figures.learning_curves(
         folder / "figures" / "curves.png",
-        {labels[arm.label]: [o.curve for o in arm.finished] for arm in best},
+        {labels[arm.label] + arm.of_seeds(): [o.curve for o in arm.finished] for arm in best},
         ylabel=f"validation {scale.name}",
         title=f"Validation after {_plural(comparison.base.inner_steps, 'inner step')}",
         target=comparison.target,
@@ -220,6 +252,7 @@ def _draw(
     )
     at = "" if single else ", each method at its best step size"
     drawn = [("curves", f"Learning curves{at}{band}.")]
+    kept = "" if all(arm.whole for arm in arms) else " that did not diverge"
     if not single:
         figures.step_sizes(
             folder / "figures" / "step_sizes.png",
@@ -227,14 +260,19 @@ def _draw(
             ylabel=f"final validation {scale.name}",
             title="The grid",
         )
-        drawn.append(("step_sizes", "Final validation against the step size; a point for each seed."))
+        points = f"a point for each seed{kept}, a line through their means"
+        drawn.append(("step_sizes", f"Final validation against the step size; {points}."))
     if comparison.base.task == "sinusoid":
         learners = {labels[a.label]: load_run(a.finished[0].path, "newest").learner for a in best if a.finished}
         family = comparison.base.sampler("test")
         assert isinstance(family, Sinusoid)
         if learners:
             figures.adaptation(folder / "figures" / "adaptation.png", learners, family, comparison.steps)
-            drawn.append(("adaptation", "One test task (seed 0) before and after adaptation."))
+            seeds = dict.fromkeys(arm.finished[0].recipe.seed for arm in best if arm.finished)
+            of = f"the learner{'s' * (len(learners) > 1)} of seed {' and '.join(map(str, seeds))}"
+            if len(seeds) > 1:
+                of = "each method's learner of its first seed that did not diverge"
+            drawn.append(("adaptation", f"One test task (seed {family.seed}) before and after adaptation, by {of}."))
     return drawn
 
 
@@ -242,6 +280,22 @@ def _interval_of(seeds: int) -> str:
     if seeds == 1:
         return "over the test tasks of the one seed; how much another seed would differ is not in it"
     return f"of the mean over {seeds} seeds (Student's t)"
+
+
+def _of_diverged(arms: Sequence[Arm]) -> str:
+    """What the numbers of arms with diverged seeds are, if there are some."""
+    if not any(arm.of_seeds() for arm in arms):
+        return ""
+    return (
+        "Where seeds diverged, mean and interval are of the others alone, which flatters the method: their number is "
+        "in brackets, and a single one has no interval. "
+    )
+
+
+def _but(best: Sequence[Arm]) -> str:
+    if all(arm.whole for arm in best):
+        return ""
+    return ", but where there is one at all of them: then the best of those with the fewest"
 
 
 def _plural(n: int, one: str, many: str | None = None) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Quadratics
 from metamom.files import write_atomically
 from metamom.optim import CompositeMomentum
@@ -84,7 +85,7 @@ def report() -> str:
     problem = workers()
     zeta2 = problem.heterogeneity
     bounds = {"mean": 0.0, "median": zeta2, "trimmed:0.2": 0.4 / 0.6 * zeta2, "geomedian": zeta2}
-    betas = " | ".join(f"floor, β = {beta:g}" for beta in BETAS)
+    betas = " | ".join(f"floor, β = {shortest(beta)}" for beta in BETAS)
     lines = [
         f"Five quadratics, heterogeneity ζ² = {zeta2:.3f} at the optimum, exact gradients.",
         "",
@@ -99,7 +100,7 @@ def report() -> str:
     for order in ORDERS:
         for lr in ORDER_LRS:
             floors = " | ".join(f"{floor_of_order(problem, order, beta, lr):.3g}" for beta in BETAS)
-            lines.append(f"| {order} | {bias_of_order(problem, order):.3g} | {lr:g} | {floors} |")
+            lines.append(f"| {order} | {bias_of_order(problem, order):.3g} | {shortest(lr)} | {floors} |")
     return "\n".join(lines) + "\n"
 
 

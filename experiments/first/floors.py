@@ -12,6 +12,7 @@ from tqdm import tqdm
 from metamom.bias.spec import parse
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.first.workers import OPERATORS, workers_that_differ
+from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Measured, descend, measured, steps_to
 
 TITLE = "Momentum and bias"
@@ -56,7 +57,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
     n, d = problem.minima.shape
     lines = [
         f"{n} workers' quadratics in {d} dimensions, ζ² = {problem.heterogeneity:.2f} at the optimum.",
-        f"γ = {config.lr:g}, noise of standard deviation {config.noise:g} on each entry, {config.runs} runs. Steps",
+        f"γ = {config.lr}, noise of standard deviation {config.noise} on each entry, {config.runs} runs. Steps",
         f"until the mean ‖∇f‖² is at {config.share:.0%} of its first value; floor: its mean over the last",
         f"{config.last} of {config.steps} steps.",
         "",
@@ -70,8 +71,8 @@ def show(figure_path: Path, config: Config = Config()) -> str:
             for colour, beta in zip(COLOURS, config.betas, strict=False):
                 outcome = measure(config, name, beta)
                 reached = "never" if outcome.steps is None else outcome.steps
-                lines.append(f"| {name} | {beta:g} | {reached} | {outcome.floor} |")
-                style, label = ("-", f"β = {beta:g}") if name == spec else (":", None)
+                lines.append(f"| {name} | {shortest(beta)} | {reached} | {outcome.floor} |")
+                style, label = ("-", f"β = {shortest(beta)}") if name == spec else (":", None)
                 panel.plot(range(1, config.steps + 1), outcome.course, color=colour, linestyle=style, label=label)
         panel.set(xscale="log", yscale="log", xlabel="step k", title="; dotted: ".join(names))
     panels[0].set_ylabel("mean ‖∇f(x)‖²")

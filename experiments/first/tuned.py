@@ -18,6 +18,7 @@ from metamom.bias.base import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.experiments.figures import heat_map, save
 from metamom.experiments.first.workers import OPERATORS, workers_that_differ
+from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Measured, descend, measured, steps_to
 
 Values = npt.NDArray[np.float64]
@@ -78,7 +79,7 @@ def best(values: Values, columns: list[int]) -> tuple[int, int]:
 def show(figure_path: Path, config: Config = Config()) -> str:
     """Search and run again; draws the heat maps and returns the table, in Markdown."""
     lines = [
-        f"The same workers with noise {config.noise:g}, {config.steps} steps, {config.runs} runs for every γ ∈",
+        f"The same workers with noise {config.noise}, {config.steps} steps, {config.runs} runs for every γ ∈",
         f"{{{_listed(config.lrs)}}} and β ∈ {{{_listed(config.betas)}}}.",
         f"The best of plain SGD (β = 1) and of momentum (β < 1) again with {2 * config.runs} runs of other noise:",
         f"steps to {config.share:.0%} of the first ‖∇f‖²; floor: mean of the last {config.last} steps.",
@@ -96,7 +97,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
         grid = search(config, spec)
         for method, columns in sides.items():
             fast, low = best(grid.steps, columns), best(grid.floors, columns)
-            cells = [f"{config.lrs[i]:g}, {config.betas[j]:g}" for i, j in (fast, low)]
+            cells = [f"{shortest(config.lrs[i])}, {shortest(config.betas[j])}" for i, j in (fast, low)]
             again = [
                 run(config, spec, config.lrs[i], config.betas[j], seed=2, runs=2 * config.runs) for i, j in (fast, low)
             ]
@@ -123,4 +124,4 @@ def _steps(values: Tensor, share: float) -> Measured | str:
 
 
 def _listed(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers)
+    return ", ".join(map(shortest, numbers))

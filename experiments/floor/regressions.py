@@ -21,6 +21,7 @@ from metamom.bias.spec import parse
 from metamom.estimators import Estimator
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
+from metamom.experiments.numerals import shortest
 from metamom.maml import MAML
 from metamom.optim import CompositeMomentum
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, half_squared_error
@@ -120,7 +121,7 @@ def run(config: Config, arm: Arm, beta: float, *, seed: int = 0) -> Ended:
     slope = torch.stack([mean.gain for mean in exact]).mean(0)
     optimum = bias_floor(exact, exact, THETAS).optimum
     iterates, deviations = torch.empty(config.steps, 2, dtype=torch.float64), torch.empty(config.steps)
-    for k in tqdm(range(config.steps), desc=f"{arm}, beta = {beta:g}", leave=False, disable=None):
+    for k in tqdm(range(config.steps), desc=f"{arm}, beta = {shortest(beta)}", leave=False, disable=None):
         optimizer.zero_grad()
         learner.backward(sampler.sample(k, config.tasks), workers=workers, bias=operator)
         iterates[k] = model.weight.detach()[0]
@@ -137,7 +138,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
     """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
     figure, (plane, floors, errors) = row_of_panels(3, sharey=False)
     lines = [
-        f"Two regressions, {config.tasks} tasks a step, γ = {config.lr:g}, {config.steps} steps, means of the last",
+        f"Two regressions, {config.tasks} tasks a step, γ = {config.lr}, {config.steps} steps, means of the last",
         f"{config.last}; 95 % intervals. Predicted are the limit of the mean iterate and the squared gradient there.",
         "",
         "| estimator, inner batch, operator | β | mean iterate | predicted | ‖∇f‖² there | predicted | E‖v − ∇f‖² |",
@@ -152,7 +153,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
             at = f"{_point(end.mean)} ± {1.96 * float(end.error.max()):.4f}"
             said = ("—", "—") if truth is None else (_point(truth.end), f"{truth.floor:.2e}")
             lines.append(
-                f"| {arm} | {beta:g} | {at} | {said[0]} | {end.floor:.1e} ± {end.halfwidth:.0e} | {said[1]} "
+                f"| {arm} | {shortest(beta)} | {at} | {said[0]} | {end.floor:.1e} ± {end.halfwidth:.0e} | {said[1]} "
                 f"| {end.deviation_sq:.2e} |"
             )
         first = ended[betas[0]]

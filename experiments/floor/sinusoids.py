@@ -21,6 +21,7 @@ from tqdm import tqdm
 from metamom.estimators import Estimator
 from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
+from metamom.experiments.numerals import shortest
 from metamom.maml import MAML
 from metamom.nets import SinusoidMLP
 from metamom.optim import CompositeMomentum
@@ -114,7 +115,7 @@ def run(config: Config, arm: Arm, beta: float, weights: Tensor) -> Ended:
     optimizer = CompositeMomentum(learner.parameters(), lr=config.lr, beta=beta)
     sampler = _tasks(config, arm.times * config.m * learner.support_parts)
     course, total = [true_gradients(config, weights, 2)[1]], torch.zeros(weights.shape, dtype=torch.float64)
-    for k in tqdm(range(config.steps), desc=f"{arm.named(config)}, beta = {beta:g}", leave=False, disable=None):
+    for k in tqdm(range(config.steps), desc=f"{arm.named(config)}, beta = {shortest(beta)}", leave=False, disable=None):
         optimizer.zero_grad()
         learner.backward(sampler.sample(k, config.tasks))
         optimizer.step()
@@ -136,7 +137,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
     gradients, value = true_gradients(config, weights, config.draws)
     floor, halfwidth = squared_mean(gradients)
     lines = [
-        f"{config.tasks} fixed sinusoids, one inner step of {config.alpha:g}, γ = {config.lr:g}, {config.steps} steps",
+        f"{config.tasks} fixed sinusoids, one inner step of {config.alpha}, γ = {config.lr}, {config.steps} steps",
         f"from weights where F = {value:.3f} and ‖∇F‖² = {floor:.2g} ± {halfwidth:.1g}. At the mean of the last",
         f"{config.last} iterates; 95 % intervals over {config.draws} draws of {config.population} points a task; one",
         "seed.",
@@ -153,13 +154,13 @@ def show(figure_path: Path, config: Config = Config()) -> str:
                 if math.isnan(end.value)
                 else f"{end.value:.3f} | {end.floor:.2g} ± {end.halfwidth:.1g} |"
             )
-            lines.append(f"| {name} | {beta:g} | {said}")
+            lines.append(f"| {name} | {shortest(beta)} | {said}")
             steps = [config.every * i for i in range(len(end.course))]
             colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS)]
             panel.plot(steps, end.course, label=name, color=colour, linestyle=dash)
             if math.isnan(end.value):
                 panel.plot(steps[-1], end.course[-1], "x", color=colour)
-        panel.set(yscale="log", xlabel="step", title=f"β = {beta:g}")
+        panel.set(yscale="log", xlabel="step", title=f"β = {shortest(beta)}")
     panels[0].set_ylabel("F, the loss after a step on the population")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     save(figure, figure_path)

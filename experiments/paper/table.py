@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from metamom.experiments.figures import COLOURS
+from metamom.experiments.numerals import shortest
 from metamom.experiments.paper.published import SEEDS, Curve, Setting, authors_curves, mean_rows, our_curves
 from metamom.experiments.paper.run import EPOCHS
 from metamom.experiments.paper.training import Row
@@ -118,7 +119,7 @@ def _report(lines: list[Line]) -> str:
     ]
     for line in lines:
         s = line.setting
-        cells = [s.dataset, s.nodes, f"{s.lr:g}", s.bias, "1 (SGD)" if s.beta == 1 else f"{s.beta:g}"]
+        cells = [s.dataset, s.nodes, shortest(s.lr), s.bias, "1 (SGD)" if s.beta == 1 else shortest(s.beta)]
         cells += [_reached(line.ours), _reached(line.theirs), _final(line.ours), _final(line.theirs)]
         cells += ["—" if apart is None else f"{apart:.1e}" for apart in line.apart]
         cells += [_seeds(line.ours), _seeds(line.theirs)]
@@ -143,7 +144,9 @@ def _honest(lines: list[Line]) -> list[str]:
                 behind = _behind(mean_rows(of(line)), plain[0], EPOCHS[line.setting.dataset])
                 compared += behind is not None
                 if behind:
-                    found.append(f"- {_title(line.setting)}, β = {line.setting.beta:g} ({side}): {', '.join(behind)}.")
+                    found.append(
+                        f"- {_title(line.setting)}, β = {shortest(line.setting.beta)} ({side}): {', '.join(behind)}."
+                    )
     if found:
         return ["Where momentum does not win:", "", *found]
     return ["Momentum wins wherever it was compared." if compared else "No runs to compare momentum with SGD by."]
@@ -187,12 +190,12 @@ def _seeds(curves: list[Curve]) -> str:
 
 
 def _title(setting: Setting) -> str:
-    return f"{setting.dataset}, n = {setting.nodes}, γ = {setting.lr:g}, {setting.bias}"
+    return f"{setting.dataset}, n = {setting.nodes}, γ = {shortest(setting.lr)}, {setting.bias}"
 
 
 def _name(setting: Setting) -> str:
     operator = "".join(letter if letter.isalnum() else "-" for letter in setting.bias)
-    return f"{setting.dataset}-n{setting.nodes}-lr{setting.lr:g}-{operator}"
+    return f"{setting.dataset}-n{setting.nodes}-lr{shortest(setting.lr)}-{operator}"
 
 
 def _figure(path: Path, group: list[Line]) -> None:
@@ -200,7 +203,7 @@ def _figure(path: Path, group: list[Line]) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for number, line in enumerate(group):
-        label = "SGD" if line.setting.beta == 1 else f"β = {line.setting.beta:g}"
+        label = "SGD" if line.setting.beta == 1 else f"β = {shortest(line.setting.beta)}"
         for curves, style, whose in ((line.theirs, ":", "authors"), (line.ours, "-", "ours")):
             rows = mean_rows(curves) if curves else []
             look = {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": 3 if style == ":" else 1}

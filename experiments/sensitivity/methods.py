@@ -69,7 +69,7 @@ METHODS = {
     "ef21": Method("EF21 and momentum", _momentum, LRS, _around("ef21")),
     "ef21-sgdm": Method(
         "EF21-SGDM: momentum on the workers", lambda params, lr, beta: _momentum(params, lr, 1.0), LRS,
-        _around("ef21-sgdm({beta:g})"),
+        _around("ef21-sgdm({beta})"),
     ),
 }  # fmt: skip
 

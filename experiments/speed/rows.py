@@ -14,6 +14,7 @@ from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator, TopK
 from metamom.chunks import ChunkSize
 from metamom.estimators import Estimator
+from metamom.experiments.numerals import shortest
 from metamom.maml import LossFn
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
@@ -184,7 +185,7 @@ def _course(inner_steps: int, estimator: Estimator) -> str:
 
 def _optimizer(name: str, model: nn.Module, beta: float) -> OptimizerRow:
     d = sum(p.numel() for p in model.parameters())
-    return OptimizerRow(f"optimizer step alone, beta = {beta:g}, the {d} parameters of {name}", model, beta)
+    return OptimizerRow(f"optimizer step alone, beta = {shortest(beta)}, the {d} parameters of {name}", model, beta)
 
 
 # By the name that --rows knows; made when asked for.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metamom.experiments.numerals import shortest
 from metamom.experiments.when import law, relative, rule
 from metamom.experiments.when.law import Point
 from metamom.experiments.when.pictures import draw_bias, draw_map
@@ -142,10 +143,13 @@ def _on_the_grid(config: Config, grids: dict[float, rule.Case]) -> list[str]:
     ]
     for condition, case in grids.items():
         values = case.found.speedup.reshape(len(config.shares), -1)
-        head = " | ".join(f"{room:g}" for room in config.rooms)
-        lines = [f"| κ = {condition:g}: b²/ε | R without bias: {head} |", "|---" * (1 + len(config.rooms)) + "|"]
+        head = " | ".join(shortest(room) for room in config.rooms)
+        lines = [
+            f"| κ = {shortest(condition)}: b²/ε | R without bias: {head} |",
+            "|---" * (1 + len(config.rooms)) + "|",
+        ]
         lines += [
-            f"| {share:g} | {' | '.join(f'{float(value):.2f}' for value in row)} |"
+            f"| {shortest(share)} | {' | '.join(f'{float(value):.2f}' for value in row)} |"
             for share, row in zip(config.shares, values, strict=True)
         ]
         parts.append("\n".join(lines))
@@ -153,7 +157,7 @@ def _on_the_grid(config: Config, grids: dict[float, rule.Case]) -> list[str]:
 
 
 def _on_the_workers(config: Config, by_share: dict[float, rule.Case]) -> list[str]:
-    lines = ["| n | " + " | ".join(f"SGD, b² = {s:g} ε | momentum (γL, β)" for s in by_share) + " |"]
+    lines = ["| n | " + " | ".join(f"SGD, b² = {shortest(s)} ε | momentum (γL, β)" for s in by_share) + " |"]
     lines.append("|---" * (1 + 2 * len(by_share)) + "|")
     for i, n in enumerate(config.workers):
         cells = []
@@ -218,7 +222,7 @@ def _on_turns(config: relative.Config, turned: Sequence[Turned]) -> list[str]:
     for at in turned:
         sgd, momentum = at.found
         lines.append(
-            f"| {at.B:g} | {float(sgd.steps):g} ({float(sgd.lr):.2g}) | {_steps(momentum, 0)} "
+            f"| {shortest(at.B)} | {float(sgd.steps):g} ({float(sgd.lr):.2g}) | {_steps(momentum, 0)} "
             f"| {float(at.found.speedup):.2f} | {at.bound:.3g} |"
         )
     return [

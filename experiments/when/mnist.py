@@ -13,6 +13,7 @@ from tqdm import tqdm
 from metamom.bias.base import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.experiments.figures import COLOURS, row_of_panels, save
+from metamom.experiments.numerals import shortest, told_apart
 from metamom.experiments.paper.protocol import protocol
 from metamom.experiments.paper.training import Training
 from metamom.experiments.when.tuning import Tuned, cells, counted, listed, tune
@@ -101,11 +102,11 @@ def _draw(path: Path, config: Config, full: dict[str, Tuned]) -> None:
     for panel, (operator, tuned) in zip(panels, full.items(), strict=True):
         for number, beta in enumerate(config.betas):
             reached = sorted((c.lr, c.steps) for c in tuned.cells if c.beta == beta and math.isfinite(c.steps))
-            label = "SGD (β = 1)" if beta == 1 else f"momentum, β = {beta:g}"
+            label = "SGD (β = 1)" if beta == 1 else f"momentum, β = {shortest(beta)}"
             x, y = [lr for lr, _ in reached], [steps for _, steps in reached]
             panel.plot(x, y, "os^"[number] + "-", color=COLOURS[number], markersize=4, label=label)
         panel.set_xscale("log", base=2)
-        panel.set_xticks(sorted(config.lrs), [f"{lr:g}" for lr in sorted(config.lrs)])
+        panel.set_xticks(sorted(config.lrs), told_apart(sorted(config.lrs)))
         panel.set(
             xlabel="γ", title=f"{config.nodes} nodes' full gradients, {operator.removesuffix(':all')}", ylim=(0, None)
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from metamom.experiments.figures import COLOURS, DASHES, heat_map, row_of_panels, save
+from metamom.experiments.numerals import shortest, told_apart
 from metamom.experiments.when.law import Compared, Point
 from metamom.experiments.when.relative import Compressed, Turned
 from metamom.experiments.when.rule import WINS, Case, Flat, Rule
@@ -44,7 +45,7 @@ def draw_map(
     scatter.axvline(rule.room, color="#D55E00", linewidth=2)
     scatter.set(xscale="log", yscale="log", xlabel="R = 2L(ε − b²)n / Σλσ²", title="random quadratics")
     ticks = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
-    scatter.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    scatter.set_yticks(ticks, told_apart(ticks))
     scatter.set_yticks([], minor=True)
     scatter.set_ylabel("steps of SGD / steps of momentum")
     scatter.set_ylim(None, 12)
@@ -54,7 +55,7 @@ def draw_map(
             name = "SGD" if method == "sgd" else "momentum"
             steps.plot(
                 workers, side.steps, dash, color=COLOURS[number], marker="o", markersize=3,
-                label=f"{name}, b² = {share:g} ε" if share else f"{name}, no bias",
+                label=f"{name}, b² = {shortest(share)} ε" if share else f"{name}, no bias",
             )  # fmt: skip
     steps.set(
         xscale="log",
