@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from metamom.checks import check_whole
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -71,12 +73,15 @@ def block(num_tasks: int, rank: int, world_size: int) -> range:
     The one rule by which tasks are dealt, to workers and to processes alike.
 
     Raises:
+        TypeError: for numbers that are not whole.
         ValueError: if ``num_tasks`` is not a positive multiple of ``world_size``, or ``rank`` is out of range.
     """
-    if num_tasks < 1 or world_size < 1 or num_tasks % world_size:
+    num_tasks = check_whole("the number of tasks", num_tasks, 1)
+    world_size = check_whole("the number of workers (or processes)", world_size, 1)
+    if num_tasks % world_size:
         raise ValueError(
             f"tasks are dealt in equal blocks: wanted a number of tasks that {world_size} divides, got {num_tasks}. "
-            f"Use a meta-batch of {max(1, -(-num_tasks // max(1, world_size))) * max(1, world_size)} tasks "
+            f"Use a meta-batch of {-(-num_tasks // world_size) * world_size} tasks "
             f"or a number of workers (or processes) that divides {num_tasks}."
         )
     if not 0 <= rank < world_size:

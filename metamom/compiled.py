@@ -114,7 +114,11 @@ class Compiled:
         if len(self.graphs) > GRAPHS_KEPT:
             del self.graphs[next(iter(self.graphs))]
         with torch.no_grad():
-            return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+            try:
+                return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+            except RuntimeError:
+                self.function(*args)  # which says what is wrong with these arguments, in better words
+                raise
 
     def __getstate__(self) -> dict[str, Any]:
         """What is compiled stays in this process: a copy compiles anew."""

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, block, drawn
+from metamom.checks import check_whole
 
 Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
@@ -100,11 +101,10 @@ class World:
 
         Raises:
             TypeError: if n is no whole number.
-            ValueError: unless the number of processes divides n, or n divides it.
+            ValueError: if it is below 1, and unless the number of processes divides n, or n divides it.
         """
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"the number of workers must be a whole number; got {n!r}.")
-        if n < 1 or (n % self.size and self.size % n):
+        n = check_whole("the number of workers", n, 1)
+        if n % self.size and self.size % n:
             raise ValueError(
                 f"workers are dealt to {self.size} processes: their number must be a multiple of {self.size}, or "
                 f"divide it (several processes then carry one together); got {n}."

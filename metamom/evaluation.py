@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
+from metamom.batch_checks import check_batch, refuse_non_finite
+from metamom.bias.checks import all_finite
+from metamom.checks import check_whole
 from metamom.distributed import World, digest
 from metamom.maml import MAML
-from metamom.metrics import accuracy
 from metamom.swapping import evaluating
 
 BLOCK = 50  # tasks drawn and computed together
@@ -28,7 +30,7 @@ class Evaluation(NamedTuple):
         mean: over the tasks, ``k`` values.
         halfwidth: of the confidence interval, ``z s / sqrt(T)``, ``k`` values.
         values: every task's value, ``[k, T]``.
-        metric: ``"accuracy"`` in [0, 1] for classification, else ``"loss"``.
+        metric: ``"accuracy"`` in [0, 1] for classification (`metamom.metrics.accuracy`), else ``"loss"``.
         confidence: of the intervals.
     """
 
@@ -69,15 +71,21 @@ def evaluate(
         An `Evaluation`.
 
     Raises:
-        ValueError: for an argument out of range.
+        TypeError: for arguments of another kind, and for a sampler that gives something else than a `TaskBatch`.
+        ValueError: for an argument out of range, and for tasks that the model or the loss cannot take.
+        metamom.batch_checks.NonFiniteDataError: where predictions are not finite, for the data is not.
 
     Reference:
         The protocol of Finn, Abbeel, Levine (2017), section 5.2.
     """
-    steps = tuple(steps)
-    if tasks < 2:
+    if not isinstance(learner, MAML):
+        raise TypeError(f"evaluate takes a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
+    if check_whole("tasks", tasks, 0) < 2:
         raise ValueError(f"an interval needs at least 2 tasks; got tasks={tasks}.")
-    if not steps or min(steps) < 0:
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"steps are numbers of inner steps, such as steps=(0, 1, 5); got {steps!r}.")
+    steps = tuple(steps)
+    if not steps or min(check_whole("a number of inner steps", step, -math.inf) for step in steps) < 0:
         raise ValueError(f"steps are numbers of inner steps >= 0, at least one of them; got {steps}.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
@@ -93,6 +101,7 @@ def evaluate(
         count, parts = _parts(source, tasks, world)
         hidden = None if world.first else True
         for first, part in tqdm(parts, total=count, desc="evaluate", unit="block", leave=False, disable=hidden):
+            check_batch(part)
             batch = part.to(like.device, like.dtype)
             theirs = slice(first, first + batch.num_tasks)
             for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
@@ -100,8 +109,10 @@ def evaluate(
                     continue
                 with torch.no_grad():
                     predictions = learner.predict(params, batch.query_x)
-                    right = accuracy(predictions, batch.query_y)
-                    value = learner.losses_of(params, predictions, batch.query_y) if right is None else right
+                    losses, right = learner.judge(params, predictions, batch.query_y)
+                    value = losses if right is None else right
+                    if not (all_finite(losses) and (right is None or all_finite(predictions))):
+                        refuse_non_finite(batch, first)
                 values[-1, theirs] = float(right is not None)
                 value = value.double().cpu()
                 for row in (row for row, wanted in enumerate(steps) if wanted == step):
@@ -141,6 +152,9 @@ def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tup
                     yield first, part
                     continue
                 whole = part  # a sampler that takes the keywords for a part, and ignores them
+            check_batch(whole)
+            if whole.num_tasks != tasks:
+                raise ValueError(f"the sampler was asked for {tasks} tasks; got a batch of {whole.num_tasks}.")
             yield first, whole.part(first, first + size)
 
     return len(mine), parts()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+
+from metamom.checks import check_whole
+from metamom.swapping import named
 
 # What a learner is built by: to set one of these later would change nothing, or leave it inconsistent.
 BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile")
@@ -26,10 +28,7 @@ def check_option(name: str, value: Any) -> None:
             f"same model: MAML(learner.model, learner.loss_fn, {name}=...)."
         )
     if name == "inner_steps":
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"inner_steps must be a whole number >= 1; got {value!r}.")
-        if value < 1:
-            raise ValueError(f"inner_steps must be >= 1; got {value}.")
+        check_whole("inner_steps", value, 1)
     elif name == "chunk_size":
         counted = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not (counted or value is None or (isinstance(value, str) and value == "auto")):
@@ -54,14 +53,15 @@ def check_compile(compile: Any) -> None:
         raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
 
 
-def check_replacement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+def check_replacement(before: nn.Module, after: nn.Module) -> None:
     """Refuse another model whose trainable parameters are not those of the one that the learner was made around.
 
     Raises:
         ValueError: naming those that differ.
     """
-    wanted = {name: tuple(p.shape) for name, p in before.items()}
-    found = {name: tuple(p.shape) for name, p in after.items()}
+    wanted, found = (
+        {name: tuple(p.shape) for name, p in named(model).items() if p.requires_grad} for model in (before, after)
+    )
     if wanted != found:
         odd = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
         raise ValueError(

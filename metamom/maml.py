@@ -10,6 +10,7 @@ pass leaves each worker's gradient there and no gradient per task is ever stored
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 from metamom.aggregate import Aggregation, deliver, flatten, unflatten
 from metamom.batch import TaskBatch, block
-from metamom.bias import Bias, as_operator
+from metamom.batch_checks import check_adapted, check_batch, check_set, refuse_non_finite
+from metamom.bias import Bias, NonFiniteError, as_operator
+from metamom.bias.checks import all_finite
+from metamom.checks import check_whole
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
 from metamom.differences import Losses
@@ -39,18 +43,20 @@ from metamom.estimators import (
 )
 from metamom.inner_step import Derivatives, gradients, inner_gradient, inner_step, straight_through
 from metamom.learner_options import check_compile, check_option, check_replacement
+from metamom.loss_readings import LossFn as LossFn
+from metamom.loss_readings import LossReadings
 from metamom.metrics import accuracy
+from metamom.misfits import check_loss, check_one_tensor, targets_explained
+from metamom.model_checks import check_kind
 from metamom.robust import Aggregate
 from metamom.run_by_task import RunByTask
 from metamom.selection import selected
 from metamom.start import Params, Start, deal
 from metamom.step_sizes import LearnInnerLR, StepSizes
-from metamom.swapping import alone, slots, swapped, trainable
+from metamom.swapping import alone, named, slots, swapped
 from metamom.tracking import TRACKING, Memory, check_tracking, distinct_ids, tracked
 from metamom.unused import changes, cut_off, differentiable_once, from_outside
 from metamom.vmap_errors import check_model, explained
-
-LossFn = Callable[[Tensor, Tensor], Tensor]
 
 LOSS = "loss_fn."  # before the names of a loss module's parameters
 
@@ -171,10 +177,12 @@ class MAML(nn.Module):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_option("inner_steps", inner_steps)
         check_estimator(estimator, inner_batches)
+        check_option("inner_steps", inner_steps)
+        check_option("loss_fn", loss_fn)
         check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
         check_compile(compile)
+        check_kind(model)
         check_model(model)
         self.model = model
         self.loss_fn = loss_fn
@@ -184,7 +192,7 @@ class MAML(nn.Module):
         self.chunk_size = chunk_size
         self.autocast = autocast
         weights = self._weights()
-        self.adapted = selected(adapt, trainable(model))
+        self.adapted = selected(adapt, {name: p for name, p in named(model).items() if p.requires_grad})
         self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
         self.memory: Memory | None = None
         if estimator in TRACKED:
@@ -195,6 +203,7 @@ class MAML(nn.Module):
         self._tried = False  # whether a meta-gradient to be compiled has been computed once without
         self._unused: set[str] = set()  # parameters that the model has been found not to use
         self._constant: set[str] = set()  # parameters whose gradients have been found not to depend on the weights
+        self._readings = LossReadings()
         self._run = RunByTask()
         if compile:
             if compile is True:
@@ -225,8 +234,9 @@ class MAML(nn.Module):
     def _check_change(self, name: str, value: Any) -> None:
         """Refuse what does not go with the other options."""
         if name == "model":
+            check_kind(value)
             check_model(value)
-            check_replacement(trainable(self.model), trainable(value))
+            check_replacement(self.model, value)
         if name in ("estimator", "inner_batches", "inner_steps"):
             estimator: Estimator = value if name == "estimator" else self.estimator
             check_estimator(estimator, value if name == "inner_batches" else self.inner_batches)
@@ -303,30 +313,34 @@ class MAML(nn.Module):
             Adapted parameters by name, ``[T, *shape]``; differentiable in the meta-parameters where gradients are
             enabled. Use them with `predict`.
         """
-        steps = self.inner_steps if steps is None else steps
+        along = _whole(support_x, support_y, self.inner_steps if steps is None else steps)
         start = self._deal(self._one_row(), support_x.shape[0])
-        along = _whole(support_x, support_y, steps)
         *_, adapted = self._trajectory(start, along, keep_graph=torch.is_grad_enabled())
         return adapted
 
     def trajectory(self, support_x: Tensor, support_y: Tensor, *, steps: int) -> Iterator[Params]:
         """The adapted parameters after 0, 1, ..., ``steps`` inner steps, each as from `adapt` but without a graph."""
+        along = _whole(support_x, support_y, steps)
         start = self._deal({name: row.detach() for name, row in self._one_row().items()}, support_x.shape[0])
-        return self._trajectory(start, _whole(support_x, support_y, steps), keep_graph=False)
+        return self._trajectory(start, along, keep_graph=False)
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Predictions ``[T, N, ...]`` of T tasks' adapted weights (from `adapt`) on their inputs ``x: [T, N, ...]``."""
+        check_adapted(params, x, named(self.model))
         return self._predictions(Start(params, {}, {}, {}), params, x)
 
-    def losses_of(self, params: Params, predictions: Tensor, y: Tensor) -> Tensor:
-        """The losses ``[T]`` of T tasks' predictions (from `predict`), ``[T, N, ...]``.
+    def judge(self, params: Params, predictions: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What predictions ``[T, N, ...]`` are worth, task by task.
 
         Args:
-            params: the adapted weights that the predictions are by, which a loss module may share with the model.
-            predictions: ``[T, N, ...]``.
-            y: the targets, ``[T, N, ...]``.
+            params: the adapted weights that they are by, which a loss module may share with the model.
+            predictions: from `predict`.
+            y: their targets, ``[T, N, ...]``.
+
+        Returns:
+            The losses ``[T]``, and the accuracies ``[T]`` or ``None``: see `metamom.metrics.accuracy`.
         """
-        return self._losses(Start(params, {}, {}, {}), params, predictions, y)
+        return self._losses(Start(params, {}, {}, {}), params, predictions, y), self._accuracy(predictions, y)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module; safe while other threads use this learner to predict."""
@@ -414,24 +428,32 @@ class MAML(nn.Module):
         weights = self.meta_parameters()
         sent = world.sent
         with world.together():
+            self._check(batch)
             if world.size > 1:
                 operator, shapes = as_operator(bias), [tuple(x.shape) for x in batch[:4]]
                 what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
                 world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
-            self._check(batch)
             mine, done = world.workers(workers), 0
             sizes = [w.numel() for w in weights.values()]
             server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure)
             found: list[tuple[Tensor, ...]] = []
             for rows, of_tasks in self._gradients(weights, batch, len(mine), world.rank * batch.num_tasks):
-                server.add(rows, mine[done : done + len(rows)])
+                try:
+                    server.add(rows, mine[done : done + len(rows)])
+                except NonFiniteError:
+                    refuse_non_finite(batch, world.rank * batch.num_tasks)
+                    raise
                 done += len(rows)
                 found.append(of_tasks)
             losses, predictions, *averages = map(_joined, zip(*found, strict=True))
-            right = accuracy(predictions, batch.query_y)
+            right = self._accuracy(predictions, batch.query_y)
         outcomes = world.gather(torch.stack([losses] if right is None else [losses, right.to(losses)]))
         losses, *shares = outcomes.transpose(0, 1).flatten(1)
         total, report = server.finish()
+        norm = report["grad_norm"]
+        if not (norm is not None and math.isfinite(norm) and all_finite(losses)):
+            with world.together():
+                refuse_non_finite(batch, world.rank * batch.num_tasks)
         for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
             deliver(parameter, gradient, server.operator, add=True)
         if self.memory is not None:
@@ -450,8 +472,7 @@ class MAML(nn.Module):
         ``number`` of the first task in the batch of all processes is what a random model draws by.
         """
         self._check(batch)
-        if isinstance(workers, bool) or not isinstance(workers, int):
-            raise TypeError(f"the number of workers must be a whole number; got {workers!r}.")
+        workers = check_whole("the number of workers", workers, 1)
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self._chunk_size(batch), per_worker))
         if isinstance(self._gradient, Compiled):
@@ -494,6 +515,7 @@ class MAML(nn.Module):
 
     def _check(self, batch: TaskBatch) -> None:
         """Refuse a batch that the estimator cannot take."""
+        check_batch(batch)
         check_support(batch, self.estimator, self.inner_steps, self.inner_batches)
         if self.memory is not None:
             distinct_ids(batch.task_ids)
@@ -541,6 +563,7 @@ class MAML(nn.Module):
             around = {} if is_tracing() else weights  # what the losses must depend on by way of the rows alone
             for term in self._cut(TaskBatch(*batch)):
                 losses, predictions, adapted = self._episodes(rows, term, memory)
+                check_one_tensor(predictions)
                 with explained(self.model):
                     found = gradients(losses.sum() * (scale * term.weight), [*rows.values(), *around.values()])
                 past = [name for name, grad in zip(around, found[len(rows) :], strict=True) if grad is not None]
@@ -637,13 +660,27 @@ class MAML(nn.Module):
         return out if self.autocast is None else out.to(x.dtype)
 
     def _losses(self, start: Start, own: Params, predictions: Tensor, y: Tensor) -> Tensor:
-        """Losses ``[T]`` of predictions ``[T, N, ...]``, by the parameters that they were made with."""
-        loss_fn = self.loss_fn
-        with explained(self.model, "loss_fn"):
-            if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
-                losses = self._losses_by_module(loss_fn, start, own, predictions, y)
-            else:
-                losses = torch.func.vmap(loss_fn)(predictions, y)
+        """Losses ``[T]`` of predictions ``[T, N, ...]``, by the parameters that they were made with.
+
+        A loss that is a module with parameters gets the tasks' own where it shares the model's.
+        """
+        if y.dtype == torch.uint8:  # labels to torch's losses, but not under vmap
+            y = y.long()
+        loss_fn, names = self._readings.watched(self.loss_fn), self._names_in_loss()
+        module = self.loss_fn if names and isinstance(self.loss_fn, nn.Module) else nn.Module()
+        with alone(module):
+            found = slots(module)
+
+            def one_task(own: Params, kept: Params, predictions: Tensor, y: Tensor) -> Tensor:
+                weights = {**start.shared, **kept, **own}
+                with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
+                    loss = loss_fn(predictions, y)
+                check_loss(loss)
+                return loss
+
+            moved = (own, start.kept) if names else ({}, {})
+            with explained(self.model, "loss_fn"), targets_explained(predictions, y):
+                losses: Tensor = torch.func.vmap(one_task)(*moved, predictions, y)
         if losses.dim() != 1:
             raise ValueError(
                 "loss_fn must return one number a task, as reduction='mean' does; "
@@ -651,22 +688,11 @@ class MAML(nn.Module):
             )
         return losses
 
-    def _losses_by_module(
-        self, loss_fn: nn.Module, start: Start, own: Params, predictions: Tensor, y: Tensor
-    ) -> Tensor:
-        """The losses by a module that has parameters: the tasks' own where it shares the model's."""
-        names = self._names_in_loss()
-        with alone(loss_fn):
-            found = slots(loss_fn)
-
-            def one_task(own: Params, kept: Params, predictions: Tensor, y: Tensor) -> Tensor:
-                weights = {**start.shared, **kept, **own}
-                with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
-                    loss: Tensor = loss_fn(predictions, y)
-                return loss
-
-            losses: Tensor = torch.func.vmap(one_task)(own, start.kept, predictions, y)
-        return losses
+    def _accuracy(self, predictions: Any, y: Tensor) -> Tensor | None:
+        """Of ``[T, N, ...]``, whose loss was taken before."""
+        if not isinstance(predictions, Tensor):  # something that the loss function takes apart
+            return None
+        return accuracy(predictions, y, self._readings.of(self.loss_fn, predictions, y))
 
     def _check_cut(self, missing: Sequence[str], x: Tensor, y: Tensor) -> None:
         """Refuse parameters without a gradient that the loss depends on; those that it does not are unused.
@@ -722,18 +748,19 @@ class MAML(nn.Module):
 
     def _weights(self) -> Params:
         """The trainable parameters of the model, and those of the loss that are not the model's too."""
-        weights = trainable(self.model)
-        if isinstance(self.loss_fn, nn.Module):
-            for name, meta_name in self._names_in_loss().items():
-                parameter = self.loss_fn.get_parameter(name)
-                if weights.setdefault(meta_name, parameter) is not parameter:
-                    raise ValueError(f"both the model and loss_fn have a parameter {meta_name!r}: rename the model's.")
+        weights = named(self.model)
+        names = self._names_in_loss()
+        own = named(self.loss_fn) if isinstance(self.loss_fn, nn.Module) else {}
+        for name, meta_name in names.items():
+            if weights.setdefault(meta_name, own[name]) is not own[name]:
+                raise ValueError(f"both the model and loss_fn have a parameter {meta_name!r}: rename the model's.")
         return {name: p for name, p in weights.items() if p.requires_grad}
 
     def _names_in_loss(self) -> dict[str, str]:
         """The parameters of a loss that is a module: their names there, and among the meta-parameters."""
-        assert isinstance(self.loss_fn, nn.Module)
-        with alone(self.model), alone(self.loss_fn):
+        if not isinstance(self.loss_fn, nn.Module):
+            return {}
+        with alone(self.model, self.loss_fn):
             of_model = {id(p): name for name, p in self.model.named_parameters()}
             return {name: of_model.get(id(p), LOSS + name) for name, p in self.loss_fn.named_parameters()}
 
@@ -750,6 +777,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _whole(support_x: Tensor, support_y: Tensor, steps: int) -> list[InnerBatch]:
     """All the points in each step."""
-    if steps < 0:
-        raise ValueError(f"the number of inner steps must be >= 0; got {steps}.")
+    steps = check_whole("the number of inner steps", steps, 0)
+    check_set("support", support_x, support_y, empty=steps == 0)
     return [InnerBatch(support_x, support_y)] * steps

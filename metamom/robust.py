@@ -57,8 +57,11 @@ def check_aggregate(how: Aggregate, workers: int | None = None) -> float:
         workers: n, if it is to be checked that some of them are trimmed off.
 
     Raises:
+        TypeError: for something else than a spelling.
         ValueError: for a spelling that means nothing, or a share that leaves out nobody.
     """
+    if not isinstance(how, str):
+        raise TypeError(f"aggregate is a name, mean, median, geomedian or trimmed:SHARE; got {how!r}.")
     name, colon, share = how.partition(":")
     if how in ("mean", "median", "geomedian"):
         return 0.0

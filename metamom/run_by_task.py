@@ -15,6 +15,7 @@ from metamom.autocast import autocast
 from metamom.differences import drawing_refused
 from metamom.draws import DrawsByTask, is_tracing
 from metamom.functions_by_task import FunctionsByTask, may_call_them
+from metamom.misfits import check_output, inputs_explained
 from metamom.start import Params, Start
 from metamom.swapping import alone, in_mode, slots, swapped
 from metamom.vmap_errors import explained, unchanged
@@ -63,6 +64,7 @@ class RunByTask:
                 weights = {**buffers, **start.shared, **kept, **own}
                 with swapped(found, {name: w for name, w in weights.items() if name in found.places}):
                     out: Tensor = model(x)
+                check_output(model, out)
                 return out
 
             with (
@@ -72,6 +74,7 @@ class RunByTask:
                 in_mode(model),
                 autocast(x.device, dtype),
                 self._functions(model),
+                inputs_explained(model, x, watched),
             ):
                 return self._over_tasks(one_task, own, start.kept, x, model.training, draws)
 

@@ -37,10 +37,11 @@ class Slots(NamedTuple):
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """Keep other threads from replacing the tensors of ``model``, or of any module that it shares, meanwhile."""
+def alone(*models: nn.Module) -> Iterator[None]:
+    """Keep other threads from replacing the tensors of these models, or of any module that they share, meanwhile."""
     with ExitStack() as stack:
-        modules = sorted(model.modules(), key=id)  # in one order, so that no two threads wait for each other
+        # in one order, so that no two threads wait for each other
+        modules = sorted({module for model in models for module in model.modules()}, key=id)
         with _MAKING:
             locks = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
         for lock in locks:
@@ -63,10 +64,10 @@ def slots(model: nn.Module) -> Slots:
     return found
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require a gradient by name, as ``model.named_parameters()`` has them."""
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, as ``model.named_parameters()`` has them."""
     with alone(model):
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return dict(model.named_parameters())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from metamom.batch import Sampler, check_sampler
+from metamom.batch_checks import NonFiniteDataError
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.diagnostics import TrackBias, check_track, track
 from metamom.distributed import SAME, World, digest
@@ -118,6 +119,7 @@ def train(
             other settings, or with one that has done more iterations already. A run that is refused is left as it was.
         metamom.checkpoints.CheckpointError: if none of its checkpoints can be used.
         DivergedError: at the first loss, gradient or weight that is not finite.
+        metamom.batch_checks.NonFiniteDataError: instead of it, where the data of that step is not finite.
         TrainingInterrupted: by a signal to any process, after saving.
         metamom.distributed.ProcessError: if another process is gone, or hangs. Any other failure of one process is
             raised by all.
@@ -246,6 +248,8 @@ def train(
                     world=world,
                     measure=world.size == 1 or step % MEASURE_EVERY == 0,
                 )
+            except NonFiniteDataError as error:
+                raise NonFiniteDataError(f"step {step}: {error}") from error
             except NonFiniteError as error:
                 raise DivergedError("a worker's gradient", step) from error
             line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}

@@ -377,9 +377,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 
 SAID = {
-    "NaN": f"DivergedError: the loss is not finite at step {AT}. Try a smaller lr",
-    "NaN, compressed": f"DivergedError: a worker's gradient is not finite at step {AT}. Try a smaller lr",
-    "NaN, fed back": f"DivergedError: a worker's gradient is not finite at step {AT}. Try a smaller lr",
+    "NaN": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data: of NaN",
+    "NaN, compressed": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data: of NaN",
+    "NaN, fed back": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data: of NaN",
     "value": "ValueError: no such task",
     "value on process 0": "ValueError: no such task",
     "key": "KeyError: 'letter'",

@@ -194,7 +194,7 @@ def test_sets_are_ordered_shot_by_shot_and_disjoint(make):
     ("arguments", "message"),
     [
         ({"step": -1, "num_tasks": 6}, "step"),
-        ({"step": 0, "num_tasks": 0}, "equal blocks"),
+        ({"step": 0, "num_tasks": 0}, "the number of tasks must be >= 1; got 0"),
         ({"step": 0, "num_tasks": 6, "world_size": 5}, "equal blocks"),
         ({"step": 0, "num_tasks": 6, "world_size": 2, "rank": 2}, "rank must be in 0..1"),
     ],

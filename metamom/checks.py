@@ -1,0 +1,24 @@
+"""Checks of arguments that several modules share."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+
+def check_whole(name: str, value: object, least: float) -> int:
+    """A whole number, Python's or NumPy's.
+
+    Args:
+        name: of the argument, for the error.
+        value: the number.
+        least: the smallest that there may be.
+
+    Raises:
+        TypeError: for another kind of thing, a bool or a string of digits among them.
+        ValueError: for a number below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number; got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}; got {value}.")
+    return int(value)
