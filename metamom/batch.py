@@ -5,6 +5,7 @@ Legend: T tasks, S support points a task, Q query points a task, n workers.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -78,6 +79,7 @@ def block(num_tasks: int, rank: int, world_size: int) -> range:
     """
     num_tasks = check_whole("the number of tasks", num_tasks, 1)
     world_size = check_whole("the number of workers (or processes)", world_size, 1)
+    rank = check_whole("rank", rank, -math.inf)
     if num_tasks % world_size:
         raise ValueError(
             f"tasks are dealt in equal blocks: wanted a number of tasks that {world_size} divides, got {num_tasks}. "

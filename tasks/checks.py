@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from typing import Any
 
 import numpy as np
+import torch
+
+NUMBERS = (int, float, np.integer, np.floating)
 
 
 def check_seed(seed: int) -> int:
@@ -28,7 +33,10 @@ def check_step(step: int) -> int:
         TypeError: if it is not an integer.
         ValueError: if it is outside 0 <= step < 2^64.
     """
-    step = operator.index(step)
+    try:
+        step = operator.index(step)
+    except TypeError as error:
+        raise TypeError(f"step must be an integer >= 0; got {step!r}.") from error
     if not 0 <= step < 2**64:
         raise ValueError(f"step must be in 0 <= step < 2^64; got {step}.")
     return step
@@ -46,3 +54,74 @@ def check_count(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be >= 1; got {value}.")
     return int(value)
+
+
+def check_range(name: str, bounds: Any) -> tuple[float, float]:
+    """A finite range (low, high).
+
+    Raises:
+        TypeError: if it is not two numbers.
+        ValueError: if it is not finite, or low > high.
+    """
+    try:
+        low, high = bounds
+    except (TypeError, ValueError):
+        low = high = None
+    if not (isinstance(low, NUMBERS) and isinstance(high, NUMBERS)):
+        raise TypeError(f"{name} must be a range of two numbers (low, high); got {bounds!r}.")
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"{name} must be a finite range (low, high) with low <= high; got {(low, high)}.")
+    return _plain(low), _plain(high)
+
+
+def check_deviation(name: str, value: Any) -> float:
+    """A standard deviation.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is negative or not finite.
+    """
+    if not isinstance(value, NUMBERS):
+        raise TypeError(f"{name} is a standard deviation, a number >= 0; got {value!r}.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is a standard deviation, >= 0 and finite; got {value}.")
+    return _plain(value)
+
+
+def check_dtype(dtype: Any) -> torch.dtype:
+    """A floating-point type of tensors.
+
+    Raises:
+        TypeError: for anything else; points rounded to whole numbers would be other tasks.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type such as torch.float32; got {dtype!r}.")
+    return dtype
+
+
+def check_stream(stream: str) -> str:
+    """The name of a stream.
+
+    Raises:
+        TypeError: if it is not a string.
+    """
+    if not isinstance(stream, str):
+        raise TypeError(f'a stream has a name, such as "train" or "test"; got {stream!r}.')
+    return stream
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Yes or no.
+
+    Raises:
+        TypeError: if it is neither ``True`` nor ``False``: most other values, also "no", would count as yes.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+    return bool(value)
+
+
+def _plain(number: Any) -> float:
+    """A number of Python's own, which JSON can hold."""
+    plain: float = number.item() if isinstance(number, np.generic) else number
+    return plain

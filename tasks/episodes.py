@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.counter import Ints, Places, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count
+from metamom.tasks.checks import check_count, check_flag
 from metamom.tasks.family import TaskFamily
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -79,8 +79,10 @@ class Episodes(TaskFamily):
         self.ways, self.shots, self.queries = (
             check_count(name, value) for name, value in (("ways", ways), ("shots", shots), ("queries", queries))
         )
-        images, labels = _checked(torch.as_tensor(images), torch.as_tensor(labels))
-        if rotations:
+        images, labels = _checked(_tensor("images", images), _tensor("labels", labels))
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be a function of images and a generator, or None; got {augment!r}.")
+        if check_flag("rotations", rotations):
             images, labels = _with_rotations(images, labels)
         self._images = images
         classes, self._sizes = np.unique(labels.cpu().numpy(), return_counts=True)
@@ -151,6 +153,19 @@ class Episodes(TaskFamily):
                 )
             out.append(new)
         return torch.stack(out)
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor, an array or a list of numbers; got {type(values).__name__} ({error}). Join "
+            f"tensors with torch.stack; give classes that have names numbers."
+        ) from error
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got {tensor.layout}. Convert it with .to_dense().")
+    return tensor
 
 
 def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.counter import Places
-from metamom.tasks.checks import check_seed, check_step
+from metamom.tasks.checks import check_seed, check_step, check_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,14 +47,14 @@ class TaskFamily(TaskSampler):
             ValueError: if ``world_size`` does not divide ``num_tasks``, or an argument is out of range.
         """
         step = check_step(step)
-        mine = block(operator.index(num_tasks), rank, world_size)
+        mine = block(num_tasks, rank, world_size)
         places = Places(self.stream, step, np.arange(mine.start, mine.stop, dtype=np.int64))
         return self.draw(places, places)
 
     def with_stream(self, stream: str) -> Self:
         """The same family drawing from another stream (``"validation"``, ``"test"``, ...): fresh, independent tasks."""
         other = copy.copy(self)
-        other.stream = stream
+        other.stream = check_stream(stream)
         return other
 
     @abstractmethod

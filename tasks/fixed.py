@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,13 +10,14 @@ import torch
 
 from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.counter import Floats, Ints, Places, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count, check_step
+from metamom.tasks.checks import check_count, check_flag, check_step, check_stream
 from metamom.tasks.family import TaskFamily
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Order = Literal["replacement", "reshuffle"]
+MOST_TASKS = 2**62
 ORDERS: tuple[Order, ...] = ("replacement", "reshuffle")
 
 
@@ -65,20 +65,21 @@ class FixedTasks(TaskSampler):
             )
         self.family = sampler
         self.n = check_count("n", n)
-        self.fresh_data = fresh_data
+        if self.n > MOST_TASKS:
+            raise ValueError(f"n must be <= 2^62, so that ids fit 64 bits; got {n}.")
+        self.fresh_data = check_flag("fresh_data", fresh_data)
         self.order = order
         self.first = 0
         self.stream = sampler.stream
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
         """``rank``'s contiguous block of the meta-batch that belongs to ``step``; see `TaskFamily.sample`."""
-        step, num_tasks = check_step(step), operator.index(num_tasks)
+        step, mine = check_step(step), block(num_tasks, rank, world_size)
         if num_tasks > self.n:
             raise ValueError(
                 f"there are n={self.n} fixed tasks; got a meta-batch of {num_tasks}. Use a meta-batch of at most "
                 f"{self.n} tasks, or FixedTasks(..., n={num_tasks})."
             )
-        mine = block(num_tasks, rank, world_size)
         ids = self.first + self._chosen(step, num_tasks)[mine.start : mine.stop]
         batch = self.family.draw(
             Places(self.family.stream, 0, ids), Places(self.stream, step if self.fresh_data else 0, ids)
@@ -88,7 +89,7 @@ class FixedTasks(TaskSampler):
     def with_stream(self, stream: str) -> Self:
         """The same tasks with points (and choices of tasks) drawn from another stream."""
         other = copy.copy(self)
-        other.stream = stream
+        other.stream = check_stream(stream)
         return other
 
     def numbered_from(self, first: int) -> Self:

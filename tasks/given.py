@@ -6,7 +6,6 @@ Legend: T tasks, n given tasks.
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from metamom.batch import TaskBatch
+from metamom.batch import TaskBatch, block
 from metamom.counter import Floats, Places
 from metamom.tasks.family import TaskFamily
 
@@ -51,7 +50,7 @@ class GivenFamily(TaskFamily):
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
         """See `TaskFamily.sample`; a meta-batch has each of n given tasks equally often."""
-        num_tasks = operator.index(num_tasks)
+        block(num_tasks, rank, world_size)
         if self.given is not None and num_tasks % self.given:
             raise ValueError(
                 f"a meta-batch has each of the {self.given} given tasks equally often; got {num_tasks} tasks. Use a "
@@ -69,11 +68,12 @@ def given(name: str, values: Values | None, *shape: int) -> Floats | None:
     """A copy of one array ``[*shape]`` for all tasks as ``[1, *shape]``, or of one for each of n as ``[n, *shape]``.
 
     Raises:
+        TypeError: for what isn't real numbers.
         ValueError: for another shape, no tasks, or a number that isn't finite.
     """
     if values is None:
         return None
-    array: Floats = np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    array = _numbers(name, values)
     one = array[None] if array.ndim == len(shape) else array
     if one.shape[1:] != shape or not len(one):
         wanted = ", ".join(map(str, shape))
@@ -84,6 +84,16 @@ def given(name: str, values: Values | None, *shape: int) -> Floats | None:
     if not np.isfinite(one).all():
         raise ValueError(f"{name} must be finite; got {array[~np.isfinite(array)][0]}.")
     return one
+
+
+def _numbers(name: str, values: Values) -> Floats:
+    try:
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(f"{name} must be an array of numbers, all rows of one length ({error}).") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be an array of real numbers; got {array.dtype} ({values!r:.100}).")
+    return array.astype(np.float64)
 
 
 def described(array: Floats | None) -> Any:

@@ -5,7 +5,6 @@ Legend: T tasks, n given tasks, P points of one task, N points of a finite data 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.counter import Floats, Places, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count
+from metamom.tasks.checks import check_count, check_deviation, check_dtype, check_flag
 from metamom.tasks.given import GivenFamily, Values, described, described_range, given
 from metamom.tasks.matrices import (
     check_spectrum,
@@ -118,19 +117,17 @@ class LinearRegression(GivenFamily):
     ) -> None:
         self.dim = check_count("dim", dim)
         self.shots, self.queries = check_count("shots", shots), check_count("queries", queries)
-        for name, deviation in (("theta_std", theta_std), ("noise", noise)):
-            if not 0 <= deviation < math.inf:
-                raise ValueError(f"{name} is a standard deviation, >= 0 and finite; got {deviation}.")
+        self.theta_std, self.noise = check_deviation("theta_std", theta_std), check_deviation("noise", noise)
         self.covariance, self.theta = given("covariance", covariance, dim, dim), given("theta", theta, dim)
         check_spectrum(spectrum, given=self.covariance, name="covariance")
-        self.spectrum, self.theta_std, self.noise = spectrum, theta_std, noise
+        self.spectrum = spectrum
         self.features: Floats | None = None
         self.labels: Floats | None = None
         if data is not None:
             self.features, self.labels = _data_set(data, dim)
         elif not replacement:
             raise ValueError("replacement=False is for points of a data set; give data=(features, labels) with it.")
-        self.replacement, self.dtype = replacement, dtype
+        self.replacement, self.dtype = check_flag("replacement", replacement), check_dtype(dtype)
         arrays = {"covariance": self.covariance, "theta": self.theta, "data": self.features}
         super().__init__(arrays, seed=seed)
         if self.features is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from metamom.counter import Floats, Places, Purpose, normals, uniforms
+from metamom.tasks.checks import check_range
 
 
 def symmetric(name: str, matrices: Floats) -> Floats:
@@ -44,8 +45,8 @@ def check_spectrum(spectrum: tuple[float, float] | None, *, given: Floats | None
     """Refuse a range of eigenvalues that is none, or that comes beside given matrices."""
     if spectrum is None:
         return
-    low, high = spectrum
-    if not 0 <= low <= high < np.inf:
+    low, _ = check_range("spectrum", spectrum)
+    if low < 0:
         raise ValueError(f"spectrum must be a finite range (low, high) with 0 <= low <= high; got {spectrum}.")
     if given is not None:
         raise ValueError(f"{name} gives the matrices, spectrum draws them; got both. Leave one out.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class Omniglot(Episodes):
         download: bool = False,
         alphabets: Sequence[str] | None = None,
     ) -> None:
-        if rotations not in (True, False, "all"):
+        if not isinstance(rotations, int | str) or rotations not in (True, False, "all"):
             raise ValueError(f"rotations must be True, False or 'all'; got {rotations!r}.")
         self.split, self.image_size = split, check_count("image_size", image_size)
         if self.image_size > MAX_IMAGE_SIZE:
@@ -86,8 +86,10 @@ class Omniglot(Episodes):
                 f"image_size must be <= {MAX_IMAGE_SIZE}; got {image_size}. The drawings have 105 pixels a side, and "
                 f"all of them are kept in memory: enlarge batches instead."
             )
-        self.characters = _of_alphabets(split, alphabets)
+        if alphabets is not None and (isinstance(alphabets, str) or not isinstance(alphabets, Iterable)):
+            raise ValueError(f"alphabets must be a list of names, e.g. ['Greek'], or None for all; got {alphabets!r}.")
         self.alphabets = None if alphabets is None else list(alphabets)
+        self.characters = _of_alphabets(split, self.alphabets)
         self._rotations_argument = rotations
         images = _images(self.characters, root, self.image_size, download)
         super().__init__(
@@ -120,7 +122,7 @@ def _of_alphabets(split: str, alphabets: Sequence[str] | None) -> tuple[str, ...
     characters = split_characters(split)
     if alphabets is None:
         return characters
-    if isinstance(alphabets, str) or not alphabets:
+    if not alphabets or not all(isinstance(name, str) for name in alphabets):
         raise ValueError(f"alphabets must be a list of names, e.g. ['Greek'], or None for all; got {alphabets!r}.")
     present = {name.split("/")[1] for name in characters}
     if unknown := set(alphabets) - present:

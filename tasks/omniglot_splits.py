@@ -10,7 +10,6 @@ PARTS = ("background", "evaluation")
 SPLITS = (*STORED, *PARTS)
 
 
-@cache
 def split_characters(split: str) -> tuple[str, ...]:
     """The characters of a split, sorted, as ``part/Alphabet/characterNN`` with ``part`` one of the publishers' two.
 
@@ -20,10 +19,15 @@ def split_characters(split: str) -> tuple[str, ...]:
     Raises:
         ValueError: for another name.
     """
+    if split not in SPLITS:
+        raise ValueError(f"Omniglot has the splits {', '.join(SPLITS)}; got {split!r}.")
+    return _read(split)
+
+
+@cache
+def _read(split: str) -> tuple[str, ...]:
     if split in STORED:
         lines = (files("metamom.tasks") / "splits" / f"omniglot_{split}.txt").read_text("utf-8").splitlines()
         return tuple(line for line in lines if line and not line.startswith("#"))
-    if split in PARTS:
-        every = (name for stored in STORED for name in split_characters(stored))
-        return tuple(sorted(name for name in every if name.startswith(f"{split}/")))
-    raise ValueError(f"Omniglot has the splits {', '.join(SPLITS)}; got {split!r}.")
+    every = (name for stored in STORED for name in _read(stored))
+    return tuple(sorted(name for name in every if name.startswith(f"{split}/")))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +48,8 @@ class PerWorker(TaskSampler):
     """
 
     def __init__(self, samplers: Sequence[Sampler]) -> None:
+        if not isinstance(samplers, Iterable):
+            raise TypeError(f"PerWorker needs a list of samplers, one for each worker; got {type(samplers).__name__}.")
         members = list(samplers)
         if not members:
             raise ValueError("PerWorker needs a sampler for each worker; got none.")
@@ -69,7 +70,7 @@ class PerWorker(TaskSampler):
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
         """``rank``'s contiguous block of the meta-batch that belongs to ``step``; see `TaskFamily.sample`."""
-        num_tasks, n = operator.index(num_tasks), len(self.samplers)
+        n = len(self.samplers)
         block(num_tasks, rank, world_size)
         block(num_tasks, 0, n)
         L = math.lcm(n, world_size)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.counter import Floats, Places, Purpose, uniforms
-from metamom.tasks.checks import check_count
+from metamom.tasks.checks import check_count, check_deviation, check_dtype
 from metamom.tasks.given import GivenFamily, Values, described, described_range, given
 from metamom.tasks.matrices import (
     check_spectrum,
@@ -125,16 +125,14 @@ class Quadratic(GivenFamily):
     ) -> None:
         self.dim = check_count("dim", dim)
         self.shots, self.queries = check_count("shots", shots), check_count("queries", queries)
-        deviations = {"center_std": center_std, "gradient_noise": gradient_noise, "hessian_noise": hessian_noise}
-        for name, deviation in deviations.items():
-            if not 0 <= deviation < math.inf:
-                raise ValueError(f"{name} is a standard deviation, >= 0 and finite; got {deviation}.")
+        self.center_std = check_deviation("center_std", center_std)
+        self.gradient_noise = check_deviation("gradient_noise", gradient_noise)
+        self.hessian_noise = check_deviation("hessian_noise", hessian_noise)
         self.hessian, self.center = given("hessian", hessian, dim, dim), given("center", center, dim)
         check_spectrum(spectrum, given=self.hessian, name="hessian")
         if self.hessian is not None:
             symmetric("hessian", self.hessian)
-        self.spectrum, self.center_std = spectrum, center_std
-        self.gradient_noise, self.hessian_noise, self.dtype = gradient_noise, hessian_noise, dtype
+        self.spectrum, self.dtype = spectrum, check_dtype(dtype)
         super().__init__({"hessian": self.hessian, "center": self.center}, seed=seed)
 
     def parameters(self, tasks: Places) -> tuple[Floats, Floats]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.counter import Floats, Places, Purpose, normals, uniforms
-from metamom.tasks.checks import check_count
+from metamom.tasks.checks import check_count, check_deviation, check_dtype, check_range
 from metamom.tasks.family import TaskFamily
 
 
@@ -57,14 +57,10 @@ class Sinusoid(TaskFamily):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(seed=seed)
-        for name, (low, high) in (("amplitude", amplitude), ("phase", phase), ("x_range", x_range)):
-            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                raise ValueError(f"{name} must be a finite range (low, high) with low <= high; got {(low, high)}.")
-        if not 0 <= noise < math.inf:
-            raise ValueError(f"noise is a standard deviation, >= 0 and finite; got {noise}.")
         self.shots, self.queries = check_count("shots", shots), check_count("queries", queries)
-        self.amplitude, self.phase, self.x_range = amplitude, phase, x_range
-        self.noise, self.dtype = noise, dtype
+        self.amplitude, self.phase = check_range("amplitude", amplitude), check_range("phase", phase)
+        self.x_range = check_range("x_range", x_range)
+        self.noise, self.dtype = check_deviation("noise", noise), check_dtype(dtype)
 
     def parameters(self, tasks: Places) -> tuple[Floats, Floats]:
         """Amplitude and phase of the tasks at these places, ``[T]`` each."""
