@@ -22,6 +22,7 @@ from metamom.tasks.matrices import (
     even,
     from_spectrum,
     gaussians,
+    products,
     square_root,
 )
 
@@ -190,7 +191,7 @@ class LinearRegression(GivenFamily):
             x = x @ from_spectrum(np.sqrt(eigenvalues), vectors)
         elif self._root is not None:
             x = x @ self.of_tasks(self._root, tasks)
-        y = (x @ self._thetas(tasks)[:, :, None])[..., 0]
+        y = products(x, self._thetas(tasks))
         if self.noise:
             y = y + self.noise * gaussians(u[:, even(entries) :], points)
         return x, y

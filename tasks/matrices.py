@@ -41,6 +41,16 @@ def from_spectrum(eigenvalues: Floats, vectors: Floats) -> Floats:
     return product
 
 
+def products(points: Floats, vectors: Floats) -> Floats:
+    """Each task's points times its vector, ``[T, P, d], [T, d] -> [T, P]``.
+
+    Not by BLAS: the order in which its sums are taken, and so their last bit, depends on where in memory a task lies,
+    that is, on which other tasks are drawn with it.
+    """
+    sums: Floats = (points * vectors[:, None, :]).sum(axis=2)
+    return sums
+
+
 def check_spectrum(spectrum: tuple[float, float] | None, *, given: Floats | None, name: str) -> None:
     """Refuse a range of eigenvalues that is none, or that comes beside given matrices."""
     if spectrum is None:

@@ -16,7 +16,7 @@ from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.counter import Places
 from metamom.tasks.checks import check_step
 from metamom.tasks.linear import LinearRegression
-from metamom.tasks.matrices import square_root
+from metamom.tasks.matrices import products, square_root
 from metamom.tasks.quadratic import Quadratic
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Population(TaskSampler):
         else:
             theta, covariance = self.family.parameters(places)
             x = math.sqrt(self.family.dim) * square_root("covariance", covariance)
-            y = x @ theta[..., None]
+            y = products(x, theta)[..., None]
         support_x, support_y = (torch.from_numpy(np.ascontiguousarray(v)).to(self.family.dtype) for v in (x, y))
         return TaskBatch(support_x, support_y, support_x, support_y)
 

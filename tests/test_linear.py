@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from metamom import MAML, CompositeMomentum, TaskBatch
 from metamom.counter import Places
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, Sinusoid, half_squared_error
+from metamom.tasks.population import Population
 
 DELTA = (1.0, -2.0, 0.5)
 DOUBLE = {"dtype": torch.float64}
@@ -294,6 +295,23 @@ def test_each_worker_can_have_a_given_task():
 
 
 # ---- draws
+
+
+@pytest.mark.parametrize("dim", [3, 9, 17])
+@pytest.mark.parametrize("arguments", [{}, {"spectrum": (0.1, 3.0)}, {"covariance": True}])
+@pytest.mark.parametrize("population", [False, True])
+def test_a_task_is_the_same_to_the_last_bit_whichever_are_drawn_with_it(dim, arguments, population):
+    """Where its numbers lie in memory, which other tasks decide, must not decide the order of its sums."""
+    if "covariance" in arguments:
+        arguments = {"covariance": np.diag(np.arange(1.0, dim + 1)) + 0.1}
+    for seed in range(3):
+        tasks = LinearRegression(dim, 3, 4, seed=seed, **arguments, **DOUBLE)
+        sampler = Population(tasks) if population else tasks
+        together = sampler.sample(0, 6)
+        for rank in range(6):
+            alone = sampler.sample(0, 6, rank=rank, world_size=6)
+            for ours, others in zip(alone[:4], together[:4], strict=True):
+                assert torch.equal(ours[0], others[rank])
 
 
 @settings(deadline=None, max_examples=40)
