@@ -210,7 +210,7 @@ RANGES = [
     (lambda: bound_ef14(0.5, 1, 0.9, 1, 1, 1), "EF14"),
     (lambda: bound_ef21_sgdm(0.5, 0.1, 1, 1, 0.9, 1, 1, 1), "EF21-SGDM"),
     (lambda: bound_ef14(1, 1, 0.9, 1, 1, 1, workers=0), "workers must be a whole number"),
-    (lambda: inner_floor("maml", 1, 0.1, 0.1, 1, 5), "'moml' or 'scsc'; got 'maml'"),
+    (lambda: inner_floor("maml", 1, 0.1, 0.1, 1, 5), "'moml', 'scsc'; got 'maml'"),
     (lambda: first_order_constants(2, 0.25, 1), r"alpha < 1/\(2L\) = 0.25"),
     (lambda: theory.meta_smoothness(2, 1, 0.6, 1, convex=True), "alpha <= 1/L = 0.5"),
     (lambda: theory.critical_beta(1.5), "lower gamma"),

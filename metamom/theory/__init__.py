@@ -3,7 +3,7 @@
 `suggest_step`, `explain` and `diagnose` are for those who train. The bounds follow by theorem, then the oracles, one
 module each: `designs`, `regression`, `wishart`, `quadratic`, `fixed_points`. The constants of bias operators are the
 operators' own, ``operator.constants(d, workers=n, zeta2=...)``: ``bound_1a(..., **constants._asdict())`` takes them as
-they are.
+they are. Functions raise ValueError for numbers out of their ranges, and TypeError for what is no number.
 """
 
 from metamom.theory import designs, fixed_points, quadratic, regression, wishart

@@ -1,8 +1,88 @@
-"""Ranges that several theorems share, and the words for what is out of them."""
+"""Ranges that several theorems share, and the words for what is out of them.
+
+Every public function of `metamom.theory` is `as_stated`: it raises ValueError for numbers out of their ranges, and
+TypeError for what is no number, and nothing else.
+"""
 
 from __future__ import annotations
 
-from math import inf
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, wraps
+from inspect import signature
+from math import inf, isnan
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def as_stated(function: Callable[P, R]) -> Callable[P, R]:
+    """Of a public function: hold its arguments against their annotations, and let only the stated errors out.
+
+    Whole numbers given as floats become integers. Numbers that leave the range of floats on the way, or end as NaN,
+    are a ValueError.
+    """
+    parameters = signature(function)
+
+    @cache
+    def hints() -> dict[str, Any]:
+        return get_type_hints(function)
+
+    @wraps(function)
+    def stated(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = parameters.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if name in hints():
+                bound.arguments[name] = _argument(name, value, hints()[name])
+        try:
+            result = function(*bound.args, **bound.kwargs)
+        except (OverflowError, ZeroDivisionError) as error:
+            raise ValueError(_out_of_floats(function, str(error))) from error
+        numbers = result if isinstance(result, tuple) else (result,)
+        if any(isinstance(number, float) and isnan(number) for number in numbers):
+            raise ValueError(_out_of_floats(function, "it comes out as NaN"))
+        return result
+
+    return stated
+
+
+def _out_of_floats(function: Callable[..., Any], what: str) -> str:
+    return (
+        f"{function.__name__} leaves the range of floating-point numbers with these arguments ({what}): take numbers "
+        "nearer 1, in other units."
+    )
+
+
+def _argument(name: str, value: Any, hint: Any) -> Any:
+    """An argument, if it is of a kind that its annotation names."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    if choices:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        return value
+    if not any(_is_a(value, kind) for kind in kinds):
+        wanted = " or ".join(_WORDS.get(kind) or f"a {kind.__name__}" for kind in kinds)
+        raise TypeError(f"{name} must be {wanted}; got {value!r}.")
+    if int in kinds and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        return int(value)
+    return value
+
+
+_WORDS: dict[Any, str] = {float: "a number", int: "a whole number", NoneType: "None"}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value may stand where an annotation has this type."""
+    if kind in (int, float):
+        return isinstance(value, (Real, Tensor))
+    if get_origin(kind) is not None:  # of numbers, or of what is checked where it is used
+        return isinstance(value, Collection) and not isinstance(value, (str, Mapping))
+    return isinstance(value, kind)
 
 
 def positive(**numbers: float) -> None:
@@ -36,8 +116,17 @@ def share(**numbers: float) -> None:
 def counts(**numbers: int) -> None:
     """Refuse what is no whole number >= 1."""
     for name, value in numbers.items():
-        if value != int(value) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1; got {value!r}.")
+        if not 1 <= value <= 2**53 or value != int(value):
+            raise ValueError(f"{name} must be a whole number, 1 <= {name} <= 2^53; got {value!r}.")
+
+
+def finite(**numbers: Any) -> None:
+    """Refuse what is infinite or NaN."""
+    for name, value in numbers.items():
+        if not _is_a(value, float):
+            raise TypeError(f"{name} must be a number; got {value!r}.")
+        if not -inf < value < inf:
+            raise ValueError(f"{name} must be finite; got {value!r}.")
 
 
 def horizon(K: float) -> None:

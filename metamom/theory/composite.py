@@ -13,6 +13,7 @@ from metamom.bias.base import Constants
 from metamom.theory import checks
 
 
+@checks.as_stated
 def meta_smoothness(L: float, rho: float, alpha: float, outer_grad: float, *, convex: bool = False) -> float:
     """How smooth MAML's objective is near w: ``L (1 + alpha L)^2 + alpha rho ||grad L_i(u_i)||``.
 
@@ -43,6 +44,7 @@ def meta_smoothness(L: float, rho: float, alpha: float, outer_grad: float, *, co
     return (L if convex else L * (1 + alpha * L) ** 2) + alpha * rho * outer_grad
 
 
+@checks.as_stated
 def bias_bound(L: float, rho: float, alpha: float, sigma_g: float, m: int, *, sigma_h: float | None = None) -> float:
     """A bound on the norm of the bias of one-step MAML from inner batches of m.
 
@@ -80,6 +82,7 @@ def bias_bound(L: float, rho: float, alpha: float, sigma_g: float, m: int, *, si
     return curvature + alpha**2 * L * (sigma_h or 0.0) * sigma_g / m
 
 
+@checks.as_stated
 def bias_bound_steps(
     L: float, rho: float, alpha: float, sigma_g: float, m: int, steps: int, outer_grad: float
 ) -> float:
@@ -111,6 +114,7 @@ def bias_bound_steps(
     return grow**steps * L * spread[-1] + alpha * rho * grow ** (steps - 1) * outer_grad * sum(spread[:-1])
 
 
+@checks.as_stated
 def mean_square_bound(
     L: float,
     alpha: float,
@@ -157,6 +161,7 @@ def mean_square_bound(
     return Lambda * sigma_out2 / m_out + inner + 2 * alpha**2 * sigma_h2 / m_h * outer_grad_sq
 
 
+@checks.as_stated
 def first_order_constants(L: float, alpha: float, zeta2: float) -> Constants:
     """First-order MAML with exact inner steps: ``B = kappa^2``, ``b2 = kappa^2 zeta2``.
 
@@ -188,6 +193,7 @@ def first_order_constants(L: float, alpha: float, zeta2: float) -> Constants:
     return Constants(kappa2, kappa2 * zeta2, 0.0, 0.0)
 
 
+@checks.as_stated
 def composite_constants(
     C_J: float,
     C_F: float,

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import cos, sin
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from metamom.theory import checks
 
+
+@runtime_checkable
 class Design(Protocol):
     """A distribution of inputs."""
 
@@ -118,6 +121,7 @@ class Waves:
     high: float = 5.0
 
     def __post_init__(self) -> None:
+        checks.finite(low=self.low, high=self.high)
         if not self.low < self.high:
             raise ValueError(f"x must have low < high; got low={self.low!r}, high={self.high!r}.")
 

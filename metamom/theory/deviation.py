@@ -9,6 +9,7 @@ from typing import Literal
 from metamom.theory import checks
 
 
+@checks.as_stated
 def max_step_1b(
     L: float, beta: float, form: Literal["exact", "simple", "half"] = "exact", theta: float | None = None
 ) -> float:
@@ -40,6 +41,7 @@ def max_step_1b(
     return 2 / (L * (1 + sqrt(1 + 4 * kappa)))
 
 
+@checks.as_stated
 def theta_star(L: float, beta: float, gamma: float) -> float:
     """The smallest theta that admits a step size; the floor's factor is then ``1 / (1 - theta)``.
 
@@ -70,6 +72,7 @@ def theta_star(L: float, beta: float, gamma: float) -> float:
     return 2 * (1 - beta) / (R - beta + sqrt(below))  # the smaller root, without cancellation
 
 
+@checks.as_stated
 def phi0_1b(delta0: float, beta: float, gamma: float, start_error_sq: float, theta: float | None = None) -> float:
     """The start of Theorem 1B: ``delta0 + gamma rho / (2 (1-theta) beta) ||v_{-1} - grad f(x_0)||^2``.
 
@@ -97,6 +100,7 @@ def phi0_1b(delta0: float, beta: float, gamma: float, start_error_sq: float, the
     return delta0 + gamma * (1 - share) / (2 * share) * start_error_sq
 
 
+@checks.as_stated
 def bound_1b(
     L: float,
     beta: float,
@@ -140,6 +144,7 @@ def bound_1b(
     return (2 * (1 - theta) * phi0 / (gamma * K) + b2 + beta * sigma2) / room
 
 
+@checks.as_stated
 def bound_1b_schedule(
     L: float,
     betas: Sequence[float],

@@ -35,6 +35,7 @@ class Diagnosis(NamedTuple):
         return self.text
 
 
+@checks.as_stated
 def diagnose(
     losses: Sequence[float] | Tensor,
     beta: float,
@@ -85,6 +86,9 @@ def diagnose(
     """
     checks.weight(beta=beta)
     checks.positive(tolerance=tolerance)
+    checks.finite(least=least)
+    if window is not None:
+        checks.counts(window=window)
     for name, value in {"gamma": gamma, "grad_sq": grad_sq, "v_sq": v_sq, "sigma2": sigma2}.items():
         if value is not None:
             checks.not_negative(**{name: value})

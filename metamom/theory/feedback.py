@@ -13,6 +13,7 @@ from math import ceil, sqrt
 from metamom.theory import checks
 
 
+@checks.as_stated
 def ef21_step(alpha_c: float, L: float, L_tilde: float) -> float:
     """The largest step size of EF21: ``1 / (L + L_tilde a / (1 - a))``; assumed as for `bound_ef21`.
 
@@ -36,6 +37,7 @@ def ef21_step(alpha_c: float, L: float, L_tilde: float) -> float:
     return 1 / (L + L_tilde * a / (1 - a))
 
 
+@checks.as_stated
 def bound_ef21(
     alpha_c: float, L: float, L_tilde: float, gamma: float, delta0: float, start_error_sq: float, K: float
 ) -> float:
@@ -66,6 +68,7 @@ def bound_ef21(
     return 2 * delta0 / (gamma * K) + start_error_sq / ((1 - sqrt(1 - alpha_c)) * K)
 
 
+@checks.as_stated
 def ef14_step(alpha_c: float, L: float) -> float:
     """The largest step size of EF14: ``(1 - a) / ((1 + a) L)``; assumed as for `bound_ef14`.
 
@@ -88,6 +91,7 @@ def ef14_step(alpha_c: float, L: float) -> float:
     return (1 - a) / ((1 + a) * L)
 
 
+@checks.as_stated
 def bound_ef14(
     alpha_c: float,
     L: float,
@@ -132,6 +136,7 @@ def bound_ef14(
     return 2 * delta0 / (gamma * K) + b2 + L * gamma * noise
 
 
+@checks.as_stated
 def clip21_inactive(tau: float, gamma: float, L_max: float, estimate_norm: float) -> bool:
     """Whether a step is short enough for Clip21 to stop clipping: ``gamma L_max ||g|| <= tau / 2``.
 
@@ -158,6 +163,7 @@ def clip21_inactive(tau: float, gamma: float, L_max: float, estimate_norm: float
     return gamma * L_max * estimate_norm <= tau / 2
 
 
+@checks.as_stated
 def clip21_steps(tau: float, distance: float) -> int:
     """After how many steps Clip21 clips no more, if `clip21_inactive` holds at each: ``ceil(2 (D_0 - tau) / tau)``.
 

@@ -27,6 +27,7 @@ class Start(NamedTuple):
     worker: float = 0.0
 
 
+@checks.as_stated
 def ef21_sgdm_step(alpha_c: float, eta: float, L: float, L_tilde: float) -> float:
     """The largest step size of EF21-SGDM: ``2 / (L + sqrt(L^2 + 4 kappa))``.
 
@@ -56,6 +57,7 @@ def ef21_sgdm_step(alpha_c: float, eta: float, L: float, L_tilde: float) -> floa
     return 2 / (L + sqrt(L**2 + 4 * kappa))
 
 
+@checks.as_stated
 def bound_ef21_sgdm(
     alpha_c: float,
     eta: float,

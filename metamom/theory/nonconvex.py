@@ -31,6 +31,7 @@ class Terms(NamedTuple):
         return self.distance + self.bias + self.noise
 
 
+@checks.as_stated
 def max_step(L: float, beta: float) -> float:
     """The largest step size of Theorem 1A: ``beta / ((2 - beta) L)``.
 
@@ -55,6 +56,7 @@ def max_step(L: float, beta: float) -> float:
     return beta / ((2 - beta) * L)
 
 
+@checks.as_stated
 def bound_1a(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
 ) -> float:
@@ -91,6 +93,7 @@ def bound_1a(
     return terms_1a(L, beta, gamma, delta0, K, b2, sigma2, B, M).total
 
 
+@checks.as_stated
 def terms_1a(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
 ) -> Terms:
@@ -113,6 +116,7 @@ def terms_1a(
     return Terms(2 * delta0 / (gamma * K) / room, b2 / room, drift * sigma2 / room)
 
 
+@checks.as_stated
 def delta0_from(delta0: float, beta: float, gamma: float, start_error_sq: float, start_grad_sq: float) -> float:
     """What stands for delta0 in Theorem 1A when momentum starts at some other ``v_{-1}``.
 
@@ -142,6 +146,7 @@ def delta0_from(delta0: float, beta: float, gamma: float, start_error_sq: float,
     return delta0 + gamma * (1 - beta) / (2 * beta) * (start_error_sq - start_grad_sq)
 
 
+@checks.as_stated
 def best_step(
     L: float, beta: float, delta0: float, K: int, b2: float, sigma2: float, B: float = 0, M: float = 0
 ) -> float:
@@ -164,6 +169,7 @@ def best_step(
 
     Reference: docs/theory.md, Theorem 1A, "The best step".
     """
+    limit = max_step(L, beta)
     checks.positive(delta0=delta0, K=K)
     checks.not_negative(b2=b2, sigma2=sigma2, B=B, M=M)
     checks.horizon(K)
@@ -171,4 +177,4 @@ def best_step(
     a, c = 2 * delta0 / K, (2 - beta) * L
     slope = a * c * M
     below = slope + sqrt(slope**2 + a * c * left * (sigma2 * left + M * b2))
-    return min(max_step(L, beta), a * left / below if below > 0 else inf)
+    return min(limit, a * left / below if below > 0 else inf)

@@ -7,6 +7,7 @@ from math import sqrt
 from metamom.theory import checks
 
 
+@checks.as_stated
 def bound_1c(
     L: float, beta: float, gamma: float, delta0: float, grad0: float, K: float, b: float, sigma2: float
 ) -> float:

@@ -24,6 +24,7 @@ class LinearRate(NamedTuple):
     floor: float
     weight: float
 
+    @checks.as_stated
     def bound(self, phi0: float, K: float) -> float:
         """After K steps from ``phi0``."""
         checks.not_negative(phi0=phi0)
@@ -31,6 +32,7 @@ class LinearRate(NamedTuple):
         return float((1 - self.rate) ** K * phi0 + self.floor)
 
 
+@checks.as_stated
 def max_step_2a(L: float, beta: float) -> float:
     """The largest step size of Theorem 2A without relative errors: ``(1 - sqrt(1-beta)) / (2L)``.
 
@@ -52,6 +54,7 @@ def max_step_2a(L: float, beta: float) -> float:
     return (1 - sqrt(1 - beta)) / (2 * L)
 
 
+@checks.as_stated
 def rate_2a(
     L: float, mu: float, beta: float, gamma: float, b2: float, sigma2: float, form: Literal["sharp", "simple"] = "sharp"
 ) -> LinearRate:
@@ -88,6 +91,7 @@ def rate_2a(
     return LinearRate(rate, floor, A * r)
 
 
+@checks.as_stated
 def rate_2a_affine(
     L: float, mu: float, beta: float, gamma: float, b2: float, sigma2: float, B: float, M: float, theta: float
 ) -> LinearRate:
@@ -137,6 +141,7 @@ def rate_2a_affine(
     return LinearRate(tau, (1 - tau) * A * beta * (b2 + beta * sigma2) / tau, A * (1 - s))
 
 
+@checks.as_stated
 def rate_2b(
     L: float, mu: float, beta: float, gamma: float, b2: float, sigma2: float, at: Literal["z", "x"] = "x"
 ) -> LinearRate:
@@ -172,6 +177,7 @@ def rate_2b(
     return LinearRate(gamma * mu, floor, 0.0)
 
 
+@checks.as_stated
 def rate_2b_bias(L: float, mu: float, beta: float, gamma: float, b2: float) -> LinearRate:
     """Theorem 2B at ``z_K`` without noise: the floor ``(1 + eps) b2 / (2 mu)``, tight as eps goes to 0.
 

@@ -13,6 +13,7 @@ from metamom.theory import checks
 from metamom.theory.fixed_points import AffineMean, linear
 
 
+@checks.as_stated
 def population(A: Tensor, alpha: float, steps: int = 1) -> AffineMean:
     """The task's meta-gradient after J exact steps, ``A M^{2J} delta``.
 
@@ -35,6 +36,7 @@ def population(A: Tensor, alpha: float, steps: int = 1) -> AffineMean:
     return linear(A @ torch.linalg.matrix_power(M, 2 * steps))
 
 
+@checks.as_stated
 def first_order(A: Tensor, alpha: float, steps: int = 1) -> AffineMean:
     """First-order MAML, ``A M^J delta``: a bias of ``alpha A^2 M delta`` for J = 1.
 
@@ -55,6 +57,7 @@ def first_order(A: Tensor, alpha: float, steps: int = 1) -> AffineMean:
     return linear(A @ torch.linalg.matrix_power(M, steps))
 
 
+@checks.as_stated
 def coupled(A: Tensor, alpha: float, hessian_var: float, m: int) -> AffineMean:
     """The usual one-step MAML under Gaussian Hessian noise: ``A M^2 delta + alpha^2 s^2/m (A + tr(A) I) delta``.
 
@@ -83,6 +86,7 @@ def coupled(A: Tensor, alpha: float, hessian_var: float, m: int) -> AffineMean:
     return linear(exact.gain + bias)
 
 
+@checks.as_stated
 def variance_additive(A: Tensor, alpha: float, noise_var: float, *, m_in: int, m_out: int) -> float:
     """``tr Cov g`` of one-step MAML with noise ``noise_var I`` in one sample's gradient and none in its Hessian.
 
@@ -108,6 +112,7 @@ def variance_additive(A: Tensor, alpha: float, noise_var: float, *, m_in: int, m
     return noise_var * float(alpha**2 * (M @ A).square().sum() / m_in + M.square().sum() / m_out)
 
 
+@checks.as_stated
 def quartic(a: float, c: float, w: float, alpha: float, noise_var: float, m: int) -> tuple[float, float]:
     """Gradient and bias of one-step MAML on ``L(w) = a w^2/2 + c w^4/4``, with independent batches: bias by curvature.
 
@@ -134,6 +139,7 @@ def quartic(a: float, c: float, w: float, alpha: float, noise_var: float, m: int
 
     Reference: docs/theory.md, "A quartic task".
     """
+    checks.finite(a=a, c=c, w=w)
     checks.not_negative(alpha=alpha, noise_var=noise_var)
     checks.counts(m=m)
     u = w - alpha * (a * w + c * w**3)

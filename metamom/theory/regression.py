@@ -18,6 +18,7 @@ from metamom.theory.designs import Design
 from metamom.theory.fixed_points import AffineMean, linear
 
 
+@checks.as_stated
 def population(design: Design, alpha: float, steps: int = 1) -> AffineMean:
     """The gradient of f itself, ``(I - alpha Sigma)^J Sigma (I - alpha Sigma)^J delta``.
 
@@ -45,6 +46,7 @@ def population(design: Design, alpha: float, steps: int = 1) -> AffineMean:
     return linear(adapt @ S @ adapt)
 
 
+@checks.as_stated
 def coupled(
     design: Design, alpha: float, m: int, *, skew: Tensor | None = None, points: int | None = None, share: float = 1.0
 ) -> AffineMean:
@@ -84,6 +86,7 @@ def coupled(
     return AffineMean(gain, exact.offset if skew is None else -factor * skew.to(gain.dtype))
 
 
+@checks.as_stated
 def first_order(design: Design, alpha: float, steps: int = 1) -> AffineMean:
     """First-order MAML: ``Sigma (I - alpha Sigma)^J delta``, whatever the batch; fresh batches for J > 1.
 
@@ -106,6 +109,7 @@ def first_order(design: Design, alpha: float, steps: int = 1) -> AffineMean:
     return linear(S @ torch.linalg.matrix_power(_identity(S) - alpha * S, steps))
 
 
+@checks.as_stated
 def fresh_batches(design: Design, alpha: float, m: int, steps: int) -> AffineMean:
     """J steps, each on a batch of its own with its own Hessian: ``T^J(Sigma) delta``.
 

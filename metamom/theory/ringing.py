@@ -12,6 +12,7 @@ from math import cos, pi, sqrt
 from metamom.theory import checks
 
 
+@checks.as_stated
 def critical_beta(step: float) -> float:
     """The smallest beta that does not swing at ``step = gamma lam <= 1``: ``4 step / (1 + step)^2``.
 
@@ -34,6 +35,7 @@ def critical_beta(step: float) -> float:
     return 4 * step / (1 + step) ** 2
 
 
+@checks.as_stated
 def swinging_step(beta: float, period: float) -> float:
     """``gamma lam`` of an axis along which x swings with a period: ``(2 - beta - 2 r cos(2 pi/period)) / beta``.
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metamom.theory import checks
+
 Numbers = float | Sequence[float] | Tensor
 
 
@@ -31,6 +33,7 @@ class Stationary(NamedTuple):
     deviation_sq: float
 
 
+@checks.as_stated
 def stationary(lam: Numbers, sigma2: Numbers, bias: Numbers, beta: float, gamma: float) -> Stationary:
     """The stationary law of momentum on ``f(x) = 1/2 sum_j lam_j (x_j - x*_j)^2`` under constant bias and noise.
 
@@ -80,6 +83,7 @@ def stationary(lam: Numbers, sigma2: Numbers, bias: Numbers, beta: float, gamma:
     )
 
 
+@checks.as_stated
 def stable_limit(lam_max: float, beta: float) -> float:
     """The step size below which momentum is stable on a quadratic: ``2 (2 - beta) / (beta lam_max)``.
 

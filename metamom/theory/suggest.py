@@ -28,6 +28,7 @@ class Explanation(NamedTuple):
         return self.text
 
 
+@checks.as_stated
 def suggest_step(
     L: float,
     beta: float = 0.1,
@@ -76,6 +77,7 @@ def suggest_step(
     return min(max_step(L, beta), left / (2 * (2 - beta) * L * M) if M > 0 else inf)
 
 
+@checks.as_stated
 def explain(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
 ) -> Explanation:

@@ -17,6 +17,7 @@ from metamom.theory import checks
 Method = Literal["moml", "scsc"]
 
 
+@checks.as_stated
 def moml_kappa(Lambda: float, L_g: float, b_u: float) -> float:
     """What the weights' motion costs MOML: ``Lambda L_g^2 (1 - b_u) / (1 - sqrt(1 - b_u))^2``.
 
@@ -39,6 +40,7 @@ def moml_kappa(Lambda: float, L_g: float, b_u: float) -> float:
     return Lambda * L_g**2 * (1 - b_u) / (1 - sqrt(1 - b_u)) ** 2
 
 
+@checks.as_stated
 def scsc_kappa(Lambda: float, b_u: float, alpha: float, sigma_h2: float, m: int) -> float:
     """What it costs SCSC: ``2 Lambda alpha^2 sigma_h2 (1 - b_u)^2 / (m b_u (2 - b_u))``; nothing without Hessian noise.
 
@@ -65,6 +67,7 @@ def scsc_kappa(Lambda: float, b_u: float, alpha: float, sigma_h2: float, m: int)
     return 2 * Lambda * alpha**2 * sigma_h2 * (1 - b_u) ** 2 / (m * b_u * (2 - b_u))
 
 
+@checks.as_stated
 def tracking_step(L: float, beta: float, kappa: float) -> float:
     """The largest step size of Theorem M: ``2 / (c + sqrt(c^2 + 4 kappa))``, ``c = L (2 - beta)/beta``.
 
@@ -91,6 +94,7 @@ def tracking_step(L: float, beta: float, kappa: float) -> float:
     return 2 / (c + sqrt(c**2 + 4 * kappa))
 
 
+@checks.as_stated
 def inner_floor(
     method: Method, Lambda: float, b_u: float, alpha: float, sigma_g2: float, m: int, *, additive: bool = False
 ) -> float:
@@ -118,14 +122,13 @@ def inner_floor(
     checks.weight(b_u=b_u)
     checks.not_negative(sigma_g2=sigma_g2)
     checks.counts(m=m)
-    if method not in ("moml", "scsc"):
-        raise ValueError(f"method must be 'moml' or 'scsc'; got {method!r}.")
     inner = Lambda * alpha**2 * sigma_g2 / m
     if method == "moml":
         return inner * (1 + sqrt(1 - b_u)) * b_u
     return inner * (1 if additive else 2) * b_u / (2 - b_u)
 
 
+@checks.as_stated
 def bound_tracking(
     method: Method,
     L: float,

@@ -28,6 +28,7 @@ _POLYNOMIALS: tuple[tuple[tuple[int, ...], ...], ...] = (
 )
 
 
+@checks.as_stated
 def moment(k: int, d: int, m: int) -> float:
     """``c_k`` with ``E[S^k] = c_k I``, k = 0 to 6.
 
@@ -46,7 +47,7 @@ def moment(k: int, d: int, m: int) -> float:
     Reference: docs/theory.md, "Gaussian inputs"; from the pairings of Isserlis' theorem.
     """
     checks.counts(d=d, m=m)
-    if not 0 <= k <= len(_POLYNOMIALS):
+    if not 0 <= k <= len(_POLYNOMIALS) or k != int(k):
         raise ValueError(f"moments of the sample covariance are known here for k = 0 to 6; got k={k!r}.")
     total = 0
     for row in _POLYNOMIALS[k - 1] if k else ((1,),):  # integers as long as possible
@@ -59,6 +60,7 @@ def _power(k: int, d: int, m: int, alpha: float) -> float:
     return sum(comb(k, j) * (-alpha) ** j * moment(j, d, m) for j in range(k + 1))
 
 
+@checks.as_stated
 def same_batch(alpha: float, d: int, m: int, steps: int = 1) -> float:
     """J steps, all on one batch, and a fresh outer batch: ``E[g] = p_{2J} delta``.
 
@@ -85,6 +87,7 @@ def same_batch(alpha: float, d: int, m: int, steps: int = 1) -> float:
     return _power(2 * steps, d, m, alpha)
 
 
+@checks.as_stated
 def full_reuse(alpha: float, d: int, m: int, steps: int = 1) -> float:
     """J steps and the outer loss, all on one batch: ``E[S P^{2J}] delta``.
 
@@ -111,6 +114,7 @@ def full_reuse(alpha: float, d: int, m: int, steps: int = 1) -> float:
     return sum(comb(2 * steps, j) * (-alpha) ** j * moment(j + 1, d, m) for j in range(2 * steps + 1))
 
 
+@checks.as_stated
 def variance_independent(
     alpha: float, d: int, delta_sq: float, sigma2: float, *, m_in: int, m_h: int, m_out: int
 ) -> float:
@@ -139,6 +143,7 @@ def variance_independent(
     return _power(2, d, m_h, alpha) * outer - (1 - alpha) ** 4 * delta_sq
 
 
+@checks.as_stated
 def variance_coupled(alpha: float, d: int, delta_sq: float, sigma2: float, *, m: int, m_out: int) -> float:
     """``tr Cov g`` of the usual one-step MAML, Hessian on the inner batch.
 
