@@ -6,6 +6,7 @@ import csv
 import errno
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from endings import contents
 from torch import nn
 from torch.nn import functional as F
 
 from metamom import checkpoints
 from metamom.bias import QSGD, Clip, Identity, Normalize, RandK, TopK, parse
+from metamom.checkpoints import CheckpointError, Checkpoints, load, save
 from metamom.experiments.paper import memory, nodes, protocol, published, run
 from metamom.experiments.paper import table as tables
 from metamom.experiments.paper.published import Curve, Setting
@@ -389,6 +392,93 @@ def test_wrong_arguments(tmp_path):
         assert not (tmp_path / "run").exists(), keys
     with pytest.raises(ValueError, match="mnist and fashion; got 'cifar'"):
         reproduce("cifar", run_dir=tmp_path / "run")
+
+
+@pytest.mark.usefixtures("small")
+def test_fewer_epochs_than_are_done(tmp_path):
+    reproduce("mnist", run_dir=tmp_path, **KEYS)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"has done 6 epochs, more than the 4 asked for in all\. Pass epochs"):
+        reproduce("mnist", run_dir=tmp_path, resume=True, **{**KEYS, "epochs": 4})
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("small")
+def test_metrics_lost_in_one_file_are_found_in_the_other(tmp_path):
+    rows = reproduce("mnist", run_dir=tmp_path, **KEYS)
+    log, copy = tmp_path / "metrics.jsonl", tmp_path / "metrics.csv"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:2], b"\0\xff\n", *lines[3:]]))
+    with pytest.warns(UserWarning, match="metrics") as told:
+        assert reproduce("mnist", run_dir=tmp_path, resume=True, **KEYS) == rows
+    assert [str(each.message).partition("jsonl ")[2] for each in told] == [
+        "was damaged in line 3: all that can be read is kept, and a copy of the damaged file is metrics.jsonl.damaged.",
+        "has no metrics of step 2.",
+    ]
+    copy.write_text("".join(line for line in copy.read_text().splitlines(keepends=True) if not line.startswith("2,")))
+    with pytest.warns(UserWarning, match="has no metrics of step 2"):
+        found = reproduce("mnist", run_dir=tmp_path, resume=True, **KEYS)
+    assert found[:2] + found[3:] == rows[:2] + rows[3:]
+    assert all(math.isnan(value) for value in found[2])
+    with pytest.raises(ValueError, match=r"metrics\.csv has no metrics of epoch 2"):
+        published.our_curves(tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("nodes", "6", r"settings: nodes should be a valid integer; got '6'"),
+        ("lr", None, "settings: lr should be a valid number; got None"),
+        ("parameters", [1], "settings: parameters should be"),
+        ("bias", "topk:-1", "bias operator 'topk:-1'"),
+        ("dataset", "cifar", "settings: dataset should be 'mnist' or 'fashion'"),
+    ],
+)
+def test_settings_of_the_wrong_type_in_the_table(place, value, message, tmp_path):
+    reproduce("mnist", run_dir=tmp_path, **{**KEYS, "epochs": 1})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["settings"][place] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        published.our_curves(tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {**s, "step": 5}, "say that 5 epochs are done, and 6"),
+        (lambda s: {**s, "seconds": "x"}, "should hold a number >= 0 as 'seconds'; got 'x'"),
+        (lambda s: {**s, "draws": torch.zeros(3)}, "hold no states of generators"),
+        (lambda s: {**s, "optimizer": []}, "optimizer: its state should be a dict of 'state' and 'param_groups'"),
+        (lambda s: {name: value for name, value in s.items() if name != "bias"}, "hold no bias"),
+    ],
+)
+def test_checkpoints_with_wrong_contents(change, message, tmp_path):
+    reproduce("mnist", run_dir=tmp_path, **KEYS)
+    path = Checkpoints(tmp_path / "checkpoints").path(6)
+    save(path, change(load(path)))
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        reproduce("mnist", run_dir=tmp_path, resume=True, **{**KEYS, "epochs": 8})
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("small")
+def test_step_sizes_that_six_digits_do_not_tell_apart_have_figures_of_their_own(tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for lr in (0.1, 0.1 + 1e-9):
+        reproduce("mnist", run_dir=tmp_path / "ours" / repr(lr), **{**KEYS, "lr": lr, "epochs": 1})
+    text = (tmp_path / "ours" / "0.1" / "metrics.csv").read_text()
+    (theirs / "MNIST_A_512512_penalty_0.0_e_200_N_6_SGD_lr_0.1_seed_0.csv").write_text(text)
+    report = table(theirs, tmp_path / "ours").read_text(encoding="utf-8")
+    assert [line.split(" | ")[2] for line in report.splitlines() if "topk" in line and "| mnist" in line] == [
+        "0.1",
+        "0.100000001",
+    ]
+    assert len(list((tmp_path / "ours" / "figures").iterdir())) == 2
 
 
 @pytest.mark.usefixtures("small")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from metamom.bias import TopK, parse
 from metamom.experiments.paper.protocol import PROTOCOLS
 from metamom.experiments.paper.training import Row
 from metamom.run_directory import read_config
+from metamom.schema import as_record
 
 TITLES = {kind.title: name for name, kind in PROTOCOLS.items()}
 NAME = re.compile(
@@ -20,6 +23,19 @@ NAME = re.compile(
 )
 SPECS = {"TopK": "topk", "ClipNorm": "clip", "ClipValue": "clipvalue", "Norm": "normalize:tensor"}
 SEEDS = 5  # that a summary is the mean of
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the settings of a run of ours say of it."""
+
+    dataset: Literal["mnist", "fashion"]
+    nodes: int
+    lr: float
+    bias: str
+    beta: float
+    seed: int
+    parameters: int
 
 
 class Setting(NamedTuple):
@@ -76,15 +92,17 @@ def our_curves(folder: Path) -> list[Curve]:
         metrics = path.with_name("metrics.csv")
         rows = list(_rows(metrics, "", running=True)) if metrics.exists() else []
         if rows:
-            bias = _canonical(settings["bias"], settings["parameters"])
-            setting = Setting(settings["dataset"], settings["nodes"], settings["lr"], bias, settings["beta"])
-            other = places.setdefault((setting, settings["seed"]), path.parent)
+            run = as_record(Run, settings, f"{path}, settings")
+            setting = Setting(run.dataset, run.nodes, run.lr, _canonical(run.bias, run.parameters), run.beta)
+            if lost := [epoch for epoch, row in enumerate(rows) if math.isnan(row.train_loss)]:
+                raise ValueError(f"{metrics} has no metrics of epoch {lost[0]}: they were lost; move the run away.")
+            other = places.setdefault((setting, run.seed), path.parent)
             if other != path.parent:
                 raise ValueError(
                     f"{other} and {path.parent} are runs of one setting and seed, which would count twice: move one of "
                     "them away."
                 )
-            found.append(Curve(setting, settings["seed"], rows))
+            found.append(Curve(setting, run.seed, rows))
     if not found:
         raise ValueError(f"{folder} holds no run of `metamom reproduce`; name a folder that has some (--run-dir).")
     return found
@@ -117,8 +135,8 @@ def _canonical(spec: str, parameters: int) -> str:
 
 def _rows(path: Path, suffix: str, *, running: bool = False) -> Iterator[Row]:
     """The epochs of a file; of a run that may be under way, or was killed, without a last line cut short."""
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n") or not running]
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        lines = [line.replace("\0", "?") for line in file if line.endswith("\n") or not running]
         for number, line in enumerate(csv.DictReader(lines), 2):
             try:
                 yield Row(*(float(line[f"{name}{suffix}"]) for name in Row._fields))

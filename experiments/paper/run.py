@@ -11,14 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
-from metamom.checkpoints import CheckpointError
 from metamom.experiments.paper.protocol import Protocol, protocol
 from metamom.experiments.paper.training import Row, Training
 from metamom.experiments.recipes import find_device
 from metamom.files import write_atomically
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.progress import DivergedError
-from metamom.run_directory import RunDirectory, read_metrics
+from metamom.run_directory import RunDirectory, read_log
 from metamom.tasks.checks import check_seed
 from metamom.tasks.locate import PathLike
 
@@ -98,12 +97,16 @@ def reproduce(
     with ExitStack() as stack:
         run = stack.enter_context(RunDirectory(run_dir, settings, length=length, resume=resume))
         seconds = _restored(training, run)
-        lines = [line for line in read_metrics(run.path) if line["step"] < training.epochs]
-        rows = [Row(*(line[name] for name in Row._fields)) for line in lines]
-        run.write_config()
+        if epochs < training.epochs:
+            raise ValueError(
+                f"the run in {run.path} has done {training.epochs} epochs, more than the {epochs} asked for in all. "
+                f"Pass epochs (--epochs) above {training.epochs} to go on, or take another directory for a shorter run."
+            )
+        rows = _rows_before(training.epochs, run.path)
         # first the copy: a crash behind it leaves the metrics that tell it from a stranger's
         write_atomically(run.path / "metrics.csv", "".join(f"{line}\n" for line in [HEADER, *_lines(rows)]).encode())
         run.forget_metrics_from(training.epochs)
+        run.write_config()
         if not rows:
             _save(training, run, seconds)
         csv = stack.enter_context((run.path / "metrics.csv").open("a", encoding="utf-8"))
@@ -174,9 +177,28 @@ def _lines(rows: list[Row], first: int = 0) -> list[str]:
     return [",".join(map(repr, (epoch, *row))) for epoch, row in enumerate(rows, first)]
 
 
+def _rows_before(epoch: int, folder: Path) -> list[Row]:
+    """Epochs 0 to ``epoch - 1`` of ``metrics.jsonl``; what damage has taken there is found in its copy, or NaN."""
+    copy = folder / "metrics.csv"
+    lines = copy.read_bytes().split(b"\n")[:-1] if copy.is_file() else []  # without one cut short
+    found: dict[str, list[Any]] = {}
+    for number, *values in (line.decode(errors="replace").split(",") for line in lines):
+        found[number] = values
+    for line in read_log(folder).lines:
+        found[str(line["step"])] = [line.get(name) for name in Row._fields]
+    return [_row(found.get(str(number), [])) for number in range(epoch)]
+
+
+def _row(values: list[Any]) -> Row:
+    try:
+        return Row(*map(float, values))
+    except (TypeError, ValueError):
+        return Row(*[math.nan] * len(Row._fields))
+
+
 def _refuse_strangers(path: Path) -> None:
     """What stands in ``metrics.csv`` without a run beside it, perhaps a copy of the authors', is not written over."""
-    if path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1:
+    if path.exists() and len(path.read_bytes().splitlines()) > 1:
         raise ValueError(f"{path} holds results, but there is no run beside them; choose another directory.")
 
 
@@ -186,13 +208,7 @@ def _restored(training: Training, run: RunDirectory) -> float:
     if state is None:
         _refuse_strangers(run.path / "metrics.csv")
         return 0.0
-    try:
-        training.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        why = " ".join(str(error).split())
-        raise CheckpointError(
-            f"the checkpoints in {run.path} are of another kind of run, or of another version of metamom: {why}"
-        ) from error
+    training.load_state_dict(state, f"the checkpoints in {run.path}")
     return float(state["seconds"])
 
 

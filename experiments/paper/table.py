@@ -55,9 +55,12 @@ def table(paper: str | Path, run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     lines = _matched(our_curves(run_dir), authors_curves(Path(paper)))
     text = _report(lines)
+    drawn: list[str] = []
     for group in _groups(lines):
         if any(line.ours for line in group):
-            path = run_dir / "figures" / f"{_name(group[0].setting)}.png"
+            drawn.append(name := _name(group[0].setting))
+            again = f"-{drawn.count(name)}" if drawn.count(name) > 1 else ""  # operators that differ in signs alone
+            path = run_dir / "figures" / f"{name}{again}.png"
             _figure(path, group)
             text += f"\n![{_title(group[0].setting)}](figures/{path.name})\n"
     write_atomically(run_dir / "report.md", text.encode())

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from metamom.aggregate import unflatten
 from metamom.bias import BiasOperator
+from metamom.checkpoints import CheckpointError
 from metamom.experiments.paper.memory import Needs, largest_chunk
 from metamom.experiments.paper.nodes import Seen
 from metamom.experiments.paper.protocol import Protocol
 from metamom.optim import CompositeMomentum
 from metamom.plan import check_momentum
+from metamom.restore import checked_generators, checked_head, load_parts
 from metamom.tasks.images import LabelledImages
 
 TEST_BATCH = 1000  # images
@@ -108,13 +110,24 @@ class Training:
             "epochs": self.epochs,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint stood."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.operator.load_state_dict(state["bias"])
-        self.draws.set_state(state["draws"].cpu())
-        self.epochs = state["epochs"]
+    def load_state_dict(self, state: dict[str, Any], where: str) -> None:
+        """Go on where a checkpoint stood.
+
+        Args:
+            state: of it.
+            where: it comes from, for the error.
+
+        Raises:
+            CheckpointError: for one that does not fit; all is then as it was.
+        """
+        epochs, _ = checked_head(state, where)
+        if state.get("epochs") != epochs:
+            raise CheckpointError(f"{where} say that {epochs} epochs are done, and {state.get('epochs')!r:.80}.")
+        draws = checked_generators({"cpu": state.get("draws"), "cuda": []}, where).cpu
+        parts = {"model": self.model, "optimizer": self.optimizer, "bias": self.operator}
+        load_parts(parts, state, where, entries=self.parameters)
+        self.draws.set_state(draws)
+        self.epochs = epochs
 
     def _mean_gradient(self) -> tuple[Tensor, Seen]:
         """The server's mean ``[d]``, added up chunk by chunk so that no more than a chunk's gradients ever exist."""
