@@ -136,7 +136,13 @@ class CompositeMomentum(Optimizer):
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a saved state, of a version without normalisation too."""
+        """Take a saved state, of a version without normalisation too.
+
+        Raises:
+            ValueError: for options that no step could be done with; everything is then as it was.
+        """
+        for group in state["param_groups"]:  # but for lr, which a schedule may have taken to 0
+            _check_options({**group, "lr": 1.0})
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("normalize", False)

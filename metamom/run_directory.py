@@ -305,5 +305,7 @@ def _differences(there: Any, here: Any, free: Collection[str], place: str = "") 
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for number, (a, b) in enumerate(zip(there, here, strict=True)):
             yield from _differences(a, b, free, f"{place}[{number}]")
-    elif there != here and not (there != there and here != here):  # NaN equals itself here
+    elif there != there and here != here:
+        return  # NaN as before
+    elif there != here or isinstance(there, bool) != isinstance(here, bool):
         yield f"{place} is {there!r} there and {here!r} here"
