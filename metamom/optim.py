@@ -141,8 +141,10 @@ class CompositeMomentum(Optimizer):
         Raises:
             ValueError: for options that no step could be done with; everything is then as it was.
         """
-        for group in state["param_groups"]:  # but for lr, which a schedule may have taken to 0
-            _check_options({**group, "lr": 1.0})
+        for group in state["param_groups"]:
+            if missing := {"lr", "beta", "first_step", "weight_decay", "maximize", "foreach"} - set(group):
+                raise ValueError(f"the state of CompositeMomentum has no {', '.join(sorted(missing))} in a group.")
+            _check_options({**group, "lr": 1.0})  # but for lr, which a schedule may have taken to 0
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("normalize", False)
