@@ -63,9 +63,11 @@ class TaskBatch(NamedTuple):
         """Deal the tasks to n workers: worker i gets the i-th contiguous block of T/n tasks.
 
         Raises:
-            ValueError: if n does not divide T.
+            TypeError: if n is no whole number.
+            ValueError: if n is below 1 or does not divide T.
         """
-        return tuple(self.part(b.start, b.stop) for b in (block(self.num_tasks, i, n) for i in range(n)))
+        size = len(block(self.num_tasks, 0, n))
+        return tuple(self.part(start, start + size) for start in range(0, self.num_tasks, size))
 
 
 def block(num_tasks: int, rank: int, world_size: int) -> range:

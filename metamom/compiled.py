@@ -117,7 +117,7 @@ class Compiled:
             try:
                 return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
             except RuntimeError:
-                self.function(*args)  # which says what is wrong with these arguments, in better words
+                self.function(*args)  # which says more of what is wrong with these arguments
                 raise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,9 +172,13 @@ class Compiled:
             )
 
         drawn = [tensors[0].device] if tensors[0].is_cuda else []
-        # a model may draw in tracing
-        with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device), tracing():
-            graph = make_fx(flat)(*tensors)
+        try:
+            # a model may draw in tracing
+            with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device), tracing():
+                graph = make_fx(flat)(*tensors)
+        except Exception:
+            self.function(*args)  # which can look at values, and says more of what is wrong with these arguments
+            raise
         enlarge_products(graph)
         options = _options(graph, tensors[0].device)
         while True:

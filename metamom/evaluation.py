@@ -17,6 +17,7 @@ from metamom.bias.checks import all_finite
 from metamom.checks import check_whole
 from metamom.distributed import World, digest
 from metamom.maml import MAML
+from metamom.misfits import asserts_explained
 from metamom.swapping import evaluating
 
 BLOCK = 50  # tasks drawn and computed together
@@ -42,6 +43,7 @@ class Evaluation(NamedTuple):
     confidence: float
 
 
+@asserts_explained()
 def evaluate(
     learner: MAML,
     sampler: Sampler,

@@ -180,8 +180,7 @@ class _Watch(TorchFunctionMode):
         elif placed is not None and scores.dim() > 1:
             axes = class_axes(self.predictions.shape, self.targets.shape)
             axes = [axis for axis in axes if self.predictions.shape[axis] == scores.shape[1]]
-            # of two that fit, rows of scores have the classes last
-            axis = axes[0] if len(axes) == 1 else axes[-1] if axes and scores.dim() == 2 else None
+            axis = axes[0] if len(axes) == 1 else None
         self.found.append(Reading("unknown") if axis is None else Reading("classes", axis, ignored))
 
     def _binary(self, scores: Tensor, labels: Tensor, probabilities: bool) -> None:

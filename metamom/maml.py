@@ -46,7 +46,7 @@ from metamom.learner_options import check_compile, check_option, check_replaceme
 from metamom.loss_readings import LossFn as LossFn
 from metamom.loss_readings import LossReadings
 from metamom.metrics import accuracy
-from metamom.misfits import check_loss, check_one_tensor, targets_explained
+from metamom.misfits import asserts_explained, check_loss, check_one_tensor, targets_explained
 from metamom.model_checks import check_kind
 from metamom.robust import Aggregate
 from metamom.run_by_task import RunByTask
@@ -392,6 +392,7 @@ class MAML(nn.Module):
         self._remember(batch.task_ids, averages, grads, losses)
         return MetaGradient(unflatten(grads, weights), losses)
 
+    @asserts_explained()
     def backward(
         self,
         batch: TaskBatch,

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from metamom.loss_readings import class_axes
 from metamom.vmap_errors import SIGNS
 
+DEVICE_ASSERT = "device-side assert"
 IGNORED = -100  # by torch's losses for classes, unless they are told of another label
 
 
@@ -73,6 +74,25 @@ def targets_explained(predictions: Any, targets: Tensor) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def asserts_explained() -> Iterator[None]:
+    """Turn a GPU's assertion, which comes at any time after its cause, into an error that says what it may be.
+
+    Raises:
+        ValueError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if DEVICE_ASSERT not in str(error):
+            raise
+        raise ValueError(
+            "an index was out of range on the GPU, which this process cannot use any more. Of a model of C outputs, "
+            "labels must be in 0..C-1, and words must be in an embedding's range: run this batch on the CPU to see "
+            f"which are not. ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def check_output(model: nn.Module, out: object) -> None:
     """Refuse what a model cannot return for a task.
 
@@ -112,7 +132,7 @@ def check_loss(value: object) -> None:
 def _by_torch(error: Exception) -> bool:
     """Whether torch says that something does not fit, and not a model or loss function in words of its own."""
     text = str(error)
-    if any(sign in text for sign in SIGNS) or "alloc" in text:
+    if any(sign in text for sign in (*SIGNS, DEVICE_ASSERT, "alloc")):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -37,10 +37,10 @@ def check_kind(model: object) -> None:
     wrapped += [n for n, p in model.named_parameters() if isinstance(p, sharded)]
     if wrapped:
         raise ValueError(
-            "MAML takes derivatives of the model itself, which wrappers that exchange gradients or split weights and "
-            f"batches between processes or devices would miss; found {', '.join(wrapped)}. Pass the model that is "
-            "wrapped (its .module), and let metamom share the tasks: learner.backward(batch, world=world), or "
-            "train(..., world=world), with world = metamom.distributed.start() in each process."
+            "MAML takes derivatives of the model itself, past wrappers that exchange gradients or split weights and "
+            f"batches between processes or devices; found {', '.join(wrapped)}. Pass the plain model (a wrapper's "
+            ".module, or one that was never sharded), and let metamom share the tasks: learner.backward(batch, "
+            "world=world), or train(..., world=world), with world = metamom.distributed.start() in each process."
         )
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
