@@ -253,8 +253,8 @@ MISTAKES = {
         lambda: MAML(nn.LazyLinear(1), F.mse_loss),
         ValueError, ("without a shape yet: weight, bias", "Call the model once"),
     ),
-    "no loss": Mistake(lambda: regressor(None), TypeError, ("loss_fn must be a function", "F.mse_loss", "got None")),
-    "the name of a loss": Mistake(lambda: regressor("mse"), TypeError, ("loss_fn must be a function", "'mse'")),
+    "no loss": Mistake(lambda: regressor(None), TypeError, ("loss_fn is a function", "F.mse_loss", "got None")),
+    "the name of a loss": Mistake(lambda: regressor("mse"), TypeError, ("loss_fn is a function", "'mse'")),
     "a class of losses": Mistake(lambda: regressor(nn.MSELoss), TypeError, ("nn.MSELoss()", "MSELoss'>")),
     "a loss that is a number": Mistake(whole(regressor(lambda p, y: 1.5), V), TypeError, (*ONE_LOSS[:1], "a float")),
     "no loss at all": Mistake(whole(regressor(lambda p, y: None), V), TypeError, ONE_LOSS),
@@ -420,7 +420,8 @@ def test_a_compiled_learner_says_the_same(name, traced):
     for options in ({}, {"compile": True}):
         with pytest.raises((ValueError, TypeError)) as caught:
             make(**options).backward(batch)
-        said.append((type(caught.value), str(caught.value)))
+        # but for torch's own words, which count the tasks that run at a time
+        said.append((type(caught.value), str(caught.value).partition(": Expected size")[0]))
     assert said[0] == said[1]
 
 
