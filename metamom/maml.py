@@ -668,25 +668,38 @@ class MAML(nn.Module):
         if y.dtype == torch.uint8:  # labels to torch's losses, but not under vmap
             y = y.long()
         loss_fn, names = self._readings.watched(self.loss_fn), self._names_in_loss()
-        module = self.loss_fn if names and isinstance(self.loss_fn, nn.Module) else nn.Module()
-        with alone(module):
-            found = slots(module)
 
-            def one_task(own: Params, kept: Params, predictions: Tensor, y: Tensor) -> Tensor:
-                weights = {**start.shared, **kept, **own}
-                with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
-                    loss = loss_fn(predictions, y)
-                check_loss(loss)
-                return loss
+        def one_task(predictions: Tensor, y: Tensor) -> Tensor:
+            loss = loss_fn(predictions, y)
+            check_loss(loss)
+            return loss
 
-            moved = (own, start.kept) if names else ({}, {})
-            with explained(self.model, "loss_fn"), targets_explained(predictions, y):
-                losses: Tensor = torch.func.vmap(one_task)(*moved, predictions, y)
+        with explained(self.model, "loss_fn"), targets_explained(predictions, y):
+            if not names:
+                losses: Tensor = torch.func.vmap(one_task)(predictions, y)
+            else:
+                losses = self._with_parameters(one_task, names, start, own, predictions, y)
         if losses.dim() != 1:
             raise ValueError(
                 "loss_fn must return one number a task, as reduction='mean' does; "
                 f"got shape {tuple(losses.shape[1:])} for each."
             )
+        return losses
+
+    def _with_parameters(
+        self, loss: LossFn, names: Mapping[str, str], start: Start, own: Params, predictions: Tensor, y: Tensor
+    ) -> Tensor:
+        """The losses by a module whose parameters are among the tasks' weights, by the ``names`` of these."""
+        assert isinstance(self.loss_fn, nn.Module)
+        with alone(self.loss_fn):
+            found = slots(self.loss_fn)
+
+            def one_task(own: Params, kept: Params, predictions: Tensor, y: Tensor) -> Tensor:
+                weights = {**start.shared, **kept, **own}
+                with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
+                    return loss(predictions, y)
+
+            losses: Tensor = torch.func.vmap(one_task)(own, start.kept, predictions, y)
         return losses
 
     def _accuracy(self, predictions: Any, y: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -39,14 +39,19 @@ class Slots(NamedTuple):
 @contextmanager
 def alone(*models: nn.Module) -> Iterator[None]:
     """Keep other threads from replacing the tensors of these models, or of any module that they share, meanwhile."""
-    with ExitStack() as stack:
-        # in one order, so that no two threads wait for each other
-        modules = sorted({module for model in models for module in model.modules()}, key=id)
-        with _MAKING:
-            locks = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
+    # in one order, so that no two threads wait for each other
+    modules = sorted({module for model in models for module in model.modules()}, key=id)
+    with _MAKING:
+        locks = [_LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock()) for module in modules]
+    held = []
+    try:
         for lock in locks:
-            stack.enter_context(lock)
+            lock.acquire()
+            held.append(lock)
         yield
+    finally:
+        for lock in reversed(held):
+            lock.release()
 
 
 def slots(model: nn.Module) -> Slots:
