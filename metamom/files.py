@@ -12,9 +12,35 @@ from platformdirs import user_cache_dir
 
 
 def cache_folder() -> Path:
-    """``$METAMOM_CACHE``, else the per-user cache folder."""
+    """``$METAMOM_CACHE``, else the per-user cache folder.
+
+    Raises:
+        ValueError: if ``$METAMOM_CACHE`` can't be a folder's path.
+    """
     named = os.environ.get("METAMOM_CACHE")
-    return Path(named).expanduser() if named else Path(user_cache_dir("metamom", appauthor=False))
+    return named_folder(named, "$METAMOM_CACHE") if named else Path(user_cache_dir("metamom", appauthor=False))
+
+
+def named_folder(named: str | os.PathLike[str], origin: str) -> Path:
+    """The folder of a name, ``~`` being a home folder.
+
+    Args:
+        named: as the user gave it.
+        origin: where, for the error.
+
+    Raises:
+        TypeError: if it is no path.
+        ValueError: if it has a null character, or begins with ``~`` and the name of an unknown user.
+    """
+    if not isinstance(named, str | os.PathLike):
+        raise TypeError(f"{origin} must be the path of a folder; got {named!r}.")
+    path = Path(named)
+    if "\0" in str(path):
+        raise ValueError(f"{origin} must be the path of a folder; {str(path)!r} has a null character in it.")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{origin} is {path}, and there is no such user's home folder. Write the path out.") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

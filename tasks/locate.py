@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from platformdirs import user_data_dir
 
+from metamom.files import named_folder
 from metamom.reading import what_is_there
 
 PathLike = str | os.PathLike[str]
@@ -33,25 +34,13 @@ def data_root(root: PathLike | None = None) -> Root:
 
     Raises:
         TypeError: if ``root`` is no path.
-        DataError: for a path that can't be one.
+        ValueError: for a path that can't be one.
     """
     if root is not None:
-        return Root(_path(root, "root="), "root=")
+        return Root(named_folder(root, "root="), "root=")
     if named := os.environ.get("METAMOM_DATA"):
-        return Root(_path(named, "$METAMOM_DATA"), "$METAMOM_DATA")
+        return Root(named_folder(named, "$METAMOM_DATA"), "$METAMOM_DATA")
     return Root(Path(user_data_dir("metamom", appauthor=False)), "the per-user data folder")
-
-
-def _path(named: PathLike, origin: str) -> Path:
-    if not isinstance(named, str | os.PathLike):
-        raise TypeError(f"{origin} must be the path of a folder; got {named!r}.")
-    path = Path(named)
-    if "\0" in str(path):
-        raise DataError(f"{origin} must be the path of a folder; {str(path)!r} has a null character in it.")
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise DataError(f"{origin} is {path}, and there is no such user's home folder. Write the path out.") from error
 
 
 class Layout(NamedTuple):

@@ -192,6 +192,13 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     assert len(warned) == 1
 
 
+@pytest.mark.parametrize("named", ["~nobody-of-this-name/cache"])
+def test_a_cache_that_cannot_be_named(monkeypatch, named):
+    monkeypatch.setenv("METAMOM_CACHE", named)
+    with pytest.raises(ValueError, match=r"\$METAMOM_CACHE is .*no such user's home folder"):
+        cached("test", {}, numbers)
+
+
 def test_a_disk_that_is_full(folder, monkeypatch):
     def full(file, **_):
         file.write(b"part")

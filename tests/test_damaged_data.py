@@ -364,8 +364,8 @@ def test_an_archive_of_gigabytes(tmp_path):
     [
         (5, TypeError, "root= must be the path of a folder; got 5"),
         (b"data", TypeError, "root= must be the path of a folder; got b'data'"),
-        ("a\0b", DataError, "has a null character"),
-        ("~nobody-of-this-name/data", DataError, "no such user's home folder"),
+        ("a\0b", ValueError, "has a null character"),
+        ("~nobody-of-this-name/data", ValueError, "no such user's home folder"),
         (__file__, FileNotFoundError, "is no folder. Name the folder that holds"),
     ],
 )

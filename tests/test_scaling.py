@@ -321,3 +321,11 @@ def test_measurements_of_something_else(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--only", "model", "--run-dir", str(tmp_path)])
     assert "holds measurements of another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"compute": 5}', '{"compute": [5]}', '{"compute": [{}]}'])
+def test_damaged_measurements(damaged, tmp_path, capsys):
+    (tmp_path / "measured.json").write_text(damaged)
+    with pytest.raises(SystemExit):
+        main(["--only", "model", "--run-dir", str(tmp_path)])
+    assert f"{tmp_path / 'measured.json'} is damaged" in capsys.readouterr().err

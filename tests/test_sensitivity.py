@@ -2,16 +2,18 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
+from fuzzing import bounded, campaign, damaged, odd_json
 from torch.optim import RMSprop
 
 from metamom import MAML, CompositeMomentum, evaluate
 from metamom.bias import parse
 from metamom.experiments.sensitivity import report
-from metamom.experiments.sensitivity.grid import Field, Outcome, Trainer, fields, search
+from metamom.experiments.sensitivity.grid import Field, Outcome, Trainer, _read, fields, search
 from metamom.experiments.sensitivity.methods import METHODS, methods_at
 from metamom.experiments.sensitivity.settings import SETTINGS, Setting
 from metamom.tasks import LinearRegression, half_squared_error
@@ -156,6 +158,28 @@ def test_search_keeps_every_outcome_and_goes_on(setting, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"runs of another plan.*6.*there.*8.*here"):
         search(NAME, path)
     assert path.read_bytes() == before
+
+
+@campaign(60, 600)
+def test_a_damaged_file_of_outcomes_is_refused(tmp_path, seeds):
+    """In one error that names it; or read, where what is odd is not asked for."""
+    path, plan = tmp_path / "lines.json", {"iterations": 6, "workers": 1}
+    run = Field(NAME, "none", "momentum", 0.5, 1.0, 0)._asdict() | {"errors": [1.0, 0.5], "diverged": False}
+    whole = {"plan": plan, "runs": [run]}
+    for seed in seeds:
+        rng = random.Random(seed)
+        path.write_bytes(
+            json.dumps(odd_json(whole, rng)).encode() if seed % 3 else damaged(json.dumps(whole).encode(), rng)
+        )
+        with bounded(20, 256):
+            try:
+                known = _read(path, plan)
+            except ValueError as error:
+                known, said = {}, str(error)
+                assert said.startswith(str(path)), f"seed {seed}: {said}"
+        for field, outcome in known.items():
+            assert isinstance(field.lr, float)
+            assert all(isinstance(error, float) for error in outcome.errors)
 
 
 def outcomes_of(make):

@@ -45,8 +45,11 @@ def report(run_dir: Path, parts: Sequence[str], config: Config, processes: Seque
 def _read(kept: Path, config: Config) -> Measured:
     if not kept.exists():
         raise FileNotFoundError(f"the model is fitted to measurements, and {kept} is not there: run --only measure.")
-    measured: Measured = json.loads(kept.read_text(encoding="utf-8"))
-    there = {timing["problem"] for timing in measured["compute"]}
+    try:
+        measured: Measured = json.loads(kept.read_text(encoding="utf-8"))
+        there = {timing["problem"] for timing in measured["compute"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{kept} is damaged ({error}): run --only measure again.") from error
     if there != {problem.name for problem in config.problems}:
         raise ValueError(
             f"{kept} holds measurements of {', '.join(sorted(there))}: quick ones or not, as now asked for?"

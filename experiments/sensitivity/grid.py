@@ -19,6 +19,7 @@ from metamom.evaluation import evaluate
 from metamom.experiments.sensitivity.methods import METHODS, methods_at
 from metamom.experiments.sensitivity.settings import SETTINGS, Setting
 from metamom.files import write_atomically
+from metamom.schema import read_record
 
 PLAN = ("iterations", "evaluate_every", "validation_tasks", "meta_batch", "workers")
 
@@ -118,6 +119,26 @@ class Trainer:
     _start: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class KeptRun(Outcome):
+    """A run in the file of outcomes: its `Field` and its `Outcome`."""
+
+    setting: str
+    level: str
+    method: str
+    lr: float
+    beta: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the file of outcomes holds."""
+
+    plan: dict[str, int | float]
+    runs: list[KeptRun]
+
+
 def search(name: str, path: Path, *, root: str | None = None) -> dict[Field, Outcome]:
     """Every field of a setting; those in the file already are not run again.
 
@@ -127,7 +148,7 @@ def search(name: str, path: Path, *, root: str | None = None) -> dict[Field, Out
         root: of the data.
 
     Raises:
-        ValueError: if the file holds outcomes of other lengths or batches than the setting's.
+        ValueError: if the file is damaged, or holds outcomes of other lengths or batches than the setting's.
     """
     setting = SETTINGS[name]
     plan = {key: getattr(setting, key) for key in PLAN}
@@ -148,14 +169,13 @@ def _read(path: Path, plan: dict[str, float]) -> dict[Field, Outcome]:
     """The outcomes in a file, none if there is no file."""
     if not path.exists():
         return {}
-    there = json.loads(path.read_text(encoding="utf-8"))
-    if there["plan"] != plan:
+    there = read_record(Kept, path)
+    if there.plan != plan:
         raise ValueError(
-            f"{path} holds runs of another plan: {there['plan']} there, {plan} here. Move it away, or choose another "
+            f"{path} holds runs of another plan: {there.plan} there, {plan} here. Move it away, or choose another "
             "--run-dir."
         )
-    known = {}
-    for run in there["runs"]:
-        outcome = Outcome(tuple(run.pop("errors")), run.pop("diverged"))
-        known[Field(**run)] = outcome
-    return known
+    return {
+        Field(run.setting, run.level, run.method, run.lr, run.beta, run.seed): Outcome(run.errors, run.diverged)
+        for run in there.runs
+    }
