@@ -76,7 +76,7 @@ REFUSED = [
     (fixed, "fresh_data", "no", TypeError, "fresh_data must be True or False; got 'no'"),
     (PerWorker, "samplers", None, TypeError, "PerWorker needs a list of samplers, one for each worker; got NoneType"),
     (PerWorker, "samplers", Sinusoid(), TypeError, "PerWorker needs a list of samplers, .*; got Sinusoid"),
-    (PerWorker, "samplers", [Sinusoid], TypeError, r"samplers\[0\] is ABCMeta"),
+    (PerWorker, "samplers", [Sinusoid], TypeError, r"samplers\[0\] gives tasks by .* the class Sinusoid itself"),
     (omniglot, "split", [], ValueError, r"Omniglot has the splits .*; got \[\]"),
     (omniglot, "rotations", torch.ones(2), ValueError, "rotations must be True, False or 'all'"),
     (omniglot, "alphabets", 5, ValueError, "alphabets must be a list of names"),
@@ -104,11 +104,11 @@ def test_wrong_arguments(make, name, value, error, message):
     [
         ({"step": "0"}, "step must be an integer >= 0; got '0'"),
         ({"step": 0.5}, "step must be an integer >= 0; got 0.5"),
-        ({"num_tasks": 4.0}, "num_tasks must be an integer; got 4.0"),
-        ({"num_tasks": "4"}, "num_tasks must be an integer; got '4'"),
-        ({"rank": "0"}, "rank must be an integer; got '0'"),
-        ({"rank": 0.5, "world_size": 2}, "rank must be an integer; got 0.5"),
-        ({"world_size": 2.0}, "world_size must be an integer; got 2.0"),
+        ({"num_tasks": 4.0}, "the number of tasks must be a whole number; got 4.0"),
+        ({"num_tasks": "4"}, "the number of tasks must be a whole number; got '4'"),
+        ({"rank": "0"}, "rank must be a whole number; got '0'"),
+        ({"rank": 0.5, "world_size": 2}, "rank must be a whole number; got 0.5"),
+        ({"world_size": 2.0}, r"the number of workers \(or processes\) must be a whole number; got 2.0"),
     ],
 )
 def test_wrong_places(sampler, change, message):
