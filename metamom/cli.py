@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from metamom.distributed import ProcessError, World, start
-from metamom.flags import parser
+from metamom.flags import parsed, parser
 from metamom.interrupts import TrainingInterrupted
 from metamom.progress import DivergedError
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Its exit status: 0, 1 (diverged), 2 (bad input), 3 (another process is gone or hangs), 130, 143 (interrupted).
     """
-    arguments = parser(COMMANDS).parse_args(argv)
+    arguments = parsed(parser(COMMANDS), sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings(), _sigterm_as_interrupt():
             warnings.showwarning = _show_warning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 
@@ -111,6 +111,15 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
         "--root", metavar="DIR", help="where it is, or goes (default: $METAMOM_DATA, else the user's data folder)"
     )
     return root
+
+
+def parsed(root: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, or argparse's exit with status 2."""
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and equals and value == "--":  # which argparse takes for no value, or an empty list
+            root.error(f"argument {name}: expected a value; got '--'")
+    return root.parse_args(argv)
 
 
 def _with_specs() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.norms import scaled_norm
+from metamom.numbers import real, shown
 
 Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian"
 
@@ -66,12 +67,12 @@ def check_aggregate(how: Aggregate, workers: int | None = None) -> float:
     if how in ("mean", "median", "geomedian"):
         return 0.0
     try:
-        value = float(share)
+        value = real(share)
     except ValueError:
         value = math.nan
     if name != "trimmed" or not colon or not 0 < value < 0.5:
         raise ValueError(
-            f"aggregate must be mean, median, geomedian or trimmed:SHARE with 0 < SHARE < 0.5; got {how!r}."
+            f"aggregate must be mean, median, geomedian or trimmed:SHARE with 0 < SHARE < 0.5; got {shown(how)}."
         )
     if workers is not None and _trimmed(value, workers) == 0:
         raise ValueError(

@@ -43,6 +43,7 @@ class Watch:
         self.optimizer = optimizer
         sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
         self.biased = _biased(operator, estimator, sizes)
+        self.cure = _cure(operator, estimator)
         self.losses: list[float] = []
         self.squares: list[tuple[int, float, float, float | None]] = []  # step, ||g||^2, ||v||^2, <g, an earlier g>
         self.earlier: list[Tensor] | None = None
@@ -71,7 +72,7 @@ class Watch:
         sigma2 = max(grad_sq - sum(products) / len(products), 0.0) if products and group["beta"] == 1 else None
         found = diagnose(
             self.losses, group["beta"], float(group["lr"]), grad_sq=grad_sq, v_sq=v_sq, sigma2=sigma2,
-            biased=self.biased,
+            biased=self.biased, cure=self.cure,
         )  # fmt: skip
         half = len(late) // 2
         converging = sum(v for _, v, _ in late[half:]) < FADING * sum(v for _, v, _ in late[:half])
@@ -87,6 +88,14 @@ class Watch:
         if earlier is None or len(earlier) != len(gradients):
             return None
         return sum(float((a * b).sum()) for a, b in zip(earlier, self.earlier, strict=True))
+
+
+def _cure(operator: BiasOperator | None, estimator: Estimator | None) -> str:
+    """What lowers the bias that is known, or might."""
+    cures = ['the estimator "exact"'] * (estimator == "first-order")
+    if operator is not None and not operator.feeds_back:
+        cures.append(operator.remedy)
+    return ", or ".join(cures) or "another estimator or error feedback"
 
 
 def _biased(operator: BiasOperator | None, estimator: Estimator | None, sizes: Sequence[int]) -> bool | None:

@@ -212,7 +212,8 @@ def test_one_worker_and_two(how):
 @pytest.mark.parametrize(
     "how",
     ["", "Mean", "mode", "mean:0.1", "median:", "trimmed", "trimmed:", "trimmed:0", "trimmed:0.5", "trimmed:-0.1",
-     "trimmed:nan", "trimmed:x", "trimmed:10%", "geomedian:3"],
+     "trimmed:nan", "trimmed:x", "trimmed:10%", "geomedian:3", "trimmed:0_1e-1", "trimmed:.١",
+     "trimmed:0.1\u2028", "trimmed:" + "1" * 10**5],
 )  # fmt: skip
 def test_bad_spellings(how):
     for refuse in (check_aggregate, lambda how: robust_mean(torch.ones(3, 2), how)):

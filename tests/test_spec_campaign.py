@@ -9,6 +9,7 @@ from fuzzing import bounded, campaign
 
 from metamom.bias import EF14, BiasOperator, TopK, parse
 from metamom.bias.spec import LONGEST, MOST
+from metamom.cli import main
 
 PIECES = (
     "none", "topk", "randk", "clip", "clipvalue", "normalize", "sign", "qsgd", "clip21", "ef14", "ef21", "ef21-sgdm",
@@ -77,3 +78,27 @@ def test_the_smallest_shares_keep_a_short_spelling() -> None:
     operator = EF14(TopK(ratio=5e-324))
     assert operator.spec == "ef14:topk:5E-322%"
     assert parse(operator.spec) == operator
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--bias=--", "argument --bias: expected a value; got '--'"),
+        ("--lr=--", "argument --lr: expected a value; got '--'"),
+        ("--bias=topk:5%\u2028", r"'\u2028' as its character 8"),
+        ("--bias=topk:\u0661\u0662", r"'\u0661' as its character 6"),
+        ("--bias=topk:1_000", "got '1_000'"),
+        ("--bias=" + "ef14:" * 5000 + "sign", "at most 3000 characters; got 25004"),
+    ],
+    ids=["dashes", "other dashes", "line separator", "other digits", "underscore", "nested"],
+)
+def test_the_command_line_refuses_odd_specs_in_a_line(flag, message, tmp_path, capsys):
+    try:
+        status = main(["train", "sinusoid", flag, "--iterations", "1", "--run-dir", str(tmp_path / "run")])
+    except SystemExit as error:  # by argparse
+        status = error.code
+    assert status == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert message in said
+    assert len(said) < 600
+    assert not (tmp_path / "run").exists()

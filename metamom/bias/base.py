@@ -119,6 +119,11 @@ class BiasOperator(ABC):
         return bool(self.names)
 
     @property
+    def remedy(self) -> str:
+        """What lowers the bias of this operator, in words, for one who has met its floor."""
+        return f"a weaker operator than {self.spec}"
+
+    @property
     def varies(self) -> bool:
         """Whether messages may be longer than `wire_bytes`."""
         return False

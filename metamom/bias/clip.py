@@ -64,6 +64,11 @@ class Clip(BiasOperator):
         return Constants(c2, c2 * zeta2, 0.0, 0.0)
 
     @property
+    def remedy(self) -> str:
+        """See `BiasOperator.remedy`."""
+        return f"a larger tau, or Clip21 (clip21:{_number(self.max_norm)})"
+
+    @property
     def spec(self) -> str:
         """``clip:TAU`` or ``clip:TAU:tensor``."""
         return f"clip:{_number(self.max_norm)}" + ":tensor" * self.per_tensor
@@ -89,6 +94,11 @@ class ClipValue(BiasOperator):
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
         # a bound that the dtype cannot hold clips nothing
         return rows if self.max_value > torch.finfo(rows.dtype).max else rows.clamp(-self.max_value, self.max_value)
+
+    @property
+    def remedy(self) -> str:
+        """See `BiasOperator.remedy`."""
+        return "a larger bound C"
 
     @property
     def spec(self) -> str:

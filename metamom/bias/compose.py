@@ -55,6 +55,11 @@ class Compose(BiasOperator):
         return self.operators[-1].compresses
 
     @property
+    def remedy(self) -> str:
+        """Those of all."""
+        return ", or ".join(dict.fromkeys(operator.remedy for operator in self.operators))
+
+    @property
     def varies(self) -> bool:
         """Whether the last one's do."""
         return self.operators[-1].varies

@@ -85,6 +85,11 @@ class Sign(BiasOperator):
         return (digits - 1).to(dtype) * magnitude
 
     @property
+    def remedy(self) -> str:
+        """See `BiasOperator.remedy`."""
+        return f"error feedback (ef21:{self.spec})"
+
+    @property
     def spec(self) -> str:
         """``sign`` or ``sign:tensor``."""
         return "sign" + ":tensor" * self.per_tensor

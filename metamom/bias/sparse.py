@@ -57,6 +57,11 @@ class Sparse(BiasOperator):
         return self.k
 
     @property
+    def remedy(self) -> str:
+        """See `BiasOperator.remedy`."""
+        return f"error feedback (ef21:{self.spec}), or a larger K"
+
+    @property
     def amount(self) -> str:
         """``K`` or ``P%``, as the command line spells it."""
         if self.ratio is None:

@@ -45,6 +45,7 @@ def diagnose(
     v_sq: float | None = None,
     sigma2: float | None = None,
     biased: bool | None = None,
+    cure: str = "another estimator or error feedback",
     least: float = 0.0,
     window: int | None = None,
     tolerance: float = 0.01,
@@ -52,7 +53,8 @@ def diagnose(
     """Guess why a loss does not fall: the step size, beta, or bias.
 
     Growing or infinite: gamma. Swinging: the period gives ``gamma lam`` (as on a quadratic); up to 1 a larger beta
-    stops it, beyond 1 gamma is at fault. Flat: from the mean squares of gradients and momentum, over the window.
+    stops it, beyond 1 gamma is at fault. Flat, so that a fall by a tenth in the window, or by as much as since the
+    start, can be excluded: from the mean squares of gradients and momentum, over the window.
     Independent noise around a mean of zero has ``v_sq = beta/(2-beta) grad_sq``; what exceeds that is a direction kept
     from step to step. If one is kept and the loss falls little by it, gamma is small; if one is kept and the loss
     should have fallen far more, the steps go where the loss does not fall: bias. If none is kept, the noise explains a
@@ -71,6 +73,7 @@ def diagnose(
         v_sq: mean of ``||v||^2`` over the window.
         sigma2: variance of g, if it was measured; needed for beta = 1, where v is g.
         biased: whether estimator or bias operator are known to be biased; None if not known.
+        cure: what lowers that bias, for the words.
         least: a lower bound of the loss; 0 is right for squared errors and cross-entropy.
         window: how many of the last steps to judge; half of all by default.
         tolerance: a change over the window below this part of the loss counts as none.
@@ -108,17 +111,29 @@ def diagnose(
     period = _period(rest)
     if period is not None and float(rest.std()) > tolerance * size:
         return _swings(period, beta)
-    if sure and change < -tolerance * size:
-        return Diagnosis("descending", "none", f"The loss still falls, by {-change:.3g} in the last {window} steps.")
-    if 2 * error > size or abs(change) > max(2 * error, 0.1 * size):
-        said = f"The losses are too noisy to judge {window} steps by: a change of {change:.3g} may be chance."
-        return Diagnosis("short", "unknown", said)
-    return _flat(size, -change, window, beta, gamma, _parts(beta, grad_sq, v_sq, sigma2), biased)
+    fall = -change
+    if sure and fall > tolerance * size:
+        return Diagnosis("descending", "none", f"The loss still falls, by {fall:.3g} in the last {window} steps.")
+    said = f"The losses are too noisy to judge {window} steps by: a change of {change:.3g} may be chance."
+    noisy = Diagnosis("short", "unknown", said)
+    likely = fall > max(_ERRORS * error, _SLOW * size)  # not as sure as the test over pairs of blocks
+    if 2 * error > size or likely or fall > _FLAT * size or change > max(2 * error, _FLAT * size):
+        return noisy
+    parts = _parts(beta, grad_sq, v_sq, sigma2)
+    found = _flat(size, fall, window, beta, gamma, parts, biased, cure)
+    pace = -_trend(history)[0] * window / len(history)  # what the window would fall by if all of it fell evenly
+    may_fall = max(fall, 0.0) + _ERRORS * error > (min(pace, _FLAT * size) if pace > _SLOW * size else _FLAT * size)
+    if found.cause != "unknown" and may_fall and not _made_by_noise(size, beta, gamma, parts):
+        return noisy  # where noise makes the loss, that is seen in the gradients; other causes need a loss that is flat
+    return found
 
 
 _SHORTEST = 20
 _BLOCKS = 8  # means of as many blocks are nearly independent where single losses are not
 _SURE = 24  # of the 28 pairs of blocks (Kendall's test): twice in 1,000 windows without a trend
+_ERRORS = 2.5  # standard errors of a slope from 8 blocks that are more than chance (Student's t, 6 degrees, 95 %)
+_SLOW = 0.03  # of the loss: a fall in a window that is slow, and a fall
+_FLAT = 0.1  # of the loss: what falls by more in a window has not stalled
 _SWING_SHARE = 0.7  # of the power around the trend, within a fifth of one frequency
 _FEWEST = 4  # swings in a window; fewer are what slow noise looks like
 
@@ -185,6 +200,14 @@ def _parts(beta: float, grad_sq: float | None, v_sq: float | None, sigma2: float
     return noise, grad_sq - noise
 
 
+def _made_by_noise(size: float, beta: float, gamma: float | None, parts: tuple[float, float] | None) -> bool:
+    """Whether the gradients keep no direction, and their noise explains more than a quarter of the loss."""
+    if gamma is None or parts is None:
+        return False
+    noise, kept = parts
+    return kept <= beta / (2 - beta) * noise and gamma * noise / 4 > size / 4
+
+
 def _flat(
     size: float,
     fall: float,
@@ -193,12 +216,13 @@ def _flat(
     gamma: float | None,
     parts: tuple[float, float] | None,
     biased: bool | None,
+    cure: str,
 ) -> Diagnosis:
     """A stall: gamma, bias, or the minimum."""
     head = f"The loss has stalled: it changed by {-fall:.3g} in {window} steps, from a size of {size:.3g}."
     if gamma is None or parts is None:
         wanted = "gamma, grad_sq and v_sq" if beta < 1 else "gamma, grad_sq and sigma2 (for beta=1)"
-        suspect = " The estimator is known to be biased, the first suspect." if biased else ""
+        suspect = f" The gradients are known to be biased, the first suspect: try {cure}." if biased else ""
         ask = f" Losses alone cannot tell noise, bias and the minimum apart: pass {wanted}."
         return Diagnosis("stalled", "bias" if biased else "unknown", head + suspect + ask)
     noise, kept = parts
@@ -208,19 +232,19 @@ def _flat(
         if expected > 4 * max(fall, 0.0) + 0.1 * size:
             why = f" that should have lowered the loss by {expected:.3g}: it does not point downhill."
             if biased is False:
-                cure = " Without bias, the valley is too narrow for the steps: try a smaller gamma."
-                return Diagnosis("stalled", "gamma", head + why + cure)
-            cure = (
-                " Likely bias: try another estimator or error feedback. Or the valley is narrow: try a smaller gamma."
-            )
-            return Diagnosis("stalled", "bias", head + why + cure)
+                smaller = " Without bias, the valley is too narrow for the steps: try a smaller gamma."
+                return Diagnosis("stalled", "gamma", head + why + smaller)
+            likely = f" Likely bias: try {cure}. Or the valley is narrow: try a smaller gamma."
+            return Diagnosis("stalled", "bias", head + why + likely)
         return Diagnosis("stalled", "gamma", f"{head}, and the steps are short: raise gamma.")
     explained = gamma * noise / 4
     head += f" The gradients keep no direction; their noise explains about {explained:.3g} of the loss."
-    if explained > size / 4:
-        cure = " Likely noise at this gamma: lower gamma, or average over more tasks or workers. Beta will not help."
-        return Diagnosis("stalled", "gamma", head + cure)
+    if _made_by_noise(size, beta, gamma, parts):
+        lower = " Likely noise at this gamma: lower gamma, or average over more tasks or workers. Beta will not help."
+        return Diagnosis("stalled", "gamma", head + lower)
     if biased is False:
         return Diagnosis("stalled", "unknown", head + " Without bias, that looks like the best this model can do here.")
-    cure = " bias, or the best that this model can do: a larger inner batch or another estimator would tell."
-    return Diagnosis("stalled", "bias" if biased else "unknown", head + (" Likely" if biased else " It is") + cure)
+    if biased:
+        return Diagnosis("stalled", "bias", f"{head} Likely bias, or the best that this model can do: try {cure}.")
+    either = " It is bias, or the best that this model can do: a larger inner batch or another estimator would tell."
+    return Diagnosis("stalled", "unknown", head + either)
