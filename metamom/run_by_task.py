@@ -17,7 +17,7 @@ from metamom.draws import DrawsByTask, is_tracing
 from metamom.functions_by_task import FunctionsByTask, may_call_them
 from metamom.misfits import check_output, inputs_explained
 from metamom.start import Params, Start
-from metamom.swapping import alone, in_mode, slots, swapped
+from metamom.swapping import alone, in_mode, slots, swapped, tensors_left
 from metamom.vmap_errors import explained, unchanged
 
 
@@ -25,17 +25,19 @@ class RunByTask:
     """Runs a model as a loop over the tasks would, by `torch.func.vmap`.
 
     What vmap does otherwise than a loop is found out when it first happens, and put right from then on: random draws
-    (`metamom.draws`) and some functions (`metamom.functions_by_task`). Both may differ between training and
-    evaluation mode.
+    (`metamom.draws`), some functions (`metamom.functions_by_task`), and tensors left in attributes. They may differ
+    between training and evaluation mode.
 
     Attributes:
         draws: the modes (of ``model.training``) in which the model draws at random.
         calls: whether the model calls such functions, by mode.
+        leaves: whether the model leaves tensors in attributes, by mode; they are taken back.
     """
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
         self.calls: dict[bool, bool] = {}
+        self.leaves: dict[bool, bool] = {}
 
     def __call__(
         self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None
@@ -74,6 +76,7 @@ class RunByTask:
                 in_mode(model),
                 autocast(x.device, dtype),
                 self._functions(model),
+                self._attributes(model),
                 inputs_explained(model, x, watched),
             ):
                 return self._over_tasks(one_task, own, start.kept, x, model.training, draws)
@@ -104,6 +107,17 @@ class RunByTask:
         with FunctionsByTask() as functions:
             yield
         self.calls[mode] = self.calls.get(mode, False) or functions.seen
+
+    @contextmanager
+    def _attributes(self, model: nn.Module) -> Iterator[None]:
+        """What the model leaves in attributes taken back, where it has been seen to do so, or is new."""
+        mode = model.training
+        if not self.leaves.get(mode, True):
+            yield
+            return
+        with tensors_left(model) as names:
+            yield
+        self.leaves[mode] = self.leaves.get(mode, False) or bool(names)
 
 
 def _vmap(one_task: Callable[..., Tensor], randomness: str) -> Callable[..., Tensor]:

@@ -162,7 +162,9 @@ class StepSizes(nn.Module):
         if key in learned:
             alpha = learned[key]
             return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # one number a task stays with its task
-        return self.get_buffer(self._attributes[name])
+        fixed = self._registered(self._attributes[name])
+        assert fixed is not None
+        return fixed
 
 
 def _checked(name: str, value: float | Tensor, parameter: Tensor) -> float | Tensor:

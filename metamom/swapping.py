@@ -90,6 +90,29 @@ def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def tensors_left(model: nn.Module) -> Iterator[list[str]]:
+    """Take back what tensors the model leaves in attributes of its modules, and name these; to be used `alone`.
+
+    Within vmap they are no tensors that could be used, copied or saved afterwards.
+    """
+    before = {module: _attributes(module) for module in model.modules()}
+    names: list[str] = []
+    try:
+        yield names
+    finally:
+        for module, attributes in before.items():
+            for name, tensor in _attributes(module).items():
+                if attributes.get(name) is not tensor:
+                    names.append(name)
+                    del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+def _attributes(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
 def evaluating() -> Iterator[None]:
     """In this thread, run models in evaluation mode (`in_mode`); the models themselves stay as they are."""
     token = _EVALUATING.set(True)

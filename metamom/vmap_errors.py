@@ -57,6 +57,11 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
+        if "derivative for" in text and "is not implemented" in text:
+            raise ValueError(
+                f"the meta-gradient needs derivatives that PyTorch does not have: {text.rstrip('.')}. Use "
+                'estimator="first-order", or write that part of the model in other operations.'
+            ) from error
         if not any(sign in text for sign in SIGNS):
             raise
         if other is not None:

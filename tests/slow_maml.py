@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -261,3 +262,73 @@ def slow_tracked(
             total[n] += (v[n] - inner_lr * product) / batch.num_tasks
         losses.append(end.detach())
     return total, torch.stack(losses)
+
+
+# ---- the same by a copy of the model for each call, whatever is registered where
+
+
+def called_with(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The output of a copy of ``model``, with ``weights`` (by the names of its parameters) wherever these stand."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    other = copy.deepcopy(model)
+    for mine, theirs in zip(model.modules(), other.modules(), strict=True):
+        for key, p in mine._parameters.items():
+            if p is not None and names[id(p)] in weights:
+                theirs._parameters[key] = weights[names[id(p)]]  # type: ignore[assignment]
+    out: Tensor = other(x)
+    return out
+
+
+def adapt_by_copies(
+    model: nn.Module,
+    loss_fn: LossFn,
+    weights: Params,
+    x: Tensor,
+    y: Tensor,
+    *,
+    steps: int,
+    inner_lr: float,
+    first_order: bool = False,
+) -> Params:
+    """One task's weights after ``steps`` inner steps, differentiable in ``weights``."""
+    current = dict(weights)
+    for _ in range(steps):
+        grads = torch.autograd.grad(
+            loss_fn(called_with(model, current, x), y),
+            list(current.values()),
+            create_graph=not first_order,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        current = {name: w - inner_lr * g for (name, w), g in zip(current.items(), grads, strict=True)}
+    return current
+
+
+def meta_gradient_by_copies(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: TaskBatch,
+    *,
+    steps: int = 1,
+    inner_lr: float = 0.01,
+    first_order: bool = False,
+) -> Params:
+    """The mean over the tasks of the meta-gradient in the trainable parameters."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for t in range(batch.num_tasks):
+        end = adapt_by_copies(
+            model,
+            loss_fn,
+            weights,
+            batch.support_x[t],
+            batch.support_y[t],
+            steps=steps,
+            inner_lr=inner_lr,
+            first_order=first_order,
+        )
+        loss = loss_fn(called_with(model, end, batch.query_x[t]), batch.query_y[t])
+        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        for name, grad in zip(weights, grads, strict=True):
+            total[name] += grad / batch.num_tasks
+    return total

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from problems import assert_close, regression_batch
+from slow_maml import meta_gradient_by_copies
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,32 +86,6 @@ def registered(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def loop(model: nn.Module, batch, inner_lr: float) -> dict[str, Tensor]:
-    """The meta-gradient by a copy of the model for each task, its parameters overwritten where they are registered."""
-    weights = dict(model.named_parameters())
-    names = {id(p): name for name, p in weights.items()}
-    losses = []
-    for t in range(batch.num_tasks):
-        current = dict(weights)
-
-        def loss(x: Tensor, y: Tensor, current: dict[str, Tensor]) -> Tensor:
-            other = copy.deepcopy(model)
-            for mine, theirs in zip(model.modules(), other.modules(), strict=True):
-                for key, p in mine._parameters.items():
-                    if p is not None:
-                        del theirs._parameters[key]
-                        setattr(theirs, key, current[names[id(p)]])
-            return F.mse_loss(other(x), y)
-
-        grads = torch.autograd.grad(
-            loss(batch.support_x[t], batch.support_y[t], current), list(current.values()), create_graph=True
-        )
-        current = {name: w - inner_lr * g for (name, w), g in zip(current.items(), grads, strict=True)}
-        losses.append(loss(batch.query_x[t], batch.query_y[t], current))
-    grads = torch.autograd.grad(torch.stack(losses).mean(), list(weights.values()))
-    return dict(zip(weights, grads, strict=True))
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_step_is_that_of_a_loop(kind):
     model = problem(kind)
@@ -119,7 +94,7 @@ def test_every_step_is_that_of_a_loop(kind):
     optimizer = CompositeMomentum(learner.parameters(), lr=0.1, beta=1.0)
     for step in range(3):
         batch = regression_batch(tasks=3, seed=step)
-        expected = loop(model, batch, 0.1)
+        expected = meta_gradient_by_copies(model, F.mse_loss, batch, inner_lr=0.1)
         optimizer.zero_grad()
         learner.backward(batch)
         assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
@@ -173,5 +148,8 @@ def test_a_compiled_learner_trains_every_parameter(traced):
     for _ in range(2):
         learner.zero_grad()
         learner.backward(batch)
-        assert_close({name: p.grad for name, p in model.named_parameters()}, loop(model, batch, 0.1))
+        assert_close(
+            {name: p.grad for name, p in model.named_parameters()},
+            meta_gradient_by_copies(model, F.mse_loss, batch, inner_lr=0.1),
+        )
     assert len(traced) == 1
