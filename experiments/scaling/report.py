@@ -48,8 +48,8 @@ def _read(kept: Path, config: Config) -> Measured:
     try:
         measured: Measured = json.loads(kept.read_text(encoding="utf-8"))
         there = {timing["problem"] for timing in measured["compute"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{kept} is damaged ({error}): run --only measure again.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{kept} is damaged ({error!r}): run --only measure again.") from error
     if there != {problem.name for problem in config.problems}:
         raise ValueError(
             f"{kept} holds measurements of {', '.join(sorted(there))}: quick ones or not, as now asked for?"

@@ -63,8 +63,8 @@ def table(outcomes: Mapping[Field, Outcome], setting: str) -> str:
     lines = [
         f"{chosen.iterations} iterations of {chosen.meta_batch} tasks on {chosen.workers} workers, seeds below",
         f"{chosen.seeds}; target: validation error {chosen.target:g} on {chosen.validation_tasks} tasks, looked at",
-        f"every {chosen.evaluate_every} iterations. Fields near: share of the grid that is there in at most {NEAR:g}",
-        "times the method's fewest steps.",
+        f"every {chosen.evaluate_every} iterations. Steps are medians over the seeds, errors means. Fields near:",
+        f"share of the grid that is there in at most {NEAR:g} times the method's fewest steps.",
         "",
         "| bias | method | fewest steps (γ, β) | last error (γ, β) | diverged | fields near |",
         "|---|---|---|---|---|---|",
