@@ -69,7 +69,8 @@ def report(results: dict[str, tuple[Evaluation, list[dict[str, Any]]]], iteratio
     head += [f"iterations to {mark:.0%}" for mark in MARKS]
     lines = [
         f"5-way 1-shot Omniglot, {iterations:,} iterations of 16 tasks, one seed; accuracy on {TEST_TASKS:,} test",
-        f"tasks; the batch's own statistics; torch {env['torch']}, {env['threads']} threads.",
+        f"tasks, ± is the 95 % interval over them; the batch's own statistics; torch {env['torch']}, "
+        f"{env['threads']} threads.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",

@@ -220,12 +220,14 @@ def _bias(arguments: Arguments) -> int:
         recipe = replace(saved.recipe, **asked)
         learner = with_estimator(saved.learner, recipe.estimator)
         title = f"{recipe.task}, after {saved.step} iterations"
-    found = bias_report.measure_recipe(
-        recipe, learner, inner_batches=arguments.inner_batch, tasks=arguments.tasks, root=arguments.data_root
-    )
     where = arguments.out
     if where is None and not arguments.json:
         where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in TASKS else what
+    if where is not None and Path(where).exists() and not Path(where).is_dir():
+        raise ValueError(f"{where} is a file; the report needs a directory (--out).")
+    found = bias_report.measure_recipe(
+        recipe, learner, inner_batches=arguments.inner_batch, tasks=arguments.tasks, root=arguments.data_root
+    )
     report = None if where is None else bias_report.write(found, Path(where), title)
     if arguments.json:
         print(json.dumps(bias_report.as_json(found)))

@@ -25,10 +25,10 @@ from metamom.optim import CompositeMomentum, LambdaBeta
 _MISFITS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError, AssertionError, MemoryError,
 )  # fmt: skip
-# what these keep of each parameter: tensors of its shape, or one number
+# what these must keep of each parameter: tensors of its shape, or one number as "step"
 _KEPT: dict[type[Optimizer], set[str]] = {
     CompositeMomentum: {"momentum"},
-    SGD: {"momentum_buffer"},
+    SGD: set(),
     Adam: {"step", "exp_avg", "exp_avg_sq"},
     AdamW: {"step", "exp_avg", "exp_avg_sq"},
     RMSprop: {"step", "square_avg"},

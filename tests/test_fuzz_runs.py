@@ -19,6 +19,8 @@ from fuzzing import ODD_VALUES, bounded, campaign, damaged, odd_json
 
 from metamom import cli
 from metamom.checkpoints import Checkpoints, load
+from metamom.experiments.compare import Comparison, Outcome
+from metamom.experiments.compare import _run as finished
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.saved import load_run
 from metamom.progress import DivergedError
@@ -212,4 +214,46 @@ def test_checkpoints(seeds, original, resumed, tmp_path, capfd):
         if run is not None:
             assert newest(run)["step"] == TOTAL
             shutil.rmtree(run)
+    assert 0 < refused < len(seeds)
+
+
+COMPARISON = Comparison(
+    Recipe("sinusoid", shots=2, queries=2, meta_batch=2), (0.1,), ("zero",), (0.01,), 1, 4, 2, 2, 2, (0, 1), 1.0
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A comparison's only run, finished, and how it ended."""
+    path = tmp_path_factory.mktemp("compared")
+    (arm,) = COMPARISON.arms()
+    return path, finished(COMPARISON, arm, path, None)
+
+
+@campaign(25, 1000)
+def test_finished_runs_of_a_comparison(seeds, compared, tmp_path):
+    """A damaged outcome or log is told, or what is read of it has the shape that the report needs."""
+    path, ended = compared
+    refused = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        run_dir = Path(shutil.copytree(path, tmp_path / str(seed)))
+        (folder,) = (run_dir / "runs").iterdir()
+        file = folder / rng.choice(("outcome.json", "metrics.jsonl"))
+        if file.name == "outcome.json" and rng.random() < 0.6:
+            file.write_text(json.dumps(odd_json(json.loads(file.read_text()), rng)))
+        else:
+            file.write_bytes(damaged(file.read_bytes(), rng))
+        before = contents(run_dir)
+        with bounded(20):
+            try:
+                found = finished(COMPARISON, ended.recipe, run_dir, None)
+            except ValueError as error:
+                assert str(folder) in str(error)  # noqa: PT017
+                refused += 1
+            else:
+                assert [len(found.test or ()), len(found.halfwidth or ())] in ([2, 2], [0, 0])
+                assert found.diverged is not None or found.curve[-1][0] == 4
+        assert contents(run_dir) == before
+        shutil.rmtree(run_dir)
     assert 0 < refused < len(seeds)

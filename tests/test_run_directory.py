@@ -578,3 +578,10 @@ def test_ef21_keeps_a_tensor_of_the_server():
     operator = EF21(TopK(3))
     with pytest.raises(ValueError, match="keeps a tensor as 'received'"):
         operator.load_state_dict({"workers": {}, "operator": {}, "received": 3})
+
+
+def test_a_file_in_place_of_the_report_is_told_before_the_bias_is_measured(commanded, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("metamom.experiments.bias_report.measure", lambda *_, **__: pytest.fail("measured"))
+    assert cli.main(["bias", str(commanded), "--out", str(tmp_path / "file")]) == 2
+    assert "is a file; the report needs a directory" in capsys.readouterr().err
