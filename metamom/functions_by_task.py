@@ -1,8 +1,9 @@
 """Functions that `torch.func.vmap`, or second derivatives, do not take as they are, done so as to agree with a loop.
 
-Embeddings: vmap lays the tables of all tasks end to end and hands ``padding_idx`` on as it is, so the padding row is
-left out of the first task's gradient alone; where all tasks share one table, ``scale_grad_by_freq`` counts over all of
-them. Both are options of the derivative: the lookup is done without them, and they are applied to its result.
+Embeddings: vmap lays the tables of all tasks end to end, so that a number beyond a table would be looked up in the next
+task's; and it hands ``padding_idx`` on as it is, so the padding row is left out of the first task's gradient alone.
+Where all tasks share one table, ``scale_grad_by_freq`` counts over all of them. Both are options of the derivative: the
+lookup is done without them, and they are applied to its result.
 
 Attention: the fused kernels have no second derivative, nor the one for CPUs a rule for vmap, so it is written out.
 """
@@ -54,6 +55,10 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.embedding`; gradients are dense whatever ``sparse`` says."""
+    rows = torch.arange(weight.shape[0], dtype=input.dtype, device=input.device)
+    input = rows.gather(0, input.long().flatten()).reshape(
+        input.shape
+    )  # the same, or an error where it is none of them
     found = F.embedding(input, weight, None, max_norm, norm_type)
     if scale_grad_by_freq:
         flat = input.flatten()

@@ -40,7 +40,7 @@ def inputs_explained(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor])
         each = f"{list(x.shape[1:])} of {x.dtype} for each task"
         raise ValueError(
             f"the model cannot take inputs of shape {each}{_where(model, error.__traceback__)}: {_said(error)} "
-            f"{_cure_of_inputs(x, weights)}"
+            f"{_cure_of_inputs(x, weights, str(error))}"
         ) from error
 
 
@@ -158,7 +158,9 @@ def _where(model: nn.Module, trace: TracebackType | None) -> str:
     return found
 
 
-def _cure_of_inputs(x: Tensor, weights: Mapping[str, Tensor]) -> str:
+def _cure_of_inputs(x: Tensor, weights: Mapping[str, Tensor], said: str) -> str:
+    if "out of bounds" in said or "out of range" in said:
+        return "Numbers that an embedding looks up must be in 0..n-1 for a table of n rows."
     devices = sorted({str(w.device) for w in weights.values()})
     kinds = {w.dtype for w in weights.values() if w.is_floating_point()}
     if str(x.device) not in devices:

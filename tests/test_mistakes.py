@@ -45,6 +45,10 @@ def classifier(ways: int = 3, loss_fn: Callable[..., Any] = F.cross_entropy, **o
     return MAML(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, ways)), loss_fn, **options)
 
 
+def embedder(**options: Any) -> MAML:
+    return MAML(nn.Sequential(nn.Embedding(10, 3), nn.Flatten(), nn.Linear(3, 1)), F.mse_loss, **options)
+
+
 def flat(batch: TaskBatch) -> TaskBatch:
     """Targets without their last axis."""
     return batch._replace(support_y=batch.support_y[..., 0], query_y=batch.query_y[..., 0])
@@ -200,6 +204,16 @@ MISTAKES = {
               V._replace(support_x=normal(T, S, 3, 3, 3), query_x=normal(T, Q, 3, 3, 3))),
         ValueError, ("inputs of shape [6, 3, 3, 3]", "in module '0', Conv2d(1, 2", "which got [6, 3, 3, 3]"),
     ),
+    "words beyond a table": Mistake(
+        whole(embedder(), V._replace(support_x=torch.full((T, S, 1), 12))),
+        ValueError,
+        ("in module '0', Embedding(10, 3), which got [6, 1]: index 12 is out of bounds", "must be in 0..n-1"),
+    ),
+    "words below a table": Mistake(
+        whole(embedder(), V._replace(query_x=torch.full((T, Q, 1), -1), support_x=torch.zeros(T, S, 1).long())),
+        ValueError,
+        ("Embedding(10, 3)", "index -1 is out of bounds", "must be in 0..n-1"),
+    ),
     "a model's own error": Mistake(
         whole(MAML(Conv4(3), F.cross_entropy), classes()), ValueError, ("Conv4 wants images [N, 1, height, width]",)
     ),
@@ -253,7 +267,7 @@ MISTAKES = {
         lambda: MAML(nn.LazyLinear(1), F.mse_loss),
         ValueError, ("without a shape yet: weight, bias", "Call the model once"),
     ),
-    "no loss": Mistake(lambda: regressor(None), TypeError, ("loss_fn is a function", "F.mse_loss", "got None")),
+    "no loss": Mistake(lambda: regressor(None), TypeError, ("loss_fn is a function", "mse_loss", "got None")),
     "the name of a loss": Mistake(lambda: regressor("mse"), TypeError, ("loss_fn is a function", "'mse'")),
     "a class of losses": Mistake(lambda: regressor(nn.MSELoss), TypeError, ("nn.MSELoss()", "MSELoss'>")),
     "a loss that is a number": Mistake(whole(regressor(lambda p, y: 1.5), V), TypeError, (*ONE_LOSS[:1], "a float")),
@@ -433,6 +447,11 @@ def test_a_graph_that_fails_says_what_the_eager_one_says(traced):
         learner.backward(batch._replace(query_y=batch.query_y + 1))
     learner.backward(batch)
     assert len(traced) == 1
+    words = V._replace(support_x=torch.zeros(T, S, 1).long(), query_x=torch.zeros(T, Q, 1).long())
+    learner = embedder(compile=True)
+    learner.backward(words)
+    with pytest.raises(ValueError, match=r"index 12 is out of bounds.*must be in 0\.\.n-1"):
+        learner.backward(words._replace(query_x=words.query_x + 12))
 
 
 # models that are wrapped for several processes
@@ -586,6 +605,7 @@ class Casts(nn.Module):
         (regressor(lambda p, y: (p[:, None] - y[None]).pow(2).min(1).values.mean()), V),  # all pairs, as is meant
         (regressor(lambda p, y: (p - p.mean(0)).pow(2).mean() + F.mse_loss(p.squeeze(-1), y)), flat(V)),
         (classifier(5), classes(3)),  # more outputs than ways
+        (embedder(), V._replace(support_x=torch.full((T, S, 1), 9), query_x=torch.zeros(T, Q, 1).int())),
         (regressor(), values(support=1, query=1)),
         (regressor(), values(tasks=1)),
         (regressor(), V._replace(task_ids=torch.tensor([3, 3, 3, 3]))),
