@@ -3,7 +3,8 @@
 Embeddings: vmap lays the tables of all tasks end to end, so that a number beyond a table would be looked up in the next
 task's; and it hands ``padding_idx`` on as it is, so the padding row is left out of the first task's gradient alone.
 Where all tasks share one table, ``scale_grad_by_freq`` counts over all of them. Both are options of the derivative: the
-lookup is done without them, and they are applied to its result.
+lookup is done without them, and they are applied to its result. One-hot vectors of numbers that are none of the classes
+would be all zeros.
 
 Attention: the fused kernels have no second derivative, nor the one for CPUs a rule for vmap, so it is written out.
 """
@@ -55,10 +56,7 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.embedding`; gradients are dense whatever ``sparse`` says."""
-    rows = torch.arange(weight.shape[0], dtype=input.dtype, device=input.device)
-    input = rows.gather(0, input.long().flatten()).reshape(
-        input.shape
-    )  # the same, or an error where it is none of them
+    input = within(input, weight.shape[0])
     found = F.embedding(input, weight, None, max_norm, norm_type)
     if scale_grad_by_freq:
         flat = input.flatten()
@@ -68,6 +66,21 @@ def embedding(
         is_padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
         found = torch.where(is_padding, found.detach(), found)
     return found
+
+
+def one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
+    """`torch.nn.functional.one_hot`."""
+    return F.one_hot(index if num_classes < 0 else within(index, num_classes), num_classes)
+
+
+def within(index: Tensor, n: int) -> Tensor:
+    """The same whole numbers, which must be in 0..n-1: a lookup that fails as a loop's would, and in compiled graphs.
+
+    Raises:
+        RuntimeError: by torch, for others.
+    """
+    numbers = torch.arange(n, dtype=index.dtype, device=index.device)
+    return numbers.gather(0, index.long().flatten()).reshape(index.shape)
 
 
 def attention(
@@ -101,6 +114,7 @@ def multi_head_attention(*args: Any, need_weights: bool = True, **kwargs: Any) -
 
 _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: embedding,
+    F.one_hot: one_hot,
     F.scaled_dot_product_attention: attention,
     F.multi_head_attention_forward: multi_head_attention,
 }

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from metamom.functions_by_task import one_hot
+
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 # By entries: torch broadcasts what differs in shape, and at most warns.
@@ -136,7 +138,7 @@ class _Watch(TorchFunctionMode):
         pair = isinstance(a, Tensor) and isinstance(b, Tensor)
         if pair and func in BY_ENTRY and a.shape != b.shape and self._of_both(a, b):
             raise ValueError(self._broadcast(f"{func.__name__} of"))
-        out = func(*args, **kwargs)
+        out = (one_hot if func is F.one_hot else func)(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if pair and func in (F.cross_entropy, F.nll_loss):
             self._classes(a, b, kwargs.get("ignore_index"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from opcode import opmap
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metamom.loss_readings import class_axes
-from metamom.vmap_errors import SIGNS
+from metamom.vmap_errors import SIGNS, modules_in
 
 DEVICE_ASSERT = "device-side assert"
 IGNORED = -100  # by torch's losses for classes, unless they are told of another label
@@ -137,24 +138,23 @@ def _by_torch(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    inside = trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
-    return inside or type(error) is RuntimeError  # raised by torch's C++ in whatever line calls it
+    assert trace is not None
+    if str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "torch":
+        return True
+    # else by its C++ part, in whatever line calls it
+    return type(error) is RuntimeError and trace.tb_frame.f_code.co_code[trace.tb_lasti] != opmap["RAISE_VARARGS"]
 
 
 def _where(model: nn.Module, trace: TracebackType | None) -> str:
     """The innermost module in which an error arose, as it prints itself, and what it was given."""
-    names = {id(module): name for name, module in model.named_modules()}
     found = ""
-    while trace is not None:
-        frame = trace.tb_frame
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and id(module) in names and frame.f_code.co_name == "forward":
-            name = names[id(module)]
-            shown = " ".join(repr(module).split()) if not list(module.children()) else type(module).__name__
-            argument = frame.f_locals.get(next(iter(frame.f_code.co_varnames[1:2]), ""))
-            came = f", which got {list(argument.shape)}" if isinstance(argument, Tensor) else ""
-            found = f", in module {name!r}, {shown}{came}" if name else f", in {shown}{came}"
-        trace = trace.tb_next
+    for name, module, frame in modules_in(model, trace):
+        if frame.f_code.co_name != "forward":
+            continue
+        shown = type(module).__name__ if list(module.children()) else " ".join(repr(module).split())
+        argument = frame.f_locals.get(next(iter(frame.f_code.co_varnames[1:2]), ""))
+        came = f", which got {list(argument.shape)}" if isinstance(argument, Tensor) else ""
+        found = f", in module {name!r}, {shown}{came}" if name else f", in {shown}{came}"
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -89,15 +89,20 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | None:
+def modules_in(model: nn.Module, trace: TracebackType | None) -> Iterator[tuple[str, nn.Module, FrameType]]:
+    """The calls of ``model``'s modules in which an error arose, the innermost last: name, module and frame."""
     names = {id(module): name for name, module in model.named_modules()}
-    found = None
     while trace is not None:
         module = trace.tb_frame.f_locals.get("self")
-        if id(module) in names:
-            name = names[id(module)]
-            found = f"module {name!r} ({type(module).__name__})" if name else f"{type(module).__name__} itself"
+        if isinstance(module, nn.Module) and id(module) in names:
+            yield names[id(module)], module, trace.tb_frame
         trace = trace.tb_next
+
+
+def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | None:
+    found = None
+    for name, module, _ in modules_in(model, trace):
+        found = f"module {name!r} ({type(module).__name__})" if name else f"{type(module).__name__} itself"
     return found
 
 

@@ -110,6 +110,11 @@ MISTAKES = {
     "more ways than outputs": Mistake(
         whole(classifier(2), classes()), ValueError, ("2 outputs (ways)", "0..1; they are 0..2", "more outputs")
     ),
+    "labels too large for one-hot vectors": Mistake(
+        labels(lambda y: y + 1, loss_fn=lambda p, y: F.mse_loss(p, F.one_hot(y, p.shape[1]).to(p.dtype))),
+        ValueError,
+        ("index 3 is out of bounds", "labels must be in 0..2; they are 1..3"),
+    ),
     "labels in floating point": Mistake(
         labels(lambda y: y.float()), ValueError, ("targets of shape [6] of torch.float32", "make them integers: y.long")
     ),
@@ -507,20 +512,16 @@ def test_models_wrapped_for_processes_are_refused(tmp_path):
     assert all("world=world" in line for line in lines)
 
 
-def failing(*tensors: Tensor) -> Tensor:
-    raise RuntimeError("Expected all tensors to be on the same device")
-
-
 def test_another_device_is_named():
     """A tensor without data stands for one on a GPU."""
     there = V.query_x.to("meta")
     model = nn.Sequential(nn.Linear(1, 1))
     said = r"inputs are on meta, the weights on cpu: use batch\.to\('cpu'\)"
     with pytest.raises(ValueError, match=said), inputs_explained(model, there, dict(model.named_parameters())):
-        failing(there)
+        torch.ones(2) + torch.ones(3)  # an error of torch's, whichever
     said = "Targets are on meta, predictions on cpu: move the batch"
     with pytest.raises(ValueError, match=said), targets_explained(V.query_y, there):
-        failing(there)
+        torch.ones(2) + torch.ones(3)  # an error of torch's, whichever
 
 
 def test_an_assertion_on_a_gpu_says_what_it_may_be():
@@ -544,6 +545,7 @@ def test_an_assertion_on_a_gpu_says_what_it_may_be():
         torch.cuda.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"),
         ValueError("my own words"),
+        RuntimeError("my own words"),
         KeyError("name"),
         KeyboardInterrupt(),
     ],
