@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metamom.aggregate import Aggregation, deliver, flatten, unflatten
 from metamom.batch import TaskBatch, block
 from metamom.batch_checks import check_adapted, check_batch, check_set, refuse_non_finite
-from metamom.bias import Bias, NonFiniteError, as_operator
+from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.bias.checks import all_finite
 from metamom.checks import check_whole
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
@@ -134,6 +134,8 @@ class MAML(nn.Module):
 
     Attributes:
         memory: the averages of tracked estimators, part of the ``state_dict``; ``None`` for the others.
+        operators: those that `backward` was given as a SPEC, each made once. With error feedback, save their
+            ``state_dict()`` with the learner's.
 
     Raises:
         ValueError: for an option out of range or that doesn't go with the estimator, an unknown parameter name, a model
@@ -200,6 +202,7 @@ class MAML(nn.Module):
         self._gradient: Callable[..., tuple[Tensor, ...]] = self._gradient_of_chunk
         self._expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
+        self.operators: dict[str, BiasOperator | None] = {}
         self._tried = False  # whether a meta-gradient to be compiled has been computed once without
         self._unused: set[str] = set()  # parameters that the model has been found not to use
         self._constant: set[str] = set()  # parameters whose gradients have been found not to depend on the weights
@@ -426,6 +429,8 @@ class MAML(nn.Module):
                 raised by all.
         """
         world = World() if world is None else world
+        if isinstance(bias, str):  # what it carries from step to step goes on
+            bias = self.operators.setdefault(bias, as_operator(bias))
         weights = self.meta_parameters()
         sent = world.sent
         with world.together():
