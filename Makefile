@@ -5,7 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 JOBS ?= auto
 
-.PHONY: help setup test test-slow lint demo wheel-check clean
+# The .venv keeps its Python until another one is named: make test PYTHON=python3.13 makes it anew, with that one.
+IDENTITY := -c 'import sys; print(sys.version, sys.base_prefix)'
+THERE := $(shell $(BIN)/python $(IDENTITY) 2>/dev/null)
+ifneq ($(if $(filter file,$(origin PYTHON)),$(THERE)),)
+PYTHON := $(BIN)/python
+else ifneq ($(or $(shell $(PYTHON) $(IDENTITY) 2>/dev/null),none),$(THERE))
+.PHONY: $(STAMP)
+MAKE_VENV := $(PYTHON) -m venv --clear $(VENV)
+endif
+
+.PHONY: help setup test test-slow lint demo wheel-check compat clean
 
 help:
 	@echo "make setup        the .venv with everything pinned (about 2 minutes, once)"
@@ -13,15 +23,18 @@ help:
 	@echo "make test         ruff, mypy and the test suite"
 	@echo "make test-slow    the tests that take minutes: all of the paper's MNIST runs"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, import every module"
+	@echo "make compat       the core tests on every supported Python, oldest to newest torch and NumPy (hours, 5 GB at a time)"
+	@echo
+	@echo "PYTHON=python3.12 with any of them: in a .venv of that Python, made anew where it is of another"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements-dev.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make setup needs Python >= 3.10; no $(PYTHON) found. Name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) --version >/dev/null || { echo "make setup needs Python >= 3.10; $(PYTHON) does not run. Name another with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) .ci/prerequisites.py
 	@rm -f $(STAMP)
 	@echo "making $(VENV) (a few minutes, once; seconds to bring it up to date)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(MAKE_VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=23.2,<27"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
 	@touch $(STAMP)
@@ -44,5 +57,8 @@ demo: setup
 wheel-check: setup
 	$(BIN)/python .ci/wheel_check.py
 
+compat:
+	$(PYTHON) .ci/compat.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .compat build dist *.egg-info

@@ -86,9 +86,14 @@ def given(name: str, values: Values | None, *shape: int) -> Floats | None:
     return one
 
 
+def as_numpy(values: Values) -> Any:
+    """A tensor as NumPy's array: NumPy 2 warns where it has to ask a tensor for one itself."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+
+
 def _numbers(name: str, values: Values) -> Floats:
     try:
-        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+        array = np.asarray(as_numpy(values))
     except ValueError as error:  # rows of several lengths
         raise ValueError(f"{name} must be an array of numbers, all rows of one length ({error}).") from error
     if array.dtype.kind not in "biuf":

@@ -14,7 +14,7 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.counter import Floats, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_deviation, check_dtype, check_flag
-from metamom.tasks.given import GivenFamily, Values, described, described_range, given
+from metamom.tasks.given import GivenFamily, Values, as_numpy, described, described_range, given
 from metamom.tasks.matrices import (
     check_spectrum,
     drawn_spectra,
@@ -229,9 +229,7 @@ class LinearRegression(GivenFamily):
 
 def _data_set(data: tuple[Values, Values], dim: int) -> tuple[Floats, Floats]:
     """Features ``[1 or n, N, d]`` and labels ``[1 or n, N]``, as float64 copies."""
-    features, labels = (
-        np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64) for values in data
-    )
+    features, labels = (np.array(as_numpy(values), dtype=np.float64) for values in data)
     if features.ndim not in (2, 3) or features.shape[-1] != dim or labels.shape != features.shape[:-1]:
         raise ValueError(
             f"data must be features [N, {dim}] and labels [N], or [n, N, {dim}] and [n, N] for n tasks; got "

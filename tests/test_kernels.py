@@ -243,6 +243,17 @@ def output(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
+def test_the_headers_are_torch_s_own():
+    from torch.utils import cpp_extension  # whose import says on stderr that a CUDA build finds no GPU
+
+    assert (
+        [flag for flag in build._flags() if flag.startswith("-I")]
+        == [  # older torch has more
+            f"-I{folder}" for folder in cpp_extension.include_paths()[:2]
+        ]
+    )
+
+
 def test_two_processes_build_once(tmp_path):
     """Both start with an empty folder; the compiler runs for one of them, the other waits and loads what it built.
 

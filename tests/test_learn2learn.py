@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from installed import need_learn2learn
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -23,6 +24,7 @@ from metamom.interop.learn2learn import AsTaskset, FromTaskset, from_maml, impor
 from metamom.nets import SinusoidMLP, use_batch_statistics
 from metamom.tasks import Episodes, Sinusoid
 
+need_learn2learn()
 l2l = import_learn2learn()
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from installed import need_learn2learn
 from torch.nn import functional as F
 
 import metamom
@@ -89,6 +90,7 @@ def test_readme_shows_the_loop_and_the_commands():
 
 def learn2learn_names() -> dict[str, Any]:
     """What the README's learn2learn loops take for granted: a model, its loss, and batches of real tasks."""
+    need_learn2learn()
     tasks = AsTaskset(Sinusoid(shots=5, queries=5))
     return {
         "l2l": import_learn2learn(),

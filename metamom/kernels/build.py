@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch.utils import cpp_extension
 
 from metamom.files import cache_folder
 from metamom.reading import read_regular_file
@@ -142,7 +141,9 @@ def gist(said: str) -> str:
 def _flags() -> list[str]:
     flags = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
+    # not from torch.utils.cpp_extension: a CUDA build of torch says on stderr, at its import, that there is no GPU
+    include = Path(torch.__file__).with_name("include")
+    flags += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
     libraries = Path(torch.__file__).with_name("lib")
     flags += [f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
     if sys.platform == "darwin":
