@@ -155,6 +155,10 @@ def _kind(thing: object) -> str:
     return f"the class {thing.__name__} itself" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
+# of what `describe` gives: earlier versions did not record it
+LATER = ("loss", "dtype", "schedulers", "validation")
+
+
 def describe(
     learner: MAML,
     optimizer: Optimizer,

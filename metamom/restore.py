@@ -123,11 +123,11 @@ def checked_generators(state: Any, where: str) -> Generators:
 
 
 def _check_entries(state: dict[str, Any], entries: int, place: str) -> None:
-    """Of what operators keep of workers' gradients, all is ``[d]``."""
+    """Of what operators keep of workers' gradients, all is ``[d]``, or ``[n, d]``."""
     for name, value in state.items():
         if isinstance(value, dict):
             _check_entries(value, entries, f"{place}.{name}")
-        elif isinstance(value, Tensor) and value.is_floating_point() and value.shape != (entries,):
+        elif isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1:] != (entries,):
             _refuse(f"{place}.{name}", f"a tensor of {entries} entries", value)
 
 

@@ -49,9 +49,9 @@ class RunDirectory:
 
     Args:
         path: made if missing.
-        settings: what defines the run, as JSON values. A resumed run must have the same, but for what the record says
-            nothing of (an earlier version knew no such setting).
+        settings: what defines the run, as JSON values. A resumed run must have the same.
         free: those of them, as ``"name"`` or ``"name.name"``, that say only where and how the run is computed.
+        later: those that earlier versions did not record, compared only where the record has them.
         length: what may change when it is resumed, as JSON values; for the record.
         resume: go on with the run that is there, if any.
         keep: how many of the newest checkpoints to keep.
@@ -67,6 +67,7 @@ class RunDirectory:
         settings: Mapping[str, Any],
         *,
         free: Collection[str] = (),
+        later: Collection[str] = (),
         length: Mapping[str, Any] | None = None,
         resume: bool = False,
         keep: int = 3,
@@ -89,12 +90,12 @@ class RunDirectory:
                 f"another process is writing to the run directory {self.path}; wait for it or choose another directory."
             ) from error
         try:
-            self._check(json.loads(json.dumps(dict(settings))), free, resume)
+            self._check(json.loads(json.dumps(dict(settings))), free, later, resume)
         except BaseException:
             self.close()
             raise
 
-    def _check(self, settings: dict[str, Any], free: Collection[str], resume: bool) -> None:
+    def _check(self, settings: dict[str, Any], free: Collection[str], later: Collection[str], resume: bool) -> None:
         there = [name for name in ("metrics.jsonl", "runs", "report.md") if (self.path / name).exists()]
         there += [str(path.relative_to(self.path)) for path in self.checkpoints.beyond_start()]
         if not there:  # nothing, or a start that came to nothing: no step was done, so there is nothing to lose
@@ -108,7 +109,8 @@ class RunDirectory:
                 "or choose another directory."
             )
         config = read_config(self.path)
-        differences = list(_differences(config["settings"], settings, free))
+        unrecorded = [name for name in later if name not in config["settings"]]
+        differences = list(_differences(config["settings"], settings, {*free, *unrecorded}))
         if differences:
             raise ValueError(
                 f"the run in {self.path} was made with other settings: {'; '.join(differences)}. "
@@ -300,8 +302,8 @@ def _differences(there: Any, here: Any, free: Collection[str], place: str = "") 
     if place in free:
         return
     if isinstance(there, dict) and isinstance(here, dict):
-        for key in there:
-            yield from _differences(there[key], here.get(key), free, f"{place}.{key}" if place else key)
+        for key in [*there, *(k for k in here if k not in there)]:
+            yield from _differences(there.get(key), here.get(key), free, f"{place}.{key}" if place else key)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for number, (a, b) in enumerate(zip(there, here, strict=True)):
             yield from _differences(a, b, free, f"{place}[{number}]")

@@ -22,7 +22,7 @@ from metamom.distributed import SAME, World, digest
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
-from metamom.plan import Scheduler, as_schedulers, check_momentum, check_optimizer, check_plan, describe
+from metamom.plan import LATER, Scheduler, as_schedulers, check_momentum, check_optimizer, check_plan, describe
 from metamom.progress import DivergedError, Progress, Saved
 from metamom.robust import Aggregate
 from metamom.run_directory import RunDirectory
@@ -98,7 +98,7 @@ def train(
         checkpoint_every: steps between checkpoints; there is always one at the start and one at the end.
         keep_checkpoints: how many of the newest to keep, beside the best (by validation).
         settings: what defines the run, as JSON values; made from the arguments if ``None``. A resumed run must have
-            the same, but for what its record says nothing of.
+            the same.
         free: names of those settings that say only where and how the run is computed: another value may go on with it.
         tensorboard: write losses for TensorBoard into ``run_dir`` too.
         track_bias: measure the bias every so many steps, at the weights that the step's gradient is taken at, into the
@@ -209,7 +209,13 @@ def train(
         with world.together():
             if run_dir is not None and world.first:
                 directory = RunDirectory(
-                    run_dir, settings, free=free, length=length, resume=resume, keep=keep_checkpoints
+                    run_dir,
+                    settings,
+                    free=free,
+                    later=LATER,
+                    length=length,
+                    resume=resume,
+                    keep=keep_checkpoints,
                 )
                 run = stack.enter_context(directory)
         saved = Saved(parts, run, world, run_dir)

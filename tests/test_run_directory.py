@@ -585,3 +585,13 @@ def test_a_file_in_place_of_the_report_is_told_before_the_bias_is_measured(comma
     monkeypatch.setattr("metamom.experiments.bias_report.measure", lambda *_, **__: pytest.fail("measured"))
     assert cli.main(["bias", str(commanded), "--out", str(tmp_path / "file")]) == 2
     assert "is a file; the report needs a directory" in capsys.readouterr().err
+
+
+def test_a_setting_that_an_earlier_record_lacks_is_not_changed_in_silence(commanded, tmp_path, capsys):
+    run = Path(shutil.copytree(commanded, tmp_path / "run"))
+    config = read_config(run)
+    del config["settings"]["aggregate"], config["settings"]["tracking"]
+    (run / "config.json").write_text(json.dumps(config))
+    command = ["train", "sinusoid", *FLAGS, "--workers", "1", "--iterations", "5", "--run-dir", str(run), "--resume"]
+    assert cli.main([*command, "--aggregate", "median"]) == 2
+    assert "aggregate is None there and 'median' here" in capsys.readouterr().err
