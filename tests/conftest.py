@@ -13,9 +13,12 @@ import torch._inductor
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory):
-    """Decoded data goes to a folder of the test session, not to the user's."""
+    """Decoded data goes to a folder of the test session, which its processes share, not to the user's."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAMOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("METAMOM_CACHE", str(folder / "cache"))
         yield
 
 
