@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fuzzing import bounded
 from oracles import linear_learner, point_learner
 from torch import nn
 from torch.nn import functional as F
@@ -391,7 +392,7 @@ def test_the_command_on_a_run_says_json_alone(tmp_path, capsys, monkeypatch):
     [
         (["nowhere"], "nowhere"),
         (["sinusoid", "--inner-batch", "0"], "numbers of shots >= 1"),
-        (["sinusoid", "--inner-batch", "1000000000"], "not enough memory"),
+        (["sinusoid", "--inner-batch", "100000000000"], "shots must be at most 2,147,483,647; got 200000000000"),
         (["sinusoid", "--tasks", "2"], "at least 3 tasks; got tasks=2"),
         (["sinusoid", "--bias", "ef21:topk:5%"], "feeds errors back"),
         (["run", "--inner-lr", "0.1"], "--inner-lr belongs to the learner that the run trained"),
@@ -402,3 +403,9 @@ def test_the_command_refuses(arguments, message, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert message in said.err
+
+
+def test_too_little_memory_is_told(capsys):
+    with bounded(60, 1024):
+        assert cli.main(["bias", "sinusoid", "--inner-batch", "1000000000"]) == 2
+    assert "not enough memory" in capsys.readouterr().err
