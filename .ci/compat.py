@@ -61,12 +61,11 @@ ROWS = (
     Row("3.12", "2.14.1", "2.5.5"),
     Row("3.13", "2.13.0", "2.5.5"),
 )
-# Of the library and the command; not of compiling, speed, several processes and other libraries, which cost hours here.
+# The heart of the library; not the command, compiling, speed, several processes and other libraries, which take hours.
 CORE = (
-    "accumulator", "cli", "counter", "diagnostics", "draws", "episodes", "evaluation", "feedback",
-    "functions_by_task", "images", "learner_options", "linear", "loss_modules", "maml", "metrics", "mistakes", "nets",
-    "numbers", "optim", "own_operators", "package", "registered_twice", "run_directory", "samplers", "sinusoid",
-    "task_arguments", "threads", "training", "training_mistakes",
+    "accumulator", "counter", "draws", "episodes", "feedback", "functions_by_task", "learner_options", "maml",
+    "metrics", "nets", "numbers", "optim", "own_operators", "package", "registered_twice", "robust", "run_directory",
+    "samplers", "sinusoid", "task_arguments", "tracking", "training_mistakes", "wire",
 )  # fmt: skip
 
 
