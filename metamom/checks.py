@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 
 
 def check_whole(name: str, value: object, least: float) -> int:
@@ -22,3 +22,13 @@ def check_whole(name: str, value: object, least: float) -> int:
     if value < least:
         raise ValueError(f"{name} must be >= {least}; got {value}.")
     return int(value)
+
+
+def check_number(name: str, value: object) -> None:
+    """A real number, Python's or NumPy's.
+
+    Raises:
+        TypeError: for another kind of thing, a bool or a string of digits among them.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {value!r}.")

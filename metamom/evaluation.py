@@ -14,7 +14,7 @@ from tqdm import tqdm
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
 from metamom.batch_checks import check_batch, refuse_non_finite
 from metamom.bias.checks import all_finite
-from metamom.checks import check_whole
+from metamom.checks import check_number, check_whole
 from metamom.distributed import World, digest
 from metamom.maml import MAML
 from metamom.misfits import asserts_explained
@@ -89,6 +89,7 @@ def evaluate(
     steps = tuple(steps)
     if not steps or min(check_whole("a number of inner steps", step, -math.inf) for step in steps) < 0:
         raise ValueError(f"steps are numbers of inner steps >= 0, at least one of them; got {steps}.")
+    check_number("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
     check_sampler(sampler, "evaluate takes a sampler, which")

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metamom.checks import check_number
+
 LearnInnerLR = bool | Literal["scalar", "tensor", "entry"]
 
 
@@ -177,6 +179,7 @@ def _checked(name: str, value: float | Tensor, parameter: Tensor) -> float | Ten
         if not bool((value > 0).all() and value.isfinite().all()):
             raise ValueError(f"inner step sizes must be > 0 and finite; {name} has others.")
         return value if value.requires_grad else value.to(parameter.dtype)
+    check_number(f"inner_lr of {name}", value)
     if not 0 < float(value) < math.inf:
         raise ValueError(f"inner_lr must be > 0 and finite; got {value} for {name}.")
     return float(value)

@@ -254,6 +254,9 @@ MISTAKES = {
     "half inner steps": Mistake(lambda: regressor(inner_steps=2.5), TypeError, ("inner_steps must be a whole", "2.5")),
     "inner steps that are true": Mistake(lambda: regressor(inner_steps=True), TypeError, ("inner_steps", "got True")),
     "no inner steps": Mistake(lambda: regressor(inner_steps=-1), ValueError, ("inner_steps must be >= 1; got -1",)),
+    "a step size in words": Mistake(lambda: regressor(inner_lr="0.1"), TypeError, ("inner_lr of 0.", "got '0.1'")),
+    "no step size": Mistake(lambda: regressor(inner_lr=None), TypeError, ("inner_lr of 0.", "got None")),
+    "a step size that is true": Mistake(lambda: regressor(inner_lr=True), TypeError, ("inner_lr of 0.", "got True")),
     "an empty set to adapt to": Mistake(
         lambda: regressor().adapt(V.support_x[:, :0], V.support_y[:, :0]), ValueError, ("at least one point a task",)
     ),
@@ -322,6 +325,9 @@ MISTAKES = {
     "half a task": Mistake(lambda: evaluate(regressor(), Sinusoid(), tasks=2.5), TypeError, ("tasks must be a whole",)),
     "evaluation after half steps": Mistake(
         lambda: evaluate(regressor(), Sinusoid(), steps=(0, 2.5)), TypeError, ("inner steps must be a whole", "2.5")
+    ),
+    "confidence in words": Mistake(
+        lambda: evaluate(regressor(), Sinusoid(), confidence="95 %"), TypeError, ("confidence must be", "'95 %'")
     ),
     "one number of steps": Mistake(
         lambda: evaluate(regressor(), Sinusoid(), steps=3), TypeError, ("steps=(0, 1, 5)", "got 3")
@@ -612,7 +618,7 @@ class Casts(nn.Module):
         (regressor(), values(tasks=1)),
         (regressor(), V._replace(task_ids=torch.tensor([3, 3, 3, 3]))),
         (MAML(nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1).requires_grad_(False)), F.mse_loss), V),
-        (regressor(inner_steps=np.int64(2)), V),
+        (regressor(inner_steps=np.int64(2), inner_lr=np.float32(0.1)), V),
         (classifier(loss_fn=nn.CrossEntropyLoss(weight=torch.ones(3))), classes()),
     ],
 )
