@@ -216,7 +216,7 @@ def drawn(
             f"{type(sampler).__name__}.sample must give a metamom.TaskBatch(support_x, support_y, query_x, query_y); "
             f"got a {type(batch).__name__}."
         )
-    if world_size > 1 and batch.num_tasks * world_size != num_tasks and not (or_all and batch.num_tasks == num_tasks):
+    if batch.num_tasks * world_size != num_tasks and not (or_all and batch.num_tasks == num_tasks):
         raise ValueError(
             f"{type(sampler).__name__}.sample gave {batch.num_tasks} tasks for part {rank} of {world_size} of a "
             f"meta-batch of {num_tasks}: wanted {num_tasks // world_size}, those of metamom.batch.block(num_tasks, "
