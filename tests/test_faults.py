@@ -340,7 +340,9 @@ def test_directory_that_cannot_be(tmp_path):
 # two runs on one directory, and a signal to one rank of the first
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)]
+)
 def test_second_run_is_refused_and_a_signal_to_one_rank_stops_all(number, rank, tmp_path):
     run = tmp_path / "run"
     with forked(metamom, 2, tmp_path / "first", *command(run, LONG)) as ranks:

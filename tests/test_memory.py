@@ -32,6 +32,15 @@ def of_an_mlp(**options: Any) -> tuple[MAML, Any]:
     return small(inner_steps=3, **options), lambda step: small_batch(step, tasks=4)
 
 
+@pytest.fixture(autouse=True)
+def only_this_test():
+    """What earlier tests have left, millions of objects in a long session, is neither searched nor counted."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def live() -> tuple[int, int]:
     """How many tensors there are, and how many of them have a graph behind them."""
     gc.collect()

@@ -24,6 +24,7 @@ def command(monkeypatch, data_root):
     return call
 
 
+@pytest.mark.slow
 def test_methods_start_alike_and_leave_a_report(command, tmp_path, capsys):
     command("--iterations", 2, "--run-dir", tmp_path)
     first = {method: read_metrics(tmp_path / method)[0]["loss"] for method in omniglot_accuracy.METHODS}

@@ -14,7 +14,7 @@ from metamom.experiments.two_biases import bias_of_order, floor_of_aggregate, fl
 from metamom.robust import robust_mean
 
 
-@pytest.mark.parametrize("how", ["median", "trimmed:0.2", "geomedian"])
+@pytest.mark.parametrize("how", ["median", "trimmed:0.2", pytest.param("geomedian", marks=pytest.mark.slow)])
 def test_no_beta_lowers_the_floor_of_a_robust_mean(how):
     problem = workers()
     floors = [floor_of_aggregate(problem, how, beta) for beta in (1.0, 0.3, 0.1)]
