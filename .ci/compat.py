@@ -40,18 +40,19 @@ class Row(NamedTuple):
         return f"python {self.python}, torch {self.torch}, numpy {self.numpy}"
 
 
-# The lower bounds of pyproject.toml.
+# The lower bounds of pyproject.toml, and pyparsing of those days: matplotlib 3.8 calls what newer ones warn of.
 OLDEST = (
     "tqdm==4.66.0",
     "scipy==1.11.2",
     "matplotlib==3.8.0",
     "pillow==10.1.0",
     "platformdirs==4.0.0",
-    "filelock==3.16.0",
+    "filelock==3.24.0",
     "pooch==1.8.0",
     "requests==2.31.0",
     "pydantic==2.8.0",
     "tensorboard==2.16.2",
+    "pyparsing==3.1.4",
 )
 # Each Python once at least; of torch and NumPy the oldest, what is pinned, and the newest.
 ROWS = (
