@@ -7,12 +7,14 @@ writes ``DIR/bias.md`` and ``DIR/figures/bias.png``; a run directory takes the p
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metamom.batch import Sampler
+from metamom.checks import AT_ONCE, check_whole
 from metamom.diagnostics import AtSize, Measured, Part, TrackBias, measure
 from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.recipes import DTYPES, Recipe
@@ -74,7 +76,7 @@ def measure_recipe(
     plan = PLANS[recipe.task]
     sizes = plan.inner_batches if inner_batches is None else inner_batches
     count = plan.tasks if tasks is None else tasks
-    if count < 3:
+    if check_whole("tasks", count, -math.inf, AT_ONCE) < 3:
         raise ValueError(f"an interval needs at least 3 tasks; got tasks={count}.")
     operator, each = recipe.operator(), _tasks_per_worker(recipe)
     return measure(

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
+from metamom import flag_types
+from metamom.checks import MOST
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.learn2learn_loop import meta_iteration, split_task
 from metamom.files import write_atomically
@@ -158,12 +160,12 @@ def report(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> str:
 def main() -> None:
     """Run all four and write the report."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--iterations", type=int, default=1000)
-    parser.add_argument("--momentum-lr", type=float, default=0.3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=flag_types.count(MOST, 1), default=1000)
+    parser.add_argument("--momentum-lr", type=flag_types.number, default=0.3)
+    parser.add_argument("--seed", type=flag_types.seed, default=0)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--data-root")
-    parser.add_argument("--run-dir", default="runs/learn2learn")
+    parser.add_argument("--data-root", type=flag_types.path)
+    parser.add_argument("--run-dir", type=flag_types.path, default="runs/learn2learn")
     arguments = parser.parse_args()
     config = Config(arguments.iterations, momentum_lr=arguments.momentum_lr, seed=arguments.seed, dtype=arguments.dtype)
     with RunDirectory(arguments.run_dir, asdict(config)) as directory:

@@ -19,9 +19,11 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from metamom.checks import AT_ONCE, MOST
 from metamom.chunks import ChunkSize
 from metamom.compiled import CompileMode
 from metamom.experiments.peak import alone, peak_mib
+from metamom.flag_types import count
 from metamom.maml import MAML
 from metamom.nets import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum
@@ -121,8 +123,8 @@ def main(words: Sequence[str] | None = None) -> None:
         words: of the command line; the process's own by default.
     """
     parser = argparse.ArgumentParser(description="Measure the memory of meta-gradients.", allow_abbrev=False)
-    parser.add_argument("--iterations", type=int, default=2000, help="of the long runs (default: 2000)")
-    parser.add_argument("--tasks", type=int, default=1000, help="of the large meta-batch (default: 1000)")
+    parser.add_argument("--iterations", type=count(MOST, 1), default=2000, help="of the long runs (default: 2000)")
+    parser.add_argument("--tasks", type=count(AT_ONCE, 1), default=1000, help="of the large meta-batch (default: 1000)")
     parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args(words)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from metamom.allocator import keep_freed_memory
+from metamom.checks import MOST
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.figures import learning_curves
 from metamom.experiments.recipes import Recipe
 from metamom.files import write_atomically
+from metamom.flag_types import count
 from metamom.run_directory import environment, read_metrics
 from metamom.training import train
 
@@ -89,7 +91,7 @@ def report(results: dict[str, tuple[Evaluation, list[dict[str, Any]]]], iteratio
 def main() -> None:
     """Run, or go on, and write the report."""
     parser = argparse.ArgumentParser(description="Train on Omniglot to high accuracy.", allow_abbrev=False)
-    parser.add_argument("--iterations", type=int, default=15000, help="of each method (default: 15000)")
+    parser.add_argument("--iterations", type=count(MOST, 1), default=15000, help="of each method (default: 15000)")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"some of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is (default: as `metamom train` finds it)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/omniglot-accuracy"), help="where it goes")

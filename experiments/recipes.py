@@ -13,11 +13,13 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from metamom.bias import BiasOperator, Identity, parse
+from metamom.checks import MOST, check_whole
 from metamom.chunks import ChunkSize
 from metamom.compiled import CompileMode
 from metamom.estimators import TRACKED, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml import MAML
 from metamom.nets import Conv4, SinusoidMLP
+from metamom.numbers import shown, whole
 from metamom.optim import CompositeMomentum, FirstStep
 from metamom.robust import Aggregate, check_aggregate
 from metamom.schema import as_record
@@ -51,7 +53,6 @@ DEFAULTS = {
     "sinusoid": Defaults(shots=10, queries=10, inner_lr=0.01, lr=0.03, meta_batch=8),
     "omniglot": Defaults(shots=1, queries=1, inner_lr=0.4, lr=0.3, meta_batch=16),
 }
-MOST = 2**31 - 1  # of any count
 MOST_WAYS = 10_000  # a model has a row of weights for each; Omniglot has 6,492 classes, turned ones among them
 ADAPTIVE_LR = 0.001  # of Adam and RMSprop
 
@@ -249,9 +250,15 @@ def _cosine_length(schedule: str) -> int | None:
     kind, _, length = schedule.partition(":")
     if schedule == "constant":
         return None
-    if kind != "cosine" or not (length.isascii() and length.isdigit()) or int(length) < 1:
-        raise ValueError(f"the schedule is constant, or cosine:N with N iterations >= 1; got {schedule!r}.")
-    return int(length)
+    try:
+        if kind == "cosine":
+            return check_whole("N", whole(length), 1, MOST)
+        why = ""
+    except ValueError as error:
+        why = f" ({error})"
+    raise ValueError(
+        f"the schedule is constant, or cosine:N with N iterations >= 1; got {shown(schedule)}{why.replace('.)', ')')}."
+    )
 
 
 def find_device(name: str) -> torch.device:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from metamom.checks import check_whole
+from metamom.checks import AT_ONCE, check_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,9 +77,10 @@ def block(num_tasks: int, rank: int, world_size: int) -> range:
 
     Raises:
         TypeError: for numbers that are not whole.
-        ValueError: if ``num_tasks`` is not a positive multiple of ``world_size``, or ``rank`` is out of range.
+        ValueError: if ``num_tasks`` is not a positive multiple of ``world_size``, or is more than ten million, or
+            ``rank`` is out of range.
     """
-    num_tasks = check_whole("the number of tasks", num_tasks, 1)
+    num_tasks = check_whole("the number of tasks", num_tasks, 1, AT_ONCE)
     world_size = check_whole("the number of workers (or processes)", world_size, 1)
     rank = check_whole("rank", rank, -math.inf)
     if num_tasks % world_size:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 
+MOST = 2**31 - 1  # of what is done one after the other: iterations, epochs, seeds
+AT_ONCE = 10_000_000  # of what is in memory at a time: tasks, points
+INNER_STEPS = 100_000
 
-def check_whole(name: str, value: object, least: float) -> int:
+
+def check_whole(name: str, value: object, least: float, most: float = math.inf) -> int:
     """A whole number, Python's or NumPy's.
 
     Args:
         name: of the argument, for the error.
         value: the number.
         least: the smallest that there may be.
+        most: the largest that there may be.
 
     Raises:
         TypeError: for another kind of thing, a bool or a string of digits among them.
-        ValueError: for a number below ``least``.
+        ValueError: for a number below ``least`` or above ``most``.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number; got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be >= {least}; got {value}.")
+    if int(value) > most:
+        raise ValueError(f"{name} must be at most {most:,}; got {value}.")
     return int(value)
 
 

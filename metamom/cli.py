@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from metamom.allocator import keep_freed_memory, out_of_memory
 from metamom.distributed import ProcessError, World, start
 from metamom.flags import parsed, parser
 from metamom.interrupts import TrainingInterrupted
@@ -54,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProcessError as error:
         print(f"metamom: error: {error}", file=sys.stderr)
         return 3
-    except MemoryError as error:
-        print(f"metamom: error: not enough memory: {error}. Take smaller batches.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if (why := out_of_memory(error)) is None:
+            raise
+        print(f"metamom: error: not enough memory: {why}. Take smaller batches.", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("METAMOM_DEBUG"):
@@ -65,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Arguments, world: World) -> int:
-    from metamom.allocator import keep_freed_memory
     from metamom.experiments.recipes import ITERATIONS, Recipe
     from metamom.training import train
 
@@ -194,7 +196,6 @@ def _compare(arguments: Arguments) -> int:
 
 
 def _bias(arguments: Arguments) -> int:
-    from metamom.allocator import keep_freed_memory
     from metamom.experiments import bias_report
     from metamom.experiments.recipes import TASKS, Recipe
     from metamom.experiments.saved import load_run
@@ -249,7 +250,6 @@ def _data(arguments: Arguments) -> int:
 
 
 def _reproduce(arguments: Arguments) -> int:
-    from metamom.allocator import keep_freed_memory
     from metamom.experiments.paper.run import reproduce
 
     keep_freed_memory()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+MOST_NUMBERS = 2**28  # in one draw: 2 GiB
 
 
 class Purpose(IntEnum):
@@ -48,7 +49,15 @@ def uniforms(seed: int, places: Places, purpose: Purpose, count: int) -> Floats:
 
     Returns:
         ``[T, count]`` float64.
+
+    Raises:
+        ValueError: for more than 2^28 numbers, which take 2 GiB.
     """
+    if len(places.indices) * count > MOST_NUMBERS:
+        raise ValueError(
+            f"{len(places.indices):,} tasks need {count:,} random numbers each; at most {MOST_NUMBERS:,} (2 GiB) are "
+            "drawn at a time. Use fewer tasks, or fewer points."
+        )
     bits = np.empty((len(places.indices), count), dtype=np.uint64)
     # The key as an array: a list with a number >= 2^63 would pass through float64 and lose its low bits.
     philox = np.random.Philox(key=np.array([seed, _stream_number(places.stream)], dtype=np.uint64))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
 from metamom.batch_checks import check_batch, refuse_non_finite
 from metamom.bias.checks import all_finite
-from metamom.checks import check_number, check_whole
+from metamom.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.distributed import World, digest
 from metamom.maml import MAML
 from metamom.misfits import asserts_explained
@@ -82,12 +82,12 @@ def evaluate(
     """
     if not isinstance(learner, MAML):
         raise TypeError(f"evaluate takes a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
-    if check_whole("tasks", tasks, 0) < 2:
+    if check_whole("tasks", tasks, 0, AT_ONCE) < 2:
         raise ValueError(f"an interval needs at least 2 tasks; got tasks={tasks}.")
     if not isinstance(steps, Iterable):
         raise TypeError(f"steps are numbers of inner steps, such as steps=(0, 1, 5); got {steps!r}.")
     steps = tuple(steps)
-    if not steps or min(check_whole("a number of inner steps", step, -math.inf) for step in steps) < 0:
+    if not steps or min(check_whole("a number of inner steps", step, -math.inf, INNER_STEPS) for step in steps) < 0:
         raise ValueError(f"steps are numbers of inner steps >= 0, at least one of them; got {steps}.")
     check_number("confidence", confidence)
     if not 0 < confidence < 1:
@@ -140,7 +140,8 @@ def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tup
     computed together, nor where. A number without a divisor of a fair size, such as a prime, is drawn whole, and so
     are the tasks of a sampler that gives no parts.
     """
-    fair = (n for n in range(1, tasks + 1) if tasks % n == 0 and BLOCK // 4 <= tasks // n <= BLOCK)
+    numbers = range(-(-tasks // BLOCK), tasks // max(1, BLOCK // 4) + 1)
+    fair = (n for n in numbers if tasks % n == 0)
     blocks = next(fair, 1) if takes_blocks(source) else 1
     size = min(BLOCK, tasks // blocks)
     mine = range(world.rank, -(-tasks // size), world.size)

@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
+from metamom.flag_types import counts, long_count, names, number, numbers, path, seed, step_count, task_count
+from metamom.numbers import shown
+
 
 def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
     """The command line; each command's function is in the result's ``run``."""
@@ -28,11 +31,14 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
         _add_method(train)
         _add_run(train, task)
         train.add_argument(
-            "--evaluate-every", type=int, metavar="N", help="iterations between validations (default: only at the end)"
+            "--evaluate-every",
+            type=long_count,
+            metavar="N",
+            help="iterations between validations (default: only at the end)",
         )
         train.add_argument(
             "--checkpoint-every",
-            type=int,
+            type=long_count,
             default=500,
             metavar="N",
             help="iterations between checkpoints (default: 500)",
@@ -48,10 +54,13 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
 
     evaluate = kinds.add_parser("evaluate", help="evaluate a trained meta-learner on fresh tasks", allow_abbrev=False)
     evaluate.set_defaults(run=commands["evaluate"])
-    evaluate.add_argument("run_path", metavar="RUN", help="the run directory")
-    evaluate.add_argument("--tasks", type=int, default=600, help="number of tasks (default: 600)")
+    evaluate.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
+    evaluate.add_argument("--tasks", type=task_count, default=600, help="number of tasks (default: 600)")
     evaluate.add_argument(
-        "--steps", type=_integers, default=(0, 1, 5, 10), help="numbers of adaptation steps (default: 0,1,5,10)"
+        "--steps",
+        type=counts(step_count),
+        default=(0, 1, 5, 10),
+        help="numbers of adaptation steps (default: 0,1,5,10)",
     )
     evaluate.add_argument(
         "--split", default="test", help="train, validation, test, background or evaluation (default: test)"
@@ -59,13 +68,16 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
     evaluate.add_argument(
         "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
     )
-    evaluate.add_argument("--ways", type=int, help="classes a task (default: as in training)")
-    evaluate.add_argument("--shots", type=int, help="support points, a class or task (default: as in training)")
-    evaluate.add_argument("--queries", type=int, help="query points, a class or task (default: as in training)")
-    evaluate.add_argument("--seed", type=int, help="of the tasks (default: as in training)")
+    evaluate.add_argument("--ways", type=task_count, help="classes a task (default: as in training)")
+    evaluate.add_argument("--shots", type=task_count, help="support points, a class or task (default: as in training)")
+    evaluate.add_argument("--queries", type=task_count, help="query points, a class or task (default: as in training)")
+    evaluate.add_argument("--seed", type=seed, help="of the tasks (default: as in training)")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument(
-        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+        "--data-root",
+        type=path,
+        metavar="DIR",
+        help="where the data is (default: $METAMOM_DATA, else the user's data folder)",
     )
     _add_processes(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -78,25 +90,30 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
         compare.set_defaults(run=commands["compare"], task=task)
         _add_recipe(compare, task)
         _add_run(compare, task)
-        compare.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
-        compare.add_argument("--betas", type=_numbers, default=(1.0, 0.1), help="1 is plain meta-SGD (default: 1,0.1)")
+        compare.add_argument("--seeds", type=task_count, default=3, help="runs of each method (default: 3)")
+        compare.add_argument("--betas", type=numbers, default=(1.0, 0.1), help="1 is plain meta-SGD (default: 1,0.1)")
         compare.add_argument(
-            "--first-steps", type=_names, default=("zero",), help="of momentum: zero, gradient or both (default: zero)"
+            "--first-steps", type=names, default=("zero",), help="of momentum: zero, gradient or both (default: zero)"
         )
-        compare.add_argument("--lrs", type=_numbers, help="the grid of step sizes, for every method")
+        compare.add_argument("--lrs", type=numbers, help="the grid of step sizes, for every method")
         compare.add_argument(
             "--evaluate-every",
-            type=int,
+            type=long_count,
             default=50,
             metavar="N",
             help="iterations between points of the curves (default: 50)",
         )
-        compare.add_argument("--tasks", type=int, default=600, help="test tasks for each run (default: 600)")
+        compare.add_argument("--tasks", type=task_count, default=600, help="test tasks for each run (default: 600)")
         compare.add_argument(
-            "--steps", type=_integers, default=(0, 1, 5, 10), help="numbers of adaptation steps (default: 0,1,5,10)"
+            "--steps",
+            type=counts(step_count),
+            default=(0, 1, 5, 10),
+            help="numbers of adaptation steps (default: 0,1,5,10)",
         )
-        compare.add_argument("--target", type=float, help="validation error (accuracy) to count iterations to")
-        compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
+        compare.add_argument("--target", type=number, help="validation error (accuracy) to count iterations to")
+        compare.add_argument(
+            "--jobs", type=task_count, default=1, help="runs at a time, each in a process (default: 1)"
+        )
 
     _add_bias(
         kinds.add_parser("bias", help="measure a meta-gradient's bias", allow_abbrev=False, **_with_specs()), commands
@@ -108,17 +125,26 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
     data.add_argument("action", choices=("fetch", "check"))
     data.add_argument("dataset", choices=("omniglot", "mnist", "fashion"))
     data.add_argument(
-        "--root", metavar="DIR", help="where it is, or goes (default: $METAMOM_DATA, else the user's data folder)"
+        "--root",
+        type=path,
+        metavar="DIR",
+        help="where it is, or goes (default: $METAMOM_DATA, else the user's data folder)",
     )
     return root
 
 
 def parsed(root: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, or argparse's exit with status 2."""
+    given = set()
     for argument in argv:
         name, equals, value = argument.partition("=")
-        if name.startswith("--") and equals and value == "--":  # which argparse takes for no value, or an empty list
+        if not name.startswith("--"):
+            continue
+        if equals and value == "--":  # which argparse takes for no value, or an empty list
             root.error(f"argument {name}: expected a value; got '--'")
+        if name in given:  # of which argparse takes the last
+            root.error(f"argument {name}: given twice; give it once, several values with commas between")
+        given.add(name)
     return root.parse_args(argv)
 
 
@@ -137,15 +163,15 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
 
     default = DEFAULTS[task]
     if task == "omniglot":
-        parser.add_argument("--ways", type=int, help="classes a task (default: 5)")
+        parser.add_argument("--ways", type=task_count, help="classes a task (default: 5)")
     each = "a class" if task == "omniglot" else "a task"
     parser.add_argument(
-        "--shots", type=int, help=f"support points {each}, in each inner batch (default: {default.shots})"
+        "--shots", type=task_count, help=f"support points {each}, in each inner batch (default: {default.shots})"
     )
-    parser.add_argument("--queries", type=int, help=f"query points {each} (default: {default.queries})")
-    parser.add_argument("--meta-batch", type=int, help=f"tasks an iteration (default: {default.meta_batch})")
-    parser.add_argument("--inner-lr", type=float, help=f"inner step size (default: {default.inner_lr})")
-    parser.add_argument("--inner-steps", type=int, help="inner steps in training (default: 1)")
+    parser.add_argument("--queries", type=task_count, help=f"query points {each} (default: {default.queries})")
+    parser.add_argument("--meta-batch", type=task_count, help=f"tasks an iteration (default: {default.meta_batch})")
+    parser.add_argument("--inner-lr", type=number, help=f"inner step size (default: {default.inner_lr})")
+    parser.add_argument("--inner-steps", type=step_count, help="inner steps in training (default: 1)")
     parser.add_argument(
         "--estimator",
         choices=ESTIMATORS,
@@ -156,7 +182,7 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     )
     parser.add_argument(
         "--tracking",
-        type=float,
+        type=number,
         metavar="B",
         help="weight of a new inner step in the averages of moml, moml-coupled and scsc, 0 < B <= 1 (default: 0.2)",
     )
@@ -175,7 +201,7 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     )
     parser.add_argument(
         "--adapt",
-        type=_names,
+        type=names,
         metavar="NAMES",
         help="parameters or modules that adapt, such as head for ANIL (default: all)",
     )
@@ -193,7 +219,7 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
         metavar="auto",
         help="compile the meta-gradient; with auto only in runs long enough to win the time back",
     )
-    parser.add_argument("--workers", type=int, help="workers that the tasks are dealt to (default: 1)")
+    parser.add_argument("--workers", type=task_count, help="workers that the tasks are dealt to (default: 1)")
     parser.add_argument("--bias", metavar="SPEC", help="operator on each worker's gradient, see below (default: none)")
     parser.add_argument(
         "--aggregate",
@@ -201,7 +227,10 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
         help="what the server takes of the workers' gradients: mean, median, trimmed:SHARE, geomedian (default: mean)",
     )
     parser.add_argument(
-        "--fixed-tasks", type=int, metavar="N", help="train on N tasks that stay (default: new ones at each iteration)"
+        "--fixed-tasks",
+        type=task_count,
+        metavar="N",
+        help="train on N tasks that stay (default: new ones at each iteration)",
     )
     parser.add_argument(
         "--order",
@@ -216,7 +245,10 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     )
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument(
-        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+        "--data-root",
+        type=path,
+        metavar="DIR",
+        help="where the data is (default: $METAMOM_DATA, else the user's data folder)",
     )
 
 
@@ -226,9 +258,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     from metamom.optim import FirstStep
 
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="momentum", help="(default: momentum)")
-    parser.add_argument("--lr", type=float, help="step size γ (default: by task and optimizer)")
+    parser.add_argument("--lr", type=number, help="step size γ (default: by task and optimizer)")
     parser.add_argument(
-        "--beta", type=float, help="weight of the new gradient, 0 < β <= 1; 1 is plain SGD (default: 0.1)"
+        "--beta", type=number, help="weight of the new gradient, 0 < β <= 1; 1 is plain SGD (default: 0.1)"
     )
     parser.add_argument(
         "--first-step", choices=get_args(FirstStep), help="start from v_{-1} = 0 or v_0 = g_0 (default: zero)"
@@ -236,7 +268,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normalize", action="store_true", default=None, help="move by γ v/‖v‖: every step as long as γ"
     )
-    parser.add_argument("--seed", type=int, help="of the initial weights and of the tasks (default: 0)")
+    parser.add_argument("--seed", type=seed, help="of the initial weights and of the tasks (default: 0)")
 
 
 def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
@@ -244,15 +276,17 @@ def _add_run(parser: argparse.ArgumentParser, task: str) -> None:
     from metamom.experiments.recipes import ITERATIONS
 
     parser.add_argument(
-        "--iterations", type=int, help=f"total number, with those before a resume (default: {ITERATIONS[task]})"
+        "--iterations", type=long_count, help=f"total number, with those before a resume (default: {ITERATIONS[task]})"
     )
     parser.add_argument(
         "--schedule",
         metavar="SPEC",
         help="of γ: constant, or cosine:N, from γ to 0 in N iterations (default: constant)",
     )
-    parser.add_argument("--evaluate-tasks", type=int, default=200, help="tasks for each validation (default: 200)")
-    parser.add_argument("--run-dir", metavar="RUN", help="where it goes (default: a new folder in runs/)")
+    parser.add_argument(
+        "--evaluate-tasks", type=task_count, default=200, help="tasks for each validation (default: 200)"
+    )
+    parser.add_argument("--run-dir", type=path, metavar="RUN", help="where it goes (default: a new folder in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, or start it")
 
 
@@ -268,7 +302,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=number,
         default=TIMEOUT,
         metavar="SECONDS",
         help=f"under torchrun, wait so long for another process before it is an error (default: {TIMEOUT:g})",
@@ -282,12 +316,13 @@ def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[.
     parser.set_defaults(run=commands["bias"])
     parser.add_argument(
         "what",
+        type=path,
         metavar="RUN|sinusoid|omniglot",
         help="a run directory, or tasks, with a learner as training starts with",
     )
     parser.add_argument(
         "--inner-batch",
-        type=_integers,
+        type=counts(task_count),
         metavar="M,M,...",
         help="inner batch sizes in shots (default: 1,2,5,10,20; of Omniglot, which has 20 drawings a class, 1,2,4)",
     )
@@ -298,19 +333,25 @@ def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[.
         help=f"{', '.join(MEASURED)} (default: as in training, exact)",
     )
     parser.add_argument("--bias", metavar="SPEC", help="operator, see below (default: as in training, none)")
-    parser.add_argument("--inner-lr", type=float, help="of a learner that is no RUN's (default: by task)")
-    parser.add_argument("--inner-steps", type=int, help="of a learner that is no RUN's (default: 1)")
-    parser.add_argument("--tasks", type=int, help="in all (default: 300; of Omniglot 60)")
-    parser.add_argument("--seed", type=int, help="of tasks, and of weights that are no RUN's (default: 0, or RUN's)")
+    parser.add_argument("--inner-lr", type=number, help="of a learner that is no RUN's (default: by task)")
+    parser.add_argument("--inner-steps", type=step_count, help="of a learner that is no RUN's (default: 1)")
+    parser.add_argument("--tasks", type=task_count, help="in all (default: 300; of Omniglot 60)")
+    parser.add_argument("--seed", type=seed, help="of tasks, and of weights that are no RUN's (default: 0, or RUN's)")
     parser.add_argument(
         "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
     )
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument(
-        "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+        "--data-root",
+        type=path,
+        metavar="DIR",
+        help="where the data is (default: $METAMOM_DATA, else the user's data folder)",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="where bias.md and figures/bias.png go (default: RUN, or a new folder in runs/)"
+        "--out",
+        type=path,
+        metavar="DIR",
+        help="where bias.md and figures/bias.png go (default: RUN, or a new folder in runs/)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else; write nothing without --out"
@@ -326,63 +367,54 @@ def _add_reproduce(parser: argparse.ArgumentParser, commands: Mapping[str, Calla
         run = experiments.add_parser(dataset, help=f"on {dataset}", allow_abbrev=False, **_with_specs())
         run.set_defaults(run=commands["reproduce"], dataset=dataset)
         run.add_argument(
-            "--nodes", type=int, default=100, help="workers, each with a part of the images (default: 100)"
+            "--nodes", type=task_count, default=100, help="workers, each with a part of the images (default: 100)"
         )
-        run.add_argument("--lr", type=float, default=0.5, help="step size γ (default: 0.5)")
-        run.add_argument("--beta", type=float, default=0.1, help="weight of the new gradient, 1 for SGD (default: 0.1)")
+        run.add_argument("--lr", type=number, default=0.5, help="step size γ (default: 0.5)")
+        run.add_argument(
+            "--beta", type=number, default=0.1, help="weight of the new gradient, 1 for SGD (default: 0.1)"
+        )
         run.add_argument(
             "--bias", default="none", metavar="SPEC", help="operator on each gradient, see below (default: none)"
         )
-        run.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
-        run.add_argument("--epochs", type=int, help=f"total number of updates (default: {epochs})")
-        run.add_argument("--chunk", type=int, metavar="N", help="nodes at a time (default: what fits into 2 GB in all)")
+        run.add_argument("--seed", type=seed, default=0, help="of the initial weights (default: 0)")
+        run.add_argument("--epochs", type=long_count, help=f"total number of updates (default: {epochs})")
+        run.add_argument(
+            "--chunk", type=task_count, metavar="N", help="nodes at a time (default: what fits into 2 GB in all)"
+        )
         run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
         run.add_argument(
-            "--data-root", metavar="DIR", help="where the data is (default: $METAMOM_DATA, else the user's data folder)"
+            "--data-root",
+            type=path,
+            metavar="DIR",
+            help="where the data is (default: $METAMOM_DATA, else the user's data folder)",
         )
-        run.add_argument("--run-dir", metavar="RUN", required=True, help="where it goes")
+        run.add_argument("--run-dir", type=path, metavar="RUN", required=True, help="where it goes")
         run.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, or start it")
     table = experiments.add_parser("table", help="our runs beside the authors'", allow_abbrev=False)
     table.set_defaults(run=commands["table"])
-    table.add_argument("--paper", metavar="RESULTS_DIR", required=True, help="the authors' results")
-    table.add_argument("--run-dir", metavar="RUN", required=True, help="with our runs; the report goes there")
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"wanted whole numbers with commas between, such as 0,1,5; got {text!r}"
-        ) from None
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted numbers with commas between, such as 1,0.1; got {text!r}") from None
+    table.add_argument("--paper", type=path, metavar="RESULTS_DIR", required=True, help="the authors' results")
+    table.add_argument(
+        "--run-dir", type=path, metavar="RUN", required=True, help="with our runs; the report goes there"
+    )
 
 
 def _chunk_size(text: str) -> int | str:
+    if text == "auto":
+        return text
     try:
-        return "auto" if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto; got {text!r}") from None
+        return task_count(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto: {error}") from None
 
 
 def _compile_mode(text: str) -> str:
     if text != "auto":
-        raise argparse.ArgumentTypeError(f"wanted auto, or nothing after --compile; got {text!r}")
+        raise argparse.ArgumentTypeError(f"wanted auto, or nothing after --compile; got {shown(text)}")
     return text
 
 
 def _every(text: str) -> int:
     name, _, number = text.partition("=")
-    if name != "every" or not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"wanted every=N with N iterations >= 1, such as every=200; got {text!r}")
-    return int(number)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+    if name != "every" or long_count(number) < 1:
+        raise argparse.ArgumentTypeError(f"wanted every=N with N iterations >= 1, such as every=200; got {shown(text)}")
+    return long_count(number)

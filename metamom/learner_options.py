@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metamom.checks import check_whole
+from metamom.checks import INNER_STEPS, check_whole
 from metamom.swapping import named
 
 # What a learner is built by: to set one of these later would change nothing, or leave it inconsistent.
@@ -28,7 +28,7 @@ def check_option(name: str, value: Any) -> None:
             f"same model: MAML(learner.model, learner.loss_fn, {name}=...)."
         )
     if name == "inner_steps":
-        check_whole("inner_steps", value, 1)
+        check_whole("inner_steps", value, 1, INNER_STEPS)
     elif name == "chunk_size":
         counted = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not (counted or value is None or (isinstance(value, str) and value == "auto")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metamom.aggregate import Aggregation
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.checks import AT_ONCE, MOST, check_whole
 from metamom.distributed import World
 from metamom.maml import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta
@@ -56,13 +58,12 @@ def check_plan(
         raise TypeError(f"train takes a metamom.MAML learner; got a {type(learner).__name__}. Wrap the model in MAML.")
     check_sampler(sampler, "train takes a sampler, which")
     for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}.")
-    if evaluate_every is not None and evaluate_every < 1:
+        check_whole(name, value, 1, AT_ONCE if name == "meta_batch" else MOST)
+    if evaluate_every is not None and check_whole("evaluate_every", evaluate_every, -math.inf, MOST) < 1:
         raise ValueError(f"evaluate_every must be >= 1, or None for the end alone; got {evaluate_every}.")
-    if evaluate_tasks < 2:
+    if check_whole("evaluate_tasks", evaluate_tasks, -math.inf, AT_ONCE) < 2:
         raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
-    if workers < 1 or meta_batch % workers:
+    if check_whole("workers", workers, -math.inf) < 1 or meta_batch % workers:
         raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
     families = sampler.workers if isinstance(sampler, TaskSampler) else None
     if families not in (None, workers):

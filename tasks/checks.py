@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from metamom.checks import AT_ONCE
+
 NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -42,17 +44,19 @@ def check_step(step: int) -> int:
     return step
 
 
-def check_count(name: str, value: int) -> int:
-    """A number of things, at least one.
+def check_count(name: str, value: int, most: int = AT_ONCE) -> int:
+    """A number of things, at least one, and no more than fit into memory.
 
     Raises:
         TypeError: if it is not an integer.
-        ValueError: if it is below 1.
+        ValueError: if it is below 1 or above ``most``.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer >= 1; got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be >= 1; got {value}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}; got {value}.")
     return int(value)
 
 

@@ -64,9 +64,7 @@ class FixedTasks(TaskSampler):
                 f"PerWorker([FixedTasks(s, m), ...])."
             )
         self.family = sampler
-        self.n = check_count("n", n)
-        if self.n > MOST_TASKS:
-            raise ValueError(f"n must be <= 2^62, so that ids fit 64 bits; got {n}.")
+        self.n = check_count("n", n, MOST_TASKS)
         self.fresh_data = check_flag("fresh_data", fresh_data)
         self.order = order
         self.first = 0

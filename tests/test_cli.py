@@ -97,8 +97,8 @@ def the_error(said: Said) -> str:
 BAD_ARGUMENTS = {
     "negative lr": (["train", "sinusoid", "--lr", "-0.1"], r"lr is the step size and must be > 0 .*; got -0\.1"),
     "zero lr": (["train", "sinusoid", "--lr", "0"], "lr is the step size and must be > 0"),
-    "lr no number": (["train", "sinusoid", "--lr", "nan"], "lr is the step size and must be > 0"),
-    "lr no word": (["train", "sinusoid", "--lr", "fast"], "invalid float value: 'fast'"),
+    "lr no number": (["train", "sinusoid", "--lr", "nan"], "argument --lr: wanted a number, .* got 'nan'"),
+    "lr no word": (["train", "sinusoid", "--lr", "fast"], "argument --lr: wanted a number, .* got 'fast'"),
     "zero lr of Adam": (["train", "sinusoid", "--optimizer", "adam", "--lr", "0"], "lr is the step size"),
     "negative inner lr": (["train", "sinusoid", "--inner-lr", "-1"], r"inner_lr must be > 0 and finite; got -1\.0"),
     "zero inner lr": (["train", "sinusoid", "--inner-lr", "0"], "inner_lr must be > 0"),
@@ -134,7 +134,7 @@ BAD_ARGUMENTS = {
     "no tasks": (["train", "sinusoid", "--meta-batch", "0"], "meta_batch must be >= 1"),
     "no shots": (["train", "sinusoid", "--shots", "0"], "shots must be >= 1"),
     "no inner steps": (["train", "sinusoid", "--inner-steps", "0"], "inner_steps must be >= 1"),
-    "no number of tasks": (["train", "sinusoid", "--chunk-size", "few"], "a number of tasks, or auto; got 'few'"),
+    "no number of tasks": (["train", "sinusoid", "--chunk-size", "few"], "a number of tasks, or auto: .* got 'few'"),
     "compile": (["train", "sinusoid", "--compile", "always"], "wanted auto, or nothing after --compile; got 'always'"),
     "dtype": (["train", "sinusoid", "--dtype", "float16"], "invalid choice: 'float16'.*bfloat16"),
     "schedule": (["train", "sinusoid", "--schedule", "linear"], "constant, or cosine:N .*; got 'linear'"),
@@ -148,7 +148,7 @@ BAD_ARGUMENTS = {
     "seed too large": (["train", "sinusoid", "--seed", str(2**70)], "seed must be in 0 <= seed"),
     "unknown device": (["train", "sinusoid", "--device", "abacus"], "unknown device 'abacus'"),
     "no run to evaluate": (["evaluate", "nowhere"], r"nowhere holds no run: there is no nowhere/config\.json"),
-    "steps that are no numbers": (["evaluate", "nowhere", "--steps", "a,b"], "wanted whole numbers"),
+    "steps that are no numbers": (["evaluate", "nowhere", "--steps", "a,b"], "wanted a whole number, .* got 'a'"),
     "repeated lrs": (["compare", "sinusoid", "--lrs", "0.1,0.1"], "lrs must differ"),
     "compare beta 0": (["compare", "sinusoid", "--betas", "1,0"], r"must be in \(0, 1\]"),
     "compare no seeds": (["compare", "sinusoid", "--seeds", "0"], "at least one seed"),
@@ -666,7 +666,8 @@ def test_finished_runs_are_not_done_again(metamom, compared):
 def test_comparison_is_refused_a_directory_in_use(metamom, compared):
     before = contents(compared)
     assert "holds a run already" in the_error(metamom(*COMPARE, "--run-dir", compared))
-    other = metamom(*COMPARE, "--run-dir", compared, "--resume", "--tasks", 20)
+    changed = ["20" if before == "--tasks" else word for before, word in zip(["", *COMPARE], COMPARE, strict=False)]
+    other = metamom(*changed, "--run-dir", compared, "--resume")
     assert "test_tasks is 10 there and 20 here" in the_error(other)
     assert "settings differ" in the_error(metamom("evaluate", compared))
     assert contents(compared) == before
@@ -811,6 +812,6 @@ def test_tasks_do_not_import_experiments():
 )
 def test_a_comparison_refuses_before_it_begins(wrong, tmp_path, capsys):
     there = tmp_path / "run"
-    assert cli.main(["compare", "sinusoid", "--iterations", "4", "--jobs", "2", *wrong, "--run-dir", str(there)]) == 2
+    assert cli.main(["compare", "sinusoid", "--iterations", "4", *wrong, "--run-dir", str(there)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not there.exists()

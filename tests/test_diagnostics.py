@@ -392,7 +392,7 @@ def test_the_command_on_a_run_says_json_alone(tmp_path, capsys, monkeypatch):
     [
         (["nowhere"], "nowhere"),
         (["sinusoid", "--inner-batch", "0"], "numbers of shots >= 1"),
-        (["sinusoid", "--inner-batch", "100000000000"], "shots must be at most 2,147,483,647; got 200000000000"),
+        (["sinusoid", "--inner-batch", "1000000"], "at most 268,435,456 (2 GiB) are drawn at a time"),
         (["sinusoid", "--tasks", "2"], "at least 3 tasks; got tasks=2"),
         (["sinusoid", "--bias", "ef21:topk:5%"], "feeds errors back"),
         (["run", "--inner-lr", "0.1"], "--inner-lr belongs to the learner that the run trained"),

@@ -302,9 +302,11 @@ def test_the_simulations_are_told(monkeypatch):
     ("words", "message"),
     [
         (["--processes", "1"], "one above 1"),
-        (["--processes", "2,none"], "one above 1"),
+        (["--processes", "2,none"], "wanted a whole number, in the digits 0 to 9; got 'none'"),
+        (["--processes", "2,٣"], "digits 0 to 9"),
+        (["--processes", f"2,{2**31}"], "from 1 to 1,000"),
         (["--latency", "-1"], "microseconds >= 0"),
-        (["--latency", "nan"], "microseconds >= 0"),
+        (["--latency", "nan"], "wanted a number"),
         (["--only", "model"], "run --only measure"),
         (["--only", "poetry"], "invalid choice"),
         (["--quic"], "unrecognized arguments"),

@@ -133,7 +133,7 @@ def test_caches_are_empty_while_measuring_and_as_they_were_after_it(named, monke
     [
         (["--rows", "pendulum"], "'pendulum' not among sinusoid"),
         (["--contenders", "keras"], "'keras' not among learn2learn"),
-        (["--rounds", "0"], "--rounds must be >= 1; got 0"),
+        (["--rounds", "0"], "--rounds: wanted a whole number from 1 to 2,147,483,647; got '0'"),
         (["--seconds", "-1"], "--seconds must be >= 0"),
         (["--check", "--memory"], "leave out --memory"),
         (["--check", "--cold"], "leave out --memory, --alone and --cold"),

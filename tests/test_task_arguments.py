@@ -72,7 +72,7 @@ REFUSED = [
     (episodes, "images", [*IMAGES], TypeError, "Join tensors with torch.stack"),
     (episodes, "augment", 5, TypeError, "augment must be a function of images and a generator, or None; got 5"),
     (episodes, "rotations", "all", TypeError, "rotations must be True or False; got 'all'"),
-    (fixed, "n", 2**70, ValueError, r"n must be <= 2\^62"),
+    (fixed, "n", 2**70, ValueError, "n must be at most 4,611,686,018,427,387,904"),
     (fixed, "fresh_data", "no", TypeError, "fresh_data must be True or False; got 'no'"),
     (PerWorker, "samplers", None, TypeError, "PerWorker needs a list of samplers, one for each worker; got NoneType"),
     (PerWorker, "samplers", Sinusoid(), TypeError, "PerWorker needs a list of samplers, .*; got Sinusoid"),

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
+from metamom.checks import MOST, check_whole
 from metamom.experiments.paper.protocol import Protocol, protocol
 from metamom.experiments.paper.training import Row, Training
 from metamom.experiments.recipes import find_device
@@ -76,8 +77,7 @@ def reproduce(
     """
     kind = protocol(dataset)
     epochs = EPOCHS[dataset] if epochs is None else epochs
-    if epochs < 1:
-        raise ValueError(f"epochs must be >= 1; got {epochs}.")
+    check_whole("epochs", epochs, 1, MOST)
     check_seed(seed)
     operator = parse(bias) if isinstance(bias, str) else bias
     training = Training(

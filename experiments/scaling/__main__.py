@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from metamom.allocator import keep_freed_memory
 from metamom.experiments.scaling.problems import QUICK, Config
 from metamom.experiments.scaling.report import TITLES, report
+from metamom.flag_types import count, counts, number
+
+MOST_PROCESSES = 1000
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -29,16 +31,20 @@ def main(words: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--run-dir", type=Path, default=Path("runs/scaling"), help="where the report goes (default: runs/scaling)")
     add("--only", choices=TITLES, help="one part alone")
-    add("--processes", default="1,2,4", help="how many are measured, with commas (default: 1,2,4)")
-    add("--latency", type=float, default=50.0, help="of the links that are planned for, μs (default: 50)")
+    add(
+        "--processes",
+        type=counts(count(MOST_PROCESSES, 1)),
+        default=(1, 2, 4),
+        help="how many are measured, with commas (default: 1,2,4)",
+    )
+    add("--latency", type=number, default=50.0, help="of the links that are planned for, μs (default: 50)")
     add("--quick", action="store_true", help="little of everything, to see that it runs: its numbers say nothing")
     arguments = parser.parse_args(words)
-    if not 0 <= arguments.latency < math.inf:
+    if arguments.latency < 0:
         parser.error(f"--latency is a number of microseconds >= 0; got {arguments.latency}.")
-    counts = arguments.processes.split(",")
-    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts) or max(map(int, counts)) < 2:
-        parser.error(f"--processes wants numbers >= 1, and one above 1, such as 1,2,4; got {arguments.processes!r}.")
-    processes = sorted(set(map(int, counts)))
+    processes = sorted(set(arguments.processes))
+    if processes[-1] < 2:
+        parser.error(f"--processes wants numbers >= 1, and one above 1, such as 1,2,4; got {processes[-1]}.")
     keep_freed_memory()
     try:
         path = report(

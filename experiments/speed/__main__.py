@@ -32,11 +32,13 @@ import torch
 from tqdm import tqdm
 
 from metamom.allocator import keep_freed_memory
+from metamom.checks import MOST
 from metamom.experiments.speed import measure as measuring
 from metamom.experiments.speed import report
 from metamom.experiments.speed.measure import Measured
 from metamom.experiments.speed.peers import NAMES, ROUGH, makers, unavailable
 from metamom.experiments.speed.rows import ROWS
+from metamom.flag_types import count, number
 from metamom.run_directory import environment
 
 
@@ -120,10 +122,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)} (default: all)")
     usual = ",".join(name for name in NAMES if name not in ROUGH)
     add("--contenders", default=usual, help=f"some of {', '.join(NAMES)} (default: all but {', '.join(ROUGH)})")
-    add("--seconds", type=float, default=20.0, help="time for a row, after its first calls (default: 20)")
-    add("--rounds", type=int, default=200, help="timed iterations of each at most (default: 200)")
+    add("--seconds", type=number, default=20.0, help="time for a row, after its first calls (default: 20)")
+    add("--rounds", type=count(MOST, 1), default=200, help="timed iterations of each at most (default: 200)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's and JAX's own choice)")
+    add("--threads", type=count(10_000, 1), help="CPU threads (default: PyTorch's and JAX's own choice)")
     add("--alone", "--memory", action="store_true", help="peak memory and a second run's first call too: each alone")
     add("--cold", action="store_true", help="time the building of metamom's kernels too, in an empty cache")
     add("--check", action="store_true", help="only check that all compute the same; the exit status is 1 if not")
@@ -134,12 +136,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--one wants a row and a contender that takes part in it; got {' '.join(arguments.one)}.")
     arguments.rows = _chosen(parser, "--rows", arguments.rows, ROWS)
     arguments.contenders = _chosen(parser, "--contenders", arguments.contenders, NAMES)
-    if not 0 <= arguments.seconds < float("inf"):
-        parser.error(f"--seconds must be >= 0 and finite; got {arguments.seconds}.")
-    for option in ("rounds", "threads"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option} must be >= 1; got {value}.")
+    if arguments.seconds < 0:
+        parser.error(f"--seconds must be >= 0; got {arguments.seconds}.")
     if arguments.check and (arguments.alone or arguments.cold):
         parser.error("--check measures nothing; leave out --memory, --alone and --cold.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
