@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metamom.allocator import keep_freed_memory
-from metamom.checks import MOST, check_whole
+from metamom.checks import MOST, RUNS, check_whole
 from metamom.evaluation import evaluate
 from metamom.experiments.numerals import shortest
 from metamom.experiments.processes import run_in_processes
@@ -28,8 +28,6 @@ from metamom.progress import DivergedError
 from metamom.run_directory import RunDirectory, read_metrics
 from metamom.schema import read_record
 from metamom.training import train
-
-MOST_SEEDS = 10_000
 
 
 class Default(NamedTuple):
@@ -78,7 +76,7 @@ class Comparison:
         for name, values in (("betas", self.betas), ("first_steps", self.first_steps), ("lrs", self.lrs)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other: a run counts once; got {values}.")
-        check_whole("seeds", self.seeds, 1, MOST_SEEDS)
+        check_whole("seeds", self.seeds, 1, RUNS)
         check_whole("iterations", self.iterations, 1, MOST)
         if self.test_tasks < 2:
             raise ValueError(f"an interval needs at least 2 test tasks; got {self.test_tasks}.")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
-MOST = 2**31 - 1  # of what is done one after the other: iterations, epochs, seeds
+MOST = 2**31 - 1  # of what is done one after the other: iterations, epochs
 AT_ONCE = 10_000_000  # of what is in memory at a time: tasks, points
+POINTS = 100_000  # of a task, in a command; a library call may have a population of AT_ONCE
 INNER_STEPS = 100_000
+RUNS = 10_000  # of a comparison
 
 
 def check_whole(name: str, value: object, least: float, most: float = math.inf) -> int:

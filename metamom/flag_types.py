@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
-from metamom.checks import AT_ONCE, INNER_STEPS, MOST
+from metamom.checks import AT_ONCE, INNER_STEPS, MOST, POINTS, RUNS
 from metamom.numbers import real, shown, whole
 
 ENTRIES = 100  # of a list
@@ -32,8 +32,10 @@ def count(most: int, least: int | None = None) -> Callable[[str], int]:
 
 
 long_count = count(MOST)  # of what is done one after the other
-task_count = count(AT_ONCE)  # of what is in memory at a time
+task_count = count(AT_ONCE)
+point_count = count(POINTS)
 step_count = count(INNER_STEPS)
+run_count = count(RUNS)
 
 
 def number(text: str) -> float:

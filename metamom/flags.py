@@ -6,7 +6,19 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-from metamom.flag_types import counts, long_count, names, number, numbers, path, seed, step_count, task_count
+from metamom.flag_types import (
+    counts,
+    long_count,
+    names,
+    number,
+    numbers,
+    path,
+    point_count,
+    run_count,
+    seed,
+    step_count,
+    task_count,
+)
 from metamom.numbers import shown
 
 
@@ -69,8 +81,8 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
         "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
     )
     evaluate.add_argument("--ways", type=task_count, help="classes a task (default: as in training)")
-    evaluate.add_argument("--shots", type=task_count, help="support points, a class or task (default: as in training)")
-    evaluate.add_argument("--queries", type=task_count, help="query points, a class or task (default: as in training)")
+    evaluate.add_argument("--shots", type=point_count, help="support points, a class or task (default: as in training)")
+    evaluate.add_argument("--queries", type=point_count, help="query points, a class or task (default: as in training)")
     evaluate.add_argument("--seed", type=seed, help="of the tasks (default: as in training)")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     evaluate.add_argument(
@@ -90,7 +102,7 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
         compare.set_defaults(run=commands["compare"], task=task)
         _add_recipe(compare, task)
         _add_run(compare, task)
-        compare.add_argument("--seeds", type=task_count, default=3, help="runs of each method (default: 3)")
+        compare.add_argument("--seeds", type=run_count, default=3, help="runs of each method (default: 3)")
         compare.add_argument("--betas", type=numbers, default=(1.0, 0.1), help="1 is plain meta-SGD (default: 1,0.1)")
         compare.add_argument(
             "--first-steps", type=names, default=("zero",), help="of momentum: zero, gradient or both (default: zero)"
@@ -111,9 +123,7 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
             help="numbers of adaptation steps (default: 0,1,5,10)",
         )
         compare.add_argument("--target", type=number, help="validation error (accuracy) to count iterations to")
-        compare.add_argument(
-            "--jobs", type=task_count, default=1, help="runs at a time, each in a process (default: 1)"
-        )
+        compare.add_argument("--jobs", type=run_count, default=1, help="runs at a time, each in a process (default: 1)")
 
     _add_bias(
         kinds.add_parser("bias", help="measure a meta-gradient's bias", allow_abbrev=False, **_with_specs()), commands
@@ -166,9 +176,9 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
         parser.add_argument("--ways", type=task_count, help="classes a task (default: 5)")
     each = "a class" if task == "omniglot" else "a task"
     parser.add_argument(
-        "--shots", type=task_count, help=f"support points {each}, in each inner batch (default: {default.shots})"
+        "--shots", type=point_count, help=f"support points {each}, in each inner batch (default: {default.shots})"
     )
-    parser.add_argument("--queries", type=task_count, help=f"query points {each} (default: {default.queries})")
+    parser.add_argument("--queries", type=point_count, help=f"query points {each} (default: {default.queries})")
     parser.add_argument("--meta-batch", type=task_count, help=f"tasks an iteration (default: {default.meta_batch})")
     parser.add_argument("--inner-lr", type=number, help=f"inner step size (default: {default.inner_lr})")
     parser.add_argument("--inner-steps", type=step_count, help="inner steps in training (default: 1)")
@@ -322,7 +332,7 @@ def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[.
     )
     parser.add_argument(
         "--inner-batch",
-        type=counts(task_count),
+        type=counts(point_count),
         metavar="M,M,...",
         help="inner batch sizes in shots (default: 1,2,5,10,20; of Omniglot, which has 20 drawings a class, 1,2,4)",
     )

@@ -82,6 +82,32 @@ def test_what_is_refused(kind, text, message):
         kind(text)
 
 
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        (["train", "sinusoid", "--iterations"], "2,147,483,647"),
+        (["train", "sinusoid", "--meta-batch"], "10,000,000"),
+        (["train", "sinusoid", "--shots"], "100,000"),
+        (["train", "sinusoid", "--inner-steps"], "100,000"),
+        (["evaluate", "nowhere", "--steps"], "100,000"),
+        (["evaluate", "nowhere", "--tasks"], "10,000,000"),
+        (["compare", "sinusoid", "--jobs"], "10,000"),
+        (["compare", "sinusoid", "--seeds"], "10,000"),
+        (["compare", "sinusoid", "--evaluate-tasks"], "10,000,000"),
+        (["bias", "sinusoid", "--inner-batch"], "100,000"),
+        (["reproduce", "mnist", "--run-dir", "run", "--epochs"], "2,147,483,647"),
+        (["reproduce", "mnist", "--run-dir", "run", "--chunk"], "10,000,000"),
+    ],
+)
+def test_whole_numbers_are_bounded(words, most, capsys):
+    number = int(most.replace(",", ""))
+    assert parsed(parser(cli.COMMANDS), [*words, str(number)]).run
+    for text in (str(number + 1), str(2**40), "1" * 30):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*words, text])
+        assert f"argument {words[-1]}: wanted a whole number of at most {most}; got" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--lrs", "0.1", "--lrs", "0.3"], ["--lrs=0.1", "--lrs", "0.3"]])
 def test_a_flag_given_twice_is_a_slip(words, capsys):
     with pytest.raises(SystemExit, match="2"):
