@@ -6,12 +6,18 @@ Where all tasks share one table, ``scale_grad_by_freq`` counts over all of them.
 lookup is done without them, and they are applied to its result. One-hot vectors of numbers that are none of the classes
 would be all zeros.
 
+Others: the gradient of what `torch.select_scatter` puts in is wrong, `torch.index_fill` puts in one task's value for
+all where only the values differ between tasks, and `torch.roll` of a single number turns the tasks.
+
 Attention: the fused kernels have no second derivative, nor the one for CPUs a rule for vmap, so it is written out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from inspect import getattr_static
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -68,6 +74,14 @@ def embedding(
     return found
 
 
+def table_lookup(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
+    """`torch.embedding`, which `torch.nn.functional.embedding` ends in, and exported models begin with."""
+    padding = None if padding_idx < 0 else padding_idx
+    return embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+
+
 def one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
     """`torch.nn.functional.one_hot`."""
     return F.one_hot(index if num_classes < 0 else within(index, num_classes), num_classes)
@@ -81,6 +95,27 @@ def within(index: Tensor, n: int) -> Tensor:
     """
     numbers = torch.arange(n, dtype=index.dtype, device=index.device)
     return numbers.gather(0, index.long().flatten()).reshape(index.shape)
+
+
+def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """`torch.select_scatter`."""
+    if input.select(dim, index).shape != src.shape:
+        return torch.select_scatter(input, src, dim, index)  # which says what is wrong
+    index %= input.shape[dim]
+    return torch.slice_scatter(input, src.unsqueeze(dim), dim, index, index + 1)
+
+
+def index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    """`torch.index_fill`."""
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        return torch.index_fill(input, dim, index, value)
+    filled = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
+    return torch.where(filled, value.to(input.dtype), input)
+
+
+def roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    """`torch.roll`."""
+    return input.clone() if input.dim() == 0 and dims == () else torch.roll(input, shifts, dims)
 
 
 def attention(
@@ -103,19 +138,38 @@ def attention(
         scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return F.dropout(scores.softmax(-1), dropout_p) @ value
+    if attn_mask is not None:  # whoever may look at nothing gets zeros
+        blind = (scores == float("-inf")).all(-1, keepdim=True)
+        weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    else:
+        weights = scores.softmax(-1)
+    return F.dropout(weights, dropout_p) @ value
 
 
-def multi_head_attention(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """`torch.nn.functional.multi_head_attention_forward`, which writes attention out where weights are wanted."""
-    out, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)  # type: ignore[misc]
-    return out, weights if need_weights else None
+# `torch.nn.functional.multi_head_attention_forward`, with the attention above in place of the fused one; it has already
+# been looked whether somebody replaces this call.
+multi_head_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "scaled_dot_product_attention": attention, "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+def _under_all_names(name: str) -> list[Callable[..., Any]]:
+    """A function as models may call it: by torch, a tensor, or PyTorch's operators, as exported models do."""
+    operator = getattr(torch.ops.aten, name)
+    overloads = [getattr(operator, kind) for kind in operator.overloads() if not kind.endswith("out")]
+    return [operator, *overloads, *(getattr(home, name) for home in (torch, torch.Tensor, F) if hasattr(home, name))]
 
 
 _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.embedding: embedding,
-    F.one_hot: one_hot,
-    F.scaled_dot_product_attention: attention,
+    **dict.fromkeys(_under_all_names("embedding"), table_lookup),
+    **dict.fromkeys(_under_all_names("one_hot"), one_hot),
+    **dict.fromkeys(_under_all_names("select_scatter"), select_scatter),
+    **dict.fromkeys(_under_all_names("index_fill"), index_fill),
+    **dict.fromkeys(_under_all_names("roll"), roll),
+    **dict.fromkeys(_under_all_names("scaled_dot_product_attention"), attention),
+    F.embedding: embedding,  # its arguments come in another order than the operator's
     F.multi_head_attention_forward: multi_head_attention,
 }
 
@@ -140,5 +194,22 @@ class _ScaledGradient(Function):
 
 
 def may_call_them(model: nn.Module) -> bool:
-    """Whether the model has modules that call one of these functions."""
-    return any(isinstance(module, (nn.Embedding, nn.MultiheadAttention)) for module in model.modules())
+    """Whether the model has modules that call one of these functions, or name one in their ``forward``."""
+    return any(
+        isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
+        for module in model.modules()
+    )
+
+
+@cache
+def _names_one(kind: type[nn.Module]) -> bool:
+    """Whether the code of a module's ``forward`` names one of these functions, in whatever branch."""
+    names = {function.__name__ for function in _OTHERS}
+    code = getattr(getattr_static(kind, "forward", None), "__code__", None)
+    todo: list[CodeType] = [] if code is None else [code]
+    while todo:
+        code = todo.pop()
+        if not names.isdisjoint(code.co_names):
+            return True
+        todo += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -25,8 +27,9 @@ def check_kind(model: object) -> None:
 
     Raises:
         TypeError: for something else than a module.
-        ValueError: for models that are spread over processes or devices, naming ``world=``; for a model without
-            trainable parameters, and one that does not know its parameters yet.
+        ValueError: for models that are spread over processes or devices, naming ``world=``; for scripted code that
+            calls what `metamom.functions_by_task` replaces, unseen; for a model without trainable parameters, and one
+            that does not know its parameters yet.
     """
     if isinstance(model, type):
         raise TypeError(f"wanted a model, such as {model.__name__}(...); got the class {model.__name__} itself.")
@@ -42,6 +45,12 @@ def check_kind(model: object) -> None:
             ".module, or one that was never sharded), and let metamom share the tasks: learner.backward(batch, "
             "world=world), or train(..., world=world), with world = metamom.distributed.start() in each process."
         )
+    scripted = sorted({call for module in model.modules() for call in _scripted_calls(module)})
+    if scripted:
+        raise ValueError(
+            f"scripted code of the model calls {', '.join(scripted)}, which all tasks at once must do in another way, "
+            "and scripted code cannot. Pass the model that torch.jit.script or torch.jit.trace was given."
+        )
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(
@@ -51,6 +60,16 @@ def check_kind(model: object) -> None:
         frozen = sum(1 for _ in model.parameters())
         why = f"all of its {frozen} are frozen (requires_grad=False)" if frozen else "it has no parameters at all"
         raise ValueError(f"MAML needs a model with trainable parameters; of {type(model).__name__}, {why}.")
+
+
+def _scripted_calls(module: nn.Module) -> list[str]:
+    """Which calls in a scripted module would be silently wrong, for they cannot be replaced."""
+    if not isinstance(module, torch.jit.ScriptModule) or not hasattr(module, "forward"):
+        return []
+    graph: Any = module.inlined_graph
+    calls = [name for name in ("embedding", "one_hot", "select_scatter") if graph.findAllNodes(f"aten::{name}")]
+    fills = [list(node.inputs()) for node in graph.findAllNodes("aten::index_fill")]
+    return calls + ["index_fill"] * any(isinstance(inputs[-1].type(), torch.TensorType) for inputs in fills)
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:

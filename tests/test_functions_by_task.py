@@ -45,6 +45,27 @@ class WordsByFunction(nn.Module):
         return self.head(torch.tanh(F.embedding(x.long(), self.words, **self.options)).mean(1))
 
 
+class WordsByOperator(Words):
+    """As a model that `torch.export` has written calls it; padding is the only option."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.ops.aten.embedding.default(self.words.weight, x, self.words.padding_idx)
+        return self.head(torch.tanh(found).mean(1))
+
+
+class WordsLater(nn.Module):
+    """Begins to call what is replaced after the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 1)
+        self.masked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = F.embedding(x, self.words, padding_idx=0) if self.masked else self.words[x]
+        return self.head(torch.tanh(found).mean(1))
+
+
 def batch_of(dtype: torch.dtype = torch.int64) -> TaskBatch:
     generator = torch.Generator().manual_seed(0)
 
@@ -100,6 +121,44 @@ def test_sparse_gradients_are_as_dense_ones():
     assert_close(grads, expected)
 
 
+def test_operators_of_exported_models_are_replaced_too():
+    model, batch = problem(WordsByOperator, {"padding_idx": 0})
+    expected, _ = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.3)
+    by_name = torch.embedding  # which F.embedding ends in
+    for call in (torch.ops.aten.embedding.default, torch.ops.aten.embedding, by_name):
+        model.forward = lambda x, call=call: model.head(torch.tanh(call(model.words.weight, x, 0)).mean(1))
+        grads = MAML(model, F.mse_loss, inner_lr=0.3).meta_gradient(batch).grads
+        assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
+
+
+def test_an_exported_model_trains():
+    model, batch = problem(Words, {"padding_idx": 0})
+    points = {0: torch.export.Dim("points")}
+    exported = torch.export.export(model, (batch.support_x[0],), dynamic_shapes={"x": points}).module()
+    grads = MAML(exported, F.mse_loss, inner_lr=0.3).meta_gradient(batch).grads
+    expected, _ = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.3)
+    assert_close({name: grads[name].mean(0) for name in expected}, expected)
+
+
+def test_a_model_may_call_it_later():
+    model, batch = problem(WordsLater, {})
+    learner = MAML(model, F.mse_loss, inner_lr=0.3)
+    for model.masked in (False, True):
+        grads = learner.meta_gradient(batch).grads
+        expected, _ = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.3)
+        assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("write", ["script", "trace"])
+def test_scripted_code_that_calls_it_is_refused(write):
+    model, batch = problem(Words, {"padding_idx": 0})
+    words = model.words
+    model.words = torch.jit.script(words) if write == "script" else torch.jit.trace(words, batch.support_x[0])
+    with pytest.raises(ValueError, match=r"scripted code of the model calls embedding.*Pass the model that torch.jit"):
+        MAML(model, F.mse_loss)
+
+
 @pytest.mark.parametrize("kind", [Words, WordsByFunction])
 def test_a_compiled_learner_agrees(kind, traced):
     model, batch = problem(kind, {"padding_idx": 0})
@@ -107,6 +166,48 @@ def test_a_compiled_learner_agrees(kind, traced):
     expected, _ = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.3)
     assert_close({name: g.mean(0) for name, g in compiled.items()}, expected)
     assert len(traced) == 1
+
+
+# ---- operations that vmap does wrong in silence
+
+SAME = torch.ones(2, 2, dtype=torch.float64)
+OPERATIONS = {
+    "select_scatter, first": lambda x, w: torch.select_scatter(x, w[0] * x[:, 0], 1, 0),
+    "select_scatter, last": lambda x, w: (w[:1] * x).select_scatter(w[0] * x[0], 0, -1),
+    "index_fill, same for all": lambda x, w: SAME.index_fill(1, torch.tensor([1]), w[0, 0]) @ w * x,
+    "index_fill": lambda x, w: torch.index_fill(x @ w, 1, torch.tensor([0]), w.sum()),
+    "index_fill, a number": lambda x, w: (x @ w).index_fill(0, torch.tensor([1]), 0.5),
+    "roll of a number": lambda x, w: x * torch.roll(w[0, 1], 1) + w.sum().roll(3),
+    "roll": lambda x, w: torch.roll(x @ w, 1) + (x @ w).roll((1, -1), (0, 1)),
+}
+
+
+class Operation(nn.Module):
+    def __init__(self, operation) -> None:
+        super().__init__()
+        self.weight, self.operation = nn.Parameter(torch.randn(2, 2)), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operation(x, self.weight)[:, :1].tanh()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_does_as_in_a_loop(name):
+    torch.manual_seed(0)
+    model, batch = Operation(OPERATIONS[name]).double(), regression_batch(tasks=3, support=2, query=2)
+    learner = MAML(model, F.mse_loss, inner_lr=0.3)
+    expected, losses = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.3)
+    for _ in range(2):
+        grads, ours = learner.meta_gradient(batch)
+        assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
+        torch.testing.assert_close(ours, losses)
+
+
+@pytest.mark.parametrize("index", [2, -3])
+def test_a_place_that_is_not_there_is_an_error(index):
+    model = Operation(lambda x, w: torch.select_scatter(x, w[0], 0, index)).double()
+    with pytest.raises((IndexError, ValueError), match="out of range"):
+        MAML(model, F.mse_loss).meta_gradient(regression_batch(tasks=3, support=2, query=2))
 
 
 # ---- attention
@@ -189,6 +290,38 @@ def test_a_transformer_layer_trains(training, compile, traced):
         for t in range(3):
             one = torch.func.functional_call(model, {name: w[t] for name, w in params.items()}, (batch.query_x[t],))
             torch.testing.assert_close(found[t], one)
+
+
+class Padded(nn.Module):
+    """Attention in sequences with padding, the first of which is nothing else."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.keys, self.head = how, nn.Linear(4, 4), nn.Linear(4, 1)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, padding = self.keys(x), torch.cat([torch.ones_like(x[:1, :, 0]), x[1:, :, 0]]) > 0
+        if self.how == "module":
+            out, _ = self.attend(keys, keys, keys, key_padding_mask=padding, need_weights=False)
+        else:
+            mask = ~padding.unsqueeze(1)
+            if self.how == "added":
+                mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+            out = F.scaled_dot_product_attention(keys, keys, keys, attn_mask=mask)
+        return self.head(out.mean(1))
+
+
+@pytest.mark.parametrize("how", ["module", "boolean", "added"])
+def test_who_may_look_at_nothing_sees_zeros(how):
+    torch.manual_seed(0)
+    model = Padded(how).double()
+    xs = [torch.randn(3, n, 3, 4, dtype=torch.float64) for n in (4, 3)]
+    batch = TaskBatch(xs[0], xs[0][:, :, 0, :1], xs[1], xs[1][:, :, 0, :1])
+    with sdpa_kernel(SDPBackend.MATH):
+        expected, _ = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.3)
+    grads = MAML(model, F.mse_loss, inner_lr=0.3).meta_gradient(batch).grads
+    assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
 
 
 def test_grouped_queries_share_their_keys():
