@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -18,6 +18,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 Places = list[tuple[dict[str, Tensor | None], str]]
+
+# A module's attributes in which PyTorch registers its tensors and modules: not for a forward to write to.
+_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
@@ -93,23 +96,44 @@ def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 def tensors_left(model: nn.Module) -> Iterator[list[str]]:
     """Take back what tensors the model leaves in attributes of its modules, and name these; to be used `alone`.
 
-    Within vmap they are no tensors that could be used, copied or saved afterwards.
+    Also those in lists, tuples and dicts. Within vmap they are no tensors that could be used, copied or saved later.
     """
-    before = {module: _attributes(module) for module in model.modules()}
+    before = {
+        module: {name: (value, _held(value)) for name, value in module.__dict__.items() if name not in _REGISTERED}
+        for module in model.modules()
+    }
     names: list[str] = []
     try:
         yield names
     finally:
         for module, attributes in before.items():
-            for name, tensor in _attributes(module).items():
-                if attributes.get(name) is not tensor:
+            for name in [*module.__dict__]:
+                value, held = module.__dict__[name], _held(module.__dict__[name])
+                if name in _REGISTERED or not any(isinstance(item, Tensor) for item in held):
+                    continue
+                was, had = attributes.get(name, (None, ()))
+                if value is not was or len(held) != len(had) or any(a is not b for a, b in zip(held, had, strict=True)):
                     names.append(name)
                     del module.__dict__[name]
-            module.__dict__.update(attributes)
+            for name in attributes.keys() - module.__dict__.keys():
+                module.__dict__[name] = _holding(*attributes[name])
 
 
-def _attributes(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
+def _held(value: object) -> Sequence[object]:
+    """A tensor, or what a list, a tuple or a dict holds (its keys, then its values); nothing of other kinds."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return [value] if isinstance(value, Tensor) else list(value) if isinstance(value, (list, tuple)) else ()
+
+
+def _holding(value: object, held: Sequence[object]) -> object:
+    """The same object, with what it held once."""
+    if isinstance(value, list):
+        value[:] = held
+    elif isinstance(value, dict):
+        value.clear()
+        value.update(zip(held[: len(held) // 2], held[len(held) // 2 :], strict=True))
+    return value
 
 
 @contextmanager
