@@ -26,7 +26,7 @@ from metamom import MAML
 
 EXAMPLES = 12  # of each operation
 INNER_LR = 0.003
-# a loop draws other numbers, or each call seeds the generator; in a loop alone, a bias without a weight loses its second
+# a loop draws other numbers, or each call seeds the generator; in a loop alone, a bias without a weight has no second
 # derivative; numbers have 8 to 24 bits
 LEFT_OUT = ("dropout", "lowrank", "fractional", "attention", "rrelu", "multinomial", "native_layer_norm")
 ROUGH = ("bfloat16", "half", "float", "chalf", "cfloat")
