@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,6 +41,25 @@ def check_option(name: str, value: Any) -> None:
         raise TypeError(
             "loss_fn is a function (predictions, targets) -> loss, such as torch.nn.functional.mse_loss, or a "
             f"loss module such as nn.MSELoss(); got {value!r}."
+        )
+
+
+def check_loss_owner(loss_fn: Any) -> None:
+    """Refuse a loss that hides a module with parameters, which would get no gradients.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+        if isinstance(loss_fn, nn.Module):
+            break
+    else:
+        loss_fn = getattr(loss_fn, "__self__", None)
+    if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+        raise ValueError(
+            f"loss_fn calls a {type(loss_fn).__name__} that has parameters of its own, which would get no gradients: "
+            "pass a module whose forward(predictions, targets) is the loss."
         )
 
 

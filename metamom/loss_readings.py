@@ -8,7 +8,9 @@ Legend: N points of one task, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -33,6 +35,7 @@ BY_ENTRY = (
 DIFFERENCES = ("sub", "subtract", "rsub", "__sub__", "__rsub__")
 # What leaves each entry's meaning and place, and what leaves its meaning alone, as long as no entry is lost.
 IN_PLACE = ("float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "log_softmax", "softmax")
+SCALING = ("div", "true_divide", "__truediv__", "mul", "__mul__", "__rmul__")  # by a positive number: a temperature
 OF_LABELS = ("long", "int")
 RESHAPING = (
     "squeeze", "unsqueeze", "view", "view_as", "reshape", "reshape_as", "flatten", "ravel", "__getitem__", "select",
@@ -136,7 +139,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         a, b = args[:2] if len(args) > 1 else (None, None)
         pair = isinstance(a, Tensor) and isinstance(b, Tensor)
-        if pair and func in BY_ENTRY and a.shape != b.shape and self._of_both(a, b):
+        if pair and func in BY_ENTRY and _grows(a, b) and self._of_both(a, b):
             raise ValueError(self._broadcast(f"{func.__name__} of"))
         out = (one_hot if func is F.one_hot else func)(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -147,7 +150,8 @@ class _Watch(TorchFunctionMode):
         elif pair and name in DIFFERENCES and self._of_both(a, b) and out.numel() > max(a.numel(), b.numel()):
             raise ValueError(self._broadcast("the difference between"))
         if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and out.numel() == args[0].numel():
-            self._follow(name, args[0], out)
+            scaled = name in SCALING and isinstance(b, (int, float)) and b > 0
+            self._follow("clone" if scaled else name, args[0], out)
         return out
 
     def _follow(self, name: str, given: Tensor, out: Tensor) -> None:
@@ -177,7 +181,7 @@ class _Watch(TorchFunctionMode):
         axis: int | None = None
         if not _among(labels, self.labels):
             pass
-        elif scores.shape == self.predictions.shape and placed is not False:  # they, scaled perhaps
+        elif placed and scores.shape == self.predictions.shape:
             axis = 1 if scores.dim() > 1 else None
         elif placed is not None and scores.dim() > 1:
             axes = class_axes(self.predictions.shape, self.targets.shape)
@@ -203,6 +207,12 @@ class _Watch(TorchFunctionMode):
             f"the loss takes {what} predictions of shape {list(p)} and targets of shape {list(y)} for each task, which "
             f"broadcasting would pair wrongly. {cure}."
         )
+
+
+def _grows(a: Tensor, b: Tensor) -> bool:
+    """Whether broadcasting would make more of two tensors than the larger one has: pairs that nobody meant."""
+    sizes = zip_longest(reversed(a.shape), reversed(b.shape), fillvalue=1)
+    return math.prod(max(pair) for pair in sizes) > max(a.numel(), b.numel())
 
 
 def _among(x: Tensor, tensors: Sequence[Tensor]) -> bool:

@@ -42,7 +42,7 @@ from metamom.estimators import (
     support_parts,
 )
 from metamom.inner_step import Derivatives, gradients, inner_gradient, inner_step, straight_through
-from metamom.learner_options import check_compile, check_option, check_replacement
+from metamom.learner_options import check_compile, check_loss_owner, check_option, check_replacement
 from metamom.loss_readings import LossFn as LossFn
 from metamom.loss_readings import LossReadings
 from metamom.metrics import accuracy
@@ -230,8 +230,9 @@ class MAML(nn.Module):
         check_option(name, value)
         if "_run" in self.__dict__:  # it has been made
             self._check_change(name, value)
-        if name == "loss_fn":  # a module in place of a function, or the other way round
-            self._modules.pop(name, None)
+        if name == "loss_fn":
+            check_loss_owner(value)
+            self._modules.pop(name, None)  # a module in place of a function, or the other way round
         super().__setattr__(name, value)
 
     def _check_change(self, name: str, value: Any) -> None:
@@ -240,6 +241,7 @@ class MAML(nn.Module):
             check_kind(value)
             check_model(value)
             check_replacement(self.model, value)
+            self._run = RunByTask()
         if name in ("estimator", "inner_batches", "inner_steps"):
             estimator: Estimator = value if name == "estimator" else self.estimator
             check_estimator(estimator, value if name == "inner_batches" else self.inner_batches)

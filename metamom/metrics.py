@@ -43,6 +43,10 @@ def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = Non
     if reading.kind == "classes":
         classes = predictions.shape[1 + reading.axis]
         best, found = predictions.max(1 + reading.axis)
+        if found.shape != targets.shape:  # the loss drops an axis of one label
+            if found.numel() != targets.numel() or found.shape[:2] != targets.shape[:2]:
+                return None
+            targets = targets.reshape(found.shape)
     else:
         classes, best = 2, predictions.reshape(targets.shape)
         found = (best > (0 if reading.kind == "logit" else 0.5)).long()

@@ -124,7 +124,7 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
         raise ValueError(
             f"the learner learns inner step sizes that the optimizer does not hold, so that they would never move: "
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Make it over learner.parameters(), which has the "
-            "model's and these, or make the learner without learn_inner_lr."
+            "model's and learned ones (a plain tensor given as inner_lr must be added), or learn none."
         )
 
 

@@ -86,6 +86,9 @@ def load_parts(
         raise CheckpointError(f"{where} {misfit}: {name}: {kind}{why}") from error
 
 
+MOST = {"step": math.inf, "seconds": 2**53}  # what a float still tells apart
+
+
 def checked_head(state: Mapping[str, Any], where: str) -> tuple[int, float]:
     """``"step"`` and ``"seconds"`` of a checkpoint.
 
@@ -94,7 +97,7 @@ def checked_head(state: Mapping[str, Any], where: str) -> tuple[int, float]:
     """
     for name, kinds in (("step", (int,)), ("seconds", (int, float))):
         value = state.get(name)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < MOST[name]:
             kind = "a whole number" if kinds == (int,) else "a number"
             raise CheckpointError(f"{where} should hold {kind} >= 0 as {name!r}; got {_short(value)}.")
     return state["step"], float(state["seconds"])

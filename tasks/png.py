@@ -17,6 +17,14 @@ REFUSED = {b"tRNS": "transparency", b"acTL": "an animation", b"iCCP": "a colour 
 GAMMA = 45455  # 1/2.2 in units of 1e-5: what values mean where no gAMA chunk says otherwise
 
 
+# colour types: bits that each may have, and its numbers a pixel
+DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+# the passes of an interlaced picture: first column and row, and the steps between them
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
 class DamagedError(ValueError):
     """A file that isn't a whole PNG."""
 
@@ -39,9 +47,17 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
     chunks = list(_chunks(data))
     if chunks[0][0] != b"IHDR" or len(chunks[0][1]) != 13:
         raise DamagedError("no header")
-    found_width, found_height, depth, colour = struct.unpack(">IIBB", chunks[0][1][:10])
+    found_width, found_height, depth, colour, method, filtering, interlaced = struct.unpack(">IIBBBBB", chunks[0][1])
     if (found_width, found_height) != (width, height):
         raise ValueError(f"of {found_width}x{found_height} pixels instead of {width}x{height}")
+    if depth not in DEPTHS.get(colour, ()) or method or filtering or interlaced > 1:
+        raise DamagedError(f"a header of no PNG: colour type {colour} of {depth} bits, methods {method}, {filtering}")
+    names = [name for name, _ in chunks]
+    for name in names:
+        if not name[0] & 32 and name not in CRITICAL:
+            raise DamagedError(f"an unknown part {name!r}")
+    if names.count(b"IHDR") > 1 or names.count(b"PLTE") > 1:
+        raise DamagedError("two headers or palettes")
     if colour in WITH_ALPHA:
         raise ValueError("with transparency")
     if colour == RGB and depth != 8:
@@ -51,6 +67,10 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
             raise ValueError(f"with {REFUSED[name]}")
         if name == b"gAMA" and contents != struct.pack(">I", GAMMA):
             raise ValueError("with a gamma other than 1/2.2")
+    _check_pixels(
+        b"".join(contents for name, contents in chunks if name == b"IDAT"),
+        _inflated(width, height, depth * CHANNELS[colour], bool(interlaced)),
+    )
     try:
         with Image.open(BytesIO(data), formats=["PNG"]) as png:
             if png.mode.startswith("I"):  # 16 bits, which Pillow's own conversion to 8 would cut off at 255
@@ -60,6 +80,26 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
             return np.asarray(png.convert("L"))
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:
         raise DamagedError(str(error)) from error
+
+
+def _inflated(width: int, height: int, bits: int, interlaced: bool) -> int:
+    """The bytes of all rows, each with the number of its filter before it."""
+    total = 0
+    for column, row, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-max(width - column, 0) // across), -(-max(height - row, 0) // down)
+        total += rows * (1 + -(-columns * bits // 8)) if columns else 0
+    return total
+
+
+def _check_pixels(data: bytes, size: int) -> None:
+    """Refuse pixels that are fewer or more than the header says: Pillow fills in what is missing."""
+    inflate = zlib.decompressobj()
+    try:
+        found = inflate.decompress(data, size + 1)
+    except zlib.error as error:
+        raise DamagedError(str(error)) from error
+    if len(found) != size or inflate.unconsumed_tail or inflate.unused_data or not inflate.eof:
+        raise DamagedError("pixels missing, or more of them than its header says")
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from problems import assert_close, regression_batch
@@ -329,3 +331,13 @@ def test_a_loss_that_is_linear_in_the_weights_has_no_second_derivative(compile, 
     expected, _ = loop(model, batch, 0.1, lambda out, y, weights: loss_fn(out, y), {})
     grads = MAML(model, loss_fn, inner_lr=0.1, compile=compile).meta_gradient(batch).grads
     assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
+
+
+# ---- modules with parameters behind a function
+
+
+@pytest.mark.parametrize("make", [functools.partial, lambda loss: loss.forward], ids=["partial", "method"])
+def test_a_loss_that_hides_parameters_is_an_error(make):
+    with pytest.raises(ValueError, match="Weighted that has parameters of its own, which would get no gradients"):
+        MAML(net(), make(Weighted()))
+    MAML(net(), make(nn.MSELoss()))

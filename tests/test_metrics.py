@@ -242,3 +242,45 @@ def test_gradients_are_the_same_where_losses_are_watched():
     theirs = MAML(model, lambda p, y: p.logsumexp(1).mean() - p.gather(1, y[:, None]).mean()).meta_gradient(batch).grads
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name])
+
+
+# ---- what the loss does with labels and scores before torch's own loss
+
+
+def batch_of_labels(tasks: int, points: int) -> TaskBatch:
+    generator = torch.Generator().manual_seed(0)
+    sets = []
+    for _ in range(2):
+        sets.append(torch.randn(tasks, points, 3, generator=generator))
+        sets.append(torch.randint(0, 4, (tasks, points), generator=generator))
+    return TaskBatch(*sets)
+
+
+def plainly_right(learner: MAML, batch: TaskBatch) -> float:
+    with torch.no_grad():
+        predictions = learner.predict(learner.adapt(batch.support_x, batch.support_y), batch.query_x)
+    return float((predictions.argmax(-1) == batch.query_y.view(predictions.shape[:2])).float().mean())
+
+
+@pytest.mark.parametrize("points", [4, 5])
+@pytest.mark.parametrize("drop", [lambda y: y.squeeze(-1), lambda y: y.flatten(), lambda y: y[:, 0]])
+def test_labels_with_an_axis_of_one(drop, points):
+    torch.manual_seed(0)
+    batch = batch_of_labels(4, points)
+    batch = batch._replace(support_y=batch.support_y.unsqueeze(-1), query_y=batch.query_y.unsqueeze(-1))
+    learner = MAML(torch.nn.Linear(3, 4), lambda p, y: F.cross_entropy(p, drop(y)))
+    assert learner.backward(batch).metrics["accuracy"] == pytest.approx(plainly_right(learner, batch))
+
+
+@pytest.mark.parametrize(
+    ("scale", "known"),
+    [(lambda p: p / 0.5, True), (lambda p: 2 * p, True), (lambda p: p * 3.0, True), (lambda p: -p, False),
+     (lambda p: p * -1.0, False), (lambda p: p.square(), False)],
+)  # fmt: skip
+def test_scores_that_the_loss_changes(scale, known):
+    """A temperature leaves the largest score the largest; what else is done to scores may not."""
+    torch.manual_seed(0)
+    batch = batch_of_labels(4, 5)
+    learner = MAML(torch.nn.Linear(3, 4), lambda p, y: F.cross_entropy(scale(p), y))
+    found = learner.backward(batch).metrics["accuracy"]
+    assert found == (pytest.approx(plainly_right(learner, batch)) if known else None)

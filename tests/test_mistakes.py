@@ -339,7 +339,7 @@ MISTAKES = {
         lambda: evaluate(regressor(), Batches(tuple(V)), tasks=T), TypeError, ("TaskBatch", "tuple")
     ),
     "fewer tasks than asked for": Mistake(
-        lambda: evaluate(regressor(), Batches(V), tasks=7), ValueError, ("7", "4")
+        lambda: evaluate(regressor(), Batches(V), tasks=7), ValueError, ("gave 4 tasks", "wanted 7")
     ),
     "targets without an axis in an evaluation": Mistake(
         lambda: evaluate(regressor(), Batches(flat(V)), tasks=T),

@@ -118,3 +118,42 @@ def test_damage_of_any_kind_is_found_or_harmless(seeds):
             except ValueError:
                 continue
         assert np.array_equal(read, right), f"seed {seed}"
+
+
+# ---- whole chunks, with right checksums, that do not fit each other
+
+
+def made_of(*parts: tuple[bytes, bytes]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in parts)
+
+
+HEADER = struct.pack(">IIBBBBB", 9, 5, 8, 0, 0, 0, 0)
+ROWS = b"".join(b"\0" + bytes(range(row * 9, row * 9 + 9)) for row in range(5))
+END = (b"IEND", b"")
+
+
+def test_a_picture_made_by_hand_is_read():
+    found = read_grey(made_of((b"IHDR", HEADER), (b"IDAT", zlib.compress(ROWS)), END), 9, 5)
+    assert found.tolist() == [list(range(row * 9, row * 9 + 9)) for row in range(5)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(b"IHDR", HEADER), (b"IHDR", struct.pack(">IIBBBBB", 50000, 50000, 8, 0, 0, 0, 0)),
+         (b"IDAT", zlib.compress(ROWS)), END],
+        [(b"IHDR", HEADER), (b"IDAT", zlib.compress(ROWS[:20])), END],
+        [(b"IHDR", HEADER), (b"IDAT", zlib.compress(ROWS + bytes(10**6))), END],
+        [(b"IHDR", HEADER), (b"IDAT", zlib.compress(ROWS)[:-6]), END],
+        [(b"IHDR", HEADER), (b"IDAT", zlib.compress(ROWS)), (b"IDAT", b"more"), END],
+        [(b"IHDR", HEADER), (b"MORE", b""), (b"IDAT", zlib.compress(ROWS)), END],
+        [(b"IHDR", HEADER[:-3] + b"\1\0\0"), (b"IDAT", zlib.compress(ROWS)), END],
+        [(b"IHDR", HEADER[:8] + b"\3\0\0\0\0"), (b"IDAT", zlib.compress(ROWS)), END],
+        [(b"IHDR", HEADER[:8] + b"\x08\5\0\0\0"), (b"IDAT", zlib.compress(ROWS)), END],
+    ],
+    ids=["two headers", "rows missing", "rows too many", "a cut stream", "a second stream", "unknown and critical",
+         "another compression", "three bits", "no such colour type"],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused(parts):
+    with pytest.raises(DamagedError):
+        read_grey(made_of(*parts), 9, 5)

@@ -112,7 +112,7 @@ def test_a_comparison_goes_on_in_smaller_chunks(tmp_path):
     assert cli.main(compare) == 0
     (tmp_path / "runs" / "beta1-zero_lr0.01_seed0" / "outcome.json").unlink()
     assert cli.main([*compare, "--resume", "--chunk-size", "1"]) == 0
-    assert cli.main([*compare, "--resume", "--meta-batch", "4"]) == 2
+    assert cli.main([*compare, "--resume", "--inner-lr", "0.02"]) == 2
 
 
 def test_what_may_differ_is_one_list():
@@ -390,6 +390,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "step of text": (with_("step", "4"), "'step'; got '4'"),
     "step below zero": (with_("step", -1), "'step'; got -1"),
     "step beyond all": (with_("step", 2**70), "has done 1180591620717411303424 iterations"),
+    "more seconds than a float has": (with_("seconds", 10**400), "a number >= 0 as 'seconds'; got 1000"),
     "seconds NaN": (with_("seconds", float("nan")), "'seconds'; got nan"),
     "best of text": (with_("best", "x"), "'best'; got 'x'"),
     "rng a list": (with_("rng", [1]), "no states of generators"),
