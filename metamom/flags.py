@@ -145,16 +145,11 @@ def parser(commands: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParse
 
 def parsed(root: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, or argparse's exit with status 2."""
-    given = set()
     for argument in argv:
         name, equals, value = argument.partition("=")
-        if not name.startswith("--"):
-            continue
-        if equals and value == "--":  # which argparse takes for no value, or an empty list
+        # which argparse takes for no value, or an empty list
+        if name.startswith("--") and equals and value == "--":
             root.error(f"argument {name}: expected a value; got '--'")
-        if name in given:  # of which argparse takes the last
-            root.error(f"argument {name}: given twice; give it once, several values with commas between")
-        given.add(name)
     return root.parse_args(argv)
 
 
