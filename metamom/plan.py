@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metamom.aggregate import Aggregation
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.bias.base import Function, function_name
 from metamom.checks import AT_ONCE, MOST, check_whole
+from metamom.contents import Contents
 from metamom.distributed import World
 from metamom.maml import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta
@@ -157,7 +159,7 @@ def _kind(thing: object) -> str:
 
 
 # of what `describe` gives: earlier versions did not record it
-LATER = ("loss", "dtype", "schedulers", "validation")
+LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code")
 
 
 def describe(
@@ -179,9 +181,13 @@ def describe(
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     operator = as_operator(bias)
     like = next(learner.model.parameters())
+    loss, own = Contents(learner.loss_fn), Contents(*_functions(operator))
+    contents = {"loss": loss.values[0], **({"bias": own.values} if own.values else {})}
     return {
         "model": str(learner.model),
         "loss": _of_function(learner.loss_fn),
+        "contents": json.loads(json.dumps(contents)),
+        "code": [loss.code, own.code],
         "dtype": str(like.dtype),
         "autocast": None if learner.autocast is None else str(learner.autocast),
         "learner": learner.describe(),
@@ -203,7 +209,16 @@ def _of_function(function: Any) -> dict[str, Any]:
         return {"name": str(function), **_numbers(vars(function))}
     if isinstance(function, functools.partial):
         return {**_of_function(function.func), **_numbers(function.keywords)}
-    return {"name": getattr(function, "__qualname__", type(function).__qualname__)}
+    return {"name": function_name(function)}
+
+
+def _functions(operator: BiasOperator | None) -> list[Any]:
+    """The user's own functions in an operator."""
+    if isinstance(operator, Function):
+        return [operator.function]
+    within = [] if operator is None else list(vars(operator).values())
+    flat = [each for value in within for each in (value if isinstance(value, (list, tuple)) else [value])]
+    return [function for each in flat if isinstance(each, BiasOperator) for function in _functions(each)]
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:

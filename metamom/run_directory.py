@@ -110,6 +110,8 @@ class RunDirectory:
             )
         config = read_config(self.path)
         unrecorded = [name for name in later if name not in config["settings"]]
+        if not str(config["environment"].get("python")).startswith("{}.{}.".format(*sys.version_info)):
+            unrecorded.append("code")  # is of one version of Python
         differences = list(_differences(config["settings"], settings, {*free, *unrecorded}))
         if differences:
             raise ValueError(

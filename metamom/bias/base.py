@@ -445,7 +445,13 @@ class Function(BiasOperator):
     @property
     def spec(self) -> str:
         """The function's name."""
-        return str(getattr(self.function, "__qualname__", type(self.function).__qualname__))
+        return function_name(self.function)
+
+
+def function_name(function: object) -> str:
+    """The name of a function, or of the class of an object that is called; a lambda's says nothing of its place."""
+    name = str(getattr(function, "__qualname__", type(function).__qualname__))
+    return "<lambda>" if name.endswith(".<lambda>") else name
 
 
 Bias = BiasOperator | Callable[[Tensor], Tensor] | str | None
