@@ -9,6 +9,7 @@ Every run stands in ``RUN/runs/ARM_lr_seed``; ``RUN/report.md`` sums them up. An
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +21,12 @@ from metamom.evaluation import evaluate
 from metamom.experiments.numerals import shortest
 from metamom.experiments.processes import run_in_processes
 from metamom.experiments.recipes import Recipe
-from metamom.experiments.report import write_report
+from metamom.experiments.report import best_learners, write_report
 from metamom.files import write_atomically
 from metamom.optim import FirstStep
 from metamom.plan import check_momentum, check_plan
 from metamom.progress import DivergedError
-from metamom.run_directory import RunDirectory, read_metrics
+from metamom.run_directory import RunDirectory, read_log
 from metamom.schema import read_record
 from metamom.training import train
 
@@ -129,6 +130,17 @@ class Ending:
         Raises:
             ValueError: naming the file.
         """
+        last = comparison.iterations
+        if self.diverged is not None and not 0 <= self.diverged <= last:
+            raise ValueError(
+                f"{path} is damaged: a run of {last} iterations diverges at a step from 0 to {last}; got "
+                f"{self.diverged!r:.80}. Remove it to have the run go on."
+            )
+        if not _finite(self.test, self.halfwidth) or min(self.halfwidth or (), default=0.0) < 0:
+            raise ValueError(
+                f"{path} is damaged: test results are finite numbers, and their intervals' half-widths >= 0; got "
+                f"{self.test!r:.80} and {self.halfwidth!r:.80}. Remove it to have the run evaluated again."
+            )
         sizes = [0 if each is None else len(each) for each in (self.test, self.halfwidth)]
         if sizes != [len(comparison.steps) if self.diverged is None else 0] * 2:
             raise ValueError(
@@ -175,14 +187,17 @@ def compare(
         check_momentum(arm.make_optimizer(arm.learner()), arm.operator())
     free = tuple(f"base.{name}" for name in Recipe.free())
     with RunDirectory(run_dir, asdict(comparison), free=free, resume=resume) as run:
-        run.write_config()
         recipes = [replace(arm, seed=seed) for seed in range(comparison.seeds) for arm in comparison.arms()]
-        reused = sum((_place(recipe, run.path) / "outcome.json").exists() for recipe in recipes)
+        finished = [recipe for recipe in recipes if (_place(recipe, run.path) / "outcome.json").exists()]
+        ended = [_ended(comparison, recipe, run.path) for recipe in finished]  # refused before anything is written
+        if len(finished) == len(recipes):
+            best_learners(comparison, ended)
+        run.write_config()
         calls = [(comparison, recipe, run.path, root) for recipe in recipes]
         if jobs > 1:
             run_in_processes(_run, calls, jobs, "compare")
         outcomes = [_run(*call) for call in calls]  # where processes did them, they are read from disk
-        return write_report(comparison, outcomes, run.path, reused)
+        return write_report(comparison, outcomes, run.path, len(finished))
 
 
 def _place(recipe: Recipe, run_dir: Path) -> Path:
@@ -228,7 +243,20 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
                 learner, recipe.sampler("test", root=root), tasks=comparison.test_tasks, steps=comparison.steps
             )
             end = Ending(None, test.mean, test.halfwidth)
+            if not _finite(test.mean, test.halfwidth):  # on test tasks: no loss that means could be taken of
+                end = Ending(comparison.iterations, None, None)
         write_atomically(ending, json.dumps(asdict(end)).encode())
+    return _ended(comparison, recipe, run_dir)
+
+
+def _ended(comparison: Comparison, recipe: Recipe, run_dir: Path) -> Outcome:
+    """How a finished run ended, read from disk.
+
+    Raises:
+        ValueError: naming the file that is damaged, and what to do.
+    """
+    path = _place(recipe, run_dir)
+    ending = path / "outcome.json"
     ended = read_record(Ending, ending)
     ended.check(comparison, ending)
     curve = _curve(path)
@@ -240,10 +268,20 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
     return Outcome(recipe, curve, comparison.steps, ended.test, ended.halfwidth, ended.diverged, path)
 
 
+def _finite(*groups: tuple[float, ...] | None) -> bool:
+    return all(math.isfinite(each) for group in groups for each in group or ())
+
+
 def _curve(path: Path) -> list[tuple[int, float]]:
     """A run's validations ``[(steps done, mean)]``."""
     curve = []
-    for line in read_metrics(path):
+    log = read_log(path)
+    if log.damaged:  # of a run that is finished, so that no resume of it will repair them
+        raise ValueError(
+            f"{path / 'metrics.jsonl'}, line {log.damaged[0]} is no JSON object with a step above those before. Take "
+            "the line out, or remove the run's folder to have it done again."
+        )
+    for line in log.lines:
         if "validation" in line:
             if not isinstance(line["validation"], float):
                 raise ValueError(

@@ -15,6 +15,7 @@ from metamom.experiments import figures
 from metamom.experiments.numerals import shortest
 from metamom.experiments.saved import load_run
 from metamom.files import write_atomically
+from metamom.maml import MAML
 from metamom.run_directory import environment
 from metamom.tasks import Sinusoid
 
@@ -87,7 +88,7 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
     """
     scale = SCALES[comparison.base.task]
     arms = _arms(outcomes)
-    best = [_best([arm for arm in arms if arm.label == label], scale) for label in dict.fromkeys(a.label for a in arms)]
+    best = _best_of_each(arms, scale)
     pictures = _draw(comparison, arms, best, scale, folder)
     base = comparison.base
     what = "sinusoids" if base.task == "sinusoid" else f"Omniglot, {base.ways}-way {base.shots}-shot"
@@ -154,6 +155,26 @@ def _arms(outcomes: Iterable[Outcome]) -> list[Arm]:
 
 
 _FIRST = {"zero": "v₋₁ = 0", "gradient": "v₀ = g₀"}
+
+
+def best_learners(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, MAML]:
+    """Of each method at its best step size, the learner of the first run that did not diverge, if the report draws it.
+
+    Returns:
+        By the method's label.
+
+    Raises:
+        ValueError: if one of them cannot be read.
+    """
+    if comparison.base.task != "sinusoid":
+        return {}
+    best = _best_of_each(_arms(outcomes), SCALES[comparison.base.task])
+    return {arm.label: load_run(arm.finished[0].path, "newest").learner for arm in best if arm.finished}
+
+
+def _best_of_each(arms: list[Arm], scale: Scale) -> list[Arm]:
+    """Each method at its best step size."""
+    return [_best([arm for arm in arms if arm.label == label], scale) for label in dict.fromkeys(a.label for a in arms)]
 
 
 def _best(arms: list[Arm], scale: Scale) -> Arm:
@@ -237,6 +258,7 @@ def _draw(
     comparison: Comparison, arms: Sequence[Arm], best: Sequence[Arm], scale: Scale, folder: Path
 ) -> list[tuple[str, str]]:
     """Draw the figures; returns their names and captions."""
+    found = best_learners(comparison, [outcome for arm in arms for outcome in arm.outcomes])  # before a figure is drawn
     single = len(comparison.lrs) == 1
     labels = {arm.label: arm.label if single else f"{arm.label}, γ = {shortest(arm.lr)}" for arm in best}
     band = "" if comparison.seeds == 1 else f", mean and range of {comparison.seeds} seeds"
@@ -263,7 +285,7 @@ def _draw(
         points = f"a point for each seed{kept}, a line through their means"
         drawn.append(("step_sizes", f"Final validation against the step size; {points}."))
     if comparison.base.task == "sinusoid":
-        learners = {labels[a.label]: load_run(a.finished[0].path, "newest").learner for a in best if a.finished}
+        learners = {labels[label]: learner for label, learner in found.items()}
         family = comparison.base.sampler("test")
         assert isinstance(family, Sinusoid)
         if learners:

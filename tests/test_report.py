@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from endings import contents
 from scipy import stats
 
-from metamom.experiments.compare import Comparison, Outcome, _place
+from metamom import evaluate
+from metamom.experiments.compare import Comparison, Outcome, _place, compare
 from metamom.experiments.numerals import shortest, told_apart
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import write_report
@@ -141,6 +146,80 @@ def test_betas_that_six_digits_do_not_tell_apart_are_two_arms(tmp_path):
     outcomes = [Outcome(arm, [(10, 0.5)], (1,), (0.5,), (0.1,), None, tmp_path) for arm in comparison.arms()]
     (table,) = tables(write_report(comparison, outcomes, tmp_path).read_text())
     assert [row[0] for row in table] == [f"momentum, β = {beta}, v₋₁ = 0" for beta in ("0.1", "0.100000001")]
+
+
+SMALL = Comparison(
+    Recipe("sinusoid", shots=2, queries=2, meta_batch=2), (0.1,), ("zero",), (0.01, 0.02), 1, 4, 2, 2, 2, (0, 1), 1.0
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that is finished."""
+    path = tmp_path_factory.mktemp("compared") / "run"
+    compare(SMALL, path)
+    return path
+
+
+def spoil_outcome(run: Path) -> None:
+    (run / "outcome.json").write_text("{")
+
+
+def spoil_metrics(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], "x", *lines[1:]]) + "\n")
+
+
+def lose_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_outcome, "outcome"),
+        (spoil_metrics, "line 2 is no JSON.* or remove the run's folder to have it done again"),
+        (lose_checkpoints, "has no checkpoint yet"),
+    ],
+)
+def test_a_comparison_that_is_refused_is_left_as_it_was(spoil, message, compared, tmp_path):
+    run = Path(shutil.copytree(compared, tmp_path / "run"))
+    for each in (run / "runs").iterdir():
+        spoil(each)
+    before = contents(run)
+    with pytest.raises(ValueError, match=message):
+        compare(SMALL, run, resume=True)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test": [math.nan, math.nan]}, "test results are finite numbers"),
+        ({"halfwidth": [math.inf, 1.0]}, "test results are finite numbers"),
+        ({"halfwidth": [0.1, -0.1]}, "half-widths >= 0"),
+        ({"test": None, "halfwidth": None, "diverged": -4}, "diverges at a step from 0 to 4; got -4"),
+        ({"test": None, "halfwidth": None, "diverged": 99}, "diverges at a step from 0 to 4; got 99"),
+    ],
+)
+def test_endings_that_no_run_has(changes, message, compared, tmp_path):
+    run = Path(shutil.copytree(compared, tmp_path / "run"))
+    file = next((run / "runs").iterdir()) / "outcome.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        compare(SMALL, run, resume=True)
+
+
+def test_test_losses_that_are_not_finite_have_diverged(compared, tmp_path, monkeypatch):
+    """So that the comparison ends, and what it says is of numbers."""
+    run = Path(shutil.copytree(compared, tmp_path / "run"))
+    ending = next((run / "runs").iterdir()) / "outcome.json"
+    ending.unlink()
+    of_one = evaluate(SMALL.base.learner(), SMALL.base.sampler("test"), tasks=2, steps=(0, 1))
+    spoilt = of_one._replace(mean=(1.0, math.inf))
+    monkeypatch.setattr("metamom.experiments.compare.evaluate", lambda *_, **__: spoilt)
+    assert "1 of 1" in compare(SMALL, run, resume=True).read_text()
+    assert json.loads(ending.read_text()) == {"diverged": 4, "test": None, "halfwidth": None}
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0, 1e12, 1e-7, 0.1 + 1e-17, 1 / 3, 2**0.5, 123456.0, 1234567.0, 1e300])
