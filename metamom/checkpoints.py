@@ -207,7 +207,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return load(self.path(step), device=device)
+                state = load(self.path(step), device=device)
             except CheckpointFormatError:
                 raise
             except CheckpointError as error:
@@ -217,6 +217,15 @@ class Checkpoints:
                         "run in another directory."
                     ) from error
                 warnings.warn(f"{error} Going back to the one before.", stacklevel=2)
+            else:
+                found = state.get("step", step)
+                if type(found) is int and 0 <= found != step:  # other kinds of things are told where it is read
+                    raise CheckpointError(
+                        f"checkpoint {self.path(step)} is of another step than its name says: it holds "
+                        f"{found if found < 10**18 else 'a number of many digits'}. Put a copy of it back, or take it "
+                        "away."
+                    )
+                return state
         return None
 
 

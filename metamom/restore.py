@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -48,6 +48,7 @@ def load_parts(
     where: str,
     *,
     entries: int | None = None,
+    step: int = 0,
     misfit: str = "are of another model or optimizer",
 ) -> None:
     """Load each part's state; where one does not fit, all are as they were before.
@@ -57,6 +58,7 @@ def load_parts(
         state: by the same names.
         where: it comes from, for the error: "the checkpoints in RUN".
         entries: of the gradients that bias operators keep something of.
+        step: steps that were done, after which an optimizer has a state.
         misfit: what is said of a state that does not fit.
 
     Raises:
@@ -70,11 +72,14 @@ def load_parts(
     try:
         for name, part in parts.items():
             if isinstance(part, Optimizer):
-                _check_optimizer(part, state[name])
+                scheduled = any(str(other).startswith("scheduler") for other in state)
+                _check_optimizer(part, state[name], begun=step > 0, scheduled=scheduled)
             elif isinstance(part, (LRScheduler, LambdaBeta)):
                 _check_schedule(part, state[name])
             elif not isinstance(state[name], Mapping):
                 raise ValueError(f"its state should be a dict; got {type(state[name]).__name__}")
+            elif isinstance(part, nn.Module):
+                _check_weights(part, state[name])
             part.load_state_dict(state[name])
             if isinstance(part, BiasOperator) and entries is not None:
                 _check_entries(part.state_dict(), entries, "its state")
@@ -134,7 +139,36 @@ def _check_entries(state: dict[str, Any], entries: int, place: str) -> None:
             _refuse(f"{place}.{name}", f"a tensor of {entries} entries", value)
 
 
-def _check_optimizer(optimizer: Optimizer, state: Any) -> None:
+def _check_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse weights that would be cast in silence from another kind of number, or that are not finite."""
+    parameters = dict(module.named_parameters())
+    for name, mine in module.state_dict().items():
+        saved = state.get(name)
+        if isinstance(mine, Tensor) and isinstance(saved, Tensor):
+            _check_kind(mine, saved, name)
+            if name in parameters and not bool(saved.isfinite().all()):
+                raise ValueError(f"{name} is not finite in all of its entries, which no run saves")
+
+
+def _check_kind(mine: Tensor, saved: Tensor, place: str) -> None:
+    """Floating point, complex, whole numbers or truth values, all of them or none; widths may differ."""
+    if _kind(mine) != _kind(saved):
+        raise ValueError(f"{place} should be of {mine.dtype}; got a tensor of {saved.dtype}")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+
+
+def _check_optimizer(optimizer: Optimizer, state: Any, *, begun: bool, scheduled: bool) -> None:
+    """Refuse a state that the optimizer cannot have had.
+
+    Args:
+        optimizer: that is to take it.
+        state: as saved.
+        begun: whether it has done a step.
+        scheduled: whether schedules moved its step sizes, which are else those that it was made with.
+    """
     mine = optimizer.state_dict()
     if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
         raise ValueError(f"its state should be a dict of 'state' and 'param_groups'; got {_short(state)}")
@@ -152,28 +186,40 @@ def _check_optimizer(optimizer: Optimizer, state: Any) -> None:
             )
         numbers += there["params"]
         _check_alike({k: v for k, v in here.items() if k != "params"}, there, f"param_groups[{i}]")
+        lr = there["lr"]
+        if lr < 0:
+            _refuse(f"param_groups[{i}].lr", "a number >= 0", lr)
+        if type(optimizer) in _KEPT and not scheduled and float(lr) != float(here["lr"]):
+            _refuse(f"param_groups[{i}].lr", f"{float(here['lr'])!r}, for no schedule moved it", lr)
     if not all(type(number) is int for number in numbers) or len(set(numbers)) < len(numbers):
         raise ValueError("'params' should be whole numbers that differ")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = dict(zip(numbers, (p.shape for p in parameters), strict=True))
+    if begun and _KEPT.get(type(optimizer)) and not state["state"]:
+        wanted = ", ".join(sorted(_KEPT[type(optimizer)]))
+        raise ValueError(f"'state' holds nothing, but after its first step there is {wanted} of each parameter")
+    by_number = dict(zip(numbers, parameters, strict=True))
     for number, kept in state["state"].items():
-        if type(number) is not int or number not in shapes:
+        if type(number) is not int or number not in by_number:
             raise ValueError(f"'state' has an entry {_short(number)}, which is no parameter's")
         if not isinstance(kept, dict):
             raise ValueError(f"state[{number}] should be a dict; got {_short(kept)}")
         if type(optimizer) in _KEPT:
-            _check_kept(kept, _KEPT[type(optimizer)], shapes[number], f"state[{number}]")
+            _check_kept(kept, _KEPT[type(optimizer)], by_number[number], f"state[{number}]")
 
 
-def _check_kept(kept: dict[str, Any], wanted: set[str], shape: torch.Size, place: str) -> None:
+def _check_kept(kept: dict[str, Any], wanted: set[str], parameter: Tensor, place: str) -> None:
     """What an optimizer that works entry by entry keeps of a parameter."""
     if missing := sorted(wanted - set(kept)):
         raise ValueError(f"{place} has no {', '.join(missing)}")
     for name, value in kept.items():
         if name == "step":
             _check_alike(0, value, f"{place}.{name}")
-        elif value is not None and (not isinstance(value, Tensor) or value.shape != shape):
-            raise ValueError(f"{place}.{name} should be a tensor of shape {tuple(shape)}; got {_short(value)}")
+        elif value is not None:
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                _refuse(f"{place}.{name}", f"a tensor of shape {tuple(parameter.shape)}", value)
+            _check_kind(parameter, value, f"{place}.{name}")
+            if bool(value.isnan().any()) or (name == "momentum" and not bool(value.isfinite().all())):
+                raise ValueError(f"{place}.{name} is not finite in all of its entries")
 
 
 def _check_schedule(schedule: LRScheduler | LambdaBeta, state: Any) -> None:
@@ -227,5 +273,7 @@ def _refuse(place: str, wanted: str, got: Any) -> NoReturn:
 def _short(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length():,} bits"
     text = repr(value) if isinstance(value, (int, float, str, bytes, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."
