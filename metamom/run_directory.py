@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import platform
 import sys
 import time
@@ -160,25 +161,33 @@ class RunDirectory:
             )
         return state
 
-    def forget_metrics_from(self, step: int) -> None:
+    def forget_metrics_from(self, step: int, until: float = math.inf) -> None:
         """Drop the metrics of steps that will be done again, and a last line cut short.
 
         Lines that cannot be read are left out with a warning, and the file as it was is kept beside the new one; steps
-        before ``step`` that have no line are named in a warning too.
+        before ``step`` that have no line are named in a warning too. Lines of steps from ``until`` on, which will not
+        be done again, stay in a copy of the file.
         """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
         log = read_log(self.path)
         kept = [line for line in log.lines if line["step"] < step]
-        copy = _free_name(path)
-        if log.damaged:
+        beyond = [line["step"] for line in log.lines if line["step"] >= max(step, until)]
+        copy = _free_name(path, "damaged" if log.damaged else "longer")
+        if log.damaged or beyond:
             write_atomically(copy, path.read_bytes())
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         if log.damaged:
             warnings.warn(
                 f"{path} was damaged in line {_listed(log.damaged)}: all that can be read is kept, and a copy of the "
                 f"damaged file is {copy.name}.",
+                stacklevel=2,
+            )
+        if beyond:
+            warnings.warn(
+                f"{path} held metrics of step {_listed(beyond)}, which this run goes back behind and will not do "
+                f"again: they are kept in {copy.name}.",
                 stacklevel=2,
             )
         steps = [-1, *(line["step"] for line in kept), step]
@@ -275,9 +284,9 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
 
 
-def _free_name(path: Path) -> Path:
-    """A name for a copy of a damaged file, where there is none yet."""
-    names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged-{n}" for n in itertools.count(2)))
+def _free_name(path: Path, kind: str) -> Path:
+    """A name for a copy of a file as it was, where there is none yet."""
+    names = itertools.chain([f"{path.name}.{kind}"], (f"{path.name}.{kind}-{n}" for n in itertools.count(2)))
     return next(copy for name in names if not (copy := path.with_name(name)).exists())
 
 

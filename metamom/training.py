@@ -228,7 +228,7 @@ def train(
         resumed_from = progress.done
         learner.expect(iterations - resumed_from)
         if run is not None:  # from here on the directory changes
-            run.forget_metrics_from(resumed_from)
+            run.forget_metrics_from(resumed_from, until=iterations)
             run.write_config()
         if resumed_from == 0:
             saved.save(progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import shutil
 import stat
@@ -31,7 +32,7 @@ from metamom.experiments.recipes import Recipe
 from metamom.nets import SinusoidMLP
 from metamom.plan import describe
 from metamom.restore import load_parts
-from metamom.run_directory import RunDirectory, read_config
+from metamom.run_directory import RunDirectory, read_config, read_metrics
 from metamom.tasks import Sinusoid
 
 TASKS = Sinusoid(shots=4, queries=4, seed=1)
@@ -326,6 +327,17 @@ def test_every_start_is_remembered(run, monkeypatch):
     assert config["environment"] == config["history"][-1]["environment"]
 
 
+def test_metrics_of_steps_that_will_not_be_done_again_are_kept(run):
+    """The newest checkpoint is damaged, and the run is to end before where it was."""
+    before = (run / "metrics.jsonl").read_bytes()
+    Checkpoints(run / "checkpoints").path(4).write_bytes(b"damaged")
+    held = "held metrics of step 3, which this run goes back behind"
+    with pytest.warns(UserWarning, match="Going back to the one before"), pytest.warns(UserWarning, match=held):
+        go(run, resume=True, iterations=3)
+    assert (run / "metrics.jsonl.longer").read_bytes() == before
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2]
+
+
 # refused before anything is written
 
 
@@ -503,8 +515,34 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "no learner": (without("learner"), "hold no learner"),
     "step of text": (with_("step", "4"), "'step'; got '4'"),
     "step below zero": (with_("step", -1), "'step'; got -1"),
-    "step beyond all": (with_("step", 2**70), "has done 1180591620717411303424 iterations"),
-    "more seconds than a float has": (with_("seconds", 10**400), "a number >= 0 as 'seconds'; got 1000"),
+    "step beyond all": (with_("step", 2**70), "of another step than its name says: it holds a number of many digits"),
+    "another step": (with_("step", 3), r"step-00000004\.pt is of another step than its name says: it holds 3\."),
+    "weights NaN": (
+        lambda s: {**s, "learner": {k: v * math.nan for k, v in s["learner"].items()}},
+        "learner: .* is not finite in all of its entries",
+    ),
+    **{
+        f"weights of {dtype}": (
+            lambda s, dtype=dtype: {**s, "learner": {k: v.to(dtype) for k, v in s["learner"].items()}},
+            f"learner: .* should be of torch.float32; got a tensor of {dtype}",
+        )
+        for dtype in (torch.bool, torch.int64, torch.complex64)
+    },
+    "momentum NaN": (in_state({"momentum": torch.full((4, 1), math.nan)}), r"state\[0\]\.momentum is not finite"),
+    "momentum of int64": (
+        in_state({"momentum": torch.zeros(4, 1, dtype=torch.int64)}),
+        r"state\[0\]\.momentum should be of torch\.float32; got a tensor of torch\.int64",
+    ),
+    "momentum lost": (
+        lambda s: {**s, "optimizer": {**s["optimizer"], "state": {}}},
+        "'state' holds nothing, but after its first step there is momentum of each parameter",
+    ),
+    "lr below zero": (in_group(lr=-0.5), r"param_groups\[0\]\.lr should be a number >= 0; got -0\.5"),
+    "another lr": (in_group(lr=0.5), r"param_groups\[0\]\.lr should be 0\.02, for no schedule moved it; got 0\.5"),
+    "more seconds than a float has": (
+        with_("seconds", 10**400),
+        "'seconds'; got a whole number of 1,329 bits",
+    ),
     "seconds NaN": (with_("seconds", float("nan")), "'seconds'; got nan"),
     "best of text": (with_("best", "x"), "'best'; got 'x'"),
     "rng a list": (with_("rng", [1]), "no states of generators"),
@@ -547,6 +585,24 @@ def test_checkpoints_with_the_wrong_contents(what, run):
     assert_same(dict(made.state_dict()), before)
     assert optimizer.state_dict() == groups
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_evaluation_of_checkpoints_with_the_wrong_contents(commanded, tmp_path, capsys):
+    run = Path(shutil.copytree(commanded, tmp_path / "run"))
+    edited(run, lambda s: {**s, "learner": {k: v * math.nan for k, v in s["learner"].items()}})
+    assert cli.main(["evaluate", str(run), "--tasks", "4", "--checkpoint", "newest"]) == 2
+    assert "is not finite" in capsys.readouterr().err
+
+
+def test_an_optimizer_without_a_state_goes_on(tmp_path):
+    """SGD has none, and ours none before its first step."""
+    recipe = Recipe("sinusoid", optimizer="sgd")
+    for done in (2, 3):
+        made = recipe.learner()
+        options: dict[str, Any] = {"meta_batch": 2, "run_dir": tmp_path, "resume": True}
+        train(made, recipe.make_optimizer(made), TASKS, iterations=done, **options)
+    fresh = CompositeMomentum(learner().parameters(), lr=0.02)
+    load_parts({"optimizer": fresh}, {"optimizer": fresh.state_dict()}, "RUN")
 
 
 @pytest.mark.parametrize(
