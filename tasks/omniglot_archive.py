@@ -6,6 +6,7 @@ been checked.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -179,8 +180,10 @@ def files_below(source: Path) -> Iterator[tuple[str, os.stat_result]]:
 def _status(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except FileNotFoundError:  # a link to nothing
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
+            return None
+        raise
 
 
 def _arranged(source: Path, members: Members, expected: Expected) -> Mapping[str, Mapping[int, str]]:

@@ -13,7 +13,14 @@ from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB, WITH_ALPHA = 2, (4, 6)  # colour types
-REFUSED = {b"tRNS": "transparency", b"acTL": "an animation", b"iCCP": "a colour profile", b"cICP": "a colour profile"}
+REFUSED = {
+    b"tRNS": "transparency",
+    b"acTL": "an animation",
+    b"fcTL": "an animation",  # Pillow obeys it, also where there is no acTL
+    b"fdAT": "an animation",
+    b"iCCP": "a colour profile",
+    b"cICP": "a colour profile",
+}
 GAMMA = 45455  # 1/2.2 in units of 1e-5: what values mean where no gAMA chunk says otherwise
 
 
@@ -58,6 +65,10 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
             raise DamagedError(f"an unknown part {name!r}")
     if names.count(b"IHDR") > 1 or names.count(b"PLTE") > 1:
         raise DamagedError("two headers or palettes")
+    if b"IDAT" in names and b"PLTE" in names[names.index(b"IDAT") :]:
+        raise DamagedError("a palette after its pixels")
+    if len(palette := dict(chunks).get(b"PLTE", b"")) % 3:
+        raise DamagedError(f"a palette of {len(palette)} bytes, which isn't three a colour")
     if colour in WITH_ALPHA:
         raise ValueError("with transparency")
     if colour == RGB and depth != 8:
@@ -75,7 +86,7 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
         with Image.open(BytesIO(data), formats=["PNG"]) as png:
             if png.mode.startswith("I"):  # 16 bits, which Pillow's own conversion to 8 would cut off at 255
                 return np.asarray(np.rint(np.asarray(png, dtype=np.float64) * (255 / 65535)), dtype=np.uint8)
-            if png.mode == "P" and np.asarray(png).max() >= len(dict(chunks).get(b"PLTE", b"")) // 3:
+            if png.mode == "P" and np.asarray(png).max() >= len(palette) // 3:
                 raise DamagedError("a colour that its palette lacks")
             return np.asarray(png.convert("L"))
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:

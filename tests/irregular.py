@@ -1,4 +1,4 @@
-"""What may lie in a file's place: links to nothing, pipes, sockets, devices, folders."""
+"""What may lie in a file's place: links to nothing or to themselves, pipes, sockets, devices, folders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 IRREGULAR = {
     "a link to nothing": lambda path: path.symlink_to(path.with_name("no such file")),
+    "a link to itself": lambda path: path.symlink_to(path.name),
     "a named pipe": lambda path: os.mkfifo(path),
     "a socket": lambda path: _bind(path),
     "a device": lambda path: path.symlink_to("/dev/zero"),

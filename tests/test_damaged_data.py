@@ -211,6 +211,15 @@ def test_drawings_of_other_kinds_are_converted(tmp_path):
         read_characters(source, "background", SIDE, TINY)
 
 
+@pytest.mark.parametrize("rows", [0, 5, SIDE - 1])
+def test_a_drawing_that_lacks_rows(tmp_path, rows):
+    """Its parts are whole and their checksums right, but the pixels end at the end of a row."""
+    short = picture(pixels(0, 0).astype(int)[:rows], 1, size=SIDE)
+    source = write_folder(tmp_path / "omniglot", members() | {FIRST: short}) / "images_background"
+    with pytest.raises(DataError, match=r"damaged drawing .*0001_01\.png \(pixels missing"):
+        read_characters(source, "background", SIDE, TINY)
+
+
 def zipped(contents: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", method) as archive:

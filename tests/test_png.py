@@ -64,6 +64,7 @@ REFUSED = {
         "with transparency",
     ),
     "an animation": (picture(grey(8), 8, before=ANIMATION), "with an animation"),
+    "a part of an animation": (picture(grey(8), 8, before=ANIMATION[20:]), "with an animation"),
     "a linear gamma": (picture(grey(8), 8, before=chunk(b"gAMA", struct.pack(">I", 100000))), "with a gamma other"),
     "a profile": (picture(grey(8), 8, before=chunk(b"iCCP", b"x\0\0" + zlib.compress(b"x"))), "with a colour profile"),
     "colours of 16 bits": (picture(np.zeros((SIDE, SIDE, 3), int), 16, 2), "with colours of 16 bits"),
@@ -83,6 +84,9 @@ DAMAGED = {
     "no such depth": picture(grey(8), 8)[:8]
     + chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 5, 3, 0, 0, 0, 0))
     + WHOLE[33:],
+    "two palettes": picture(grey(1), 1, 3, 2 * chunk(b"PLTE", bytes(6))),
+    "a palette after the pixels": WHOLE[:-12] + chunk(b"PLTE", bytes(6)) + WHOLE[-12:],
+    "a palette that ends within a colour": picture(grey(1), 1, 3, chunk(b"PLTE", bytes(7))),
     "no palette": picture(grey(8), 8, 3),
     "a palette too short": picture(grey(2), 2, 3, chunk(b"PLTE", bytes(9))),
     "text that unpacks to gigabytes": picture(
@@ -104,17 +108,51 @@ def test_damage_is_found(what):
         read_grey(DAMAGED[what], SIDE, SIDE)
 
 
+def parts_of(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Names and contents of a whole picture's chunks."""
+    parts, at = [], 8
+    while at < len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        parts.append((name, data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return parts
+
+
+def damaged_with_right_checksums(whole: bytes, rng: random.Random) -> bytes:
+    """One fault within the chunks: in a name, in contents, a chunk too few or too many, or pixels cut or added to."""
+    parts = parts_of(whole)
+    at = rng.randrange(len(parts))
+    name, contents = parts[at]
+    kind = rng.choice(("name", "contents", "remove", "double", "double", "pixels", "pixels"))
+    if kind == "name":
+        letter = rng.randrange(4)
+        parts[at] = (name[:letter] + bytes([name[letter] ^ 1 << rng.randrange(8)]) + name[letter + 1 :], contents)
+    elif kind == "contents":
+        parts[at] = (name, damaged(contents or b"x", rng))
+    elif kind == "remove":
+        del parts[at]
+    elif kind == "double":
+        other = rng.choice((contents, damaged(contents or b"x", rng)))
+        parts.insert(rng.randrange(len(parts) + 1), (name, other))
+    else:
+        rows = zlib.decompress(parts[-2][1])
+        changed = rng.choice((rows[: rng.randrange(len(rows))], rows + bytes(rng.choice((1, 6, 1 << 20)))))
+        parts[-2] = (b"IDAT", zlib.compress(changed))
+    return whole[:8] + b"".join(chunk(*part) for part in parts)
+
+
 @campaign(200, 5000)
 def test_damage_of_any_kind_is_found_or_harmless(seeds):
-    """Nothing but ValueError, and never other pixels."""
+    """Nothing but ValueError, and never other pixels; in half of the cases the chunks' checksums are right."""
     for seed in seeds:
         rng = random.Random(seed)
         depth = rng.choice([1, 8, 16])
         whole = picture(grey(depth), depth, interlaced=rng.random() < 0.3)
         right = read_grey(whole, SIDE, SIDE)
+        data = damaged_with_right_checksums(whole, rng) if seed % 2 else damaged(whole, rng)
         with bounded(10, 64):
             try:
-                read = read_grey(damaged(whole, rng), SIDE, SIDE)
+                read = read_grey(data, SIDE, SIDE)
             except ValueError:
                 continue
         assert np.array_equal(read, right), f"seed {seed}"
@@ -157,3 +195,14 @@ def test_a_picture_made_by_hand_is_read():
 def test_parts_that_do_not_fit_are_refused(parts):
     with pytest.raises(DamagedError):
         read_grey(made_of(*parts), 9, 5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 9), (9, 1), (3, 5), (17, 4)])
+def test_interlaced_pictures_of_every_size(width, height, depth):
+    """Narrow ones lack some of the seven passes."""
+    samples = np.random.default_rng(depth).integers(0, 2**depth, (height, width))
+    data = picture(samples, depth, interlaced=True)
+    header = chunk(b"IHDR", struct.pack(">II", width, height) + data[24:29])
+    found = read_grey(data[:8] + header + data[33:], width, height)
+    assert np.array_equal(found, np.floor(samples * 255 / (2**depth - 1) + 0.5))
