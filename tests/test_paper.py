@@ -448,7 +448,8 @@ def test_settings_of_the_wrong_type_in_the_table(place, value, message, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {**s, "step": 5}, "say that 5 epochs are done, and 6"),
+        (lambda s: {**s, "step": 5}, "of another step than its name says: it holds 5"),
+        (lambda s: {**s, "epochs": 5}, "say that 6 epochs are done, and 5"),
         (lambda s: {**s, "seconds": "x"}, "should hold a number >= 0 as 'seconds'; got 'x'"),
         (lambda s: {**s, "draws": torch.zeros(3)}, "hold no states of generators"),
         (lambda s: {**s, "optimizer": []}, "optimizer: its state should be a dict of 'state' and 'param_groups'"),
