@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from model_zoo import Problem
 from problems import assert_close
@@ -9,7 +11,7 @@ from slow_maml import adapt_by_copies, called_with, meta_gradient_by_copies
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metamom import MAML, CompositeMomentum
+from metamom import MAML, CompositeMomentum, TaskBatch, evaluate
 from metamom.estimators import Estimator
 
 INNER_LR = 0.05
@@ -17,8 +19,9 @@ SMALL = 0.001  # for the inputs of PyTorch's own tests, which are up to 9, and f
 
 
 def state_of(model: nn.Module) -> list[tuple[str, object]]:
-    """Every tensor where it is registered, as the object that it is, and every mode."""
+    """Every tensor where it is registered, as the object that it is, every mode, and the attributes that there are."""
     return [
+        *((name, sorted(module.__dict__)) for name, module in model.named_modules()),
         *((name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)),
         *((name, id(b)) for name, b in model.named_buffers(remove_duplicate=False)),
         *((name, type(p)) for name, p in model.named_parameters(remove_duplicate=False)),
@@ -27,10 +30,39 @@ def state_of(model: nn.Module) -> list[tuple[str, object]]:
     ]
 
 
+class Given:
+    """A sampler of one batch."""
+
+    def __init__(self, batch: TaskBatch) -> None:
+        self.batch = batch
+
+    def sample(self, step: int, num_tasks: int) -> TaskBatch:
+        assert num_tasks == self.batch.num_tasks
+        return self.batch
+
+
+def judged_as_in_a_loop(learner: MAML, batch: TaskBatch, inner_lr: float, tolerance: float) -> None:
+    """`evaluate`'s values are those of a loop in evaluation mode."""
+    found = evaluate(learner, Given(batch), tasks=batch.num_tasks, steps=(0, 1))
+    model, loss_fn = copy.deepcopy(learner.model).eval(), learner.loss_fn
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for steps in (0, 1):
+        for t, (x, y, query_x, query_y) in enumerate(zip(*batch[:4], strict=True)):
+            own = adapt_by_copies(model, loss_fn, weights, x, y, steps=steps, inner_lr=inner_lr)
+            out = called_with(model, own, query_x).detach()
+            expected = loss_fn(out, query_y) if found.metric == "loss" else (out.argmax(1) == query_y).double().mean()
+            torch.testing.assert_close(found.values[steps, t], expected, rtol=tolerance, atol=tolerance)
+
+
 def check(
-    case: Problem, steps: int = 1, estimator: Estimator = "exact", inner_lr: float = INNER_LR, tolerance: float = 1e-9
+    case: Problem,
+    steps: int = 1,
+    estimator: Estimator = "exact",
+    inner_lr: float = INNER_LR,
+    tolerance: float = 1e-9,
+    evaluated: bool = True,
 ) -> None:
-    """Two meta-steps, and an adaptation, are those of a loop, and leave the model as it was."""
+    """Two meta-steps, an adaptation and an evaluation are those of a loop, and leave the model as it was."""
     model, loss_fn, batch = case
     before, buffers = state_of(model), {name: b.clone() for name, b in model.named_buffers()}
     learner = MAML(model, loss_fn, inner_lr=inner_lr, inner_steps=steps, estimator=estimator)
@@ -65,5 +97,7 @@ def check(
             torch.testing.assert_close(
                 predictions[t], called_with(model, own, batch.query_x[t]).detach(), rtol=tolerance, atol=tolerance
             )
+        if evaluated:
+            judged_as_in_a_loop(learner, batch, inner_lr, tolerance)
     assert state_of(model) == before
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils import checkpoint
 
 from metamom import TaskBatch
 from metamom.interop.imports import import_learn2learn, import_torchvision
@@ -212,6 +213,187 @@ def dictionaries() -> nn.Module:
     )
 
 
+# ---- registered twice, tied: as in higher's tests, and worse
+
+
+def one_layer_in_two_blocks() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    return Of(
+        lambda self, x: self.head(self.one(x) + self.two(x)),
+        one=nn.Sequential(layer, nn.Tanh()), two=nn.Sequential(layer), head=nn.Linear(4, 1),
+    )  # fmt: skip
+
+
+def projected_twice() -> nn.Module:
+    layer = nn.Linear(4, 3)
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(3, 4), nn.Sigmoid(), layer, nn.Tanh(), nn.Linear(3, 1))
+
+
+def a_block_twice() -> nn.Module:
+    block = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)))
+    return nn.Sequential(block, nn.Tanh(), nn.ModuleList([block])[0], nn.Linear(4, 1))
+
+
+def twice_and_tied() -> nn.Module:
+    """A layer under two names, whose weight a third layer has too."""
+    model, third = shared_base(), nn.Linear(4, 6)
+    third.weight = model.base.weight
+    return nn.Sequential(OrderedDict(first=nn.Linear(4, 4), twice=model, again=nn.Linear(1, 4), third=third,
+                                     last=nn.Linear(6, 1)))  # fmt: skip
+
+
+def partly_frozen_base() -> nn.Module:
+    model = shared_base()
+    model.base.weight.requires_grad_(False)
+    return model
+
+
+def one_parameter_twice() -> nn.Module:
+    """Under two names of one module, and twice in a list."""
+    shared = nn.Parameter(torch.randn(4, 4))
+    model = Of(
+        lambda self, x: self.head(torch.tanh(x @ self.one @ self.many[0]) @ self.two @ self.many[2]),
+        one=shared, many=nn.ParameterList([shared, nn.Parameter(torch.randn(2)), shared]), head=nn.Linear(4, 1),
+    )  # fmt: skip
+    model.two = shared
+    return model
+
+
+def padded_language_model() -> nn.Module:
+    """The row of the padding learns by the output layer, and not by the embedding."""
+    model = tied_language_model()
+    model.words.padding_idx = 2
+    return model
+
+
+# ---- parameters in odd places and of odd shapes
+
+
+def scalars() -> nn.Module:
+    return Of(
+        lambda self, x: torch.sin(self.gain * x[:, :1] + self.shift) + self.empty.sum(),
+        gain=nn.Parameter(torch.tensor(1.0)), shift=nn.Parameter(torch.tensor(0.5)), empty=nn.Parameter(torch.ones(0)),
+    )  # fmt: skip
+
+
+def transposed_weight() -> nn.Module:
+    """A weight that does not lie in memory as its indices go."""
+    model = mlp(nn.Tanh())
+    model[0].weight = nn.Parameter(torch.randn(4, 6).t())
+    return model
+
+
+def constant() -> nn.Module:
+    """A prediction that is a view of a parameter."""
+    return Of(lambda self, x: self.answer.view(2, 2).t()[1, :1].expand(len(x), 1), answer=nn.Parameter(torch.randn(4)))
+
+
+def looks_at_its_parameters() -> nn.Module:
+    return Of(lambda self, x: self.a(x) + sum(p.square().sum() for p in self.parameters()), a=nn.Linear(4, 1))
+
+
+def experts() -> nn.Module:
+    def run(self: Any, x: Tensor) -> Tensor:
+        answers = torch.stack([torch.tanh(expert(x)) for expert in self.experts], 1)
+        chosen = answers.gather(1, (x[:, :1] > 0).long().unsqueeze(1).expand(-1, 1, 2)).squeeze(1)
+        return self.head((self.gate(x).softmax(1).unsqueeze(2) * answers).sum(1) + chosen)
+
+    return Of(
+        run, gate=nn.Linear(4, 3), experts=nn.ModuleList([nn.Linear(4, 2) for _ in range(3)]), head=nn.Linear(2, 1)
+    )
+
+
+def u_net() -> nn.Module:
+    def run(self: Any, x: Tensor) -> Tensor:
+        inner = torch.relu(self.norm(self.down(x)))
+        return self.out(torch.cat([x, self.up(inner)], 1)).mean((-2, -1))
+
+    return Of(
+        run, down=nn.Conv2d(1, 3, 3, stride=2, padding=1), norm=nn.GroupNorm(1, 3),
+        up=nn.ConvTranspose2d(3, 2, 2, stride=2), out=nn.Conv2d(3, WAYS, 1),
+    )  # fmt: skip
+
+
+def attention_with_all_options() -> nn.Module:
+    return Of(
+        lambda self, x: self.head(self.attend(x, x, x, key_padding_mask=x[..., 0] > 1, need_weights=False)[0].mean(1)),
+        attend=nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True, kdim=4, vdim=4),
+        head=nn.Linear(4, 1),
+    )
+
+
+def encoder_and_decoder() -> nn.Module:
+    return Of(
+        lambda self, x: self.head(self.transform(x, x.flip(1)).mean(1)),
+        transform=nn.Transformer(4, 2, 1, 1, 4, dropout=0.0, batch_first=True), head=nn.Linear(4, 1),
+    )  # fmt: skip
+
+
+# ---- parametrisations, hooks, scripts
+
+
+class Symmetric(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w.triu() + w.triu(1).mT
+
+
+def symmetric() -> nn.Module:
+    model = mlp(nn.Tanh(), nn.Linear(6, 6))
+    parametrize.register_parametrization(model[2], "weight", Symmetric())
+    return model
+
+
+def orthogonal(how: str) -> Callable[[], nn.Module]:
+    return lambda: mlp(nn.Tanh(), parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map=how))
+
+
+def pruned() -> nn.Module:
+    model = mlp(nn.Tanh())
+    with torch.no_grad():  # a weight with a graph could not be copied
+        prune.random_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = mlp(nn.Tanh())
+    model[0].register_forward_hook(lambda module, args, out: out * 2 + module.bias)
+    model[2].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return model
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(mlp(nn.Tanh()))
+
+
+def partly_traced() -> nn.Module:
+    return nn.Sequential(torch.jit.trace(nn.Linear(4, 6), torch.zeros(1, 4)), nn.Tanh(), nn.Linear(6, 1))
+
+
+class Cube(torch.autograd.Function):
+    """With a derivative of its own, which has derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * cotangent
+
+
+def checkpointed() -> nn.Module:
+    return Of(
+        lambda self, x: self.head(checkpoint.checkpoint(self.body, x, use_reentrant=False)),
+        body=nn.Sequential(nn.Linear(4, 6), nn.Tanh()), head=nn.Linear(6, 1),
+    )  # fmt: skip
+
+
 def quiet(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: make().eval()
 
@@ -246,7 +428,19 @@ ZOO: dict[str, Callable[[], Problem]] = {
         "group norm": (lambda: convolutional(nn.GroupNorm(2, 4), nn.ReLU(), channels=4), IMG, WAYS),
         "instance norm": (lambda: convolutional(nn.InstanceNorm2d(3, affine=True), nn.ReLU()), IMG, WAYS),
         "local response norm": (lambda: convolutional(nn.LocalResponseNorm(2)), IMG, WAYS),
+        "RMS norm": (lambda: mlp(nn.RMSNorm(6), nn.Tanh()), V4, 0),
+        "layer norm over images": (lambda: convolutional(nn.LayerNorm((3, 6, 6), bias=False), nn.ReLU()), IMG, WAYS),
+        "instance norm, 1d, and transposed": (
+            lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 3), nn.InstanceNorm1d(3), nn.Tanh(), nn.Flatten(),
+                                  nn.Linear(24, 1)), images(2, 6), 0,
+        ),
+        "batch norm, 3d, and transposed": (
+            lambda: nn.Sequential(nn.ConvTranspose3d(1, 2, 2), nn.BatchNorm3d(2, track_running_stats=False), nn.Tanh(),
+                                  nn.Flatten(), nn.Linear(54, 1)), images(1, 2, 2, 2), 0,
+        ),
         # convolutions and pooling
+        "U-Net": (u_net, IMG, WAYS),
+        "folding": (lambda: convolutional(nn.Unfold(2), nn.Tanh(), nn.Fold((6, 6), 2)), IMG, WAYS),
         "convolutions, 1d": (
             lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)), images(2, 6), 0,
         ),
@@ -275,6 +469,8 @@ ZOO: dict[str, Callable[[], Problem]] = {
         "RNNCell": (recurrent_cell(nn.RNNCell), images(4, 2), 0),
         "GRUCell": (recurrent_cell(nn.GRUCell), images(4, 2), 0),
         "attention": (attention, SEQ, 0),
+        "attention with all its options": (attention_with_all_options, SEQ, 0),
+        "encoder and decoder": (encoder_and_decoder, SEQ, 0),
         "transformer": (transformer(), SEQ, 0),
         "transformer, normalised first": (transformer(norm_first=True, activation="gelu"), SEQ, 0),
         "transformer in evaluation mode": (quiet(transformer()), SEQ, 0),
@@ -286,13 +482,34 @@ ZOO: dict[str, Callable[[], Problem]] = {
         "a layer twice in a row": (twice_in_a_row, V4, 0),
         "tied autoencoder": (tied_autoencoder, V4, 0),
         "tied language model": (tied_language_model, words(5), 7),
+        "a layer in two blocks": (one_layer_in_two_blocks, V4, 0),
+        "a projection twice": (projected_twice, V4, 0),
+        "a block twice": (a_block_twice, V4, 0),
+        "under two names and tied": (twice_and_tied, V4, 0),
+        "under two names and partly frozen": (partly_frozen_base, V4, 0),
+        "a parameter in four places": (one_parameter_twice, V4, 0),
+        "tied language model with padding": (padded_language_model, words(5), 7),
         "lists of parameters": (functional_parameters, V4, 0),
         "dictionaries": (dictionaries, V4, 0),
         "buffers": (with_buffers, V4, 0),
         "frozen features": (frozen_features, V4, 0),
         "lazy layers, made": (materialised, V4, 0),
         "an unused layer": (lambda: Of(lambda self, x: self.a(x), a=nn.Linear(4, 1), b=nn.Linear(4, 1)), V4, 0),
+        "numbers and an empty parameter": (scalars, V4, 0),
+        "a weight transposed in memory": (transposed_weight, V4, 0),
+        "a constant": (constant, V4, 0),
+        "looks at its parameters": (looks_at_its_parameters, V4, 0),
+        "experts": (experts, V4, 0),
+        "hooks": (hooked, V4, 0),
+        "a function of its own": (lambda: Of(lambda self, x: Cube.apply(self.a(x).tanh()), a=nn.Linear(4, 1)), V4, 0),
+        "scripted": (scripted, V4, 0),
+        "partly traced": (partly_traced, V4, 0),
         # parametrised
+        "symmetric": (symmetric, V4, 0),
+        "orthogonal by exponentials": (orthogonal("matrix_exp"), V4, 0),
+        "orthogonal by Cayley's map": (orthogonal("cayley"), V4, 0),
+        "orthogonal by reflections": (orthogonal("householder"), V4, 0),
+        "pruned": (pruned, V4, 0),
         "weight norm": (lambda: mlp(nn.Tanh(), parametrizations.weight_norm(nn.Linear(6, 6))), V4, 0),
         "spectral norm, frozen": (
             quiet(lambda: mlp(nn.Tanh(), parametrizations.spectral_norm(nn.Linear(6, 6)))), V4, 0,
@@ -325,6 +542,12 @@ REFUSED: dict[str, tuple[Callable[[], Problem], str]] = {
         "LSTM": (recurrent(nn.LSTM), images(4, 2), 0, "per-task weights, in module 'cell'"),
         "LSTMCell": (recurrent_cell(nn.LSTMCell), images(4, 2), 0, "per-task weights, in module 'cell'"),
         "embedding bag": (bag(mode="mean"), words(5), WAYS, 'estimator="first-order"'),
+        "random slopes": (lambda: mlp(nn.RReLU()), V4, 0, "per-task weights, in module '1'"),
+        "checkpointed": (checkpointed, V4, 0, "per-task weights, in module 'body.0'"),
+        "scripted embedding": (
+            lambda: torch.jit.script(nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(15, WAYS))),
+            words(5), WAYS, "scripted code of the model calls embedding",
+        ),
         "nothing to train": (lambda: nn.Sequential(nn.Tanh()), V4, 0, "trainable parameters"),
         "a branch on the data": (
             lambda: Of(lambda self, x: self.a(x) if x.sum() > 0 else -self.a(x), a=nn.Linear(4, 1)),
