@@ -15,6 +15,7 @@ from as_in_a_loop import INNER_LR, SMALL, check, state_of
 from model_zoo import (
     FIRST_ORDER,
     FIRST_ORDER_TORCHVISION,
+    LARGE_LEARN2LEARN,
     LEARN2LEARN,
     REFUSED,
     SMALL_TORCHVISION,
@@ -176,9 +177,11 @@ def test_every_operation_of_pytorch_does_as_in_a_loop():
 # ---- libraries of models
 
 
-@pytest.mark.parametrize("name", LEARN2LEARN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE_LEARN2LEARN else name for name in LEARN2LEARN]
+)
 def test_models_of_learn2learn_train_as_in_a_loop(name):
-    check(LEARN2LEARN[name]())
+    check(LEARN2LEARN[name](), evaluated=name not in LARGE_LEARN2LEARN)
 
 
 @pytest.mark.parametrize(
