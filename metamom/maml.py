@@ -500,7 +500,8 @@ class MAML(nn.Module):
             with step.tasks(number + start, stop - start):
                 found = self._gradient(weights, self._recalled(tasks), last - first, 1 / per_worker, *tasks[:4])
             of_tasks, grads = found[: 2 + self._averages], found[2 + self._averages :]
-            chunk = grads[0] if len(grads) == 1 else flatten(grads)
+            flat = len(grads) == 1 and grads[0].dim() == 2  # a lone gradient of another shape is a weight's own
+            chunk = grads[0] if flat else flatten(grads)
             rows = chunk if rows is None else rows + chunk
             held.append(of_tasks)
             if stop % per_worker == 0:

@@ -543,6 +543,19 @@ def test_a_layer_without_a_batching_rule_is_named():
         MAML(Recurrent(), F.mse_loss).meta_gradient(batch)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_single_parameter_may_lie_in_memory_as_it_likes(workers):
+    """Such as a convolution's without a bias, its channels last."""
+    model = nn.Conv2d(2, 3, 3, bias=False).double().to(memory_format=torch.channels_last)
+    assert not model.weight.is_contiguous()
+    torch.manual_seed(0)
+    sizes = [(3, n, *shape) for n in (4, 2) for shape in ((2, 3, 3), (3, 1, 1))]
+    batch = TaskBatch(*(torch.randn(size, dtype=torch.float64) for size in sizes))
+    grads, _ = MAML(model, F.mse_loss, inner_lr=0.1).meta_gradient(batch, workers=workers)
+    expected, _ = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.1)
+    assert_close(mean_over_workers(grads), expected)
+
+
 def test_in_place_activations_inside_are_fine():
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(inplace=True), nn.Linear(4, 1))
     randomised(model)

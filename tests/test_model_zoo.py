@@ -160,7 +160,6 @@ def test_every_layer_of_pytorch_trains_as_in_a_loop(examples):
 
 # What is still wrong, by what the error says.
 KNOWN_WRONG = {
-    "split_with_sizes": "a learner of one parameter that is not contiguous",
     "PreluKernel": "PReLU with an input that is the same for all tasks, and a weight that is not",
 }
 
