@@ -58,6 +58,7 @@ ADAPTIVE_LR = 0.001  # of Adam and RMSprop
 
 
 HOW = {"how": True}  # metadata of a field that says only where and how a run is computed, not what comes of it
+ADDED = {"added": True}  # metadata of a field that runs of the first version do not have
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Recipe:
     """Everything that decides how a run goes, but for its length; equal recipes give equal runs.
 
     ``None`` stands for the task's default and is replaced by it. Ranges are checked by what takes the values. Fields
-    marked `HOW` may differ when a run goes on.
+    marked `HOW` may differ when a run goes on; those marked `ADDED` may be missing in a run of an earlier version.
     """
 
     task: Task
@@ -75,8 +76,8 @@ class Recipe:
     inner_lr: float | None = None
     inner_steps: int = 1
     estimator: Estimator = "exact"
-    inner_batches: InnerBatches = "same"
-    tracking: float | None = None
+    inner_batches: InnerBatches = field(default="same", metadata=ADDED)
+    tracking: float | None = field(default=None, metadata=ADDED)
     learn_inner_lr: LearnInnerLR = False
     adapt: tuple[str, ...] | None = None
     chunk_size: ChunkSize = field(default=None, metadata=HOW)
@@ -85,14 +86,14 @@ class Recipe:
     lr: float | None = None
     beta: float = 0.1
     first_step: FirstStep = "zero"
-    normalize: bool = False
-    schedule: str = "constant"
+    normalize: bool = field(default=False, metadata=ADDED)
+    schedule: str = field(default="constant", metadata=ADDED)
     meta_batch: int | None = None
     workers: int = 1
     bias: str = "none"
     aggregate: Aggregate = "mean"
-    fixed_tasks: int | None = None
-    order: Order = "replacement"
+    fixed_tasks: int | None = field(default=None, metadata=ADDED)
+    order: Order = field(default="replacement", metadata=ADDED)
     seed: int = 0
     dtype: str = "float32"
     device: str = field(default="cpu", metadata=HOW)
@@ -153,20 +154,29 @@ class Recipe:
         return tuple(each.name for each in fields(cls) if each.metadata.get("how"))
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Recipe:
+    def from_settings(cls, settings: Mapping[str, Any], run: str = "the run") -> Recipe:
         """The recipe that `settings` describes; what an earlier version had no setting for is as it was then.
+
+        Args:
+            settings: JSON values.
+            run: they are of, for the error.
 
         Raises:
             ValueError: if it is not the settings of a recipe of this version or an earlier one, naming what is odd.
         """
-        names = {field.name for field in fields(cls)}
-        odd = sorted(set(settings) - names) or sorted({"task"} - set(settings))
+        odd = sorted(set(settings) - {each.name for each in fields(cls)}) or sorted({"task"} - set(settings))
         if odd:
             raise ValueError(
-                f"this is no run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
+                f"{run} is no run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
                 "Use the version that wrote it (config.json names it)."
             )
-        return as_record(cls, dict(settings), "the settings of the run")
+        missing = [f.name for f in fields(cls) if "added" not in f.metadata and f.name not in settings]
+        if missing:
+            raise ValueError(
+                f"the settings of {run} lack {', '.join(missing)}, which every version of `metamom train` writes: its "
+                "config.json was changed. Put back what is missing, as the command in its history has it."
+            )
+        return as_record(cls, dict(settings), f"the settings of {run}")
 
     def operator(self) -> BiasOperator | None:
         """The bias operator, ``None`` for none."""

@@ -35,7 +35,8 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
         ValueError: if there is no run, or it was made by another version or with another model.
         CheckpointError: if it has no usable checkpoint.
     """
-    recipe = replace(Recipe.from_settings(read_config(path)["settings"]), device=device, compile=False)
+    settings = read_config(path)["settings"]
+    recipe = replace(Recipe.from_settings(settings, f"the run in {path}"), device=device, compile=False)
     checkpoints = Checkpoints(Path(path) / "checkpoints")
     if which == "best" and checkpoints.best.exists():
         try:

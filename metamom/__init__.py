@@ -4,6 +4,7 @@
 """
 
 from importlib import import_module, metadata
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from metamom.accumulator import BiasedAccumulator
@@ -70,7 +71,7 @@ __all__ = [
     "train",
 ]
 
-_MODULES = ("bias", "diagnostics", "distributed", "experiments", "interop", "nets", "tasks", "theory")
+_MODULES = {found.name for found in iter_modules(__path__) if not found.name.startswith("_")}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metamom.aggregate import Aggregation, deliver, flatten, unflatten
 from metamom.bias import Bias, as_operator
-from metamom.distributed import World
+from metamom.distributed import World, as_world
 
 
 class BiasedAccumulator:
@@ -62,6 +62,10 @@ class BiasedAccumulator:
     ) -> None:
         if isinstance(params, Tensor):
             raise TypeError("BiasedAccumulator takes a list of parameters, such as model.parameters(); got one tensor.")
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"BiasedAccumulator takes a list of parameters, such as model.parameters(); got {params!r:.80}."
+            )
         params = list(params)
         odd = next((p for p in params if not isinstance(p, Tensor)), None)
         if odd is not None:
@@ -73,7 +77,7 @@ class BiasedAccumulator:
             raise ValueError(f"the number of workers must be a whole number >= 1; got {workers}.")
         self.bias = as_operator(bias)
         self.workers = workers
-        self.world = World() if world is None else world
+        self.world = as_world(world)
         if self.world.size > 1 and workers is None:
             raise ValueError(f"{self.world.size} processes share the workers of a step: pass workers=, their number.")
         self._mine = None if workers is None else self.world.workers(workers)

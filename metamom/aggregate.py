@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from metamom.averaged import forget, note
 from metamom.bias import Bias, BiasOperator, Identity
 from metamom.bias.base import Sizes, without_state
-from metamom.distributed import World
+from metamom.distributed import World, as_world
 from metamom.robust import Aggregate, check_aggregate, robust_mean
 
 
@@ -80,7 +80,7 @@ class Aggregation:
         self.n = n
         self.how = how
         self.sizes = sizes
-        self.world = World() if world is None else world
+        self.world = as_world(world)
         self.operator = without_state(bias)
         if how != "mean":
             check_aggregate(how, n)

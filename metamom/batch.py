@@ -172,12 +172,22 @@ def check_sampler(sampler: object, what: str = "a sampler") -> None:
             f"{what} gives tasks by sample(step, num_tasks), as metamom.tasks.Sinusoid() does; got a "
             f"{type(sampler).__name__}. For batches of your own, write a class with that method."
         )
+    if not _binds(sampler, 0, 1):
+        raise TypeError(
+            f"{what} gives tasks by sample(step, num_tasks); {type(sampler).__name__}.sample takes "
+            f"{signature(sampler.sample)}. Give it those two arguments, the step's number and that of the tasks."
+        )
 
 
 def takes_blocks(sampler: Sampler) -> bool:
     """Whether a sampler can be asked for a part of a meta-batch, by ``rank`` and ``world_size``."""
+    return _binds(sampler, 0, 1, rank=0, world_size=1)
+
+
+def _binds(sampler: Sampler, *arguments: int, **named: int) -> bool:
+    """Whether its method ``sample`` can be called so."""
     try:
-        signature(sampler.sample).bind(0, 1, rank=0, world_size=1)
+        signature(sampler.sample).bind(*arguments, **named)
     except TypeError:
         return False
     except ValueError:  # made without Python, so there is nothing to read

@@ -88,7 +88,7 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(state, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointFormatError(
-            f"checkpoint {path} has format {found!r}; this version of metamom reads format {FORMAT}. "
+            f"checkpoint {path} has format {found!r:.40}; this version of metamom reads format {FORMAT}. "
             "Use the version that wrote it (see config.json), or start a new run."
         )
     return state

@@ -294,6 +294,19 @@ class World:
             ) from error
 
 
+def as_world(world: World | None) -> World:
+    """The processes that an argument ``world`` names; ``None`` is this one alone.
+
+    Raises:
+        TypeError: for anything but a `World`.
+    """
+    if world is None:
+        return World()
+    if not isinstance(world, World):
+        raise TypeError(f"world is what metamom.distributed.start() returns; got {world!r:.80}.")
+    return world
+
+
 def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
     """Join the processes that torchrun has started; a process alone where it has not.
 

@@ -15,7 +15,7 @@ from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, t
 from metamom.batch_checks import check_batch, refuse_non_finite
 from metamom.bias.checks import all_finite
 from metamom.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
-from metamom.distributed import World, digest
+from metamom.distributed import World, as_world, digest
 from metamom.maml import MAML
 from metamom.misfits import asserts_explained
 from metamom.swapping import evaluating
@@ -95,7 +95,7 @@ def evaluate(
     check_sampler(sampler, "evaluate takes a sampler, which")
     source = of_stream(sampler, stream)
     like = next(iter(learner.meta_parameters().values()))
-    world = World() if world is None else world
+    world = as_world(world)
     if world.size > 1:
         weights = digest(learner.meta_parameters().values())
         world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}, at weights {weights}"

@@ -7,7 +7,8 @@ lookup is done without them, and they are applied to its result. One-hot vectors
 would be all zeros.
 
 Others: the gradient of what `torch.select_scatter` puts in is wrong, `torch.index_fill` puts in one task's value for
-all where only the values differ between tasks, and `torch.roll` of a single number turns the tasks.
+all where only the values differ between tasks, and `torch.roll` of a single number turns the tasks. The derivative of
+`torch.prelu` fails where all tasks share the input, and not the slopes.
 
 Attention: the fused kernels have no second derivative, nor the one for CPUs a rule for vmap, so it is written out.
 """
@@ -118,6 +119,14 @@ def roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
     return input.clone() if input.dim() == 0 and dims == () else torch.roll(input, shifts, dims)
 
 
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.prelu`."""
+    if weight.numel() != 1 and (input.dim() < 2 or input.shape[1] != weight.numel()):
+        return torch.prelu(input, weight)  # which says what is wrong
+    slopes = weight.reshape(-1, *[1] * (input.dim() - 2)) if input.dim() > 1 else weight.reshape(())
+    return torch.where(input > 0, input, slopes * input)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -168,6 +177,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_under_all_names("select_scatter"), select_scatter),
     **dict.fromkeys(_under_all_names("index_fill"), index_fill),
     **dict.fromkeys(_under_all_names("roll"), roll),
+    **dict.fromkeys(_under_all_names("prelu"), prelu),
     **dict.fromkeys(_under_all_names("scaled_dot_product_attention"), attention),
     F.embedding: embedding,  # its arguments come in another order than the operator's
     F.multi_head_attention_forward: multi_head_attention,
@@ -196,7 +206,7 @@ class _ScaledGradient(Function):
 def may_call_them(model: nn.Module) -> bool:
     """Whether the model has modules that call one of these functions, or name one in their ``forward``."""
     return any(
-        isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
+        isinstance(module, (nn.Embedding, nn.MultiheadAttention, nn.PReLU)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
         for module in model.modules()
     )
 

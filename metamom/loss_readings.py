@@ -32,7 +32,18 @@ BY_ENTRY = (
     F.soft_margin_loss,
     F.hinge_embedding_loss,
 )
-DIFFERENCES = ("sub", "subtract", "rsub", "__sub__", "__rsub__")
+DIFFERENCE = "the difference between"
+# The same of two tensors, by the names that torch calls them by, and what each is called in an error.
+PAIRED = {
+    **dict.fromkeys(("sub", "subtract", "rsub", "__sub__", "__rsub__", "sub_"), DIFFERENCE),
+    **dict.fromkeys(("add", "__add__", "__radd__", "add_"), "the sum of"),
+    **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__", "mul_"), "the product of"),
+    **dict.fromkeys(
+        ("div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "div_"), "the quotient of"
+    ),
+    **dict.fromkeys(("dist", "cosine_similarity", "pairwise_distance"), "the distance or angle between"),
+    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), "the larger or smaller of"),
+}
 # What leaves each entry's meaning and place, and what leaves its meaning alone, as long as no entry is lost.
 IN_PLACE = ("float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "log_softmax", "softmax")
 SCALING = ("div", "true_divide", "__truediv__", "mul", "__mul__", "__rmul__")  # by a positive number: a temperature
@@ -130,6 +141,9 @@ class _Watch(TorchFunctionMode):
         self.labels = [targets]
         self.probabilities: list[Tensor] = []  # of logits
         self.found: list[Reading] = []
+        # what was computed of one of them entry by entry, themselves among it
+        self.of_predictions = [predictions]
+        self.of_targets = [] if targets is predictions else [targets]
 
     def reading(self) -> Reading | None:
         """What was seen, if it is one thing."""
@@ -147,8 +161,12 @@ class _Watch(TorchFunctionMode):
             self._classes(a, b, kwargs.get("ignore_index"))
         elif pair and func in (F.binary_cross_entropy_with_logits, F.binary_cross_entropy):
             self._binary(a, b, probabilities=func is F.binary_cross_entropy)
-        elif pair and name in DIFFERENCES and self._of_both(a, b) and out.numel() > max(a.numel(), b.numel()):
-            raise ValueError(self._broadcast("the difference between"))
+        elif pair and name in PAIRED and _grows(a, b):
+            reshaped = PAIRED[name] == DIFFERENCE and self._of_both(a, b)
+            if reshaped or self._made_of_both(a, b):
+                raise ValueError(self._broadcast(PAIRED[name]))
+        if isinstance(out, Tensor):
+            self._derive(out, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)])
         if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and out.numel() == args[0].numel():
             scaled = name in SCALING and isinstance(b, (int, float)) and b > 0
             self._follow("clone" if scaled else name, args[0], out)
@@ -173,6 +191,18 @@ class _Watch(TorchFunctionMode):
             self._placed(p) is not None and _among(y, self.labels) and y.dim() > 0 for p, y in ((a, b), (b, a))
         )
         return one_of_each and self.predictions is not self.targets
+
+    def _derive(self, out: Tensor, given: Sequence[Tensor]) -> None:
+        """Follow what is computed entry by entry of predictions alone, or of targets alone."""
+        for of in (self.of_predictions, self.of_targets):
+            if given and all(_among(x, of) and x.shape == out.shape for x in given):
+                of.append(out)
+                return
+
+    def _made_of_both(self, a: Tensor, b: Tensor) -> bool:
+        """Whether one was computed of the predictions and the other of the targets, with an axis at least."""
+        p, y = self.of_predictions, self.of_targets
+        return (_among(a, p) and _among(b, y) and b.dim() > 0) or (_among(b, p) and _among(a, y) and a.dim() > 0)
 
     def _classes(self, scores: Tensor, labels: Tensor, ignored: int | None) -> None:
         if labels.is_floating_point():  # probabilities of the classes

@@ -27,7 +27,7 @@ from metamom.checks import check_whole
 from metamom.chunks import ChunkSize, spans, tasks_within_budget
 from metamom.compiled import Compiled, CompileMode, check_compiler
 from metamom.differences import Losses
-from metamom.distributed import World
+from metamom.distributed import World, as_world
 from metamom.draws import Step, is_tracing
 from metamom.estimators import (
     TRACKED,
@@ -430,7 +430,7 @@ class MAML(nn.Module):
             metamom.distributed.ProcessError: if another process is gone, or hangs. Any other failure of one process is
                 raised by all.
         """
-        world = World() if world is None else world
+        world = as_world(world)
         if isinstance(bias, str):  # what it carries from step to step goes on
             bias = self.operators.setdefault(bias, as_operator(bias))
         weights = self.meta_parameters()
@@ -763,7 +763,7 @@ class MAML(nn.Module):
             return found
 
         with torch.random.fork_rng(devices=[]):
-            cut = [name for name in names if changes(partial(gradient, name), weights, list(weights))]
+            cut = [name for name in names if changes(partial(gradient, name), weights, list(weights), nearby=True)]
         if cut:
             raise differentiable_once(cut)
         self._constant.update(names)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from metamom.checks import check_whole
 from metamom.layers import BatchNormReLU, StridedConv
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -27,8 +28,12 @@ class SinusoidMLP(nn.Sequential):
     """
 
     def __init__(self, hidden: Sequence[int] = (40, 40), *, generator: torch.Generator | None = None) -> None:
-        if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"SinusoidMLP needs hidden layers of at least one unit; got hidden={tuple(hidden)}.")
+        given: object = hidden
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"hidden must be the widths of the hidden layers, such as (40, 40); got {hidden!r}.")
+        hidden = [check_whole("a width in hidden", width, 1) for width in hidden]
+        if not hidden:
+            raise ValueError(f"SinusoidMLP needs at least one hidden layer; got hidden={tuple(hidden)}.")
         widths = [1, *hidden]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
@@ -63,8 +68,8 @@ class Conv4(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
-        if ways < 1 or channels < 1 or hidden < 1:
-            raise ValueError(f"Conv4 needs positive sizes; got ways={ways}, channels={channels}, hidden={hidden}.")
+        for name, size in (("ways", ways), ("channels", channels), ("hidden", hidden)):
+            check_whole(name, size, 1)
         blocks = [
             nn.Sequential(_bare(StridedConv, fan_in, hidden), BatchNormReLU(hidden))
             for fan_in in (channels, hidden, hidden, hidden)

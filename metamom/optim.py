@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metamom.averaged import averaged_by, forget
+from metamom.checks import check_number
 
 FirstStep = Literal["zero", "gradient"]
 
@@ -133,6 +134,8 @@ class CompositeMomentum(Optimizer):
             "normalize": normalize,
         }
         _check_options(defaults)
+        if isinstance(params, torch.nn.Module) or not isinstance(params, Iterable):
+            raise TypeError(f"wanted parameters, such as model.parameters(); got {params!r:.80}.")
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -396,8 +399,12 @@ def _check_names(options: Mapping[str, Any], *, strict: bool) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor with one element; got shape {tuple(lr.shape)}.")
+    for name in ("lr", "beta", "weight_decay"):
+        if not isinstance(options[name], Tensor):
+            check_number(name, options[name])
+        elif options[name].numel() != 1:
+            shape = tuple(options[name].shape)
+            raise ValueError(f"{name} must be a number or a tensor with one element; got shape {shape}.")
     if not 0 < float(lr) < math.inf:
         raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
     _check_beta(options["beta"])

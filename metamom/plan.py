@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -137,6 +137,8 @@ def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimi
         TypeError: for what is no scheduler, or one that wants a number at each step.
         ValueError: for one of another optimizer, which would change nothing here.
     """
+    if not isinstance(schedulers, (Scheduler, Iterable)):
+        raise TypeError(f"schedulers are one or a list of them, such as LambdaLR(optimizer, ...); got {schedulers!r}.")
     found = [schedulers] if isinstance(schedulers, Scheduler) else list(schedulers)
     scheduler: Any
     for scheduler in found:

@@ -66,8 +66,10 @@ class Saved:
             return None
         where = f"the checkpoints in {self.path}"
         step, seconds = checked_head(state, where)
-        best = state.get("best")
-        if not (best is None or isinstance(best, float)) or "best" not in state:
+        if "best" not in state:
+            raise CheckpointError(f"there is no 'best' in {where}: the best validation so far, or None.")
+        best = state["best"]
+        if not (best is None or isinstance(best, float)):
             raise CheckpointError(f"{where} should hold the best validation, or None, as 'best'; got {best!r:.80}.")
         if iterations < step:
             raise ValueError(

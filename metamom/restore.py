@@ -66,7 +66,7 @@ def load_parts(
     """
     missing = [name for name in parts if name not in state]
     if missing:
-        raise CheckpointError(f"{where} hold no {', '.join(missing)}: another kind of run's.")
+        raise CheckpointError(f"there is no {', '.join(missing)} in {where}: another kind of run wrote it.")
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     name = ""
     try:
@@ -114,6 +114,11 @@ def checked_generators(state: Any, where: str) -> Generators:
     Raises:
         CheckpointError: if they are none.
     """
+    if not isinstance(state, Mapping) or not isinstance(state.get("cpu"), Tensor):
+        raise CheckpointError(
+            f"{where} should hold the states of torch's generators as 'rng', a dict with a tensor 'cpu' and a list "
+            f"'cuda'; got {_short(state)}."
+        )
     try:
         found = Generators(state["cpu"], list(state["cuda"]))
         torch.Generator().set_state(found.cpu)

@@ -2,7 +2,8 @@
 
 ``config.json``      everything needed to run it again: the ``settings``, of which those that decide the run may not
                      change when it is resumed; its ``length`` and the like, which may; the ``environment``: versions,
-                     hardware and command; and the ``history``: length and environment of every start
+                     hardware and command; and the ``history``: length, environment and those settings that may change, of
+                     every start
 ``metrics.jsonl``    one object a line, appended and flushed
 ``checkpoints/``     see `metamom.checkpoints`
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -30,6 +32,8 @@ from filelock import FileLock, Timeout
 from metamom.checkpoints import CheckpointError, Checkpoints
 from metamom.files import write_atomically
 from metamom.schema import read_record
+
+LONGEST = 300  # characters of a setting in an error
 
 
 @dataclass
@@ -81,8 +85,10 @@ class RunDirectory:
         start = {"length": dict(length or {}), "environment": environment()}
         self._config: dict[str, Any] = {"settings": dict(settings), **start}
         self._history: list[dict[str, Any]] = []
+        self._free = {name: value for name, value in settings.items() if name in free}
         self._fresh = False
         self._metrics: IO[str] | None = None
+        _check_files(self.path)
         self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -142,7 +148,7 @@ class RunDirectory:
         self.checkpoints.sweep()
         start = {name: self._config[name] for name in ("length", "environment")}
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        config = {**self._config, "history": [*self._history, {"began": began, **start}]}
+        config = {**self._config, "history": [*self._history, {"began": began, "settings": self._free, **start}]}
         write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def newest_state(self) -> dict[str, Any] | None:
@@ -214,7 +220,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         return vars(read_record(Config, file))
     except ValueError as error:
-        raise ValueError(f"{file} cannot be read as a run's configuration: {error}") from error
+        raise ValueError(f"the run's configuration cannot be read. {error}") from error
 
 
 class Log(NamedTuple):
@@ -321,4 +327,18 @@ def _differences(there: Any, here: Any, free: Collection[str], place: str = "") 
     elif there != there and here != here:
         return  # NaN as before
     elif there != here or isinstance(there, bool) != isinstance(here, bool):
-        yield f"{place} is {there!r} there and {here!r} here"
+        yield f"{place} is {_text(there)} there and {_text(here)} here"
+
+
+def _text(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
+
+
+def _check_files(path: Path) -> None:
+    """Refuse to write where something other than a file stands in a file's place."""
+    for name, links in ((".lock", False), ("config.json", True), ("metrics.jsonl", True)):
+        file = path / name
+        if os.path.lexists(file) and not (file.is_file() and (links or not file.is_symlink())):
+            kind = "a link" if file.is_symlink() else "a folder" if file.is_dir() else "no regular file"
+            raise ValueError(f"{file} is {kind}, where a run keeps a file of its own. Move it away.")

@@ -14,6 +14,11 @@ def selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Map
     elif callable(adapt):
         names = tuple(name for name in trainable if adapt(name))
     else:
+        if not isinstance(adapt, Iterable):
+            raise TypeError(
+                "adapt names parameters or modules, as in ['head'], or is a function of a parameter's name; "
+                f"got {adapt!r}."
+            )
         wanted = [adapt] if isinstance(adapt, str) else list(adapt)
         unknown = [w for w in wanted if not any(_within(name, w) for name in trainable)]
         if unknown:

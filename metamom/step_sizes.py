@@ -41,7 +41,7 @@ class StepSizes(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = "entry" if learn is True else learn
-        if self.kind not in (False, "scalar", "tensor", "entry"):
+        if not isinstance(self.kind, (bool, str)) or self.kind not in (False, "scalar", "tensor", "entry"):
             raise ValueError(f'learn_inner_lr must be a bool, "scalar", "tensor" or "entry"; got {learn!r}.')
         if self.kind == "scalar" and isinstance(inner_lr, Mapping):
             raise ValueError('learn_inner_lr="scalar" learns one number: pass inner_lr as one number too.')

@@ -18,7 +18,7 @@ from metamom.batch import Sampler, check_sampler
 from metamom.batch_checks import NonFiniteDataError
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.diagnostics import TrackBias, check_track, track
-from metamom.distributed import SAME, World, digest
+from metamom.distributed import SAME, World, as_world, digest
 from metamom.evaluation import Evaluation, evaluate
 from metamom.interrupts import Interrupts, TrainingInterrupted
 from metamom.maml import MAML
@@ -134,7 +134,7 @@ def train(
         >>> len(result.metrics)
         3
     """
-    world = World() if world is None else world
+    world = as_world(world)
     operator = as_operator(bias)
     with world.together(), ExitStack() as stack:
         check_plan(

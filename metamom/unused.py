@@ -10,20 +10,31 @@ from torch import Tensor
 Params = dict[str, Tensor]
 
 
-def changes(output: Callable[[Params], Tensor], weights: Params, names: Sequence[str]) -> list[str]:
+NEAR = 16  # units of rounding between values that are taken for neighbours
+TRIES = 3
+
+
+def changes(
+    output: Callable[[Params], Tensor], weights: Params, names: Sequence[str], *, nearby: bool = False
+) -> list[str]:
     """Those of the named weights that an output depends on, found by trying other values.
 
     Args:
         output: of weights; must draw nothing at random, or the same each time.
         weights: by name.
         names: to be tried, each by itself if the output changes with all of them.
+        nearby: whether it is to change at neighbouring values, each of several. An output that jumps here and there and
+            is constant between, such as the gradient of a piecewise linear loss, does not.
     """
     with torch.no_grad():
         before = output(weights)
 
         def matters(some: Sequence[str]) -> bool:
-            after = output({**weights, **{name: _other(weights[name]) for name in some}})
-            return not torch.equal(before.nan_to_num(), after.nan_to_num())
+            others = (
+                output({**weights, **{name: _other(weights[name], seed, nearby) for name in some}})
+                for seed in range(TRIES if nearby else 1)
+            )
+            return all(not torch.equal(before.nan_to_num(), other.nan_to_num()) for other in others)
 
         return [name for name in names if matters([name])] if matters(names) else []
 
@@ -56,8 +67,11 @@ def from_outside(names: Sequence[str]) -> ValueError:
     )
 
 
-def _other(weight: Tensor) -> Tensor:
-    """Other values of the same shape, far from the old ones."""
-    generator = torch.Generator().manual_seed(0)
+def _other(weight: Tensor, seed: int, nearby: bool) -> Tensor:
+    """Other values of the same shape, far from the old ones or next to them."""
+    if not weight.numel():
+        return weight
+    generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-    return weight + noise * (1 + weight.abs().max()) if weight.numel() else weight
+    scale = NEAR * torch.finfo(weight.dtype).eps * weight.abs().max() if nearby else 1 + weight.abs().max()
+    return weight + noise * scale

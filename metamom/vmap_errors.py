@@ -14,6 +14,13 @@ REMEDY = (
     "MAML runs the model on all tasks at once (torch.func.vmap), each with weights of its own. Write the forward "
     "without in-place operations on parameters, buffers or inputs, and choose with torch.where instead of if."
 )
+OF_LOSSES = (
+    "The loss is taken of all tasks at once (torch.func.vmap). Write it without in-place operations and draws, and "
+    "choose with torch.where instead of if or a mask as an index."
+)
+# What torch says of draws that it cannot make for each task.
+DRAWS = ("randomness error mode", "inplace randomness on an unbatched tensor")
+OF_DRAWS = "Draw in the model's forward by functions that return a new tensor, such as torch.randn_like or F.dropout."
 
 # What torch's own errors say when batching over tasks, or writing in place under it, is the cause.
 SIGNS = (
@@ -21,7 +28,7 @@ SIGNS = (
     "functorch",
     "in-place",
     "inplace",
-    "Batching rule",
+    "atching rule",
     "doesn't match the broadcast shape",
     "refers to a single memory location",
 )
@@ -64,10 +71,14 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
             ) from error
         if not any(sign in text for sign in SIGNS):
             raise
+        said = f"{text.rstrip(' .')}."
+        draws = any(sign in text for sign in DRAWS)
         if other is not None:
-            raise ValueError(f"{other} cannot run on all tasks at once: {text} {REMEDY}") from error
+            remedy = OF_DRAWS if draws else OF_LOSSES
+            raise ValueError(f"{other} cannot run on all tasks at once: {said} {remedy}") from error
         where = _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
-        raise ValueError(f"the model cannot run under per-task weights, in {where}: {text} {REMEDY}") from error
+        remedy = OF_DRAWS if draws else REMEDY
+        raise ValueError(f"the model cannot run under per-task weights, in {where}: {said} {remedy}") from error
 
 
 @contextmanager

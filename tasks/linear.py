@@ -229,6 +229,8 @@ class LinearRegression(GivenFamily):
 
 def _data_set(data: tuple[Values, Values], dim: int) -> tuple[Floats, Floats]:
     """Features ``[1 or n, N, d]`` and labels ``[1 or n, N]``, as float64 copies."""
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise TypeError(f"data must be a pair, (features, labels); got {data!r:.80}.")
     features, labels = (np.array(as_numpy(values), dtype=np.float64) for values in data)
     if features.ndim not in (2, 3) or features.shape[-1] != dim or labels.shape != features.shape[:-1]:
         raise ValueError(

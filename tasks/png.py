@@ -58,7 +58,9 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
     if (found_width, found_height) != (width, height):
         raise ValueError(f"of {found_width}x{found_height} pixels instead of {width}x{height}")
     if depth not in DEPTHS.get(colour, ()) or method or filtering or interlaced > 1:
-        raise DamagedError(f"a header of no PNG: colour type {colour} of {depth} bits, methods {method}, {filtering}")
+        raise DamagedError(
+            f"a header of no PNG: colour type {colour} of {depth} bits, methods {method}, {filtering} and {interlaced}"
+        )
     names = [name for name, _ in chunks]
     for name in names:
         if not name[0] & 32 and name not in CRITICAL:

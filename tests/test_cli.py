@@ -177,7 +177,7 @@ def test_bad_arguments(what, metamom, tmp_path, monkeypatch):
     [
         (["--ways", "5000"], r"needs ways=5000 different classes; the data has 4400"),
         (["--shots", "15", "--queries", "6"], r"needs shots \+ queries = 15 \+ 6 images of each class.*has 20"),
-        (["--ways", "0"], "ways=0"),
+        (["--ways", "0"], "ways must be >= 1; got 0"),
     ],
 )
 def test_more_than_the_data_has(flags, message, metamom, data_root, tmp_path):
@@ -335,7 +335,10 @@ def test_run_of_another_version(metamom, trained, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     assert metamom("evaluate", run, "--json").out == metamom("evaluate", trained, "--json").out != ""
     (run / "config.json").write_text("{")
-    assert "config.json cannot be read as a run's configuration" in the_error(metamom("evaluate", run))
+    assert "the run's configuration cannot be read" in the_error(metamom("evaluate", run))
+    del config["settings"]["shots"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert f"the settings of the run in {run} lack shots, which every version" in the_error(metamom("evaluate", run))
 
 
 def test_file_in_place_of_a_directory(metamom, tmp_path):

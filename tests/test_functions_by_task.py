@@ -177,6 +177,8 @@ OPERATIONS = {
     "index_fill, same for all": lambda x, w: SAME.index_fill(1, torch.tensor([1]), w[0, 0]) @ w * x,
     "index_fill": lambda x, w: torch.index_fill(x @ w, 1, torch.tensor([0]), w.sum()),
     "index_fill, a number": lambda x, w: (x @ w).index_fill(0, torch.tensor([1]), 0.5),
+    "prelu, same for all": lambda x, w: F.prelu(SAME - 0.3, w[0, :1]) @ w * x,
+    "prelu, channels": lambda x, w: F.prelu(x @ w, w[0]) + nn.functional.prelu(SAME[0], w[1, 1]),
     "roll of a number": lambda x, w: x * torch.roll(w[0, 1], 1) + w.sum().roll(3),
     "roll": lambda x, w: torch.roll(x @ w, 1) + (x @ w).roll((1, -1), (0, 1)),
 }

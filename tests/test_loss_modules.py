@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from metamom import MAML, CompositeMomentum, evaluate
+from metamom import MAML, CompositeMomentum, TaskBatch, evaluate
 from metamom.tasks import Sinusoid
 
 
@@ -330,6 +330,27 @@ def test_a_loss_that_is_linear_in_the_weights_has_no_second_derivative(compile, 
 
     expected, _ = loop(model, batch, 0.1, lambda out, y, weights: loss_fn(out, y), {})
     grads = MAML(model, loss_fn, inner_lr=0.1, compile=compile).meta_gradient(batch).grads
+    assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
+
+
+PIECEWISE = {
+    "quantiles": lambda p, y: torch.maximum(0.1 * (y - p), 0.9 * (p - y)).mean(),
+    "a hinge": lambda p, y: (1 - p * y.sign()).clamp(min=0).mean(),
+    "where": lambda p, y: torch.where(p > y, p - y, 2 * (y - p)).mean(),
+}
+
+
+@pytest.mark.parametrize("points", [4, 4000])
+@pytest.mark.parametrize("loss_fn", PIECEWISE.values(), ids=PIECEWISE)
+def test_a_piecewise_linear_loss_is_not_cut_off(loss_fn, points):
+    """Its gradient jumps where a point changes sides: other weights change it, and still it has no derivative."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1).double()
+    x, y = (torch.randn(2, points, size, generator=generator, dtype=torch.float64) for size in (2, 1))
+    batch = TaskBatch(x, y, x.flip(1), y.flip(1))
+    expected, _ = loop(model, batch, 0.1, lambda out, y, weights: loss_fn(out, y), {})
+    grads = MAML(model, loss_fn, inner_lr=0.1).meta_gradient(batch).grads
     assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
 
 

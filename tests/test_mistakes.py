@@ -139,6 +139,18 @@ MISTAKES = {
         whole(regressor(lambda p, y: (p - y).pow(2).mean()), flat(V)),
         ValueError, ("the difference between", *UNSQUEEZE),
     ),
+    **{
+        f"a loss by hand, {name}": Mistake(whole(regressor(loss), flat(V)), ValueError, (said, *UNSQUEEZE))
+        for name, loss, said in (
+            ("scaled", lambda p, y: (2 * p - y).abs().mean(), "the difference between"),
+            ("of logarithms", lambda p, y: (p.exp().log() - y.exp().log()).abs().mean(), "the difference between"),
+            ("of a copy", lambda p, y: (y.detach().clone() - p).abs().mean(), "the difference between"),
+            ("a quotient", lambda p, y: (p / y).mean(), "the quotient of"),
+            ("a hinge", lambda p, y: F.relu(1 - p * y.sign()).mean(), "the product of"),
+            ("a distance", lambda p, y: torch.dist(p, y), "the distance or angle between"),
+            ("an angle", lambda p, y: F.cosine_similarity(p, y, dim=0).mean(), "the distance or angle between"),
+        )
+    },
     "logits and targets without an axis": Mistake(
         whole(regressor(F.binary_cross_entropy_with_logits), flat(V)),
         ValueError, ("[6, 1]", "[6]", "Give both one shape"),
@@ -340,6 +352,18 @@ MISTAKES = {
     ),
     "fewer tasks than asked for": Mistake(
         lambda: evaluate(regressor(), Batches(V), tasks=7), ValueError, ("gave 4 tasks", "wanted 7")
+    ),
+    "a loss that draws": Mistake(
+        whole(regressor(lambda p, y: F.mse_loss(F.dropout(p, 0.5), y)), V),
+        ValueError, ("loss_fn cannot run on all tasks at once", "Draw in the model's forward"),
+    ),
+    "a model that draws in place": Mistake(
+        whole(MAML(Returns(lambda out: out + torch.empty(len(out), 1).normal_()), F.mse_loss), V),
+        ValueError, ("in Returns itself", ". Draw in the model's forward by functions that return a new tensor"),
+    ),
+    "a loss that looks at values": Mistake(
+        whole(regressor(lambda p, y: F.gaussian_nll_loss(p, y, p.exp())), V),
+        ValueError, ("loss_fn cannot run on all tasks at once", ". The loss is taken of all tasks at once"),
     ),
     "targets without an axis in an evaluation": Mistake(
         lambda: evaluate(regressor(), Batches(flat(V)), tasks=T),
@@ -612,6 +636,7 @@ class Casts(nn.Module):
         (regressor(lambda p, y: F.mse_loss(p, y[:, None])), flat(V)),
         (regressor(lambda p, y: (p[:, None] - y[None]).pow(2).min(1).values.mean()), V),  # all pairs, as is meant
         (regressor(lambda p, y: (p - p.mean(0)).pow(2).mean() + F.mse_loss(p.squeeze(-1), y)), flat(V)),
+        (MAML(nn.Linear(1, 3), lambda p, y: torch.maximum(0.1 * (y - p), 0.9 * (p - y)).mean()), V),  # 3 quantiles
         (classifier(5), classes(3)),  # more outputs than ways
         (embedder(), V._replace(support_x=torch.full((T, S, 1), 9), query_x=torch.zeros(T, Q, 1).int())),
         (regressor(), values(support=1, query=1)),

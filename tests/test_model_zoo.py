@@ -158,19 +158,11 @@ def test_every_layer_of_pytorch_trains_as_in_a_loop(examples):
     assert all("running statistics" in said for said in found["refused"].values()), found["refused"]
 
 
-# What is still wrong, by what the error says.
-KNOWN_WRONG = {
-    "PreluKernel": "PReLU with an input that is the same for all tasks, and a weight that is not",
-}
-
-
 @pytest.mark.slow
 def test_every_operation_of_pytorch_does_as_in_a_loop():
     found = printed_by("pytorch_operations.py")
     assert len(found["done"]) >= 450, found["done"]
-    known = {name: [sign for sign in KNOWN_WRONG if sign in said] for name, said in found["wrong"].items()}
-    assert all(known.values()), {name: found["wrong"][name] for name, signs in known.items() if not signs}
-    assert {sign for signs in known.values() for sign in signs} == set(KNOWN_WRONG), "take out what is right now"
+    assert not found["wrong"]
 
 
 # ---- libraries of models

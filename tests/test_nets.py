@@ -108,16 +108,27 @@ def test_conv4_normalises_by_the_batch_at_hand_in_both_modes():
     torch.testing.assert_close(net(x.flip(0)), training.flip(0))
 
 
-@pytest.mark.parametrize("hidden", [(), (0,), (40, -1)])
-def test_bad_widths(hidden):
-    with pytest.raises(ValueError, match="SinusoidMLP needs hidden layers of at least one unit; got hidden="):
+@pytest.mark.parametrize(
+    ("hidden", "error", "message"),
+    [
+        ((), ValueError, r"SinusoidMLP needs at least one hidden layer; got hidden=\(\)"),
+        ((0,), ValueError, "a width in hidden must be >= 1; got 0"),
+        ((40, -1), ValueError, "a width in hidden must be >= 1; got -1"),
+        ((40, 1.5), TypeError, "a width in hidden must be a whole number; got 1.5"),
+        (40, TypeError, r"hidden must be the widths of the hidden layers, such as \(40, 40\); got 40"),
+        ("40", TypeError, "got '40'"),
+    ],
+)
+def test_bad_widths(hidden, error, message):
+    with pytest.raises(error, match=message):
         SinusoidMLP(hidden)
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 64), (5, 0, 64), (5, 1, 0), (-5, 1, 64)])
-def test_bad_sizes(sizes):
-    with pytest.raises(ValueError, match=f"Conv4 needs positive sizes; got ways={sizes[0]}, channels={sizes[1]}"):
-        Conv4(*sizes)
+@pytest.mark.parametrize("name", ["ways", "channels", "hidden"])
+@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-5, ValueError), ("5", TypeError), (None, TypeError)])
+def test_bad_sizes(name, size, error):
+    with pytest.raises(error, match=f"{name} must be .*; got {size!r}"):
+        Conv4(**{"ways": 5, name: size})
 
 
 @pytest.mark.parametrize(

@@ -453,7 +453,7 @@ def test_settings_of_the_wrong_type_in_the_table(place, value, message, tmp_path
         (lambda s: {**s, "seconds": "x"}, "should hold a number >= 0 as 'seconds'; got 'x'"),
         (lambda s: {**s, "draws": torch.zeros(3)}, "hold no states of generators"),
         (lambda s: {**s, "optimizer": []}, "optimizer: its state should be a dict of 'state' and 'param_groups'"),
-        (lambda s: {name: value for name, value in s.items() if name != "bias"}, "hold no bias"),
+        (lambda s: {name: value for name, value in s.items() if name != "bias"}, "there is no bias in"),
     ],
 )
 def test_checkpoints_with_wrong_contents(change, message, tmp_path):

@@ -104,6 +104,10 @@ def test_a_run_goes_on_in_smaller_chunks_and_elsewhere(commanded, tmp_path):
     assert cli.main(["train", "sinusoid", *FLAGS, *more, "--run-dir", str(run), "--resume"]) == 0
     assert cli.main(["train", "sinusoid", *FLAGS, "--iterations", "8", "--run-dir", str(whole)]) == 0
     assert read_config(run)["settings"]["chunk_size"] == 1
+    assert [entry["settings"] for entry in read_config(run)["history"]] == [
+        {"chunk_size": None, "compile": False, "device": "cpu"},
+        {"chunk_size": 1, "compile": False, "device": "cpu:0"},
+    ]
     for name, weight in newest(whole)["learner"].items():
         torch.testing.assert_close(newest(run)["learner"][name], weight, msg=name)
 
@@ -427,14 +431,34 @@ def test_parts_of_a_configuration_of_the_wrong_type(name, value, message, run):
 )
 def test_a_configuration_that_is_no_json(text, run):
     (run / "config.json").write_text(text)
-    refused(run, r"config\.json cannot be read as a run's configuration", lambda: go(run, resume=True))
+    refused(run, r"the run.s configuration cannot be read\. .*config\.json", lambda: go(run, resume=True))
 
 
-def test_files_that_are_none(run):
-    (run / "config.json").unlink()
-    os.mkfifo(run / "config.json")
-    with pytest.raises(ValueError, match=r"there is no .*config\.json"):
+def folder(place: Path) -> None:
+    place.mkdir()
+
+
+def self_link(place: Path) -> None:
+    place.symlink_to(place)
+
+
+def dangling(place: Path) -> None:
+    place.symlink_to("nowhere")
+
+
+def device(place: Path) -> None:
+    place.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [folder, self_link, dangling, device, os.mkfifo], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", [".lock", "config.json", "metrics.jsonl"])
+def test_files_that_are_none(name, make, run):
+    (run / name).unlink()
+    make(run / name)
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(ValueError, match=rf"{name} is .*, where a run keeps a file of its own\. Move it away"):
         go(run, resume=True)
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -510,9 +534,9 @@ def in_state(value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "no step": (without("step"), "should hold a whole number >= 0 as 'step'; got None"),
     "no seconds": (without("seconds"), "a number >= 0 as 'seconds'; got None"),
-    "no best": (without("best"), "the best validation, or None, as 'best'"),
-    "no rng": (without("rng"), "no states of generators in 'rng'"),
-    "no learner": (without("learner"), "hold no learner"),
+    "no best": (without("best"), "there is no 'best' in .*: the best validation so far, or None"),
+    "no rng": (without("rng"), "the states of torch's generators as 'rng', .*; got None"),
+    "no learner": (without("learner"), "there is no learner in the checkpoints"),
     "step of text": (with_("step", "4"), "'step'; got '4'"),
     "step below zero": (with_("step", -1), "'step'; got -1"),
     "step beyond all": (with_("step", 2**70), "of another step than its name says: it holds a number of many digits"),
@@ -545,9 +569,15 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     ),
     "seconds NaN": (with_("seconds", float("nan")), "'seconds'; got nan"),
     "best of text": (with_("best", "x"), "'best'; got 'x'"),
-    "rng a list": (with_("rng", [1]), "no states of generators"),
-    "rng short": (with_("rng", {"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}), "no states of generators"),
-    "rng of GPUs": (with_("rng", {"cpu": torch.get_rng_state(), "cuda": ["x"]}), "no states of generators"),
+    "rng a list": (with_("rng", [1]), "should hold the states of torch's generators as 'rng', .*; got a list"),
+    "rng short": (
+        with_("rng", {"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}),
+        "no states of generators",
+    ),
+    "rng of GPUs": (
+        with_("rng", {"cpu": torch.get_rng_state(), "cuda": ["x"]}),
+        "no states of generators",
+    ),
     "learner a list": (with_("learner", [1]), "learner: its state should be a dict"),
     "learner of numbers": (with_("learner", {1: 2}), "learner: "),
     "learner of text": (with_("learner", {"model.0.weight": "x"}), "learner: "),

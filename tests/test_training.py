@@ -429,7 +429,7 @@ def test_state_of_another_operator(tmp_path):
     """Under settings of one's own, which tell no operators apart."""
     one, other = (momentum()._replace(options={"settings": {"name": "mine"}, "bias": b}) for b in (None, EF14(TopK(3))))
     go(one, tmp_path / "none", iterations=4)
-    with pytest.raises(CheckpointError, match="hold no bias"):
+    with pytest.raises(CheckpointError, match="there is no bias in"):
         go(other, tmp_path / "none", resume=True)
     go(other, tmp_path / "ef14", iterations=4)
     with pytest.raises(CheckpointError, match="ef21:topk:3 keeps estimate of each worker; got error"):
@@ -739,14 +739,14 @@ def test_checkpoint_of_another_model(tmp_path):
             settings={"name": "mine"},
             resume=True,
         )
-    with pytest.raises(CheckpointError, match="hold no scheduler0"):
+    with pytest.raises(CheckpointError, match="there is no scheduler0, scheduler1 in"):
         go(scheduled(), tmp_path, settings={"name": "mine"}, resume=True)
     assert contents(tmp_path / "checkpoints") == before
 
 
 def test_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
-    with pytest.raises(ValueError, match=r"config\.json cannot be read as a run's configuration"):
+    with pytest.raises(ValueError, match=r"the run.s configuration cannot be read\. .*config\.json"):
         go(momentum(), tmp_path)
     assert contents(tmp_path) == {"config.json": b'{"mine": 1}'}
     file = tmp_path / "file"

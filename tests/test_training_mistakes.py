@@ -132,6 +132,7 @@ def test_one_scheduler_is_a_list_of_one():
     ("make", "error", "message"),
     [
         (lambda o: StepLR, TypeError, "got the class StepLR itself"),
+        (lambda o: None, TypeError, "schedulers are one or a list of them, .*; got None"),
         (lambda o: o, TypeError, "got a CompositeMomentum"),
         (lambda o: [(StepLR(o, 1),)], TypeError, "got a tuple"),
         (ReduceLROnPlateau, TypeError, "ReduceLROnPlateau wants a loss at each step"),
@@ -222,6 +223,19 @@ def test_a_sampler_that_takes_no_part_is_told_where_there_are_several():
         ):
             ask()
     assert drawn(Short(), 0, 4).num_tasks == 4
+
+
+class Alone:
+    """A sampler that is not told how many tasks."""
+
+    def sample(self, step: int) -> TaskBatch:
+        return TASKS.sample(step, 4)
+
+
+def test_a_sampler_that_takes_too_little():
+    made = learner()
+    with pytest.raises(TypeError, match=r"train takes a sampler, .*; Alone\.sample takes \(step: "):
+        go(made, over(made.parameters()), Alone())
 
 
 BATCH = TASKS.sample(0, 4)

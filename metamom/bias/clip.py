@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,10 +108,13 @@ class ClipValue(BiasOperator):
         return f"clipvalue:{_number(self.max_value)}"
 
 
-def _positive(what: str, value: float) -> float:
-    if not 0 < value < math.inf:
+def _positive(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{what}, a number; got {value!r}.")
+    number = float(value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{what} > 0 and finite; got {value}.")
-    return float(value)
+    return number
 
 
 def _number(value: float) -> str:

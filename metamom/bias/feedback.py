@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metamom.bias.base import BiasOperator, Place, Sizes, check_gradient, inner_operator
 from metamom.bias.clip import Clip
+from metamom.checks import check_number
 from metamom.optim import momentum_update_
 
 State = dict[str, Tensor]  # by name
@@ -313,6 +314,7 @@ class EF21SGDM(EF21):
 
     def __init__(self, operator: BiasOperator | str, eta: float = 0.1) -> None:
         super().__init__(operator)
+        check_number("EF21SGDM's eta", eta)
         if not 0 < eta <= 1:
             raise ValueError(f"EF21SGDM needs the weight of the new gradient, 0 < eta <= 1; got {eta}.")
         self.eta = float(eta)

@@ -11,6 +11,7 @@ from torch import Tensor
 from metamom.bias.base import BiasOperator, Place, Sizes
 from metamom.bias.checks import all_finite
 from metamom.bias.select import INTEGERS
+from metamom.checks import check_number
 
 
 class Sparse(BiasOperator):
@@ -33,6 +34,8 @@ class Sparse(BiasOperator):
             raise ValueError(f"{kind} needs either k= or ratio=; got k={k}, ratio={ratio}.")
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f"{kind} needs a whole number k >= 1; got k={k!r}. Pass ratio= to keep a share.")
+        if ratio is not None:
+            check_number(f"{kind}'s ratio", ratio)
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"{kind} needs a share 0 < ratio <= 1; got ratio={ratio}. 5 % is ratio=0.05.")
         self.k = k

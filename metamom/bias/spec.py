@@ -176,7 +176,7 @@ def _single(text: str) -> BiasOperator:
     if kind.number is None:
         return kind.make(**options)
     if not argument:
-        raise ValueError(f"{name} needs a number behind a colon.")
+        raise ValueError(f"{name} needs a number behind a colon: {' or '.join(_spelled(name))}.")
     try:
         if kind.share and argument.endswith("%"):
             share = _number(float, argument[:-1], f"{name}'s percentage")
@@ -192,7 +192,10 @@ def _option(name: str, word: str) -> tuple[str, Any]:
     """The keyword that an option is, and its value."""
     key, equals, value = word.partition("=")
     if key not in KINDS[name].options or bool(equals) != (OPTIONS[key].value is int):
-        raise ValueError(f"{name} has no option {shown(word)}.")
+        options = _options(KINDS[name].options)
+        raise ValueError(
+            f"{name} has no option {shown(word)}; " + (f"it has {options}." if options else "it has none.")
+        )
     option = OPTIONS[key]
     if option.check is None:
         return option.keyword, option.value
