@@ -2,8 +2,8 @@
 
 ``config.json``      everything needed to run it again: the ``settings``, of which those that decide the run may not
                      change when it is resumed; its ``length`` and the like, which may; the ``environment``: versions,
-                     hardware and command; and the ``history``: length, environment and those settings that may change, of
-                     every start
+                     hardware and command; and the ``history``: length, environment and those settings that may change,
+                     of every start
 ``metrics.jsonl``    one object a line, appended and flushed
 ``checkpoints/``     see `metamom.checkpoints`
 """
