@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metamom.batch import TaskBatch
-from metamom.maml import LossFn
+from metamom.maml.learner import LossFn
 
 
 class Task(NamedTuple):

@@ -24,14 +24,14 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
-from metamom import flag_types
-from metamom.checks import MOST
+from metamom.cli import flag_types
+from metamom.common.checks import MOST
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.learn2learn_loop import meta_iteration, split_task
-from metamom.files import write_atomically
+from metamom.common.files import write_atomically
 from metamom.interop.learn2learn import AsTaskset, from_maml, import_learn2learn, seeded
 from metamom.optim import CompositeMomentum
-from metamom.run_directory import RunDirectory, environment
+from metamom.training.directory import RunDirectory, environment
 from metamom.tasks import Omniglot
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from metamom.batch import TaskBatch
 from metamom.experiments.learn2learn_loop import adapted_loss, tasks_of
 from metamom.interop.learn2learn import from_maml, import_learn2learn
-from metamom.maml import LossFn
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.maml.learner import LossFn
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
 
 MODELS = ("MLP", "Conv4")

@@ -4,7 +4,7 @@
 
 Each line is measured in a process of its own, by the largest resident set that the system saw: a leak of any kind
 raises it from one quarter of the iterations to the next. As in `metamom train`, the process keeps the memory that it
-frees (`metamom.allocator.keep_freed_memory`); the peaks without that differ by a few per cent. TorchInductor's own
+frees (`metamom.common.allocator.keep_freed_memory`); the peaks without that differ by a few per cent. TorchInductor's own
 compiling processes are not counted.
 """
 
@@ -19,15 +19,15 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from metamom.checks import AT_ONCE, MOST
-from metamom.chunks import ChunkSize
-from metamom.compiled import CompileMode
+from metamom.common.checks import AT_ONCE, MOST
+from metamom.maml.chunking import ChunkSize
+from metamom.compile.graph import CompileMode
 from metamom.experiments.peak import alone, peak_mib
-from metamom.flag_types import count
-from metamom.maml import MAML
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.cli.flag_types import count
+from metamom.maml.learner import MAML
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum
-from metamom.run_directory import environment
+from metamom.training.directory import environment
 from metamom.tasks import Episodes, Sinusoid
 from metamom.tasks.family import TaskFamily
 

@@ -13,15 +13,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from metamom.allocator import keep_freed_memory
-from metamom.checks import MOST
+from metamom.common.allocator import keep_freed_memory
+from metamom.common.checks import MOST
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.figures import learning_curves
 from metamom.experiments.recipes import Recipe
-from metamom.files import write_atomically
-from metamom.flag_types import count
-from metamom.run_directory import environment, read_metrics
-from metamom.training import train
+from metamom.common.files import write_atomically
+from metamom.cli.flag_types import count
+from metamom.training.directory import environment, read_metrics
+from metamom.training.loop import train
 
 METHODS: dict[str, dict[str, Any]] = {
     "momentum": {"lr": 0.5, "beta": 0.1},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from metamom.files import write_atomically
+from metamom.common.files import write_atomically
 
 
 def keep_part(run_dir: Path, name: str, text: str) -> None:

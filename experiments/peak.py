@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from metamom.allocator import keep_freed_memory
+from metamom.common.allocator import keep_freed_memory
 
 
 def peak_mib() -> float:

@@ -14,9 +14,9 @@ from scipy import stats
 from metamom.experiments import figures
 from metamom.experiments.numerals import shortest
 from metamom.experiments.saved import load_run
-from metamom.files import write_atomically
-from metamom.maml import MAML
-from metamom.run_directory import environment
+from metamom.common.files import write_atomically
+from metamom.maml.learner import MAML
+from metamom.training.directory import environment
 from metamom.tasks import Sinusoid
 
 if TYPE_CHECKING:

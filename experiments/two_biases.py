@@ -18,9 +18,9 @@ import torch
 
 from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Quadratics
-from metamom.files import write_atomically
+from metamom.common.files import write_atomically
 from metamom.optim import CompositeMomentum
-from metamom.robust import robust_mean
+from metamom.server.robust import robust_mean
 
 BETAS = (1.0, 0.3, 0.1)
 AGGREGATES = ("mean", "median", "trimmed:0.2", "geomedian")

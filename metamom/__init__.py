@@ -7,7 +7,7 @@ from importlib import import_module, metadata
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from metamom.accumulator import BiasedAccumulator
+from metamom.server.accumulator import BiasedAccumulator
 from metamom.batch import Sampler, TaskBatch, TaskSampler
 from metamom.bias import (
     EF14,
@@ -25,10 +25,10 @@ from metamom.bias import (
     TopK,
 )
 from metamom.evaluation import Evaluation, evaluate
-from metamom.maml import MAML
+from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta, momentum_update
-from metamom.progress import DivergedError
-from metamom.training import TrainResult, train
+from metamom.training.progress import DivergedError
+from metamom.training.loop import TrainResult, train
 
 if TYPE_CHECKING:
     from metamom import bias as bias

@@ -2,7 +2,7 @@
 
 import sys
 
-from metamom.cli import main
+from metamom.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

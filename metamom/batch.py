@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from metamom.checks import AT_ONCE, check_whole
+from metamom.common.checks import AT_ONCE, check_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self

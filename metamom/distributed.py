@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, block, drawn
-from metamom.checks import check_whole
+from metamom.common.checks import check_whole
 
 Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")

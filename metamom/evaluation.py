@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
-from metamom.batch_checks import check_batch, refuse_non_finite
+from metamom.maml.batch_checks import check_batch, refuse_non_finite
 from metamom.bias.checks import all_finite
-from metamom.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
+from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.distributed import World, as_world, digest
-from metamom.maml import MAML
-from metamom.misfits import asserts_explained
-from metamom.swapping import evaluating
+from metamom.maml.learner import MAML
+from metamom.maml.misfits import asserts_explained
+from metamom.maml.swapping import evaluating
 
 BLOCK = 50  # tasks drawn and computed together
 
@@ -31,7 +31,7 @@ class Evaluation(NamedTuple):
         mean: over the tasks, ``k`` values.
         halfwidth: of the confidence interval, ``z s / sqrt(T)``, ``k`` values.
         values: every task's value, ``[k, T]``.
-        metric: ``"accuracy"`` in [0, 1] for classification (`metamom.metrics.accuracy`), else ``"loss"``.
+        metric: ``"accuracy"`` in [0, 1] for classification (`metamom.maml.metrics.accuracy`), else ``"loss"``.
         confidence: of the intervals.
     """
 
@@ -75,7 +75,7 @@ def evaluate(
     Raises:
         TypeError: for arguments of another kind, and for a sampler that gives something else than a `TaskBatch`.
         ValueError: for an argument out of range, and for tasks that the model or the loss cannot take.
-        metamom.batch_checks.NonFiniteDataError: where predictions are not finite, for the data is not.
+        metamom.maml.batch_checks.NonFiniteDataError: where predictions are not finite, for the data is not.
 
     Reference:
         The protocol of Finn, Abbeel, Levine (2017), section 5.2.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metamom.averaged import averaged_by, forget
-from metamom.checks import check_number
+from metamom.common.averaged import averaged_by, forget
+from metamom.common.checks import check_number
 
 FirstStep = Literal["zero", "gradient"]
 
@@ -355,7 +355,7 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
 
 
 def _check_momentum(pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
-    """Refuse to average once more what the workers have averaged (`metamom.aggregate.deliver` notes it)."""
+    """Refuse to average once more what the workers have averaged (`metamom.server.aggregate.deliver` notes it)."""
     spec = averaged_by(p for p, _ in pairs)
     if spec is not None:
         raise ValueError(

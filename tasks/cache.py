@@ -24,8 +24,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from metamom.files import cache_folder, write_atomically
-from metamom.reading import regular_file
+from metamom.common.files import cache_folder, write_atomically
+from metamom.common.reading import regular_file
 
 Arrays = dict[str, NDArray[Any]]
 

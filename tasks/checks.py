@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metamom.checks import AT_ONCE
+from metamom.common.checks import AT_ONCE
 
 NUMBERS = (int, float, np.integer, np.floating)
 

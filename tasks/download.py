@@ -10,7 +10,7 @@ from pathlib import Path
 import requests
 from tqdm.auto import tqdm
 
-from metamom.reading import what_is_there
+from metamom.common.reading import what_is_there
 from metamom.tasks.locate import DataError
 
 CHUNK = 1 << 14  # bytes; what came of a chunk before the connection broke is lost

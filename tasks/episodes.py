@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.counter import Ints, Places, Purpose, choose, uniforms
+from metamom.rng import Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_flag
 from metamom.tasks.family import TaskFamily
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metamom.batch import TaskBatch, TaskSampler, block
-from metamom.counter import Places
+from metamom.rng import Places
 from metamom.tasks.checks import check_seed, check_step, check_stream
 
 if TYPE_CHECKING:

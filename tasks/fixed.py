@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from metamom.batch import TaskBatch, TaskSampler, block
-from metamom.counter import Floats, Ints, Places, Purpose, choose, uniforms
+from metamom.rng import Floats, Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_flag, check_step, check_stream
 from metamom.tasks.family import TaskFamily
 

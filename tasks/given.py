@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from metamom.batch import TaskBatch, block
-from metamom.counter import Floats, Places
+from metamom.rng import Floats, Places
 from metamom.tasks.family import TaskFamily
 
 Values = ArrayLike | Tensor

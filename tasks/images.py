@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metamom.reading import NotAFileError, regular_file
+from metamom.common.reading import NotAFileError, regular_file
 from metamom.tasks.locate import DataError, PathLike, locate
 
 CLASSES = 10

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.counter import Floats, Places, Purpose, choose, uniforms
+from metamom.rng import Floats, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_deviation, check_dtype, check_flag
 from metamom.tasks.given import GivenFamily, Values, as_numpy, described, described_range, given
 from metamom.tasks.matrices import (

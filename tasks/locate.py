@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from platformdirs import user_data_dir
 
-from metamom.files import named_folder
-from metamom.reading import what_is_there
+from metamom.common.files import named_folder
+from metamom.common.reading import what_is_there
 
 PathLike = str | os.PathLike[str]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from metamom.counter import Floats, Places, Purpose, normals, uniforms
+from metamom.rng import Floats, Places, Purpose, normals, uniforms
 from metamom.tasks.checks import check_range
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from metamom.reading import read_regular_file, what_is_there
+from metamom.common.reading import read_regular_file, what_is_there
 from metamom.tasks.locate import DataError
 from metamom.tasks.png import DamagedError, read_grey
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metamom.batch import TaskBatch, TaskSampler, block
-from metamom.counter import Places
+from metamom.rng import Places
 from metamom.tasks.checks import check_step
 from metamom.tasks.linear import LinearRegression
 from metamom.tasks.matrices import products, square_root

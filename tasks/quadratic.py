@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.counter import Floats, Places, Purpose, uniforms
+from metamom.rng import Floats, Places, Purpose, uniforms
 from metamom.tasks.checks import check_count, check_deviation, check_dtype
 from metamom.tasks.given import GivenFamily, Values, described, described_range, given
 from metamom.tasks.matrices import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.counter import Floats, Places, Purpose, normals, uniforms
+from metamom.rng import Floats, Places, Purpose, normals, uniforms
 from metamom.tasks.checks import check_count, check_deviation, check_dtype, check_range
 from metamom.tasks.family import TaskFamily
 

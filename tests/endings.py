@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from metamom.checkpoints import Checkpoints, load
-from metamom.run_directory import read_metrics
+from metamom.training.checkpoints import Checkpoints, load
+from metamom.training.directory import read_metrics
 
 
 def assert_same(a: Any, b: Any, place: str = "state") -> None:

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from metamom import MAML, CompositeMomentum, train
 from metamom.batch import TaskBatch
 from metamom.bias import parse
-from metamom.checkpoints import Checkpoints
-from metamom.cli import main
+from metamom.training.checkpoints import Checkpoints
+from metamom.cli.app import main
 from metamom.distributed import start
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Sinusoid
 
 CONTEXT = multiprocessing.get_context("forkserver")

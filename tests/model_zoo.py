@@ -17,7 +17,7 @@ from torch.utils import checkpoint
 
 from metamom import TaskBatch
 from metamom.interop.imports import import_learn2learn, import_torchvision
-from metamom.nets import use_batch_statistics
+from metamom.nets.models import use_batch_statistics
 
 TASKS, SUPPORT, QUERY, WAYS = 3, 6, 3, 3
 

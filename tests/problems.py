@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
 from metamom.experiments.speed.rows import PlainConv4
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.nets.models import Conv4, SinusoidMLP
 
 WAYS = 3
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, BiasedAccumulator, Clip, CompositeMomentum, TopK
 from metamom.bias import parse
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Sinusoid
 
 

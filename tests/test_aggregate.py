@@ -10,9 +10,9 @@ from operators import EVERY, LAYERWISE, PLAIN, each
 from torch import Tensor
 
 from metamom import Clip, Identity, TopK
-from metamom.aggregate import aggregate, flatten, unflatten
+from metamom.server.aggregate import aggregate, flatten, unflatten
 from metamom.bias import EF21, NonFiniteError
-from metamom.robust import robust_mean
+from metamom.server.robust import robust_mean
 
 
 def workers_gradients(n: int = 3) -> dict[str, Tensor]:

@@ -23,20 +23,20 @@ from problems import (
 from torch.fx.experimental import proxy_tensor
 from torch.nn import functional as F
 
-import metamom.compiled
+import metamom.compile.graph
 import metamom.maml
 from metamom import MAML
-from metamom.kernels.build import CompilerError, find_compiler, load
+from metamom.nets.kernels.build import CompilerError, find_compiler, load
 
 
 @pytest.fixture
 def clock(monkeypatch) -> None:
     """Every plain meta-gradient takes a second, and compiling is reckoned at 12: 3 layers, 2 passes, 2 seconds each."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr(metamom.compiled, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(metamom.compile.graph, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     monkeypatch.setattr(metamom.maml, "COMPILE_SECONDS", 2.0)
-    monkeypatch.setattr(metamom.compiled, "SPEED_UP", 2.0)
-    monkeypatch.setattr(metamom.compiled, "FIRST_CALLS", 3)
+    monkeypatch.setattr(metamom.compile.graph, "SPEED_UP", 2.0)
+    monkeypatch.setattr(metamom.compile.graph, "FIRST_CALLS", 3)
 
 
 def plain_calls(learner: MAML, traced: list[int], most: int = 60) -> int:
@@ -148,7 +148,7 @@ exit 1
 FAILING = """
 import json, warnings
 from problems import relative_error, small, small_batch
-from metamom.kernels.build import CompilerError, load
+from metamom.nets.kernels.build import CompilerError, load
 
 load()
 expected = small().meta_gradient(small_batch()).grads

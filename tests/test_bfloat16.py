@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 
 # The bounds are those of the problem. On noise, at the start, eight bits move the gradient of Conv4 by 12 %, whoever
 # computes it: see test_conv4_in_bfloat16_is_as_exact_as_plain_layers.

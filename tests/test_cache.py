@@ -12,7 +12,7 @@ import pytest
 from fuzzing import bounded, campaign, damaged
 from irregular import IRREGULAR, put_in_place
 
-from metamom.files import cache_folder
+from metamom.common.files import cache_folder
 from metamom.tasks.cache import HEAD, cached
 
 MAKER = """

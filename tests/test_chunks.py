@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import metamom.chunks
+import metamom.maml.chunking
 from metamom import MAML, TaskBatch
-from metamom.chunks import PEAK, spans
-from metamom.nets import Conv4
+from metamom.maml.chunking import PEAK, spans
+from metamom.nets.models import Conv4
 from metamom.tasks import Sinusoid
 
 
@@ -98,7 +98,7 @@ def sizes(monkeypatch) -> list[int]:
 def needed(monkeypatch) -> int:
     """What one task of `batch` is reckoned to need, in bytes: a share of a budget that fits very many."""
     budget = 2**40
-    monkeypatch.setattr(metamom.chunks, "BUDGET", budget)
+    monkeypatch.setattr(metamom.maml.chunking, "BUDGET", budget)
     return budget // learner(chunk_size="auto")._chunk_size(batch())
 
 
@@ -107,7 +107,7 @@ def test_a_budget_bounds_the_tasks_at_a_time(monkeypatch, needed, sizes):
     kept = 16 * 5 * 8 * 2 * 3  # two layers' worth of 16 numbers for 5 points, three times: less cannot do
     assert needed > PEAK * kept
     for fitting, expected in [(0.5, [1] * 6), (1.5, [1] * 6), (2.5, [2] * 3), (3.5, [3] * 2), (5.5, [3] * 2), (7, [6])]:
-        monkeypatch.setattr(metamom.chunks, "BUDGET", int(fitting * needed))
+        monkeypatch.setattr(metamom.maml.chunking, "BUDGET", int(fitting * needed))
         sizes.clear()
         learner(chunk_size="auto").meta_gradient(batch())
         assert sizes == [1, *expected], fitting  # first the one that is measured
@@ -116,7 +116,7 @@ def test_a_budget_bounds_the_tasks_at_a_time(monkeypatch, needed, sizes):
 @pytest.mark.parametrize("workers", [1, 2, 3, 6])
 @pytest.mark.parametrize("fitting", [0.5, 2.5, 4.5, 1e6])
 def test_auto_changes_nothing(monkeypatch, needed, workers, fitting):
-    monkeypatch.setattr(metamom.chunks, "BUDGET", int(fitting * needed))
+    monkeypatch.setattr(metamom.maml.chunking, "BUDGET", int(fitting * needed))
     ours, theirs = (learner(chunk_size=size).meta_gradient(batch(), workers) for size in ("auto", None))
     for name in theirs.grads:
         torch.testing.assert_close(ours.grads[name], theirs.grads[name], rtol=1e-12, atol=1e-12)
@@ -124,7 +124,7 @@ def test_auto_changes_nothing(monkeypatch, needed, workers, fitting):
 
 
 def test_auto_in_evaluation(monkeypatch, needed):
-    monkeypatch.setattr(metamom.chunks, "BUDGET", int(2.5 * needed))
+    monkeypatch.setattr(metamom.maml.chunking, "BUDGET", int(2.5 * needed))
     with torch.no_grad():
         ours, theirs = (learner(chunk_size=size).losses(batch()) for size in ("auto", None))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -22,8 +22,8 @@ from tiny_omniglot import TINY, members, pixels, png, write_zip
 
 from metamom import TaskBatch, cli
 from metamom.bias.spec import spec_help
-from metamom.checkpoints import Checkpoints, load
-from metamom.run_directory import read_config, read_metrics
+from metamom.training.checkpoints import Checkpoints, load
+from metamom.training.directory import read_config, read_metrics
 from metamom.tasks import Sinusoid, fetch
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -18,13 +18,13 @@ from fuzzing import bounded, campaign
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, cli, evaluate, train
-from metamom.allocator import out_of_memory
-from metamom.checks import AT_ONCE, MOST
-from metamom.counter import Places, Purpose, uniforms
+from metamom.common.allocator import out_of_memory
+from metamom.common.checks import AT_ONCE, MOST
+from metamom.rng import Places, Purpose, uniforms
 from metamom.experiments.recipes import Recipe
-from metamom.flag_types import count, counts, long_count, names, number, numbers, path, seed, task_count
-from metamom.flags import parsed, parser
-from metamom.nets import SinusoidMLP
+from metamom.cli.flag_types import count, counts, long_count, names, number, numbers, path, seed, task_count
+from metamom.cli.flags import parsed, parser
+from metamom.nets.models import SinusoidMLP
 from metamom.tasks import FixedTasks, LinearRegression, Sinusoid
 
 SAID_TO_BE_A_NUMBER = ("1_000", "١٢", "１２", "²", "0x10", "", " ", "1e3x", "--", "1\u2028", "9" * 5000)

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, kernels
-from metamom.kernels.build import CompilerError
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.nets.kernels.build import CompilerError
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Sinusoid
 
 Grads = dict[str, Tensor]

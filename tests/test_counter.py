@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metamom.counter import Places, Purpose, choose, normals, subset, uniforms
+from metamom.rng import Places, Purpose, choose, normals, subset, uniforms
 from metamom.tasks.checks import check_count, check_seed, check_step
 
 WORD = 2**64 - 1

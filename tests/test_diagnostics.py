@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, TaskBatch, TopK, cli, nets, train
 from metamom.bias import EF21
-from metamom.counter import Places
-from metamom.diagnostics import TrackBias, measure
+from metamom.rng import Places
+from metamom.diagnostics.bias_meter import TrackBias, measure
 from metamom.experiments.bias_report import PLANS
-from metamom.intervals import Jackknife, squared_norm, total_variance
-from metamom.run_directory import read_metrics
-from metamom.slope import fit_slope
-from metamom.sources import MEASURED
+from metamom.common.intervals import Jackknife, squared_norm, total_variance
+from metamom.training.directory import read_metrics
+from metamom.diagnostics.power_law import fit_slope
+from metamom.diagnostics.sources import MEASURED
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Quadratic, Sinusoid
 from metamom.tasks.population import Population
 from metamom.theory.designs import Gaussian

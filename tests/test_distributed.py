@@ -28,10 +28,10 @@ from processes import REPOSITORY, free_port, torchrun
 
 from metamom import BiasedAccumulator, evaluate
 from metamom.bias import parse
-from metamom.checkpoints import load
+from metamom.training.checkpoints import load
 from metamom.distributed import World, start
 from metamom.tasks import Sinusoid
-from metamom.training import MEASURE_EVERY
+from metamom.training.loop import MEASURE_EVERY
 
 pytestmark = pytest.mark.xdist_group("processes")  # what the fixtures make takes a minute: once
 SIZES = (2, 4)

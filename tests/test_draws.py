@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
-from metamom.draws import DrawsByTask, Step
+from metamom.maml.draws import DrawsByTask, Step
 
 TASKS = 6
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metamom.counter import Places, Purpose, choose, uniforms
+from metamom.rng import Places, Purpose, choose, uniforms
 from metamom.tasks import Episodes
 
 

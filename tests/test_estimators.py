@@ -26,13 +26,13 @@ from slow_maml import slow_estimate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import metamom.chunks
-import metamom.inner_step
+import metamom.maml.chunking
+import metamom.maml.inner_step
 from metamom import MAML, TaskBatch
-from metamom.differences import difference, gradient_by_differences
-from metamom.estimators import ESTIMATORS, INNER_BATCHES, TRACKED, check_support, cut, support_parts
+from metamom.maml.finite_differences import difference, gradient_by_differences
+from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES, TRACKED, check_support, cut, support_parts
 from metamom.experiments.recipes import Recipe
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Episodes, Quadratic, Sinusoid, quadratic_loss
 
 STATELESS = [e for e in ESTIMATORS if e not in TRACKED]  # the others are in test_tracking.py
@@ -77,7 +77,7 @@ def smaller_radius(monkeypatch, factor: float) -> None:
     def closer(along: Any, hessian: Any, own: Any, others: Any, precision: float) -> Any:
         return gradient_by_differences(along, hessian, own, others, precision * factor**3)
 
-    monkeypatch.setattr(metamom.inner_step, "gradient_by_differences", closer)
+    monkeypatch.setattr(metamom.maml.inner_step, "gradient_by_differences", closer)
 
 
 OPTIONS: list[tuple[int, dict[str, Any]]] = [
@@ -157,7 +157,7 @@ def test_the_estimators_differ():
 @pytest.mark.parametrize("chunk_size", [None, 3, "auto"])
 @pytest.mark.parametrize("estimator", HALVED)
 def test_backward_of_the_losses_is_backward(estimator, chunk_size, monkeypatch):
-    monkeypatch.setattr(metamom.chunks, "BUDGET", 100_000)
+    monkeypatch.setattr(metamom.maml.chunking, "BUDGET", 100_000)
     model, batch = randomised(mlp()), regression_batch(support=6)
     learner = MAML(model, F.mse_loss, inner_lr=0.05, inner_steps=2, estimator=estimator, chunk_size=chunk_size)
     learner.losses(batch).mean().backward()

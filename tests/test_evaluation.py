@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, evaluate, evaluation, train
 from metamom.batch import TaskBatch
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, FixedTasks, Omniglot, PerWorker, Sinusoid
 
 FAMILY = Sinusoid(shots=5, queries=7, seed=3)

@@ -37,8 +37,8 @@ from forked import (
 )
 from processes import environment, free_port
 
-from metamom.checkpoints import Checkpoints, load
-from metamom.run_directory import read_metrics
+from metamom.training.checkpoints import Checkpoints, load
+from metamom.training.directory import read_metrics
 
 LONG = 3000  # steps, minutes: a run that a test ends before
 

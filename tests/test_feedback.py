@@ -33,9 +33,9 @@ from metamom import (
     train,
 )  # fmt: skip
 from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, Function, NonFiniteError
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 from metamom.optim import LambdaBeta
-from metamom.run_directory import read_metrics
+from metamom.training.directory import read_metrics
 from metamom.tasks import Sinusoid
 
 BETAS = (1.0, 0.3, 0.1)

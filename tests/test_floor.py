@@ -14,7 +14,7 @@ from metamom import MAML, CompositeMomentum
 from metamom.experiments.floor import sinusoids
 from metamom.experiments.floor.regressions import CURES, FIXED_POINTS, Arm, Config, predicted, run, show
 from metamom.experiments.floor.square import squared_mean
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 from metamom.tasks import FixedTasks, Sinusoid
 
 SHORT = Config(steps=300, last=250, blocks=10)

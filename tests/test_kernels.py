@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from irregular import IRREGULAR, put_in_place
 from torch import Tensor
 
-from metamom import kernels
-from metamom.files import cache_folder
-from metamom.kernels import build, reference
-from metamom.kernels.build import CompilerError, load
+from metamom.nets import kernels
+from metamom.common.files import cache_folder
+from metamom.nets.kernels import build, reference
+from metamom.nets.kernels.build import CompilerError, load
 
 CPU = torch.device("cpu")
 EPS = 1e-5

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from metamom import kernels
-from metamom.layers import BatchNormReLU, StridedConv, _Fold, _Unfold
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.nets import kernels
+from metamom.nets.layers import BatchNormReLU, StridedConv, _Fold, _Unfold
+from metamom.nets.models import Conv4, SinusoidMLP
 
 CPU = torch.device("cpu")
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}

@@ -21,7 +21,7 @@ from metamom.experiments import learn2learn_omniglot
 from metamom.experiments.learn2learn_loop import adapted_loss, meta_iteration, split_task, tasks_of
 from metamom.experiments.learn2learn_parity import MODELS, STEPS, parity, problem
 from metamom.interop.learn2learn import AsTaskset, FromTaskset, from_maml, import_learn2learn
-from metamom.nets import SinusoidMLP, use_batch_statistics
+from metamom.nets.models import SinusoidMLP, use_batch_statistics
 from metamom.tasks import Episodes, Sinusoid
 
 need_learn2learn()

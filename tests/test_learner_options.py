@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum
-from metamom.nets import Conv4
+from metamom.nets.models import Conv4
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 

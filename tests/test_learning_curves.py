@@ -19,9 +19,9 @@ from slow_maml import LossFn, slow_meta_gradient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import metamom.chunks
+import metamom.maml.chunking
 from metamom import MAML, CompositeMomentum, train
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
 from metamom.tasks.family import TaskFamily
 
@@ -110,8 +110,8 @@ def small_budget(monkeypatch):
         def fitting() -> int:
             return MAML(model, problem.loss_fn, inner_lr=problem.inner_lr, chunk_size="auto")._chunk_size(batch)
 
-        monkeypatch.setattr(metamom.chunks, "BUDGET", 2**40)
-        monkeypatch.setattr(metamom.chunks, "BUDGET", int(2.5 * 2**40 / fitting()))
+        monkeypatch.setattr(metamom.maml.chunking, "BUDGET", 2**40)
+        monkeypatch.setattr(metamom.maml.chunking, "BUDGET", int(2.5 * 2**40 / fitting()))
         assert fitting() == 2
 
     return of

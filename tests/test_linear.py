@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, TaskBatch
-from metamom.counter import Places
+from metamom.rng import Places
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, Sinusoid, half_squared_error
 from metamom.tasks.population import Population
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum
-from metamom.chunks import BUDGET
+from metamom.maml.chunking import BUDGET
 from metamom.experiments import memory
 
 WORDS = ["--iterations", "8", "--tasks", "6"]

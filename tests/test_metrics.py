@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, evaluate
-from metamom.metrics import accuracy
+from metamom.maml.metrics import accuracy
 
 TASKS = 2
 

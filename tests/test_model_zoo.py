@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML
-from metamom.estimators import Estimator
+from metamom.maml.estimators import Estimator
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*weight_norm.* is deprecated:FutureWarning",

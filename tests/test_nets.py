@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from metamom.layers import BatchNormReLU
-from metamom.nets import Conv4, SinusoidMLP, use_batch_statistics
+from metamom.nets.layers import BatchNormReLU
+from metamom.nets.models import Conv4, SinusoidMLP, use_batch_statistics
 
 MAKERS: dict[str, Callable[..., nn.Module]] = {
     "SinusoidMLP": SinusoidMLP,

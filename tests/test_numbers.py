@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metamom.numbers import real, shown, whole
+from metamom.common.numbers import real, shown, whole
 
 NEITHER = [
     "", " ", "x", "1_000", "١٢", "１２", "²", "½", "1\n", "\t1", "1\u2028", "\u00a01", "1\u200b", "1\x00", "- 1", "--1",

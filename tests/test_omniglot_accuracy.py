@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metamom.experiments import omniglot_accuracy
-from metamom.run_directory import read_metrics
+from metamom.training.directory import read_metrics
 
 
 @pytest.fixture

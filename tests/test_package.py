@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import metamom
-from metamom.diagnostics import measure
+from metamom.diagnostics.bias_meter import measure
 from metamom.interop.learn2learn import seeded
 from metamom.tasks import Sinusoid
 

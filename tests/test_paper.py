@@ -23,15 +23,15 @@ from endings import contents
 from torch import nn
 from torch.nn import functional as F
 
-from metamom import checkpoints
+from metamom.training import checkpoints
 from metamom.bias import QSGD, Clip, Identity, Normalize, RandK, TopK, parse
-from metamom.checkpoints import CheckpointError, Checkpoints, load, save
+from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
 from metamom.experiments.paper import memory, nodes, protocol, published, run
 from metamom.experiments.paper import table as tables
 from metamom.experiments.paper.published import Curve, Setting
 from metamom.experiments.paper.training import Row, Training
-from metamom.interrupts import TrainingInterrupted
-from metamom.progress import DivergedError
+from metamom.training.interrupts import TrainingInterrupted
+from metamom.training.progress import DivergedError
 from metamom.tasks.images import LabelledImages
 
 reproduce, table = run.reproduce, tables.table
@@ -556,7 +556,7 @@ def test_saving_copies_no_tensor(tmp_path):
 FULL_DISK = """
     import resource, sys, torch
     from pathlib import Path
-    from metamom.checkpoints import save
+    from metamom.training.checkpoints import save
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         save(Path(sys.argv[1]), {"a": torch.ones(1000)})

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from metamom import MAML
-from metamom.products import join_products, sum_products
+from metamom.nets.products import join_products, sum_products
 
 Rewriting = Callable[[torch.fx.GraphModule], int]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum
-from metamom.counter import Places
+from metamom.rng import Places
 from metamom.tasks import FixedTasks, PerWorker, Quadratic, quadratic_loss
 
 DOUBLE = {"dtype": torch.float64}

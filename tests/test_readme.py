@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 import metamom
 from metamom import cli
-from metamom.flags import parser
+from metamom.cli.flags import parser
 from metamom.interop.learn2learn import AsTaskset, import_learn2learn
-from metamom.nets import SinusoidMLP
+from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Sinusoid
 
 ROOT = Path(__file__).resolve().parents[1]

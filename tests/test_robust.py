@@ -13,8 +13,8 @@ from operators import DTYPES
 from scipy.optimize import minimize
 from torch import Tensor
 
-from metamom.aggregate import aggregate
-from metamom.robust import check_aggregate, geometric_median, robust_mean
+from metamom.server.aggregate import aggregate
+from metamom.server.robust import check_aggregate, geometric_median, robust_mean
 
 HOW = ["mean", "median", "trimmed:0.1", "trimmed:0.25", "trimmed:0.49", "geomedian"]
 each_kind = pytest.mark.parametrize("how", HOW)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metamom.aggregate import Aggregation
+from metamom.server.aggregate import Aggregation
 from metamom.bias.spec import parse
 from metamom.experiments.peak import alone
 from metamom.experiments.scaling import constants, fit, model, pictures, planning, simulate

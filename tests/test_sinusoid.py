@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from metamom.counter import Places
+from metamom.rng import Places
 from metamom.tasks import Sinusoid
 
 

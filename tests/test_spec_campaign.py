@@ -9,7 +9,7 @@ from fuzzing import bounded, campaign
 
 from metamom.bias import EF14, BiasOperator, TopK, parse
 from metamom.bias.spec import LONGEST, MOST
-from metamom.cli import main
+from metamom.cli.app import main
 
 PIECES = (
     "none", "topk", "randk", "clip", "clipvalue", "normalize", "sign", "qsgd", "clip21", "ef14", "ef21", "ef21-sgdm",

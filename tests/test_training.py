@@ -44,11 +44,11 @@ from metamom import (
     train,
 )
 from metamom.bias import EF14, EF21, EF21SGDM, NonFiniteError, parse
-from metamom.checkpoints import CheckpointError, Checkpoints, load, save
-from metamom.cli import main
-from metamom.interrupts import TrainingInterrupted
-from metamom.nets import SinusoidMLP
-from metamom.run_directory import read_config, read_log, read_metrics
+from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
+from metamom.cli.app import main
+from metamom.training.interrupts import TrainingInterrupted
+from metamom.nets.models import SinusoidMLP
+from metamom.training.directory import read_config, read_log, read_metrics
 from metamom.tasks import PerWorker, Sinusoid
 
 PATIENCE = 120  # seconds until a process that should have done something has hung
@@ -765,7 +765,7 @@ def test_start_that_came_to_nothing_may_be_repeated(tmp_path, uninterrupted):
 
 HOLDER = """
     import sys, time
-    from metamom.run_directory import RunDirectory
+    from metamom.training.directory import RunDirectory
     with RunDirectory(sys.argv[1], {}):
         print("holding", flush=True)
         time.sleep(600)

@@ -24,10 +24,10 @@ from metamom import (
     train,
 )  # fmt: skip
 from metamom.batch import drawn
-from metamom.diagnostics import measure
+from metamom.diagnostics.bias_meter import measure
 from metamom.distributed import World
 from metamom.interop.learn2learn import AsTaskset
-from metamom.plan import check_momentum
+from metamom.training.plan import check_momentum
 from metamom.tasks import FixedTasks, PerWorker, Sinusoid
 
 TASKS = Sinusoid(5, 5)

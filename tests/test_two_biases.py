@@ -11,7 +11,7 @@ from torch import Tensor
 from metamom import CompositeMomentum
 from metamom.experiments import two_biases
 from metamom.experiments.two_biases import bias_of_order, floor_of_aggregate, floor_of_order, workers
-from metamom.robust import robust_mean
+from metamom.server.robust import robust_mean
 
 
 @pytest.mark.parametrize("how", ["median", "trimmed:0.2", pytest.param("geomedian", marks=pytest.mark.slow)])

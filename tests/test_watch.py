@@ -14,7 +14,7 @@ from metamom.bias.spec import parse
 from metamom.tasks import LinearRegression
 from metamom.tasks.linear import half_squared_error
 from metamom.theory import diagnose
-from metamom.watch import StallWarning, Watch
+from metamom.training.stall import StallWarning, Watch
 
 
 def descend(

@@ -29,7 +29,7 @@ from metamom import (
     TopK,
     evaluate,
 )
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Sinusoid
 
 ODD = {

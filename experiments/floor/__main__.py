@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from metamom.allocator import keep_freed_memory
+from metamom.common.allocator import keep_freed_memory
 from metamom.experiments.floor import regressions, sinusoids
 from metamom.experiments.parts import assembled, keep_part
 

@@ -11,14 +11,14 @@ from typing import Any
 from tqdm import tqdm
 
 from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
-from metamom.checks import MOST, check_whole
+from metamom.common.checks import MOST, check_whole
 from metamom.experiments.paper.protocol import Protocol, protocol
 from metamom.experiments.paper.training import Row, Training
 from metamom.experiments.recipes import find_device
-from metamom.files import write_atomically
-from metamom.interrupts import Interrupts, TrainingInterrupted
-from metamom.progress import DivergedError
-from metamom.run_directory import RunDirectory, read_log
+from metamom.common.files import write_atomically
+from metamom.training.interrupts import Interrupts, TrainingInterrupted
+from metamom.training.progress import DivergedError
+from metamom.training.directory import RunDirectory, read_log
 from metamom.tasks.checks import check_seed
 from metamom.tasks.locate import PathLike
 

@@ -14,8 +14,8 @@ from metamom.experiments.numerals import shortest
 from metamom.experiments.paper.published import SEEDS, Curve, Setting, authors_curves, mean_rows, our_curves
 from metamom.experiments.paper.run import EPOCHS
 from metamom.experiments.paper.training import Row
-from metamom.files import write_atomically
-from metamom.run_directory import environment
+from metamom.common.files import write_atomically
+from metamom.training.directory import environment
 
 TARGET = 0.9  # of the test accuracy
 LAST = 20  # epochs whose mean is the final accuracy

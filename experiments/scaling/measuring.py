@@ -13,7 +13,7 @@ from metamom.experiments.scaling import constants
 from metamom.experiments.scaling.launch import on_processes
 from metamom.experiments.scaling.loopback import QUIET
 from metamom.experiments.scaling.problems import Config
-from metamom.run_directory import environment
+from metamom.training.directory import environment
 
 Measured = dict[str, Any]  # what `measure` returns
 TITLE = "Measured on this machine"

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from metamom.bias import BiasOperator, Identity
 from metamom.bias.spec import parse
-from metamom.maml import MAML
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.maml.learner import MAML
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Omniglot, Sinusoid
 from metamom.tasks.family import TaskFamily
 

@@ -12,7 +12,7 @@ from metamom.experiments.scaling import measuring, pictures, planning, simulate
 from metamom.experiments.scaling.measuring import Measured
 from metamom.experiments.scaling.planning import LINKS, SHOWN, Case, network
 from metamom.experiments.scaling.problems import Config
-from metamom.files import write_atomically
+from metamom.common.files import write_atomically
 
 HEADING = "Scaling, measured and planned"
 TITLES = {"measure": measuring.TITLE, "model": "Planned: up to 10,000 workers", "simulate": simulate.TITLE}

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from metamom.allocator import keep_freed_memory
+from metamom.common.allocator import keep_freed_memory
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator
 from metamom.distributed import SERVERS, World, start

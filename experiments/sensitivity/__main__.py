@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from metamom.allocator import keep_freed_memory
+from metamom.common.allocator import keep_freed_memory
 from metamom.experiments.parts import assembled, keep_part
 from metamom.experiments.sensitivity.grid import search
 from metamom.experiments.sensitivity.report import figure, table

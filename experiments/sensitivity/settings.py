@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from metamom.batch import Sampler
-from metamom.maml import MAML
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.maml.learner import MAML
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Omniglot, Sinusoid
 from metamom.tasks.images import labelled_images
 

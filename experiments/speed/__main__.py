@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from metamom.allocator import keep_freed_memory
-from metamom.checks import MOST
+from metamom.common.allocator import keep_freed_memory
+from metamom.common.checks import MOST
 from metamom.experiments.speed import measure as measuring
 from metamom.experiments.speed import report
 from metamom.experiments.speed.measure import Measured
 from metamom.experiments.speed.peers import NAMES, ROUGH, makers, unavailable
 from metamom.experiments.speed.rows import ROWS
-from metamom.flag_types import count, number
-from metamom.run_directory import environment
+from metamom.cli.flag_types import count, number
+from metamom.training.directory import environment
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator, TopK
-from metamom.chunks import ChunkSize
-from metamom.estimators import Estimator
+from metamom.maml.chunking import ChunkSize
+from metamom.maml.estimators import Estimator
 from metamom.experiments.numerals import shortest
-from metamom.maml import LossFn
-from metamom.nets import Conv4, SinusoidMLP
+from metamom.maml.learner import LossFn
+from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
 
 # Of the float32 results, relative to the norm. A ReLU whose input is zero up to rounding may fall on either side, and a

@@ -19,7 +19,7 @@ from metamom.bias.base import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.when.tuning import Tuned, cells, counted, listed, tune
-from metamom.maml import MAML
+from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum
 from metamom.tasks import Sinusoid
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metamom.bias.base import BiasOperator, Place, Sizes, check_gradient, inner_operator
 from metamom.bias.clip import Clip
-from metamom.checks import check_number
+from metamom.common.checks import check_number
 from metamom.optim import momentum_update_
 
 State = dict[str, Tensor]  # by name

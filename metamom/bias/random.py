@@ -13,7 +13,7 @@ from metamom.bias.checks import check_setting
 from metamom.bias.norms import scaled_norm
 from metamom.bias.sparse import Sparse
 from metamom.bias.wire import pack, packed_bytes, unpack
-from metamom.counter import Places, Purpose, subset, uniforms
+from metamom.rng import Places, Purpose, subset, uniforms
 
 
 def check_seed(seed: int) -> None:

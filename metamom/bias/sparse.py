@@ -11,7 +11,7 @@ from torch import Tensor
 from metamom.bias.base import BiasOperator, Place, Sizes
 from metamom.bias.checks import all_finite
 from metamom.bias.select import INTEGERS
-from metamom.checks import check_number
+from metamom.common.checks import check_number
 
 
 class Sparse(BiasOperator):

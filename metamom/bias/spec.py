@@ -14,7 +14,7 @@ from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21
 from metamom.bias.normalize import Normalize, Sign
 from metamom.bias.random import QSGD, RandK, check_seed
 from metamom.bias.topk import TopK
-from metamom.numbers import real, shown, whole
+from metamom.common.numbers import real, shown, whole
 
 N = TypeVar("N", int, float)
 

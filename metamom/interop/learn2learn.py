@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, TaskSampler, block, check_sampler
-from metamom.estimators import Estimator
+from metamom.maml.estimators import Estimator
 from metamom.interop.imports import import_learn2learn
-from metamom.maml import MAML, LossFn
+from metamom.maml.learner import MAML, LossFn
 
 __all__ = ["AsTaskset", "FromTaskset", "from_maml", "import_learn2learn", "seeded"]
 

@@ -1,0 +1,95 @@
+"""What may stand behind a flag: plain numbers within bounds, lists of them, names, paths.
+
+Lower ends are left to the library, whose errors say what to do; a flag says no more than what is surely a slip.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+from metamom.common.checks import AT_ONCE, INNER_STEPS, MOST, POINTS, RUNS
+from metamom.common.numbers import real, shown, whole
+
+ENTRIES = 100  # of a list
+
+T = TypeVar("T")
+
+
+def count(most: int, least: int | None = None) -> Callable[[str], int]:
+    """A whole number that is at most so large, and at least so large if the library does not say so."""
+
+    def parse(text: str) -> int:
+        value = _or_argument_error(whole, text)
+        if least is not None and not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {least:,} to {most:,}; got {shown(text)}")
+        if abs(value) > most:
+            raise argparse.ArgumentTypeError(f"wanted a whole number of at most {most:,}; got {shown(text)}")
+        return value
+
+    return parse
+
+
+long_count = count(MOST)  # of what is done one after the other
+task_count = count(AT_ONCE)
+point_count = count(POINTS)
+step_count = count(INNER_STEPS)
+run_count = count(RUNS)
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    return _or_argument_error(real, text)
+
+
+def seed(text: str) -> int:
+    """A whole number of any size."""
+    return _or_argument_error(whole, text)
+
+
+def counts(each: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
+    """Whole numbers with commas between."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(map(each, _entries(text, "whole numbers with commas between, such as 0,1,5")))
+
+    return parse
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Finite numbers with commas between."""
+    return tuple(map(number, _entries(text, "numbers with commas between, such as 1,0.1")))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between."""
+    return tuple(_entries(text, "names with commas between"))
+
+
+def path(text: str) -> str:
+    """Of a file or folder."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"wanted a path in UTF-8; got {shown(text)}") from None
+    if not text:
+        raise argparse.ArgumentTypeError("wanted a path; got ''")
+    return text
+
+
+def _entries(text: str, what: str) -> list[str]:
+    entries = [entry.strip(" ") for entry in text.split(",")]
+    if not all(entries):
+        raise argparse.ArgumentTypeError(f"wanted {what}; got {shown(text)}")
+    if len(entries) > ENTRIES:
+        raise argparse.ArgumentTypeError(f"wanted at most {ENTRIES} of them; got {len(entries)}")
+    return entries
+
+
+def _or_argument_error(parse: Callable[[str], T], text: str) -> T:
+    """What argparse shows as it is: of a ValueError it shows only its own words."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from None

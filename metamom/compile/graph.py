@@ -1,0 +1,230 @@
+"""A meta-gradient as one compiled graph, and the decision whether compiling pays."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from metamom.nets import kernels
+from metamom.maml.draws import tracing
+from metamom.nets.kernels.build import CompilerError, find_compiler, gist
+from metamom.nets.products import enlarge_products
+
+CompileMode = bool | Literal["auto"]
+
+# What "auto" reckons with. A compiled meta-gradient was 2.6 (Conv4) to 10 times (an MLP) as fast as an eager one on
+# two cores; docs/performance.md has the measurements.
+SPEED_UP = 2.5
+FIRST_CALLS = 3  # watched before deciding
+GRAPHS_KEPT = 16  # those used last
+GRAPHS_TO_WONDER_AT = 8
+
+
+def check_compiler(device: torch.device) -> None:
+    """Make sure that graphs can be compiled for ``device``.
+
+    Raises:
+        CompilerError: saying what is missing.
+    """
+    if device.type == "cpu":
+        find_compiler()
+    elif importlib.util.find_spec("triton") is None:
+        raise CompilerError(f"compiling for {device.type} needs Triton (pip install triton), or run without compiling.")
+
+
+@dataclass
+class _Eager:
+    """What "auto" knows of calls that it has not compiled: how many, and the time of all but the first."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+
+class Compiled:
+    """A function of tensors that takes derivatives inside, compiled whole, once for each shape of its arguments.
+
+    `torch.compile` cannot differentiate twice through a graph of its own, so the function is first traced to the
+    operators that its derivatives come down to (`make_fx`), and that derivative-free graph goes to TorchInductor,
+    with metamom's own kernels in it on a CPU.
+
+    Args:
+        function: of tensors, numbers and dicts of tensors, to a tuple of tensors. Numbers are compiled in as they
+            are, the keys of dicts must stay the same. Tensors that are not among its arguments may change their
+            values between calls, but not their shapes. The graphs used last are kept; a function that is compiled
+            often draws one warning.
+        settings: what else the function's course depends on; it is compiled anew for each value that this returns.
+        mode: ``True`` compiles at the first call. ``"auto"`` runs the function as it is until compiling pays: until
+            the calls to come (`expected`, where it was told, else as many as there have been) would save more time
+            than compiling takes; where it cannot be compiled, for whatever reason, it warns once and never tries again.
+        cost: the seconds that compiling once takes, roughly; for ``"auto"``.
+
+    Raises:
+        CompilerError: at the first call, where ``mode`` is true and there is no compiler, or TorchInductor fails.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        settings: Callable[[], Hashable],
+        mode: CompileMode,
+        cost: float,
+    ) -> None:
+        self.function = function
+        self.settings = settings
+        self.mode = mode
+        self.cost = cost
+        self.expected: int | None = None
+        self.compiled = 0
+        self.graphs: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+        self.eager: dict[Any, _Eager] = {}
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """The function's value."""
+        leaves: list[Any] = []
+        for arg in args:
+            leaves.extend(arg.values()) if isinstance(arg, dict) else leaves.append(arg)
+        key = (self.settings(), *[_kind(leaf) for leaf in leaves])
+        graph = self.graphs.get(key)
+        if graph is None:
+            if self.mode == "auto" and not self._pays(key):
+                return self._timed(key, args)
+            try:
+                graph = self._compile(args)
+            except Exception as error:  # whatever it is: the plain function has just run, and still does
+                if self.mode != "auto":
+                    raise
+                said = error if isinstance(error, CompilerError) else f"{type(error).__name__}: {error}"
+                warnings.warn(f'compile="auto" goes on without compiling: {said}', stacklevel=2)
+                self.cost = math.inf
+                return self._timed(key, args)
+            self._count()
+        self.graphs.pop(key, None)
+        self.graphs[key] = graph  # the last one: the one to be forgotten last
+        if len(self.graphs) > GRAPHS_KEPT:
+            del self.graphs[next(iter(self.graphs))]
+        with torch.no_grad():
+            try:
+                return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+            except RuntimeError:
+                self.function(*args)  # which says more of what is wrong with these arguments
+                raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is compiled stays in this process: a copy compiles anew."""
+        return {**self.__dict__, "graphs": {}, "eager": {}}
+
+    def _count(self) -> None:
+        """Warn, once, of a function that is compiled again and again."""
+        self.compiled += 1
+        if self.compiled == GRAPHS_TO_WONDER_AT:
+            warnings.warn(
+                f"a meta-gradient has been compiled {self.compiled} times, which takes seconds each time: something "
+                "that it is compiled for changes from call to call. Keep batches of one shape; change buffers and "
+                "frozen parameters in place (buffer.copy_(...)) and do not replace them, nor the loss, a module or "
+                "a hook; or run without compiling.",
+                stacklevel=2,
+            )
+
+    def _pays(self, key: Any) -> bool:
+        """Whether the calls to come would save more time than compiling takes."""
+        watched = self.eager.setdefault(key, _Eager())
+        if watched.calls < FIRST_CALLS:
+            return False
+        each = watched.seconds / (watched.calls - 1)
+        to_come = watched.calls if self.expected is None else self.expected
+        return to_come * each * (1 - 1 / SPEED_UP) > self.cost
+
+    def _timed(self, key: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        watched = self.eager[key]
+        began = time.perf_counter()
+        result = self.function(*args)
+        if result[0].is_cuda:  # only asked for so far
+            torch.cuda.synchronize(result[0].device)
+        if watched.calls > 0:
+            watched.seconds += time.perf_counter() - began
+        watched.calls += 1
+        return result
+
+    def _compile(self, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        # here: they take as long to import as all of torch, and most runs compile nothing
+        from torch import _inductor as inductor
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        leaves, spec = pytree.tree_flatten(args)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        check_compiler(tensors[0].device)
+
+        def flat(*given: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(given)
+            return self.function(
+                *pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+            )
+
+        drawn = [tensors[0].device] if tensors[0].is_cuda else []
+        try:
+            # a model may draw in tracing
+            with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device), tracing():
+                graph = make_fx(flat)(*tensors)
+        except Exception:
+            self.function(*args)  # which can look at values, and says more of what is wrong with these arguments
+            raise
+        enlarge_products(graph)
+        options = _options(graph, tensors[0].device)
+        while True:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=drawn):
+                    compiled: Callable[..., tuple[Tensor, ...]] = inductor.compile(graph, list(tensors), options)
+            except Exception as error:
+                if not _forget_damaged(error):
+                    cause = getattr(error, "inner_exception", error)
+                    raise CompilerError(
+                        f"TorchInductor cannot compile this meta-gradient: {type(cause).__name__}: {gist(str(cause))}. "
+                        "See whether the compiler works and the disk has room, or run without compiling."
+                    ) from error
+            else:
+                return compiled
+
+
+def _options(graph: fx.GraphModule, device: torch.device) -> dict[str, Any]:
+    """TorchInductor's, with what was noted of the graph's nodes in tracing taken away, for it takes its own notes."""
+    own_kernels = False
+    for node in graph.graph.nodes:
+        node.meta.clear()
+        own_kernels = own_kernels or getattr(node.target, "namespace", None) == "metamom"
+    # The calls between kernels in C++ too, which knows the way back to no operators but PyTorch's.
+    return {"cpp_wrapper": device.type == "cpu" and not own_kernels}
+
+
+def _forget_damaged(error: Exception) -> bool:
+    """Delete the library that TorchInductor could not load, if it is one of its own that an interrupt cut short.
+
+    Returns:
+        Whether it did; compiling again then makes that library anew.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    named = re.search(r"(\S+\.so): (file too short|invalid ELF header)", str(error))
+    path = Path(named[1]) if named else None
+    if path is None or not path.is_relative_to(cache_dir()) or not path.is_file():
+        return False
+    path.unlink()
+    return True
+
+
+def _kind(leaf: Any) -> Hashable:
+    """What a compiled graph depends on: all of a number, everything but the values of a tensor."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    hashable: Hashable = leaf
+    return hashable

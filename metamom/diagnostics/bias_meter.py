@@ -1,0 +1,400 @@
+"""The bias meter: measured bias and variance of a meta-gradient estimator, by inner batch size and by source.
+
+    from metamom.diagnostics.bias_meter import measure
+    measure(learner, Sinusoid(shots=240, queries=50), inner_batches=(1, 2, 5, 10, 20))
+
+Legend: R draws (workers' messages), T = R · (tasks of a worker) tasks, m inner batch in shots, d meta-parameters, C
+bias operator, n workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream
+from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.common.intervals import Interval, Jackknife, norm, squared_norm, total_variance
+from metamom.maml.learner import MAML
+from metamom.diagnostics.power_law import Slope, fit_slope
+from metamom.diagnostics.sources import (
+    MEASURED,
+    estimator_parts,
+    half_points,
+    pairs,
+    points_per_shot,
+    population_gradients,
+    reference,
+    single_gradients,
+)
+
+STREAM = "bias"  # of the sampler's seed: neither training nor validation nor test draws from it
+TRACKED_PAIRS = 4  # of a pool, in training
+POINTS = 60_000  # query points of the adaptations computed together, roughly
+
+
+class Part(NamedTuple):
+    """A bias, or one source's share of it.
+
+    Attributes:
+        squared: its squared norm, unbiased, so that it may be negative where there is none.
+        mean: the vector itself ``[d]``, with noise.
+    """
+
+    squared: Interval
+    mean: Tensor
+
+    @property
+    def norm(self) -> Interval:
+        """Its norm; from 0 on where zero is not excluded."""
+        return norm(self.squared)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval says that there is a bias at all."""
+        return self.squared.low > 0
+
+
+class AtSize(NamedTuple):
+    """What was measured at one inner batch size.
+
+    Attributes:
+        inner_batch: m.
+        bias: of what a worker sends.
+        sources: its parts by name (see `metamom.diagnostics.sources.estimator_parts`; ``"operator"`` is the mean of C(g) - g);
+            their means add up to the bias's.
+        variance: the trace of the covariance of what one worker sends, over its tasks, inner batches and query points;
+            the mean of n workers has 1/n of it.
+    """
+
+    inner_batch: int
+    bias: Part
+    sources: dict[str, Part]
+    variance: Interval
+
+
+class Measured(NamedTuple):
+    """What `measure` returns.
+
+    Attributes:
+        sizes: one entry for each inner batch size, in order.
+        slopes: over m, of the estimator's bias (``"bias"``, without the operator's share) and of each of its sources;
+            ``None`` where zero is excluded at fewer than two sizes.
+        gradient: norm of the reference, the gradient of f.
+        reference: ``"population"`` where that is exact, else ``"pool"``, a large inner batch.
+        correction: norm of what the pool's reference was corrected by for its own bias, of which at most 1.4 times as
+            much is left (see `metamom.diagnostics.sources.reference`); ``None`` for the population.
+        estimator: its name.
+        bias: spec of the operator C.
+        draws: R.
+        tasks_per_worker: tasks of one worker.
+        pool: support shots of a task that the inner batches were cut from.
+        confidence: of all intervals.
+    """
+
+    sizes: tuple[AtSize, ...]
+    slopes: dict[str, Slope | None]
+    gradient: Interval
+    reference: Literal["population", "pool"]
+    correction: Interval | None
+    estimator: str
+    bias: str
+    draws: int
+    tasks_per_worker: int
+    pool: int
+    confidence: float
+
+
+def measure(
+    learner: MAML,
+    sampler: Sampler,
+    *,
+    inner_batches: Sequence[int] = (1, 2, 5, 10, 20),
+    bias: Bias = None,
+    population: Sampler | None = None,
+    draws: int = 200,
+    tasks_per_worker: int = 1,
+    queries: int | None = None,
+    most_pairs: int | None = None,
+    confidence: float = 0.95,
+    label: str = "bias",
+) -> Measured:
+    """Bias and variance of what a worker sends, against the gradient of f at the learner's weights.
+
+    ``bias(m) = E C(g_m) - grad f`` with g_m the learner's estimator on inner batches of m shots, and f the mean over
+    tasks of the loss after adaptation to the whole population. Each task's pool of support points is cut into inner
+    batches; they, other estimators on the same points, and the reference are judged on the same query set.
+    Squared norms come from products of different draws (`metamom.common.intervals.squared_norm`), so that noise adds nothing
+    to them and their intervals can cover zero. An interval tells the noise of the draws, not what is left of the bias
+    of the pool's reference (``correction``).
+
+    Args:
+        learner: its model, weights, inner steps and estimator. Nothing of it is changed.
+        sampler: tasks whose support sets are pools: at least twice the inner batches of one adaptation, and 4 shots.
+            Metamom's own are asked for their stream ``"bias"``; step r gives draw r.
+        inner_batches: m >= 1, in shots: points a class for classification, else points.
+        bias: the operator C on each worker's flattened gradient, or its SPEC, without error feedback.
+        population: where it is known, a sampler of the same tasks with their populations as support and as query sets
+            (`metamom.tasks.population.Population`): the reference is then exact. The pool's shares points with the
+            inner batches, which takes noise out of their difference: with a population, intervals are wider for as many
+            draws.
+        draws: R >= 3, workers' messages that intervals come from.
+        tasks_per_worker: tasks that a worker takes the mean of, before C. Families of given tasks need a multiple of
+            their number.
+        queries: shots of the query set that a worker uses in training, for the variance and C; all if ``None``.
+        most_pairs: cut at most so many pairs of inner batches out of a pool; all if ``None``.
+        confidence: of all intervals, in (0, 1).
+        label: what the progress bar says.
+
+    Returns:
+        A `Measured`.
+
+    Raises:
+        ValueError: for an argument out of range, a pool that does not hold two inner batches, or an operator that feeds
+            errors back, whose bias is one of its history.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> from metamom import nets
+        >>> from metamom.tasks import Sinusoid
+        >>> learner = MAML(nets.SinusoidMLP(), F.mse_loss)
+        >>> found = measure(learner, Sinusoid(shots=8), inner_batches=(1, 2), draws=4)
+        >>> [at.inner_batch for at in found.sizes], list(found.sizes[0].sources)
+        ([1, 2], ['curvature', 'coupling'])
+
+    Reference:
+        arXiv 2403.00853, the composite gradient; docs/theory.md, "Which source of bias, which cure".
+    """
+    operator, sizes = as_operator(bias), tuple(inner_batches)
+    _check_plan(learner, operator, sizes, draws, tasks_per_worker, queries, confidence)
+    like = next(learner.model.parameters())
+    check_sampler(sampler, "measure takes a sampler, which")
+    first = drawn(of_stream(sampler, STREAM), 0, tasks_per_worker)
+    _check_pool(learner, first, sizes, queries)
+    shot = points_per_shot(first)
+    devices = [like.device] if like.device.type == "cuda" else []
+    found = _Found()
+    # a model's own random layers (dropout) draw from torch's generators: neither they nor a run around this is moved
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would move every GPU's, which nobody puts back
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        widest = first.support_x.shape[1] // (2 * half_points(learner, min(sizes), first))
+        widest = widest if most_pairs is None else min(widest, most_pairs)
+        at_once = max(1, POINTS // (2 * widest * first.query_x.shape[1] * tasks_per_worker))
+        starts = range(0, draws, at_once)
+        with tqdm(total=draws * len(sizes), desc=label, unit="draw", leave=False, disable=None) as bar:
+            for start in starts:
+                steps = range(start, min(start + at_once, draws))
+                pool = _all_drawn(sampler, steps, tasks_per_worker).to(like.device, like.dtype)
+                whole = None
+                if population is not None:
+                    whole = _all_drawn(population, steps, tasks_per_worker).to(like.device, like.dtype)
+                found.add_reference(learner, pool, whole, tasks_per_worker)
+                for m in sizes:
+                    found.add(learner, pool, whole, m, operator, tasks_per_worker, queries, most_pairs, steps)
+                    bar.update(len(steps))
+    return Measured(
+        tuple(found.at(m, confidence) for m in sizes),
+        found.slopes(confidence),
+        norm(squared_norm(torch.cat(found.targets)).interval(confidence)),
+        "pool" if population is None else "population",
+        norm(squared_norm(torch.cat(found.corrections)).interval(confidence)) if population is None else None,
+        learner.estimator,
+        "none" if operator is None else operator.spec,
+        draws,
+        tasks_per_worker,
+        first.support_x.shape[1] // shot,
+        confidence,
+    )
+
+
+class TrackBias(NamedTuple):
+    """What ``train(track_bias=...)`` measures on its way: the bias at one inner batch size, from a few draws.
+
+    Attributes:
+        every: steps between measurements, from step 0 on, >= 1.
+        pools: a sampler as `measure` takes it.
+        inner_batch: m, as trained with.
+        draws: R.
+        tasks_per_worker: as trained with.
+        queries: as trained with.
+    """
+
+    every: int
+    pools: Sampler
+    inner_batch: int
+    draws: int = 16
+    tasks_per_worker: int = 1
+    queries: int | None = None
+
+
+def check_track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> None:
+    """Refuse what `track` would refuse.
+
+    Raises:
+        ValueError: saying what to change.
+    """
+    if plan.every < 1:
+        raise ValueError(f"track_bias measures every N >= 1 steps; got every={plan.every}.")
+    _check_plan(learner, operator, (plan.inner_batch,), plan.draws, plan.tasks_per_worker, plan.queries, 0.95)
+    _check_pool(
+        learner, drawn(of_stream(plan.pools, STREAM), 0, plan.tasks_per_worker), (plan.inner_batch,), plan.queries
+    )
+
+
+def track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> dict[str, float]:
+    """A measurement as a line of metrics has it.
+
+    Returns:
+        ``{"norm": ..., "low": ..., "high": ..., "gradient": ..., "variance": ...}``: the bias with its 95 % interval,
+        the gradient's norm, and the variance of one worker's message.
+    """
+    found = measure(
+        learner,
+        plan.pools,
+        inner_batches=(plan.inner_batch,),
+        bias=operator,
+        draws=plan.draws,
+        tasks_per_worker=plan.tasks_per_worker,
+        queries=plan.queries,
+        most_pairs=TRACKED_PAIRS,
+        label="track bias",
+    )
+    at = found.sizes[0]
+    bias = at.bias.norm
+    return {
+        "norm": bias.value,
+        "low": bias.low,
+        "high": bias.high,
+        "gradient": found.gradient.value,
+        "variance": at.variance.value,
+    }
+
+
+class _Found:
+    """What draws have given so far, rows ``[R, d]`` in blocks."""
+
+    def __init__(self) -> None:
+        self.targets: list[Tensor] = []
+        self.corrections: list[Tensor] = []
+        self.parts: dict[int, dict[str, list[Tensor]]] = {}
+        self.messages: dict[int, list[Tensor]] = {}
+        self._of_tasks: Tensor | None = None
+
+    def add_reference(self, learner: MAML, pool: TaskBatch, whole: TaskBatch | None, each: int) -> None:
+        if whole is None:
+            target, correction = reference(learner, pool)
+            self.corrections.append(_means(correction, each))
+        else:
+            target = population_gradients(learner, whole)
+        self._of_tasks = target
+        self.targets.append(_means(target, each))
+
+    def add(
+        self,
+        learner: MAML,
+        pool: TaskBatch,
+        whole: TaskBatch | None,
+        m: int,
+        operator: BiasOperator | None,
+        each: int,
+        queries: int | None,
+        most: int | None,
+        steps: range,
+    ) -> None:
+        assert self._of_tasks is not None
+        # the query batch is independent of the inner one, so that its mean may be taken first: the population's
+        judged = pool if whole is None else pool._replace(query_x=whole.query_x, query_y=whole.query_y)
+        parts = estimator_parts(learner, judged, m, self._of_tasks, most)
+        rows = {name: _means(part, each) for name, part in parts.items()}
+        message, sizes = single_gradients(learner, pool, m, queries, each)
+        if operator is not None:
+            sent = operator(message, step=0, workers=steps, sizes=sizes)
+            rows["operator"] = sent.double() - message.double()
+            message = sent
+        kept = self.parts.setdefault(m, {})
+        for name, values in rows.items():
+            kept.setdefault(name, []).append(values)
+        self.messages.setdefault(m, []).append(message.double())
+
+    def slopes(self, confidence: float) -> dict[str, Slope | None]:
+        """Of the estimator's bias and its sources; the operator is left out."""
+        curves: dict[str, dict[int, Jackknife]] = {}
+        for m, parts in self.parts.items():
+            kept = {name: blocks for name, blocks in parts.items() if name != "operator"}
+            curves.setdefault("bias", {})[m] = squared_norm(self._total(kept))
+            for name, blocks in kept.items():
+                curves.setdefault(name, {})[m] = squared_norm(torch.cat(blocks))
+        return {name: fit_slope(curve, confidence) for name, curve in curves.items()}
+
+    def at(self, m: int, confidence: float) -> AtSize:
+        parts = self.parts[m]
+        sources = {name: _part(torch.cat(blocks), confidence) for name, blocks in parts.items()}
+        variance = total_variance(torch.cat(self.messages[m])).interval(confidence)
+        return AtSize(m, _part(self._total(parts), confidence), sources, variance)
+
+    def _total(self, parts: dict[str, list[Tensor]]) -> Tensor:
+        return torch.stack([torch.cat(blocks) for blocks in parts.values()]).sum(0)
+
+
+def _part(rows: Tensor, confidence: float) -> Part:
+    return Part(squared_norm(rows).interval(confidence), rows.mean(0))
+
+
+def _means(rows: Tensor, each: int) -> Tensor:
+    """Of tasks ``[T, d]``, workers' means ``[T/each, d]``."""
+    return rows.reshape(-1, each, rows.shape[1]).mean(1)
+
+
+def _all_drawn(sampler: Sampler, steps: range, each: int) -> TaskBatch:
+    """The draws of these steps, one after the other."""
+    source = of_stream(sampler, STREAM)
+    batches = [drawn(source, step, each) for step in steps]
+    return TaskBatch(*(torch.cat(fields) for fields in zip(*(batch[:4] for batch in batches), strict=True)))
+
+
+def _check_plan(
+    learner: MAML,
+    operator: BiasOperator | None,
+    sizes: tuple[int, ...],
+    draws: int,
+    each: int,
+    queries: int | None,
+    confidence: float,
+) -> None:
+    if learner.estimator not in MEASURED:
+        raise ValueError(
+            f"the estimators that a draw by itself shows the bias of are {', '.join(MEASURED)}; got "
+            f"{learner.estimator!r}, which remembers earlier steps. Measure one of these (--estimator) at its weights."
+        )
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise ValueError(f"inner_batches are numbers of shots >= 1 that differ, at least one; got {sizes}.")
+    if draws < 3:
+        raise ValueError(f"an interval needs at least 3 draws; got draws={draws}.")
+    for name, value in (("tasks_per_worker", each), ("queries", queries)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
+    if operator is not None and operator.feeds_back:
+        raise ValueError(
+            f"{operator.spec} feeds errors back: its bias depends on all that it was fed before, which no draw of it "
+            "alone shows. Measure the operator within it, such as topk:5%."
+        )
+
+
+def _check_pool(learner: MAML, pool: TaskBatch, sizes: tuple[int, ...], queries: int | None) -> None:
+    """Before anything is computed."""
+    shot = points_per_shot(pool)
+    if queries is not None and queries * shot > pool.query_x.shape[1]:
+        raise ValueError(
+            f"queries={queries} shots are more than the {pool.query_x.shape[1] // shot} that the sampler draws."
+        )
+    for m in sizes:
+        pairs(pool, half_points(learner, m, pool))

@@ -1,0 +1,218 @@
+"""Where the bias of a meta-gradient comes from: its parts, task by task, by the same points in other estimators.
+
+Legend: T tasks, S points of a task's pool, h points of one half (the inner batches of one adaptation), K pairs of
+halves A and B that a pool is cut into, d meta-parameters, m inner batch in shots.
+
+All estimators are taken on the same pairs and judged on the same query points, so that their differences have no
+noise but their own; where the reference comes from the same pool, the noise that is linear in its points cancels too.
+Each estimator with two halves is taken both ways round, (A, B) and (B, A).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metamom.server.aggregate import flatten
+from metamom.batch import TaskBatch
+from metamom.maml.estimators import Estimator, InnerBatches, support_parts
+from metamom.maml.learner import MAML
+
+Parts = dict[str, Tensor]
+# those without a memory, whose one draw shows their bias
+MEASURED: tuple[Estimator, ...] = (
+    "exact",
+    "independent",
+    "first-order",
+    "hessian-free",
+    "cross-fit",
+    "richardson",
+)
+
+
+def with_estimator(learner: MAML, estimator: Estimator, inner_batches: InnerBatches | None = None) -> MAML:
+    """A learner of the same weights, step sizes and loss by another estimator; eager, in chunks that fit."""
+    other = MAML(
+        learner.model,
+        learner.loss_fn,
+        inner_steps=learner.inner_steps,
+        estimator=estimator,
+        inner_batches=learner.inner_batches if inner_batches is None else inner_batches,
+        adapt=list(learner.adapted),
+        chunk_size="auto" if learner.chunk_size is None else learner.chunk_size,
+        autocast=learner.autocast,
+    )
+    other.step_sizes = learner.step_sizes
+    return other
+
+
+def points_per_shot(batch: TaskBatch) -> int:
+    """1 for regression; the number of classes of a task, for sets that are ordered shot by shot."""
+    labels = batch.support_y
+    if labels.dim() > 2 or labels.is_floating_point():
+        return 1
+    return len(set(labels[0].tolist()))
+
+
+def half_points(learner: MAML, inner_batch: int, batch: TaskBatch) -> int:
+    """h: the points of the inner batches of one adaptation, ``inner_batch`` shots each."""
+    return inner_batch * points_per_shot(batch) * support_parts("exact", learner.inner_steps, learner.inner_batches)
+
+
+def pairs(pool: TaskBatch, half: int, most: int | None = None) -> tuple[TaskBatch, int]:
+    """The pools cut into pairs of halves, each a task of its own: ``[T·K, 2h, ...]``, and K (at most ``most``).
+
+    Raises:
+        ValueError: if a pool does not hold a pair.
+    """
+    points = pool.support_x.shape[1]
+    count = points // (2 * half)
+    if not count:
+        raise ValueError(
+            f"two inner batches of {half} points do not fit into a pool of {points} support points: use a sampler of "
+            "more shots, or smaller inner batches."
+        )
+    count = count if most is None else min(count, most)
+    x, y = (_cut(x[:, : count * 2 * half], 2 * half) for x in pool[:2])
+    return TaskBatch(x, y, *_repeated(pool, count)), count
+
+
+def task_gradients(learner: MAML, batch: TaskBatch, tasks: int) -> Tensor:
+    """Meta-gradients ``[T, d]`` of a batch of T·K tasks, the mean over each K, in float64."""
+    return flatten(learner.meta_gradient(batch, workers=tasks).grads.values()).double()
+
+
+def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
+    """The gradient of f on large inner batches, each task's ``[T, d]``, and by how much it was corrected.
+
+    ``2 c(S/2) - c(S/4)``, with c(h) cross-fit on halves of h points: it has no coupling, and a bias that falls as 1/h
+    is extrapolated away. If it falls as 1/√h instead (kinks of ReLUs), 1.4 times the correction ``c(S/2) - c(S/4)`` is
+    left.
+
+    Raises:
+        ValueError: for a pool of fewer than four shots.
+    """
+    cross = with_estimator(learner, "cross-fit", "same")
+    shot = points_per_shot(pool)
+    quarter = pool.support_x.shape[1] // (4 * shot) * shot
+    if not quarter:
+        raise ValueError(
+            f"the reference cuts a pool into quarters of a shot or more; got {pool.support_x.shape[1]} support points, "
+            f"{shot} a shot. Use a sampler of more shots."
+        )
+    T = pool.num_tasks
+    whole = pool._replace(support_x=pool.support_x[:, : 4 * quarter], support_y=pool.support_y[:, : 4 * quarter])
+    large = task_gradients(cross, whole, T)
+    order = [0, 2, 1, 3]  # quarters of halves A and B: A1 with B1, A2 with B2, so that both sizes see the same halves
+    x, y = (_taken(x, order, quarter) for x in whole[:2])
+    small, _ = pairs(TaskBatch(x, y, pool.query_x, pool.query_y), quarter)
+    correction = large - task_gradients(cross, small, T)
+    return large + correction, correction
+
+
+def population_gradients(learner: MAML, population: TaskBatch) -> Tensor:
+    """The gradient of f, each task's ``[T, d]``, of tasks whose support set is their population."""
+    return task_gradients(with_estimator(learner, "exact", "same"), population, population.num_tasks)
+
+
+def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Tensor, most: int | None = None) -> Parts:
+    """What the estimator's mean is away from the reference, by source; the parts add up to it.
+
+    ``curvature``: the inner batch within a non-linear gradient, cross-fit − reference. ``coupling``: the same inner
+    batch in the adapted weights and in the Hessian, exact − cross-fit. ``hessian``: no Hessian, first-order − exact, or
+    differences instead of it, hessian-free − cross-fit. ``extrapolation``: richardson − exact.
+
+    Args:
+        learner: whose estimator it is.
+        pool: T tasks of S points.
+        inner_batch: m.
+        target: the reference ``[T, d]``.
+        most: at most so many pairs of a pool.
+
+    Returns:
+        For each source that the estimator has, ``[T, d]``.
+
+    Raises:
+        ValueError: if the pool does not hold two inner batches.
+
+    Reference:
+        docs/theory.md, "Which source of bias, which cure".
+    """
+    batch, count = pairs(pool, half_points(learner, inner_batch, pool), most)
+    T = pool.num_tasks
+
+    def mean(name: Estimator, tasks: TaskBatch) -> Tensor:
+        return task_gradients(with_estimator(learner, name), tasks, T)
+
+    cross = mean("cross-fit", batch)
+    parts = {"curvature": cross - target}
+    if learner.estimator == "hessian-free":
+        both = _joined(batch, _swapped(batch), count)
+        parts["hessian"] = mean("hessian-free", both) - cross
+    elif learner.estimator not in ("independent", "cross-fit"):
+        halves = _halves(batch)
+        exact = mean("exact", halves)
+        parts["coupling"] = exact - cross
+        if learner.estimator == "first-order":
+            parts["hessian"] = mean("first-order", halves) - exact
+        elif learner.estimator == "richardson":
+            parts["extrapolation"] = mean("richardson", batch) - exact
+    return parts
+
+
+def single_gradients(
+    learner: MAML, pool: TaskBatch, inner_batch: int, queries: int | None, each: int
+) -> tuple[Tensor, list[int]]:
+    """What workers of ``each`` tasks send, ``[T/each, d]``, by one draw of the inner batches; and the tensors' sizes.
+
+    Args:
+        learner: whose estimator it is.
+        pool: T tasks; their first points are taken.
+        inner_batch: m.
+        queries: shots of the query set to take; all if ``None``.
+        each: tasks of a worker.
+    """
+    points = inner_batch * points_per_shot(pool) * learner.support_parts
+    asked = pool.query_x.shape[1] if queries is None else queries * points_per_shot(pool)
+    support_x, support_y, query_x, query_y, _ = pool
+    batch = TaskBatch(support_x[:, :points], support_y[:, :points], query_x[:, :asked], query_y[:, :asked])
+    weights = learner.meta_parameters().values()
+    own = with_estimator(learner, learner.estimator)
+    grads = flatten(own.meta_gradient(batch, workers=pool.num_tasks // each).grads.values())
+    return grads, [w.numel() for w in weights]
+
+
+def _repeated(pool: TaskBatch, count: int) -> tuple[Tensor, Tensor]:
+    return pool.query_x.repeat_interleave(count, 0), pool.query_y.repeat_interleave(count, 0)
+
+
+def _halves(batch: TaskBatch) -> TaskBatch:
+    """Each half a task of its own, ``[2 T·K, h, ...]``; those of a pair next to each other."""
+    x, y = (_cut(x, x.shape[1] // 2) for x in batch[:2])
+    return TaskBatch(x, y, *_repeated(batch, 2))
+
+
+def _swapped(batch: TaskBatch) -> TaskBatch:
+    x, y = (_taken(x, [1, 0], x.shape[1] // 2) for x in batch[:2])
+    return TaskBatch(x, y, batch.query_x, batch.query_y)
+
+
+def _joined(first: TaskBatch, second: TaskBatch, count: int) -> TaskBatch:
+    """Both batches of ``[T·K]`` as one ``[T·2K]``, task by task."""
+
+    def each(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (x.reshape(-1, count, *x.shape[1:]) for x in (a, b))
+        return torch.cat([a, b], 1).flatten(0, 1)
+
+    x, y, query_x, query_y = (each(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+    return TaskBatch(x, y, query_x, query_y)
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """Sets ``[T, S, ...]`` cut into tasks of ``size`` points, ``[T·S/size, size, ...]``."""
+    return x.reshape(-1, size, *x.shape[2:])
+
+
+def _taken(x: Tensor, order: list[int], size: int) -> Tensor:
+    """The parts of ``size`` points of each set, in another order."""
+    return torch.cat([x[:, part * size : (part + 1) * size] for part in order], 1)

@@ -1,0 +1,162 @@
+"""What is refused of a batch, before it is computed with: other things than batches, and shapes that do not fit.
+
+Only kinds and shapes are looked at, which costs nothing. Values are looked at once something has failed
+(`refuse_non_finite` here, `metamom.maml.misfits`).
+
+Legend: T tasks, S support points a task, Q query points a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from metamom.batch import TaskBatch
+
+
+class NonFiniteDataError(ValueError):
+    """The data of a batch holds NaN or infinities, and so does what was computed of it."""
+
+
+def check_batch(batch: object) -> None:
+    """Refuse what is no batch of tasks.
+
+    Raises:
+        TypeError: for something else than a `TaskBatch` of tensors.
+        ValueError: for tensors that hold different tasks or points, or none.
+    """
+    if not isinstance(batch, TaskBatch):
+        cure = (
+            " Make one of it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
+        )
+        raise TypeError(
+            f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {_kind(batch)}.{cure}"
+        )
+    check_set("support", batch.support_x, batch.support_y)
+    check_set("query", batch.query_x, batch.query_y)
+    ids = batch.task_ids
+    if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point()):
+        raise TypeError(f"task_ids must be a tensor [T] of whole numbers, or None; got {_kind(ids)}.")
+    tasks = [len(batch.support_x), len(batch.query_x)]
+    if len({*tasks, *([] if ids is None else [len(ids)])}) > 1:
+        also = "" if ids is None else f", task_ids {len(ids)}"
+        raise ValueError(
+            "all tensors of a batch hold the same tasks [T, ...]; "
+            f"got support sets of {tasks[0]} tasks, query sets of {tasks[1]}{also}."
+        )
+    if tasks[0] == 0:
+        raise ValueError("a batch needs at least one task; got tensors [0, ...].")
+
+
+def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
+    """Refuse a support or query set that is none.
+
+    Args:
+        name: ``"support"`` or ``"query"``.
+        x: inputs ``[T, N, ...]``.
+        y: targets ``[T, N, ...]``.
+        empty: whether N may be 0.
+
+    Raises:
+        TypeError: for something else than tensors.
+        ValueError: for tensors of different T or N, or N = 0.
+    """
+    for what, tensor in ((f"{name}_x", x), (f"{name}_y", y)):
+        check_points(what, tensor)
+    assert isinstance(x, Tensor)
+    assert isinstance(y, Tensor)
+    if x.shape[:2] != y.shape[:2]:
+        raise ValueError(
+            f"{name}_x and {name}_y hold the same points of the same tasks, [T, {name[0].upper()}, ...]; "
+            f"got {list(x.shape)} and {list(y.shape)}."
+        )
+    if x.shape[1] == 0 and not empty:
+        raise ValueError(
+            f"a {name} set needs at least one point a task, for the loss is a mean over its points; "
+            f"got {name}_x {list(x.shape)}."
+        )
+
+
+def check_points(name: str, x: object) -> None:
+    """Refuse what is no tensor of tasks' points ``[T, N, ...]``.
+
+    Raises:
+        TypeError: for something else than a tensor.
+        ValueError: for one without an axis of points.
+    """
+    if not isinstance(x, Tensor):
+        cure = " Convert it: torch.as_tensor(...)." if type(x).__module__ == "numpy" or isinstance(x, list) else ""
+        raise TypeError(f"{name} must be a tensor [T, N, ...], N points of each of T tasks; got {_kind(x)}.{cure}")
+    if x.dim() < 2:
+        raise ValueError(
+            f"{name} must have shape [T, N, ...], N points of each of T tasks; got {list(x.shape)}. "
+            "One task is T = 1: x.unsqueeze(0)."
+        )
+
+
+def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> None:
+    """Refuse adapted weights that are none, or not those of the tasks of these inputs.
+
+    Args:
+        params: ``{name: [T, *shape]}``.
+        x: ``[T, N, ...]``.
+        model: the model's own parameters by name, ``[*shape]``.
+
+    Raises:
+        TypeError: for something else.
+        ValueError: for unknown names, or shapes that do not fit.
+    """
+    check_points("x", x)
+    assert isinstance(x, Tensor)
+    if not isinstance(params, Mapping):
+        raise TypeError(f"predict takes adapted weights by name, as adapt returns them; got {_kind(params)}.")
+    unknown = [name for name in params if name not in model]
+    if unknown:
+        raise ValueError(f"the model has no parameters {unknown}; it has {', '.join(model)}.")
+    for name, w in params.items():
+        if not isinstance(w, Tensor):
+            raise TypeError(f"the adapted {name} must be a tensor; got {_kind(w)}.")
+        wanted = (x.shape[0], *model[name].shape)
+        if tuple(w.shape) != wanted:
+            raise ValueError(
+                f"inputs of {x.shape[0]} tasks need weights adapted to each, [T, *shape] as adapt returns them: "
+                f"{list(wanted)} for {name}; got {list(w.shape)}."
+            )
+
+
+def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
+    """Say which data is not finite, if some is: to be asked after a result is not.
+
+    Args:
+        batch: T tasks.
+        first: the number of its first task, of a larger batch.
+
+    Raises:
+        NonFiniteDataError: naming the field, how many values, and the first task.
+    """
+    said = []
+    for name, x in zip(batch._fields[:4], batch[:4], strict=True):
+        assert x is not None
+        if not x.is_floating_point():
+            continue
+        bad = ~torch.isfinite(x)
+        count = int(bad.sum())
+        if count:
+            task = int(bad.flatten(1).any(1).nonzero()[0])
+            said.append(f"{name} holds {count} of {bad.numel()}, the first in task {first + task}")
+    if said:
+        raise NonFiniteDataError(
+            f"the result is not finite, and neither is the data: of NaN or infinite values, {'; '.join(said)}. Clean "
+            "the data, or mask those points in the loss."
+        )
+
+
+def _kind(thing: object) -> str:
+    """What something is, in a few words."""
+    if isinstance(thing, Tensor):
+        return f"a tensor {list(thing.shape)} of {thing.dtype}"
+    if isinstance(thing, (tuple, list, dict)):
+        return f"a {type(thing).__name__} of {len(thing)} items"
+    return "None" if thing is None else f"a {type(thing).__name__}"

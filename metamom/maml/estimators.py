@@ -1,0 +1,227 @@
+"""The estimators of a meta-gradient, by the inner batches that they take.
+
+Legend: T tasks, S support points a task, J inner steps, P parts of a support set, c copies of a task, Q query points,
+A and B the halves of a support set, H_A and u_A the Hessian, and the adapted weights, of half A.
+
+A table says, for each estimator, along which half of the support set the inner steps go and which half gives the
+Hessians that they are differentiated by. `cut` cuts a batch of tasks accordingly; `metamom.maml` computes with it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from metamom.batch import TaskBatch
+
+Estimator = Literal[
+    "exact", "independent", "first-order", "hessian-free", "cross-fit", "richardson", "moml", "moml-coupled", "scsc"
+]
+InnerBatches = Literal["same", "fresh"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+TRACKED: tuple[Estimator, ...] = ("moml", "moml-coupled", "scsc")  # with a memory: see metamom.maml.tracking
+INNER_BATCHES: tuple[InnerBatches, ...] = get_args(InnerBatches)
+
+
+class _Adaptation(NamedTuple):
+    """The halves of the support set that an adaptation goes along, and those that its Hessians come from."""
+
+    along: tuple[int, ...]
+    hessian: tuple[int, ...]
+
+
+class _Term(NamedTuple):
+    """Adaptations computed together, and the weight of each one's query loss."""
+
+    weight: float
+    adaptations: tuple[_Adaptation, ...]
+
+
+_A, _B = (0,), (1,)
+_WHOLE = _A + _B
+_COUPLED = _Term(1.0, (_Adaptation(_A, _A),))  # the only half is all there is
+_INDEPENDENT = _Term(1.0, (_Adaptation(_A, _B),))
+_TERMS: dict[Estimator, tuple[_Term, ...]] = {
+    "exact": (_COUPLED,),
+    "independent": (_INDEPENDENT,),
+    "first-order": (_COUPLED,),
+    "hessian-free": (_INDEPENDENT,),
+    "cross-fit": (_Term(0.5, (_Adaptation(_A, _B), _Adaptation(_B, _A))),),
+    "richardson": (
+        _Term(2.0, (_Adaptation(_WHOLE, _WHOLE),)),
+        _Term(-0.5, (_Adaptation(_A, _A), _Adaptation(_B, _B))),
+    ),
+    "moml": (_INDEPENDENT,),
+    "moml-coupled": (_COUPLED,),
+    "scsc": (_INDEPENDENT,),
+}
+
+
+class InnerBatch(NamedTuple):
+    """What T tasks take for one inner step.
+
+    Attributes:
+        x: inputs that the step goes along, ``[T, s, ...]``.
+        y: their targets, ``[T, s, ...]``.
+        hessian: inputs and targets that the Hessian comes from, shaped as ``x`` and ``y``; ``None`` for the same.
+    """
+
+    x: Tensor
+    y: Tensor
+    hessian: tuple[Tensor, Tensor] | None = None
+
+
+class Adaptations(NamedTuple):
+    """T·c adaptations: c copies of each of T tasks, next to each other, that differ in their inner batches.
+
+    Attributes:
+        weight: of each copy's query loss in the task's.
+        copies: c.
+        steps: the batches of the J inner steps, of T·c tasks.
+        query_x: ``[T·c, Q, ...]``.
+        query_y: ``[T·c, Q, ...]``.
+    """
+
+    weight: float
+    copies: int
+    steps: tuple[InnerBatch, ...]
+    query_x: Tensor
+    query_y: Tensor
+
+
+def check_estimator(estimator: str, inner_batches: str) -> None:
+    """Refuse unknown names.
+
+    Raises:
+        ValueError: listing the known ones.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}.")
+    if inner_batches not in INNER_BATCHES:
+        raise ValueError(f"inner_batches must be one of {', '.join(INNER_BATCHES)}; got {inner_batches!r}.")
+
+
+def support_parts(estimator: Estimator, steps: int, inner_batches: InnerBatches = "same") -> int:
+    """P, the number of equal parts that the support set is cut into: the halves times the inner batches of each.
+
+    Args:
+        estimator: which one.
+        steps: J >= 1.
+        inner_batches: ``"same"`` for every step, or ``"fresh"`` for each.
+
+    Returns:
+        1 or 2, times J where batches are fresh.
+
+    Example:
+        >>> support_parts("exact", 3), support_parts("independent", 3), support_parts("independent", 3, "fresh")
+        (1, 2, 6)
+    """
+    return _halves(estimator) * (steps if inner_batches == "fresh" else 1)
+
+
+def passes(estimator: Estimator, steps: int) -> int:
+    """How often the model is called for a meta-gradient, roughly: what compiling one costs by."""
+    again = int(estimator == "scsc")  # from the weights of the last visit
+    return again + sum(steps * len(set(term.adaptations[0])) + 1 for term in _TERMS[estimator])
+
+
+def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: InnerBatches) -> None:
+    """Refuse a batch whose support sets the estimator cannot cut into its parts.
+
+    Raises:
+        ValueError: if P does not divide S; or if every class comes equally often in the first task's support set, but
+            not in each of its parts, as in a set with fewer shots than parts.
+    """
+    parts, points = support_parts(estimator, steps, inner_batches), batch.support_x.shape[1]
+    if parts == 1:
+        return
+    wanted = f"estimator {estimator!r} takes its inner batches from {parts} equal parts of the support set"
+    if inner_batches == "fresh":
+        wanted = f"estimator {estimator!r} with {steps} fresh inner batches takes them from {parts} equal parts"
+    if points % parts or not points:
+        raise ValueError(
+            f"{wanted}; got {points} support points. Use shots={_multiple(points, parts)}, or another number that "
+            f"{parts} divides (learner.support_parts)."
+        )
+    labels = batch.support_y
+    if labels.dim() > 2 or labels.is_floating_point():
+        return
+    first = labels[0].tolist()
+    shots, size = {first.count(label) for label in set(first)}, points // parts
+    if len(shots) == 1 and any(set(first[i : i + size]) != set(first) for i in range(0, points, size)):
+        each = shots.pop()
+        raise ValueError(
+            f"{wanted}, with every class in each; got {each} shots of {len(set(first))} classes, some of which are "
+            f"missing in a part. Use shots={_multiple(each, parts)}, or another number that {parts} divides, ordered "
+            "shot by shot."
+        )
+
+
+def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: InnerBatches = "same") -> list[Adaptations]:
+    """The adaptations whose weighted query losses an estimator differentiates.
+
+    ``independent: (I - alpha H_B) grad L(u_A)``, ``cross-fit``: the mean of it and of the one with A and B swapped,
+    ``richardson: 2 g(whole) - [g(A) + g(B)]/2`` with g the coupled gradient, ``exact``'s. Half h takes the parts
+    hJ', ..., hJ' + J' - 1 of the support set in turn, J' = J where batches are fresh and 1 otherwise.
+
+    Args:
+        batch: T tasks that `check_support` lets pass.
+        estimator: which one.
+        steps: J >= 1.
+        inner_batches: ``"same"`` for every step, or ``"fresh"`` for each.
+
+    Returns:
+        A list of `Adaptations`; those along the first half, or all of the set, come first.
+
+    Example:
+        >>> batch = TaskBatch(*(torch.zeros(8, 6, d) for d in (2, 1, 2, 1)))
+        >>> [(a.weight, a.copies, a.steps[0].x.shape) for a in cut(batch, "richardson", steps=1)]
+        [(2.0, 1, torch.Size([8, 6, 2])), (-0.5, 2, torch.Size([16, 3, 2]))]
+
+    Reference:
+        Fallah, Mokhtari, Ozdaglar (2020) for Hessians on a batch of their own; docs/theory.md, "Linear regression".
+    """
+    turns = steps if inner_batches == "fresh" else 1
+    size = batch.support_x.shape[1] // (_halves(estimator) * turns)
+
+    def points(halves: tuple[tuple[int, ...], ...], turn: int) -> tuple[Tensor, Tensor]:
+        """The points of each copy's halves in a turn, ``[T·c, ...]``."""
+        places = [[half * turns + turn for half in each] for each in halves]
+        return _taken(batch.support_x, places, size), _taken(batch.support_y, places, size)
+
+    result = []
+    for weight, adaptations in _TERMS[estimator]:
+        along, hessian = zip(*adaptations, strict=True)
+        own = [
+            InnerBatch(*points(along, turn), None if hessian == along else points(hessian, turn))
+            for turn in range(turns)
+        ]
+        copies = len(adaptations)
+        query = (_taken(x, [[0]] * copies, x.shape[1]) for x in (batch.query_x, batch.query_y))
+        result.append(Adaptations(weight, copies, tuple(own if turns == steps else own * steps), *query))
+    return result
+
+
+def _halves(estimator: Estimator) -> int:
+    return 1 + max(half for term in _TERMS[estimator] for pair in term.adaptations for half in (*pair[0], *pair[1]))
+
+
+def _multiple(points: int, parts: int) -> int:
+    """The next multiple of ``parts``."""
+    return max(1, -(-points // parts)) * parts
+
+
+def _taken(x: Tensor, places: list[list[int]], size: int) -> Tensor:
+    """For each list of parts a copy of every task with those points, ``[T, S, ...]`` to ``[T·c, s, ...]``.
+
+    A part is ``size`` points. One copy of parts that follow each other is a view.
+    """
+    copies = []
+    for parts in places:
+        if parts == list(range(parts[0], parts[-1] + 1)):
+            copies.append(x[:, parts[0] * size : (parts[-1] + 1) * size])
+        else:
+            copies.append(torch.cat([x[:, part * size : (part + 1) * size] for part in parts], 1))
+    return copies[0] if len(copies) == 1 else torch.stack(copies, 1).flatten(0, 1)

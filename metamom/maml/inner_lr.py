@@ -1,0 +1,185 @@
+"""Inner step sizes: one number, one for each tensor or entry, fixed or learned (Meta-SGD)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metamom.common.checks import check_number
+
+LearnInnerLR = bool | Literal["scalar", "tensor", "entry"]
+
+
+class StepSizes(nn.Module):
+    """The inner step size alpha of every adapted parameter.
+
+    Args:
+        inner_lr: a positive number for all; or a mapping from parameter names to positive numbers or to tensors
+            that are scalar or of the parameter's shape. Leaf tensors that require a gradient are learned as the tensors
+            that they are.
+        adapted: the adapted parameters by name.
+        learn: ``False`` keeps them as given; ``"scalar"`` learns one number for all, ``"tensor"`` one for each
+            parameter tensor, ``"entry"`` (or ``True``) one for each entry, which is Meta-SGD.
+
+    Raises:
+        ValueError: for a step size that is not positive and finite, a missing or unknown name, a wrong shape, or one
+            that requires a gradient and is no leaf.
+
+    Reference:
+        Li, Zhou, Chen, Li, "Meta-SGD" (2017) for ``"entry"``; not to be mixed up with plain meta-SGD, beta = 1.
+    """
+
+    def __init__(
+        self,
+        inner_lr: float | Tensor | Mapping[str, float | Tensor],
+        adapted: Mapping[str, Tensor],
+        learn: LearnInnerLR,
+    ) -> None:
+        super().__init__()
+        self.kind = "entry" if learn is True else learn
+        if not isinstance(self.kind, (bool, str)) or self.kind not in (False, "scalar", "tensor", "entry"):
+            raise ValueError(f'learn_inner_lr must be a bool, "scalar", "tensor" or "entry"; got {learn!r}.')
+        if self.kind == "scalar" and isinstance(inner_lr, Mapping):
+            raise ValueError('learn_inner_lr="scalar" learns one number: pass inner_lr as one number too.')
+        given = dict(inner_lr) if isinstance(inner_lr, Mapping) else dict.fromkeys(adapted, inner_lr)
+        if set(given) != set(adapted):
+            raise ValueError(
+                f"inner_lr needs one step size for each adapted parameter, {sorted(adapted)}; "
+                f"missing {sorted(set(adapted) - set(given))}, unknown {sorted(set(given) - set(adapted))}."
+            )
+        one_tensor = not isinstance(inner_lr, Mapping) and torch.is_tensor(inner_lr) and inner_lr.requires_grad
+        self.shared = self.kind == "scalar" or one_tensor
+        self.fixed: dict[str, float] = {}
+        # prefixed, for a model may name a parameter as this module names something of its own ("shared", "training")
+        self._attributes = {name: "alpha" if self.shared else f"alpha:{name.replace('.', ':')}" for name in adapted}
+        for name, parameter in adapted.items():
+            value, place = _checked(name, given[name], parameter), self._attributes[name]
+            if isinstance(value, Tensor) and value.requires_grad:
+                if self.kind is not False or not value.is_leaf:
+                    raise ValueError(
+                        f"the inner step size of {name} requires a gradient and gets it in its own .grad, so it must "
+                        "be a leaf, such as an nn.Parameter, and goes without learn_inner_lr. Pass it detached, with "
+                        'learn_inner_lr="scalar", "tensor" or "entry" to learn a copy.'
+                    )
+                if value.dtype != parameter.dtype:
+                    raise ValueError(
+                        f"a learned inner step size has the dtype of its parameter, {parameter.dtype}; got "
+                        f"{value.dtype} for {name}."
+                    )
+                self._register(place, value)
+            elif self.kind is False:
+                if isinstance(value, Tensor):
+                    self._register(place, value)
+                else:
+                    self.fixed[name] = value
+            elif place not in self._parameters:
+                size = parameter.shape if self.kind == "entry" else ()
+                start = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
+                if self.kind == "tensor" and start.dim():
+                    raise ValueError(f'learn_inner_lr="tensor" learns one number a tensor; got a tensor for {name}.')
+                self._register(place, nn.Parameter(start.expand(size).clone()))
+
+    def assign(self, inner_lr: float | Tensor | Mapping[str, float | Tensor], adapted: Mapping[str, Tensor]) -> None:
+        """Take other step sizes. Learned ones stay the tensors that they are, and are learned on from there.
+
+        Args:
+            inner_lr: numbers or tensors, as for a new `StepSizes`, that do not require a gradient.
+            adapted: the adapted parameters by name.
+
+        Raises:
+            ValueError: as a new `StepSizes`, and for a tensor that requires a gradient.
+        """
+        other = StepSizes(inner_lr, adapted, self.kind)
+        if other.kind is False and other.learned():
+            raise ValueError(
+                "an inner_lr that requires a gradient is given when the learner is made: MAML(..., inner_lr=...)."
+            )
+        if self.shared and isinstance(inner_lr, Mapping):
+            raise ValueError(f"all parameters share one learned inner step size; got one each for {sorted(inner_lr)}.")
+        for name, place in self._attributes.items():
+            mine, new = self._registered(place), other.fixed.get(name, other._registered(other._attributes[name]))
+            assert new is not None
+            if mine is not None and mine.requires_grad:
+                with torch.no_grad():
+                    mine.copy_(torch.as_tensor(new, dtype=mine.dtype))
+                continue
+            self.fixed.pop(name, None)
+            self._buffers.pop(place, None)
+            if isinstance(new, Tensor):
+                self._register(place, new)
+            else:
+                self.fixed[name] = new
+
+    def values(self) -> float | Tensor | dict[str, float | Tensor]:
+        """The step sizes in force: one number or tensor where all adapted parameters share it, else by name."""
+        each: dict[str, float | Tensor] = dict(self.fixed)
+        for name, place in self._attributes.items():
+            tensor = self._registered(place)
+            if tensor is not None:
+                each[name] = tensor
+        if self.shared or (len(self.fixed) == len(each) and len(set(self.fixed.values())) == 1):
+            return next(iter(each.values()))
+        return each
+
+    def _register(self, place: str, value: Tensor) -> None:
+        if isinstance(value, nn.Parameter):
+            self.register_parameter(place, value)
+        else:
+            self.register_buffer(place, value)
+
+    def _registered(self, place: str) -> Tensor | None:
+        found = self._parameters.get(place)
+        return self._buffers.get(place) if found is None else found
+
+    def describe(self) -> dict[str, Any]:
+        """What is fixed and what is learned, as JSON values; learned values are in the state dict instead."""
+        tensors = {name: self._registered(place) for name, place in self._attributes.items()}
+        fixed = {name: t.tolist() for name, t in tensors.items() if t is not None and not t.requires_grad}
+        return {"fixed": {**self.fixed, **fixed}, "learned": sorted(self.learned())}
+
+    def learned(self) -> dict[str, Tensor]:
+        """The learned step sizes by their key among the meta-parameters, ``"inner_lr.NAME"`` or ``"inner_lr"``."""
+        found = {}
+        for name, place in self._attributes.items():
+            tensor = self._registered(place)
+            if tensor is not None and tensor.requires_grad:
+                found["inner_lr" if self.shared else f"inner_lr.{name}"] = tensor
+        return found
+
+    def of(self, name: str, learned: Mapping[str, Tensor], dim: int) -> float | Tensor:
+        """Alpha of one parameter, in a form that multiplies its gradients ``[T, *shape]``.
+
+        Args:
+            name: an adapted parameter.
+            learned: values to use for what `learned` names, each with a leading task axis.
+            dim: number of dimensions of those gradients, the task axis among them.
+        """
+        if name in self.fixed:
+            return self.fixed[name]
+        key = "inner_lr" if self.shared else f"inner_lr.{name}"
+        if key in learned:
+            alpha = learned[key]
+            return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # one number a task stays with its task
+        fixed = self._registered(self._attributes[name])
+        assert fixed is not None
+        return fixed
+
+
+def _checked(name: str, value: float | Tensor, parameter: Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(
+                f"the inner step size of {name} must be a number or have its shape {tuple(parameter.shape)}; "
+                f"got {tuple(value.shape)}."
+            )
+        if not bool((value > 0).all() and value.isfinite().all()):
+            raise ValueError(f"inner step sizes must be > 0 and finite; {name} has others.")
+        return value if value.requires_grad else value.to(parameter.dtype)
+    check_number(f"inner_lr of {name}", value)
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"inner_lr must be > 0 and finite; got {value} for {name}.")
+    return float(value)

@@ -1,0 +1,212 @@
+"""What to say where data does not fit the model or the loss, and torch has failed in words of its own.
+
+Shapes, dtypes and labels are looked at after the failure: models and losses may take whatever they can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from opcode import opmap
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metamom.maml.loss_readings import class_axes
+from metamom.maml.vmap_errors import SIGNS, modules_in
+
+DEVICE_ASSERT = "device-side assert"
+IGNORED = -100  # by torch's losses for classes, unless they are told of another label
+
+
+@contextmanager
+def inputs_explained(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Turn torch's errors about inputs into one that names the layer, what came there, and what to change.
+
+    Args:
+        model: whose modules to name.
+        x: inputs ``[T, N, ...]``.
+        weights: that the model is called with.
+
+    Raises:
+        ValueError: in place of torch's error. The model's own errors, and those of vmap, pass unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if not _by_torch(error):
+            raise
+        each = f"{list(x.shape[1:])} of {x.dtype} for each task"
+        raise ValueError(
+            f"the model cannot take inputs of shape {each}{_where(model, error.__traceback__)}: {_said(error)} "
+            f"{_cure_of_inputs(x, weights, str(error))}"
+        ) from error
+
+
+@contextmanager
+def targets_explained(predictions: Any, targets: Tensor) -> Iterator[None]:
+    """Turn torch's errors in a loss function into one that says what is wrong with targets or predictions.
+
+    Args:
+        predictions: ``[T, N, ...]``, or whatever the model returned.
+        targets: ``[T, N, ...]``.
+
+    Raises:
+        TypeError: where the model does not return one tensor, and the loss function wants one.
+        ValueError: in place of torch's error. The loss function's own errors, and those of vmap, pass unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+        if not isinstance(predictions, Tensor):
+            if isinstance(error, (TypeError, AttributeError)):
+                raise TypeError(f"{_not_one_tensor(predictions)} {_said(error)}") from error
+            raise
+        if not _by_torch(error) or isinstance(error, AttributeError):
+            raise
+        shapes = (
+            f"predictions of shape {list(predictions.shape[1:])} of {predictions.dtype} and targets of shape "
+            f"{list(targets.shape[1:])} of {targets.dtype} for each task"
+        )
+        raise ValueError(
+            f"loss_fn cannot take {shapes}: {_said(error)} {_cure_of_targets(predictions, targets)}"
+        ) from error
+
+
+@contextmanager
+def asserts_explained() -> Iterator[None]:
+    """Turn a GPU's assertion, which comes at any time after its cause, into an error that says what it may be.
+
+    Raises:
+        ValueError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if DEVICE_ASSERT not in str(error):
+            raise
+        raise ValueError(
+            "an index was out of range on the GPU, which this process cannot use any more. Of a model of C outputs, "
+            "labels must be in 0..C-1, and words must be in an embedding's range: run this batch on the CPU to see "
+            f"which are not. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_output(model: nn.Module, out: object) -> None:
+    """Refuse what a model cannot return for a task.
+
+    Raises:
+        TypeError: unless it is a tensor, or something made of tensors that the loss function may take apart.
+    """
+    if isinstance(out, Tensor):
+        return
+    leaves = pytree.tree_leaves(out)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError(f"{type(model).__name__} must return a tensor of predictions [N, ...]; got {_kind(out)}.")
+
+
+def check_one_tensor(predictions: object) -> None:
+    """Refuse predictions that are several tensors, where they must be one.
+
+    Raises:
+        TypeError: saying what to do.
+    """
+    if not isinstance(predictions, Tensor):
+        raise TypeError(_not_one_tensor(predictions))
+
+
+def check_loss(value: object) -> None:
+    """Refuse what a loss function cannot return for a task.
+
+    Raises:
+        TypeError: unless it is a tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"loss_fn must return a 0-d tensor that gradients can be taken of; got {_kind(value)}. Return the loss "
+            "itself, without float() or .item()."
+        )
+
+
+def _by_torch(error: Exception) -> bool:
+    """Whether torch says that something does not fit, and not a model or loss function in words of its own."""
+    text = str(error)
+    if any(sign in text for sign in (*SIGNS, DEVICE_ASSERT, "alloc")):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    if str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "torch":
+        return True
+    # else by its C++ part, in whatever line calls it
+    return type(error) is RuntimeError and trace.tb_frame.f_code.co_code[trace.tb_lasti] != opmap["RAISE_VARARGS"]
+
+
+def _where(model: nn.Module, trace: TracebackType | None) -> str:
+    """The innermost module in which an error arose, as it prints itself, and what it was given."""
+    found = ""
+    for name, module, frame in modules_in(model, trace):
+        if frame.f_code.co_name != "forward":
+            continue
+        shown = type(module).__name__ if list(module.children()) else " ".join(repr(module).split())
+        argument = frame.f_locals.get(next(iter(frame.f_code.co_varnames[1:2]), ""))
+        came = f", which got {list(argument.shape)}" if isinstance(argument, Tensor) else ""
+        found = f", in module {name!r}, {shown}{came}" if name else f", in {shown}{came}"
+    return found
+
+
+def _cure_of_inputs(x: Tensor, weights: Mapping[str, Tensor], said: str) -> str:
+    if "out of bounds" in said or "out of range" in said:
+        return "Numbers that an embedding looks up must be in 0..n-1 for a table of n rows."
+    devices = sorted({str(w.device) for w in weights.values()})
+    kinds = {w.dtype for w in weights.values() if w.is_floating_point()}
+    if str(x.device) not in devices:
+        return f"The inputs are on {x.device}, the weights on {', '.join(devices)}: use batch.to({devices[0]!r})."
+    if len(kinds) == 1 and x.dtype not in kinds:
+        dtype = kinds.pop()
+        if x.is_floating_point():
+            return f"The weights are {dtype}: use batch.to(dtype={dtype}), or convert the model."
+        return f"The weights are {dtype}: convert the inputs, x.to({dtype})."
+    return "Give support_x and query_x the shape [T, N, ...] whose [N, ...] that module takes, or change the module."
+
+
+def _cure_of_targets(predictions: Tensor, targets: Tensor) -> str:
+    if predictions.device != targets.device:
+        return f"Targets are on {targets.device}, predictions on {predictions.device}: move the batch, batch.to(...)."
+    one_fewer = predictions.dim() == targets.dim() + 1
+    if targets.is_floating_point():
+        if one_fewer and predictions.shape[2] > 1:
+            return "If targets are class indices, make them integers: y.long()."
+        return "Give both one shape and dtype."
+    axes = class_axes(predictions.shape[1:], targets.shape[1:])
+    if axes:
+        classes = predictions.shape[1 + axes[0]]
+        labels = targets[targets != IGNORED].long()
+        if bool(((labels < 0) | (labels >= classes)).any()):
+            lowest, highest = int(labels.min()), int(labels.max())
+            return (
+                f"The model has {classes} outputs (ways), so labels must be in 0..{classes - 1}; they are "
+                f"{lowest}..{highest}. Number the classes of each task from 0, or give the model more outputs."
+            )
+        return "Make labels of classes 64-bit integers: y.long()."
+    if predictions.dim() == targets.dim() and targets.shape[-1] == 1 and predictions.shape[-1] > 1:
+        return "If targets are class indices, drop their last axis: y.squeeze(-1)."
+    return "Class indices have the shape of the predictions without the class axis: [T, N] for scores [T, N, C]."
+
+
+def _not_one_tensor(predictions: object) -> str:
+    return (
+        f"the model returns {_kind(predictions)}, where one tensor of predictions [N, ...] is wanted. Wrap it in a "
+        "module that returns that tensor alone, such as out[0] or out['logits']."
+    )
+
+
+def _said(error: Exception) -> str:
+    return f"{str(error).rstrip('.')}."
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,78 @@
+"""Which models MAML refuses at once, whatever their layers: wrapped ones, and such as have nothing to train."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+# Where wrappers are, by module and name. A module that nobody has imported has made none of them, and importing it
+# takes as long as the rest of metamom.
+WRAPPERS = (
+    ("torch.nn.parallel.data_parallel", "DataParallel"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+    ("torch.distributed._composable.replicate", "DDP"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    ("torch.distributed.fsdp", "FSDPModule"),
+    ("torch.distributed._composable.fsdp", "FSDPModule"),
+)
+SHARDED = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor", "DTensor"))
+
+
+def check_kind(model: object) -> None:
+    """Refuse what is no model of one process with weights to train.
+
+    Raises:
+        TypeError: for something else than a module.
+        ValueError: for models that are spread over processes or devices, naming ``world=``; for scripted code that
+            calls what `metamom.maml.functions_by_task` replaces, unseen; for a model without trainable parameters, and one
+            that does not know its parameters yet.
+    """
+    if isinstance(model, type):
+        raise TypeError(f"wanted a model, such as {model.__name__}(...); got the class {model.__name__} itself.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wanted a model, a torch.nn.Module; got a {type(model).__name__}.")
+    wrappers, sharded = _loaded(WRAPPERS), _loaded(SHARDED)
+    wrapped = [f"{n or 'the model'} ({type(m).__name__})" for n, m in model.named_modules() if isinstance(m, wrappers)]
+    wrapped += [n for n, p in model.named_parameters() if isinstance(p, sharded)]
+    if wrapped:
+        raise ValueError(
+            "MAML takes derivatives of the model itself, past wrappers that exchange gradients or split weights and "
+            f"batches between processes or devices; found {', '.join(wrapped)}. Pass the plain model (a wrapper's "
+            ".module, or one that was never sharded), and let metamom share the tasks: learner.backward(batch, "
+            "world=world), or train(..., world=world), with world = metamom.distributed.start() in each process."
+        )
+    scripted = sorted({call for module in model.modules() for call in _scripted_calls(module)})
+    if scripted:
+        raise ValueError(
+            f"scripted code of the model calls {', '.join(scripted)}, which all tasks at once must do in another way, "
+            "and scripted code cannot. Pass the model that torch.jit.script or torch.jit.trace was given."
+        )
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"parameters without a shape yet: {', '.join(lazy)}. Call the model once on inputs [N, ...] before."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        frozen = sum(1 for _ in model.parameters())
+        why = f"all of its {frozen} are frozen (requires_grad=False)" if frozen else "it has no parameters at all"
+        raise ValueError(f"MAML needs a model with trainable parameters; of {type(model).__name__}, {why}.")
+
+
+def _scripted_calls(module: nn.Module) -> list[str]:
+    """Which calls in a scripted module would be silently wrong, for they cannot be replaced."""
+    if not isinstance(module, torch.jit.ScriptModule) or not hasattr(module, "forward"):
+        return []
+    graph: Any = module.inlined_graph
+    calls = [name for name in ("embedding", "one_hot", "select_scatter") if graph.findAllNodes(f"aten::{name}")]
+    fills = [list(node.inputs()) for node in graph.findAllNodes("aten::index_fill")]
+    return calls + ["index_fill"] * any(isinstance(inputs[-1].type(), torch.TensorType) for inputs in fills)
+
+
+def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
+    """Those classes that exist so far."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(kind for kind in found if isinstance(kind, type))

@@ -1,0 +1,90 @@
+"""The options of a learner: their ranges, and which of them may be set after it was made."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from metamom.common.checks import INNER_STEPS, check_whole
+from metamom.maml.swapping import named
+
+# What a learner is built by: to set one of these later would change nothing, or leave it inconsistent.
+BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile")
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse a value out of range for an option that may be set at any time; others pass.
+
+    Raises:
+        TypeError: for a value of the wrong kind.
+        ValueError: for one out of range.
+        AttributeError: for an option that only the constructor takes.
+    """
+    if name in BUILT_IN:
+        raise AttributeError(
+            f"{name} is settled when a learner is made; got {name}={value!r} afterwards. Make another one around the "
+            f"same model: MAML(learner.model, learner.loss_fn, {name}=...)."
+        )
+    if name == "inner_steps":
+        check_whole("inner_steps", value, 1, INNER_STEPS)
+    elif name == "chunk_size":
+        counted = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (counted or value is None or (isinstance(value, str) and value == "auto")):
+            raise ValueError(f'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {value!r}.')
+    elif name == "autocast":
+        if value not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be torch.bfloat16 or None; got {value!r}.")
+    elif name == "loss_fn" and (not callable(value) or isinstance(value, type)):
+        raise TypeError(
+            "loss_fn is a function (predictions, targets) -> loss, such as torch.nn.functional.mse_loss, or a "
+            f"loss module such as nn.MSELoss(); got {value!r}."
+        )
+
+
+def check_loss_owner(loss_fn: Any) -> None:
+    """Refuse a loss that hides a module with parameters, which would get no gradients.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+        if isinstance(loss_fn, nn.Module):
+            break
+    else:
+        loss_fn = getattr(loss_fn, "__self__", None)
+    if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+        raise ValueError(
+            f"loss_fn calls a {type(loss_fn).__name__} that has parameters of its own, which would get no gradients: "
+            "pass a module whose forward(predictions, targets) is the loss."
+        )
+
+
+def check_compile(compile: Any) -> None:
+    """Refuse a value of ``compile`` that means nothing.
+
+    Raises:
+        ValueError: saying what does.
+    """
+    if not (isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
+        raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
+
+
+def check_replacement(before: nn.Module, after: nn.Module) -> None:
+    """Refuse another model whose trainable parameters are not those of the one that the learner was made around.
+
+    Raises:
+        ValueError: naming those that differ.
+    """
+    wanted, found = (
+        {name: tuple(p.shape) for name, p in named(model).items() if p.requires_grad} for model in (before, after)
+    )
+    if wanted != found:
+        odd = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+        raise ValueError(
+            "a learner's model can be replaced by one with the same trainable parameters; these differ: "
+            f"{', '.join(odd)}. Make another learner around this model."
+        )

@@ -1,0 +1,125 @@
+"""A model run on all tasks at once, each with weights of its own.
+
+Legend: T tasks, N points of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from metamom.maml.autocast import autocast
+from metamom.maml.finite_differences import drawing_refused
+from metamom.maml.draws import DrawsByTask, is_tracing
+from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
+from metamom.maml.misfits import check_output, inputs_explained
+from metamom.maml.task_weights import Params, Start
+from metamom.maml.swapping import alone, in_mode, slots, swapped, tensors_left
+from metamom.maml.vmap_errors import explained, unchanged
+
+
+class RunByTask:
+    """Runs a model as a loop over the tasks would, by `torch.func.vmap`.
+
+    What vmap does otherwise than a loop is found out when it first happens, and put right from then on: random draws
+    (`metamom.maml.draws`), some functions (`metamom.maml.functions_by_task`), and tensors left in attributes. They may differ
+    between training and evaluation mode.
+
+    Attributes:
+        draws: the modes (of ``model.training``) in which the model draws at random.
+        calls: whether the model calls such functions, by mode.
+        leaves: whether the model leaves tensors in attributes, by mode; they are taken back.
+    """
+
+    def __init__(self) -> None:
+        self.draws: set[bool] = set()
+        self.calls: dict[bool, bool] = {}
+        self.leaves: dict[bool, bool] = {}
+
+    def __call__(
+        self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Predictions ``[T, N, ...]``.
+
+        Args:
+            model: left as it is, whatever happens; no other thread runs it meanwhile.
+            start: the parameters that all tasks share, or that inner steps do not move.
+            own: each task's other parameters, ``[T, *shape]``.
+            x: ``[T, N, ...]``.
+            draws: whether the model may draw at random.
+            dtype: of its products, see `metamom.maml.autocast.autocast`.
+
+        Raises:
+            ValueError: for a model that cannot run so, changes its parameters, buffers or inputs in place, or draws at
+                random where it must not.
+        """
+        with alone(model):
+            found = slots(model)
+            buffers = {name: b.clone() for name, b in model.named_buffers()}  # the model's own stay as they are
+            given = {**buffers, **start.shared, **start.kept, **own}
+            watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
+
+            def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
+                weights = {**buffers, **start.shared, **kept, **own}
+                with swapped(found, {name: w for name, w in weights.items() if name in found.places}):
+                    out: Tensor = model(x)
+                check_output(model, out)
+                return out
+
+            with (
+                explained(model),
+                nullcontext() if draws else drawing_refused(),
+                unchanged({"its input": x, **watched}, model),
+                in_mode(model),
+                autocast(x.device, dtype),
+                self._functions(model),
+                self._attributes(model),
+                inputs_explained(model, x, watched),
+            ):
+                return self._over_tasks(one_task, own, start.kept, x, model.training, draws)
+
+    def _over_tasks(
+        self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
+    ) -> Tensor:
+        """``one_task`` of each task; what it draws, it draws by the task's number."""
+        if is_tracing() and draws:
+            return _vmap(one_task, "different")(own, kept, x)
+        if not (draws and mode in self.draws):
+            try:
+                return _vmap(one_task, "error")(own, kept, x)
+            except RuntimeError as error:
+                if not draws or "randomness" not in str(error):
+                    raise
+            self.draws.add(mode)
+        with DrawsByTask(x.shape[0]):
+            return _vmap(one_task, "different")(own, kept, x)
+
+    @contextmanager
+    def _functions(self, model: nn.Module) -> Iterator[None]:
+        """Functions replaced, where the model has been seen to call them, may do so by its modules, or is new."""
+        mode = model.training
+        if not self.calls.get(mode, True) and not may_call_them(model):
+            yield
+            return
+        with FunctionsByTask() as functions:
+            yield
+        self.calls[mode] = self.calls.get(mode, False) or functions.seen
+
+    @contextmanager
+    def _attributes(self, model: nn.Module) -> Iterator[None]:
+        """What the model leaves in attributes taken back, where it has been seen to do so, or is new."""
+        mode = model.training
+        if not self.leaves.get(mode, True):
+            yield
+            return
+        with tensors_left(model) as names:
+            yield
+        self.leaves[mode] = self.leaves.get(mode, False) or bool(names)
+
+
+def _vmap(one_task: Callable[..., Tensor], randomness: str) -> Callable[..., Tensor]:
+    batched: Callable[..., Tensor] = torch.func.vmap(one_task, randomness=randomness)
+    return batched

@@ -1,0 +1,240 @@
+"""Inner tracking: a task's adapted weights as an average over its visits, in place of one noisy inner step's.
+
+Legend: T tasks of a batch, n tasks visited so far, u_i the average of task i, b_u the weight of a new inner step,
+S_i and S'_i the inner batches of a visit.
+
+The rules are pure functions; `Memory` keeps what they need from visit to visit, and `metamom.maml` joins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metamom.maml.estimators import TRACKED, Estimator
+from metamom.maml.inner_step import straight_through
+from metamom.maml.task_weights import Params
+
+TRACKING = 0.2  # b_u where nothing is said
+
+
+def moml(u: Tensor, step: Tensor, weight: float | Tensor) -> Tensor:
+    """``(1 - b_u) u + b_u step``, which lags behind weights that move.
+
+    Args:
+        u: the average before.
+        step: ``w - alpha grad L_S(w)`` at the weights of this visit, of the shape of ``u``.
+        weight: b_u in (0, 1], a number or what broadcasts; 1 gives ``step``, bit for bit.
+
+    Example:
+        >>> moml(torch.tensor([1.0]), torch.tensor([2.0]), 0.25)
+        tensor([1.2500])
+
+    Reference:
+        Wang, Yuan, Ying, Yang, "Memory-based optimization methods for model-agnostic meta-learning" (2021), MOML.
+    """
+    return torch.lerp(u, step, weight)
+
+
+def scsc(u: Tensor, step: Tensor, step_from_last: Tensor, weight: float | Tensor) -> Tensor:
+    """``(1 - b_u) (u + step - step_from_last) + b_u step``, which first moves the average along with the weights.
+
+    Args:
+        u: the average before.
+        step: ``w - alpha grad L_S(w)`` at the weights of this visit.
+        step_from_last: the same, on the same S, at the weights of the last visit.
+        weight: b_u in (0, 1], a number or what broadcasts; 1 gives ``step``, bit for bit.
+
+    Example:
+        >>> scsc(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1.5]), 0.5)
+        tensor([1.7500])
+
+    Reference:
+        Chen, Sun, Yin, "Solving stochastic compositional optimization is nearly as easy as solving stochastic
+        optimization" (2021), SCSC.
+    """
+    return torch.lerp(u + (step - step_from_last), step, weight)
+
+
+def check_tracking(estimator: Estimator, tracking: float | None, inner_steps: int, learn_inner_lr: object) -> None:
+    """Refuse what does not go with a tracked estimator, and b_u where there is none.
+
+    Raises:
+        ValueError: saying what to set.
+    """
+    if estimator not in TRACKED:
+        if tracking is not None:
+            raise ValueError(
+                f"tracking is the weight of a new inner step in estimators {', '.join(TRACKED)}; got "
+                f"tracking={tracking!r} with estimator {estimator!r}. Leave it out, or name one of these."
+            )
+        return
+    if tracking is not None and not 0 < tracking <= 1:
+        raise ValueError(f"tracking is the weight of a new inner step, 0 < tracking <= 1; got {tracking!r}.")
+    if inner_steps != 1:
+        raise ValueError(
+            f"estimator {estimator!r} tracks the result of one inner step; got inner_steps={inner_steps}. Use "
+            "inner_steps=1, or estimator 'independent'."
+        )
+    if learn_inner_lr:
+        raise ValueError(
+            f"estimator {estimator!r} averages inner steps of one size; got learn_inner_lr={learn_inner_lr!r}. Leave "
+            "it out, or use estimator 'independent'."
+        )
+
+
+class Memory(nn.Module):
+    """What tracked estimators keep of each task, by its id: u_i, and for SCSC the weights of the task's last visit.
+
+    It is the extra state of this module: tensors and their tasks' ids, in a learner's ``state_dict`` and so in
+    checkpoints. Tensors go to the device and dtype of the weights when they are used next.
+
+    Args:
+        estimator: one of `metamom.maml.estimators.TRACKED`.
+        tracking: b_u in (0, 1].
+        weights: the trainable parameters by name, ``[*shape]``.
+        adapted: names of those that the inner step moves.
+
+    Attributes:
+        tracking: as given.
+        rows: where each task's tensors are, by its id.
+        tensors: ``"u.NAME"`` of the adapted parameters, ``"last.NAME"`` of all for SCSC, ``[n, *shape]``.
+    """
+
+    def __init__(
+        self, estimator: Estimator, tracking: float, weights: Mapping[str, Tensor], adapted: Collection[str]
+    ) -> None:
+        super().__init__()
+        self.tracking = tracking
+        self.rows: dict[int, int] = {}
+        self.tensors = {f"u.{name}": weights[name].detach().new_empty(0, *weights[name].shape) for name in adapted}
+        if estimator == "scsc":
+            self.tensors |= {f"last.{name}": w.detach().new_empty(0, *w.shape) for name, w in weights.items()}
+
+    def reset(self) -> None:
+        """Forget all tasks."""
+        self.rows = {}
+        self.tensors = {key: kept[:0].clone() for key, kept in self.tensors.items()}
+
+    def recall(self, task_ids: Tensor | None, weights: Mapping[str, Tensor]) -> Params:
+        """What `tracked` wants of the tasks of a batch: their tensors, ``[T, *shape]``, and ``"weight": [T]``.
+
+        That weight is b_u; but 1 at a task's first visit, where the average is the inner step itself. There the
+        weights stand for the tensors that are not there yet.
+
+        Args:
+            task_ids: ``[T]``, of a `metamom.TaskBatch`.
+            weights: the trainable parameters by name, ``[*shape]``.
+
+        Raises:
+            ValueError: for a batch without ids, or with one twice.
+        """
+        ids = distinct_ids(task_ids)
+        rows = [self.rows.get(i, -1) for i in ids]
+        like = next(iter(weights.values()))
+        known = torch.tensor([row >= 0 for row in rows], device=like.device)
+        at = torch.tensor([max(row, 0) for row in rows], device=like.device)
+        weight = [self.tracking if row >= 0 else 1.0 for row in rows]
+        found = {"weight": torch.tensor(weight, dtype=like.dtype, device=like.device)}
+        for key, kept in self.tensors.items():
+            w = weights[key.partition(".")[2]].detach()
+            start = w.expand(len(ids), *w.shape)
+            if not self.rows:
+                found[key] = start.clone()
+                continue
+            kept = kept.to(w)
+            found[key] = torch.where(known.view(-1, *[1] * w.dim()), kept.index_select(0, at), start)
+        return found
+
+    def keep(self, task_ids: Tensor | None, averages: Params, weights: Mapping[str, Tensor]) -> None:
+        """Move the tasks of a batch on.
+
+        Args:
+            task_ids: ``[T]``.
+            averages: their new u_i by name, ``[T, *shape]``.
+            weights: of this visit, by name, ``[*shape]``.
+        """
+        ids = distinct_ids(task_ids)
+        rows, tensors = dict(self.rows), {}
+        for i in ids:
+            rows.setdefault(i, len(rows))
+        for key, kept in self.tensors.items():
+            kind, _, name = key.partition(".")
+            new = (averages[name] if kind == "u" else weights[name].expand(len(ids), *kept.shape[1:])).detach()
+            kept = kept.to(new)
+            if len(kept) < len(rows):
+                kept = torch.cat([kept, kept.new_zeros(len(rows) - len(kept), *kept.shape[1:])])
+            at = torch.tensor([rows[i] for i in ids], device=new.device)
+            tensors[key] = kept.index_copy_(0, at, new)
+        self.rows, self.tensors = rows, tensors
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """``{"ids": [n] int64, "tensors": {key: [n, *shape]}}``."""
+        return {"ids": torch.tensor(list(self.rows), dtype=torch.int64), "tensors": dict(self.tensors)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over, as a copy, what `get_extra_state` gave.
+
+        Raises:
+            ValueError: for the memory of another estimator or other weights.
+        """
+        ids, tensors = state["ids"].tolist(), state["tensors"]
+        wanted = {key: (len(ids), *kept.shape[1:]) for key, kept in self.tensors.items()}
+        found = {key: tuple(kept.shape) for key, kept in tensors.items()}
+        if wanted != found:
+            odd = sorted(key for key in {**wanted, **found} if wanted.get(key) != found.get(key))
+            raise ValueError(
+                f"this memory of {len(ids)} tasks is of another estimator, or of other adapted weights: "
+                f"{', '.join(odd)} should be {[wanted.get(key) for key in odd]}, and is "
+                f"{[found.get(key) for key in odd]}. Load it into the learner that it was saved from."
+            )
+        self.rows = {i: row for row, i in enumerate(ids)}
+        self.tensors = {key: tensors[key].to(kept, copy=True) for key, kept in self.tensors.items()}
+
+
+def tracked(memory: Params, step: Params, step_from: Callable[[Params], Params]) -> Params:
+    """The tasks' new averages, with the derivatives of an inner step that starts at the weights of now.
+
+    So the meta-gradient is ``(I - alpha H_i(w; S'_i)) grad L_i(u_i)``, without the factor b_u that differentiating the
+    average itself would put before it (and that MOML's public code has).
+
+    Args:
+        memory: of T tasks, from `Memory.recall`.
+        step: ``w - alpha grad L_i(w; S_i)`` with its derivatives, those on S'_i, by name, ``[T, *shape]``.
+        step_from: the same on the same S_i from other weights, by name, ``[T, *shape]``; asked for by SCSC only.
+
+    Returns:
+        u_i by name, ``[T, *shape]``.
+    """
+    u, last = ({key[len(kind) :]: x for key, x in memory.items() if key.startswith(kind)} for kind in ("u.", "last."))
+    from_last = step_from(last) if last else None
+    averages = {}
+    for name, new in step.items():
+        weight = memory["weight"].to(new.dtype).view(-1, *[1] * (new.dim() - 1))
+        if from_last is None:
+            value = moml(u[name], new.detach(), weight)
+        else:
+            value = scsc(u[name], new.detach(), from_last[name], weight)
+        averages[name] = straight_through(value, new)
+    return averages
+
+
+def distinct_ids(task_ids: Tensor | None) -> list[int]:
+    """The ids of a batch's tasks, ``[T]``.
+
+    Raises:
+        ValueError: for a batch without ids, or with one twice.
+    """
+    if task_ids is None:
+        raise ValueError(
+            f"estimators {', '.join(TRACKED)} remember each task by its id; got a batch without task_ids. Take tasks "
+            "that stay: metamom.tasks.FixedTasks(sampler, n) (--fixed-tasks N)."
+        )
+    ids: list[int] = task_ids.tolist()
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ValueError(f"a task can be visited once in a batch where it is tracked; got task_ids with {twice} twice.")
+    return ids

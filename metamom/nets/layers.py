@@ -1,0 +1,237 @@
+"""Layers that are fast under per-task weights: convolution as patches and one batched product, normalisation with ReLU.
+
+They work on channels-last images ``[N, H, W, C]``. Under `torch.func.vmap` the tasks become one more axis of a batched
+matrix product, with no loop over tasks and no grouped convolution. First and second derivatives are written out, in
+few passes over memory; third ones exist too, by plain autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from metamom.nets import kernels
+
+
+class StridedConv(nn.Conv2d):
+    """A 3x3 convolution of stride 2 and padding 1 without bias, ``[N, H, W, C] -> [N, (H+1)//2, (W+1)//2, C']``.
+
+    Its weights are `torch.nn.Conv2d`'s, ``[C', C, 3, 3]``; only the images are channels-last.
+
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        device: of the weights.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, bias=False, device=device)
+        # lies in memory as [3, 3, C, C'], the matrix that patches are multiplied with: no step has to copy it
+        self.weight = nn.Parameter(self.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Channels-last in, channels-last out."""
+        if images.dim() != 4 or images.shape[-1] != self.in_channels:
+            raise ValueError(
+                f"StridedConv wants images [N, H, W, {self.in_channels}], the channels last; got {tuple(images.shape)}."
+            )
+        images, weight = self._cast(images), self._cast(self.weight)
+        patches: Tensor = _Unfold.run(images)
+        # [9 C, C'], rows in the order of the patches' last axis: a view
+        weight = weight.permute(2, 3, 1, 0).reshape(-1, self.out_channels)
+        out: Tensor = _Product.run(patches.flatten(0, 2).unsqueeze(0), weight.unsqueeze(0))
+        return out.view(*patches.shape[:3], self.out_channels)
+
+    @staticmethod
+    def _cast(x: Tensor) -> Tensor:
+        """Under autocast, what autocast makes of a product's factors; here, so that derivatives see it too."""
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class BatchNormReLU(nn.Module):
+    """Normalisation by the statistics of the batch at hand, then ReLU, over the last axis of ``[N, ..., C]``.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+        device: of the weights.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels, device=device))
+        self.bias = nn.Parameter(torch.zeros(channels, device=device))
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Statistics are taken over all axes but the last."""
+        if x.dim() < 2 or x.shape[-1] != len(self.weight):
+            raise ValueError(
+                f"BatchNormReLU wants [N, ..., {len(self.weight)}], the channels last; got {tuple(x.shape)}."
+            )
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for statistics
+        y = wide.reshape(1, -1, x.shape[-1])
+        z, _, _ = _NormReLU.run(y, self.weight.to(y.dtype).unsqueeze(0), self.bias.to(y.dtype).unsqueeze(0), self.eps)
+        out: Tensor = z.view(x.shape).to(x.dtype)
+        return out
+
+
+class _Grouped(Function):
+    """An operator whose first axis holds independent groups: batching over tasks makes more of them."""
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """``apply``, which torch leaves without types."""
+        return cls.apply(*args)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """Merge the tasks' axis into the groups'."""
+        tasks = info.batch_size
+
+        def merged(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            x = x.unsqueeze(0).expand(tasks, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.reshape(tasks * x.shape[1], *x.shape[2:])
+
+        def cut(x: Tensor) -> Tensor:
+            return x.view(tasks, x.shape[0] // tasks, *x.shape[1:])
+
+        out = cls.run(*(merged(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        return (cut(out), 0) if isinstance(out, Tensor) else (tuple(map(cut, out)), (0,) * len(out))
+
+
+class _Unfold(_Grouped):
+    @staticmethod
+    def forward(images: Tensor) -> Tensor:
+        return kernels.unfold(images)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.size = inputs[0].shape[1:3]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        to_images: Tensor = _Fold.run(cotangent, *ctx.size)
+        return to_images
+
+
+class _Fold(_Grouped):
+    @staticmethod
+    def forward(patches: Tensor, H: int, W: int) -> Tensor:
+        return kernels.fold(patches, H, W)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        return _Unfold.run(cotangent), None, None
+
+
+class _OfTwo(_Grouped):
+    """An operator whose derivatives need both of its arguments."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class _Product(_OfTwo):
+    """``a @ b``: ``[G, M, K], [G, K, N] -> [G, M, N]``.
+
+    Its derivatives, and theirs, are products of the same three kinds, each with a contiguous result.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        to_a = _ProductWithTransposed.run(c, b) if ctx.needs_input_grad[0] else None
+        to_b = _ProductOfTransposed.run(a, c) if ctx.needs_input_grad[1] else None
+        return to_a, to_b
+
+
+class _ProductWithTransposed(_OfTwo):
+    """``c @ bᵀ``: ``[G, M, N], [G, K, N] -> [G, M, K]``."""
+
+    @staticmethod
+    def forward(c: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(c, b.mT)
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        c, b = ctx.saved_tensors
+        to_c = _Product.run(a, b) if ctx.needs_input_grad[0] else None
+        to_b = _ProductOfTransposed.run(a, c) if ctx.needs_input_grad[1] else None
+        return to_c, to_b
+
+
+class _ProductOfTransposed(_OfTwo):
+    """``aᵀ @ c``: ``[G, M, K], [G, M, N] -> [G, K, N]``."""
+
+    @staticmethod
+    def forward(a: Tensor, c: Tensor) -> Tensor:
+        return torch.bmm(a.mT, c)
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, c = ctx.saved_tensors
+        to_a = _ProductWithTransposed.run(c, b) if ctx.needs_input_grad[0] else None
+        to_c = _Product.run(a, b) if ctx.needs_input_grad[1] else None
+        return to_a, to_c
+
+
+class _NormReLU(_Grouped):
+    """``(z, mean, rstd)`` of `kernels.norm_relu`; mean and rstd are for the derivatives of z alone."""
+
+    @staticmethod
+    def forward(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.norm_relu(y, gain, shift, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        y, gain, _, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(y, gain, *output)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_NormReLUBackward.run(dz, *ctx.saved_tensors, ctx.eps), None
+
+
+class _NormReLUBackward(_Grouped):
+    @staticmethod
+    def forward(
+        dz: Tensor, y: Tensor, gain: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.norm_relu_backward(dz, y, gain, z, mean, rstd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor | None, ...]:
+        dz, y, gain, z, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # someone wants the third derivative: everything anew from y, by plain autograd
+            mean, rstd = kernels.reference.moments(y, ctx.eps)
+            double_backward = kernels.reference.norm_relu_double_backward
+        else:
+            double_backward = kernels.norm_relu_double_backward
+        to_dz, to_y, to_gain = double_backward(v, a, s, dz, y, gain, z, mean, rstd)
+        return to_dz, to_y, to_gain, None, None, None, None

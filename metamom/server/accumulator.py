@@ -1,0 +1,210 @@
+"""Per-worker bias in anybody's training loop."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
+from metamom.bias import Bias, as_operator
+from metamom.distributed import World, as_world
+
+
+class BiasedAccumulator:
+    """Takes gradients as a loop produces them, worker by worker, and leaves ``1/n sum_i C(g_i)`` in ``.grad``.
+
+    Call `add` after each backward pass and `finish` before the optimizer's step. Without a worker, each `add` is a
+    worker of its own, the first one of a step worker 0; with one, the gradients of the same worker are averaged before
+    the operator. Random operators draw by the worker's number, and error feedback keeps a state for each, so that it
+    must know whose a gradient is. The mean over the workers of a step is taken here: the loop need not divide by the
+    number of tasks.
+
+    Args:
+        params: the parameters, as an optimizer takes them (no groups). Those without ``requires_grad`` at this moment
+            are passed over; one that stands there twice, shared between modules, counts once.
+        bias: the operator C on each worker's flattened gradient, its SPEC (``"topk:5%"``), or a function
+            ``[d] -> [d]``; ``None`` for the mean alone. Where a parameter got no gradient from a worker, that part of
+            it is zero.
+        workers: n; if given, `finish` insists on exactly so many. With error feedback, give it or name the workers.
+        world: the processes that share a step (`metamom.distributed.start`). Each adds the gradients of its own
+            workers (``world.workers(n)``) and gets the aggregate of all; one alone by default. It needs ``workers``.
+            Processes that carry one worker together must add equally often.
+
+    Raises:
+        ValueError: for no trainable parameter, ``workers`` below 1, or a number of them that cannot be dealt.
+        TypeError: for a bias that is none of these.
+
+    Example:
+        >>> from metamom import Clip
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> accumulator = BiasedAccumulator([w], bias=Clip(1.0), workers=2)
+        >>> for target in ([3.0, 4.0], [0.0, 0.5]):
+        ...     (w @ torch.tensor(target)).backward()
+        ...     accumulator.add()
+        >>> report = accumulator.finish()
+        >>> w.grad
+        tensor([0.3000, 0.6500])
+
+    Reference:
+        arXiv 2403.00853: operators act on each worker's whole gradient, before the server averages.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        bias: Bias = None,
+        workers: int | None = None,
+        *,
+        world: World | None = None,
+    ) -> None:
+        if isinstance(params, Tensor):
+            raise TypeError("BiasedAccumulator takes a list of parameters, such as model.parameters(); got one tensor.")
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"BiasedAccumulator takes a list of parameters, such as model.parameters(); got {params!r:.80}."
+            )
+        params = list(params)
+        odd = next((p for p in params if not isinstance(p, Tensor)), None)
+        if odd is not None:
+            raise TypeError(f"BiasedAccumulator takes parameters (no names, no groups); got a {type(odd).__name__}.")
+        self.params = list({id(p): p for p in params if p.requires_grad}.values())
+        if not self.params:
+            raise ValueError("BiasedAccumulator needs at least one parameter that requires a gradient; got none.")
+        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+            raise ValueError(f"the number of workers must be a whole number >= 1; got {workers}.")
+        self.bias = as_operator(bias)
+        self.workers = workers
+        self.world = as_world(world)
+        if self.world.size > 1 and workers is None:
+            raise ValueError(f"{self.world.size} processes share the workers of a step: pass workers=, their number.")
+        self._mine = None if workers is None else self.world.workers(workers)
+        for p in self.params:
+            p.register_hook(_watch(weakref.ref(self), p))  # type: ignore[no-untyped-call]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the step begun, as after an error in its middle. ``.grad`` is left alone: call ``zero_grad()`` too."""
+        self._sums: dict[int, list[Tensor]] = {}  # worker -> its gradients, summed
+        self._counts: dict[int, int] = {}
+        self._touched = [False] * len(self.params)
+        self._numbered: bool | None = None  # whether this step's adds name their workers
+        self._arrived = False  # a backward pass since the last add
+        self._mixed = False  # one that found an earlier one's gradient still in .grad
+
+    def add(self, worker: int | None = None) -> None:
+        """Take what ``.grad`` holds as a gradient of ``worker``, and clear it.
+
+        Args:
+            worker: 0 <= worker < n; ``None`` for a new worker of its own.
+
+        Raises:
+            ValueError: if there is no gradient; if a backward pass found a gradient that no `add` had taken, such as
+                the last step's; if only some calls name their worker, or none does and the operator feeds errors back
+                to workers of unknown number; if a worker is out of range, or there are more than ``workers``.
+            TypeError: for a sparse gradient, or a worker that is no whole number.
+        """
+        if self._mixed:
+            raise ValueError(
+                "a backward pass found a gradient in .grad that no add() had taken, and added to it: call add() after "
+                "each loss.backward() (with worker= for the parts of one worker), and optimizer.zero_grad() after each "
+                "optimizer.step(). To go on, call zero_grad() and reset(), and do this step again."
+            )
+        if not any(p.grad is not None and (self._arrived or bool(p.grad.any())) for p in self.params):
+            raise ValueError("add() found no gradient: call it after loss.backward(), once for each backward pass.")
+        if any(p.grad is not None and p.grad.layout is not torch.strided for p in self.params):
+            raise TypeError("BiasedAccumulator needs dense gradients; got a sparse one: use sparse=False.")
+        if self._numbered not in (None, worker is not None):
+            raise ValueError("either every add() of a step names its worker or none does; got both.")
+        if worker is not None and (isinstance(worker, bool) or not isinstance(worker, int)):
+            raise TypeError(f"worker is a whole number; got {worker!r}.")
+        if worker is None and self.workers is None and self.bias is not None and self.bias.feeds_back:
+            raise ValueError(
+                f"{self.bias.spec} keeps a state for each worker and must know whose gradient this is: call "
+                "add(worker=i), or make the BiasedAccumulator with workers=n, so that the i-th add() of each step is "
+                "worker i's."
+            )
+        first = 0 if self._mine is None else self._mine.start
+        index = first + len(self._sums) if worker is None else worker
+        if index < 0:
+            raise ValueError(f"worker must be >= 0; got {worker}.")
+        if self._mine is not None and index not in self._mine:
+            count = "the number of add() calls" if worker is None else "worker"
+            whose = "" if self.world.size == 1 else f", of which this process has {[*self._mine]}"
+            raise ValueError(
+                f"{count} does not fit workers={self.workers}{whose}: got worker {index} (counted from 0)."
+            )
+        self._numbered = worker is not None
+        self._arrived = False
+        sums = self._sums.setdefault(index, [torch.zeros_like(p) for p in self.params])
+        self._counts[index] = self._counts.get(index, 0) + 1
+        for number, (p, total) in enumerate(zip(self.params, sums, strict=True)):
+            if p.grad is not None:
+                total += p.grad.detach()
+                self._touched[number] = True
+                p.grad = None
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, float | int | None]:
+        """Leave the aggregate in ``.grad``, and be ready for the next step.
+
+        Returns:
+            ``grad_norm``, ``bias_error`` and ``wire_bytes``, as `metamom.maml.Backward` explains them.
+
+        Raises:
+            ValueError: if there was no `add`; if a gradient came after the last one; if the workers are not exactly
+                as many as asked for. Nothing is lost then: mend it and call again.
+        """
+        with self.world.together():
+            if self.world.size > 1:
+                assert self.workers is not None
+                adds = "" if self.workers >= self.world.size else f", {sum(self._counts.values())} adds"
+                spec, d = "none" if self.bias is None else self.bias.spec, sum(p.numel() for p in self.params)
+                self.world.step(f"a step of workers={self.workers}, bias={spec}, {d} entries{adds}", self.params)
+            order = self._order()
+            means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
+            rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
+            sizes = [p.numel() for p in self.params]
+            server = Aggregation(self.workers or len(order), self.bias, sizes=sizes, world=self.world)
+            server.add(rows, order)
+        total, report = server.finish()
+        grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
+        touched = self.world.sum_everywhere(torch.tensor(self._touched, dtype=torch.int64)).tolist()
+        for number, p in enumerate(self.params):
+            if touched[number]:
+                deliver(p, grads[str(number)], server.operator)
+            else:
+                p.grad = None
+        self.reset()
+        return report
+
+    def _order(self) -> list[int]:
+        """The workers whose gradients are here, if they are all that should be."""
+        if any(p.grad is not None and bool(p.grad.any()) for p in self.params):
+            raise ValueError(
+                "finish() found a gradient in .grad that no add() took: call add() after each loss.backward(), and "
+                "optimizer.zero_grad() after each optimizer.step()."
+            )
+        if not self._sums:
+            raise ValueError("finish() has nothing to aggregate: call add() after each loss.backward().")
+        if self._mine is not None and len(self._sums) != len(self._mine):
+            missing = sorted(set(self._mine) - set(self._sums))
+            raise ValueError(
+                f"finish() wanted gradients of exactly {len(self._mine)} workers; got {len(self._sums)}, "
+                f"none of worker(s) {', '.join(map(str, missing))}."
+            )
+        return sorted(self._sums)
+
+
+def _watch(owner: weakref.ref[BiasedAccumulator], p: Tensor) -> Callable[[Tensor], None]:
+    """A hook that runs before a backward pass adds to ``p.grad``."""
+
+    def hook(gradient: Tensor) -> None:
+        accumulator = owner()
+        if accumulator is not None:
+            accumulator._arrived = True
+            accumulator._mixed |= p.grad is not None and bool(p.grad.any())
+
+    return hook

@@ -1,0 +1,257 @@
+"""From the workers' gradients to one gradient: the server's half of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
+from torch.linalg import vector_norm
+
+from metamom.common.averaged import forget, note
+from metamom.bias import Bias, BiasOperator, Identity
+from metamom.bias.base import Sizes, without_state
+from metamom.distributed import World, as_world
+from metamom.server.robust import Aggregate, check_aggregate, robust_mean
+
+
+def flatten(grads: Iterable[Tensor]) -> Tensor:
+    """Each worker's gradient as one vector: tensors ``[n, *shape]``, in their order, to ``[n, d]``."""
+    return torch.cat([g.reshape(g.shape[0], g[0].numel()) for g in grads], dim=1)
+
+
+def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors ``[..., d]`` cut into tensors ``{name: [..., *shape]}``, of the shapes and dtypes of ``like``."""
+    lead = vectors.shape[:-1]
+    if not lead and all(w.dtype is vectors.dtype for w in like.values()):  # one call for all
+        pieces = _unflatten_dense_tensors(vectors, list(like.values()))  # type: ignore[no-untyped-call]
+        return dict(zip(like, pieces, strict=True))
+    pieces = vectors.split_with_sizes([w.numel() for w in like.values()], -1)
+    return {name: piece.view(lead + w.shape).to(w.dtype) for (name, w), piece in zip(like.items(), pieces, strict=True)}
+
+
+def deliver(parameter: Tensor, gradient: Tensor, operator: BiasOperator | None = None, *, add: bool = False) -> None:
+    """Leave a gradient in ``.grad``, or add it to what is there, and tell `CompositeMomentum` who averaged it."""
+    before = parameter.grad if add else None
+    parameter.grad = gradient if before is None else before + gradient
+    if operator is not None and operator.carries_momentum:
+        note(parameter, operator.spec)
+    elif before is None:
+        forget([parameter])
+
+
+class Aggregation:
+    """One step of the server: takes workers' gradients as they come, and gives ``1/n sum_i C(g_i)`` or a robust mean.
+
+    Over several processes, each adds its own workers', and all agree (`World.agree`) before they `finish`. Gradients of
+    operators that compress travel as messages; the sum of others by an all-reduce; all of them where the aggregate is
+    no mean. Where several processes carry one worker together, each adds the mean over its own tasks, the whole ones
+    are put together first, and nothing is compressed on the way.
+
+    Args:
+        n: number of workers, over all processes.
+        bias: the operator C on ``[n, d]``, its SPEC, or a function ``[d] -> [d]``; ``None`` for none. A SPEC must not
+            name an operator that carries something from step to step: make that one once.
+        how: see `metamom.server.robust.robust_mean`.
+        sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself.
+        world: the processes; one alone by default.
+        measure: whether to measure the ``bias_error``, for which several processes exchange uncompressed gradients.
+
+    Raises:
+        ValueError: for a spelling of ``how`` that means nothing, or that trims off none of n workers; for a SPEC that
+            names no operator, or one with a state; for workers that cannot be dealt to the processes, and an operator
+            that draws in the order of calls on several of them.
+
+    Reference:
+        arXiv 2403.00853, the server's averaging.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        bias: Bias = None,
+        how: Aggregate = "mean",
+        *,
+        sizes: Sizes | None = None,
+        world: World | None = None,
+        measure: bool = True,
+    ) -> None:
+        self.n = n
+        self.how = how
+        self.sizes = sizes
+        self.world = as_world(world)
+        self.operator = without_state(bias)
+        if how != "mean":
+            check_aggregate(how, n)
+            # a robust mean would swallow one worker's NaN, so that operators' own check is wanted here too
+            self.operator = self.operator or Identity()
+        if self.world.size > 1 and self.operator is not None and not self.operator.separable:
+            raise ValueError(
+                f"{self.operator.spec} draws from a generator in the order of calls, which several processes do not "
+                "share: make it with seed= in place of generator=."
+            )
+        self._mine = len(self.world.workers(n))
+        self._shared = n < self.world.size  # several processes carry one worker
+        self._measured = measure and self.operator is not None
+        operator = self.operator
+        self._streams = how == "mean" and (operator is None or (operator.separable and not operator.feeds_back))
+        self._step = 0 if self.operator is None else self.operator.next_step()
+        self._plain: Tensor | None = None  # sum of the gradients
+        self._total: Tensor | None = None  # sum of what operators made of them; of the gradients where there are none
+        self._rows = torch.empty(0)  # what operators made of each, where the aggregate is no mean
+        self._held: list[Tensor] = []  # gradients that wait for the others
+        self._whose: list[int] = []  # the workers that these are of
+        self._messages: list[Tensor] = []
+        self._like = torch.empty(0)  # one worker's gradient, where messages are sent
+        self._sent = 0  # bytes of all messages
+
+    def add(self, rows: Tensor, workers: Sequence[int]) -> None:
+        """Take gradients ``[k, d]`` of these workers, each of them once.
+
+        They need not come all at once, nor are they kept then; but where an operator feeds errors back, whose state
+        moves on for all workers or none, draws in the order of calls, or the aggregate is no mean.
+
+        Raises:
+            ValueError: by the operator.
+        """
+        if self._shared:
+            whole = rows.new_zeros(self.n, rows.shape[1])
+            whole[list(workers)] = rows * (self.n / self.world.size)
+            self._total = whole if self._total is None else self._total + whole
+            return
+        if not self._streams:
+            self._held.append(rows)
+            self._whose += workers
+            if len(self._whose) < self._mine:
+                return
+            rows, workers = torch.cat(self._held) if len(self._held) > 1 else rows, self._whose
+            self._held = []
+        if self._measured:
+            self._plain = _sum(self._plain, rows)
+        operator = self.operator
+        if self.world.size > 1 and operator is not None:
+            with operator.held():  # until all processes have come so far
+                if operator.compresses:
+                    self._messages += operator.send(rows, step=self._step, workers=workers, sizes=self.sizes)
+                    self._like = rows[0]
+                    return
+                rows = operator(rows, step=self._step, workers=workers, sizes=self.sizes)
+        elif operator is not None:
+            rows = operator(rows, step=self._step, workers=workers, sizes=self.sizes)
+        if self.how == "mean":
+            self._total = _sum(self._total, rows)
+        else:
+            self._rows = rows
+
+    def finish(self) -> tuple[Tensor, dict[str, float | int | None]]:
+        """The aggregate.
+
+        Returns:
+            ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
+            `metamom.maml.Backward` explains them.
+        """
+        if self._shared:
+            return self._of_shared_workers()
+        if self.operator is not None:
+            self.operator.settle()
+        if self._messages:
+            total = self._of_messages()
+        elif self.how == "mean":
+            assert self._total is not None
+            whole = self.world.sum(self._total)
+            total = self._from_server(lambda: whole / self.n, like=whole)
+        else:
+            rows = self.world.gather_to_server(self._rows)
+            total = self._from_server(lambda: robust_mean(rows.flatten(0, 1), self.how), like=self._rows[0])
+        error: float | None = 0.0
+        if self.operator is not None:
+            error = self._bias_error(total)
+            self.operator.count_call()
+        return total, {
+            "grad_norm": float(vector_norm(total)),
+            "bias_error": error,
+            "wire_bytes": self._wire_bytes(total),
+        }
+
+    def _of_shared_workers(self) -> tuple[Tensor, dict[str, float | int | None]]:
+        """Everybody is the server of all workers."""
+        assert self._total is not None
+        return aggregate(self.world.sum_everywhere(self._total), self.operator, self.how, sizes=self.sizes)
+
+    def _of_messages(self) -> Tensor:
+        """By what the workers' messages say."""
+        assert self.operator is not None
+        operator, like, mine = self.operator, self._like, torch.cat(self._messages)
+        lengths = torch.tensor([len(message) for message in self._messages])
+        everyones = self.world.gather(lengths) if operator.varies else lengths.expand(self.world.size, -1)
+        self._sent = int(everyones.sum())
+        gathered = self.world.gather_to_server(nn.functional.pad(mine, (0, int(everyones.sum(1).max()) - len(mine))))
+
+        def made() -> Tensor:
+            messages = [
+                message
+                for row, each in zip(gathered, everyones.tolist(), strict=True)
+                for message in row[: sum(each)].split(each)
+            ]
+            mean = self.how == "mean"
+            whole = operator.receive(messages, len(like), like.dtype, sizes=self.sizes, each=not mean)
+            return whole / self.n if mean else robust_mean(whole, self.how)
+
+        return self._from_server(made, like)
+
+    def _from_server(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """What the server makes, wherever it is; of the shape and dtype of ``like``."""
+        world = self.world
+        if world.size == 1 or world.server == "replicated":
+            return make()
+        with world.together():
+            made = make() if world.first else torch.empty_like(like)
+        return world.spread(made)
+
+    def _bias_error(self, total: Tensor) -> float | None:
+        if self._plain is None:
+            return None
+        mean = self.world.sum_everywhere(self._plain) / self.n
+        norm = float(vector_norm(mean))
+        return float(vector_norm(total - mean)) / norm if norm else 0.0
+
+    def _wire_bytes(self, total: Tensor) -> int:
+        """Of the workers' messages: as they were sent, or as they would be."""
+        if self._messages:
+            return self._sent
+        d, size = len(total), total.element_size()
+        return self.n * (d * size if self.operator is None else self.operator.wire_bytes(d, size, self.sizes))
+
+
+def _sum(total: Tensor | None, rows: Tensor) -> Tensor:
+    new = rows.sum(0) if len(rows) > 1 else rows[0]
+    return new if total is None else total + new
+
+
+def aggregate(
+    grads: Tensor,
+    bias: Bias = None,
+    how: Aggregate = "mean",
+    *,
+    workers: Sequence[int] | None = None,
+    sizes: Sizes | None = None,
+) -> tuple[Tensor, dict[str, float | int | None]]:
+    """One gradient of the workers', all of them here: see `Aggregation`.
+
+    Args:
+        grads: ``[n, d]``, each worker's flattened gradient.
+        bias: as for an `Aggregation`.
+        how: as for an `Aggregation`.
+        workers: whose gradients these are, for operators that draw or feed back; 0, 1, ... by default.
+        sizes: as for an `Aggregation`.
+
+    Returns:
+        As `Aggregation.finish`.
+
+    Raises:
+        ValueError: as an `Aggregation`.
+    """
+    server = Aggregation(len(grads), bias, how, sizes=sizes)
+    server.add(grads, range(len(grads)) if workers is None else workers)
+    return server.finish()

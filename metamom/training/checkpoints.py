@@ -1,0 +1,247 @@
+"""Checkpoints of a run: written whole, checked when read, the newest few and the best kept."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from metamom.common.files import replacing
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d+)\.pt")
+# what readers of a damaged zip archive and of the pickle in it have been seen to raise
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
+    TypeError, LookupError, AttributeError, OverflowError, RecursionError, MemoryError, AssertionError,
+    NotImplementedError,
+)  # fmt: skip
+_DEEPEST = 100  # containers within containers; what `save` is given has about ten
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A whole checkpoint, but written by another version of metamom."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (nested containers of tensors, numbers and strings) to ``path``, whole or not at all.
+
+    Tensors go straight from their memory to the file: none is copied.
+
+    Raises:
+        CheckpointError: for a state that `load` could not read again.
+        OSError: as `metamom.common.files.replacing`.
+    """
+    with replacing(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(_plain({"format": FORMAT, **state}), file)
+        except RuntimeError as error:  # torch's own, about a file cut short, where the disk is full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        try:  # told now, not when a long run is to be resumed; mapped, so that no tensor is read
+            written = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+            _check_size(written, temporary.stat().st_size)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"the state for {path} holds something other than tensors, numbers, strings and containers of them, "
+                f"which could only be read by running code from the file: {_reason(error)} "
+                "Keep it out of the state_dict of the model, optimizer or scheduler that it belongs to."
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"the state for {path} could not be read again: {error}. Keep dense tensors with memory of their own."
+            ) from error
+
+
+def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save` wrote. Never runs code from the file (``weights_only=True``).
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged, or of another format.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise zipfile.BadZipFile("it is not a file")
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_size(state, path.stat().st_size)
+        if torch.device(device).type != "cpu":
+            state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {path}.") from error
+    except _DAMAGE as error:
+        raise CheckpointError(f"checkpoint {path} is cut short or damaged ({_reason(error)}).") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or type(found) is not int or found != FORMAT:
+        raise CheckpointFormatError(
+            f"checkpoint {path} has format {found!r:.40}; this version of metamom reads format {FORMAT}. "
+            "Use the version that wrote it (see config.json), or start a new run."
+        )
+    return state
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what `save` cannot have written, before anything is read into memory that its file does not hold.
+
+    Raises:
+        zipfile.BadZipFile: for an archive that is damaged, or that claims to hold more than its file.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if len({record.filename for record in records}) < len(records):
+            raise zipfile.BadZipFile("it holds a record twice")
+        if min((record.header_offset for record in records), default=0) != 0:
+            raise zipfile.BadZipFile("it does not begin with its first record")
+        for record in records:
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise zipfile.BadZipFile(f"{record.filename} is compressed, which no checkpoint is")
+        if sum(record.file_size for record in records) > size:
+            raise zipfile.BadZipFile("it claims to hold more than its file")
+        broken = archive.testzip()  # torch.load itself would not notice a flipped bit
+    if broken is not None:
+        raise zipfile.BadZipFile(f"wrong checksum in {broken}")
+
+
+def _check_size(state: Any, size: int) -> None:
+    """Refuse contents that take much more memory, or time to go through, than a file of so many bytes can hold.
+
+    Raises:
+        ValueError: for tensors larger than the file, containers nested too deeply, or one repeated very often.
+    """
+    storages: dict[int, int] = {}
+    seen, waiting = 0, [(state, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > 100 * size:
+            raise ValueError("its containers are nested too deeply, or too often")
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu":
+                raise ValueError(f"it holds a tensor of layout {value.layout} on device {value.device}")
+            if value.numel() * value.element_size() > size:
+                raise ValueError(f"it holds a tensor of shape {tuple(value.shape)}, which is larger than the file")
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (str, bytes, bytearray)) and len(value) > size:
+            raise ValueError("it holds a text larger than the file")
+        elif isinstance(value, dict):
+            waiting += ((entry, depth + 1) for pair in value.items() for entry in pair)
+        elif isinstance(value, (list, tuple, set)):
+            waiting += ((entry, depth + 1) for entry in value)
+    if sum(storages.values()) > size:
+        raise ValueError("its tensors are larger than the file")
+
+
+class Checkpoints:
+    """The checkpoints in one folder: ``step-00000500.pt`` after 500 steps, and ``best.pt``.
+
+    Args:
+        folder: made when the first checkpoint is written.
+        keep: how many of the newest to keep, >= 1.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"at least the newest checkpoint must be kept; got keep={keep}.")
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def best(self) -> Path:
+        """Where the best checkpoint is kept."""
+        return self.folder / "best.pt"
+
+    def sweep(self) -> None:
+        """Delete what a process that was killed has left half written; only for who alone may write here."""
+        for half in self.folder.glob(".*.tmp"):
+            half.unlink(missing_ok=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints present, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(m.group(1)) for m in map(_NAME.fullmatch, (p.name for p in self.folder.iterdir())) if m)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after ``step`` steps is kept."""
+        return self.folder / f"step-{step:08d}.pt"
+
+    def beyond_start(self) -> list[Path]:
+        """The checkpoints after at least one step."""
+        after = [self.path(step) for step in self.steps() if step > 0]
+        return [*after, *([self.best] if self.best.exists() else [])]
+
+    def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
+        """Write the checkpoint, then remove the oldest beyond ``keep``; ``best=True`` writes ``best.pt`` too."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if best:  # first: a crash before the next line has this step done, and found best, once more
+            save(self.best, {"step": step, **state})
+        save(self.path(step), {"step": step, **state})
+        # later ones are damaged, or `load_newest` had not gone back behind them: they count for nothing
+        for old in [there for there in self.steps() if there <= step][: -self.keep]:
+            self.path(old).unlink(missing_ok=True)
+
+    def load_newest(self, *, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; a warning names each damaged one passed over.
+
+        Returns:
+            Its state with ``"step"``, or ``None`` where there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: if there are some and none is usable, or the newest whole one has another format.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                state = load(self.path(step), device=device)
+            except CheckpointFormatError:
+                raise
+            except CheckpointError as error:
+                if step == steps[0]:
+                    raise CheckpointError(
+                        f"no checkpoint in {self.folder} can be used: {error} Put back a copy of one, or start a new "
+                        "run in another directory."
+                    ) from error
+                warnings.warn(f"{error} Going back to the one before.", stacklevel=2)
+            else:
+                found = state.get("step", step)
+                if type(found) is int and 0 <= found != step:  # other kinds of things are told where it is read
+                    raise CheckpointError(
+                        f"checkpoint {self.path(step)} is of another step than its name says: it holds "
+                        f"{found if found < 10**18 else 'a number of many digits'}. Put a copy of it back, or take it "
+                        "away."
+                    )
+                return state
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with Python's numbers for NumPy's scalars, which cannot be read without running code."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:  # an OrderedDict, as a module's state is, carries attributes of its own: left as it is
+        return {key: _plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(entry) for entry in value)
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    """The one line of an error that tells its reason; torch puts pages of advice around it."""
+    text = str(error).split("WeightsUnpickler error:")[-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].split(" Please use")[0]

@@ -1,0 +1,344 @@
+"""A run's directory: who may write to it, what is in it, and how it is read again.
+
+``config.json``      everything needed to run it again: the ``settings``, of which those that decide the run may not
+                     change when it is resumed; its ``length`` and the like, which may; the ``environment``: versions,
+                     hardware and command; and the ``history``: length, environment and those settings that may change,
+                     of every start
+``metrics.jsonl``    one object a line, appended and flushed
+``checkpoints/``     see `metamom.training.checkpoints`
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from metamom.training.checkpoints import CheckpointError, Checkpoints
+from metamom.common.files import write_atomically
+from metamom.common.schema import read_record
+
+LONGEST = 300  # characters of a setting in an error
+
+
+@dataclass
+class Config:
+    """What ``config.json`` holds. Files of earlier versions have no history, and compare as a run of one start."""
+
+    settings: dict[str, Any]
+    length: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RunDirectory:
+    """A run directory opened for writing; a context manager that holds its lock.
+
+    The lock is the operating system's, so a process that dies gives it back. Nothing that is there changes before
+    `write_config` and `forget_metrics_from`: a resume that is refused leaves all as it was.
+
+    Args:
+        path: made if missing.
+        settings: what defines the run, as JSON values. A resumed run must have the same.
+        free: those of them, as ``"name"`` or ``"name.name"``, that say only where and how the run is computed.
+        later: those that earlier versions did not record, compared only where the record has them.
+        length: what may change when it is resumed, as JSON values; for the record.
+        resume: go on with the run that is there, if any.
+        keep: how many of the newest checkpoints to keep.
+
+    Raises:
+        ValueError: if another process writes there; if a run is there and ``resume`` is false; if the run there has
+            other settings (the message names them).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        free: Collection[str] = (),
+        later: Collection[str] = (),
+        length: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        keep: int = 3,
+    ) -> None:
+        self.path = Path(path)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; a run needs a directory of its own.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        start = {"length": dict(length or {}), "environment": environment()}
+        self._config: dict[str, Any] = {"settings": dict(settings), **start}
+        self._history: list[dict[str, Any]] = []
+        self._free = {name: value for name, value in settings.items() if name in free}
+        self._fresh = False
+        self._metrics: IO[str] | None = None
+        _check_files(self.path)
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"another process is writing to the run directory {self.path}; wait for it or choose another directory."
+            ) from error
+        try:
+            self._check(json.loads(json.dumps(dict(settings))), free, later, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, settings: dict[str, Any], free: Collection[str], later: Collection[str], resume: bool) -> None:
+        there = [name for name in ("metrics.jsonl", "runs", "report.md") if (self.path / name).exists()]
+        there += [str(path.relative_to(self.path)) for path in self.checkpoints.beyond_start()]
+        if not there:  # nothing, or a start that came to nothing: no step was done, so there is nothing to lose
+            if (self.path / "config.json").exists():
+                read_config(self.path)  # refuses one that is no run's
+            self._fresh = True
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.path} holds a run already ({', '.join(there)}); resume it (--resume, or resume=True), "
+                "or choose another directory."
+            )
+        config = read_config(self.path)
+        unrecorded = [name for name in later if name not in config["settings"]]
+        if not str(config["environment"].get("python")).startswith("{}.{}.".format(*sys.version_info)):
+            unrecorded.append("code")  # is of one version of Python
+        differences = list(_differences(config["settings"], settings, {*free, *unrecorded}))
+        if differences:
+            raise ValueError(
+                f"the run in {self.path} was made with other settings: {'; '.join(differences)}. "
+                "Resume it with its own settings, or choose another directory."
+            )
+        before = {name: config[name] for name in ("length", "environment")}
+        self._history = config["history"] or [before]
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        metrics, self._metrics = self._metrics, None
+        try:
+            if metrics is not None:
+                metrics.close()  # which fails again where a line could not be written
+        finally:
+            self._lock.release()
+
+    def write_config(self) -> None:
+        """Write ``config.json``; when a run is resumed, not before its checkpoint has proved to be usable."""
+        self.checkpoints.sweep()
+        start = {name: self._config[name] for name in ("length", "environment")}
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        config = {**self._config, "history": [*self._history, {"began": began, "settings": self._free, **start}]}
+        write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, ``None`` in a directory where no run has begun.
+
+        Raises:
+            CheckpointError: if there are metrics but no checkpoint, or none that is usable.
+        """
+        if self._fresh:
+            return None
+        state = self.checkpoints.load_newest()
+        if state is None and read_log(self.path).lines:
+            raise CheckpointError(
+                f"{self.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
+                "Put a checkpoint back, or start a new run in another directory."
+            )
+        return state
+
+    def forget_metrics_from(self, step: int, until: float = math.inf) -> None:
+        """Drop the metrics of steps that will be done again, and a last line cut short.
+
+        Lines that cannot be read are left out with a warning, and the file as it was is kept beside the new one; steps
+        before ``step`` that have no line are named in a warning too. Lines of steps from ``until`` on, which will not
+        be done again, stay in a copy of the file.
+        """
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        log = read_log(self.path)
+        kept = [line for line in log.lines if line["step"] < step]
+        beyond = [line["step"] for line in log.lines if line["step"] >= max(step, until)]
+        copy = _free_name(path, "damaged" if log.damaged else "longer")
+        if log.damaged or beyond:
+            write_atomically(copy, path.read_bytes())
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if log.damaged:
+            warnings.warn(
+                f"{path} was damaged in line {_listed(log.damaged)}: all that can be read is kept, and a copy of the "
+                f"damaged file is {copy.name}.",
+                stacklevel=2,
+            )
+        if beyond:
+            warnings.warn(
+                f"{path} held metrics of step {_listed(beyond)}, which this run goes back behind and will not do "
+                f"again: they are kept in {copy.name}.",
+                stacklevel=2,
+            )
+        steps = [-1, *(line["step"] for line in kept), step]
+        if gaps := [n for a, b in itertools.pairwise(steps) for n in range(a + 1, b)]:
+            warnings.warn(f"{path} has no metrics of step {_listed(gaps)}.", stacklevel=2)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl`` and hand it to the operating system."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """``config.json`` of the run in ``path``: ``{"settings", "length", "environment", "history"}``.
+
+    Raises:
+        ValueError: if there is no run, or its configuration cannot be read.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} holds no run: there is no {file}.")
+    try:
+        return vars(read_record(Config, file))
+    except ValueError as error:
+        raise ValueError(f"the run's configuration cannot be read. {error}") from error
+
+
+class Log(NamedTuple):
+    """What can be read of ``metrics.jsonl``, by rising steps, and the numbers of the lines that cannot."""
+
+    lines: list[dict[str, Any]]
+    damaged: list[int]
+
+
+def read_log(path: str | Path) -> Log:
+    """The lines of ``metrics.jsonl``; a last one cut short counts for nothing, one out of order as damaged."""
+    file = Path(path) / "metrics.jsonl"
+    *whole, cut = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    found = {number: _line(text) for number, text in enumerate([*whole, cut] if cut else whole, 1)}
+    good = {number: line for number, line in found.items() if line is not None}
+    numbers = list(good)
+    kept = [numbers[i] for i in _longest_rising([line["step"] for line in good.values()])]
+    damaged = set(found) - set(kept) - ({len(whole) + 1} - set(good))
+    return Log([good[number] for number in kept], sorted(damaged))
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, without a last one that a crash cut short.
+
+    Raises:
+        ValueError: if a line before the last is no JSON object with a step above those before it.
+    """
+    log = read_log(path)
+    if log.damaged:
+        raise ValueError(
+            f"{Path(path) / 'metrics.jsonl'}, line {log.damaged[0]} is no JSON object with a step above those before. "
+            "Resume the run, which keeps all that can be read, or take the line out."
+        )
+    return log.lines
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics, ``None`` if it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    return dict(line) if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
+def _longest_rising(steps: list[int]) -> list[int]:
+    """Places of the longest subsequence that rises: what damage has put elsewhere stands out of it."""
+    ends: list[int] = []  # ends[k]: the place at which a rising sequence of length k + 1 ends lowest
+    before: list[int] = []
+    for place, step in enumerate(steps):
+        length = bisect_left(ends, step, key=steps.__getitem__)
+        before.append(ends[length - 1] if length else -1)
+        ends[length : length + 1] = [place]
+    rising: list[int] = []
+    place = ends[-1] if ends else -1
+    while place >= 0:
+        rising.append(place)
+        place = before[place]
+    return rising[::-1]
+
+
+def _listed(numbers: list[int]) -> str:
+    """``3, 12 to 19``; the first of them where they are many."""
+    groups = [[n for _, n in group] for _, group in itertools.groupby(enumerate(numbers), lambda at: at[1] - at[0])]
+    names = [str(group[0]) if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in groups]
+    return ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+
+
+def _free_name(path: Path, kind: str) -> Path:
+    """A name for a copy of a file as it was, where there is none yet."""
+    names = itertools.chain([f"{path.name}.{kind}"], (f"{path.name}.{kind}-{n}" for n in itertools.count(2)))
+    return next(copy for name in names if not (copy := path.with_name(name)).exists())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    try:
+        version = metadata.version("metamom")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        version = "unknown"
+    return {
+        "metamom": version,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": sys.argv,
+    }
+
+
+def _differences(there: Any, here: Any, free: Collection[str], place: str = "") -> Iterator[str]:
+    if place in free:
+        return
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(k for k in here if k not in there)]:
+            yield from _differences(there.get(key), here.get(key), free, f"{place}.{key}" if place else key)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for number, (a, b) in enumerate(zip(there, here, strict=True)):
+            yield from _differences(a, b, free, f"{place}[{number}]")
+    elif there != there and here != here:
+        return  # NaN as before
+    elif there != here or isinstance(there, bool) != isinstance(here, bool):
+        yield f"{place} is {_text(there)} there and {_text(here)} here"
+
+
+def _text(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
+
+
+def _check_files(path: Path) -> None:
+    """Refuse to write where something other than a file stands in a file's place."""
+    for name, links in ((".lock", False), ("config.json", True), ("metrics.jsonl", True)):
+        file = path / name
+        if os.path.lexists(file) and not (file.is_file() and (links or not file.is_symlink())):
+            kind = "a link" if file.is_symlink() else "a folder" if file.is_dir() else "no regular file"
+            raise ValueError(f"{file} is {kind}, where a run keeps a file of its own. Move it away.")

@@ -1,0 +1,237 @@
+"""What a training run is to do: told in JSON values, and refused where it cannot be done."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from metamom.server.aggregate import Aggregation
+from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
+from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.bias.base import Function, function_name
+from metamom.common.checks import AT_ONCE, MOST, check_whole
+from metamom.training.contents import Contents
+from metamom.distributed import World
+from metamom.maml.learner import MAML
+from metamom.optim import CompositeMomentum, LambdaBeta
+from metamom.server.robust import Aggregate
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """What goes on by one after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def check_plan(
+    learner: MAML,
+    sampler: Sampler,
+    *,
+    iterations: int,
+    meta_batch: int,
+    workers: int,
+    bias: Bias,
+    aggregate: Aggregate,
+    evaluate_every: int | None,
+    evaluate_tasks: int,
+    checkpoint_every: int = 1,
+    world: World | None = None,
+) -> None:
+    """Refuse what `train` could only refuse after it had begun; the arguments are `train`'s.
+
+    Raises:
+        TypeError: for what is no learner or no sampler.
+        ValueError: for an argument out of range, or arguments that do not fit each other.
+    """
+    if not isinstance(learner, MAML):
+        raise TypeError(f"train takes a metamom.MAML learner; got a {type(learner).__name__}. Wrap the model in MAML.")
+    check_sampler(sampler, "train takes a sampler, which")
+    for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
+        check_whole(name, value, 1, AT_ONCE if name == "meta_batch" else MOST)
+    if evaluate_every is not None and check_whole("evaluate_every", evaluate_every, -math.inf, MOST) < 1:
+        raise ValueError(f"evaluate_every must be >= 1, or None for the end alone; got {evaluate_every}.")
+    if check_whole("evaluate_tasks", evaluate_tasks, -math.inf, AT_ONCE) < 2:
+        raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
+    if check_whole("workers", workers, -math.inf) < 1 or meta_batch % workers:
+        raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
+    families = sampler.workers if isinstance(sampler, TaskSampler) else None
+    if families not in (None, workers):
+        raise ValueError(
+            f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
+        )
+    if world is not None:
+        block(meta_batch, world.rank, world.size)
+    sizes = [p.numel() for p in learner.meta_parameters().values()]
+    server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world)  # refuses what does not go together
+    if server.operator is not None:
+        server.operator.wire_bytes(sum(sizes), sizes=sizes)  # an operator too large says so
+
+
+def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
+    """Refuse momentum on the server where the workers have it: averaged twice, it is another method.
+
+    Raises:
+        ValueError: saying what to set.
+    """
+    if operator is None or not operator.carries_momentum:
+        return
+    ours = isinstance(optimizer, CompositeMomentum)  # another optimizer may call something else beta
+    for group in optimizer.param_groups:
+        without = group["beta"] == 1 if ours else group.get("momentum", 0) == 0 and group.get("betas", (0,))[0] == 0
+        if not without:
+            raise ValueError(
+                f"{operator.spec} carries the momentum on the workers, so the server must have none: use "
+                f"CompositeMomentum(beta=1) (--beta 1), and no schedule of beta; got {type(optimizer).__name__} with "
+                f"{ {k: group[k] for k in ('beta', 'momentum', 'betas') if k in group} }."
+            )
+
+
+def check_optimizer(learner: MAML, optimizer: object) -> None:
+    """Refuse an optimizer that would leave standing what it is to move.
+
+    Parameters of the model may be left out of it, or frozen.
+
+    Raises:
+        TypeError: for what is no optimizer.
+        ValueError: for one over none of the learner's parameters, over others too, or without its step sizes.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {_kind(optimizer)}.")
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    own = {id(p) for p in (*learner.parameters(), *learner.meta_parameters().values())}
+    cure = "Make it over learner.parameters(), after the learner, and both again where the model is another one."
+    if not own & set(held):
+        raise ValueError(f"the optimizer holds none of the learner's parameters, so that nothing would move. {cure}")
+    foreign = [p for key, p in held.items() if key not in own]
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} of the optimizer's {len(held)} parameters are not the learner's and would never move, the "
+            f"first of shape {tuple(foreign[0].shape)}. {cure}"
+        )
+    missing = [name for name, p in learner.step_sizes.learned().items() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the learner learns inner step sizes that the optimizer does not hold, so that they would never move: "
+            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Make it over learner.parameters(), which has the "
+            "model's and learned ones (a plain tensor given as inner_lr must be added), or learn none."
+        )
+
+
+def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimizer) -> list[Scheduler]:
+    """One scheduler or several, as a list.
+
+    Raises:
+        TypeError: for what is no scheduler, or one that wants a number at each step.
+        ValueError: for one of another optimizer, which would change nothing here.
+    """
+    if not isinstance(schedulers, (Scheduler, Iterable)):
+        raise TypeError(f"schedulers are one or a list of them, such as LambdaLR(optimizer, ...); got {schedulers!r}.")
+    found = [schedulers] if isinstance(schedulers, Scheduler) else list(schedulers)
+    scheduler: Any
+    for scheduler in found:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError("ReduceLROnPlateau wants a loss at each step; train's schedulers are stepped without one.")
+        if isinstance(scheduler, (LRScheduler, LambdaBeta)) and scheduler.optimizer is not optimizer:
+            raise ValueError(
+                f"{type(scheduler).__name__} schedules another optimizer than the one that trains, so that it would "
+                "change nothing: make it of this one."
+            )
+        if isinstance(scheduler, (type, Optimizer)) or not isinstance(scheduler, Scheduler):
+            wanted = "LambdaLR(optimizer, ...) or LambdaBeta(optimizer, ...)"
+            raise TypeError(f"schedulers are such as {wanted}; got {_kind(scheduler)}.")
+    return found
+
+
+def _kind(thing: object) -> str:
+    """What came, in words."""
+    return f"the class {thing.__name__} itself" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
+# of what `describe` gives: earlier versions did not record it
+LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code")
+
+
+def describe(
+    learner: MAML,
+    optimizer: Optimizer,
+    sampler: Sampler,
+    *,
+    meta_batch: int,
+    workers: int,
+    bias: Bias,
+    aggregate: Aggregate = "mean",
+    schedulers: Sequence[Any] = (),
+    validation: Sampler | None = None,
+) -> dict[str, Any]:
+    """What decides a run made from these parts, as JSON values: the default of ``train(settings=...)``.
+
+    How it is computed (chunks, compilation, device) is left out, and so are its length and what is only measured.
+    """
+    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    operator = as_operator(bias)
+    like = next(learner.model.parameters())
+    loss, own = Contents(learner.loss_fn), Contents(*_functions(operator))
+    contents = {"loss": loss.values[0], **({"bias": own.values} if own.values else {})}
+    return {
+        "model": str(learner.model),
+        "loss": _of_function(learner.loss_fn),
+        "contents": json.loads(json.dumps(contents)),
+        "code": [loss.code, own.code],
+        "dtype": str(like.dtype),
+        "autocast": None if learner.autocast is None else str(learner.autocast),
+        "learner": learner.describe(),
+        "optimizer": {"kind": type(optimizer).__name__, "groups": groups},
+        "schedulers": [{"kind": type(each).__name__, **_numbers(each.state_dict())} for each in schedulers],
+        "sampler": described(sampler),
+        "meta_batch": meta_batch,
+        "workers": workers,
+        "bias": "none" if operator is None else operator.spec,
+        "aggregate": aggregate,
+        # decides what the best checkpoint is; a run without one has none
+        **({} if validation is None else {"validation": described(validation)}),
+    }
+
+
+def _of_function(function: Any) -> dict[str, Any]:
+    """A loss: its name and, of a module or a partial function, the numbers and words that it was made with."""
+    if isinstance(function, nn.Module):
+        return {"name": str(function), **_numbers(vars(function))}
+    if isinstance(function, functools.partial):
+        return {**_of_function(function.func), **_numbers(function.keywords)}
+    return {"name": function_name(function)}
+
+
+def _functions(operator: BiasOperator | None) -> list[Any]:
+    """The user's own functions in an operator."""
+    if isinstance(operator, Function):
+        return [operator.function]
+    within = [] if operator is None else list(vars(operator).values())
+    flat = [each for value in within for each in (value if isinstance(value, (list, tuple)) else [value])]
+    return [function for each in flat if isinstance(each, BiasOperator) for function in _functions(each)]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a dict, what JSON can hold, without private entries and those that count steps."""
+    kept = {}
+    for name, value in values.items():
+        if not name.startswith("_") and name not in ("last_epoch", "last_step"):
+            with contextlib.suppress(TypeError, ValueError):
+                kept[name] = json.loads(json.dumps(value, default=_plain))
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Tensor) else value

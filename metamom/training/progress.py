@@ -1,0 +1,110 @@
+"""How far a run has come, and its state in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metamom.training.checkpoints import CheckpointError
+from metamom.distributed import World, digest
+from metamom.training.restore import checked_generators, checked_head, load_parts
+from metamom.training.directory import RunDirectory
+
+
+class DivergedError(ArithmeticError):
+    """A loss, a gradient or a weight is no longer finite.
+
+    Args:
+        what: is not finite.
+        step: at which it was seen.
+        remedies: what else there is to try, beside a smaller lr and clipped gradients.
+
+    Attributes:
+        step: as given.
+    """
+
+    def __init__(self, what: str, step: int, remedies: str = ", a smaller inner_lr, or float64") -> None:
+        super().__init__(
+            f"{what} is not finite at step {step}. Try a smaller lr, clipped gradients (bias=Clip(1.0), --bias "
+            f"clip:1){remedies}; the last good checkpoint, if the run has a directory, is as it was."
+        )
+        self.step = step
+
+
+class Progress(NamedTuple):
+    """How far a run has come: steps done, seconds they took, best validation."""
+
+    done: int
+    seconds: float
+    best: float | None
+
+
+class Saved:
+    """A run's state in its checkpoints: the parts by name, of all processes, which process 0 reads and writes."""
+
+    def __init__(
+        self, parts: Mapping[str, Any], run: RunDirectory | None, world: World, run_dir: str | Path | None
+    ) -> None:
+        self.parts = parts
+        self.run = run
+        self.world = world
+        self.path = run_dir
+
+    def restored(self, iterations: int) -> Progress | None:
+        """Put the newest good checkpoint into the parts; all of it, or nothing.
+
+        Raises:
+            ValueError: if the run has done more iterations than that.
+            CheckpointError: for one that is not a run's of these parts, naming what is wrong with it.
+        """
+        state = self.world.from_first(lambda: None if self.run is None else self.run.newest_state())
+        if state is None:
+            return None
+        where = f"the checkpoints in {self.path}"
+        step, seconds = checked_head(state, where)
+        if "best" not in state:
+            raise CheckpointError(f"there is no 'best' in {where}: the best validation so far, or None.")
+        best = state["best"]
+        if not (best is None or isinstance(best, float)):
+            raise CheckpointError(f"{where} should hold the best validation, or None, as 'best'; got {best!r:.80}.")
+        if iterations < step:
+            raise ValueError(
+                f"the run in {self.path} has done {step} iterations, more than the {iterations} asked for in all. Pass "
+                f"iterations (--iterations) above {step} to go on, or take another directory for a shorter run."
+            )
+        generators = checked_generators(state.get("rng"), where)
+        entries = sum(p.numel() for p in self.parts["learner"].meta_parameters().values())
+        load_parts(self.parts, state, where, entries=entries, step=step)
+        torch.set_rng_state(generators.cpu)
+        if generators.cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(generators.cuda[: torch.cuda.device_count()])
+        return Progress(step, seconds, best)
+
+    def save(self, progress: Progress, is_best: bool = False) -> None:
+        """Save the state after ``progress.done`` steps, unless its weights are not good."""
+        weights = self.parts["learner"].state_dict()
+        if not all(bool(p.isfinite().all()) for p in self.parts["learner"].parameters()):
+            raise DivergedError("a weight", progress.done)
+        self.world.check_same(
+            f"the weights after {progress.done} steps",
+            lambda: digest(w for w in weights.values() if isinstance(w, Tensor)),
+            "Machines of different kinds round differently: take processes of one kind.",
+        )
+        if self.path is None:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if "bias" in state:
+            state["bias"] = self.parts["bias"].merged(self.world.gather_objects(state["bias"]))
+        # a model's own random layers (dropout) draw from torch's generators
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        state |= {"seconds": progress.seconds, "best": progress.best, "rng": rng}
+        with self.world.together():
+            if self.run is not None:
+                self.run.checkpoints.save(progress.done, state, best=is_best)

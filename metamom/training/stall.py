@@ -1,0 +1,113 @@
+"""Watches a run's losses, and says once what is likely to hold it up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.optim import Optimizer
+
+from metamom.bias import BiasOperator
+from metamom.maml.estimators import Estimator
+from metamom.optim import CompositeMomentum
+from metamom.theory import diagnose
+
+FIRST = 400  # steps before the first look; the next ones at twice as many
+EVERY = 8  # steps between two measurements of the momentum
+FADING = 0.5  # of ||v||^2 in the second half of what is looked at, by the first: less is a run that still converges
+
+
+class StallWarning(UserWarning):
+    """A loss that stalls or swings, and the likely cause."""
+
+
+class Watch:
+    """Looks at the second half of the losses after 400, 800, 1,600, ... steps, by `metamom.theory.diagnose`.
+
+    It changes nothing in the run and costs a norm of v in every eighth step; with beta = 1, where v says no more than
+    g, it keeps a gradient from there to the next, whose product with it tells the noise. Runs of another optimizer than
+    `CompositeMomentum`, of several groups, or with normalised steps are not judged.
+
+    Args:
+        optimizer: of the run.
+        operator: of the workers' gradients.
+        estimator: of these; ``"exact"`` is unbiased for the loss that a run reports, the one after a step on its own
+            inner batch.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, operator: BiasOperator | None = None, estimator: Estimator | None = None
+    ) -> None:
+        self.optimizer = optimizer
+        sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+        self.biased = _biased(operator, estimator, sizes)
+        self.cure = _cure(operator, estimator)
+        self.losses: list[float] = []
+        self.squares: list[tuple[int, float, float, float | None]] = []  # step, ||g||^2, ||v||^2, <g, an earlier g>
+        self.earlier: list[Tensor] | None = None
+        self.next = FIRST
+        groups = optimizer.param_groups
+        self.judges = isinstance(optimizer, CompositeMomentum) and len(groups) == 1 and not groups[0]["normalize"]
+
+    def look(self, loss: float, grad_norm: float) -> None:
+        """Take in a step that is done; may warn, once."""
+        if not self.judges:
+            return
+        self.losses.append(loss)
+        done = len(self.losses)
+        group = self.optimizer.param_groups[0]
+        if done % EVERY == 0:
+            momenta = [state["momentum"] for state in self.optimizer.state.values()]
+            v_sq = sum(float(vector_norm(v)) ** 2 for v in momenta)
+            self.squares.append((done, grad_norm**2, v_sq, self._product(momenta) if group["beta"] == 1 else None))
+        if done < self.next:
+            return
+        self.next *= 2
+        late = [(g, v, product) for step, g, v, product in self.squares if step > done // 2]
+        grad_sq = sum(g for g, _, _ in late) / len(late)
+        v_sq = sum(v for _, v, _ in late) / len(late)
+        products = [product for _, _, product in late if product is not None]
+        sigma2 = max(grad_sq - sum(products) / len(products), 0.0) if products and group["beta"] == 1 else None
+        found = diagnose(
+            self.losses, group["beta"], float(group["lr"]), grad_sq=grad_sq, v_sq=v_sq, sigma2=sigma2,
+            biased=self.biased, cure=self.cure,
+        )  # fmt: skip
+        half = len(late) // 2
+        converging = sum(v for _, v, _ in late[half:]) < FADING * sum(v for _, v, _ in late[:half])
+        if found.state == "stalled" and converging:
+            return  # slowly, or towards a loss that is not zero
+        if found.state in ("stalled", "oscillating") and found.cause not in ("none", "unknown"):
+            self.judges = False
+            warnings.warn(f"after {done} steps: {found} (likely cause: {found.cause})", StallWarning, stacklevel=2)
+
+    def _product(self, gradients: list[Tensor]) -> float | None:
+        """Of these gradients with those of the last time: their noise is independent."""
+        earlier, self.earlier = self.earlier, [g.clone() for g in gradients]
+        if earlier is None or len(earlier) != len(gradients):
+            return None
+        return sum(float((a * b).sum()) for a, b in zip(earlier, self.earlier, strict=True))
+
+
+def _cure(operator: BiasOperator | None, estimator: Estimator | None) -> str:
+    """What lowers the bias that is known, or might."""
+    cures = ['the estimator "exact"'] * (estimator == "first-order")
+    if operator is not None and not operator.feeds_back:
+        cures.append(operator.remedy)
+    return ", or ".join(cures) or "another estimator or error feedback"
+
+
+def _biased(operator: BiasOperator | None, estimator: Estimator | None, sizes: Sequence[int]) -> bool | None:
+    """Whether the gradients are known to be biased or not; error feedback takes an operator's bias away in time."""
+    if estimator == "first-order":
+        return True
+    if operator is None:
+        return False if estimator == "exact" else None
+    if operator.feeds_back:
+        return None
+    try:
+        constants = operator.constants(sum(sizes), zeta2=1.0, sizes=sizes)
+    except ValueError:  # none are known
+        return True
+    return None if constants.B == constants.b2 == 0 else True
