@@ -1,17 +1,5 @@
 """metamom beside other libraries. Importing this imports none of them."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from metamom.interop import learn2learn as learn2learn
-
-
-def __getattr__(name: str) -> Any:
-    if name == "learn2learn":
-        return import_module("metamom.interop.learn2learn")
-    raise AttributeError(f"module 'metamom.interop' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), "learn2learn"})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

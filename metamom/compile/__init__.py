@@ -1,0 +1,1 @@
+"""The meta-gradient as one compiled graph."""

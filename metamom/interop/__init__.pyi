@@ -1,0 +1,1 @@
+from . import learn2learn as learn2learn

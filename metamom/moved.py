@@ -1,0 +1,61 @@
+"""Modules under the names that they had in version 0.1: ``metamom.layers`` is ``metamom.nets.layers``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_ROOMS = {
+    "common": "allocator averaged checks files intervals numbers reading schema",
+    "maml": "autocast batch_checks draws estimators functions_by_task inner_step loss_readings metrics misfits "
+    "model_checks run_by_task selection swapping tracking unused vmap_errors",
+    "nets": "kernels kernels.build kernels.reference layers products",
+    "server": "accumulator aggregate robust",
+    "training": "checkpoints contents interrupts plan progress restore",
+    "diagnostics": "sources",
+    "cli": "flag_types flags",
+}
+MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()} | {
+    "metamom.chunks": "metamom.maml.chunking",
+    "metamom.compiled": "metamom.compile.graph",
+    "metamom.counter": "metamom.rng",
+    "metamom.differences": "metamom.maml.finite_differences",
+    "metamom.learner_options": "metamom.maml.options",
+    "metamom.run_directory": "metamom.training.directory",
+    "metamom.slope": "metamom.diagnostics.power_law",
+    "metamom.start": "metamom.maml.task_weights",
+    "metamom.step_sizes": "metamom.maml.inner_lr",
+    "metamom.watch": "metamom.training.stall",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds a module under its old name: the same module object as under its new one."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, ModuleSpec | None] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(MOVED[spec.name])
+        self.specs[spec.name] = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module back its own spec, which importing it under the old name has replaced."""
+        assert module.__spec__ is not None
+        module.__spec__ = self.specs.pop(module.__spec__.name)
+
+
+def install() -> None:
+    """Let modules be imported by their old names."""
+    if not any(type(finder) is _Finder for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,3 @@
+from .models import Conv4 as Conv4
+from .models import SinusoidMLP as SinusoidMLP
+from .models import use_batch_statistics as use_batch_statistics

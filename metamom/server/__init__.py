@@ -1,0 +1,1 @@
+"""The parameter server: the workers' gradients become one gradient."""
