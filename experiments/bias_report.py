@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from metamom.batch import Sampler
 from metamom.common.checks import AT_ONCE, check_whole
-from metamom.diagnostics.bias_meter import AtSize, Measured, Part, TrackBias, measure
-from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
-from metamom.experiments.recipes import DTYPES, Recipe
 from metamom.common.files import write_atomically
 from metamom.common.intervals import Interval
+from metamom.diagnostics.bias_meter import AtSize, Measured, Part, TrackBias, measure
+from metamom.diagnostics.power_law import Slope
+from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
+from metamom.experiments.recipes import DTYPES, Recipe
 from metamom.maml.learner import MAML
 from metamom.training.directory import environment
-from metamom.diagnostics.power_law import Slope
 
 WORDS = {
     "bias": "bias",

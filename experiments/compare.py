@@ -17,18 +17,18 @@ from typing import NamedTuple
 
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST, RUNS, check_whole
+from metamom.common.files import write_atomically
+from metamom.common.schema import read_record
 from metamom.evaluation import evaluate
 from metamom.experiments.numerals import shortest
 from metamom.experiments.processes import run_in_processes
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import best_learners, write_report
-from metamom.common.files import write_atomically
 from metamom.optim import FirstStep
+from metamom.training.directory import RunDirectory, read_log
+from metamom.training.loop import train
 from metamom.training.plan import check_momentum, check_plan
 from metamom.training.progress import DivergedError
-from metamom.training.directory import RunDirectory, read_log
-from metamom.common.schema import read_record
-from metamom.training.loop import train
 
 
 class Default(NamedTuple):

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from metamom.rng import Places
 from metamom.experiments.numerals import shortest, told_apart
 from metamom.maml.learner import MAML
+from metamom.rng import Places
 from metamom.tasks import Sinusoid
 
 # Okabe and Ito's colours, told apart by colour-blind readers; lines differ in dashes too.

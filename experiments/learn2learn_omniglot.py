@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from metamom.cli import flag_types
 from metamom.common.checks import MOST
+from metamom.common.files import write_atomically
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.learn2learn_loop import meta_iteration, split_task
-from metamom.common.files import write_atomically
 from metamom.interop.learn2learn import AsTaskset, from_maml, import_learn2learn, seeded
 from metamom.optim import CompositeMomentum
-from metamom.training.directory import RunDirectory, environment
 from metamom.tasks import Omniglot
+from metamom.training.directory import RunDirectory, environment
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from metamom.cli.flag_types import count
 from metamom.common.checks import AT_ONCE, MOST
-from metamom.maml.chunking import ChunkSize
 from metamom.compile.graph import CompileMode
 from metamom.experiments.peak import alone, peak_mib
-from metamom.cli.flag_types import count
+from metamom.maml.chunking import ChunkSize
 from metamom.maml.learner import MAML
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum
-from metamom.training.directory import environment
 from metamom.tasks import Episodes, Sinusoid
 from metamom.tasks.family import TaskFamily
+from metamom.training.directory import environment
 
 QUARTERS = 4
 TASKS = 8  # of an iteration; a run with more of them makes fewer iterations, of as many tasks in all

@@ -13,13 +13,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from metamom.cli.flag_types import count
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST
+from metamom.common.files import write_atomically
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.figures import learning_curves
 from metamom.experiments.recipes import Recipe
-from metamom.common.files import write_atomically
-from metamom.cli.flag_types import count
 from metamom.training.directory import environment, read_metrics
 from metamom.training.loop import train
 

@@ -14,16 +14,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.common.checks import MOST, check_whole
-from metamom.maml.chunking import ChunkSize
+from metamom.common.numbers import shown, whole
+from metamom.common.schema import as_record
 from metamom.compile.graph import CompileMode
+from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import TRACKED, Estimator, InnerBatches, check_estimator, support_parts
+from metamom.maml.inner_lr import LearnInnerLR
 from metamom.maml.learner import MAML
 from metamom.nets.models import Conv4, SinusoidMLP
-from metamom.common.numbers import shown, whole
 from metamom.optim import CompositeMomentum, FirstStep
 from metamom.server.robust import Aggregate, check_aggregate
-from metamom.common.schema import as_record
-from metamom.maml.inner_lr import LearnInnerLR
 from metamom.tasks import FixedTasks, Omniglot, Sinusoid
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from metamom.common.files import write_atomically
 from metamom.experiments import figures
 from metamom.experiments.numerals import shortest
 from metamom.experiments.saved import load_run
-from metamom.common.files import write_atomically
 from metamom.maml.learner import MAML
-from metamom.training.directory import environment
 from metamom.tasks import Sinusoid
+from metamom.training.directory import environment
 
 if TYPE_CHECKING:
     from metamom.experiments.compare import Comparison, Outcome

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from metamom.training.checkpoints import CheckpointError, CheckpointFormatError, Checkpoints, load
 from metamom.experiments.recipes import Recipe
 from metamom.maml.learner import MAML
-from metamom.training.restore import checked_head, load_parts
+from metamom.training.checkpoints import CheckpointError, CheckpointFormatError, Checkpoints, load
 from metamom.training.directory import read_config
+from metamom.training.restore import checked_head, load_parts
 
 Which = Literal["best", "newest"]
 

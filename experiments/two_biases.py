@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from metamom.common.files import write_atomically
 from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Quadratics
-from metamom.common.files import write_atomically
 from metamom.optim import CompositeMomentum
 from metamom.server.robust import robust_mean
 

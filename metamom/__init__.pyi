@@ -14,28 +14,28 @@ from . import training as training
 from .batch import Sampler as Sampler
 from .batch import TaskBatch as TaskBatch
 from .batch import TaskSampler as TaskSampler
+from .bias import EF14 as EF14
+from .bias import EF21 as EF21
+from .bias import EF21SGDM as EF21SGDM
+from .bias import QSGD as QSGD
 from .bias import Clip as Clip
 from .bias import Clip21 as Clip21
 from .bias import ClipValue as ClipValue
 from .bias import Compose as Compose
-from .bias import EF14 as EF14
-from .bias import EF21 as EF21
-from .bias import EF21SGDM as EF21SGDM
 from .bias import Identity as Identity
 from .bias import Normalize as Normalize
-from .bias import QSGD as QSGD
 from .bias import RandK as RandK
 from .bias import Sign as Sign
 from .bias import TopK as TopK
-from .evaluation import evaluate as evaluate
 from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
 from .maml.learner import MAML as MAML
 from .optim import CompositeMomentum as CompositeMomentum
 from .optim import LambdaBeta as LambdaBeta
 from .optim import momentum_update as momentum_update
 from .server.accumulator import BiasedAccumulator as BiasedAccumulator
-from .training.loop import train as train
 from .training.loop import TrainResult as TrainResult
+from .training.loop import train as train
 from .training.progress import DivergedError as DivergedError
 
 __version__: str

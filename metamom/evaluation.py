@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
-from metamom.maml.batch_checks import check_batch, refuse_non_finite
 from metamom.bias.checks import all_finite
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.distributed import World, as_world, digest
+from metamom.maml.batch_checks import check_batch, refuse_non_finite
 from metamom.maml.learner import MAML
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.swapping import evaluating

@@ -28,9 +28,9 @@ from processes import REPOSITORY, free_port, torchrun
 
 from metamom import BiasedAccumulator, evaluate
 from metamom.bias import parse
-from metamom.training.checkpoints import load
 from metamom.distributed import World, start
 from metamom.tasks import Sinusoid
+from metamom.training.checkpoints import load
 from metamom.training.loop import MEASURE_EVERY
 
 pytestmark = pytest.mark.xdist_group("processes")  # what the fixtures make takes a minute: once

@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from metamom.batch import Sampler
 from metamom.bias.spec import parse
-from metamom.maml.estimators import Estimator
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
 from metamom.experiments.numerals import shortest
+from metamom.maml.estimators import Estimator
 from metamom.maml.learner import MAML
+from metamom.maml.tracking import TRACKING
 from metamom.optim import CompositeMomentum
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, half_squared_error
 from metamom.theory import designs, regression
 from metamom.theory.fixed_points import AffineMean, Floor, bias_floor
-from metamom.maml.tracking import TRACKING
 
 TITLE = "Linear regressions, where the floor is known"
 

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from metamom.maml.estimators import Estimator
 from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
 from metamom.experiments.numerals import shortest
+from metamom.maml.estimators import Estimator
 from metamom.maml.learner import MAML
 from metamom.nets.models import SinusoidMLP
 from metamom.optim import CompositeMomentum

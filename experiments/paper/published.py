@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from metamom.bias import TopK, parse
+from metamom.common.schema import as_record
 from metamom.experiments.paper.protocol import PROTOCOLS
 from metamom.experiments.paper.training import Row
 from metamom.training.directory import read_config
-from metamom.common.schema import as_record
 
 TITLES = {kind.title: name for name, kind in PROTOCOLS.items()}
 NAME = re.compile(

@@ -12,15 +12,15 @@ from tqdm import tqdm
 
 from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
 from metamom.common.checks import MOST, check_whole
+from metamom.common.files import write_atomically
 from metamom.experiments.paper.protocol import Protocol, protocol
 from metamom.experiments.paper.training import Row, Training
 from metamom.experiments.recipes import find_device
-from metamom.common.files import write_atomically
-from metamom.training.interrupts import Interrupts, TrainingInterrupted
-from metamom.training.progress import DivergedError
-from metamom.training.directory import RunDirectory, read_log
 from metamom.tasks.checks import check_seed
 from metamom.tasks.locate import PathLike
+from metamom.training.directory import RunDirectory, read_log
+from metamom.training.interrupts import Interrupts, TrainingInterrupted
+from metamom.training.progress import DivergedError
 
 HEADER = ",".join(("", *Row._fields))
 SAVE_AFTER = 10.0  # seconds of work that a crash may cost, or an epoch

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from metamom.common.files import write_atomically
 from metamom.experiments.figures import COLOURS
 from metamom.experiments.numerals import shortest
 from metamom.experiments.paper.published import SEEDS, Curve, Setting, authors_curves, mean_rows, our_curves
 from metamom.experiments.paper.run import EPOCHS
 from metamom.experiments.paper.training import Row
-from metamom.common.files import write_atomically
 from metamom.training.directory import environment
 
 TARGET = 0.9  # of the test accuracy

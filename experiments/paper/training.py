@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metamom.server.aggregate import unflatten
 from metamom.bias import BiasOperator
-from metamom.training.checkpoints import CheckpointError
 from metamom.experiments.paper.memory import Needs, largest_chunk
 from metamom.experiments.paper.nodes import Seen
 from metamom.experiments.paper.protocol import Protocol
 from metamom.optim import CompositeMomentum
+from metamom.server.aggregate import unflatten
+from metamom.tasks.images import LabelledImages
+from metamom.training.checkpoints import CheckpointError
 from metamom.training.plan import check_momentum
 from metamom.training.restore import checked_generators, checked_head, load_parts
-from metamom.tasks.images import LabelledImages
 
 TEST_BATCH = 1000  # images
 

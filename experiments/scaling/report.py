@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from metamom.common.files import write_atomically
 from metamom.distributed import SERVERS
 from metamom.experiments.parts import assembled, keep_part
 from metamom.experiments.scaling import measuring, pictures, planning, simulate
 from metamom.experiments.scaling.measuring import Measured
 from metamom.experiments.scaling.planning import LINKS, SHOWN, Case, network
 from metamom.experiments.scaling.problems import Config
-from metamom.common.files import write_atomically
 
 HEADING = "Scaling, measured and planned"
 TITLES = {"measure": measuring.TITLE, "model": "Planned: up to 10,000 workers", "simulate": simulate.TITLE}

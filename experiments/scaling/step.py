@@ -18,9 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from metamom.common.allocator import keep_freed_memory
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator
+from metamom.common.allocator import keep_freed_memory
 from metamom.distributed import SERVERS, World, start
 from metamom.experiments.scaling import collectives
 from metamom.experiments.scaling.clock import Clock, TimedOperator, TimedWorld

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from metamom.batch import Sampler
 from metamom.bias import NonFiniteError, parse
+from metamom.common.files import write_atomically
+from metamom.common.schema import read_record
 from metamom.evaluation import evaluate
 from metamom.experiments.sensitivity.methods import METHODS, methods_at
 from metamom.experiments.sensitivity.settings import SETTINGS, Setting
-from metamom.common.files import write_atomically
-from metamom.common.schema import read_record
 
 PLAN = ("iterations", "evaluate_every", "validation_tasks", "meta_batch", "workers")
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from metamom.cli.flag_types import count, number
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST
 from metamom.experiments.speed import measure as measuring
@@ -38,7 +39,6 @@ from metamom.experiments.speed import report
 from metamom.experiments.speed.measure import Measured
 from metamom.experiments.speed.peers import NAMES, ROUGH, makers, unavailable
 from metamom.experiments.speed.rows import ROWS
-from metamom.cli.flag_types import count, number
 from metamom.training.directory import environment
 
 

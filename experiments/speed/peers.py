@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metamom.nets import kernels
-from metamom.server.accumulator import BiasedAccumulator
 from metamom.compile.graph import check_compiler
 from metamom.experiments.learn2learn_loop import adapted_loss, meta_iteration, tasks_of
 from metamom.experiments.speed import with_jax
 from metamom.experiments.speed.rows import MetaRow, OptimizerRow, Row
 from metamom.interop.learn2learn import import_learn2learn
-from metamom.nets.kernels.build import CompilerError
 from metamom.maml.learner import MAML
+from metamom.nets import kernels
+from metamom.nets.kernels.build import CompilerError
 from metamom.optim import CompositeMomentum
+from metamom.server.accumulator import BiasedAccumulator
 
 META_LR = 1e-3
 

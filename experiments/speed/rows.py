@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator, TopK
+from metamom.experiments.numerals import shortest
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Estimator
-from metamom.experiments.numerals import shortest
 from metamom.maml.learner import LossFn
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from metamom.cli.flags import parsed, parser
 from metamom.common.allocator import keep_freed_memory, out_of_memory
 from metamom.distributed import ProcessError, World, start
-from metamom.cli.flags import parsed, parser
 from metamom.training.interrupts import TrainingInterrupted
 from metamom.training.progress import DivergedError
 
@@ -196,10 +196,10 @@ def _compare(arguments: Arguments) -> int:
 
 
 def _bias(arguments: Arguments) -> int:
+    from metamom.diagnostics.sources import with_estimator
     from metamom.experiments import bias_report
     from metamom.experiments.recipes import TASKS, Recipe
     from metamom.experiments.saved import load_run
-    from metamom.diagnostics.sources import with_estimator
 
     keep_freed_memory()
     what = arguments.what

@@ -162,8 +162,8 @@ def _with_specs() -> dict[str, Any]:
 
 def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     """Flags of the tasks and of the learner."""
-    from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES
     from metamom.experiments.recipes import DEFAULTS, DTYPES
+    from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES
     from metamom.tasks.fixed import ORDERS
 
     default = DEFAULTS[task]

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.common.intervals import Interval, Jackknife, norm, squared_norm, total_variance
-from metamom.maml.learner import MAML
 from metamom.diagnostics.power_law import Slope, fit_slope
 from metamom.diagnostics.sources import (
     MEASURED,
@@ -31,6 +30,7 @@ from metamom.diagnostics.sources import (
     reference,
     single_gradients,
 )
+from metamom.maml.learner import MAML
 
 STREAM = "bias"  # of the sampler's seed: neither training nor validation nor test draws from it
 TRACKED_PAIRS = 4  # of a pool, in training

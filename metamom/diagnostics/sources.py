@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metamom.server.aggregate import flatten
 from metamom.batch import TaskBatch
 from metamom.maml.estimators import Estimator, InnerBatches, support_parts
 from metamom.maml.learner import MAML
+from metamom.server.aggregate import flatten
 
 Parts = dict[str, Tensor]
 # those without a memory, whose one draw shows their bias

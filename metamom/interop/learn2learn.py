@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, TaskSampler, block, check_sampler
-from metamom.maml.estimators import Estimator
 from metamom.interop.imports import import_learn2learn
+from metamom.maml.estimators import Estimator
 from metamom.maml.learner import MAML, LossFn
 
 __all__ = ["AsTaskset", "FromTaskset", "from_maml", "import_learn2learn", "seeded"]

@@ -18,16 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
 from metamom.batch import TaskBatch, block
-from metamom.maml.batch_checks import check_adapted, check_batch, check_set, refuse_non_finite
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.bias.checks import all_finite
 from metamom.common.checks import check_whole
-from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.compile.graph import Compiled, CompileMode, check_compiler
-from metamom.maml.finite_differences import Losses
 from metamom.distributed import World, as_world
+from metamom.maml.batch_checks import check_adapted, check_batch, check_set, refuse_non_finite
+from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.maml.draws import Step, is_tracing
 from metamom.maml.estimators import (
     TRACKED,
@@ -41,22 +39,24 @@ from metamom.maml.estimators import (
     passes,
     support_parts,
 )
+from metamom.maml.finite_differences import Losses
+from metamom.maml.inner_lr import LearnInnerLR, StepSizes
 from metamom.maml.inner_step import Derivatives, gradients, inner_gradient, inner_step, straight_through
-from metamom.maml.options import check_compile, check_loss_owner, check_option, check_replacement
 from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.loss_readings import LossReadings
 from metamom.maml.metrics import accuracy
 from metamom.maml.misfits import asserts_explained, check_loss, check_one_tensor, targets_explained
 from metamom.maml.model_checks import check_kind
-from metamom.server.robust import Aggregate
+from metamom.maml.options import check_compile, check_loss_owner, check_option, check_replacement
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
-from metamom.maml.task_weights import Params, Start, deal
-from metamom.maml.inner_lr import LearnInnerLR, StepSizes
 from metamom.maml.swapping import alone, named, slots, swapped
+from metamom.maml.task_weights import Params, Start, deal
 from metamom.maml.tracking import TRACKING, Memory, check_tracking, distinct_ids, tracked
 from metamom.maml.unused import changes, cut_off, differentiable_once, from_outside
 from metamom.maml.vmap_errors import check_model, explained
+from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
+from metamom.server.robust import Aggregate
 
 LOSS = "loss_fn."  # before the names of a loss module's parameters
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from metamom.maml.autocast import autocast
-from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.draws import DrawsByTask, is_tracing
+from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.misfits import check_output, inputs_explained
-from metamom.maml.task_weights import Params, Start
 from metamom.maml.swapping import alone, in_mode, slots, swapped, tensors_left
+from metamom.maml.task_weights import Params, Start
 from metamom.maml.vmap_errors import explained, unchanged
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
 from metamom.bias import Bias, as_operator
 from metamom.distributed import World, as_world
+from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
 
 
 class BiasedAccumulator:

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from metamom.training.checkpoints import CheckpointError, Checkpoints
 from metamom.common.files import write_atomically
 from metamom.common.schema import read_record
+from metamom.training.checkpoints import CheckpointError, Checkpoints
 
 LONGEST = 300  # characters of a setting in an error
 

@@ -15,17 +15,17 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from metamom.batch import Sampler, check_sampler
-from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.diagnostics.bias_meter import TrackBias, check_track, track
 from metamom.distributed import SAME, World, as_world, digest
 from metamom.evaluation import Evaluation, evaluate
-from metamom.training.interrupts import Interrupts, TrainingInterrupted
+from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.maml.learner import MAML
-from metamom.training.plan import LATER, Scheduler, as_schedulers, check_momentum, check_optimizer, check_plan, describe
-from metamom.training.progress import DivergedError, Progress, Saved
 from metamom.server.robust import Aggregate
 from metamom.training.directory import RunDirectory
+from metamom.training.interrupts import Interrupts, TrainingInterrupted
+from metamom.training.plan import LATER, Scheduler, as_schedulers, check_momentum, check_optimizer, check_plan, describe
+from metamom.training.progress import DivergedError, Progress, Saved
 from metamom.training.stall import Watch
 
 # Steps between measurements of the bias error over several processes, which exchange whole gradients for it.

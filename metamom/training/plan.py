@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metamom.server.aggregate import Aggregation
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.bias.base import Function, function_name
 from metamom.common.checks import AT_ONCE, MOST, check_whole
-from metamom.training.contents import Contents
 from metamom.distributed import World
 from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta
+from metamom.server.aggregate import Aggregation
 from metamom.server.robust import Aggregate
+from metamom.training.contents import Contents
 
 
 @runtime_checkable

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metamom.training.checkpoints import CheckpointError
 from metamom.distributed import World, digest
-from metamom.training.restore import checked_generators, checked_head, load_parts
+from metamom.training.checkpoints import CheckpointError
 from metamom.training.directory import RunDirectory
+from metamom.training.restore import checked_generators, checked_head, load_parts
 
 
 class DivergedError(ArithmeticError):

@@ -18,8 +18,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LRScheduler
 
 from metamom.bias import BiasOperator
-from metamom.training.checkpoints import CheckpointError
 from metamom.optim import CompositeMomentum, LambdaBeta
+from metamom.training.checkpoints import CheckpointError
 
 # what `load_state_dict` of modules, optimizers, schedulers and operators raises for states of another kind
 _MISFITS = (

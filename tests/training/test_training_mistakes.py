@@ -27,8 +27,8 @@ from metamom.batch import drawn
 from metamom.diagnostics.bias_meter import measure
 from metamom.distributed import World
 from metamom.interop.learn2learn import AsTaskset
-from metamom.training.plan import check_momentum
 from metamom.tasks import FixedTasks, PerWorker, Sinusoid
+from metamom.training.plan import check_momentum
 
 TASKS = Sinusoid(5, 5)
 

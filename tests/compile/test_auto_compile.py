@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +18,12 @@ from problems import (
     small,
     small_batch,
 )
+from processes import with_support
 from torch.fx.experimental import proxy_tensor
 from torch.nn import functional as F
 
 import metamom.compile.graph
-import metamom.maml
+import metamom.maml.learner
 from metamom import MAML
 from metamom.nets.kernels.build import CompilerError, find_compiler, load
 
@@ -174,7 +173,7 @@ def test_a_compiler_that_breaks_after_the_kernels_were_built(tmp_path):
     environment = {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FAILING],
-        env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**with_support(), **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from irregular import IRREGULAR, put_in_place
 from torch import Tensor
 
-from metamom.nets import kernels
 from metamom.common.files import cache_folder
+from metamom.nets import kernels
 from metamom.nets.kernels import build, reference
 from metamom.nets.kernels.build import CompilerError, load
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, DivergedError, TaskBatch, TopK, evaluate, train
-from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.distributed import start
+from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.maml.misfits import inputs_explained, targets_explained
 from metamom.nets.models import Conv4
 from metamom.tasks import Sinusoid

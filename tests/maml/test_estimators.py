@@ -29,9 +29,9 @@ from torch.nn import functional as F
 import metamom.maml.chunking
 import metamom.maml.inner_step
 from metamom import MAML, TaskBatch
-from metamom.maml.finite_differences import difference, gradient_by_differences
-from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES, TRACKED, check_support, cut, support_parts
 from metamom.experiments.recipes import Recipe
+from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES, TRACKED, check_support, cut, support_parts
+from metamom.maml.finite_differences import difference, gradient_by_differences
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Episodes, Quadratic, Sinusoid, quadratic_loss
 

@@ -16,17 +16,17 @@ from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, TaskBatch, TopK, cli, nets, train
 from metamom.bias import EF21
-from metamom.rng import Places
-from metamom.diagnostics.bias_meter import TrackBias, measure
-from metamom.experiments.bias_report import PLANS
 from metamom.common.intervals import Jackknife, squared_norm, total_variance
-from metamom.training.directory import read_metrics
+from metamom.diagnostics.bias_meter import TrackBias, measure
 from metamom.diagnostics.power_law import fit_slope
 from metamom.diagnostics.sources import MEASURED
+from metamom.experiments.bias_report import PLANS
+from metamom.rng import Places
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Quadratic, Sinusoid
 from metamom.tasks.population import Population
 from metamom.theory.designs import Gaussian
 from metamom.theory.regression import coupled, first_order, population
+from metamom.training.directory import read_metrics
 
 ALPHA = 0.4
 SIGMA = torch.tensor([[1.5, 0.3, 0], [0.3, 0.7, 0.2], [0, 0.2, 0.4]], dtype=torch.float64)

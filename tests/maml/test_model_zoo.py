@@ -6,7 +6,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from model_zoo import (
     problem,
 )  # fmt: skip
 from problems import assert_close
+from processes import SUPPORT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -145,7 +145,7 @@ def test_recurrent_layers_keep_their_weights_in_their_list(name):
 
 def printed_by(script: str, *arguments: str) -> dict[str, Any]:
     """In a process of its own: PyTorch's lists freeze its flags when they are imported."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    command = [sys.executable, str(SUPPORT / script), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)

@@ -35,8 +35,8 @@ from metamom import (
 from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, Function, NonFiniteError
 from metamom.nets.models import SinusoidMLP
 from metamom.optim import LambdaBeta
-from metamom.training.directory import read_metrics
 from metamom.tasks import Sinusoid
+from metamom.training.directory import read_metrics
 
 BETAS = (1.0, 0.3, 0.1)
 

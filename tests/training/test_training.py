@@ -44,12 +44,12 @@ from metamom import (
     train,
 )
 from metamom.bias import EF14, EF21, EF21SGDM, NonFiniteError, parse
-from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
 from metamom.cli.app import main
-from metamom.training.interrupts import TrainingInterrupted
 from metamom.nets.models import SinusoidMLP
-from metamom.training.directory import read_config, read_log, read_metrics
 from metamom.tasks import PerWorker, Sinusoid
+from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
+from metamom.training.directory import read_config, read_log, read_metrics
+from metamom.training.interrupts import TrainingInterrupted
 
 PATIENCE = 120  # seconds until a process that should have done something has hung
 TASKS = Sinusoid(shots=5, queries=5, seed=1)

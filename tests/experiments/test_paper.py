@@ -20,19 +20,20 @@ from pathlib import Path
 import pytest
 import torch
 from endings import contents
+from processes import with_support
 from torch import nn
 from torch.nn import functional as F
 
-from metamom.training import checkpoints
 from metamom.bias import QSGD, Clip, Identity, Normalize, RandK, TopK, parse
-from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
 from metamom.experiments.paper import memory, nodes, protocol, published, run
 from metamom.experiments.paper import table as tables
 from metamom.experiments.paper.published import Curve, Setting
 from metamom.experiments.paper.training import Row, Training
+from metamom.tasks.images import LabelledImages
+from metamom.training import checkpoints
+from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
 from metamom.training.interrupts import TrainingInterrupted
 from metamom.training.progress import DivergedError
-from metamom.tasks.images import LabelledImages
 
 reproduce, table = run.reproduce, tables.table
 MNIST, FASHION = protocol.PROTOCOLS["mnist"], protocol.PROTOCOLS["fashion"]
@@ -180,7 +181,7 @@ def test_resnet18_mechanics():
 @pytest.fixture(scope="session")
 def paper(data_root) -> Path:
     folder = data_root.parent / "reference" / "paper"
-    beside = Path(__file__).resolve().parents[2] / "shared" / "reference" / "paper"
+    beside = Path(__file__).resolve().parents[3] / "shared" / "reference" / "paper"
     for there in (folder, beside):
         if (there / "mnist_runs").is_dir():
             return there
@@ -339,7 +340,9 @@ def test_killed_and_resumed_as_if_never(save_after, at, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = reproduce("mnist", run_dir=whole, **KEYS)
     code = KILLED % (save_after, at, str(parts))
-    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=with_support(), capture_output=True, check=False
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     (parts / "checkpoints" / ".step-00000003.pt.x1.tmp").write_bytes(b"half of a checkpoint")
     assert reproduce("mnist", run_dir=parts, resume=True, **KEYS) == expected

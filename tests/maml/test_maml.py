@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, Clip, CompositeMomentum, Identity, TaskBatch, TopK
+from metamom.maml.vmap_errors import _inplace_modules
 from metamom.nets.models import SinusoidMLP, use_batch_statistics
 from metamom.tasks import Sinusoid
-from metamom.maml.vmap_errors import _inplace_modules
 
 
 def mean_over_workers(grads: dict[str, Tensor]) -> dict[str, Tensor]:

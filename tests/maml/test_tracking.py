@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, TaskBatch, cli, evaluate, train
-from metamom.maml.batch_checks import NonFiniteDataError
-from metamom.training.checkpoints import Checkpoints, load
-from metamom.maml.estimators import TRACKED
 from metamom.experiments.recipes import Recipe
+from metamom.maml.batch_checks import NonFiniteDataError
+from metamom.maml.estimators import TRACKED
+from metamom.maml.tracking import moml, scsc
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, Sinusoid
 from metamom.theory import regression
 from metamom.theory.designs import Gaussian
 from metamom.theory.fixed_points import bias_floor
-from metamom.maml.tracking import moml, scsc
+from metamom.training.checkpoints import Checkpoints, load
 
 INDEPENDENT = ["moml", "scsc"]
 

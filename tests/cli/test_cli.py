@@ -22,11 +22,11 @@ from tiny_omniglot import TINY, members, pixels, png, write_zip
 
 from metamom import TaskBatch, cli
 from metamom.bias.spec import spec_help
+from metamom.tasks import Sinusoid, fetch
 from metamom.training.checkpoints import Checkpoints, load
 from metamom.training.directory import read_config, read_metrics
-from metamom.tasks import Sinusoid, fetch
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 PATIENCE = 120  # seconds
 SMALL = ["--meta-batch", "4", "--shots", "5", "--evaluate-tasks", "4"]
 

@@ -26,14 +26,14 @@ from torch.optim.lr_scheduler import StepLR
 
 from metamom import MAML, Clip, Compose, CompositeMomentum, LambdaBeta, TopK, cli, files, train
 from metamom.bias import EF14, EF21, RandK
-from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
-from metamom.training.contents import Contents
 from metamom.experiments.recipes import Recipe
 from metamom.nets.models import SinusoidMLP
+from metamom.tasks import Sinusoid
+from metamom.training.checkpoints import CheckpointError, Checkpoints, load, save
+from metamom.training.contents import Contents
+from metamom.training.directory import RunDirectory, read_config, read_metrics
 from metamom.training.plan import describe
 from metamom.training.restore import load_parts
-from metamom.training.directory import RunDirectory, read_config, read_metrics
-from metamom.tasks import Sinusoid
 
 TASKS = Sinusoid(shots=4, queries=4, seed=1)
 FLAGS = ["--meta-batch", "2", "--shots", "4", "--queries", "4", "--evaluate-tasks", "4", "--checkpoint-every", "2"]

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from metamom import MAML, CompositeMomentum, train
 from metamom.batch import TaskBatch
 from metamom.bias import parse
-from metamom.training.checkpoints import Checkpoints
 from metamom.cli.app import main
 from metamom.distributed import start
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Sinusoid
+from metamom.training.checkpoints import Checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # pytest, since what is forked looks at the module that was started

@@ -10,8 +10,8 @@ from operators import EVERY, LAYERWISE, PLAIN, each
 from torch import Tensor
 
 from metamom import Clip, Identity, TopK
-from metamom.server.aggregate import aggregate, flatten, unflatten
 from metamom.bias import EF21, NonFiniteError
+from metamom.server.aggregate import aggregate, flatten, unflatten
 from metamom.server.robust import robust_mean
 
 

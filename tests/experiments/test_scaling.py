@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metamom.server.aggregate import Aggregation
 from metamom.bias.spec import parse
 from metamom.experiments.peak import alone
 from metamom.experiments.scaling import constants, fit, model, pictures, planning, simulate
@@ -20,6 +19,7 @@ from metamom.experiments.scaling.model import Exchange, Kind, Line, Link, Plan
 from metamom.experiments.scaling.planning import Case
 from metamom.experiments.scaling.problems import QUICK, Problem
 from metamom.experiments.scaling.simulate import Run
+from metamom.server.aggregate import Aggregation
 
 pytestmark = pytest.mark.xdist_group("scaling")  # the fixture's processes take half a minute: once
 LINK = Link(latency=1e-3, bandwidth=1e6)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum
-from metamom.maml.chunking import BUDGET
 from metamom.experiments import memory
+from metamom.maml.chunking import BUDGET
 
 WORDS = ["--iterations", "8", "--tasks", "6"]
 

@@ -9,7 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+SUPPORT = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def with_support() -> dict[str, str]:
+    """This process's environment, with these modules importable."""
+    paths = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def environment(**more: str) -> dict[str, str]:

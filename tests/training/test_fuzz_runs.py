@@ -18,14 +18,14 @@ from endings import assert_same, contents, newest
 from fuzzing import ODD_VALUES, bounded, campaign, damaged, odd_json
 
 from metamom import cli
-from metamom.training.checkpoints import Checkpoints, load
 from metamom.experiments.compare import Comparison, Outcome
 from metamom.experiments.compare import _run as finished
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.saved import load_run
-from metamom.training.progress import DivergedError
+from metamom.training.checkpoints import Checkpoints, load
 from metamom.training.directory import read_log
 from metamom.training.loop import train
+from metamom.training.progress import DivergedError
 
 DONE, TOTAL = 4, 5  # steps of the run as it stands, and after its resume
 # with averages by task, error feedback and a schedule, so that a checkpoint holds something of every kind

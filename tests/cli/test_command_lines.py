@@ -18,13 +18,13 @@ from fuzzing import bounded, campaign
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, cli, evaluate, train
-from metamom.common.allocator import out_of_memory
-from metamom.common.checks import AT_ONCE, MOST
-from metamom.rng import Places, Purpose, uniforms
-from metamom.experiments.recipes import Recipe
 from metamom.cli.flag_types import count, counts, long_count, names, number, numbers, path, seed, task_count
 from metamom.cli.flags import parsed, parser
+from metamom.common.allocator import out_of_memory
+from metamom.common.checks import AT_ONCE, MOST
+from metamom.experiments.recipes import Recipe
 from metamom.nets.models import SinusoidMLP
+from metamom.rng import Places, Purpose, uniforms
 from metamom.tasks import FixedTasks, LinearRegression, Sinusoid
 
 SAID_TO_BE_A_NUMBER = ("1_000", "١٢", "１２", "²", "0x10", "", " ", "1e3x", "--", "1\u2028", "9" * 5000)
@@ -124,7 +124,7 @@ def test_no_flag_has_numbers_of_python_s_own():
     kinds = {action.type for leaf in leaves(parser(cli.COMMANDS)) for action in leaf._actions}
     assert not {int, float} & kinds
     for folder in ("experiments", "metamom"):
-        for file in (Path(__file__).resolve().parents[1] / folder).rglob("*.py"):
+        for file in (Path(__file__).resolve().parents[2] / folder).rglob("*.py"):
             assert not re.search(r"type=(int|float)\b", file.read_text(encoding="utf-8")), file
 
 

@@ -23,10 +23,10 @@ from metamom import (
     nets,
     train,
 )  # fmt: skip
-from metamom.server.aggregate import Aggregation, aggregate
 from metamom.bias import Bias, BiasOperator, as_operator, parse
 from metamom.bias.base import Place
 from metamom.diagnostics.bias_meter import measure
+from metamom.server.aggregate import Aggregation, aggregate
 from metamom.tasks import Sinusoid
 
 
