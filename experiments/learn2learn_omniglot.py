@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
-from metamom.cli import flag_types
+from metamom.common import flag_types
 from metamom.common.checks import MOST
 from metamom.common.files import write_atomically
 from metamom.evaluation import Evaluation, evaluate

@@ -4,8 +4,8 @@
 
 Each line is measured in a process of its own, by the largest resident set that the system saw: a leak of any kind
 raises it from one quarter of the iterations to the next. As in `metamom train`, the process keeps the memory that it
-frees (`metamom.common.allocator.keep_freed_memory`); the peaks without that differ by a few per cent. TorchInductor's own
-compiling processes are not counted.
+frees (`metamom.common.allocator.keep_freed_memory`); the peaks without that differ by a few per cent. TorchInductor's
+own compiling processes are not counted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from metamom.cli.flag_types import count
 from metamom.common.checks import AT_ONCE, MOST
+from metamom.common.flag_types import count
 from metamom.compile.graph import CompileMode
 from metamom.experiments.peak import alone, peak_mib
 from metamom.maml.chunking import ChunkSize

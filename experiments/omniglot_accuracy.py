@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from metamom.cli.flag_types import count
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST
 from metamom.common.files import write_atomically
+from metamom.common.flag_types import count
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.figures import learning_curves
 from metamom.experiments.recipes import Recipe

@@ -10,14 +10,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _ROOMS = {
-    "common": "allocator averaged checks files intervals numbers reading schema",
+    "common": "allocator averaged checks files flag_types intervals numbers reading schema",
     "maml": "autocast batch_checks draws estimators functions_by_task inner_step loss_readings metrics misfits "
     "model_checks run_by_task selection swapping tracking unused vmap_errors",
     "nets": "kernels kernels.build kernels.reference layers products",
     "server": "accumulator aggregate robust",
     "training": "checkpoints contents interrupts plan progress restore",
     "diagnostics": "sources",
-    "cli": "flag_types flags",
+    "cli": "flags",
 }
 MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()} | {
     "metamom.chunks": "metamom.maml.chunking",

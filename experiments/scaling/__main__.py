@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamom.cli.flag_types import count, counts, number
 from metamom.common.allocator import keep_freed_memory
+from metamom.common.flag_types import count, counts, number
 from metamom.experiments.scaling.problems import QUICK, Config
 from metamom.experiments.scaling.report import TITLES, report
 

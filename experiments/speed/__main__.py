@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from metamom.cli.flag_types import count, number
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST
+from metamom.common.flag_types import count, number
 from metamom.experiments.speed import measure as measuring
 from metamom.experiments.speed import report
 from metamom.experiments.speed.measure import Measured

@@ -1,1 +1,2 @@
+from .app import COMMANDS as COMMANDS
 from .app import main as main

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-from metamom.cli.flag_types import (
+from metamom.common.flag_types import (
     counts,
     long_count,
     names,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from metamom.maml.draws import tracing
+from metamom.compile.tracing import tracing
 from metamom.nets import kernels
 from metamom.nets.kernels.build import CompilerError, find_compiler, gist
 from metamom.nets.products import enlarge_products

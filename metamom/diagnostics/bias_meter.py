@@ -65,8 +65,8 @@ class AtSize(NamedTuple):
     Attributes:
         inner_batch: m.
         bias: of what a worker sends.
-        sources: its parts by name (see `metamom.diagnostics.sources.estimator_parts`; ``"operator"`` is the mean of C(g) - g);
-            their means add up to the bias's.
+        sources: its parts by name (see `metamom.diagnostics.sources.estimator_parts`; ``"operator"`` is the mean of
+            C(g) - g); their means add up to the bias's.
         variance: the trace of the covariance of what one worker sends, over its tasks, inner batches and query points;
             the mean of n workers has 1/n of it.
     """
@@ -128,9 +128,9 @@ def measure(
     ``bias(m) = E C(g_m) - grad f`` with g_m the learner's estimator on inner batches of m shots, and f the mean over
     tasks of the loss after adaptation to the whole population. Each task's pool of support points is cut into inner
     batches; they, other estimators on the same points, and the reference are judged on the same query set.
-    Squared norms come from products of different draws (`metamom.common.intervals.squared_norm`), so that noise adds nothing
-    to them and their intervals can cover zero. An interval tells the noise of the draws, not what is left of the bias
-    of the pool's reference (``correction``).
+    Squared norms come from products of different draws (`metamom.common.intervals.squared_norm`), so that noise adds
+    nothing to them and their intervals can cover zero. An interval tells the noise of the draws, not what is left of
+    the bias of the pool's reference (``correction``).
 
     Args:
         learner: its model, weights, inner steps and estimator. Nothing of it is changed.

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _STEP: ContextVar[Step | None] = ContextVar("step", default=None)
-_TRACING: ContextVar[bool] = ContextVar("tracing", default=False)
 
 
 class Step:
@@ -56,21 +55,6 @@ class Step:
             yield
         finally:
             _STEP.reset(token)
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    """While a graph is traced, let random operations be what they are."""
-    token = _TRACING.set(True)
-    try:
-        yield
-    finally:
-        _TRACING.reset(token)
-
-
-def is_tracing() -> bool:
-    """Whether a graph is traced in this thread."""
-    return _TRACING.get()
 
 
 class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -23,10 +23,11 @@ from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.bias.checks import all_finite
 from metamom.common.checks import check_whole
 from metamom.compile.graph import Compiled, CompileMode, check_compiler
+from metamom.compile.tracing import is_tracing
 from metamom.distributed import World, as_world
 from metamom.maml.batch_checks import check_adapted, check_batch, check_set, refuse_non_finite
 from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
-from metamom.maml.draws import Step, is_tracing
+from metamom.maml.draws import Step
 from metamom.maml.estimators import (
     TRACKED,
     Adaptations,
@@ -107,8 +108,9 @@ class MAML(nn.Module):
             ``"cross-fit"`` is the mean of ``"independent"`` and of the same with A and B swapped; ``"richardson"`` is
             ``2 g(all) - [g(A) + g(B)]/2`` with g the exact one. ``"moml"`` and ``"scsc"`` are ``"independent"`` with,
             for u_1, an average over each task's visits that is kept by its ``task_ids``, so tasks must stay
-            (`metamom.tasks.FixedTasks`): `metamom.maml.tracking`. ``"moml-coupled"`` takes all points for both, as MOML's
-            public code does, but without the factor ``tracking`` that this has on the meta-gradient. One inner step.
+            (`metamom.tasks.FixedTasks`): `metamom.maml.tracking`. ``"moml-coupled"`` takes all points for both, as
+            MOML's public code does, but without the factor ``tracking`` that this has on the meta-gradient. One inner
+            step.
         inner_batches: ``"same"`` support points for every inner step, or ``"fresh"`` ones: J consecutive parts of the
             support set (of each half). A support set must divide into `support_parts` parts.
         tracking: b_u in (0, 1], the weight of a new inner step in the averages of ``"moml"``, ``"moml-coupled"`` and

@@ -28,8 +28,8 @@ def check_kind(model: object) -> None:
     Raises:
         TypeError: for something else than a module.
         ValueError: for models that are spread over processes or devices, naming ``world=``; for scripted code that
-            calls what `metamom.maml.functions_by_task` replaces, unseen; for a model without trainable parameters, and one
-            that does not know its parameters yet.
+            calls what `metamom.maml.functions_by_task` replaces, unseen; for a model without trainable parameters, and
+            one that does not know its parameters yet.
     """
     if isinstance(model, type):
         raise TypeError(f"wanted a model, such as {model.__name__}(...); got the class {model.__name__} itself.")

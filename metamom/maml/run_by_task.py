@@ -11,8 +11,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from metamom.compile.tracing import is_tracing
 from metamom.maml.autocast import autocast
-from metamom.maml.draws import DrawsByTask, is_tracing
+from metamom.maml.draws import DrawsByTask
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.misfits import check_output, inputs_explained
@@ -25,8 +26,8 @@ class RunByTask:
     """Runs a model as a loop over the tasks would, by `torch.func.vmap`.
 
     What vmap does otherwise than a loop is found out when it first happens, and put right from then on: random draws
-    (`metamom.maml.draws`), some functions (`metamom.maml.functions_by_task`), and tensors left in attributes. They may differ
-    between training and evaluation mode.
+    (`metamom.maml.draws`), some functions (`metamom.maml.functions_by_task`), and tensors left in attributes. They may
+    differ between training and evaluation mode.
 
     Attributes:
         draws: the modes (of ``model.training``) in which the model draws at random.

@@ -77,7 +77,8 @@ def train(
 
     Step k draws the tasks of step k, so a run depends on its seeds alone, and a resumed one ends with the same
     weights as one never interrupted, bit for bit. Ctrl-C and SIGTERM finish the step at hand, save and raise. A loss
-    that stalls or swings draws one `metamom.training.stall.StallWarning`, which guesses whether gamma, beta or bias is at fault.
+    that stalls or swings draws one `metamom.training.stall.StallWarning`, which guesses whether gamma, beta or bias is
+    at fault.
 
     Args:
         learner: whose ``.grad`` each step sets; batches go to its device and dtype.

@@ -1,7 +1,7 @@
 """A checkpoint's contents into the parts of a run: looked at first, then all of them or none.
 
-Files are checked where they are read (`metamom.training.checkpoints`). Here it is whether what they hold fits: a part is the
-schema of its own state.
+Files are checked where they are read (`metamom.training.checkpoints`). Here it is whether what they hold fits: a part
+is the schema of its own state.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -755,50 +754,6 @@ def test_module_runs_from_anywhere(tmp_path):
     assert "trained for 1 iterations, in run" in done.stdout
     assert done.stderr == ""  # no bars where there is no terminal
     assert (tmp_path / "run" / "config.json").exists()
-
-
-def imports(tree: ast.AST) -> set[str]:
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide what is imported"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def is_for_type_checkers(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def forbidden(names: set[str]) -> set[str]:
-    return {name for name in names if re.match(r"(metamom\.)?(tasks|experiments)\b", name)}
-
-
-LIBRARY = sorted(
-    path
-    for path in (CHECKOUT / "metamom").rglob("*.py")
-    if path.relative_to(CHECKOUT / "metamom").parts[0] not in ("tasks", "experiments")
-)
-
-
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_the_library_imports_neither_tasks_nor_experiments(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    if path == CHECKOUT / "metamom" / "__init__.py":  # which tells type checkers what it imports only by name
-        tree.body = [node for node in tree.body if not is_for_type_checkers(node)]
-    if path.name not in ("cli.py", "flags.py"):
-        assert not forbidden(imports(tree))
-        return
-    outside = [n for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    assert not forbidden(set().union(*(imports(node) for node in outside)))
-    assert forbidden(imports(tree)), "the check sees nothing"
-
-
-def test_tasks_do_not_import_experiments():
-    for path in (CHECKOUT / "tasks").glob("*.py"):
-        assert not {n for n in imports(ast.parse(path.read_text(encoding="utf-8"))) if "experiments" in n}, path
 
 
 @pytest.mark.parametrize(

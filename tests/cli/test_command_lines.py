@@ -18,10 +18,10 @@ from fuzzing import bounded, campaign
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, cli, evaluate, train
-from metamom.cli.flag_types import count, counts, long_count, names, number, numbers, path, seed, task_count
 from metamom.cli.flags import parsed, parser
 from metamom.common.allocator import out_of_memory
 from metamom.common.checks import AT_ONCE, MOST
+from metamom.common.flag_types import count, counts, long_count, names, number, numbers, path, seed, task_count
 from metamom.experiments.recipes import Recipe
 from metamom.nets.models import SinusoidMLP
 from metamom.rng import Places, Purpose, uniforms
