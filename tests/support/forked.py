@@ -33,7 +33,7 @@ from metamom.training.checkpoints import Checkpoints
 CONTEXT = multiprocessing.get_context("forkserver")
 # pytest, since what is forked looks at the module that was started
 CONTEXT.set_forkserver_preload(
-    ["pytest", "metamom.cli", "metamom.experiments.paper.run", "metamom.experiments.recipes"]
+    ["pytest", "metamom.cli.app", "metamom.experiments.paper.run", "metamom.experiments.recipes"]
 )
 PATIENCE = 120.0  # seconds until a process that should have ended has hung
 
