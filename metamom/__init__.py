@@ -25,6 +25,8 @@ def __getattr__(name: str) -> Any:
             return "unknown"
     if name in _MODULES or f"metamom.{name}" in moved.MOVED:
         return import_module(f"metamom.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'metamom' has no attribute {name!r}")
     return _named(name)
 
 

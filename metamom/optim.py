@@ -134,7 +134,7 @@ class CompositeMomentum(Optimizer):
             "normalize": normalize,
         }
         _check_options(defaults)
-        if isinstance(params, torch.nn.Module) or not isinstance(params, Iterable):
+        if isinstance(params, (str, torch.nn.Module)) or not isinstance(params, Iterable):
             raise TypeError(f"wanted parameters, such as model.parameters(); got {params!r:.80}.")
         super().__init__(params, defaults)
 

@@ -62,7 +62,7 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_names_are_refused_as_by_any_module() -> None:
     for module, name in ((metamom, "network"), (metamom.interop, "higher")):
-        with pytest.raises(AttributeError, match=f"module {module.__name__!r} has no attribute {name!r}"):
+        with pytest.raises(AttributeError, match=f"{module.__name__}.* attribute .*{name}"):
             getattr(module, name)
 
 

@@ -149,6 +149,6 @@ def test_there_are_examples():
     finder = doctest.DocTestFinder(exclude_empty=True)
     shown = [test for name in MODULES for test in finder.find(importlib.import_module(name), name) if test.examples]
     assert len(shown) >= 8
-    assert {"metamom.tasks.sinusoid", "metamom.training", "metamom.maml"} <= {
+    assert {"metamom.tasks.sinusoid", "metamom.training.loop", "metamom.maml.learner"} <= {
         test.name.rsplit(".", 1)[0] for test in shown
     }

@@ -196,7 +196,6 @@ def _compare(arguments: Arguments) -> int:
 
 
 def _bias(arguments: Arguments) -> int:
-    from metamom.diagnostics.sources import with_estimator
     from metamom.experiments import bias_report
     from metamom.experiments.recipes import TASKS, Recipe
     from metamom.experiments.saved import load_run
@@ -219,7 +218,7 @@ def _bias(arguments: Arguments) -> int:
             name: value for name in ("estimator", "bias", "seed") if (value := getattr(arguments, name)) is not None
         }
         recipe = replace(saved.recipe, **asked)
-        learner = with_estimator(saved.learner, recipe.estimator)
+        learner = saved.learner.like(estimator=recipe.estimator)
         title = f"{recipe.task}, after {saved.step} iterations"
     where = arguments.out
     if where is None and not arguments.json:

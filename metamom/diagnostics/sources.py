@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.maml.estimators import Estimator, InnerBatches, support_parts
+from metamom.maml.estimators import Estimator, support_parts
 from metamom.maml.learner import MAML
 from metamom.server.aggregate import flatten
 
@@ -28,22 +28,6 @@ MEASURED: tuple[Estimator, ...] = (
     "cross-fit",
     "richardson",
 )
-
-
-def with_estimator(learner: MAML, estimator: Estimator, inner_batches: InnerBatches | None = None) -> MAML:
-    """A learner of the same weights, step sizes and loss by another estimator; eager, in chunks that fit."""
-    other = MAML(
-        learner.model,
-        learner.loss_fn,
-        inner_steps=learner.inner_steps,
-        estimator=estimator,
-        inner_batches=learner.inner_batches if inner_batches is None else inner_batches,
-        adapt=list(learner.adapted),
-        chunk_size="auto" if learner.chunk_size is None else learner.chunk_size,
-        autocast=learner.autocast,
-    )
-    other.step_sizes = learner.step_sizes
-    return other
 
 
 def points_per_shot(batch: TaskBatch) -> int:
@@ -92,7 +76,7 @@ def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: for a pool of fewer than four shots.
     """
-    cross = with_estimator(learner, "cross-fit", "same")
+    cross = learner.like(estimator="cross-fit", inner_batches="same")
     shot = points_per_shot(pool)
     quarter = pool.support_x.shape[1] // (4 * shot) * shot
     if not quarter:
@@ -112,7 +96,7 @@ def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
 
 def population_gradients(learner: MAML, population: TaskBatch) -> Tensor:
     """The gradient of f, each task's ``[T, d]``, of tasks whose support set is their population."""
-    return task_gradients(with_estimator(learner, "exact", "same"), population, population.num_tasks)
+    return task_gradients(learner.like(estimator="exact", inner_batches="same"), population, population.num_tasks)
 
 
 def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Tensor, most: int | None = None) -> Parts:
@@ -142,7 +126,7 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
     T = pool.num_tasks
 
     def mean(name: Estimator, tasks: TaskBatch) -> Tensor:
-        return task_gradients(with_estimator(learner, name), tasks, T)
+        return task_gradients(learner.like(estimator=name), tasks, T)
 
     cross = mean("cross-fit", batch)
     parts = {"curvature": cross - target}
@@ -177,7 +161,7 @@ def single_gradients(
     support_x, support_y, query_x, query_y, _ = pool
     batch = TaskBatch(support_x[:, :points], support_y[:, :points], query_x[:, :asked], query_y[:, :asked])
     weights = learner.meta_parameters().values()
-    own = with_estimator(learner, learner.estimator)
+    own = learner.like()
     grads = flatten(own.meta_gradient(batch, workers=pool.num_tasks // each).grads.values())
     return grads, [w.numel() for w in weights]
 

@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 from metamom.common.checks import INNER_STEPS, check_whole
+from metamom.maml.estimators import TRACKED, check_estimator
+from metamom.maml.model_checks import check_kind
 from metamom.maml.swapping import named
+from metamom.maml.tracking import check_tracking
+from metamom.maml.vmap_errors import check_model
 
 # What a learner is built by: to set one of these later would change nothing, or leave it inconsistent.
 BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile")
@@ -88,3 +92,32 @@ def check_replacement(before: nn.Module, after: nn.Module) -> None:
             "a learner's model can be replaced by one with the same trainable parameters; these differ: "
             f"{', '.join(odd)}. Make another learner around this model."
         )
+
+
+def check_change(learner: Any, name: str, value: Any, tracking: float | None, learned: object) -> None:
+    """Refuse another value of a learner's option that does not go with its other options.
+
+    Args:
+        learner: as it is.
+        name: of an attribute; one that is no option passes.
+        value: for it.
+        tracking: b_u of its memory, ``None`` where it has none.
+        learned: which inner step sizes it learns.
+
+    Raises:
+        ValueError: saying what does not fit.
+    """
+    if name == "model":
+        check_kind(value)
+        check_model(value)
+        check_replacement(learner.model, value)
+    if name in ("estimator", "inner_batches", "inner_steps"):
+        options = {each: getattr(learner, each) for each in ("estimator", "inner_batches", "inner_steps")}
+        options[name] = value
+        check_estimator(options["estimator"], options["inner_batches"])
+        check_tracking(options["estimator"], tracking, options["inner_steps"], learned)
+        if name == "estimator" and value != learner.estimator and not {value, learner.estimator}.isdisjoint(TRACKED):
+            raise ValueError(
+                f"a learner with estimator {learner.estimator!r} cannot go on with {value!r}, which remembers other "
+                "things of the tasks: make another learner around the same model."
+            )

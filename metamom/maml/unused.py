@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,59 @@ Params = dict[str, Tensor]
 
 NEAR = 16  # units of rounding between values that are taken for neighbours
 TRIES = 3
+
+
+class Uses:
+    """Which parameters a loss was found not to depend on, and which of its gradients not to depend on the weights.
+
+    Each is tried once, by other values.
+    """
+
+    def __init__(self) -> None:
+        self._unused: set[str] = set()
+        self._constant: set[str] = set()
+
+    def are_unused(self, names: Sequence[str]) -> bool:
+        """Whether all were found so before."""
+        return self._unused.issuperset(names)
+
+    def are_constant(self, names: Sequence[str]) -> bool:
+        """Whether all were found so before."""
+        return self._constant.issuperset(names)
+
+    def check_cut(self, missing: Sequence[str], weights: Params, loss: Callable[[Params], Tensor]) -> None:
+        """Refuse parameters without a gradient that the loss depends on.
+
+        Args:
+            missing: their names.
+            weights: all of them, by name; names that are not among them pass.
+            loss: of weights.
+
+        Raises:
+            ValueError: naming them.
+        """
+        names = [name for name in missing if name in weights and name not in self._unused]
+        with torch.random.fork_rng(devices=[]):
+            used = changes(loss, weights, names)
+        if used:
+            raise cut_off(used)
+        self._unused.update(missing)
+
+    def check_constant(self, gradients: Mapping[str, Callable[[Params], Tensor]], weights: Params) -> None:
+        """Refuse gradients that have no derivative, but depend on the weights.
+
+        Args:
+            gradients: of weights, by the parameter's name.
+            weights: by name.
+
+        Raises:
+            ValueError: naming them.
+        """
+        with torch.random.fork_rng(devices=[]):
+            cut = [name for name, of in gradients.items() if changes(of, weights, list(weights), nearby=True)]
+        if cut:
+            raise differentiable_once(cut)
+        self._constant.update(gradients)
 
 
 def changes(

@@ -23,7 +23,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.nn import functional as F
 
 import metamom.compile.graph
-import metamom.maml.learner
+import metamom.maml.gradient
 from metamom import MAML
 from metamom.nets.kernels.build import CompilerError, find_compiler, load
 
@@ -33,7 +33,7 @@ def clock(monkeypatch) -> None:
     """Every plain meta-gradient takes a second, and compiling is reckoned at 12: 3 layers, 2 passes, 2 seconds each."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(metamom.compile.graph, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    monkeypatch.setattr(metamom.maml.learner, "COMPILE_SECONDS", 2.0)
+    monkeypatch.setattr(metamom.maml.gradient, "COMPILE_SECONDS", 2.0)
     monkeypatch.setattr(metamom.compile.graph, "SPEED_UP", 2.0)
     monkeypatch.setattr(metamom.compile.graph, "FIRST_CALLS", 3)
 

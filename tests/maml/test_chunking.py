@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metamom.maml.chunking
+import metamom.maml.gradient
 from metamom import MAML, TaskBatch
 from metamom.maml.chunking import PEAK, spans
 from metamom.nets.models import Conv4
@@ -84,13 +85,13 @@ def generator_of_the_others() -> Any:
 def sizes(monkeypatch) -> list[int]:
     """The number of tasks of every chunk that is computed, those of measuring among them."""
     seen: list[int] = []
-    gradient = MAML._gradient_of_chunk
+    gradient = metamom.maml.gradient.chunk_gradient
 
-    def noting(self: MAML, *args: Any) -> Any:
+    def noting(*args: Any) -> Any:
         seen.append(args[-1].shape[0])
-        return gradient(self, *args)
+        return gradient(*args)
 
-    monkeypatch.setattr(MAML, "_gradient_of_chunk", noting)
+    monkeypatch.setattr(metamom.maml.gradient, "chunk_gradient", noting)
     return seen
 
 
@@ -99,7 +100,7 @@ def needed(monkeypatch) -> int:
     """What one task of `batch` is reckoned to need, in bytes: a share of a budget that fits very many."""
     budget = 2**40
     monkeypatch.setattr(metamom.maml.chunking, "BUDGET", budget)
-    return budget // learner(chunk_size="auto")._chunk_size(batch())
+    return budget // learner(chunk_size="auto")._gradients.chunk_size(batch())
 
 
 def test_a_budget_bounds_the_tasks_at_a_time(monkeypatch, needed, sizes):
@@ -155,7 +156,7 @@ def test_more_inner_steps_leave_room_for_fewer_tasks(monkeypatch):
     y = torch.arange(ways).repeat(1, shots)
     model = Conv4(ways, generator=torch.Generator().manual_seed(0))
     few, many = (
-        MAML(model, F.cross_entropy, inner_steps=steps, chunk_size="auto")._chunk_size(TaskBatch(x, y, x, y))
+        MAML(model, F.cross_entropy, inner_steps=steps, chunk_size="auto")._gradients.chunk_size(TaskBatch(x, y, x, y))
         for steps in (1, 3)
     )
     assert 1 <= many < few < 1000

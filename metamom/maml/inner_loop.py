@@ -1,0 +1,286 @@
+"""Adaptation: predictions, losses and inner steps as functions of a problem and the tasks' weights.
+
+Legend: T tasks, c copies of each, n workers, N points of a task, J inner steps.
+
+Two kinds of derivatives are taken, both by plain autograd over a forward pass that `torch.func.vmap` batches over
+tasks. (Differentiating from outside vmap over an inner `torch.func.grad` is wrong for affine normalisation layers
+in torch 2.13.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metamom.compile.tracing import is_tracing
+from metamom.maml.draws import Step
+from metamom.maml.estimators import Adaptations, Estimator, InnerBatch
+from metamom.maml.finite_differences import Losses
+from metamom.maml.inner_lr import StepSizes
+from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step
+from metamom.maml.loss_readings import LossFn, LossReadings
+from metamom.maml.misfits import check_loss, targets_explained
+from metamom.maml.run_by_task import RunByTask
+from metamom.maml.swapping import alone, named, slots, swapped
+from metamom.maml.task_weights import Params, Start, deal
+from metamom.maml.tracking import tracked
+from metamom.maml.unused import Uses
+from metamom.maml.vmap_errors import explained
+
+LOSS = "loss_fn."  # before the names of a loss module's parameters
+
+
+class Problem(NamedTuple):
+    """What adaptation depends on, apart from weights and data.
+
+    Attributes:
+        model: maps ``[N, ...]`` to predictions ``[N, ...]``.
+        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss`` of one task.
+        adapted: names of the parameters that inner steps move.
+        step_sizes: alpha of each of these.
+        estimator: which derivatives inner steps have.
+        autocast: dtype of the model's products, ``None`` for the weights' own.
+        run: runs the model with weights of its own for each task.
+        readings: what the loss was seen to take its arguments for.
+        uses: which parameters the loss was found not to depend on.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    adapted: tuple[str, ...]
+    step_sizes: StepSizes
+    estimator: Estimator
+    autocast: torch.dtype | None
+    run: RunByTask
+    readings: LossReadings
+    uses: Uses
+
+
+class Episodes(NamedTuple):
+    """What T·c adaptations came to.
+
+    Attributes:
+        losses: query losses ``[T·c]``.
+        predictions: on the query sets, ``[T·c, Q, ...]``.
+        adapted: the weights that they are by, ``[T·c, *shape]``.
+    """
+
+    losses: Tensor
+    predictions: Tensor
+    adapted: Params
+
+
+def names_in_loss(model: nn.Module, loss_fn: LossFn) -> dict[str, str]:
+    """The parameters of a loss that is a module: their names there, and among the meta-parameters."""
+    if not isinstance(loss_fn, nn.Module):
+        return {}
+    with alone(model, loss_fn):
+        of_model = {id(p): name for name, p in model.named_parameters()}
+        return {name: of_model.get(id(p), LOSS + name) for name, p in loss_fn.named_parameters()}
+
+
+def trainable(model: nn.Module, loss_fn: LossFn) -> Params:
+    """The trainable parameters of a model, and those of a loss module that are not the model's too.
+
+    Raises:
+        ValueError: if both have a parameter of one name.
+    """
+    weights = named(model)
+    own = named(loss_fn) if isinstance(loss_fn, nn.Module) else {}
+    for name, meta_name in names_in_loss(model, loss_fn).items():
+        if weights.setdefault(meta_name, own[name]) is not own[name]:
+            raise ValueError(f"both the model and loss_fn have a parameter {meta_name!r}: rename the model's.")
+    return {name: p for name, p in weights.items() if p.requires_grad}
+
+
+def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
+    """Where T tasks start from, of the workers' meta-parameters ``[n, *shape]``."""
+    return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
+
+
+def predictions(problem: Problem, start: Start, own: Params, x: Tensor, draws: bool = True) -> Tensor:
+    """Predictions ``[T, N, ...]`` on ``x: [T, N, ...]`` by parameters that have moved from ``start`` to ``own``.
+
+    A model that ``draws`` does so for each task; where it must not it is an error.
+    """
+    out = problem.run(problem.model, start, own, x, draws, problem.autocast)
+    return out if problem.autocast is None else out.to(x.dtype)
+
+
+def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Tensor) -> Tensor:
+    """Losses ``[T]`` of predictions ``[T, N, ...]``, by the parameters that they were made with.
+
+    A loss that is a module with parameters gets the tasks' own where it shares the model's.
+
+    Raises:
+        ValueError: for targets that do not fit, or a loss of another shape than one number a task.
+    """
+    if y.dtype == torch.uint8:  # labels to torch's losses, but not under vmap
+        y = y.long()
+    loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
+
+    def one_task(predicted: Tensor, y: Tensor) -> Tensor:
+        loss = loss_fn(predicted, y)
+        check_loss(loss)
+        return loss
+
+    with explained(problem.model, "loss_fn"), targets_explained(predicted, y):
+        if not names:
+            found: Tensor = torch.func.vmap(one_task)(predicted, y)
+        else:
+            assert isinstance(problem.loss_fn, nn.Module)
+            found = _with_parameters(problem.loss_fn, one_task, names, start, own, predicted, y)
+    if found.dim() != 1:
+        raise ValueError(
+            "loss_fn must return one number a task, as reduction='mean' does; "
+            f"got shape {tuple(found.shape[1:])} for each."
+        )
+    return found
+
+
+def _with_parameters(
+    module: nn.Module, loss: LossFn, names: Mapping[str, str], start: Start, own: Params, predicted: Tensor, y: Tensor
+) -> Tensor:
+    """The losses by a module with parameters among the tasks' weights, which have other ``names`` there."""
+    with alone(module):
+        found = slots(module)
+
+        def one_task(own: Params, kept: Params, predicted: Tensor, y: Tensor) -> Tensor:
+            weights = {**start.shared, **kept, **own}
+            with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
+                return loss(predicted, y)
+
+        of_tasks: Tensor = torch.func.vmap(one_task)(own, start.kept, predicted, y)
+    return of_tasks
+
+
+def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep_graph: bool) -> Iterator[Params]:
+    """The adapted parameters after 0, 1, ..., J inner steps, ``[T, *shape]``.
+
+    ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator wants of it.
+    """
+    own = start.own
+    yield own
+    for batch in steps:
+        with torch.enable_grad():
+            at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
+            grads = _gradient(problem, start, at, batch, keep_graph)
+            check_cut(problem, [name for name, grad in grads.items() if grad is None], batch.x, batch.y)
+            if keep_graph and problem.estimator != "first-order":
+                flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
+                _check_constant(problem, flat, batch)
+            own = {
+                name: w if (grad := grads[name]) is None else inner_step(w, _alpha(problem, name, start, w), grad)
+                for name, w in at.items()
+            }
+        if not keep_graph:
+            own = {name: w.detach() for name, w in own.items()}
+        yield own
+
+
+def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) -> Episodes:
+    """Adapt from the workers' parameters ``[n, *shape]``, and take the query losses there.
+
+    Args:
+        problem: whose model adapts.
+        rows: the workers' meta-parameters.
+        term: the inner batches, and the query sets.
+        memory: of tracked estimators, by which the adapted weights are averaged; else empty.
+    """
+    start = start_of(problem, rows, term.query_x.shape[0])
+    *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
+    if memory:
+        adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
+    predicted = predictions(problem, start, adapted, term.query_x)
+    return Episodes(losses(problem, start, adapted, predicted, term.query_y), predicted, adapted)
+
+
+def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
+    """An inner step from each task's own weights ``[T, *shape]``, without a graph."""
+    own = {name: w for name, w in weights.items() if name in problem.adapted}
+    kept = {name: w for name, w in weights.items() if name not in own}
+    *_, adapted = trajectory(problem, Start(own, kept, {}, {}), [batch], keep_graph=False)
+    return adapted
+
+
+def _alpha(problem: Problem, name: str, start: Start, weight: Tensor) -> float | Tensor:
+    return problem.step_sizes.of(name, start.step_sizes, weight.dim())
+
+
+def _gradient(
+    problem: Problem, start: Start, at: Params, batch: InnerBatch, keep_graph: bool
+) -> dict[str, Tensor | None]:
+    """The gradient that an inner step from ``at`` goes along, with the derivatives that the estimator wants."""
+    derivatives: Derivatives = "exact" if keep_graph and problem.estimator != "first-order" else "none"
+    if keep_graph and problem.estimator == "hessian-free" and batch.hessian is not None:
+        derivatives = "differences"
+
+    def losses_on(x: Tensor, y: Tensor, draws: bool = True) -> Losses:
+        def of(own: Params, others: Params) -> Tensor:
+            kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
+            there = start._replace(kept=kept, shared=shared)
+            return losses(problem, there, own, predictions(problem, there, own, x, draws), y)
+
+        return of
+
+    along = losses_on(batch.x, batch.y)
+    hessian = None if batch.hessian is None else losses_on(*batch.hessian, draws=derivatives != "differences")
+    with explained(problem.model):
+        precision = max(torch.finfo(problem.autocast or w.dtype).eps for w in at.values())
+        return inner_gradient(along, hessian, at, start.kept | start.shared, derivatives, precision)
+
+
+def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) -> None:
+    """Refuse parameters without a gradient that the loss depends on; those that it does not are unused.
+
+    Args:
+        problem: whose loss it is.
+        missing: names of meta-parameters.
+        x: inputs of some tasks, the first of which is tried, ``[T, N, ...]``.
+        y: their targets.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if is_tracing() or problem.uses.are_unused(missing):
+        return
+    step = Step()
+
+    def loss(weights: Params) -> Tensor:
+        start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
+        with step.tasks(0, 1):
+            return losses(problem, start, start.own, predictions(problem, start, start.own, x[:1]), y[:1])
+
+    problem.uses.check_cut(missing, _values(problem), loss)
+
+
+def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -> None:
+    """Refuse gradients without a derivative that depend on the weights; others are those of a linear loss.
+
+    Args:
+        problem: whose inner gradients they are.
+        names: of adapted parameters whose inner gradients have no graph.
+        batch: of some tasks, the first of which is tried.
+    """
+    if is_tracing() or problem.uses.are_constant(names):
+        return
+    one, step = InnerBatch(batch.x[:1], batch.y[:1]), Step()
+
+    def gradient(name: str, weights: Params) -> Tensor:
+        start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
+        with step.tasks(0, 1), torch.enable_grad():
+            at = {name: w.detach().requires_grad_() for name, w in start.own.items()}
+            found = _gradient(problem, start, at, one, keep_graph=False)[name]
+        assert found is not None
+        return found
+
+    problem.uses.check_constant({name: partial(gradient, name) for name in names}, _values(problem))
+
+
+def _values(problem: Problem) -> Params:
+    """The trainable parameters' values."""
+    return {name: w.detach() for name, w in trainable(problem.model, problem.loss_fn).items()}

@@ -1,0 +1,99 @@
+"""One step of the server: the workers' meta-gradients, biased and aggregated, become the weights' gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metamom.batch import TaskBatch
+from metamom.bias import Bias, NonFiniteError, as_operator
+from metamom.bias.checks import all_finite
+from metamom.distributed import World
+from metamom.maml.batch_checks import refuse_non_finite
+from metamom.maml.gradient import MetaGradients, OfTasks
+from metamom.maml.task_weights import Params
+from metamom.server.aggregate import Aggregation, deliver, unflatten
+from metamom.server.robust import Aggregate
+
+
+class Backward(NamedTuple):
+    """What `MAML.backward` returns.
+
+    Attributes:
+        loss: mean query loss over the tasks, a 0-d tensor without a graph.
+        metrics: ``accuracy`` (of the query sets; ``None`` for regression), ``grad_norm`` (of the aggregate),
+            ``bias_error`` (how far the operator moved the mean gradient, relative to that gradient's norm; ``None``
+            where it was not measured), ``wire_bytes`` (of the workers' messages to the server) and ``sent_bytes``
+            (what processes sent each other in this step, all of them together: see `metamom.distributed.World`).
+    """
+
+    loss: Tensor
+    metrics: dict[str, float | int | None]
+
+
+def server_step(
+    gradients: MetaGradients,
+    weights: Params,
+    batch: TaskBatch,
+    *,
+    workers: int,
+    bias: Bias,
+    aggregate: Aggregate,
+    world: World,
+    measure: bool,
+    accuracy: Callable[[Tensor, Tensor], Tensor | None],
+) -> Backward:
+    """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
+
+    Args:
+        gradients: of the workers.
+        weights: the meta-parameters by name.
+        accuracy: of predictions ``[T, Q, ...]`` and targets.
+    """
+    sent, first = world.sent, world.rank * batch.num_tasks
+    with world.together():
+        gradients.plan().check(batch)
+        if world.size > 1:
+            operator, shapes = as_operator(bias), [tuple(x.shape) for x in batch[:4]]
+            what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
+            world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
+        server = Aggregation(
+            workers, bias, aggregate, sizes=[w.numel() for w in weights.values()], world=world, measure=measure
+        )
+        tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first)
+        right = accuracy(tasks.predictions, batch.query_y)
+    outcomes = world.gather(torch.stack([tasks.losses] if right is None else [tasks.losses, right.to(tasks.losses)]))
+    losses, *shares = outcomes.transpose(0, 1).flatten(1)
+    total, report = server.finish()
+    norm = report["grad_norm"]
+    if not (norm is not None and math.isfinite(norm) and all_finite(losses)):
+        with world.together():
+            refuse_non_finite(batch, first)
+    for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
+        deliver(parameter, gradient, server.operator, add=True)
+    if tasks.averages:
+        assert batch.task_ids is not None
+        everyones = [world.gather(u).flatten(0, 1) for u in tasks.averages]
+        gradients.plan().remember(world.gather(batch.task_ids).flatten(), everyones, total, losses)
+    share = float(shares[0].mean()) if shares else None
+    return Backward(losses.mean(), {"accuracy": share, **report, "sent_bytes": world.sent - sent})
+
+
+def _to_server(
+    server: Aggregation, gradients: MetaGradients, weights: Params, batch: TaskBatch, mine: range, first: int
+) -> OfTasks:
+    """Send the gradients of this process's workers; what their tasks came to."""
+    found, done = [], 0
+    for rows, tasks in gradients.by_worker(weights, batch, len(mine), first):
+        try:
+            server.add(rows, mine[done : done + len(rows)])
+        except NonFiniteError:
+            refuse_non_finite(batch, first)
+            raise
+        done += len(rows)
+        found.append(tasks)
+    return OfTasks.joined(found)
