@@ -79,7 +79,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "SinusoidMLP": (SinusoidMLP, {}, "hidden"),
     "Conv4": (Conv4, {"ways": 5}, "ways channels hidden"),
 }
-OURS = [Path(package.__file__).resolve().parent for package in (metamom, metamom.tasks)]
+OURS = [Path(package.__file__).resolve().parent for package in (metamom, metamom.tasks, torch.optim)]
 CASES = [(call, name) for call, (_, _, names) in CALLS.items() for name in names.split()]
 FINE = {  # where one of them is what it may be
     ("BiasedAccumulator", "bias"): {"None"},

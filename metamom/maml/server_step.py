@@ -54,9 +54,10 @@ def server_step(
         weights: the meta-parameters by name.
         accuracy: of predictions ``[T, Q, ...]`` and targets.
     """
-    sent, first = world.sent, world.rank * batch.num_tasks
+    sent = world.sent
     with world.together():
         gradients.plan().check(batch)
+        first = world.rank * batch.num_tasks
         if world.size > 1:
             operator, shapes = as_operator(bias), [tuple(x.shape) for x in batch[:4]]
             what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
