@@ -76,25 +76,29 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.call = step.calls
         self.operations = 0  # on all tasks at once
         self.singles = 0  # on one task each, which come in their order
+        self.seeded: dict[int, tuple[torch.Generator, Tensor]] = {}  # in this call, and their states before a draw
         step.calls += 1
+        step.seed()
+        self.untouched = torch.default_generator.get_state()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
+        generator = self._generator(kwargs.get("generator"))
         if not any(self._has_tasks(value) for value in (*args, *kwargs.values())):
             task, number = self.singles % self.tasks, self.singles // self.tasks
             self.singles += 1
-            return self._draw(func, args, kwargs, task, f"single {number}")
+            return self._draw(func, args, kwargs, task, f"single {number}", generator)
         number = self.operations
         self.operations += 1
         results = []
         for task in range(self.tasks):
             own = [self._of(value, task) for value in args]
             own_kwargs = {key: self._of(value, task) for key, value in kwargs.items()}
-            results.append(self._draw(func, own, own_kwargs, task, str(number)))
+            results.append(self._draw(func, own, own_kwargs, task, str(number), generator))
         if func._schema.is_mutable:  # each task has written to its own part
             return args[0]
         if isinstance(results[0], Tensor):
@@ -116,7 +120,37 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value.narrow(0, task * size, size)
         return [value[0] // self.tasks, *value[1:]]
 
-    def _draw(self, func: Any, args: Any, kwargs: dict[str, Any], task: int, what: str) -> Any:
+    def _generator(self, given: torch.Generator | None) -> torch.Generator | None:
+        """The generator that the model has seeded in this call, from which every task draws the same.
+
+        ``None`` is torch's own, as it came.
+
+        Raises:
+            ValueError: for one that was not seeded in this call, since in a loop one task would go on where another
+                ended.
+        """
+        if given is None:
+            if torch.equal(torch.default_generator.get_state(), self.untouched):
+                return None
+            return torch.default_generator  # seeded, or set to a state, within the forward
+        if id(given) not in self.seeded:
+            fresh = torch.Generator(given.device).manual_seed(given.initial_seed())
+            if not torch.equal(fresh.get_state(), given.get_state()):
+                raise ValueError(
+                    "the model draws from a torch.Generator that goes on from call to call, so that a task's draws "
+                    "would depend on the tasks before it. Seed it in the forward (generator.manual_seed(...)), or draw "
+                    "without generator=: metamom then gives each task draws of its own."
+                )
+        return given
+
+    def _draw(
+        self, func: Any, args: Any, kwargs: dict[str, Any], task: int, what: str, generator: torch.Generator | None
+    ) -> Any:
+        if generator is not None:  # which goes through the same states for each task
+            if task == 0:
+                self.seeded[id(generator)] = generator, generator.get_state()
+            generator.set_state(self.seeded[id(generator)][1])
+            return func(*args, **kwargs)
         key = f"{self.step.seed()} {self.start + task} {self.call} {what}"
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

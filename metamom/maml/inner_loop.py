@@ -24,6 +24,7 @@ from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step
 from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.misfits import check_loss, targets_explained
+from metamom.maml.modes import out_of_inference
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.swapping import alone, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
@@ -166,7 +167,7 @@ def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep
     own = start.own
     yield own
     for batch in steps:
-        with torch.enable_grad():
+        with out_of_inference(), torch.enable_grad():
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
             grads = _gradient(problem, start, at, batch, keep_graph)
             check_cut(problem, [name for name, grad in grads.items() if grad is None], batch.x, batch.y)
@@ -246,7 +247,7 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) ->
     Raises:
         ValueError: naming them.
     """
-    if is_tracing() or problem.uses.are_unused(missing):
+    if is_tracing() or problem.uses.are_unused(missing, _modules(problem)):
         return
     step = Step()
 
@@ -266,7 +267,7 @@ def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -
         names: of adapted parameters whose inner gradients have no graph.
         batch: of some tasks, the first of which is tried.
     """
-    if is_tracing() or problem.uses.are_constant(names):
+    if is_tracing() or problem.uses.are_constant(names, _modules(problem)):
         return
     one, step = InnerBatch(batch.x[:1], batch.y[:1]), Step()
 
@@ -279,6 +280,12 @@ def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -
         return found
 
     problem.uses.check_constant({name: partial(gradient, name) for name in names}, _values(problem))
+
+
+def _modules(problem: Problem) -> Iterator[nn.Module]:
+    yield from problem.model.modules()
+    if isinstance(problem.loss_fn, nn.Module):
+        yield from problem.loss_fn.modules()
 
 
 def _values(problem: Problem) -> Params:

@@ -114,6 +114,27 @@ class StepSizes(nn.Module):
             else:
                 self.fixed[name] = new
 
+    def follow(self, adapted: Mapping[str, Tensor]) -> None:
+        """Give other adapted parameters step sizes: those that had one keep it, others get the one that all have.
+
+        Args:
+            adapted: the adapted parameters from now on, by name.
+
+        Raises:
+            ValueError: for a new parameter where there is no one number for all.
+        """
+        new = [name for name in adapted if name not in self._attributes]
+        values = set(self.fixed.values())
+        if new and (len(values) != 1 or len(self.fixed) != len(self._attributes)):
+            raise ValueError(
+                f"the model has trainable parameters that it did not have when the learner was made, {', '.join(new)}, "
+                "and their inner step sizes are not known, since parameters have step sizes of their own. Make another "
+                "learner around this model, with inner_lr for each."
+            )
+        for name in new:
+            self._attributes[name] = f"alpha:{name.replace('.', ':')}"
+            self.fixed[name] = next(iter(values))
+
     def values(self) -> float | Tensor | dict[str, float | Tensor]:
         """The step sizes in force: one number or tensor where all adapted parameters share it, else by name."""
         each: dict[str, float | Tensor] = dict(self.fixed)

@@ -26,7 +26,8 @@ from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.loss_readings import LossReadings
 from metamom.maml.metrics import accuracy
 from metamom.maml.misfits import asserts_explained
-from metamom.maml.model_checks import check_kind
+from metamom.maml.model_checks import check_kind, structure
+from metamom.maml.modes import differentiable, differentiable_batch, out_of_inference
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
@@ -139,7 +140,8 @@ class MAML(nn.Module):
         self.chunk_size = chunk_size
         self.autocast = autocast
         weights = trainable(model, loss_fn)
-        self.adapted = selected(adapt, {name: p for name, p in named(model).items() if p.requires_grad})
+        self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
+        self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
         self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
         self.memory: Memory | None = None
         if estimator in TRACKED:
@@ -147,6 +149,7 @@ class MAML(nn.Module):
         self.operators: dict[str, BiasOperator | None] = {}
         self._readings, self._uses = LossReadings(), Uses()
         self._run = RunByTask()
+        self._structure = structure(model)
         self._gradients = MetaGradients(self._plan, compile)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -166,7 +169,7 @@ class MAML(nn.Module):
             tracking = None if self.memory is None else self.memory.tracking
             check_change(self, name, value, tracking, self.step_sizes.kind)
             if name == "model":
-                self._run = RunByTask()
+                self._run, self._structure = RunByTask(), structure(value)
         if name == "loss_fn":
             check_loss_owner(value)
             self._modules.pop(name, None)  # a module in place of a function, or the other way round
@@ -240,6 +243,7 @@ class MAML(nn.Module):
         Names are those of ``model.named_parameters()``. Parameters of a ``loss_fn`` that is a module follow as
         ``"loss_fn.NAME"`` (inner steps do not move them), step sizes as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
+        self._keep_up()
         return trainable(self.model, self.loss_fn) | self.step_sizes.learned()
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
@@ -254,22 +258,24 @@ class MAML(nn.Module):
             Adapted parameters by name, ``[T, *shape]``; differentiable in the meta-parameters where gradients are
             enabled. Use them with `predict`.
         """
-        along = _whole(support_x, support_y, self.inner_steps if steps is None else steps)
-        problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
-        start = start_of(problem, rows, support_x.shape[0])
-        *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
+        with out_of_inference():
+            along = _whole(support_x, support_y, self.inner_steps if steps is None else steps)
+            problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
+            start = start_of(problem, rows, support_x.shape[0])
+            *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
         return adapted
 
     def trajectory(self, support_x: Tensor, support_y: Tensor, *, steps: int) -> Iterator[Params]:
         """The adapted parameters after 0, 1, ..., ``steps`` inner steps, each as from `adapt` but without a graph."""
-        along = _whole(support_x, support_y, steps)
-        problem, rows = self._problem(), {name: p.detach().unsqueeze(0) for name, p in self.meta_parameters().items()}
-        return trajectory(problem, start_of(problem, rows, support_x.shape[0]), along, keep_graph=False)
+        with out_of_inference():
+            along = _whole(support_x, support_y, steps)
+            problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
+            return trajectory(problem, start_of(problem, rows, support_x.shape[0]), along, keep_graph=False)
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Predictions ``[T, N, ...]`` of T tasks' adapted weights (from `adapt`) on their inputs ``x: [T, N, ...]``."""
         check_adapted(params, x, named(self.model))
-        return predictions(self._problem(), Start(params, {}, {}, {}), params, x)
+        return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x))
 
     def judge(self, params: Params, predictions: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Losses and accuracies of predictions, task by task.
@@ -282,7 +288,7 @@ class MAML(nn.Module):
         Returns:
             The losses ``[T]``, and the accuracies ``[T]`` or ``None``: see `metamom.maml.metrics.accuracy`.
         """
-        found = losses(self._problem(), Start(params, {}, {}, {}), params, predictions, y)
+        found = losses(self._problem(), Start(params, {}, {}, {}), params, predictions, differentiable(y))
         return found, self._accuracy(predictions, y)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -302,7 +308,8 @@ class MAML(nn.Module):
         Raises:
             ValueError: as `meta_gradient`.
         """
-        return self._gradients.losses(self.meta_parameters(), batch)
+        with out_of_inference():
+            return self._gradients.losses(self.meta_parameters(), differentiable_batch(batch))
 
     def meta_gradient(self, batch: TaskBatch, workers: int = 1) -> MetaGradient:
         """Each worker's composite meta-gradient, the mean over its own tasks.
@@ -322,11 +329,12 @@ class MAML(nn.Module):
             ValueError: if n does not divide T, the estimator cannot cut the support sets into its `support_parts`, the
                 model cannot run under per-task weights, or a tracked estimator gets tasks without ids.
         """
-        weights = self.meta_parameters()
-        rows, of_tasks = zip(*self._gradients.by_worker(weights, batch, workers), strict=True)
-        grads, tasks = torch.cat(rows), OfTasks.joined(of_tasks)
-        self._plan().remember(batch.task_ids, tasks.averages, grads, tasks.losses)
-        return MetaGradient(unflatten(grads, weights), tasks.losses)
+        with out_of_inference():
+            weights = self.meta_parameters()
+            rows, of_tasks = zip(*self._gradients.by_worker(weights, differentiable_batch(batch), workers), strict=True)
+            grads, tasks = torch.cat(rows), OfTasks.joined(of_tasks)
+            self._plan().remember(batch.task_ids, tasks.averages, grads, tasks.losses)
+            return MetaGradient(unflatten(grads, weights), tasks.losses)
 
     @asserts_explained()
     def backward(
@@ -362,17 +370,42 @@ class MAML(nn.Module):
         """
         if isinstance(bias, str):  # its state carries over from step to step
             bias = self.operators.setdefault(bias, as_operator(bias))
-        return server_step(
-            self._gradients,
-            self.meta_parameters(),
-            batch,
-            workers=workers,
-            bias=bias,
-            aggregate=aggregate,
-            world=as_world(world),
-            measure=measure,
-            accuracy=self._accuracy,
-        )
+        with out_of_inference():
+            return server_step(
+                self._gradients,
+                self.meta_parameters(),
+                differentiable_batch(batch),
+                workers=workers,
+                bias=bias,
+                aggregate=aggregate,
+                world=as_world(world),
+                measure=measure,
+                accuracy=self._accuracy,
+            )
+
+    def _keep_up(self) -> None:
+        """Follow a model whose modules or trainable parameters have changed since it was last looked at.
+
+        Raises:
+            ValueError: for one that `MAML` would refuse, and where the new parameters have no inner step size.
+        """
+        with alone(self.model):
+            now = structure(self.model)
+        if now == self._structure:
+            return
+        check_kind(self.model)
+        check_model(self.model)
+        parameters = {name: p for name, p in named(self.model).items() if p.requires_grad}
+        adapted = selected(self._adapt, parameters)
+        if adapted != self.adapted:
+            self.step_sizes.follow({name: parameters[name] for name in adapted})
+            if self.memory is not None:
+                raise ValueError(
+                    "the trainable parameters of the model have changed, and this learner remembers adapted weights of "
+                    f"each task: {', '.join(set(adapted) ^ set(self.adapted))}. Make another learner around the model."
+                )
+            self.adapted = adapted
+        self._run, self._structure = RunByTask(), now
 
     def _problem(self) -> Problem:
         return Problem(
@@ -401,4 +434,4 @@ def _whole(support_x: Tensor, support_y: Tensor, steps: int) -> list[InnerBatch]
     """All the points in each step."""
     steps = check_whole("the number of inner steps", steps, 0)
     check_set("support", support_x, support_y, empty=steps == 0)
-    return [InnerBatch(support_x, support_y)] * steps
+    return [InnerBatch(differentiable(support_x), differentiable(support_y))] * steps

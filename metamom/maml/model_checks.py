@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -51,15 +52,46 @@ def check_kind(model: object) -> None:
             f"scripted code of the model calls {', '.join(scripted)}, which all tasks at once must do in another way, "
             "and scripted code cannot. Pass the model that torch.jit.script or torch.jit.trace was given."
         )
+    check_hooks(model)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(
             f"parameters without a shape yet: {', '.join(lazy)}. Call the model once on inputs [N, ...] before."
         )
+    frozen_forever = [name for name, p in model.named_parameters() if p.is_inference()]
+    if frozen_forever:
+        raise ValueError(
+            f"parameters made under torch.inference_mode() cannot be trained: {', '.join(frozen_forever)}. Build the "
+            "model outside of it, or copy the weights: parameter.data = parameter.data.clone()."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         frozen = sum(1 for _ in model.parameters())
         why = f"all of its {frozen} are frozen (requires_grad=False)" if frozen else "it has no parameters at all"
         raise ValueError(f"MAML needs a model with trainable parameters; of {type(model).__name__}, {why}.")
+
+
+def structure(model: nn.Module) -> tuple[Hashable, ...]:
+    """What `check_kind` and the choice of adapted parameters depend on: modules, hooks, and what is trainable."""
+    modules = [(id(m), bool(m._backward_hooks or m._backward_pre_hooks)) for m in model.modules()]
+    return *modules, *(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuse hooks on the backward pass of modules, which would never run: tasks' gradients pass by `torch.func.vmap`.
+
+    Raises:
+        ValueError: naming the modules.
+    """
+    hooked = [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    if hooked:
+        raise ValueError(
+            f"backward hooks of modules do not run under MAML, and would be left out in silence: {', '.join(hooked)}. "
+            "Remove them; to change a gradient, use a torch.autograd.Function in the forward."
+        )
 
 
 def _scripted_calls(module: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.compile.tracing import is_tracing
+from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
 from metamom.maml.draws import DrawsByTask
 from metamom.maml.finite_differences import drawing_refused
@@ -58,6 +59,7 @@ class RunByTask:
                 random where it must not.
         """
         with alone(model):
+            new = model.training not in self.leaves
             found = slots(model)
             buffers = {name: b.clone() for name, b in model.named_buffers()}  # the model's own stay as they are
             given = {**buffers, **start.shared, **start.kept, **own}
@@ -65,7 +67,8 @@ class RunByTask:
 
             def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
                 weights = {**buffers, **start.shared, **kept, **own}
-                with swapped(found, {name: w for name, w in weights.items() if name in found.places}):
+                places = {name: w for name, w in weights.items() if name in found.places}
+                with swapped(found, places), carried_over.refused(model) if new else nullcontext():
                     out: Tensor = model(x)
                 check_output(model, out)
                 return out
@@ -78,6 +81,7 @@ class RunByTask:
                 autocast(x.device, dtype),
                 self._functions(model),
                 self._attributes(model),
+                carried_over.draws_told() if new and draws else nullcontext(),
                 inputs_explained(model, x, watched),
             ):
                 return self._over_tasks(one_task, own, start.kept, x, model.training, draws)

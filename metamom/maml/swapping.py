@@ -61,14 +61,17 @@ def slots(model: nn.Module) -> Slots:
     """Where the parameters and buffers of ``model`` are registered; to be called `alone`."""
     names: dict[int, str] = {}
     found = Slots({}, {})
-    for prefix, module in model.named_modules():
-        for registered in (module._parameters, module._buffers):
-            for key, tensor in registered.items():
-                if tensor is None:
-                    continue
-                name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                found.tensors[name] = tensor
-                found.places.setdefault(name, []).append((registered, key))
+    modules = list(model.named_modules())
+    # parameters first: one that is registered as a buffer too goes by its name as a parameter
+    registries = [(prefix, module._parameters) for prefix, module in modules]
+    registries += [(prefix, module._buffers) for prefix, module in modules]
+    for prefix, registered in registries:
+        for key, tensor in registered.items():
+            if tensor is None:
+                continue
+            name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+            found.tensors[name] = tensor
+            found.places.setdefault(name, []).append((registered, key))
     return found
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from metamom.maml.inner_step import gradients
 
 Params = dict[str, Tensor]
 
@@ -17,20 +21,32 @@ TRIES = 3
 class Uses:
     """Which parameters a loss was found not to depend on, and which of its gradients not to depend on the weights.
 
-    Each is tried once, by other values.
+    Each is tried by other values, and again where a number, string or flag in one of the modules has changed.
     """
 
     def __init__(self) -> None:
         self._unused: set[str] = set()
         self._constant: set[str] = set()
+        self._options: Hashable = None
 
-    def are_unused(self, names: Sequence[str]) -> bool:
-        """Whether all were found so before."""
-        return self._unused.issuperset(names)
+    def are_unused(self, names: Sequence[str], modules: Iterable[nn.Module]) -> bool:
+        """Whether all were found so before, in modules that stand as they did."""
+        return not names or (self._as_before(modules) and self._unused.issuperset(names))
 
-    def are_constant(self, names: Sequence[str]) -> bool:
-        """Whether all were found so before."""
-        return self._constant.issuperset(names)
+    def are_constant(self, names: Sequence[str], modules: Iterable[nn.Module]) -> bool:
+        """Whether all were found so before, in modules that stand as they did."""
+        return not names or (self._as_before(modules) and self._constant.issuperset(names))
+
+    def _as_before(self, modules: Iterable[nn.Module]) -> bool:
+        options = tuple(
+            (id(module), *(value for value in vars(module).values() if isinstance(value, (bool, int, float, str))))
+            for module in modules
+        )
+        if options != self._options:
+            self._options = options
+            self._unused, self._constant = set(), set()
+            return False
+        return True
 
     def check_cut(self, missing: Sequence[str], weights: Params, loss: Callable[[Params], Tensor]) -> None:
         """Refuse parameters without a gradient that the loss depends on.
@@ -44,8 +60,8 @@ class Uses:
             ValueError: naming them.
         """
         names = [name for name in missing if name in weights and name not in self._unused]
-        with torch.random.fork_rng(devices=[]):
-            used = changes(loss, weights, names)
+        loss = _drawing_alike(loss)
+        used = changes(loss, weights, _without_gradient(loss, weights, names))
         if used:
             raise cut_off(used)
         self._unused.update(missing)
@@ -60,8 +76,7 @@ class Uses:
         Raises:
             ValueError: naming them.
         """
-        with torch.random.fork_rng(devices=[]):
-            cut = [name for name, of in gradients.items() if changes(of, weights, list(weights), nearby=True)]
+        cut = [name for name, of in gradients.items() if changes(of, weights, list(weights), nearby=True)]
         if cut:
             raise differentiable_once(cut)
         self._constant.update(gradients)
@@ -73,12 +88,13 @@ def changes(
     """Those of the named weights that an output depends on, found by trying other values.
 
     Args:
-        output: of weights; must draw nothing at random, or the same each time.
+        output: of weights; what it draws from the generators of torch, NumPy and Python is the same each time.
         weights: by name.
         names: to be tried, each by itself if the output changes with all of them.
         nearby: whether it is to change at neighbouring values, each of several. An output that jumps here and there and
             is constant between, such as the gradient of a piecewise linear loss, does not.
     """
+    output = _drawing_alike(output)
     with torch.no_grad():
         before = output(weights)
 
@@ -90,6 +106,29 @@ def changes(
             return all(not torch.equal(before.nan_to_num(), other.nan_to_num()) for other in others)
 
         return [name for name in names if matters([name])] if matters(names) else []
+
+
+def _without_gradient(loss: Callable[[Params], Tensor], weights: Params, names: Sequence[str]) -> list[str]:
+    """Those of the named weights that get no gradient in a call of ``loss`` as it draws now."""
+    at = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
+    with torch.enable_grad():
+        found = gradients(loss(at).sum(), [at[name] for name in names])
+    return [name for name, gradient in zip(names, found, strict=True) if gradient is None]
+
+
+def _drawing_alike(output: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
+    """The same function, which draws the same at every call and leaves the generators as they were."""
+
+    def drawing(weights: Params) -> Tensor:
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the model may use it
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return output(weights)
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+    return drawing
 
 
 def cut_off(names: Sequence[str]) -> ValueError:

@@ -32,13 +32,23 @@ def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deliver(parameter: Tensor, gradient: Tensor, operator: BiasOperator | None = None, *, add: bool = False) -> None:
-    """Leave a gradient in ``.grad``, or add it to what is there, and tell `CompositeMomentum` who averaged it."""
+    """Leave a gradient in ``.grad``, or ``add`` it to what is there as a backward pass does, hooks included.
+
+    `CompositeMomentum` learns from it who averaged the gradient.
+    """
+    if add:
+        for hook in (parameter._backward_hooks or {}).values():
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
     before = parameter.grad if add else None
     parameter.grad = gradient if before is None else before + gradient
     if operator is not None and operator.carries_momentum:
         note(parameter, operator.spec)
     elif before is None:
         forget([parameter])
+    if add:
+        for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+            hook(parameter)
 
 
 class Aggregation:

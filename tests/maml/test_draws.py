@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from problems import assert_close
+from slow_maml import slow_meta_gradient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -133,3 +136,65 @@ def test_a_model_with_a_generator_of_its_own_keeps_it():
     with DrawsByTask(2):
         one = torch.rand(3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(one, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
+# generators that are seeded within the forward: every task draws the same, as in a loop
+
+
+class Seeded(nn.Module):
+    """A layer times numbers that are the same at every call."""
+
+    def __init__(self, numbers: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.numbers = nn.Linear(2, 6), nn.Linear(6, 1), numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)) * self.numbers())
+
+
+def seeded(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def two_draws() -> Tensor:
+    generator = seeded()
+    return torch.randn(6, generator=generator).double() * torch.bernoulli(torch.full((6,), 0.5), generator=generator)
+
+
+def shuffled() -> Tensor:
+    return torch.arange(6.0, dtype=torch.float64)[torch.randperm(6, generator=seeded())]
+
+
+def under_a_seed() -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return torch.randn(6).double() * torch.rand(6)
+
+
+KEPT = torch.Generator()
+
+
+def seeded_again() -> Tensor:
+    return torch.randn(6, generator=KEPT.manual_seed(3)).double()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize(
+    "numbers",
+    [lambda: torch.randn(6, generator=seeded()).double(), two_draws, shuffled, under_a_seed, seeded_again],
+    ids=["one", "two", "permutation", "manual_seed", "seeded again"],
+)
+def test_what_is_seeded_in_the_forward_is_the_same_for_all_tasks(numbers, chunk_size):
+    torch.manual_seed(0)
+    model, batch = Seeded(numbers).double(), problem("Dropout")[1]
+    expected, losses = slow_meta_gradient(model, F.mse_loss, batch, inner_lr=0.1)
+    found = MAML(model, F.mse_loss, inner_lr=0.1, chunk_size=chunk_size).meta_gradient(batch)
+    assert_close({name: g.mean(0) for name, g in found.grads.items()}, expected)
+    torch.testing.assert_close(found.losses, losses, rtol=1e-10, atol=0)
+
+
+def test_a_generator_that_goes_on_from_call_to_call_is_refused():
+    generator = torch.Generator().manual_seed(1)
+    model = Seeded(lambda: torch.randn(6, generator=generator).double()).double()
+    with pytest.raises(ValueError, match=r"a torch\.Generator that goes on from call to call.*Seed it in the forward"):
+        MAML(model, F.mse_loss).backward(problem("Dropout")[1])

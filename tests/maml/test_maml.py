@@ -726,3 +726,24 @@ def test_the_loop_of_the_readme_learns():
         opt.step()
     after = learner.losses(test).mean().item()
     assert after < 0.85 * before, f"{before} -> {after}"
+
+
+# hooks of parameters
+
+
+def test_hooks_of_parameters_run_as_in_a_backward_pass():
+    """Before a gradient is added to what is there, and after; but not for `meta_gradient`, which leaves none."""
+    torch.manual_seed(0)
+    model, batch = nn.Linear(2, 1).double(), regression_batch(tasks=2)
+    learner, calls = MAML(model, F.mse_loss, inner_lr=0.1), []
+    model.weight.register_hook(lambda gradient: gradient / 2)
+    model.weight.register_hook(lambda gradient: calls.append("seen"))
+    model.bias.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.clone()))
+    grads = learner.meta_gradient(batch).grads
+    assert not calls
+    for n in (1, 2):
+        learner.backward(batch)
+        torch.testing.assert_close(model.weight.grad, n * grads["weight"][0] / 2)
+        torch.testing.assert_close(model.bias.grad, n * grads["bias"][0])
+    assert calls[0] == calls[2] == "seen"
+    torch.testing.assert_close(calls[3], 2 * grads["bias"][0])

@@ -1,0 +1,79 @@
+"""What a model carries from one call to the next, which tasks would pass on to each other."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def refused(model: nn.Module) -> Iterator[None]:
+    """Watch one call of the model for tensors in buffers and attributes that it reads and replaces by others.
+
+    Raises:
+        ValueError: naming them.
+    """
+    places = [
+        (f"{prefix}.{key}" if prefix else key, held, key, tensor)
+        for prefix, module in model.named_modules()
+        for held in (module._buffers, module.__dict__)
+        for key, tensor in list(held.items())
+        if isinstance(tensor, Tensor)
+    ]
+    with _Reads() as reads:
+        yield
+    carried = sorted(
+        name for name, held, key, tensor in places if held.get(key) is not tensor and id(tensor) in reads.seen
+    )
+    if carried:
+        raise ValueError(
+            f"the forward of the model reads and replaces {', '.join(carried)}, as a running statistic or a count "
+            "does: tasks would pass it on to each other, and every call of a meta-gradient would start from the same value. "
+            "Compute it from the batch at hand, or update it outside of the forward."
+        )
+
+
+@contextmanager
+def draws_told() -> Iterator[None]:
+    """Warn of a model that draws from Python's or NumPy's generator, which `torch.func.vmap` does not see."""
+    before = _states()
+    yield
+    moved = [name for name, state in _states().items() if state != before[name]]
+    if moved:
+        warnings.warn(
+            f"the model draws from {' and '.join(moved)} generator, once for all tasks that are computed together, "
+            "where a loop would draw for each task. Draw by torch instead: torch.where(torch.rand(()) < 0.5, a, b).",
+            stacklevel=2,
+        )
+
+
+class _Reads(TorchFunctionMode):
+    """Which tensors are arguments of PyTorch's functions, by their ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            self.seen.update(map(id, value) if isinstance(value, (list, tuple)) else [id(value)])
+        return func(*args, **kwargs)
+
+
+def _states() -> dict[str, object]:
+    numpy: Any = np.random.get_state()  # noqa: NPY002  # the model may use it
+    return {"Python's": random.getstate(), "NumPy's": (numpy[1].tobytes(), numpy[2])}
