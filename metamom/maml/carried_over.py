@@ -35,8 +35,8 @@ def refused(model: nn.Module) -> Iterator[None]:
     if carried:
         raise ValueError(
             f"the forward of the model reads and replaces {', '.join(carried)}, as a running statistic or a count "
-            "does: tasks would pass it on to each other, and every call of a meta-gradient would start from the same value. "
-            "Compute it from the batch at hand, or update it outside of the forward."
+            "does: tasks would pass it on to each other, and every call of a meta-gradient would start from the same "
+            "value. Compute it from the batch at hand, or update it outside of the forward."
         )
 
 

@@ -84,7 +84,7 @@ class MAML(nn.Module):
 
     Random layers (dropout) draw by torch's generator at the start of a step and the task's number in the batch, so
     that neither chunks nor processes change them; a compiled meta-gradient draws by chunk. Several threads may adapt,
-    predict and evaluate with one learner, or with learners that share modules.
+    predict and evaluate with one learner, or with learners that share modules; none may call the bare model meanwhile.
 
     Attributes:
         memory: the moving averages of tracked estimators, part of the ``state_dict``; ``None`` for the others.
