@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 JOBS ?= auto
 
-# The .venv keeps its Python until another one is named: make test PYTHON=python3.13 makes it anew, with that one.
+# The .venv keeps its Python until another one is named: make test PYTHON=python3.13 replaces it.
 IDENTITY := -c 'import sys; print(sys.version, sys.base_prefix)'
 THERE := $(shell $(BIN)/python $(IDENTITY) 2>/dev/null)
 ifneq ($(if $(filter file,$(origin PYTHON)),$(THERE)),)
@@ -25,7 +25,7 @@ help:
 	@echo "make wheel-check  build the wheel, install it in an empty environment, import every module"
 	@echo "make compat       the core tests on every supported Python, oldest to newest torch and NumPy (hours, 5 GB at a time)"
 	@echo
-	@echo "PYTHON=python3.12 with any of them: in a .venv of that Python, made anew where it is of another"
+	@echo "PYTHON=python3.12 with any of them: in a .venv of that Python, replaced if it is of another"
 
 setup: $(STAMP)
 
@@ -36,7 +36,9 @@ $(STAMP): pyproject.toml requirements-dev.txt
 	@echo "making $(VENV) (a few minutes, once; seconds to bring it up to date)"
 	@$(MAKE_VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=23.2,<27"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@# a path to the checkout, which type checkers follow, and not a finder
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e .
 	@touch $(STAMP)
 
 lint: setup
@@ -46,7 +48,7 @@ lint: setup
 
 # One thread for each test process: the processes share the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=10
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m slow
