@@ -219,7 +219,7 @@ def train(
                     keep=keep_checkpoints,
                 )
                 run = stack.enter_context(directory)
-        saved = Saved(parts, run, world, run_dir)
+        saved = Saved(parts, run, world, run_dir, workers)
         progress = saved.restored(iterations) or Progress(0, 0.0, None)
         if world.size > 1:
             torch.set_rng_state(world.from_first(torch.get_rng_state))
