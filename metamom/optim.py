@@ -134,9 +134,7 @@ class CompositeMomentum(Optimizer):
             "normalize": normalize,
         }
         _check_options(defaults)
-        if isinstance(params, torch.nn.Module) or not isinstance(params, Iterable):
-            raise TypeError(f"wanted parameters, such as model.parameters(); got {params!r:.80}.")
-        super().__init__(params, defaults)
+        super().__init__(_checked(params), defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a saved state, of a version without normalisation too.
@@ -298,6 +296,24 @@ class LambdaBeta:
     def _apply(self) -> None:
         for group, base, factor in zip(self.optimizer.param_groups, self.base_betas, self.factors, strict=True):
             group["beta"] = _check_beta(base * factor(self.last_step))
+
+
+def _checked(params: Any) -> list[Any]:
+    """Parameters, pairs of names and parameters, or groups, as a list.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for none.
+    """
+    if isinstance(params, (torch.nn.Module, Tensor, str, Mapping)) or not isinstance(params, Iterable):
+        raise TypeError(f"wanted parameters, such as model.parameters(); got {params!r:.80}.")
+    found = list(params)
+    if not found:
+        raise ValueError("wanted parameters, such as model.parameters(); got none.")
+    for each in found:
+        if not isinstance(each, (Tensor, dict, tuple)):
+            raise TypeError(f"wanted parameters, such as model.parameters(); got a {type(each).__name__} among them.")
+    return found
 
 
 def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:

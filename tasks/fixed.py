@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from metamom.batch import TaskBatch, TaskSampler, block
+from metamom.common.checks import check_flag
 from metamom.rng import Floats, Ints, Places, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count, check_flag, check_step, check_stream
+from metamom.tasks.checks import check_count, check_step, check_stream
 from metamom.tasks.family import TaskFamily
 
 if TYPE_CHECKING:

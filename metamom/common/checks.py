@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
+import numpy as np
+
 MOST = 2**31 - 1  # of what is done one after the other: iterations, epochs
 AT_ONCE = 10_000_000  # of what is in memory at a time: tasks, points
 POINTS = 100_000  # of a task, in a command; a library call may have a population of AT_ONCE
@@ -42,3 +44,14 @@ def check_number(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}.")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Yes or no.
+
+    Raises:
+        TypeError: if it is neither ``True`` nor ``False``: most other values, also "no", would count as yes.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+    return bool(value)

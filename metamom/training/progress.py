@@ -89,7 +89,7 @@ class Saved:
             )
         generators = checked_generators(state.get("rng"), where)
         entries = sum(p.numel() for p in self.parts["learner"].meta_parameters().values())
-        load_parts(self.parts, state, where, entries=entries, workers=self.workers, step=step)
+        load_parts(self.parts, state, where, entries=entries, workers=self.workers, step=step, calls=step)
         torch.set_rng_state(generators.cpu)
         if generators.cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(generators.cuda[: torch.cuda.device_count()])

@@ -47,6 +47,7 @@ def load_parts(
     entries: int | None = None,
     workers: int | None = None,
     step: int = 0,
+    calls: int | None = None,
     misfit: str = "are of another model or optimizer",
 ) -> None:
     """Load each part's state; where one does not fit, all are as they were before.
@@ -58,6 +59,7 @@ def load_parts(
         entries: of the gradients that bias operators keep something of.
         workers: n, each of which has a state of error feedback after the first step.
         step: steps that were done, after which an optimizer has a state.
+        calls: that random operators have counted; any number if ``None``.
         misfit: what is said of a state that does not fit.
 
     Raises:
@@ -85,7 +87,7 @@ def load_parts(
             if isinstance(part, Optimizer) and is_fixed(part):
                 check_loaded(before[name], part.state_dict(), moved=moved)
             elif isinstance(part, BiasOperator) and entries is not None:
-                _check_operator(part, entries, workers, step)
+                _check_operator(part, entries, workers if step else None, calls)
         if step:
             for name in [name for name, part in parts.items() if isinstance(part, Optimizer)]:
                 check_rates(parts[name], schedules)
@@ -141,21 +143,21 @@ def checked_generators(state: Any, where: str) -> Generators:
     return found
 
 
-def _check_operator(operator: BiasOperator, entries: int, workers: int | None, step: int) -> None:
-    """Refuse what an operator cannot carry after so many steps."""
+def _check_operator(operator: BiasOperator, entries: int, workers: int | None, calls: int | None) -> None:
+    """Refuse what an operator cannot carry after steps with so many workers, or after so many calls, where known."""
     state = operator.state_dict()
     _check_entries(state, entries, "its state", finite=isinstance(operator, ErrorFeedback))
-    if isinstance(operator, ErrorFeedback) and workers is not None and step:
+    if isinstance(operator, ErrorFeedback) and workers is not None:
         got = sorted(state["workers"])
         if got != list(range(workers)):
             kept = ", ".join(operator.names)
             raise ValueError(
                 f"'workers' should hold the {kept} of each of {workers} workers, 0 to {workers - 1}; got those of "
-                f"{', '.join(map(str, got)) or 'none'}"
+                f"{', '.join(map(str, got[:20])) or 'none'}{', ...' * (len(got) > 20)}"
             )
     for member in _random(operator):
-        if member.next_step() != step:
-            refuse("'calls'", f"{step}, the number of steps done", member.next_step())
+        if calls is not None and member.next_step() != calls:
+            refuse("'calls'", f"{calls}, one for each step", member.next_step())
 
 
 def _random(operator: BiasOperator) -> Iterator[Draws]:

@@ -859,7 +859,7 @@ OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     ),
     ("ef21", at("bias", "workers", value={}), "the estimate of each of 2 workers, 0 to 1; got those of none"),
     ("ef21", lost("bias", "workers", 0), "the estimate of each of 2 workers, 0 to 1; got those of 1"),
-    ("randk", at("bias", "operator", "1", "calls", value=3), "'calls' should be 4, the number of steps done; got 3"),
+    ("randk", at("bias", "operator", "1", "calls", value=3), "'calls' should be 4, one for each step; got 3"),
     (
         "validated",
         at("best", value=None),
