@@ -56,7 +56,7 @@ class Moved(NamedTuple):
 
 def is_fixed(optimizer: Optimizer) -> bool:
     """Whether the optimizer itself leaves the options of its groups alone: ours and torch's own do."""
-    return type(optimizer) is CompositeMomentum or type(optimizer).__module__.startswith("torch.optim.")
+    return type(optimizer) is CompositeMomentum or f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
 def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved) -> None:
@@ -95,8 +95,11 @@ def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved
             raise ValueError(f"state[{number}] should be a dict; got {short(kept)}")
         if wanted is not None:
             _check_kept(kept, wanted(groups[number]), parameters[number], f"state[{number}]", step)
-    if step and wanted is not None:
-        _check_complete(state["state"], {n: wanted(groups[n]) for n, p in parameters.items() if p.requires_grad})
+        elif is_fixed(optimizer):
+            _check_others(kept, f"state[{number}]", step)
+    if step and is_fixed(optimizer):
+        names = wanted or (lambda group: {"a state"})
+        _check_complete(state["state"], {n: names(groups[n]) for n, p in parameters.items() if p.requires_grad})
 
 
 def check_loaded(before: Group, after: Group, *, moved: Moved) -> None:
@@ -162,9 +165,7 @@ def _check_kept(kept: dict[str, Any], wanted: set[str], parameter: Tensor, place
         raise ValueError(f"{place} has no {', '.join(missing)}")
     for name, value in kept.items():
         if name == "step":
-            check_alike(0, value, f"{place}.{name}")
-            if value < min(step, _EXACT) or value != int(value):
-                refuse(f"{place}.{name}", f"a whole number >= {step}, the steps done", _number(value))
+            _check_step(value, f"{place}.{name}", step)
         elif value is not None or name in wanted:
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 refuse(f"{place}.{name}", f"a tensor of shape {tuple(parameter.shape)}", value)
@@ -174,6 +175,24 @@ def _check_kept(kept: dict[str, Any], wanted: set[str], parameter: Tensor, place
                 raise ValueError(f"{place}.{name} is not finite in all of its entries")
             if squares and bool((value < 0).any()):
                 raise ValueError(f"{place}.{name} holds an entry below zero, but it is a mean of squares")
+
+
+def _check_others(kept: dict[str, Any], place: str, step: int) -> None:
+    """What another optimizer of torch keeps of a parameter: numbers and tensors, all of them there."""
+    for name, value in kept.items():
+        if name == "step":
+            _check_step(value, f"{place}.{name}", step)
+        elif not isinstance(value, Tensor) and not is_number(value):
+            refuse(f"{place}.{name}", "a tensor or a number", value)
+        elif bool((value != value) if is_number(value) else value.isnan().any()):
+            raise ValueError(f"{place}.{name} is not finite in all of its entries")
+
+
+def _check_step(value: Any, place: str, step: int) -> None:
+    """Refuse fewer steps of a parameter than the run has done, each of which moves all of them."""
+    check_alike(0, value, place)
+    if value < min(step, _EXACT) or value != int(value):
+        refuse(place, f"a whole number >= {step}, the steps done", _number(value))
 
 
 def _number(value: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from endings import assert_same, contents, newest
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, NAdam, RMSprop, Rprop
 from torch.optim import lr_scheduler as schedules
 from torch.optim.lr_scheduler import StepLR
 
@@ -662,6 +662,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "amsgrad": {"optimizer": lambda p: Adam(p, lr=0.01, amsgrad=True)},
     "rmsprop": {"optimizer": lambda p: RMSprop(p, lr=0.01, centered=True, momentum=0.5)},
     "sgd": {"optimizer": lambda p: SGD(p, lr=0.01, momentum=0.5)},
+    "nadam": {"optimizer": lambda p: NAdam(p, lr=0.01)},
+    "adagrad": {"optimizer": lambda p: Adagrad(p, lr=0.01)},
+    "rprop": {"optimizer": lambda p: Rprop(p, lr=0.01)},
+    "adafactor": {"optimizer": lambda p: Adafactor(p, lr=0.01)},
     "normalized": {"optimizer": lambda p: CompositeMomentum(p, lr=0.01, normalize=True)},
     "sgd, StepLR": {"optimizer": lambda p: SGD(p, lr=0.01), "schedule": lambda o: StepLR(o, 3, 0.5)},
     "CyclicLR": {
@@ -788,6 +792,12 @@ OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     ),
     ("rmsprop", lost(*STATE, 0, "grad_avg"), r"state\[0\] has no grad_avg"),
     ("rmsprop", lost(*STATE, 0, "momentum_buffer"), r"state\[0\] has no momentum_buffer"),
+    ("nadam", lost(*STATE, 1), "'state' has no entry 1, but after its first step there is a state of each parameter"),
+    ("nadam", at(*STATE, value={}), "'state' holds nothing, but after its first step there is a state of each"),
+    ("adagrad", at(*STATE, 0, "sum", value=None), r"state\[0\]\.sum should be a tensor or a number; got None"),
+    ("rprop", at(*STATE, 0, "prev", value=lambda x: x * math.nan), r"state\[0\]\.prev is not finite"),
+    ("adafactor", at(*STATE, 0, "step", value=-1), r"state\[0\]\.step should be a whole number >= 4, .*; got -1"),
+    ("adafactor", at(*GROUP, "maximize", value=True), r"param_groups\[0\]\.maximize should be False, .*; got True"),
     ("sgd", at(*STATE, value={}), "'state' holds nothing, but after its first step there is momentum_buffer of each"),
     ("sgd", lost(*STATE, 1), "'state' has no entry 1, but after its first step there is momentum_buffer of each"),
     (
