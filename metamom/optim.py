@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metamom.common.averaged import averaged_by, forget
-from metamom.common.checks import check_number
+from metamom.common.checks import check_number, is_word
 
 FirstStep = Literal["zero", "gradient"]
 
@@ -424,7 +424,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if not 0 < float(lr) < math.inf:
         raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
     _check_beta(options["beta"])
-    if options["first_step"] not in ("zero", "gradient"):
+    if not is_word(options["first_step"], ("zero", "gradient")):
         raise ValueError(f'first_step must be "zero" or "gradient"; got {options["first_step"]!r}.')
     if not 0 <= options["weight_decay"] < math.inf:
         raise ValueError(f"weight_decay must be >= 0 and finite; got {options['weight_decay']}.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,8 +32,11 @@ from metamom import (
     train,
 )
 from metamom.diagnostics.bias_meter import TrackBias, measure
+from metamom.distributed import World
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, PerWorker, Sinusoid
+from metamom.tasks.images import labelled_images
+from metamom.tasks.omniglot_splits import split_characters
 
 ODD = {
     "text": "x",
@@ -43,6 +47,7 @@ ODD = {
     "a dict": {},
     "an object": object(),
     "a tensor": torch.ones(3),
+    "an array": np.ones(3),
     "NaN": math.nan,
     "below zero": -1,
 }
@@ -60,6 +65,7 @@ def tracked(**fields: Any) -> None:
 
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "TopK": (TopK, {}, "k ratio"),
+    "TopK of one": (TopK, {"k": 1}, "ties"),
     "RandK": (RandK, {}, "k ratio"),
     "Clip": (Clip, {}, "max_norm"),
     "ClipValue": (ClipValue, {}, "max_value"),
@@ -84,6 +90,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
         {"learner": LEARNER, "sampler": Sinusoid(), "tasks": 4},
         "learner sampler tasks steps confidence stream world",
     ),
+    "World": (World, {}, "server"),
     "train": (
         train,
         {"learner": LEARNER, "optimizer": OPTIMIZER, "sampler": TASKS, "iterations": 1, "meta_batch": 4},
@@ -100,6 +107,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "PerWorker": (PerWorker, {}, "samplers"),
     "Sinusoid": (Sinusoid, {}, "shots queries amplitude noise seed"),
     "LinearRegression": (LinearRegression, {"dim": 2, "shots": 3}, "dim shots data seed"),
+    "labelled_images": (labelled_images, {"dataset": "mnist", "part": "train"}, "dataset part"),
+    "split": (split_characters, {}, "split"),
     "Episodes": (
         Episodes,
         {"images": torch.zeros(8, 1, 3, 3), "labels": torch.arange(8) % 2, "ways": 2, "shots": 1, "queries": 1},
