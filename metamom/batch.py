@@ -163,7 +163,8 @@ def check_sampler(sampler: object, what: str = "a sampler") -> None:
         what: it should be, for the error.
 
     Raises:
-        TypeError: for anything without a method ``sample``, and for a class.
+        TypeError: for anything without a method ``sample``, for a class, and for a ``sample`` that takes the number of
+            tasks before the step.
     """
     if isinstance(sampler, type):
         raise TypeError(f"{what} gives tasks by sample(step, num_tasks); got the class {sampler.__name__} itself.")
@@ -177,6 +178,55 @@ def check_sampler(sampler: object, what: str = "a sampler") -> None:
             f"{what} gives tasks by sample(step, num_tasks); {type(sampler).__name__}.sample takes "
             f"{signature(sampler.sample)}. Give it those two arguments, the step's number and that of the tasks."
         )
+    if _is_swapped(sampler):
+        raise TypeError(
+            f"{what} is called as sample(step, num_tasks), in this order; {type(sampler).__name__}.sample takes "
+            f"{signature(sampler.sample)}. Put the step's number first."
+        )
+
+
+def check_points(name: str, x: object) -> None:
+    """Refuse what is no tensor of tasks' points ``[T, N, ...]``.
+
+    Raises:
+        TypeError: for something else than a dense tensor.
+        ValueError: for one without an axis of points.
+    """
+    if not isinstance(x, Tensor):
+        cures = {
+            "ndarray": " Convert it: torch.from_numpy(...), or torch.as_tensor(...).",
+            "list": " Convert it: torch.as_tensor(...).",
+        }
+        cure = cures.get(type(x).__name__, "")
+        raise TypeError(f"{name} must be a tensor [T, N, ...], N points of each of T tasks; got {kind_of(x)}.{cure}")
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor [T, N, ...]; got one with layout {x.layout}. Convert it: x.to_dense()."
+        )
+    if x.dim() < 2:
+        raise ValueError(
+            f"{name} must have shape [T, N, ...], N points of each of T tasks; got {list(x.shape)}. "
+            "One task is T = 1: x.unsqueeze(0)."
+        )
+
+
+def check_ids(name: str, ids: object) -> None:
+    """Refuse what is no tensor of tasks' ids ``[T]``.
+
+    Raises:
+        TypeError: for anything else than a tensor of whole numbers or ``None``.
+    """
+    if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point()):
+        raise TypeError(f"{name} must be a tensor [T] of whole numbers, or None; got {kind_of(ids)}.")
+
+
+def kind_of(thing: object) -> str:
+    """What something is, in a few words."""
+    if isinstance(thing, Tensor):
+        return f"a tensor {list(thing.shape)} of {thing.dtype}"
+    if isinstance(thing, (tuple, list, dict)):
+        return f"a {type(thing).__name__} of {len(thing)} items"
+    return "None" if thing is None else f"a {type(thing).__name__}"
 
 
 def takes_blocks(sampler: Sampler) -> bool:
@@ -195,6 +245,15 @@ def _binds(sampler: Sampler, *arguments: int, **named: int) -> bool:
     return True
 
 
+def _is_swapped(sampler: Sampler) -> bool:
+    """Whether the names of its method's first two parameters say the other way round what they are given."""
+    try:
+        first, second, *_ = [*signature(sampler.sample).parameters, "", ""]
+    except ValueError:
+        return False
+    return first == "num_tasks" or second == "step"
+
+
 def drawn(
     sampler: Sampler, step: int, num_tasks: int, rank: int = 0, world_size: int = 1, *, or_all: bool = False
 ) -> TaskBatch:
@@ -209,8 +268,8 @@ def drawn(
         or_all: let the whole meta-batch pass too, which a sampler gives that takes the last two and ignores them.
 
     Raises:
-        TypeError: for a sampler that cannot give a part where one is wanted, or that gives no `TaskBatch`.
-        ValueError: for one that gives another number of tasks than the part has.
+        TypeError: for a sampler that cannot give a part where one is wanted, or that gives no `TaskBatch` of tensors.
+        ValueError: for one that gives another number of tasks than the part has, or tensors without an axis of points.
     """
     if takes_blocks(sampler):
         batch = sampler.sample(step, num_tasks, rank=rank, world_size=world_size)
@@ -227,6 +286,9 @@ def drawn(
             f"{type(sampler).__name__}.sample must give a metamom.TaskBatch(support_x, support_y, query_x, query_y); "
             f"got a {type(batch).__name__}."
         )
+    for name, field in zip(batch._fields[:4], batch[:4], strict=True):
+        check_points(f"{name} of {type(sampler).__name__}.sample", field)
+    check_ids(f"task_ids of {type(sampler).__name__}.sample", batch.task_ids)
     if batch.num_tasks * world_size != num_tasks and not (or_all and batch.num_tasks == num_tasks):
         raise ValueError(
             f"{type(sampler).__name__}.sample gave {batch.num_tasks} tasks for part {rank} of {world_size} of a "

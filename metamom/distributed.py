@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, block, drawn
-from metamom.common.checks import check_whole
+from metamom.common.checks import check_whole, check_word
 
 Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
@@ -68,8 +68,7 @@ class World:
         timeout: float = TIMEOUT,
         owned: bool = False,
     ) -> None:
-        if server not in SERVERS:
-            raise ValueError(f"the server must be one of {', '.join(SERVERS)}; got {server!r}.")
+        check_word("the server", server, SERVERS)
         self.rank = rank
         self.size = size
         self.server = server

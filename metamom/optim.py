@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metamom.common.averaged import averaged_by, forget
-from metamom.common.checks import check_number
+from metamom.common.checks import check_number, is_word
 
 FirstStep = Literal["zero", "gradient"]
 
@@ -134,9 +134,7 @@ class CompositeMomentum(Optimizer):
             "normalize": normalize,
         }
         _check_options(defaults)
-        if isinstance(params, (str, torch.nn.Module)) or not isinstance(params, Iterable):
-            raise TypeError(f"wanted parameters, such as model.parameters(); got {params!r:.80}.")
-        super().__init__(params, defaults)
+        super().__init__(_checked(params), defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a saved state, of a version without normalisation too.
@@ -300,6 +298,24 @@ class LambdaBeta:
             group["beta"] = _check_beta(base * factor(self.last_step))
 
 
+def _checked(params: Any) -> list[Any]:
+    """Parameters, pairs of names and parameters, or groups, as a list.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for none.
+    """
+    if isinstance(params, (torch.nn.Module, Tensor, str, Mapping)) or not isinstance(params, Iterable):
+        raise TypeError(f"wanted parameters, such as model.parameters(); got {params!r:.80}.")
+    found = list(params)
+    if not found:
+        raise ValueError("wanted parameters, such as model.parameters(); got none.")
+    for each in found:
+        if not isinstance(each, (Tensor, dict, tuple)):
+            raise TypeError(f"wanted parameters, such as model.parameters(); got a {type(each).__name__} among them.")
+    return found
+
+
 def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """The gradient to average: sign and weight decay applied, ``p.grad`` itself left alone."""
     if group["maximize"]:
@@ -408,7 +424,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if not 0 < float(lr) < math.inf:
         raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
     _check_beta(options["beta"])
-    if options["first_step"] not in ("zero", "gradient"):
+    if not is_word(options["first_step"], ("zero", "gradient")):
         raise ValueError(f'first_step must be "zero" or "gradient"; got {options["first_step"]!r}.')
     if not 0 <= options["weight_decay"] < math.inf:
         raise ValueError(f"weight_decay must be >= 0 and finite; got {options['weight_decay']}.")

@@ -114,17 +114,6 @@ def check_stream(stream: str) -> str:
     return stream
 
 
-def check_flag(name: str, value: bool) -> bool:
-    """Yes or no.
-
-    Raises:
-        TypeError: if it is neither ``True`` nor ``False``: most other values, also "no", would count as yes.
-    """
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False; got {value!r}.")
-    return bool(value)
-
-
 def _plain(number: Any) -> float:
     """A number of Python's own, which JSON can hold."""
     plain: float = number.item() if isinstance(number, np.generic) else number

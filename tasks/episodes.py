@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.common.checks import check_flag
 from metamom.rng import Ints, Places, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count, check_flag
+from metamom.tasks.checks import check_count
 from metamom.tasks.family import TaskFamily
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]

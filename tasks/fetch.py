@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pooch
 from filelock import FileLock
 
+from metamom.common.checks import is_word
 from metamom.tasks import images
 from metamom.tasks.download import ResumingDownloader
 from metamom.tasks.locate import DataError, DataNotFoundError, PathLike, locate, packed_path
@@ -129,7 +130,7 @@ DATASETS = {
 
 
 def _published(dataset: str) -> list[Published]:
-    if dataset not in DATASETS:
+    if not is_word(dataset, DATASETS):
         raise ValueError(f"metamom knows the data sets {', '.join(DATASETS)}; got {dataset!r}.")
     return DATASETS[dataset]
 

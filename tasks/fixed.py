@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from metamom.batch import TaskBatch, TaskSampler, block
+from metamom.common.checks import check_flag, check_word
 from metamom.rng import Floats, Ints, Places, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count, check_flag, check_step, check_stream
+from metamom.tasks.checks import check_count, check_step, check_stream
 from metamom.tasks.family import TaskFamily
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ class FixedTasks(TaskSampler):
     """
 
     def __init__(self, sampler: TaskFamily, n: int, *, fresh_data: bool = True, order: Order = "replacement") -> None:
-        if order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}.")
+        check_word("order", order, ORDERS)
         if not isinstance(sampler, TaskFamily):
             raise TypeError(
                 f"FixedTasks fixes tasks of a family (Sinusoid, Episodes, Omniglot, ...); got "

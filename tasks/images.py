@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metamom.common.checks import is_word
 from metamom.common.reading import NotAFileError, regular_file
 from metamom.tasks.locate import DataError, PathLike, locate
 
@@ -78,7 +79,7 @@ def labelled_images(dataset: str, part: str, root: PathLike | None = None) -> La
         DataNotFoundError: if a file isn't there.
         DataError: for one that isn't the published file.
     """
-    if dataset not in UNPACKED or part not in ("train", "test"):
+    if not is_word(dataset, UNPACKED) or not is_word(part, ("train", "test")):
         raise ValueError(f"wanted part train or test of {' or '.join(UNPACKED)}; got part {part!r} of {dataset!r}.")
     prefix = "train" if part == "train" else "t10k"
     images, labels = (

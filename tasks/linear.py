@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.common.checks import check_flag
 from metamom.rng import Floats, Places, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count, check_deviation, check_dtype, check_flag
+from metamom.tasks.checks import check_count, check_deviation, check_dtype
 from metamom.tasks.given import GivenFamily, Values, as_numpy, described, described_range, given
 from metamom.tasks.matrices import (
     check_spectrum,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
+from metamom.common.checks import is_word
+
 STORED = ("train", "validation", "test")
 PARTS = ("background", "evaluation")
 SPLITS = (*STORED, *PARTS)
@@ -19,7 +21,7 @@ def split_characters(split: str) -> tuple[str, ...]:
     Raises:
         ValueError: for another name.
     """
-    if split not in SPLITS:
+    if not is_word(split, SPLITS):
         raise ValueError(f"Omniglot has the splits {', '.join(SPLITS)}; got {split!r}.")
     return _read(split)
 

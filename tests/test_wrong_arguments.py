@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind: our own error, wherever they are given, and not Python's or torch's."""
+"""Arguments of the wrong kind: an error that says so, and not one of Python's from deep inside."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,9 +29,14 @@ from metamom import (
     RandK,
     TopK,
     evaluate,
+    train,
 )
+from metamom.diagnostics.bias_meter import TrackBias, measure
+from metamom.distributed import World
 from metamom.nets.models import Conv4, SinusoidMLP
-from metamom.tasks import Episodes, FixedTasks, LinearRegression, Sinusoid
+from metamom.tasks import Episodes, FixedTasks, LinearRegression, PerWorker, Sinusoid
+from metamom.tasks.images import labelled_images
+from metamom.tasks.omniglot_splits import split_characters
 
 ODD = {
     "text": "x",
@@ -41,13 +47,25 @@ ODD = {
     "a dict": {},
     "an object": object(),
     "a tensor": torch.ones(3),
+    "an array": np.ones(3),
     "NaN": math.nan,
     "below zero": -1,
 }
 MODEL = nn.Linear(1, 1)
 LEARNER = MAML(MODEL, F.mse_loss)
+OPTIMIZER = CompositeMomentum(LEARNER.parameters(), lr=0.1)
+TASKS = Sinusoid(shots=10, queries=4)
+
+
+def tracked(**fields: Any) -> None:
+    """Train with a `TrackBias`, which itself takes anything."""
+    plan = TrackBias(**{"every": 1, "pools": TASKS, "inner_batch": 1, "draws": 3, **fields})
+    train(LEARNER, OPTIMIZER, TASKS, iterations=1, meta_batch=4, track_bias=plan)
+
+
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "TopK": (TopK, {}, "k ratio"),
+    "TopK of one": (TopK, {"k": 1}, "ties"),
     "RandK": (RandK, {}, "k ratio"),
     "Clip": (Clip, {}, "max_norm"),
     "ClipValue": (ClipValue, {}, "max_value"),
@@ -67,24 +85,63 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
         "model loss_fn inner_lr inner_steps estimator inner_batches",
     ),
     "BiasedAccumulator": (BiasedAccumulator, {"params": list(MODEL.parameters())}, "params bias world"),
-    "evaluate": (evaluate, {"learner": LEARNER, "sampler": Sinusoid(), "tasks": 4}, "learner sampler tasks world"),
+    "evaluate": (
+        evaluate,
+        {"learner": LEARNER, "sampler": Sinusoid(), "tasks": 4},
+        "learner sampler tasks steps confidence stream world",
+    ),
+    "World": (World, {}, "server"),
+    "train": (
+        train,
+        {"learner": LEARNER, "optimizer": OPTIMIZER, "sampler": TASKS, "iterations": 1, "meta_batch": 4},
+        "learner optimizer sampler iterations meta_batch workers bias aggregate schedulers validation evaluate_every "
+        "evaluate_tasks run_dir resume checkpoint_every keep_checkpoints settings free tensorboard track_bias world "
+        "label",
+    ),
+    "TrackBias": (tracked, {}, "every pools inner_batch draws tasks_per_worker queries"),
+    "measure": (
+        measure,
+        {"learner": LEARNER, "sampler": TASKS, "inner_batches": (1,), "draws": 3},
+        "learner sampler inner_batches bias population draws tasks_per_worker queries most_pairs confidence",
+    ),
+    "PerWorker": (PerWorker, {}, "samplers"),
     "Sinusoid": (Sinusoid, {}, "shots queries amplitude noise seed"),
     "LinearRegression": (LinearRegression, {"dim": 2, "shots": 3}, "dim shots data seed"),
+    "labelled_images": (labelled_images, {"dataset": "mnist", "part": "train"}, "dataset part"),
+    "split": (split_characters, {}, "split"),
     "Episodes": (
         Episodes,
         {"images": torch.zeros(8, 1, 3, 3), "labels": torch.arange(8) % 2, "ways": 2, "shots": 1, "queries": 1},
         "images labels ways shots queries seed",
     ),
-    "FixedTasks": (FixedTasks, {"sampler": Sinusoid(), "n": 4}, "sampler n"),
+    "FixedTasks": (FixedTasks, {"sampler": Sinusoid(), "n": 4}, "sampler n fresh_data order"),
     "SinusoidMLP": (SinusoidMLP, {}, "hidden"),
     "Conv4": (Conv4, {"ways": 5}, "ways channels hidden"),
 }
-OURS = [Path(package.__file__).resolve().parent for package in (metamom, metamom.tasks, torch.optim)]
+OURS = [Path(package.__file__).resolve().parent for package in (metamom, metamom.tasks)]
 CASES = [(call, name) for call, (_, _, names) in CALLS.items() for name in names.split()]
 FINE = {  # where one of them is what it may be
     ("BiasedAccumulator", "bias"): {"None"},
     ("BiasedAccumulator", "world"): {"None"},
     ("evaluate", "world"): {"None"},
+    ("evaluate", "steps"): {"a pair"},
+    ("evaluate", "stream"): {"text", "digits"},
+    ("train", "bias"): {"None"},
+    ("train", "schedulers"): {"a list", "a dict"},
+    ("train", "validation"): {"None"},
+    ("train", "evaluate_every"): {"None"},
+    ("train", "run_dir"): {"text", "digits", "None"},
+    ("train", "settings"): {"None", "a dict"},
+    ("train", "free"): {"a list", "a dict"},
+    ("train", "track_bias"): {"None"},
+    ("train", "world"): {"None"},
+    ("train", "label"): {"text", "digits"},
+    ("TrackBias", "queries"): {"None"},
+    ("measure", "inner_batches"): {"a pair"},
+    ("measure", "bias"): {"None"},
+    ("measure", "population"): {"None"},
+    ("measure", "queries"): {"None"},
+    ("measure", "most_pairs"): {"None"},
     ("Sinusoid", "amplitude"): {"a pair"},
     ("LinearRegression", "data"): {"None"},
     ("SinusoidMLP", "hidden"): {"a pair"},

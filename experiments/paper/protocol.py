@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metamom.common.checks import is_word
 from metamom.experiments.paper.nodes import Gradients, gradients_in_order, gradients_together
 from metamom.interop.imports import import_torchvision
 from metamom.tasks.images import LabelledImages, labelled_images
@@ -135,6 +136,6 @@ def protocol(dataset: str) -> Protocol:
     Raises:
         ValueError: if there is none of that name.
     """
-    if dataset not in PROTOCOLS:
+    if not is_word(dataset, PROTOCOLS):
         raise ValueError(f"the paper's experiments are {' and '.join(PROTOCOLS)}; got {dataset!r}.")
     return PROTOCOLS[dataset]

@@ -125,7 +125,7 @@ class Training:
             raise CheckpointError(f"{where} say that {epochs} epochs are done, and {state.get('epochs')!r:.80}.")
         draws = checked_generators({"cpu": state.get("draws"), "cuda": []}, where).cpu
         parts = {"model": self.model, "optimizer": self.optimizer, "bias": self.operator}
-        load_parts(parts, state, where, entries=self.parameters)
+        load_parts(parts, state, where, entries=self.parameters, workers=self.nodes, step=epochs)
         self.draws.set_state(draws)
         self.epochs = epochs
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from metamom.bias.base import Place
 from metamom.bias.select import Ties, keep_largest
 from metamom.bias.sparse import Sparse
+from metamom.common.checks import is_word
 
 
 def top_k(gradient: Tensor, k: int, ties: Ties = "index") -> Tensor:
@@ -52,7 +53,7 @@ class TopK(Sparse):
         self, k: int | None = None, *, ratio: float | None = None, per_tensor: bool = False, ties: Ties = "index"
     ) -> None:
         super().__init__(k, ratio, per_tensor)
-        if ties not in ("index", "all"):
+        if not is_word(ties, ("index", "all")):
             raise ValueError(f'TopK breaks ties by "index" or keeps "all"; got ties={ties!r}.')
         self.ties = ties
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
+
+import numpy as np
 
 MOST = 2**31 - 1  # of what is done one after the other: iterations, epochs
 AT_ONCE = 10_000_000  # of what is in memory at a time: tasks, points
@@ -42,3 +45,29 @@ def check_number(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}.")
+
+
+def is_word(value: object, words: Collection[str]) -> bool:
+    """Whether a value is one of some words; an array would be compared entry by entry, and a list not at all."""
+    return isinstance(value, str) and value in words
+
+
+def check_word(name: str, value: object, words: Collection[str]) -> None:
+    """One of some words.
+
+    Raises:
+        ValueError: for anything else, listing them.
+    """
+    if not is_word(value, words):
+        raise ValueError(f"{name} must be one of {', '.join(words)}; got {value!r}.")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Yes or no.
+
+    Raises:
+        TypeError: if it is neither ``True`` nor ``False``: most other values, also "no", would count as yes.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+    return bool(value)

@@ -9,7 +9,8 @@ bias operator, n workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream
 from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.common.checks import AT_ONCE, MOST, check_number, check_whole
 from metamom.common.intervals import Interval, Jackknife, norm, squared_norm, total_variance
 from metamom.diagnostics.power_law import Slope, fit_slope
 from metamom.diagnostics.sources import (
@@ -154,6 +156,7 @@ def measure(
         A `Measured`.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: for an argument out of range, a pool that does not hold two inner batches, or an operator that feeds
             errors back, whose bias is one of its history.
 
@@ -169,7 +172,13 @@ def measure(
     Reference:
         arXiv 2403.00853, the composite gradient; docs/theory.md, "Which source of bias, which cure".
     """
+    if not isinstance(inner_batches, Iterable):
+        raise TypeError(f"inner_batches are numbers of shots, such as (1, 2, 5); got {inner_batches!r:.80}.")
     operator, sizes = as_operator(bias), tuple(inner_batches)
+    if most_pairs is not None:
+        check_whole("most_pairs", most_pairs, 1)
+    if population is not None:
+        check_sampler(population, "population is a sampler, which")
     _check_plan(learner, operator, sizes, draws, tasks_per_worker, queries, confidence)
     like = next(learner.model.parameters())
     check_sampler(sampler, "measure takes a sampler, which")
@@ -238,9 +247,15 @@ def check_track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -
     """Refuse what `track` would refuse.
 
     Raises:
+        TypeError: for what is no `TrackBias`, or has fields of another kind.
         ValueError: saying what to change.
     """
-    if plan.every < 1:
+    if not isinstance(plan, TrackBias):
+        raise TypeError(
+            f"track_bias takes a metamom.diagnostics.TrackBias(every, pools, inner_batch), or None; got {plan!r:.80}."
+        )
+    check_sampler(plan.pools, "TrackBias takes pools, a sampler, which")
+    if check_whole("every", plan.every, -math.inf, MOST) < 1:
         raise ValueError(f"track_bias measures every N >= 1 steps; got every={plan.every}.")
     _check_plan(learner, operator, (plan.inner_batch,), plan.draws, plan.tasks_per_worker, plan.queries, 0.95)
     _check_pool(
@@ -368,18 +383,23 @@ def _check_plan(
     queries: int | None,
     confidence: float,
 ) -> None:
+    if not isinstance(learner, MAML):
+        raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
     if learner.estimator not in MEASURED:
         raise ValueError(
             f"the estimators that a draw by itself shows the bias of are {', '.join(MEASURED)}; got "
             f"{learner.estimator!r}, which remembers earlier steps. Measure one of these (--estimator) at its weights."
         )
+    for size in sizes:
+        check_whole("an inner batch", size, -math.inf, AT_ONCE)
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ValueError(f"inner_batches are numbers of shots >= 1 that differ, at least one; got {sizes}.")
-    if draws < 3:
+    if check_whole("draws", draws, -math.inf, AT_ONCE) < 3:
         raise ValueError(f"an interval needs at least 3 draws; got draws={draws}.")
     for name, value in (("tasks_per_worker", each), ("queries", queries)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}.")
+        if value is not None or name == "tasks_per_worker":
+            check_whole(name, value, 1, AT_ONCE)
+    check_number("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
     if operator is not None and operator.feeds_back:

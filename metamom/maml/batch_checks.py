@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metamom.batch import TaskBatch
+from metamom.batch import TaskBatch, check_ids, check_points, kind_of
 
 
 class NonFiniteDataError(ValueError):
@@ -32,13 +32,12 @@ def check_batch(batch: object) -> None:
             " Make one of it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
         )
         raise TypeError(
-            f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {_kind(batch)}.{cure}"
+            f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {kind_of(batch)}.{cure}"
         )
     check_set("support", batch.support_x, batch.support_y)
     check_set("query", batch.query_x, batch.query_y)
     ids = batch.task_ids
-    if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point()):
-        raise TypeError(f"task_ids must be a tensor [T] of whole numbers, or None; got {_kind(ids)}.")
+    check_ids("task_ids", ids)
     tasks = [len(batch.support_x), len(batch.query_x)]
     if len({*tasks, *([] if ids is None else [len(ids)])}) > 1:
         also = "" if ids is None else f", task_ids {len(ids)}"
@@ -79,23 +78,6 @@ def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
         )
 
 
-def check_points(name: str, x: object) -> None:
-    """Refuse what is no tensor of tasks' points ``[T, N, ...]``.
-
-    Raises:
-        TypeError: for something else than a tensor.
-        ValueError: for one without an axis of points.
-    """
-    if not isinstance(x, Tensor):
-        cure = " Convert it: torch.as_tensor(...)." if type(x).__module__ == "numpy" or isinstance(x, list) else ""
-        raise TypeError(f"{name} must be a tensor [T, N, ...], N points of each of T tasks; got {_kind(x)}.{cure}")
-    if x.dim() < 2:
-        raise ValueError(
-            f"{name} must have shape [T, N, ...], N points of each of T tasks; got {list(x.shape)}. "
-            "One task is T = 1: x.unsqueeze(0)."
-        )
-
-
 def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> None:
     """Refuse adapted weights that are none, or not those of the tasks of these inputs.
 
@@ -111,13 +93,13 @@ def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> Non
     check_points("x", x)
     assert isinstance(x, Tensor)
     if not isinstance(params, Mapping):
-        raise TypeError(f"predict takes adapted weights by name, as adapt returns them; got {_kind(params)}.")
+        raise TypeError(f"predict takes adapted weights by name, as adapt returns them; got {kind_of(params)}.")
     unknown = [name for name in params if name not in model]
     if unknown:
         raise ValueError(f"the model has no parameters {unknown}; it has {', '.join(model)}.")
     for name, w in params.items():
         if not isinstance(w, Tensor):
-            raise TypeError(f"the adapted {name} must be a tensor; got {_kind(w)}.")
+            raise TypeError(f"the adapted {name} must be a tensor; got {kind_of(w)}.")
         wanted = (x.shape[0], *model[name].shape)
         if tuple(w.shape) != wanted:
             raise ValueError(
@@ -151,12 +133,3 @@ def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
             f"the result is not finite, and neither is the data: of NaN or infinite values, {'; '.join(said)}. Clean "
             "the data, or mask those points in the loss."
         )
-
-
-def _kind(thing: object) -> str:
-    """What something is, in a few words."""
-    if isinstance(thing, Tensor):
-        return f"a tensor {list(thing.shape)} of {thing.dtype}"
-    if isinstance(thing, (tuple, list, dict)):
-        return f"a {type(thing).__name__} of {len(thing)} items"
-    return "None" if thing is None else f"a {type(thing).__name__}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.common.checks import check_word
 
 Estimator = Literal[
     "exact", "independent", "first-order", "hessian-free", "cross-fit", "richardson", "moml", "moml-coupled", "scsc"
@@ -97,10 +98,8 @@ def check_estimator(estimator: str, inner_batches: str) -> None:
     Raises:
         ValueError: listing the known ones.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}.")
-    if inner_batches not in INNER_BATCHES:
-        raise ValueError(f"inner_batches must be one of {', '.join(INNER_BATCHES)}; got {inner_batches!r}.")
+    check_word("estimator", estimator, ESTIMATORS)
+    check_word("inner_batches", inner_batches, INNER_BATCHES)
 
 
 def support_parts(estimator: Estimator, steps: int, inner_batches: InnerBatches = "same") -> int:

@@ -92,8 +92,8 @@ class Aggregation:
         self.sizes = sizes
         self.world = as_world(world)
         self.operator = without_state(bias)
+        check_aggregate(how, n)
         if how != "mean":
-            check_aggregate(how, n)
             # a robust mean would swallow one worker's NaN, so that operators' own check is wanted here too
             self.operator = self.operator or Identity()
         if self.world.size > 1 and self.operator is not None and not self.operator.separable:

@@ -167,27 +167,40 @@ class RunDirectory:
             )
         return state
 
+    def has_validated(self, step: int) -> bool:
+        """Whether the metrics before ``step`` hold a validation that is a number."""
+        values = [line.get("validation") for line in read_log(self.path).lines if line["step"] < step]
+        return any(isinstance(value, (int, float)) and not math.isnan(value) for value in values)
+
     def forget_metrics_from(self, step: int, until: float = math.inf) -> None:
         """Drop the metrics of steps that will be done again, and a last line cut short.
 
         Lines that cannot be read are left out with a warning, and the file as it was is kept beside the new one; steps
         before ``step`` that have no line are named in a warning too. Lines of steps from ``until`` on, which will not
-        be done again, stay in a copy of the file.
+        be done again, stay in a copy of the file, and so does a last line cut short of
+        a step before ``step`` or from ``until`` on.
         """
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
         log = read_log(self.path)
         kept = [line for line in log.lines if line["step"] < step]
         beyond = [line["step"] for line in log.lines if line["step"] >= max(step, until)]
-        copy = _free_name(path, "damaged" if log.damaged else "longer")
-        if log.damaged or beyond:
+        follows = log.lines[-1]["step"] + 1 if log.lines else 0  # the step that a line cut short is of
+        lost = log.cut is not None and not step <= follows < max(until, step + 1)
+        copy = _free_name(path, "longer" if beyond and not (log.damaged or lost) else "damaged")
+        if log.damaged or beyond or lost:
             write_atomically(copy, path.read_bytes())
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if path.exists():
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         if log.damaged:
             warnings.warn(
                 f"{path} was damaged in line {_listed(log.damaged)}: all that can be read is kept, and a copy of the "
                 f"damaged file is {copy.name}.",
+                stacklevel=2,
+            )
+        if lost:
+            warnings.warn(
+                f"{path} was cut short in line {log.cut}, of a step that will not be done again: a copy of the file as "
+                f"it was is {copy.name}.",
                 stacklevel=2,
             )
         if beyond:
@@ -224,10 +237,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 class Log(NamedTuple):
-    """What can be read of ``metrics.jsonl``, by rising steps, and the numbers of the lines that cannot."""
+    """What ``metrics.jsonl`` holds.
+
+    Attributes:
+        lines: that can be read, by rising steps.
+        damaged: the numbers of those that cannot.
+        cut: the number of a last line that was cut short, ``None`` where the last one is whole.
+    """
 
     lines: list[dict[str, Any]]
     damaged: list[int]
+    cut: int | None = None
 
 
 def read_log(path: str | Path) -> Log:
@@ -238,8 +258,9 @@ def read_log(path: str | Path) -> Log:
     good = {number: line for number, line in found.items() if line is not None}
     numbers = list(good)
     kept = [numbers[i] for i in _longest_rising([line["step"] for line in good.values()])]
-    damaged = set(found) - set(kept) - ({len(whole) + 1} - set(good))
-    return Log([good[number] for number in kept], sorted(damaged))
+    short = {len(whole) + 1} & set(found) - set(good)
+    damaged = set(found) - set(kept) - short
+    return Log([good[number] for number in kept], sorted(damaged), next(iter(short), None))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -24,7 +24,16 @@ from metamom.maml.learner import MAML
 from metamom.server.robust import Aggregate
 from metamom.training.directory import RunDirectory
 from metamom.training.interrupts import Interrupts, TrainingInterrupted
-from metamom.training.plan import LATER, Scheduler, as_schedulers, check_momentum, check_optimizer, check_plan, describe
+from metamom.training.plan import (
+    LATER,
+    Scheduler,
+    as_schedulers,
+    check_momentum,
+    check_optimizer,
+    check_plan,
+    check_record,
+    describe,
+)
 from metamom.training.progress import DivergedError, Progress, Saved
 from metamom.training.stall import Watch
 
@@ -114,7 +123,8 @@ def train(
         A `TrainResult`, the same on all processes but for the seconds.
 
     Raises:
-        TypeError: for what is no learner, optimizer, sampler, scheduler or operator.
+        TypeError: for what is no learner, optimizer, sampler, scheduler or operator; for an optimizer that needs a
+            closure or sparse gradients; for settings that are no JSON values.
         ValueError: for an argument out of range; for an optimizer over other parameters than the learner's, or without
             its learned step sizes; for a ``run_dir`` in use, with a run in it while ``resume`` is false, with a run of
             other settings, or with one that has done more iterations already. A run that is refused is left as it was.
@@ -151,6 +161,19 @@ def train(
             checkpoint_every=checkpoint_every,
             world=world,
         )
+        # numbers of NumPy are not JSON's
+        iterations, meta_batch, workers = int(iterations), int(meta_batch), int(workers)
+        checkpoint_every, evaluate_tasks = int(checkpoint_every), int(evaluate_tasks)
+        evaluate_every = None if evaluate_every is None else int(evaluate_every)
+        check_record(
+            run_dir=run_dir,
+            resume=resume,
+            tensorboard=tensorboard,
+            keep_checkpoints=keep_checkpoints,
+            settings=settings,
+            free=free,
+            label=label,
+        )
         check_optimizer(learner, optimizer)
         check_momentum(optimizer, operator)
         schedulers = as_schedulers(schedulers, optimizer)
@@ -158,8 +181,6 @@ def train(
             check_sampler(validation, "validation is a sampler, which")
         if track_bias is not None:
             check_track(learner, operator, track_bias)
-        if (resume or tensorboard) and run_dir is None:
-            raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
         board = _tensorboard() if tensorboard and world.first else None
         if settings is None:
             settings = describe(
@@ -192,7 +213,7 @@ def train(
             "evaluate_tasks": evaluate_tasks,
             "processes": world.size,
             "server": world.server,
-            **({} if track_bias is None else {"track_bias": [track_bias.every, track_bias.draws]}),
+            **({} if track_bias is None else {"track_bias": [int(track_bias.every), int(track_bias.draws)]}),
         }
         plan = {
             **{name: value for name, value in settings.items() if name not in free},
@@ -219,7 +240,7 @@ def train(
                     keep=keep_checkpoints,
                 )
                 run = stack.enter_context(directory)
-        saved = Saved(parts, run, world, run_dir)
+        saved = Saved(parts, run, world, run_dir, workers)
         progress = saved.restored(iterations) or Progress(0, 0.0, None)
         if world.size > 1:
             torch.set_rng_state(world.from_first(torch.get_rng_state))

@@ -6,17 +6,19 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from inspect import signature
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.bias.base import Function, function_name
-from metamom.common.checks import AT_ONCE, MOST, check_whole
+from metamom.common.checks import AT_ONCE, MOST, check_flag, check_whole
 from metamom.distributed import World
 from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta
@@ -105,11 +107,18 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
     Parameters of the model may be left out of it, or frozen.
 
     Raises:
-        TypeError: for what is no optimizer.
+        TypeError: for what is no optimizer, or one that needs more than one dense gradient a step.
         ValueError: for one over none of the learner's parameters, over others too, or without its step sizes.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {_kind(optimizer)}.")
+    if isinstance(optimizer, SparseAdam):
+        raise TypeError("SparseAdam takes sparse gradients alone, and meta-gradients are dense: use torch.optim.Adam.")
+    if not _steps_alone(optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__}.step wants a closure, to compute the loss as often as it likes, but train "
+            "computes one meta-gradient a step: use CompositeMomentum, torch.optim.SGD or torch.optim.Adam."
+        )
     held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     own = {id(p) for p in (*learner.parameters(), *learner.meta_parameters().values())}
     cure = "Make it over learner.parameters(), after the learner, and both again where the model is another one."
@@ -128,6 +137,61 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Make it over learner.parameters(), which has the "
             "model's and learned ones (a plain tensor given as inner_lr must be added), or learn none."
         )
+
+
+def _steps_alone(optimizer: Optimizer) -> bool:
+    """Whether its method ``step`` can be called without a closure."""
+    try:
+        signature(type(optimizer).step).bind(optimizer)  # of the class: schedulers wrap that of the object
+    except TypeError:
+        return False
+    except ValueError:  # made without Python, so there is nothing to read
+        return True
+    return True
+
+
+def check_record(
+    *,
+    run_dir: object,
+    resume: bool,
+    tensorboard: bool,
+    keep_checkpoints: int,
+    settings: object,
+    free: object,
+    label: object,
+) -> None:
+    """Refuse what cannot be written, or where; the arguments are `train`'s.
+
+    Raises:
+        TypeError: for an argument of another kind, and for settings that are no JSON values.
+        ValueError: for an argument out of range, or without the directory that it needs.
+    """
+    if not (run_dir is None or isinstance(run_dir, (str, Path))):
+        raise TypeError(f"run_dir is the path of a directory, or None; got {run_dir!r:.80}.")
+    check_flag("resume", resume)
+    check_flag("tensorboard", tensorboard)
+    if (resume or tensorboard) and run_dir is None:
+        raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
+    if check_whole("keep_checkpoints", keep_checkpoints, -math.inf) < 1:
+        raise ValueError(f"the newest checkpoint must be kept: keep_checkpoints must be >= 1; got {keep_checkpoints}.")
+    if not isinstance(label, str):
+        raise TypeError(f"label is what the progress bar says, a text; got {label!r:.80}.")
+    if isinstance(free, str) or not isinstance(free, Collection) or not all(isinstance(name, str) for name in free):
+        raise TypeError(f'free are names of settings, such as free=("device",); got {free!r:.80}.')
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping):
+        raise TypeError(f'settings are JSON values by name, such as {{"lr": 0.1}}, or None; got {settings!r:.80}.')
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise TypeError(f'settings are JSON values by name, such as {{"lr": 0.1}}; got the name {name!r:.80}.')
+        try:
+            json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(
+                f"settings must hold JSON values: None, truth values, numbers, text, lists and dicts of them; got "
+                f"{_kind(value)} as {name!r} ({error}). Leave it out, or put a number or a text in its place."
+            ) from error
 
 
 def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimizer) -> list[Scheduler]:

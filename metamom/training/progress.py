@@ -47,12 +47,18 @@ class Saved:
     """A run's state in its checkpoints: the parts by name, of all processes, which process 0 reads and writes."""
 
     def __init__(
-        self, parts: Mapping[str, Any], run: RunDirectory | None, world: World, run_dir: str | Path | None
+        self,
+        parts: Mapping[str, Any],
+        run: RunDirectory | None,
+        world: World,
+        run_dir: str | Path | None,
+        workers: int | None = None,
     ) -> None:
         self.parts = parts
         self.run = run
         self.world = world
         self.path = run_dir
+        self.workers = workers
 
     def restored(self, iterations: int) -> Progress | None:
         """Put the newest good checkpoint into the parts; all of it, or nothing.
@@ -69,8 +75,13 @@ class Saved:
         if "best" not in state:
             raise CheckpointError(f"there is no 'best' in {where}: the best validation so far, or None.")
         best = state["best"]
-        if not (best is None or isinstance(best, float)):
+        if not (best is None or isinstance(best, float)) or best != best:
             raise CheckpointError(f"{where} should hold the best validation, or None, as 'best'; got {best!r:.80}.")
+        if best is None and self.world.from_first(lambda: self.run is not None and self.run.has_validated(step)):
+            raise CheckpointError(
+                f"{where} should hold the best validation as 'best', for metrics.jsonl has validations before step "
+                f"{step}; got None."
+            )
         if iterations < step:
             raise ValueError(
                 f"the run in {self.path} has done {step} iterations, more than the {iterations} asked for in all. Pass "
@@ -78,7 +89,7 @@ class Saved:
             )
         generators = checked_generators(state.get("rng"), where)
         entries = sum(p.numel() for p in self.parts["learner"].meta_parameters().values())
-        load_parts(self.parts, state, where, entries=entries, step=step)
+        load_parts(self.parts, state, where, entries=entries, workers=self.workers, step=step, calls=step)
         torch.set_rng_state(generators.cpu)
         if generators.cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(generators.cuda[: torch.cuda.device_count()])

@@ -457,6 +457,14 @@ def test_settings_of_the_wrong_type_in_the_table(place, value, message, tmp_path
         (lambda s: {**s, "draws": torch.zeros(3)}, "hold no states of generators"),
         (lambda s: {**s, "optimizer": []}, "optimizer: its state should be a dict of 'state' and 'param_groups'"),
         (lambda s: {name: value for name, value in s.items() if name != "bias"}, "there is no bias in"),
+        (
+            lambda s: (s["optimizer"]["state"].pop(0), s)[1],
+            "optimizer: 'state' has no entry 0, but after its first step",
+        ),
+        (
+            lambda s: (s["optimizer"]["param_groups"][0].update(maximize=True), s)[1],
+            r"optimizer: param_groups\[0\]\.maximize should be False, as the optimizer is made; got True",
+        ),
     ],
 )
 def test_checkpoints_with_wrong_contents(change, message, tmp_path):

@@ -400,7 +400,7 @@ def test_resume_on_an_empty_directory_starts_afresh(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("kind", ["RandK", "EF14", "EF21-SGDM"])
 def test_what_operators_carry_is_part_of_a_run(kind, uninterrupted, tmp_path):
-    """In every checkpoint; a run without it would end elsewhere; a fresh run begins without what an old one left."""
+    """In every checkpoint, and refused without it; a fresh run begins without what an old one left."""
     parts = KINDS[kind]()
     go(parts, tmp_path / "one")
     assert_same_ending(tmp_path / "one", uninterrupted(kind))
@@ -416,9 +416,8 @@ def test_what_operators_carry_is_part_of_a_run(kind, uninterrupted, tmp_path):
     fresh = KINDS[kind]().options["bias"].state_dict()
     assert state["bias"] != fresh
     save(path, {**state, "bias": fresh})
-    go(KINDS[kind](), tmp_path / "forgetful", resume=True)
-    ends = [newest(tmp_path / name)["learner"] for name in ("one", "forgetful")]
-    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(CheckpointError, match=r"bias: '(calls|workers)' should "):
+        go(KINDS[kind](), tmp_path / "forgetful", resume=True)
 
 
 def test_operators_that_carry_nothing_are_not_saved(uninterrupted):
@@ -507,10 +506,42 @@ def test_metrics_lost_at_the_end_are_told(tmp_path):
     """Those of steps that a checkpoint is behind, so that they are not done again."""
     go(momentum(), tmp_path, iterations=8)
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:10])
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl has no metrics of step 3 to 7\.$"):
+    cut = b"".join(lines[:3]) + lines[3][:10]
+    (tmp_path / "metrics.jsonl").write_bytes(cut)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl") as told:
         go(momentum(), tmp_path, resume=True)
+    assert [re.sub(r".*metrics\.jsonl ", "", str(each.message)) for each in told] == [
+        "was cut short in line 4, of a step that will not be done again: a copy of the file as it was is "
+        "metrics.jsonl.damaged.",
+        "has no metrics of step 3 to 7.",
+    ]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == cut
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 8, 9, 10, 11]
+
+
+def test_a_line_cut_short_beyond_the_end_is_kept(tmp_path):
+    """The run goes back to step 4 and ends before the step that the line is of."""
+    go(momentum(), tmp_path, iterations=8)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    cut = b"".join(lines[:6]) + lines[6][:10]
+    (tmp_path / "metrics.jsonl").write_bytes(cut)
+    Checkpoints(tmp_path / "checkpoints").path(8).unlink()
+    with pytest.warns(UserWarning, match=r"was cut short in line 7, .*metrics\.jsonl\.damaged\.$"):
+        go(momentum(), tmp_path, iterations=6, resume=True)
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == cut
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_metrics_file_that_is_missing_or_empty_is_told(tmp_path):
+    go(momentum(), tmp_path, iterations=8)
+    path = tmp_path / "metrics.jsonl"
+    path.unlink()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl has no metrics of step 0 to 7\.$"):
+        go(momentum(), tmp_path, iterations=10, resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [8, 9]
+    path.write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl has no metrics of step 0 to 9\.$"):
+        go(momentum(), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

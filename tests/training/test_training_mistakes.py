@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam
+from torch.optim import LBFGS, SGD, Adam, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from metamom import (
@@ -24,10 +26,11 @@ from metamom import (
     train,
 )  # fmt: skip
 from metamom.batch import drawn
-from metamom.diagnostics.bias_meter import measure
+from metamom.diagnostics.bias_meter import TrackBias, measure
 from metamom.distributed import World
 from metamom.interop.learn2learn import AsTaskset
 from metamom.tasks import FixedTasks, PerWorker, Sinusoid
+from metamom.training.directory import read_config
 from metamom.training.plan import check_momentum
 
 TASKS = Sinusoid(5, 5)
@@ -90,6 +93,74 @@ def test_learned_step_sizes_left_out_of_the_optimizer(kind):
 def test_what_is_no_optimizer(optimizer, got):
     with pytest.raises(TypeError, match=f"a torch optimizer over learner.parameters.*got {got}"):
         go(learner(), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            LBFGS,
+            r"LBFGS\.step wants a closure, .* one meta-gradient a step: use CompositeMomentum, torch\.optim\.SGD or",
+        ),
+        (SparseAdam, r"SparseAdam takes sparse gradients alone, and meta-gradients are dense: use torch\.optim\.Adam"),
+    ],
+)
+def test_optimizers_that_need_other_gradients(make, message, tmp_path):
+    made = learner()
+    with pytest.raises(TypeError, match=message):
+        go(made, make(list(made.parameters()), lr=0.01), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_of_ones_own_that_needs_a_closure():
+    class Twice(SGD):
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
+            closure()
+            return super().step(closure)
+
+    made = learner()
+    with pytest.raises(TypeError, match=r"Twice\.step wants a closure"):
+        go(made, Twice(made.parameters(), lr=0.01))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": {"a": torch.ones(2)}}, r"settings must hold JSON values: .*; got a Tensor as 'a' \("),
+        ({"settings": {"a": {"b": [object()]}}}, r"settings must hold JSON values: .*; got a dict as 'a' \("),
+        ({"settings": {"a": {1: 2, "b": 3}}}, r"settings must hold JSON values: .*; got a dict as 'a' \("),
+        ({"settings": {1: 2}}, r"settings are JSON values by name, .*; got the name 1\."),
+        ({"settings": {1: 2, "a": 3}}, r"settings are JSON values by name, .*; got the name 1\."),
+        ({"settings": 5}, r"settings are JSON values by name, .*; got 5\."),
+        ({"free": 5}, r'free are names of settings, such as free=\("device",\); got 5\.'),
+        ({"free": "device"}, r"free are names of settings, .*; got 'device'\."),
+        ({"free": [1]}, r"free are names of settings, .*; got \[1\]\."),
+        (
+            {"track_bias": 5},
+            r"track_bias takes a metamom\.diagnostics\.TrackBias\(every, pools, inner_batch\), .*; got 5\.",
+        ),
+        ({"track_bias": True}, r"track_bias takes a metamom\.diagnostics\.TrackBias\(.*; got True\."),
+        ({"run_dir": 5}, r"run_dir is the path of a directory, or None; got 5\."),
+        ({"resume": "no"}, r"resume must be True or False; got 'no'\."),
+        ({"keep_checkpoints": 2.5}, r"keep_checkpoints must be a whole number; got 2\.5\."),
+    ],
+)
+def test_what_cannot_be_recorded(options, message, tmp_path):
+    made = learner()
+    with pytest.raises(TypeError, match=message):
+        go(made, over(made.parameters()), **{"run_dir": tmp_path / "run", **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_whole_numbers_of_numpy_are_recorded(tmp_path):
+    made, theirs = learner(), learner()
+    names = ("iterations", "meta_batch", "workers", "evaluate_every", "evaluate_tasks", "checkpoint_every")
+    numbers = dict(zip(names, np.array([2, 4, 2, 1, 4, 1]), strict=True))
+    tracked = TrackBias(np.int64(2), Sinusoid(10, 5), 1, np.int64(3))
+    weights = go(made, over(made.parameters()), validation=TASKS, run_dir=tmp_path, track_bias=tracked, **numbers)
+    assert torch.equal(weights, go(theirs, over(theirs.parameters()), workers=2))
+    assert read_config(tmp_path)["length"]["iterations"] == 2
+    assert read_config(tmp_path)["settings"]["meta_batch"] == 4
 
 
 def test_what_is_no_learner():
@@ -238,7 +309,91 @@ def test_a_sampler_that_takes_too_little():
         go(made, over(made.parameters()), Alone())
 
 
+class TheOtherWayRound:
+    def sample(self, num_tasks: int, step: int) -> TaskBatch:
+        return TASKS.sample(step, num_tasks)
+
+
+class WithOtherNames:
+    def sample(self, k: int, n: int) -> TaskBatch:
+        return TASKS.sample(k, n)
+
+
+def test_a_sampler_that_takes_the_number_of_tasks_first():
+    made, sampler = learner(), TheOtherWayRound()
+    message = (
+        r"is called as sample\(step, num_tasks\), in this order; TheOtherWayRound\.sample takes .*the step.s number"
+    )
+    takers: list[Callable[[], Any]] = [
+        lambda: go(made, over(made.parameters()), sampler),
+        lambda: go(made, over(made.parameters()), validation=sampler),
+        lambda: evaluate(made, sampler),
+        lambda: measure(made, sampler),
+        lambda: PerWorker([sampler]),
+    ]
+    for take in takers:
+        with pytest.raises(TypeError, match=message):
+            take()
+    theirs = learner()
+    weights = go(made, over(made.parameters()), WithOtherNames())
+    assert torch.equal(weights, go(theirs, over(theirs.parameters())))
+
+
 BATCH = TASKS.sample(0, 4)
+
+
+class Giving:
+    """A sampler of one batch."""
+
+    def __init__(self, batch: TaskBatch) -> None:
+        self.batch = batch
+
+    def sample(self, step: int, num_tasks: int) -> TaskBatch:
+        return self.batch
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        *(
+            (name, lambda x: x.numpy(), TypeError, rf"{name} of Giving\.sample must be .*ndarray.*from_numpy")
+            for name in ("support_x", "support_y", "query_x", "query_y")
+        ),
+        ("support_x", lambda x: x.tolist(), TypeError, r"must be a tensor .*got a list of 4 items.*as_tensor"),
+        ("query_y", lambda x: None, TypeError, r"query_y of Giving\.sample must be a tensor .*got None"),
+        (
+            "support_x",
+            lambda x: x.to_sparse(),
+            TypeError,
+            r"a dense tensor .* layout torch\.sparse_coo.*x\.to_dense\(\)",
+        ),
+        ("query_y", lambda x: x.to_sparse(), TypeError, r"query_y of Giving\.sample must be a dense tensor"),
+        (
+            "support_x",
+            lambda x: x[0, 0, 0],
+            ValueError,
+            r"support_x of Giving\.sample must have shape \[T, N, \.\.\.\]",
+        ),
+        ("task_ids", lambda x: np.arange(4), TypeError, r"task_ids of Giving\.sample must be a tensor \[T\]"),
+    ],
+)
+def test_a_sampler_of_batches_of_something_else_than_tensors(name, change, error, message):
+    made, sampler = learner(), Giving(BATCH._replace(**{name: change(getattr(BATCH, name))}))
+    for take in (
+        lambda: go(made, over(made.parameters()), sampler),
+        lambda: evaluate(made, sampler, tasks=4, steps=(1,)),
+        lambda: PerWorker([sampler]).sample(0, 4),
+    ):
+        with pytest.raises(error, match=message):
+            take()
+
+
+@pytest.mark.parametrize("name", ["support_x", "support_y", "query_x", "query_y"])
+def test_a_sparse_batch_for_the_learner_itself(name):
+    made, batch = learner(), BATCH._replace(**{name: getattr(BATCH, name).to_sparse()})
+    for take in (lambda: made.backward(batch), lambda: made.meta_gradient(batch)):
+        with pytest.raises(TypeError, match=rf"{name} must be a dense tensor \[T, N, .*x\.to_dense\(\)"):
+            take()
 
 
 @pytest.mark.parametrize(
