@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.optim import Optimizer
-from tqdm import tqdm
 
-from metamom.batch import Sampler, check_sampler
-from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
-from metamom.diagnostics.bias_meter import TrackBias, check_track, track
-from metamom.distributed import SAME, World, as_world, digest
+from metamom.batch import Sampler, TaskBatch
+from metamom.bias import Bias, BiasOperator, NonFiniteError
+from metamom.diagnostics.bias_meter import TrackBias, track
+from metamom.distributed import World, as_world
 from metamom.evaluation import Evaluation, evaluate
 from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.maml.learner import MAML
+from metamom.maml.server_step import Backward
 from metamom.server.robust import Aggregate
-from metamom.training.directory import RunDirectory
-from metamom.training.interrupts import Interrupts, TrainingInterrupted
-from metamom.training.plan import (
-    LATER,
-    Scheduler,
-    as_schedulers,
-    check_momentum,
-    check_optimizer,
-    check_plan,
-    check_record,
-    describe,
-)
-from metamom.training.progress import DivergedError, Progress, Saved
+from metamom.training.begin import Checked, Options, begin
+from metamom.training.plan import Scheduler, check_momentum
+from metamom.training.session import Session
 from metamom.training.stall import Watch
 
 # Steps between measurements of the bias error over several processes, which exchange whole gradients for it.
@@ -146,224 +133,115 @@ def train(
         3
     """
     world = as_world(world)
-    operator = as_operator(bias)
+    options = Options(
+        iterations=iterations,
+        meta_batch=meta_batch,
+        workers=workers,
+        bias=bias,
+        aggregate=aggregate,
+        schedulers=schedulers,
+        validation=validation,
+        evaluate_every=evaluate_every,
+        evaluate_tasks=evaluate_tasks,
+        run_dir=run_dir,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+        settings=settings,
+        free=free,
+        tensorboard=tensorboard,
+        track_bias=track_bias,
+        label=label,
+    )
     with world.together(), ExitStack() as stack:
-        check_plan(
-            learner,
-            sampler,
-            iterations=iterations,
-            meta_batch=meta_batch,
-            workers=workers,
-            bias=operator,
-            aggregate=aggregate,
-            evaluate_every=evaluate_every,
-            evaluate_tasks=evaluate_tasks,
-            checkpoint_every=checkpoint_every,
-            world=world,
-        )
-        # numbers of NumPy are not JSON's
-        iterations, meta_batch, workers = int(iterations), int(meta_batch), int(workers)
-        checkpoint_every, evaluate_tasks = int(checkpoint_every), int(evaluate_tasks)
-        evaluate_every = None if evaluate_every is None else int(evaluate_every)
-        check_record(
-            run_dir=run_dir,
-            resume=resume,
-            tensorboard=tensorboard,
-            keep_checkpoints=keep_checkpoints,
-            settings=settings,
-            free=free,
-            label=label,
-        )
-        check_optimizer(learner, optimizer)
-        check_momentum(optimizer, operator)
-        schedulers = as_schedulers(schedulers, optimizer)
-        if validation is not None:
-            check_sampler(validation, "validation is a sampler, which")
-        if track_bias is not None:
-            check_track(learner, operator, track_bias)
-        board = _tensorboard() if tensorboard and world.first else None
-        if settings is None:
-            settings = describe(
-                learner,
-                optimizer,
-                sampler,
-                meta_batch=meta_batch,
-                workers=workers,
-                bias=operator,
-                aggregate=aggregate,
-                schedulers=schedulers,
-                validation=validation,
-            )
-            free = [*free, *(() if validation is not None else ("validation",))]
-        parts: dict[str, Any] = {
-            "learner": learner,
-            "optimizer": optimizer,
-            **{f"scheduler{i}": s for i, s in enumerate(schedulers)},
-        }
-        if operator is not None and operator.state_dict():
-            operator.reset()
-            parts["bias"] = operator
-        like = next(learner.model.parameters())
-        metrics: list[dict[str, Any]] = []
-        checked: Evaluation | None = None
-        length = {
-            "iterations": iterations,
-            "checkpoint_every": checkpoint_every,
-            "evaluate_every": evaluate_every,
-            "evaluate_tasks": evaluate_tasks,
-            "processes": world.size,
-            "server": world.server,
-            **({} if track_bias is None else {"track_bias": [int(track_bias.every), int(track_bias.draws)]}),
-        }
-        plan = {
-            **{name: value for name, value in settings.items() if name not in free},
-            **length,
-            "evaluate_every": evaluate_every if validation is not None else 0,
-            "run_dir": run_dir is not None,
-            "resume": resume,
-        }
-        alike = "Start all of them by the same command."
-        world.check_same("the names of their settings", sorted(plan), alike)
-        for name in sorted(plan) if world.size > 1 else ():
-            world.check_same(name, json.dumps(plan[name], sort_keys=True), alike)
-        world.check_same("the learner's weights", lambda: digest(learner.meta_parameters().values()), SAME)
-        run = None
-        with world.together():
-            if run_dir is not None and world.first:
-                directory = RunDirectory(
-                    run_dir,
-                    settings,
-                    free=free,
-                    later=LATER,
-                    length=length,
-                    resume=resume,
-                    keep=keep_checkpoints,
-                )
-                run = stack.enter_context(directory)
-        saved = Saved(parts, run, world, run_dir, workers)
-        progress = saved.restored(iterations) or Progress(0, 0.0, None)
-        if world.size > 1:
-            torch.set_rng_state(world.from_first(torch.get_rng_state))
-        if world.size > 1 and operator is not None:
-            carried = range(workers) if workers < world.size else world.workers(workers)
-            operator.deal(carried, each=aggregate != "mean")
-        resumed_from = progress.done
-        learner.expect(iterations - resumed_from)
-        if run is not None:  # from here on the directory changes
-            run.forget_metrics_from(resumed_from, until=iterations)
-            run.write_config()
-        if resumed_from == 0:
-            saved.save(progress)
-        log = stack.enter_context(_Log(run, progress.done, board))
-        watch = Watch(optimizer, operator, learner.estimator) if world.first else None
-        interrupts = stack.enter_context(Interrupts())
-        hidden = None if world.first else True
-        bar = stack.enter_context(tqdm(total=iterations, initial=progress.done, desc=label, unit="it", disable=hidden))
-        while progress.done < iterations:
-            step = progress.done
-            measured = _tracked(learner, operator, track_bias, step)
-            began = time.perf_counter()
-            check_momentum(optimizer, operator)  # a schedule may have moved beta
-            batch = world.sample(sampler, step, meta_batch).to(like.device, like.dtype)
-            optimizer.zero_grad()
-            world.word = interrupts.caught or 0
-            try:
-                loss, report = learner.backward(
-                    batch,
-                    workers=workers,
-                    bias=operator,
-                    aggregate=aggregate,
-                    world=world,
-                    measure=world.size == 1 or step % MEASURE_EVERY == 0,
-                )
-            except NonFiniteDataError as error:
-                raise NonFiniteDataError(f"step {step}: {error}") from error
-            except NonFiniteError as error:
-                raise DivergedError("a worker's gradient", step) from error
-            line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}
-            _check_finite(line)
-            optimizer.step()
-            if watch is not None:
-                watch.look(line["loss"], line["grad_norm"])
-            for scheduler in schedulers:
-                scheduler.step()
-            took = time.perf_counter() - began
-            progress = progress._replace(done=step + 1, seconds=progress.seconds + took)
-            line["seconds"] = progress.seconds
-            last, is_best = progress.done == iterations, False
-            if validation is not None and (last or (evaluate_every and progress.done % evaluate_every == 0)):
-                checked = evaluate(
-                    learner,
-                    validation,
-                    tasks=evaluate_tasks,
-                    steps=(learner.inner_steps,),
-                    stream="validation",
-                    world=world,
-                )
-                line.update(validation=checked.mean[0], validation_halfwidth=checked.halfwidth[0])
-                is_best = _better(checked, progress.best)
-                progress = progress._replace(best=checked.mean[0] if is_best else progress.best)
-            metrics.append(line)
-            log.write(line)
-            # by a signal to any process, which the others know if it came before the gradients were exchanged
-            stopped = max(world.words) if world.size > 1 else interrupts.caught or 0
-            bar.set_postfix(_shown(line, meta_batch / took), refresh=False)
-            bar.update()
-            if last or is_best or progress.done % checkpoint_every == 0 or stopped:
-                saved.save(progress, is_best)
-            if stopped:
-                kept = f"saved in {run_dir}; resume to go on" if run_dir else "nothing was saved, for want of a run_dir"
-                raise TrainingInterrupted(f"stopped after step {progress.done} of {iterations}; {kept}.", stopped)
-    return TrainResult(metrics, checked, resumed_from)
+        checked = options.checked(learner, optimizer, sampler, world)
+        session = stack.enter_context(begin(learner, optimizer, sampler, checked, world))
+        return _steps(session, learner, optimizer, sampler, checked, world)
 
 
-class _Log:
-    """Metrics to the run directory and, where asked for, to TensorBoard."""
+def _steps(
+    session: Session, learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checked, world: World
+) -> TrainResult:
+    """The algorithm: sample, meta-gradient, bias and aggregate, momentum; and what is looked at on the way."""
+    options, operator, like = checked.options, checked.operator, next(learner.model.parameters())
+    monitor = Watch(optimizer, operator, learner.estimator) if world.first else None
+    resumed_from, metrics = session.progress.done, []
+    validation: Evaluation | None = None
+    for step in session:
+        measured = _tracked(learner, operator, options.track_bias, step, session)
+        check_momentum(optimizer, operator)  # a schedule may have moved beta
 
-    def __init__(self, run: RunDirectory | None, done: int, board: Callable[..., Any] | None) -> None:
-        self.run = run
-        self.board = None if board is None or run is None else board(str(run.path / "tensorboard"), purge_step=done)
+        batch = world.sample(sampler, step, options.meta_batch).to(like.device, like.dtype)
+        optimizer.zero_grad()
+        loss, report = _gradient(learner, batch, step, checked, world, session)
+        optimizer.step()
+        for scheduler in checked.schedulers:
+            scheduler.step()
 
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.board is not None:
-            self.board.close()
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        if self.run is not None:
-            self.run.log(line)
-        if self.board is not None:
-            for name in ("loss", "accuracy", "grad_norm", "bias_error", "validation"):
-                if line.get(name) is not None:
-                    self.board.add_scalar(name, line[name], line["step"])
+        line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}
+        if monitor is not None:
+            monitor.look(line["loss"], line["grad_norm"])
+        rate = options.meta_batch / session.stepped()
+        best = None
+        if checked.validates_after(step + 1):
+            validation = _validated(learner, options, world)
+            line.update(validation=validation.mean[0], validation_halfwidth=validation.halfwidth[0])
+            best = validation.mean[0] if _better(validation, session.progress.best) else None
+        metrics.append(line)
+        session.finish(line, _shown(line, rate), best)
+    return TrainResult(metrics, validation, resumed_from)
 
 
-def _tensorboard() -> Callable[..., Any]:
+def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:
+    """The server's gradient in ``.grad``; a signal goes to all processes with it.
+
+    Raises:
+        DivergedError: for a loss or a gradient that is not finite.
+        NonFiniteDataError: where the batch is not.
+    """
+    world.word = session.interrupts.caught or 0
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("tensorboard=True needs TensorBoard: pip install 'metamom[tensorboard]'.") from error
-    return SummaryWriter
+        found = learner.backward(
+            batch,
+            workers=checked.options.workers,
+            bias=checked.operator,
+            aggregate=checked.options.aggregate,
+            world=world,
+            measure=world.size == 1 or step % MEASURE_EVERY == 0,
+        )
+    except NonFiniteDataError as error:
+        raise NonFiniteDataError(f"step {step}: {error}") from error
+    except NonFiniteError as error:
+        raise session.diverged("a worker's gradient") from error
+    norm = found.metrics["grad_norm"]
+    session.check_finite({"the loss": float(found.loss), "the gradient": math.nan if norm is None else norm})
+    return found
+
+
+def _validated(learner: MAML, options: Options, world: World) -> Evaluation:
+    assert options.validation is not None
+    return evaluate(
+        learner,
+        options.validation,
+        tasks=options.evaluate_tasks,
+        steps=(learner.inner_steps,),
+        stream="validation",
+        world=world,
+    )
 
 
 def _tracked(
-    learner: MAML, operator: BiasOperator | None, plan: TrackBias | None, step: int
+    learner: MAML, operator: BiasOperator | None, plan: TrackBias | None, step: int, session: Session
 ) -> dict[str, dict[str, float]]:
-    """The measured bias, at the steps when it is due."""
+    """The measured bias, at the steps when it is due; the time that it takes is not the step's."""
     if plan is None or step % plan.every:
         return {}
     try:
         return {"measured_bias": track(learner, operator, plan)}
     except NonFiniteError as error:
-        raise DivergedError("a worker's gradient", step) from error
-
-
-def _check_finite(line: Mapping[str, Any]) -> None:
-    for name, what in (("loss", "the loss"), ("grad_norm", "the gradient")):
-        if not math.isfinite(line[name]):
-            raise DivergedError(what, line["step"])
+        raise session.diverged("a worker's gradient") from error
+    finally:
+        session.restart_clock()
 
 
 def _better(checked: Evaluation, best: float | None) -> bool:
