@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metamom.maml.loss_readings import Reading, class_axes
+from metamom.maml.class_scores import Reading, class_axes
 
 
 def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = None) -> Tensor | None:

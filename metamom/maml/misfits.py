@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metamom.maml.loss_readings import class_axes
+from metamom.maml.class_scores import class_axes
 from metamom.maml.vmap_errors import SIGNS, modules_in
 
 DEVICE_ASSERT = "device-side assert"

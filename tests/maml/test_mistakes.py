@@ -11,6 +11,7 @@ import pytest
 import torch
 from forked import run_forked
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn import functional as F
 
 from metamom import MAML, DivergedError, TaskBatch, TopK, evaluate, train
@@ -151,6 +152,48 @@ MISTAKES = {
             ("an angle", lambda p, y: F.cosine_similarity(p, y, dim=0).mean(), "the distance or angle between"),
         )
     },
+    **{
+        f"a loss that pairs wrongly, {name}": Mistake(
+            whole(MAML(nn.Linear(1, outputs), loss), flat(V) if shape == "[6]" else V),
+            ValueError, (said, f"shape [6, {outputs}] and targets of shape {shape} for each task", how),
+        )
+        for name, outputs, shape, loss, said, how in (
+            ("columns", 2, "[6]", lambda p, y: -Normal(p[:, :1], p[:, 1:].exp()).log_prob(y).mean(),
+             "the difference between", "as [6, 1] and [6]"),
+            ("a column", 2, "[6, 1]", lambda p, y: -Normal(p[:, 0], p[:, 1].exp()).log_prob(y).mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("equal shapes", 1, "[6, 1]", lambda p, y: ((p.squeeze(-1) - y) ** 2).mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("expanded", 1, "[6]", lambda p, y: (p.expand(-1, len(y)) - y).abs().mean(),
+             "the difference between", "y.unsqueeze(-1)"),
+            ("repeated", 1, "[6]", lambda p, y: (p.repeat(1, len(y)) - y).abs().mean(),
+             "the difference between", "y.unsqueeze(-1)"),
+            ("chunks", 2, "[6]", lambda p, y: (p.chunk(2, 1)[0] - y).abs().mean(),
+             "the difference between", "as [6, 1] and [6]"),
+            ("unbound", 2, "[6, 1]", lambda p, y: (p.unbind(1)[0] - y).abs().mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("a sum", 2, "[6, 1]", lambda p, y: (p.sum(dim=1) - y).abs().mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("a choice", 1, "[6]", lambda p, y: torch.where(y > 0, F.softplus(-p), F.softplus(p)).mean(),
+             "a choice between", "y.unsqueeze(-1)"),
+            ("a comparison", 1, "[6]", lambda p, y: torch.where(p > y, 1.0, 2.0).mean() * p.mean(),
+             "a comparison of", "y.unsqueeze(-1)"),
+            ("axes for both in one place", 1, "[6]", lambda p, y: (p[..., None] - y[..., None]).abs().mean(),
+             "the difference between", "as [6, 1, 1] and [6, 1]"),
+            ("variances", 2, "[6]", lambda p, y: F.gaussian_nll_loss(p[:, :1], y, p[:, 1:].exp()),
+             "gaussian_nll_loss of", "as [6, 1] and [6]"),
+            ("by name", 1, "[6]", lambda p, y: F.huber_loss(target=y, input=p), "huber_loss of", "y.unsqueeze(-1)"),
+            ("several outputs", 3, "[6, 1]", F.mse_loss, "mse_loss of", "Give both one shape, if need be by expand_as"),
+        )
+    },
+    "several targets": Mistake(
+        whole(regressor(), V._replace(support_y=normal(T, S, 2), query_y=normal(T, Q, 2))),
+        ValueError, ("mse_loss of predictions of shape [6, 1] and targets of shape [6, 2] for each task", "expand_as"),
+    ),
+    "one of several outputs": Mistake(
+        whole(MAML(Returns(lambda out: (out, out)), lambda out, y: (out[0] - y).abs().mean()), flat(V)),
+        ValueError, UNSQUEEZE,
+    ),
     "logits and targets without an axis": Mistake(
         whole(regressor(F.binary_cross_entropy_with_logits), flat(V)),
         ValueError, ("[6, 1]", "[6]", "Give both one shape"),
@@ -362,7 +405,7 @@ MISTAKES = {
         ValueError, ("in Returns itself", ". Draw in the model's forward by functions that return a new tensor"),
     ),
     "a loss that looks at values": Mistake(
-        whole(regressor(lambda p, y: F.gaussian_nll_loss(p, y, p.exp())), V),
+        whole(regressor(lambda p, y: p.mean() if (p > y).all() else y.mean() - p.mean()), V),
         ValueError, ("loss_fn cannot run on all tasks at once", ". The loss is taken of all tasks at once"),
     ),
     "targets without an axis in an evaluation": Mistake(
@@ -635,6 +678,18 @@ class Casts(nn.Module):
         (regressor(lambda p, y: (p.squeeze(-1) - y).abs().mean()), flat(V)),
         (regressor(lambda p, y: F.mse_loss(p, y[:, None])), flat(V)),
         (regressor(lambda p, y: (p[:, None] - y[None]).pow(2).min(1).values.mean()), V),  # all pairs, as is meant
+        (MAML(nn.Sequential(nn.Linear(1, 6), nn.Unflatten(1, (3, 2))),
+              lambda p, y: ((p[:, :, None] - y[:, None]) ** 2).sum(-1).min(-1).values.mean()),  # between sets of points
+         V._replace(support_y=normal(T, S, 7, 2), query_y=normal(T, Q, 7, 2))),
+        (MAML(nn.Sequential(nn.Linear(1, 6), nn.Unflatten(1, (3, 2))),
+              lambda p, y: (p.unsqueeze(2).expand(-1, -1, 7, -1) - y.unsqueeze(1)).square().sum(-1).mean()),
+         V._replace(support_y=normal(T, S, 7, 2), query_y=normal(T, Q, 7, 2))),
+        (MAML(nn.Linear(1, 4), lambda p, y: (p - y).abs().mean() - (p[:, :, None] - p[:, None]).abs().mean()), V),
+        (MAML(nn.Linear(1, 2), lambda p, y: -Normal(p[:, :1], p[:, 1:].exp()).log_prob(y).mean()), V),
+        (regressor(lambda p, y: F.mse_loss(p.expand_as(y), y)),
+         V._replace(support_y=normal(T, S, 2), query_y=normal(T, Q, 2))),  # one prediction of several targets
+        (regressor(lambda p, y: ((p[1:] - p[:-1]) - (y[1:] - y[:-1])).abs().mean()), V),
+        (regressor(lambda p, y: F.relu(1 - (p - p.T) * (y - y.T).sign()).mean()), V),  # ranks
         (regressor(lambda p, y: (p - p.mean(0)).pow(2).mean() + F.mse_loss(p.squeeze(-1), y)), flat(V)),
         (MAML(nn.Linear(1, 3), lambda p, y: torch.maximum(0.1 * (y - p), 0.9 * (p - y)).mean()), V),  # 3 quantiles
         (classifier(5), classes(3)),  # more outputs than ways
@@ -646,9 +701,22 @@ class Casts(nn.Module):
         (regressor(inner_steps=np.int64(2), inner_lr=np.float32(0.1)), V),
         (classifier(loss_fn=nn.CrossEntropyLoss(weight=torch.ones(3))), classes()),
     ],
-)
+)  # fmt: skip
 def test_calls_that_are_fine(learner, batch):
     assert math.isfinite(learner.backward(batch).loss)
+
+
+def test_a_loss_that_changes_is_watched_where_it_fails():
+    """It runs as it is once it has been found fine."""
+
+    def loss_fn(p: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(p, y) if not late else F.gaussian_nll_loss(p, y, torch.ones_like(p))
+
+    late, learner = False, regressor(loss_fn)
+    first = learner.losses(V)
+    assert torch.equal(learner.losses(V), first)
+    late = True
+    assert math.isfinite(learner.backward(V).loss)
 
 
 def test_outputs_that_the_loss_takes_apart_have_losses():
