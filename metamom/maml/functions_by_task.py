@@ -212,6 +212,23 @@ def cross_entropy(
     return total / torch.where(counted, weights, 0.0).sum()
 
 
+def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy`, of recent PyTorch, for which the same holds."""
+    weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
+    if weight is None or smoothing == 0 or options.get("reduction", "mean") != "mean" or target.is_floating_point():
+        loss: Tensor = F.linear_cross_entropy(input, linear_weight, target, **options)
+        return loss
+    scores = F.linear(input, linear_weight, options.get("linear_bias"))
+    ignored = options.get("ignore_index")
+    return cross_entropy(
+        scores.reshape(-1, scores.shape[-1]),
+        target.reshape(-1),
+        weight,
+        ignore_index=-100 if ignored is None else ignored,
+        label_smoothing=smoothing,
+    )
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -269,6 +286,8 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.cross_entropy: cross_entropy,
 }
+if hasattr(F, "linear_cross_entropy"):
+    _OTHERS[F.linear_cross_entropy] = linear_cross_entropy
 
 
 def by_task(func: Callable[..., Any]) -> Callable[..., Any] | None:

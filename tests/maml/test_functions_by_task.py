@@ -341,6 +341,8 @@ def test_grouped_queries_share_their_keys():
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.3], dtype=torch.float64)
 
+LAYER = torch.arange(16.0, dtype=torch.float64).cos().view(4, 4)
+
 
 def of_two(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A loss of scores and labels of two positions."""
@@ -429,6 +431,13 @@ LOSSES = {
     "a part of the model's output": (
         "values", lambda p, y: F.gaussian_nll_loss(p[:, :2], y[:, :2], p[:, 2:].exp(), reduction="none").mean()
     ),
+    **{
+        f"cross-entropy of a linear layer, {options}": (
+            "some classes", lambda p, y, options=options: F.linear_cross_entropy(p, LAYER, y, weight=WEIGHT, **options)
+        )
+        for options in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "reduction": "sum"})
+        if hasattr(F, "linear_cross_entropy")
+    },
     "roll": ("values", lambda p, y: F.mse_loss(p * p.mean().roll(1), y)),
 }  # fmt: skip
 
