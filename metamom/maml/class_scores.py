@@ -32,6 +32,9 @@ RESHAPING = (
     "transpose", "permute", "movedim", "moveaxis", "swapaxes", "t", "__get__",
 )  # fmt: skip
 PICKING = ("gather", "take_along_dim", "take", "index_select", "__getitem__")
+FOLLOWED = frozenset((*IN_PLACE, *RESHAPING))
+FOLLOWED_LABELS = frozenset((*FOLLOWED, *OF_LABELS, "broadcast_tensors"))
+NORMALISING = frozenset((*SOFTMAX, "logsumexp"))
 WITHOUT_VALUES = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full", "size")
 
 
@@ -132,7 +135,7 @@ class ClassScores:
         self, func: Any, name: str, a: Tensor, b: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         """A function of two tensors that may be scores and labels."""
-        one_hot = next((y for y in (a, b) if id(y) in self._one_hot), None)
+        one_hot = a if id(a) in self._one_hot else b if id(b) in self._one_hot else None
         if one_hot is not None and (func in (F.cross_entropy, *BINARY, *DISTANCES) or name in DIFFERENCES):
             scores = b if one_hot is a else a
             known = id(scores) in self._scores or id(scores) in self._probabilities
@@ -164,7 +167,7 @@ class ClassScores:
 
     def _normalise(self, name: str, x: Tensor, dim: Any) -> None:
         """A softmax of scores along their class axis, or its denominator."""
-        of_scores = name in (*SOFTMAX, "logsumexp") and id(x) in self._scores
+        of_scores = name in NORMALISING and id(x) in self._scores
         if not of_scores and not (name == "sum" and id(x) in self._exponentials):
             return
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
@@ -214,7 +217,7 @@ class ClassScores:
         scaled = name in SCALING and isinstance(b, (int, float)) and b > 0
         name = "clone" if scaled else name
         placed = self._scores.get(id(a))
-        if placed is not None and name in (*IN_PLACE, *RESHAPING):
+        if placed is not None and name in FOLLOWED:
             self._scores[id(out)] = placed and name in IN_PLACE
         if placed is not None and (name in SOFTMAX or id(a) in self._shifted):
             self._shifted.add(id(out))
@@ -229,7 +232,7 @@ class ClassScores:
 
     def _follow_labels(self, name: str, a: Any, b: Any, args: Sequence[Any], out: Tensor) -> None:
         labels = id(a) in self._labels
-        if labels and name in (*IN_PLACE, *OF_LABELS, *RESHAPING, "broadcast_tensors"):
+        if labels and name in FOLLOWED_LABELS:
             self._labels.add(id(out))
         if name == "where" and len(args) > 2 and any(id(y) in self._labels for y in args[1:3]):
             self._labels.add(id(out))
@@ -244,7 +247,7 @@ class ClassScores:
             made = isinstance(args[3], (int, float)) and args[3] > 0
         if id(a) in self._one_hot:
             number = isinstance(b, (int, float))
-            made = name in (*IN_PLACE, *RESHAPING) or (number and (b > 0 if name in SCALING else name in SHIFTING))
+            made = name in FOLLOWED or (number and (b > 0 if name in SCALING else name in SHIFTING))
         if made:
             self._one_hot.add(id(out))
             self._of_labels.add(id(out))
