@@ -15,9 +15,11 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch, check_ids, check_points, kind_of
 
+IGNORED = -100  # by torch's losses for classes, unless they are told of another label
+
 
 class NonFiniteDataError(ValueError):
-    """The data of a batch holds NaN or infinities, and so does what was computed of it."""
+    """The data of a batch holds NaN or infinities, or labels of which none counts, and the result is not finite."""
 
 
 def check_batch(batch: object) -> None:
@@ -116,7 +118,7 @@ def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
         first: the number of its first task, of a larger batch.
 
     Raises:
-        NonFiniteDataError: naming the field, how many values, and the first task.
+        NonFiniteDataError: naming the field, how many values, and the first task; also where no label of a task counts.
     """
     said = []
     for name, x in zip(batch._fields[:4], batch[:4], strict=True):
@@ -133,3 +135,12 @@ def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
             f"the result is not finite, and neither is the data: of NaN or infinite values, {'; '.join(said)}. Clean "
             "the data, or mask those points in the loss."
         )
+    for name, y in (("query_y", batch.query_y), ("support_y", batch.support_y)):
+        if y.dtype == torch.int64:
+            nothing = (y == IGNORED).flatten(1).all(1).nonzero().flatten()
+            if len(nothing):
+                raise NonFiniteDataError(
+                    f"the result is not finite: all labels of {name} are {IGNORED} in {len(nothing)} of {len(y)} "
+                    f"tasks, the first is task {first + int(nothing[0])}. Torch's losses do not count such labels, "
+                    "and have nothing left to average. Give each task a label that counts."
+                )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metamom.maml.loss_readings import Reading, class_axes
+from metamom.maml.class_scores import Reading, class_axes
 
 
 def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = None) -> Tensor | None:
@@ -16,7 +16,7 @@ def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = Non
 
     The class of a point, or of each of its pixels or words, is the one of the largest score; with one logit a point,
     1 where the logit is > 0. A target outside the classes (torch's ``ignore_index=-100``, say) and one that equals the
-    loss's own ``ignore_index`` count neither as right nor as wrong; a task where none counts has 0. A prediction of
+    loss's own ``ignore_index`` count neither as right nor as wrong; a task where none counts has NaN. A prediction of
     NaN is wrong.
 
     Args:
@@ -27,8 +27,8 @@ def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = Non
             axis more than targets, the class axis, which must follow from the shapes.
 
     Returns:
-        ``[T]`` in [0, 1]; ``None`` for targets that are no class indices, such as values, class probabilities and
-        labels in floating point, and where nothing says what the predictions are.
+        ``[T]`` in [0, 1] or NaN; ``None`` for targets that are no class indices, such as values, class probabilities
+        and labels in floating point, and where nothing says what the predictions are.
     """
     if targets.is_floating_point() or targets.is_complex():
         return None
@@ -54,6 +54,6 @@ def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = Non
     if reading.ignored is not None:
         counted &= targets != reading.ignored
     right = (found == targets) & counted & ~best.isnan()
-    each = right.flatten(1).sum(1), counted.flatten(1).sum(1).clamp(min=1)
+    each = right.flatten(1).sum(1), counted.flatten(1).sum(1)
     hits, of = (n.to(torch.promote_types(predictions.dtype, torch.float32)) for n in each)
     return hits / of

@@ -11,14 +11,20 @@ from opcode import opmap
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metamom.maml.loss_readings import class_axes
+from metamom.maml.batch_checks import IGNORED
+from metamom.maml.class_scores import class_axes
 from metamom.maml.vmap_errors import SIGNS, modules_in
 
 DEVICE_ASSERT = "device-side assert"
-IGNORED = -100  # by torch's losses for classes, unless they are told of another label
+# What torch says of indices, and neither lists nor arrays do.
+OF_TENSORS = ("out of bounds", "imension", "tensor", "index out of range in self")
+OF_ARRAYS = "out of bounds for axis"
+# What torch says where a table has no such row.
+LOOKUPS = ("out of bounds", "index out of range", "tried to access index", "valid range", "num_embeddings")
 
 
 @contextmanager
@@ -71,7 +77,7 @@ def targets_explained(predictions: Any, targets: Tensor) -> Iterator[None]:
             f"{list(targets.shape[1:])} of {targets.dtype} for each task"
         )
         raise ValueError(
-            f"loss_fn cannot take {shapes}: {_said(error)} {_cure_of_targets(predictions, targets)}"
+            f"loss_fn cannot take {shapes}: {_said(error)} {_cure_of_targets(predictions, targets, str(error))}"
         ) from error
 
 
@@ -142,7 +148,9 @@ def _by_torch(error: Exception) -> bool:
     if str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "torch":
         return True
     # else by its C++ part, in whatever line calls it
-    return type(error) is RuntimeError and trace.tb_frame.f_code.co_code[trace.tb_lasti] != opmap["RAISE_VARARGS"]
+    raised = trace.tb_frame.f_code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
+    of_tensors = type(error) is IndexError and any(sign in text for sign in OF_TENSORS) and OF_ARRAYS not in text
+    return not raised and (type(error) is RuntimeError or of_tensors)
 
 
 def _where(model: nn.Module, trace: TracebackType | None) -> str:
@@ -159,42 +167,58 @@ def _where(model: nn.Module, trace: TracebackType | None) -> str:
 
 
 def _cure_of_inputs(x: Tensor, weights: Mapping[str, Tensor], said: str) -> str:
-    if "out of bounds" in said or "out of range" in said:
-        return "Numbers that an embedding looks up must be in 0..n-1 for a table of n rows."
+    if any(sign in said for sign in LOOKUPS):
+        return "Numbers that are looked up, as in an embedding, must be in 0..n-1 for a table of n rows."
     devices = sorted({str(w.device) for w in weights.values()})
-    kinds = {w.dtype for w in weights.values() if w.is_floating_point()}
+    kinds = {w.dtype for w in weights.values() if w.is_floating_point() or w.is_complex()}
     if str(x.device) not in devices:
         return f"The inputs are on {x.device}, the weights on {', '.join(devices)}: use batch.to({devices[0]!r})."
     if len(kinds) == 1 and x.dtype not in kinds:
         dtype = kinds.pop()
+        if dtype.is_complex or x.is_complex():
+            return f"The weights are {dtype}: convert the inputs, x.to({dtype}), or the model, model.to({x.dtype})."
         if x.is_floating_point():
             return f"The weights are {dtype}: use batch.to(dtype={dtype}), or convert the model."
         return f"The weights are {dtype}: convert the inputs, x.to({dtype})."
     return "Give support_x and query_x the shape [T, N, ...] whose [N, ...] that module takes, or change the module."
 
 
-def _cure_of_targets(predictions: Tensor, targets: Tensor) -> str:
+def _cure_of_targets(predictions: Tensor, targets: Tensor, said: str) -> str:
     if predictions.device != targets.device:
         return f"Targets are on {targets.device}, predictions on {predictions.device}: move the batch, batch.to(...)."
+    if predictions.is_complex() or targets.is_complex():
+        return (
+            "Torch's losses take real numbers. Give them p.abs() or torch.view_as_real(p), or write the loss out: "
+            "(p - y).abs().square().mean()."
+        )
     one_fewer = predictions.dim() == targets.dim() + 1
     if targets.is_floating_point():
         if one_fewer and predictions.shape[2] > 1:
             return "If targets are class indices, make them integers: y.long()."
+        if predictions.shape == targets.shape and predictions.dtype == targets.dtype:
+            return "Both have one shape and dtype: look at what else the loss takes, such as its weight."
         return "Give both one shape and dtype."
     axes = class_axes(predictions.shape[1:], targets.shape[1:])
     if axes:
-        classes = predictions.shape[1 + axes[0]]
-        labels = targets[targets != IGNORED].long()
-        if bool(((labels < 0) | (labels >= classes)).any()):
-            lowest, highest = int(labels.min()), int(labels.max())
-            return (
-                f"The model has {classes} outputs (ways), so labels must be in 0..{classes - 1}; they are "
-                f"{lowest}..{highest}. Number the classes of each task from 0, or give the model more outputs."
-            )
-        return "Make labels of classes 64-bit integers: y.long()."
+        return _cure_of_labels(targets, predictions.shape[1 + axes[0]], said)
     if predictions.dim() == targets.dim() and targets.shape[-1] == 1 and predictions.shape[-1] > 1:
         return "If targets are class indices, drop their last axis: y.squeeze(-1)."
     return "Class indices have the shape of the predictions without the class axis: [T, N] for scores [T, N, C]."
+
+
+def _cure_of_labels(targets: Tensor, classes: int, said: str) -> str:
+    if "weight" in said:
+        return f"The loss's weight must hold {classes} numbers, one for each of the model's outputs (ways)."
+    labels = targets[targets != IGNORED].long()
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        lowest, highest = int(labels.min()), int(labels.max())
+        return (
+            f"The model has {classes} outputs (ways), so labels must be in 0..{classes - 1}; they are "
+            f"{lowest}..{highest}. Number the classes of each task from 0, or give the model more outputs."
+        )
+    if targets.dtype == torch.int64:
+        return "The labels fit the predictions: look at what else the loss takes, or does with them."
+    return "Make labels of classes 64-bit integers: y.long()."
 
 
 def _not_one_tensor(predictions: object) -> str:

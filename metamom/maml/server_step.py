@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,8 +80,13 @@ def server_step(
         assert batch.task_ids is not None
         everyones = [world.gather(u).flatten(0, 1) for u in tasks.averages]
         gradients.plan().remember(world.gather(batch.task_ids).flatten(), everyones, total, losses)
-    share = float(shares[0].mean()) if shares else None
-    return Backward(losses.mean(), {"accuracy": share, **report, "sent_bytes": world.sent - sent})
+    return Backward(losses.mean(), {"accuracy": _mean(shares), **report, "sent_bytes": world.sent - sent})
+
+
+def _mean(shares: Sequence[Tensor]) -> float | None:
+    """Of the tasks in which a label counts; ``None`` where there is none."""
+    mean = float(shares[0].nanmean()) if shares else math.nan
+    return None if math.isnan(mean) else mean
 
 
 def _to_server(

@@ -22,6 +22,8 @@ OF_LOSSES = (
 DRAWS = ("randomness error mode", "inplace randomness on an unbatched tensor")
 OF_DRAWS = "Draw in the model's forward by functions that return a new tensor, such as torch.randn_like or F.dropout."
 
+NO_BACKEND = ". This could be because the operator doesn't exist for this backend"  # and then all that there are
+
 # What torch's own errors say when batching over tasks, or writing in place under it, is the cause.
 SIGNS = (
     "vmap",
@@ -63,7 +65,18 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
+        text = str(error).partition(NO_BACKEND)[0]
+        if any(sign in text for sign in SIGNS) and _in_checkpoint(error.__traceback__):
+            raise ValueError(
+                "torch.utils.checkpoint runs a part of the model or of the loss again in the backward pass, where the "
+                "weights are not the tasks' any more. Remove checkpoint(); chunk_size= of the learner bounds the "
+                "memory instead."
+            ) from error
+        if "'Sparse" in text:
+            raise ValueError(
+                f"the model has sparse gradients{_sparse_modules(model)}, which PyTorch does not batch over tasks: "
+                "set sparse=False."
+            ) from error
         if "derivative for" in text and "is not implemented" in text:
             raise ValueError(
                 f"the meta-gradient needs derivatives that PyTorch does not have: {text.rstrip('.')}. Use "
@@ -115,6 +128,22 @@ def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | No
     for name, module, _ in modules_in(model, trace):
         found = f"module {name!r} ({type(module).__name__})" if name else f"{type(module).__name__} itself"
     return found
+
+
+def _in_checkpoint(trace: TracebackType | None) -> bool:
+    """Whether an error arose in what `torch.utils.checkpoint` calls."""
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _sparse_modules(model: nn.Module) -> str:
+    names = [
+        f"{name!r} ({type(m).__name__})" for name, m in model.named_modules() if getattr(m, "sparse", False) is True
+    ]
+    return f" in {', '.join(names)}" if names else ""
 
 
 def _inplace_modules(model: nn.Module) -> str | None:

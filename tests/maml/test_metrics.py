@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, evaluate
@@ -132,7 +133,7 @@ def test_ignored_targets_do_not_count(make, ignored):
 def test_torchs_own_ignored_label_does_not_count():
     assert_accuracy(F.cross_entropy, SEQUENCES, torch.tensor([[0, 0, -100], [-100, 1, 0]]), 2 / 4)
     nothing = accuracy(SEQUENCES[None], torch.full((1, 2, 3), -100))
-    assert torch.equal(nothing, torch.zeros(1))
+    assert nothing.isnan().all()
 
 
 LOGITS = torch.tensor([-1.0, 0.2, 3.0, -0.1, 0.7])
@@ -197,6 +198,73 @@ def test_other_losses_of_class_scores():
         lambda p, y: F.cross_entropy(p, F.one_hot(y, 2) * 0.9 + 0.05),
     ):
         assert_accuracy(loss_fn, scores, labels, 1 / 2)
+
+
+def pick(p: Tensor, y: Tensor) -> Tensor:
+    return p.gather(1, y[:, None]).mean()
+
+
+POINTS = SEQUENCES[:, :, 2], torch.tensor([0, 0])  # 2 points of 2 outputs, the larger ones 0 and 1
+BY_HAND = {
+    "gather": lambda p, y: -pick(F.log_softmax(p, 1), y),
+    "gather along the last axis": lambda p, y: -p.log_softmax(-1).gather(dim=-1, index=y.unsqueeze(-1)).mean(),
+    "index": lambda p, y: -torch.log_softmax(p, dim=1)[torch.arange(len(y)), y].mean(),
+    "logarithm of a softmax": lambda p, y: -torch.log(F.softmax(p, dim=1)[torch.arange(len(y)), y]).mean(),
+    "one-hot": lambda p, y: -(F.one_hot(y, 2) * F.log_softmax(p, 1)).sum(1).mean(),
+    "comparison": lambda p, y: -((y[:, None] == torch.arange(2)) * F.log_softmax(p, 1)).sum(1).mean(),
+    "where": lambda p, y: -torch.where(y[:, None] == torch.arange(2), p.log_softmax(1), 0.0).sum(1).mean(),
+    "unit matrix": lambda p, y: -(torch.eye(2)[y] * F.log_softmax(p, 1)).sum(1).mean(),
+    "einsum": lambda p, y: -torch.einsum("nc,nc->n", F.one_hot(y, 2).float(), F.log_softmax(p, 1)).mean(),
+    "focal": lambda p, y: -((1 - F.softmax(p, 1)) ** 2 * F.log_softmax(p, 1)).gather(1, y[:, None]).mean(),
+    "temperature": lambda p, y: -pick(F.log_softmax(p / 2, 1), y),
+    "normaliser": lambda p, y: -pick(p - p.logsumexp(1, keepdim=True), y),
+    "exponentials": lambda p, y: -pick((p.exp() / p.exp().sum(1, keepdim=True)).log(), y),
+    "shifted": lambda p, y: -pick((z := p - p.max(1, keepdim=True).values) - z.exp().sum(-1, keepdim=True).log(), y),
+    "distribution": lambda p, y: -Categorical(logits=p).log_prob(y).mean(),
+    "smoothed": lambda p, y: F.kl_div(F.log_softmax(p, 1), F.one_hot(y, 2) * 0.9 + 0.05, reduction="batchmean"),
+    "clamped labels": lambda p, y: -pick(F.log_softmax(p, 1), y.clamp(min=0)),
+    "margin": nn.MultiMarginLoss(),
+    "by name": lambda p, y: F.cross_entropy(target=y, input=p),
+    "Brier": lambda p, y: ((F.softmax(p, 1) - F.one_hot(y, 2)) ** 2).sum(1).mean(),
+    "Brier of units": lambda p, y: F.mse_loss(p, torch.eye(2)[y]),
+    "Brier of scattered ones": lambda p, y: F.mse_loss(p, torch.zeros_like(p).scatter(1, y[:, None], 1.0)),
+    "one-hot probabilities": lambda p, y: F.binary_cross_entropy(p.sigmoid(), F.one_hot(y, 2).float()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", BY_HAND)
+def test_classification_by_hand(name):
+    estimator = "first-order" if name == "margin" else "exact"  # torch has no second derivative of it
+    learner = learner_of(BY_HAND[name], estimator=estimator)
+    assert learner.backward(batch_of(*POINTS)).metrics["accuracy"] == pytest.approx(1 / 2)
+
+
+def pair_distances(p: Tensor) -> Tensor:
+    return (p[:, None] - p[None]).square().sum(-1)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda p, y: (pair_distances(p) * torch.where(y[:, None] == y[None], 1.0, -1.0)).mean(),  # an embedding
+        lambda p, y: -(F.log_softmax(p @ p.T, 1) * (y[:, None] == y[None])).mean(),
+        lambda p, y: -pick(F.log_softmax(-p, 1), y),  # distances
+        lambda p, y: pick(p, y),
+        lambda p, y: ((-p).logsumexp(1) + p.gather(1, y[:, None]).squeeze(1)).mean(),
+        lambda p, y: F.mse_loss(p, 1 - F.one_hot(y, 2).float()),
+        lambda p, y: bce(p, (y[:, None] > torch.arange(2)).to(p)),  # ranks
+        lambda p, y: torch.maximum(0.3 * (y[:, None] - p), -0.7 * (y[:, None] - p)).mean(),  # quantiles
+        lambda p, y: (p[:, 1] + (y - p[:, 0]) ** 2 / p[:, 1].exp()).mean(),  # a mean and a variance
+        lambda p, y: bce(p[:, 0], y.to(p)) + p[:, 1].square().mean(),  # a logit and something else
+        lambda p, y: F.mse_loss(p, torch.arange(4.0).view(2, 2)[y]),  # a vector for each label
+        lambda p, y: -pick(F.log_softmax(p, 1), 1 - y),  # other labels
+        lambda p, y: -pick(F.log_softmax(p, 0), y),  # over the points
+        lambda p, y: bce(p - p.mean(1, keepdim=True), y[:, None].expand(-1, 2).to(p)),
+    ],
+)
+def test_outputs_that_are_no_class_scores_have_no_accuracy(loss_fn):
+    assert_accuracy(loss_fn, *POINTS, None)
 
 
 def test_predictions_of_nan_are_wrong():

@@ -11,7 +11,9 @@ import pytest
 import torch
 from forked import run_forked
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from metamom import MAML, DivergedError, TaskBatch, TopK, evaluate, train
 from metamom.distributed import start
@@ -65,6 +67,39 @@ class Returns(nn.Module):
         return self.made(self.layer(x))
 
 
+class Table(nn.Module):
+    """A model that looks up its inputs."""
+
+    def __init__(self, look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self.look_up = nn.Parameter(normal(10, 1)), look_up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.look_up(self.table, x)
+
+
+class Bags(nn.Module):
+    """An embedding of sets."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(10, 1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.words(x)
+
+
+class Checkpointed(nn.Module):
+    """Computes its hidden layer again in the backward pass."""
+
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.hidden, self.head, self.use_reentrant = nn.Linear(1, 8), nn.Linear(8, 1), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda x: self.hidden(x).tanh(), x, use_reentrant=self.use_reentrant))
+
+
 class Batches:
     """A sampler that gives what it was made with."""
 
@@ -115,6 +150,45 @@ MISTAKES = {
         ValueError,
         ("index 3 is out of bounds", "labels must be in 0..2; they are 1..3"),
     ),
+    **{
+        f"labels too large, {name}": Mistake(
+            labels(lambda y: y + 1, loss_fn=loss), ValueError,
+            ("loss_fn cannot take", "index 3 is out of bounds", "labels must be in 0..2; they are 1..3"),
+        )
+        for name, loss in (
+            ("as an index", lambda p, y: -F.log_softmax(p, 1)[torch.arange(len(y)), y].mean()),
+            ("for a unit matrix", lambda p, y: F.mse_loss(p, torch.eye(3)[y])),
+            ("to gather", lambda p, y: -F.log_softmax(p, 1).gather(1, y[:, None]).mean()),
+        )
+    },
+    **{
+        f"weights of other classes, {name}": Mistake(
+            whole(classifier(loss_fn=loss, estimator="first-order"), classes()), ValueError,
+            (said, "weight must hold 3 numbers, one for each of the model's outputs"),
+        )
+        for name, loss, said in (
+            ("too many", nn.CrossEntropyLoss(weight=torch.ones(4)), "but got weight tensor of shape"),
+            ("too few", nn.CrossEntropyLoss(weight=torch.ones(2), ignore_index=1), "but got weight tensor of shape"),
+            ("smoothed", nn.CrossEntropyLoss(weight=torch.ones(4), label_smoothing=0.1), "but got weight tensor"),
+            ("margins", nn.MultiMarginLoss(weight=torch.ones(4)), "inconsistent weight size"),
+        )
+    },
+    "weights of other logits": Mistake(
+        whole(regressor(nn.BCEWithLogitsLoss(pos_weight=torch.ones(4, 1))), V),
+        ValueError, ("of tensor", "Both have one shape and dtype", "its weight"),
+    ),
+    **{
+        f"complex numbers, {name}": Mistake(
+            whole(learner, batch), ValueError,
+            ("not implemented for 'ComplexFloat'", "Torch's losses take real numbers. Give them p.abs()"),
+        )
+        for name, learner, batch in (
+            ("predictions", MAML(Returns(lambda out: torch.complex(out, out)), F.mse_loss), V),
+            ("targets", regressor(), V._replace(support_y=torch.complex(V.support_y, V.support_y))),
+            ("scores", MAML(Returns(lambda out: torch.complex(out, out).expand(-1, 3)), F.cross_entropy),
+             flat(V)._replace(support_y=torch.zeros(T, S).long())),
+        )
+    },
     "labels in floating point": Mistake(
         labels(lambda y: y.float()), ValueError, ("targets of shape [6] of torch.float32", "make them integers: y.long")
     ),
@@ -151,6 +225,48 @@ MISTAKES = {
             ("an angle", lambda p, y: F.cosine_similarity(p, y, dim=0).mean(), "the distance or angle between"),
         )
     },
+    **{
+        f"a loss that pairs wrongly, {name}": Mistake(
+            whole(MAML(nn.Linear(1, outputs), loss), flat(V) if shape == "[6]" else V),
+            ValueError, (said, f"shape [6, {outputs}] and targets of shape {shape} for each task", how),
+        )
+        for name, outputs, shape, loss, said, how in (
+            ("columns", 2, "[6]", lambda p, y: -Normal(p[:, :1], p[:, 1:].exp()).log_prob(y).mean(),
+             "the difference between", "as [6, 1] and [6]"),
+            ("a column", 2, "[6, 1]", lambda p, y: -Normal(p[:, 0], p[:, 1].exp()).log_prob(y).mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("equal shapes", 1, "[6, 1]", lambda p, y: ((p.squeeze(-1) - y) ** 2).mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("expanded", 1, "[6]", lambda p, y: (p.expand(-1, len(y)) - y).abs().mean(),
+             "the difference between", "y.unsqueeze(-1)"),
+            ("repeated", 1, "[6]", lambda p, y: (p.repeat(1, len(y)) - y).abs().mean(),
+             "the difference between", "y.unsqueeze(-1)"),
+            ("chunks", 2, "[6]", lambda p, y: (p.chunk(2, 1)[0] - y).abs().mean(),
+             "the difference between", "as [6, 1] and [6]"),
+            ("unbound", 2, "[6, 1]", lambda p, y: (p.unbind(1)[0] - y).abs().mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("a sum", 2, "[6, 1]", lambda p, y: (p.sum(dim=1) - y).abs().mean(),
+             "the difference between", "as [6] and [6, 1]"),
+            ("a choice", 1, "[6]", lambda p, y: torch.where(y > 0, F.softplus(-p), F.softplus(p)).mean(),
+             "a choice between", "y.unsqueeze(-1)"),
+            ("a comparison", 1, "[6]", lambda p, y: torch.where(p > y, 1.0, 2.0).mean() * p.mean(),
+             "a comparison of", "y.unsqueeze(-1)"),
+            ("axes for both in one place", 1, "[6]", lambda p, y: (p[..., None] - y[..., None]).abs().mean(),
+             "the difference between", "as [6, 1, 1] and [6, 1]"),
+            ("variances", 2, "[6]", lambda p, y: F.gaussian_nll_loss(p[:, :1], y, p[:, 1:].exp()),
+             "gaussian_nll_loss of", "as [6, 1] and [6]"),
+            ("by name", 1, "[6]", lambda p, y: F.huber_loss(target=y, input=p), "huber_loss of", "y.unsqueeze(-1)"),
+            ("several outputs", 3, "[6, 1]", F.mse_loss, "mse_loss of", "Give both one shape, if need be by expand_as"),
+        )
+    },
+    "several targets": Mistake(
+        whole(regressor(), V._replace(support_y=normal(T, S, 2), query_y=normal(T, Q, 2))),
+        ValueError, ("mse_loss of predictions of shape [6, 1] and targets of shape [6, 2] for each task", "expand_as"),
+    ),
+    "one of several outputs": Mistake(
+        whole(MAML(Returns(lambda out: (out, out)), lambda out, y: (out[0] - y).abs().mean()), flat(V)),
+        ValueError, UNSQUEEZE,
+    ),
     "logits and targets without an axis": Mistake(
         whole(regressor(F.binary_cross_entropy_with_logits), flat(V)),
         ValueError, ("[6, 1]", "[6]", "Give both one shape"),
@@ -230,6 +346,51 @@ MISTAKES = {
         whole(embedder(), V._replace(query_x=torch.full((T, Q, 1), -1), support_x=torch.zeros(T, S, 1).long())),
         ValueError,
         ("Embedding(10, 3)", "index -1 is out of bounds", "must be in 0..n-1"),
+    ),
+    **{
+        f"numbers beyond a table, {name}": Mistake(
+            whole(MAML(Table(look_up), F.mse_loss), V._replace(support_x=torch.full((T, S, 1), 12))),
+            ValueError, ("the model cannot take inputs of shape [6, 1]", said, "must be in 0..n-1"),
+        )
+        for name, look_up, said in (
+            ("as an index", lambda table, x: table[x[:, 0].long()], "index 12 is out of bounds"),
+            ("to take", lambda table, x: torch.take(table, x.long()), "tried to access index 12"),
+            ("to select", lambda table, x: table.index_select(0, x[:, 0].long()), "index 12 is out of bounds"),
+        )
+    },
+    **{
+        f"words beyond a bag's table, {mode}": Mistake(
+            whole(MAML(Bags(mode=mode), F.mse_loss), V._replace(support_x=torch.full((T, S, 3), 12))),
+            ValueError, ("in module 'words', EmbeddingBag(10, 1", "12", "must be in 0..n-1"),
+        )
+        for mode in ("sum", "mean", "max")
+    },
+    "sparse gradients": Mistake(
+        whole(MAML(Bags(mode="sum", sparse=True), F.mse_loss), V._replace(support_x=torch.ones(T, S, 3).long())),
+        ValueError, ("sparse gradients in 'words' (EmbeddingBag), which PyTorch does not batch", "set sparse=False."),
+    ),
+    **{
+        f"a checkpoint, {use_reentrant}": Mistake(
+            whole(MAML(Checkpointed(use_reentrant=use_reentrant), F.mse_loss), V),
+            ValueError, ("torch.utils.checkpoint runs a part of the model", "Remove checkpoint(); chunk_size="),
+        )
+        for use_reentrant in (False, True)
+    },
+    "a checkpoint in the loss": Mistake(
+        whole(regressor(lambda p, y: checkpoint(F.mse_loss, p, y, use_reentrant=False)), V),
+        ValueError, ("or of the loss again", "Remove checkpoint(); chunk_size="),
+    ),
+    "an axis that is not there": Mistake(
+        whole(MAML(Table(lambda table, x: (x * table[0]).sum(5)), F.mse_loss), V),
+        ValueError, ("Dimension out of range", "Give support_x and query_x the shape"),
+    ),
+    "complex weights": Mistake(
+        whole(MAML(nn.Linear(1, 1, dtype=torch.complex64), lambda p, y: (p - y).abs().mean()), V),
+        ValueError, ("The weights are torch.complex64: convert the inputs, x.to(torch.complex64), or the model",),
+    ),
+    "complex inputs": Mistake(
+        whole(regressor(), V._replace(support_x=torch.complex(V.support_x, V.support_x))),
+        ValueError, ("The weights are torch.float32: convert the inputs", "model.to(torch.complex64)"),
     ),
     "a model's own error": Mistake(
         whole(MAML(Conv4(3), F.cross_entropy), classes()), ValueError, ("Conv4 wants images [N, 1, height, width]",)
@@ -362,7 +523,7 @@ MISTAKES = {
         ValueError, ("in Returns itself", ". Draw in the model's forward by functions that return a new tensor"),
     ),
     "a loss that looks at values": Mistake(
-        whole(regressor(lambda p, y: F.gaussian_nll_loss(p, y, p.exp())), V),
+        whole(regressor(lambda p, y: p.mean() if (p > y).all() else y.mean() - p.mean()), V),
         ValueError, ("loss_fn cannot run on all tasks at once", ". The loss is taken of all tasks at once"),
     ),
     "targets without an axis in an evaluation": Mistake(
@@ -375,6 +536,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(name):
     call, error, parts = MISTAKES[name]
@@ -441,6 +603,22 @@ def test_an_evaluation_names_the_data_too():
     bad = nan_in("query_x", classes())
     with pytest.raises(NonFiniteDataError, match="query_x holds 4 of 48, the first in task 2"):
         evaluate(classifier(), Batches(bad), tasks=T)
+
+
+def test_labels_of_which_none_counts_are_named():
+    batch = classes()
+    y = batch.query_y.clone()
+    y[2] = -100
+    bad = batch._replace(query_y=y)
+    said = r"not finite: all labels of query_y are -100 in 1 of 4 tasks, the first is task 2\. .* nothing left"
+    for call in (lambda: classifier().backward(bad), lambda: evaluate(classifier(), Batches(bad), tasks=T)):
+        with pytest.raises(NonFiniteDataError, match=said):
+            call()
+    # a task that has nothing to adapt to stays where it is, and a sum of nothing is zero
+    assert math.isfinite(classifier().backward(batch._replace(support_y=y)).loss)
+    found = classifier(loss_fn=nn.CrossEntropyLoss(reduction="sum")).backward(bad)
+    assert math.isfinite(found.loss)
+    assert math.isnan(found.metrics["accuracy"])
 
 
 def test_nan_that_a_loss_masks_is_fine():
@@ -576,6 +754,7 @@ def test_an_assertion_on_a_gpu_says_what_it_may_be():
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"),
         ValueError("my own words"),
         RuntimeError("my own words"),
+        IndexError("my own index 3 is out of bounds"),
         KeyError("name"),
         KeyboardInterrupt(),
     ],
@@ -590,6 +769,16 @@ def test_errors_of_other_kinds_pass_unchanged(error, place):
     with pytest.raises(type(error)) as caught:
         learner.backward(V)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("place", ["model", "loss"])
+def test_the_index_of_a_list_passes_unchanged(place):
+    def fail(*args: Any) -> Any:
+        return list(args)[3]
+
+    learner = MAML(Returns(fail), F.mse_loss) if place == "model" else regressor(fail)
+    with pytest.raises(IndexError, match=r"^list index out of range$"):
+        learner.backward(V)
 
 
 # what must go on working
@@ -635,6 +824,18 @@ class Casts(nn.Module):
         (regressor(lambda p, y: (p.squeeze(-1) - y).abs().mean()), flat(V)),
         (regressor(lambda p, y: F.mse_loss(p, y[:, None])), flat(V)),
         (regressor(lambda p, y: (p[:, None] - y[None]).pow(2).min(1).values.mean()), V),  # all pairs, as is meant
+        (MAML(nn.Sequential(nn.Linear(1, 6), nn.Unflatten(1, (3, 2))),
+              lambda p, y: ((p[:, :, None] - y[:, None]) ** 2).sum(-1).min(-1).values.mean()),  # between sets of points
+         V._replace(support_y=normal(T, S, 7, 2), query_y=normal(T, Q, 7, 2))),
+        (MAML(nn.Sequential(nn.Linear(1, 6), nn.Unflatten(1, (3, 2))),
+              lambda p, y: (p.unsqueeze(2).expand(-1, -1, 7, -1) - y.unsqueeze(1)).square().sum(-1).mean()),
+         V._replace(support_y=normal(T, S, 7, 2), query_y=normal(T, Q, 7, 2))),
+        (MAML(nn.Linear(1, 4), lambda p, y: (p - y).abs().mean() - (p[:, :, None] - p[:, None]).abs().mean()), V),
+        (MAML(nn.Linear(1, 2), lambda p, y: -Normal(p[:, :1], p[:, 1:].exp()).log_prob(y).mean()), V),
+        (regressor(lambda p, y: F.mse_loss(p.expand_as(y), y)),
+         V._replace(support_y=normal(T, S, 2), query_y=normal(T, Q, 2))),  # one prediction of several targets
+        (regressor(lambda p, y: ((p[1:] - p[:-1]) - (y[1:] - y[:-1])).abs().mean()), V),
+        (regressor(lambda p, y: F.relu(1 - (p - p.T) * (y - y.T).sign()).mean()), V),  # ranks
         (regressor(lambda p, y: (p - p.mean(0)).pow(2).mean() + F.mse_loss(p.squeeze(-1), y)), flat(V)),
         (MAML(nn.Linear(1, 3), lambda p, y: torch.maximum(0.1 * (y - p), 0.9 * (p - y)).mean()), V),  # 3 quantiles
         (classifier(5), classes(3)),  # more outputs than ways
@@ -646,9 +847,22 @@ class Casts(nn.Module):
         (regressor(inner_steps=np.int64(2), inner_lr=np.float32(0.1)), V),
         (classifier(loss_fn=nn.CrossEntropyLoss(weight=torch.ones(3))), classes()),
     ],
-)
+)  # fmt: skip
 def test_calls_that_are_fine(learner, batch):
     assert math.isfinite(learner.backward(batch).loss)
+
+
+def test_a_loss_that_changes_is_watched_where_it_fails():
+    """It runs as it is once it has been found fine."""
+
+    def loss_fn(p: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(p, y) if not late else F.gaussian_nll_loss(p, y, torch.ones_like(p))
+
+    late, learner = False, regressor(loss_fn)
+    first = learner.losses(V)
+    assert torch.equal(learner.losses(V), first)
+    late = True
+    assert math.isfinite(learner.backward(V).loss)
 
 
 def test_outputs_that_the_loss_takes_apart_have_losses():

@@ -1,0 +1,215 @@
+"""Which entries of predictions a loss function pairs with which entries of targets.
+
+Broadcasting pairs each prediction with each target where one of them lacks an axis: ``[N, 1] - [N]`` is ``[N, N]``.
+Such a loss trains without an error, and is wrong. Predictions and targets are followed through a loss function as long
+as they are changed entry by entry, cut into columns or reshaped. Where they are paired so, it is an error.
+
+All pairs are meant where the loss itself gives axes to both, as ``p[:, None] - y[None]``, or calls `torch.cdist`.
+
+Legend: N points of one task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations, zip_longest
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+# By entries: torch broadcasts what differs in shape. The first ones expect one shape; torch only warns of others.
+OF_ONE_SHAPE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+BY_ENTRY = (
+    *OF_ONE_SHAPE,
+    F.poisson_nll_loss,
+    F.gaussian_nll_loss,
+    F.kl_div,
+    F.soft_margin_loss,
+    F.hinge_embedding_loss,
+    F.margin_ranking_loss,
+)
+# The same of tensors, by the names that torch calls them by, and what each is called in an error.
+PAIRED = {
+    **dict.fromkeys(("sub", "subtract", "rsub", "__sub__", "__rsub__", "sub_"), "the difference between"),
+    **dict.fromkeys(("add", "__add__", "__radd__", "add_"), "the sum of"),
+    **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__", "mul_"), "the product of"),
+    **dict.fromkeys(
+        ("div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "div_"), "the quotient of"
+    ),
+    **dict.fromkeys(("pow", "__pow__", "__rpow__", "xlogy"), "a power or logarithm of"),
+    **dict.fromkeys(("dist", "cosine_similarity", "pairwise_distance"), "the distance or angle between"),
+    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), "the larger or smaller of"),
+    **dict.fromkeys(
+        ("lt", "le", "gt", "ge", "eq", "ne", "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"),
+        "a comparison of",
+    ),
+    "where": "a choice between",
+    "broadcast_tensors": "one shape for",
+}
+REPEATING = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
+# What only moves entries, or takes some of them.
+MOVING = (
+    "squeeze", "unsqueeze", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "select",
+    "transpose", "permute", "movedim", "moveaxis", "swapaxes", "t", "narrow", "chunk", "split", "unbind",
+    "tensor_split", "__get__",
+)  # fmt: skip
+REDUCING = ("sum", "mean", "norm", "vector_norm", "logsumexp", "amax", "amin", "prod")
+
+
+class _Entries(NamedTuple):
+    """A tensor of predictions' entries, or of targets'.
+
+    Attributes:
+        tensor: kept, so that its id stays its own.
+        root: the predictions or targets.
+        predicted: whether these are predictions.
+        shape: with 1 for the axes that it has been repeated along.
+        given: whether the loss has given it axes.
+    """
+
+    tensor: Tensor
+    root: Tensor
+    predicted: bool
+    shape: tuple[int, ...]
+    given: bool = False
+
+
+class Pairings:
+    """Follows predictions and targets of one task through a loss function.
+
+    Args:
+        predictions: tensors ``[N, ...]``.
+        targets: ``[N, ...]``.
+    """
+
+    def __init__(self, predictions: Sequence[Tensor], targets: Tensor) -> None:
+        self._found: dict[int, _Entries] = {}
+        for root in (targets, *predictions):  # a loss of predictions and the same again pairs nothing
+            self._keep(_Entries(root, root, root is not targets, tuple(root.shape)))
+
+    def check(self, func: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+        """Refuse a call that pairs predictions and targets wrongly.
+
+        Args:
+            func: what is called.
+            tensors: among its arguments, in their order.
+
+        Raises:
+            ValueError: saying what is paired, and what to do.
+        """
+        by_entry = func in BY_ENTRY
+        name = getattr(func, "__name__", "")
+        if not by_entry and name not in PAIRED:
+            return
+        if by_entry and func is not F.margin_ranking_loss:
+            tensors = tensors[:2]  # then come weights and variances
+        entries = [found for x in tensors if (found := self._found.get(id(x))) is not None and x.dim() > 0]
+        for a, b in combinations(entries, 2):
+            if a.predicted == b.predicted:
+                continue
+            differ = func in OF_ONE_SHAPE and a.tensor.shape != b.tensor.shape and not (a.given and b.given)
+            if differ or _all_pairs(a, b):
+                meant = "" if not differ else ", if need be by expand_as"
+                raise ValueError(_refusal(f"{name} of" if by_entry else PAIRED[name], a, b, meant))
+
+    def follow(self, func: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor], out: Any) -> None:
+        """Follow the result of a call.
+
+        Args:
+            func: what was called.
+            arguments: with the axes that it was told of in second place.
+            tensors: among the arguments, in their order.
+            out: the result.
+        """
+        entries = [self._found.get(id(x)) for x in tensors]
+        if not any(entries):
+            return
+        name = getattr(func, "__name__", "")
+        if name == "broadcast_tensors":
+            for given, x in zip(entries, out, strict=False):
+                if given is not None:
+                    self._keep(given._replace(tensor=x, shape=_padded(given.shape, x.dim())))
+            return
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self._follow_one(name, arguments, entries, x)
+
+    def _follow_one(self, name: str, args: Sequence[Any], entries: Sequence[_Entries | None], out: Tensor) -> None:
+        first = entries[0]
+        alone = len(entries) == 1 or name.endswith("_as")
+        if first is not None and alone and name in REPEATING:
+            once = _padded(first.shape, out.dim())
+            sizes = zip(once, out.shape, strict=True)
+            self._keep(first._replace(tensor=out, shape=tuple(1 if n == 1 else size for n, size in sizes)))
+        elif first is not None and alone and self._moves(name, args, first.tensor, out):
+            given = _ones(out) > _ones(first.tensor) or (first.given and _ones(out) > 0)
+            self._keep(first._replace(tensor=out, shape=tuple(out.shape), given=given))
+        else:
+            known = [x for x in entries if x is not None]
+            same = all(x.predicted == known[0].predicted and x.tensor.shape == out.shape for x in known)
+            if same and (len(known) == len(entries) or name in PAIRED):
+                shape = tuple(map(max, zip(*(x.shape for x in known), strict=True)))
+                self._keep(known[0]._replace(tensor=out, shape=shape, given=any(x.given for x in known)))
+
+    def _moves(self, name: str, args: Sequence[Any], given: Tensor, out: Tensor) -> bool:
+        """Whether a call keeps entries that are named point by point."""
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index) and not isinstance(
+                index[0], int
+            )
+        if name == "select":
+            return out.shape[:1] == given.shape[:1]
+        if name in REDUCING:
+            return 0 < out.dim() <= given.dim() and out.shape[0] == given.shape[0] and 0 not in _dims(args, given)
+        return name in MOVING
+
+    def _keep(self, entries: _Entries) -> None:
+        self._found[id(entries.tensor)] = entries
+
+
+def _dims(args: Sequence[Any], given: Tensor) -> list[int]:
+    """The axes that a reduction is told of, all of them where it is told of none that can be seen."""
+    dims = args[1] if len(args) > 1 else None
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
+        return list(range(given.dim()))
+    return [d % given.dim() for d in dims]
+
+
+def _padded(shape: Sequence[int], dims: int) -> tuple[int, ...]:
+    return (*[1] * (dims - len(shape)), *shape)
+
+
+def _ones(x: Tensor) -> int:
+    return sum(n == 1 for n in x.shape)
+
+
+def _all_pairs(a: _Entries, b: _Entries) -> bool:
+    """Whether broadcasting would make more of two tensors than the larger one has, which the loss has not asked for."""
+    sizes = list(zip_longest(reversed(a.shape), reversed(b.shape), fillvalue=0))
+    if math.prod(max(pair) for pair in sizes) <= max(math.prod(a.shape), math.prod(b.shape)):
+        return False
+    lacks = any(0 in pair and max(pair) > 1 for pair in sizes)
+    return lacks or not (a.given and b.given)
+
+
+def _refusal(what: str, a: _Entries, b: _Entries, meant: str) -> str:
+    p, y = (tuple(x.root.shape) for x in ((a, b) if a.predicted else (b, a)))
+    cure = f"Give both one shape{meant}"
+    if p == (*y, 1):
+        cure = "Give targets their last axis, y.unsqueeze(-1), or let the model drop its own, out.squeeze(-1)"
+    elif y == (*p, 1):
+        cure = "Let the model keep its last axis, out.unsqueeze(-1), or drop the targets', y.squeeze(-1)"
+    how = "" if a.tensor is a.root and b.tensor is b.root else _as_paired(a, b)
+    return (
+        f"the loss takes {what} predictions of shape {list(p)} and targets of shape {list(y)} for each task, which "
+        f"broadcasting would pair wrongly{how}. {cure}."
+    )
+
+
+def _as_paired(a: _Entries, b: _Entries) -> str:
+    p, y = (list(x.shape) for x in ((a, b) if a.predicted else (b, a)))
+    return f", as {p} and {y}"
