@@ -55,8 +55,8 @@ class World:
         sent: bytes that the processes have sent each other so far, all of them together: agreements, losses and
             gradients, by what an exchange sends at least (an all-reduce of p bytes by n processes: ``2 (n-1) p``).
         doing: what this process is about to do, in words; an agreement of processes that differ in it is refused.
-        word: a whole number that this process says with its next agreement.
-        words: what all said with the last one.
+        status: a whole number that goes to the other processes with the next agreement.
+        statuses: those of all processes, from the last one.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class World:
         self.timeout = timeout
         self.sent = 0
         self.doing = ""
-        self.word = 0
-        self.words = [0]
+        self.status = 0
+        self.statuses = [0]
         self._owned = owned
         self._shared: BaseException | None = None
         self._steps = 0
@@ -125,18 +125,18 @@ class World:
             ProcessError: if a process is gone or does not come within the time-out.
         """
         if self.size == 1:
-            self.words = [self.word]
+            self.statuses = [self.status]
             if error is not None:
                 raise error
             return
         try:
             doing = int.from_bytes(hashlib.blake2b(self.doing.encode(), digest_size=7).digest(), "little")
-            said = self.gather(torch.tensor([error is not None, self.word, doing], dtype=torch.int64)).tolist()
+            said = self.gather(torch.tensor([error is not None, self.status, doing], dtype=torch.int64)).tolist()
         except ProcessError:
             if error is not None:  # whom it cannot be told
                 raise error from None
             raise
-        self.words = [word for _, word, _ in said]
+        self.statuses = [word for _, word, _ in said]
         failed = [rank for rank, (is_failed, _, _) in enumerate(said) if is_failed]
         differ = any(other != said[0][2] for _, _, other in said)
         if not failed and not differ:
@@ -164,7 +164,7 @@ class World:
             raise
         self.agree()
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_object(self, make: Callable[[], T]) -> T:
         """What process 0 makes, on all of them.
 
         Raises:
@@ -226,24 +226,24 @@ class World:
         self.sent += (self.size - 1) * tensor.nbytes
         return torch.stack([tensor] if out is None else out)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place: on the server, and on all where each is one."""
         if self.size == 1:
             return tensor
         if self.server == "replicated":
-            return self.sum_everywhere(tensor)
+            return self.all_reduce(tensor)
         self._call("a sum", lambda: dist.reduce(tensor, dst=0))
         self.sent += (self.size - 1) * tensor.nbytes
         return tensor
 
-    def sum_everywhere(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place, on all of them."""
         if self.size > 1:
             self._call("a sum", lambda: dist.all_reduce(tensor))
             self.sent += 2 * (self.size - 1) * tensor.nbytes
         return tensor
 
-    def spread(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor) -> Tensor:
         """Process 0's tensor on all of them, in place."""
         if self.size > 1:
             self._call("the server's result", lambda: dist.broadcast(tensor, src=0))

@@ -120,7 +120,7 @@ def evaluate(
                 value = value.double().cpu()
                 for row in (row for row, wanted in enumerate(steps) if wanted == step):
                     values[row, theirs] = value
-    all_values, is_accuracy = world.sum_everywhere(values).split_with_sizes([len(steps), 1])
+    all_values, is_accuracy = world.all_reduce(values).split_with_sizes([len(steps), 1])
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     halfwidth = z * all_values.std(dim=1) / math.sqrt(tasks)
     return Evaluation(

@@ -242,7 +242,7 @@ def test_a_process_alone_needs_no_others(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with start() as world:
         assert (world.rank, world.size, world.first) == (0, 1, True)
-        assert world.from_first(lambda: 3) == 3
+        assert world.broadcast_object(lambda: 3) == 3
         assert world.gather(torch.ones(2)).shape == (1, 2)
         with pytest.raises(KeyError), world.together():
             raise KeyError("mine")

@@ -84,11 +84,11 @@ class TimedOperator(BiasOperator):
         """The operator's."""
         return self.operator.wire_bytes(d, element_size, sizes)
 
-    def next_step(self) -> int:
-        return self.operator.next_step()
+    def draw_step(self) -> int:
+        return self.operator.draw_step
 
-    def count_call(self) -> None:
-        self.operator.count_call()
+    def advance(self) -> None:
+        self.operator.advance()
 
     @property
     def varies(self) -> bool:

@@ -35,10 +35,10 @@ def measure(sizes: Sequence[int], repeats: int, world: World) -> list[dict[str, 
     """Seconds of each kind by size in bytes, as JSON values."""
     server = World(world.rank, world.size, server="rank0")
     calls: dict[str, Callable[[Tensor], object]] = {
-        "all-reduce": world.sum_everywhere,
+        "all-reduce": world.all_reduce,
         "all-gather": world.gather,
-        "gather and broadcast": lambda x: (server.gather_to_server(x), server.spread(x)),
-        "reduce and broadcast": lambda x: (server.sum(x), server.spread(x)),
+        "gather and broadcast": lambda x: (server.gather_to_server(x), server.broadcast(x)),
+        "reduce and broadcast": lambda x: (server.reduce(x), server.broadcast(x)),
     }
     found: dict[tuple[str, int], list[float]] = {}
     rounds = range(-1, repeats)  # the first is not counted

@@ -89,7 +89,7 @@ def measure(problem: Problem, plan: dict[str, Any], world: World) -> list[dict[s
     for cell in cells:
         cell.step(keep=False)
     a_round = time.perf_counter() - begin
-    rounds = world.from_first(lambda: max(LEAST_ROUNDS, int(plan["seconds"] / a_round)))
+    rounds = world.broadcast_object(lambda: max(LEAST_ROUNDS, int(plan["seconds"] / a_round)))
     shown = None if world.first else True  # the progress bar
     label = f"{problem.name}, processes: {world.size}"
     for number in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=shown):
@@ -118,7 +118,7 @@ def _by_the_kernel(cell: Cell, attempts: int, seconds: float) -> dict[str, float
     world = cell.world
     if world.size == 1 or cell.scaling == "weak" or loopback_bytes() is None:
         return None
-    steps = world.from_first(lambda: max(2, min(COUNTED, int(seconds / min(cell.steps)))))
+    steps = world.broadcast_object(lambda: max(2, min(COUNTED, int(seconds / min(cell.steps)))))
     found = {"kernel": 0.0, "counted": 0.0, "idle": 0.0}
     for _ in range(attempts):
         begin, before, counted = time.perf_counter(), _read(), world.sent
@@ -128,7 +128,7 @@ def _by_the_kernel(cell: Cell, attempts: int, seconds: float) -> dict[str, float
         elapsed, after = time.perf_counter() - begin, _read()
         time.sleep(elapsed)
         found = {"kernel": after - before, "counted": counted, "idle": _read() - after}
-        quiet = world.from_first(lambda found=found: found["idle"] <= QUIET * found["kernel"])  # type: ignore[misc]
+        quiet = world.broadcast_object(lambda found=found: found["idle"] <= QUIET * found["kernel"])  # type: ignore[misc]
         if quiet:
             break
     return found

@@ -98,10 +98,10 @@ class BiasOperator(ABC):
         """
         check_gradient(gradient)
         rows = gradient.reshape(-1, gradient.shape[-1])
-        place = Place(self.next_step() if step is None else step, _numbers(workers, len(rows)))
+        place = Place(self.draw_step if step is None else step, _numbers(workers, len(rows)))
         out = self._pass(rows, place, sizes)
         if step is None:
-            self.count_call()
+            self.advance()
         return gradient if out is rows else out.view(gradient.shape)
 
     @abstractmethod
@@ -224,7 +224,7 @@ class BiasOperator(ABC):
     def receive(
         self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
     ) -> Tensor:
-        """What the server reckons with: the sum over all workers, or each one's.
+        """Decode the workers' messages: their sum, or each one.
 
         Args:
             messages: of all workers, in their order.
@@ -244,31 +244,39 @@ class BiasOperator(ABC):
         return total
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within, what workers keep from call to call does not move on; `settle` then moves it, or nothing does."""
+    def defer(self) -> Iterator[None]:
+        """Within, calls leave the workers' state as it is; `commit` then takes the new one, or nobody does."""
         yield
 
-    def settle(self) -> None:
-        """Move on what was `held`: all processes have come so far."""
+    def commit(self) -> None:
+        """Take the state that the last deferred call computed."""
         return  # most operators: nothing
 
     def reset(self) -> None:
         """Forget what earlier calls have left."""
         return  # most operators: nothing
 
-    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """Of a state loaded, keep what these workers need, who are one process's, and what a server of all needs.
+    def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
+        """Of a loaded state of all workers, keep one process's part, and what the server needs.
 
         Args:
-            workers: whose state stays.
+            workers: of this process.
             each: as for `receive`.
         """
         return  # most operators: nothing
 
     @staticmethod
-    def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state of the `state_dict` of all processes, that of process 0 first."""
+    def gather(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state of all workers, from each process's `state_dict`, process 0 first."""
         return states[0]  # most operators: the same on all
+
+    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
+        """`shard`, by its name in version 0.1."""
+        self.shard(workers, each=each)
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """`gather`, by its name in version 0.1."""
+        return self.gather(states)
 
     def state_dict(self) -> dict[str, Any]:
         """What earlier calls have left, for a checkpoint."""
@@ -328,12 +336,13 @@ class BiasOperator(ABC):
             raise ValueError(f"sizes must add up to the gradient's {d} entries; got {list(sizes)}.")
         return [size for size in sizes if size > 0]
 
-    def next_step(self) -> int:
-        """The number of earlier calls, where they count."""
+    @property
+    def draw_step(self) -> int:
+        """The number of earlier calls, for operators that draw by it."""
         return 0
 
-    def count_call(self) -> None:
-        """One call more, which has not failed."""
+    def advance(self) -> None:
+        """Count a call that has succeeded."""
         return  # most operators: it does not matter
 
     def _contraction(self, d: int) -> float | None:

@@ -42,12 +42,13 @@ class Compose(BiasOperator):
     def _apply(self, rows: Tensor, place: Place) -> Tensor:
         return self._pass(rows, place, None)
 
-    def next_step(self) -> int:
-        return max(operator.next_step() for operator in self.operators)
+    @property
+    def draw_step(self) -> int:
+        return max(operator.draw_step for operator in self.operators)
 
-    def count_call(self) -> None:
+    def advance(self) -> None:
         for operator in self.operators:
-            operator.count_call()
+            operator.advance()
 
     @property
     def compresses(self) -> bool:  # type: ignore[override]

@@ -39,7 +39,7 @@ class ErrorFeedback(BiasOperator):
         self.operator = inner_operator(operator, "error feedback goes around an operator without it")
         self._workers: dict[int, State] = {}
         self._next: dict[int, State] = {}  # of the call at hand
-        self._held = False
+        self._deferred = False
 
     @property
     def state(self) -> State:
@@ -50,7 +50,7 @@ class ErrorFeedback(BiasOperator):
 
     @abstractmethod
     def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        """The recurrence: what the server reckons with ``[n, d]``, and the next state, from tensors ``[n, d]``.
+        """The recurrence: what the server receives ``[n, d]``, and the next state, from tensors ``[n, d]``.
 
         Those in ``state`` may be changed.
         """
@@ -59,7 +59,7 @@ class ErrorFeedback(BiasOperator):
         return self._moved(rows, place, lambda difference: self.operator._pass(difference, place, sizes))
 
     def _moved(self, rows: Tensor, place: Place, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the server reckons with, by an operator on ``[n, d]``; the states move on."""
+        """What the server receives, by an operator on ``[n, d]``; updates the states."""
         state = {name: torch.zeros_like(rows) for name in self.names}
         for row, worker in enumerate(place.workers):
             for name, kept in self._workers.get(worker, {}).items():
@@ -75,21 +75,21 @@ class ErrorFeedback(BiasOperator):
         self._next = {  # kept only now, since the operator may raise
             worker: {name: tensor[row] for name, tensor in state.items()} for row, worker in enumerate(place.workers)
         }
-        if not self._held:
-            self.settle()
+        if not self._deferred:
+            self.commit()
         return out
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """See `BiasOperator.held`."""
-        self._held = True
+    def defer(self) -> Iterator[None]:
+        """See `BiasOperator.defer`."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._held = False
+            self._deferred = False
 
-    def settle(self) -> None:
-        """See `BiasOperator.settle`."""
+    def commit(self) -> None:
+        """See `BiasOperator.commit`."""
         for worker, state in self._next.items():
             self._keep(worker, state)
         self._next = {}
@@ -121,11 +121,12 @@ class ErrorFeedback(BiasOperator):
         """Whether the operator is: each worker's state is its own."""
         return self.operator.separable
 
-    def next_step(self) -> int:
-        return self.operator.next_step()
+    @property
+    def draw_step(self) -> int:
+        return self.operator.draw_step
 
-    def count_call(self) -> None:
-        self.operator.count_call()
+    def advance(self) -> None:
+        self.operator.advance()
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
         """The operator's: what is fed back never leaves the worker."""
@@ -191,13 +192,13 @@ class ErrorFeedback(BiasOperator):
             worker: {name: tensor.clone() for name, tensor in kept.items()} for worker, kept in state["workers"].items()
         }
 
-    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """See `BiasOperator.deal`."""
+    def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
+        """See `BiasOperator.shard`."""
         self._workers = {worker: kept for worker, kept in self._workers.items() if worker in set(workers)}
 
     @staticmethod
-    def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See `BiasOperator.merged`: the workers of all, in order."""
+    def gather(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See `BiasOperator.gather`: the workers of all, in order."""
         workers = {worker: kept for state in states for worker, kept in state["workers"].items()}
         return {**states[0], "workers": dict(sorted(workers.items()))}
 
@@ -262,12 +263,12 @@ class EF21(ErrorFeedback):
         super().reset()
         self._received = None
 
-    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """See `BiasOperator.deal`."""
+    def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
+        """See `BiasOperator.shard`."""
         if self._received is None and self._workers:
             estimates = self.state["estimate"]
             self._received = estimates if each else estimates.sum(0)
-        super().deal(workers, each=each)
+        super().shard(workers, each=each)
 
     def state_dict(self) -> dict[str, Any]:
         """See `ErrorFeedback.state_dict`; with what the server keeps, where estimates come as messages."""

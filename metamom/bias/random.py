@@ -72,10 +72,11 @@ class Draws(BiasOperator):
         if self.generator is not None:
             self.generator.set_state(state["generator"].cpu())
 
-    def next_step(self) -> int:
+    @property
+    def draw_step(self) -> int:
         return self._calls
 
-    def count_call(self) -> None:
+    def advance(self) -> None:
         self._calls += 1
 
     @property

@@ -81,7 +81,9 @@ def _train(arguments: Arguments, world: World) -> int:
     recipe = Recipe(task=arguments.task, **given)
     learner = recipe.learner()
     optimizer = recipe.make_optimizer(learner)
-    run_dir = arguments.run_dir or world.from_first(lambda: f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = arguments.run_dir or world.broadcast_object(
+        lambda: f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     _warn_of_restarts(arguments, world)
     assert recipe.meta_batch is not None
     iterations = ITERATIONS[recipe.task] if arguments.iterations is None else arguments.iterations

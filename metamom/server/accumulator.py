@@ -171,7 +171,7 @@ class BiasedAccumulator:
             server.add(rows, order)
         total, report = server.finish()
         grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
-        touched = self.world.sum_everywhere(torch.tensor(self._touched, dtype=torch.int64)).tolist()
+        touched = self.world.all_reduce(torch.tensor(self._touched, dtype=torch.int64)).tolist()
         for number, p in enumerate(self.params):
             if touched[number]:
                 deliver(p, grads[str(number)], server.operator)

@@ -106,7 +106,7 @@ class Aggregation:
         self._measured = measure and self.operator is not None
         operator = self.operator
         self._streams = how == "mean" and (operator is None or (operator.separable and not operator.feeds_back))
-        self._step = 0 if self.operator is None else self.operator.next_step()
+        self._step = 0 if self.operator is None else self.operator.draw_step
         self._plain: Tensor | None = None  # sum of the gradients
         self._total: Tensor | None = None  # sum of what operators made of them; of the gradients where there are none
         self._rows = torch.empty(0)  # what operators made of each, where the aggregate is no mean
@@ -141,7 +141,7 @@ class Aggregation:
             self._plain = _sum(self._plain, rows)
         operator = self.operator
         if self.world.size > 1 and operator is not None:
-            with operator.held():  # until all processes have come so far
+            with operator.defer():  # until all processes have come so far
                 if operator.compresses:
                     self._messages += operator.send(rows, step=self._step, workers=workers, sizes=self.sizes)
                     self._like = rows[0]
@@ -164,12 +164,12 @@ class Aggregation:
         if self._shared:
             return self._of_shared_workers()
         if self.operator is not None:
-            self.operator.settle()
+            self.operator.commit()
         if self._messages:
             total = self._of_messages()
         elif self.how == "mean":
             assert self._total is not None
-            whole = self.world.sum(self._total)
+            whole = self.world.reduce(self._total)
             total = self._from_server(lambda: whole / self.n, like=whole)
         else:
             rows = self.world.gather_to_server(self._rows)
@@ -177,7 +177,7 @@ class Aggregation:
         error: float | None = 0.0
         if self.operator is not None:
             error = self._bias_error(total)
-            self.operator.count_call()
+            self.operator.advance()
         return total, {
             "grad_norm": float(vector_norm(total)),
             "bias_error": error,
@@ -187,7 +187,7 @@ class Aggregation:
     def _of_shared_workers(self) -> tuple[Tensor, dict[str, float | int | None]]:
         """Everybody is the server of all workers."""
         assert self._total is not None
-        return aggregate(self.world.sum_everywhere(self._total), self.operator, self.how, sizes=self.sizes)
+        return aggregate(self.world.all_reduce(self._total), self.operator, self.how, sizes=self.sizes)
 
     def _of_messages(self) -> Tensor:
         """By what the workers' messages say."""
@@ -217,12 +217,12 @@ class Aggregation:
             return make()
         with world.together():
             made = make() if world.first else torch.empty_like(like)
-        return world.spread(made)
+        return world.broadcast(made)
 
     def _bias_error(self, total: Tensor) -> float | None:
         if self._plain is None:
             return None
-        mean = self.world.sum_everywhere(self._plain) / self.n
+        mean = self.world.all_reduce(self._plain) / self.n
         norm = float(vector_norm(mean))
         return float(vector_norm(total - mean)) / norm if norm else 0.0
 

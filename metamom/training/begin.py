@@ -195,10 +195,10 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         saved = Saved(parts, run, world, options.run_dir, options.workers)
         progress = saved.restored(options.iterations) or Progress(0, 0.0, None)
         if world.size > 1:
-            torch.set_rng_state(world.from_first(torch.get_rng_state))
+            torch.set_rng_state(world.broadcast_object(torch.get_rng_state))
             if operator is not None:
                 n = options.workers
-                operator.deal(range(n) if n < world.size else world.workers(n), each=options.aggregate != "mean")
+                operator.shard(range(n) if n < world.size else world.workers(n), each=options.aggregate != "mean")
         learner.expect(options.iterations - progress.done)
         if run is not None:  # from here on the directory changes
             run.forget_metrics_from(progress.done, until=options.iterations)
@@ -217,7 +217,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         if options.tensorboard and run is not None:
             session.log_to(stack.enter_context(board.writing_to(run.path / "tensorboard", progress.done)))
         if world.size > 1:  # by a signal to any process, which the others know with the gradients
-            session.stop = lambda: max(world.words)
+            session.stop = lambda: max(world.statuses)
         yield stack.enter_context(session)
 
 

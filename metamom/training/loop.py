@@ -22,7 +22,7 @@ from metamom.server.robust import Aggregate
 from metamom.training.begin import Checked, Options, begin
 from metamom.training.plan import Scheduler, check_momentum
 from metamom.training.session import Session
-from metamom.training.stall import Watch
+from metamom.training.stall import StallMonitor
 
 # Steps between measurements of the bias error over several processes, which exchange whole gradients for it.
 MEASURE_EVERY = 50
@@ -164,7 +164,7 @@ def _steps(
 ) -> TrainResult:
     """The algorithm: sample, meta-gradient, bias and aggregate, momentum; and what is looked at on the way."""
     options, operator, like = checked.options, checked.operator, next(learner.model.parameters())
-    monitor = Watch(optimizer, operator, learner.estimator) if world.first else None
+    monitor = StallMonitor(optimizer, operator, learner.estimator) if world.first else None
     resumed_from, metrics = session.progress.done, []
     validation: Evaluation | None = None
     for step in session:
@@ -180,7 +180,7 @@ def _steps(
 
         line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}
         if monitor is not None:
-            monitor.look(line["loss"], line["grad_norm"])
+            monitor.update(line["loss"], line["grad_norm"])
         rate = options.meta_batch / session.stepped()
         best = None
         if checked.validates_after(step + 1):
@@ -199,7 +199,7 @@ def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, worl
         DivergedError: for a loss or a gradient that is not finite.
         NonFiniteDataError: where the batch is not.
     """
-    world.word = session.interrupts.caught or 0
+    world.status = session.interrupts.caught or 0
     try:
         found = learner.backward(
             batch,

@@ -67,7 +67,7 @@ class Saved:
             ValueError: if the run has done more iterations than that.
             CheckpointError: for one that is not a run's of these parts, naming what is wrong with it.
         """
-        state = self.world.from_first(lambda: None if self.run is None else self.run.newest_state())
+        state = self.world.broadcast_object(lambda: None if self.run is None else self.run.newest_state())
         if state is None:
             return None
         where = f"the checkpoints in {self.path}"
@@ -77,7 +77,7 @@ class Saved:
         best = state["best"]
         if not (best is None or isinstance(best, float)) or best != best:
             raise CheckpointError(f"{where} should hold the best validation, or None, as 'best'; got {best!r:.80}.")
-        if best is None and self.world.from_first(lambda: self.run is not None and self.run.has_validated(step)):
+        if best is None and self.world.broadcast_object(lambda: self.run is not None and self.run.has_validated(step)):
             raise CheckpointError(
                 f"{where} should hold the best validation as 'best', for metrics.jsonl has validations before step "
                 f"{step}; got None."
@@ -109,7 +109,7 @@ class Saved:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if "bias" in state:
-            state["bias"] = self.parts["bias"].merged(self.world.gather_objects(state["bias"]))
+            state["bias"] = self.parts["bias"].gather(self.world.gather_objects(state["bias"]))
         # a model's own random layers (dropout) draw from torch's generators
         rng = {
             "cpu": torch.get_rng_state(),

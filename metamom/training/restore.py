@@ -156,8 +156,8 @@ def _check_operator(operator: BiasOperator, entries: int, workers: int | None, c
                 f"{', '.join(map(str, got[:20])) or 'none'}{', ...' * (len(got) > 20)}"
             )
     for member in _random(operator):
-        if calls is not None and member.next_step() != calls:
-            refuse("'calls'", f"{calls}, one for each step", member.next_step())
+        if calls is not None and member.draw_step != calls:
+            refuse("'calls'", f"{calls}, one for each step", member.draw_step)
 
 
 def _random(operator: BiasOperator) -> Iterator[Draws]:

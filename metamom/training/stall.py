@@ -23,7 +23,7 @@ class StallWarning(UserWarning):
     """A loss that stalls or swings, and the likely cause."""
 
 
-class Watch:
+class StallMonitor:
     """Looks at the second half of the losses after 400, 800, 1,600, ... steps, by `metamom.theory.diagnose`.
 
     It changes nothing in the run and costs a norm of v in every eighth step; with beta = 1, where v says no more than
@@ -51,7 +51,7 @@ class Watch:
         groups = optimizer.param_groups
         self.judges = isinstance(optimizer, CompositeMomentum) and len(groups) == 1 and not groups[0]["normalize"]
 
-    def look(self, loss: float, grad_norm: float) -> None:
+    def update(self, loss: float, grad_norm: float) -> None:
         """Take in a step that is done; may warn, once."""
         if not self.judges:
             return

@@ -14,7 +14,7 @@ from metamom.bias.spec import parse
 from metamom.tasks import LinearRegression
 from metamom.tasks.linear import half_squared_error
 from metamom.theory import diagnose
-from metamom.training.stall import StallWarning, Watch
+from metamom.training.stall import StallMonitor, StallWarning
 
 
 def descend(
@@ -33,7 +33,7 @@ def descend(
     curvatures = torch.tensor([1.0, 0.25], dtype=torch.float64)
     x = nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64))
     made = optimizer([x], lr=lr, **({"beta": beta} if optimizer is CompositeMomentum else {}))
-    watch = Watch(made, None if operator == "none" else parse(operator), estimator)
+    watch = StallMonitor(made, None if operator == "none" else parse(operator), estimator)
     generator = torch.Generator().manual_seed(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -41,7 +41,7 @@ def descend(
             at = x.detach()
             x.grad = curvatures * at + bias + noise * torch.randn(2, generator=generator, dtype=torch.float64)
             made.step()
-            watch.look(least + float(0.5 * (curvatures * at**2).sum()), float(x.grad.norm()))
+            watch.update(least + float(0.5 * (curvatures * at**2).sum()), float(x.grad.norm()))
     assert all(issubclass(warning.category, StallWarning) for warning in caught)
     return [str(warning.message) for warning in caught]
 
@@ -103,8 +103,8 @@ def test_plain_sgd_in_noise_at_too_large_a_step():
 def test_another_optimizer_and_normalised_steps_are_not_judged():
     assert descend(1e-6, 0.1, optimizer=torch.optim.SGD) == []
     x = nn.Parameter(torch.ones(1))
-    assert not Watch(CompositeMomentum([x], lr=0.1, normalize=True), None).judges
-    assert Watch(CompositeMomentum([x], lr=0.1), None).judges
+    assert not StallMonitor(CompositeMomentum([x], lr=0.1, normalize=True), None).judges
+    assert StallMonitor(CompositeMomentum([x], lr=0.1), None).judges
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_another_optimizer_and_normalised_steps_are_not_judged():
 )
 def test_what_is_known_of_the_bias(spec, biased):
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    assert Watch(CompositeMomentum(params, lr=0.1), parse(spec), "exact").biased is biased
-    assert Watch(CompositeMomentum(params, lr=0.1), parse(spec), "first-order").biased is True
-    assert Watch(CompositeMomentum(params, lr=0.1), None, "exact").biased is False
-    assert Watch(CompositeMomentum(params, lr=0.1), None, "cross-fit").biased is None
+    assert StallMonitor(CompositeMomentum(params, lr=0.1), parse(spec), "exact").biased is biased
+    assert StallMonitor(CompositeMomentum(params, lr=0.1), parse(spec), "first-order").biased is True
+    assert StallMonitor(CompositeMomentum(params, lr=0.1), None, "exact").biased is False
+    assert StallMonitor(CompositeMomentum(params, lr=0.1), None, "cross-fit").biased is None
 
 
 def test_training_warns_once():
