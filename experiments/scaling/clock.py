@@ -84,6 +84,7 @@ class TimedOperator(BiasOperator):
         """The operator's."""
         return self.operator.wire_bytes(d, element_size, sizes)
 
+    @property
     def draw_step(self) -> int:
         return self.operator.draw_step
 
