@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
 from metamom.common.checks import MOST, check_whole
@@ -19,8 +16,8 @@ from metamom.experiments.recipes import find_device
 from metamom.tasks.checks import check_seed
 from metamom.tasks.locate import PathLike
 from metamom.training.directory import RunDirectory, read_log
-from metamom.training.interrupts import Interrupts, TrainingInterrupted
-from metamom.training.progress import DivergedError
+from metamom.training.progress import Progress
+from metamom.training.session import Session
 
 HEADER = ",".join(("", *Row._fields))
 SAVE_AFTER = 10.0  # seconds of work that a crash may cost, or an epoch
@@ -107,35 +104,31 @@ def reproduce(
         write_atomically(run.path / "metrics.csv", "".join(f"{line}\n" for line in [HEADER, *_lines(rows)]).encode())
         run.forget_metrics_from(training.epochs)
         run.write_config()
-        if not rows:
-            _save(training, run, seconds)
         csv = stack.enter_context((run.path / "metrics.csv").open("a", encoding="utf-8"))
-        interrupts = stack.enter_context(Interrupts())
-        bar = stack.enter_context(tqdm(total=epochs, initial=len(rows), desc=dataset, unit="epoch", disable=None))
-        saved = seconds
-        while training.epochs < epochs:
-            began, epoch = time.perf_counter(), training.epochs
+        session = Session(
+            Progress(training.epochs, seconds, None),
+            epochs,
+            _Store(training, run),
+            run=run,
+            path=run.path,
+            label=dataset,
+            unit="epoch",
+            hidden=None,
+            due=lambda done, since: since >= SAVE_AFTER,
+            remedies=REMEDIES,
+        )
+        for epoch in stack.enter_context(session):
             try:
                 row = training.epoch()
             except NonFiniteError as error:
-                raise DivergedError("a node's gradient", epoch, REMEDIES) from error
-            if not math.isfinite(row.train_loss):
-                raise DivergedError("the training loss", epoch, REMEDIES)
-            seconds += time.perf_counter() - began
+                raise session.diverged("a node's gradient") from error
+            session.check_finite({"the training loss": row.train_loss})
+            session.stepped()
             rows.append(row)
-            run.log(_metrics(epoch, row, seconds, training))
             csv.writelines(f"{line}\n" for line in _lines([row], epoch))
             csv.flush()
-            bar.set_postfix(train_loss=f"{row.train_loss:.4f}", test_acc=f"{row.test_acc:.4f}", refresh=False)
-            bar.update()
-            caught = interrupts.caught
-            if caught is not None or training.epochs == epochs or seconds - saved >= SAVE_AFTER:
-                _save(training, run, seconds)
-                saved = seconds
-            if caught is not None:
-                raise TrainingInterrupted(
-                    f"stopped after epoch {training.epochs} of {epochs}; saved in {run.path}; resume to go on.", caught
-                )
+            shown = {"train_loss": f"{row.train_loss:.4f}", "test_acc": f"{row.test_acc:.4f}"}
+            session.finish(_metrics(epoch, row, training), shown)
     return rows
 
 
@@ -166,11 +159,11 @@ def _settings(
     }
 
 
-def _metrics(epoch: int, row: Row, seconds: float, training: Training) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``: the names of every run's, and those of ``metrics.csv``."""
+def _metrics(epoch: int, row: Row, training: Training) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``, but for its seconds: the names of every run's, and those of ``metrics.csv``."""
     wire = training.operator.wire_bytes(training.parameters, sizes=training.sizes)
     line = {"step": epoch, "loss": row.train_loss, "accuracy": row.train_acc, **row._asdict()}
-    return {**line, "seconds": seconds, "world_size": 1, "wire_bytes": training.nodes * wire}
+    return {**line, "world_size": 1, "wire_bytes": training.nodes * wire}
 
 
 def _lines(rows: list[Row], first: int = 0) -> list[str]:
@@ -212,5 +205,14 @@ def _restored(training: Training, run: RunDirectory) -> float:
     return float(state["seconds"])
 
 
-def _save(training: Training, run: RunDirectory, seconds: float) -> None:
-    run.checkpoints.save(training.epochs, {**training.state_dict(), "seconds": seconds})
+class _Store:
+    """The checkpoints of a training; of epochs none is the best."""
+
+    def __init__(self, training: Training, run: RunDirectory) -> None:
+        self.training = training
+        self.run = run
+
+    def save(self, progress: Progress, is_best: bool = False) -> None:
+        """Write a checkpoint."""
+        state = {**self.training.state_dict(), "seconds": progress.seconds}
+        self.run.checkpoints.save(progress.done, state, best=is_best)

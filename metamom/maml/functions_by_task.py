@@ -13,6 +13,8 @@ all where only the values differ between tasks, and `torch.roll` of a single num
 Losses: torch checks the variances of `torch.nn.functional.gaussian_nll_loss`, and sums the weights of the labels that
 count in `torch.nn.functional.cross_entropy` with label smoothing, in ways that vmap does not take.
 
+Tensors under vmap say that they require no gradient, and take no hooks.
+
 Attention: the fused kernels have no second derivative, nor the one for CPUs a rule for vmap, so it is written out.
 """
 
@@ -266,6 +268,36 @@ multi_head_attention = FunctionType(
 )
 
 
+REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def requires_grad(tensor: Tensor, *kind: Any) -> bool:
+    """`torch.Tensor.requires_grad`, which vmap hides: what a forward does may depend on it."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    """`torch.Tensor.register_hook`, which no tensor of one task among others has.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    raise ValueError(
+        "the forward registers a hook on a tensor, which does not run under MAML: all tasks are computed at once. To "
+        "change a gradient, use a torch.autograd.Function; hooks on the model's parameters do run."
+    )
+
+
+def retain_grad(tensor: Tensor) -> None:
+    """`torch.Tensor.retain_grad`: of tasks' tensors, which are gone after the call, nothing is retained."""
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        tensor.retain_grad()
+
+
 def _under_all_names(name: str) -> list[Callable[..., Any]]:
     """A function as models may call it: by torch, a tensor, or PyTorch's operators, as exported models do."""
     operator = getattr(torch.ops.aten, name)
@@ -285,6 +317,9 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.cross_entropy: cross_entropy,
+    REQUIRES_GRAD: requires_grad,
+    torch.Tensor.register_hook: register_hook,
+    torch.Tensor.retain_grad: retain_grad,
 }
 if hasattr(F, "linear_cross_entropy"):
     _OTHERS[F.linear_cross_entropy] = linear_cross_entropy
@@ -325,7 +360,7 @@ def may_call_them(model: nn.Module) -> bool:
 @cache
 def _names_one(kind: type[nn.Module]) -> bool:
     """Whether the code of a module's ``forward`` names one of these functions, in whatever branch."""
-    names = {function.__name__ for function in _OTHERS}
+    names = {"requires_grad" if function == REQUIRES_GRAD else function.__name__ for function in _OTHERS}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
     todo: list[CodeType] = [] if code is None else [code]
     while todo:

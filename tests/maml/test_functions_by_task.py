@@ -186,6 +186,31 @@ OPERATIONS = {
 }
 
 
+def halved_backwards(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.tanh(x @ w)
+    return h * 0.5 + 0.5 * h.detach() if h.requires_grad and not x.requires_grad else h * 3
+
+
+def retained(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.tanh(x @ w)
+    h.retain_grad()
+    return h
+
+
+OPERATIONS |= {"requires_grad": halved_backwards, "retain_grad": retained}
+
+
+def test_a_hook_in_the_forward_is_refused():
+    def hooked(x: Tensor, w: Tensor) -> Tensor:
+        h = torch.tanh(x @ w)
+        h.register_hook(lambda gradient: gradient / 2)
+        return h
+
+    learner = MAML(Operation(hooked).double(), F.mse_loss)
+    with pytest.raises(ValueError, match=r"registers a hook on a tensor, .*use a torch\.autograd\.Function"):
+        learner.backward(regression_batch(tasks=3, support=2, query=2))
+
+
 class Operation(nn.Module):
     def __init__(self, operation) -> None:
         super().__init__()
