@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from metamom.bias.base import NonFiniteError
+from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.experiments.figures import heat_map, save
 from metamom.experiments.first.workers import OPERATORS, workers_that_differ

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place, Sizes
+from metamom.bias.base import BiasOperator
+from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.distributed import World
 
 
@@ -106,5 +107,5 @@ class TimedOperator(BiasOperator):
         """The operator's."""
         return self.operator.spec
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, place: Coordinates) -> Tensor:
         raise AssertionError("calls go to the operator")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metamom.bias.base import BiasOperator, Place
+from metamom.bias.base import BiasOperator
+from metamom.bias.coordinates import Coordinates
 from metamom.experiments.quadratics import Quadratics, descend
 from metamom.experiments.when.transient import moments
 from metamom.theory import stable_limit, stationary
@@ -41,7 +42,7 @@ class Shift(BiasOperator):
     def __init__(self, b: Tensor) -> None:
         self.b = b
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, place: Coordinates) -> Tensor:
         return rows + self.b
 
     @property

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from metamom.bias.base import NonFiniteError
+from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.numerals import shortest, told_apart

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metamom.bias.base import NonFiniteError
+from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.experiments import quadratics
 from metamom.experiments.when.rule import spectrum

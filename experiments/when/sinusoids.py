@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from metamom import nets
 from metamom.batch import TaskBatch
-from metamom.bias.base import NonFiniteError
+from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.when.tuning import Tuned, cells, counted, listed, tune

@@ -1,9 +1,12 @@
 """Bias operators: what a worker does to its gradient before it sends it."""
 
-from metamom.bias.base import Bias, BiasOperator, Constants, Function, Identity, NonFiniteError, as_operator
+from metamom.bias.base import BiasOperator
 from metamom.bias.clip import Clip, ClipValue
 from metamom.bias.compose import Compose
+from metamom.bias.constants import Constants
+from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21, ErrorFeedback
+from metamom.bias.function import Bias, Function, Identity, as_operator
 from metamom.bias.normalize import Normalize, Sign
 from metamom.bias.random import QSGD, RandK
 from metamom.bias.spec import parse

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Constants, Place, Sizes
+from metamom.bias.base import BiasOperator
 from metamom.bias.checks import check_setting
+from metamom.bias.constants import Constants
+from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.norms import scaled_norm
 
 
@@ -52,7 +54,7 @@ class Clip(BiasOperator):
         self.max_norm = _positive("Clip needs a norm tau", max_norm)
         self.per_tensor = per_tensor
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         return clip(rows, self.max_norm)
 
     def constants(
@@ -93,7 +95,7 @@ class ClipValue(BiasOperator):
     def __init__(self, max_value: float) -> None:
         self.max_value = _positive("ClipValue needs a bound c", max_value)
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         # a bound that the dtype cannot hold clips nothing
         return rows if self.max_value > torch.finfo(rows.dtype).max else rows.clamp(-self.max_value, self.max_value)
 

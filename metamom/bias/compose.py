@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place, Sizes, inner_operator
+from metamom.bias.base import BiasOperator
+from metamom.bias.coordinates import Coordinates, Sizes
+from metamom.bias.function import inner_operator
 
 
 class Compose(BiasOperator):
@@ -34,13 +36,13 @@ class Compose(BiasOperator):
         inner = [each.operators if isinstance(each, Compose) else (each,) for each in members]
         self.operators: tuple[BiasOperator, ...] = tuple(operator for each in inner for operator in each)
 
-    def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+    def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
         for turn, operator in enumerate(self.operators):
-            rows = operator._pass(rows, place._replace(turn=turn), sizes)
+            rows = operator._pass(rows, at._replace(operator=turn), sizes)
         return rows
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
-        return self._pass(rows, place, None)
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
+        return self._pass(rows, at, None)
 
     @property
     def draw_step(self) -> int:
@@ -78,13 +80,13 @@ class Compose(BiasOperator):
         """The last one's; the others refuse here what they would in a call."""
         return [operator.wire_bytes(d, element_size, sizes) for operator in self.operators][-1]
 
-    def _message(self, gradient: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+    def _message(self, gradient: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
         """The last one's, of what the others leave."""
         *first, last = self.operators
         rows = gradient.unsqueeze(0)
         for turn, operator in enumerate(first):
-            rows = operator._pass(rows, place._replace(turn=turn), sizes)
-        return last._message(rows[0], place._replace(turn=len(first)), sizes)
+            rows = operator._pass(rows, at._replace(operator=turn), sizes)
+        return last._message(rows[0], at._replace(operator=len(first)), sizes)
 
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
         """The last one's."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place, Sizes, check_gradient, inner_operator
+from metamom.bias.base import BiasOperator
 from metamom.bias.clip import Clip
+from metamom.bias.coordinates import Coordinates, Sizes, check_gradient
+from metamom.bias.function import inner_operator
 from metamom.common.checks import check_number
 from metamom.optim import momentum_update_
 
@@ -55,13 +57,13 @@ class ErrorFeedback(BiasOperator):
         Those in ``state`` may be changed.
         """
 
-    def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
-        return self._moved(rows, place, lambda difference: self.operator._pass(difference, place, sizes))
+    def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
+        return self._moved(rows, at, lambda difference: self.operator._pass(difference, at, sizes))
 
-    def _moved(self, rows: Tensor, place: Place, operator: Callable[[Tensor], Tensor]) -> Tensor:
+    def _moved(self, rows: Tensor, at: Coordinates, operator: Callable[[Tensor], Tensor]) -> Tensor:
         """What the server receives, by an operator on ``[n, d]``; updates the states."""
         state = {name: torch.zeros_like(rows) for name in self.names}
-        for row, worker in enumerate(place.workers):
+        for row, worker in enumerate(at.workers):
             for name, kept in self._workers.get(worker, {}).items():
                 if kept.shape != rows.shape[1:]:
                     raise ValueError(
@@ -73,7 +75,7 @@ class ErrorFeedback(BiasOperator):
         for tensor in state.values():  # what goes to the server is finite where these are
             self._in_range(tensor)
         self._next = {  # kept only now, since the operator may raise
-            worker: {name: tensor[row] for name, tensor in state.items()} for row, worker in enumerate(place.workers)
+            worker: {name: tensor[row] for name, tensor in state.items()} for row, worker in enumerate(at.workers)
         }
         if not self._deferred:
             self.commit()
@@ -103,8 +105,8 @@ class ErrorFeedback(BiasOperator):
             else:
                 kept[name] = tensor.clone()
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
-        return self._pass(rows, place, None)
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
+        return self._pass(rows, at, None)
 
     @property
     def compresses(self) -> bool:  # type: ignore[override]
@@ -146,7 +148,7 @@ class ErrorFeedback(BiasOperator):
             sent.extend(self.operator.send(differences, step=step, workers=workers, sizes=sizes))
             return torch.stack([self.operator.decode(message, d, dtype, sizes=sizes) for message in sent])
 
-        self._moved(gradients, Place(step, workers), over_the_wire)
+        self._moved(gradients, Coordinates(step, workers), over_the_wire)
         return sent
 
     def receive(
@@ -254,9 +256,9 @@ class EF21(ErrorFeedback):
         self._received = before.add_(change)
         return self._received
 
-    def _pass(self, rows: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+    def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
         self._received = None  # estimates that do not come as messages are the workers' own
-        return super()._pass(rows, place, sizes)
+        return super()._pass(rows, at, sizes)
 
     def reset(self) -> None:
         """Forget the state."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place
+from metamom.bias.base import BiasOperator
+from metamom.bias.coordinates import Coordinates
 from metamom.bias.norms import scaled_norm
-from metamom.bias.wire import pack, packed_bytes, unpack
+from metamom.bias.packing import pack, packed_bytes, unpack
 
 
 def normalize(gradient: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ class Normalize(BiasOperator):
     def __init__(self, *, per_tensor: bool = False) -> None:
         self.per_tensor = per_tensor
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         return normalize(rows)
 
     @property
@@ -66,7 +67,7 @@ class Sign(BiasOperator):
     def __init__(self, *, per_tensor: bool = False) -> None:
         self.per_tensor = per_tensor
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         return scaled_sign(rows)
 
     def _contraction(self, d: int) -> float | None:
@@ -76,7 +77,7 @@ class Sign(BiasOperator):
         """One number, and a digit of three values for each entry."""
         return element_size + packed_bytes(d, 3)
 
-    def _encode(self, part: Tensor, place: Place) -> Tensor:
+    def _encode(self, part: Tensor, at: Coordinates) -> Tensor:
         digits = part.sign().to(torch.int64) + 1
         return torch.cat([_mean_magnitude(part).view(torch.uint8), pack(digits, 3)])
 

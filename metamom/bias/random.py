@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Constants, Place, Sizes
+from metamom.bias.base import BiasOperator
 from metamom.bias.checks import check_setting
+from metamom.bias.constants import Constants
+from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.norms import scaled_norm
+from metamom.bias.packing import pack, packed_bytes, unpack
 from metamom.bias.sparse import Sparse
-from metamom.bias.wire import pack, packed_bytes, unpack
 from metamom.rng import Places, Purpose, subset, uniforms
 
 
@@ -83,9 +85,9 @@ class Draws(BiasOperator):
     def _seed_word(self) -> list[str]:
         return [f"seed={self.seed}"] if self.seed else []
 
-    def _places(self, place: Place) -> Places:
-        indices = np.array(place.workers, dtype=np.int64)
-        return Places(f"bias {type(self).__name__} {place.turn} {place.part}", place.step, indices)
+    def _places(self, at: Coordinates) -> Places:
+        indices = np.array(at.workers, dtype=np.int64)
+        return Places(f"bias {type(self).__name__} {at.operator} {at.tensor}", at.step, indices)
 
 
 def rand_k(gradient: Tensor, indices: Tensor) -> Tensor:
@@ -131,18 +133,18 @@ class RandK(Sparse, Draws):
         self.shared = shared
         self._seeded(seed, generator)
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         n, d = rows.shape
         k = self.kept(d)
-        out = rand_k(rows, self._indices(n, d, k, place).to(rows.device))
+        out = rand_k(rows, self._indices(n, d, k, at).to(rows.device))
         return self._in_range(out * (d / k)) if self.scaled else out
 
-    def _indices(self, n: int, d: int, k: int, place: Place) -> Tensor:
+    def _indices(self, n: int, d: int, k: int, at: Coordinates) -> Tensor:
         if self.generator is not None:
             keys = torch.rand(1 if self.shared else n, d, generator=self.generator, device=self.generator.device)
             chosen = keys.topk(k, dim=-1).indices
         else:
-            places = self._places(place._replace(workers=[0]) if self.shared else place)
+            places = self._places(at._replace(workers=[0]) if self.shared else at)
             chosen = torch.from_numpy(subset(self.seed, places, Purpose.BIAS, k, d))
         return chosen.expand(n, k)
 
@@ -223,8 +225,8 @@ class QSGD(Draws):
         self.per_tensor = per_tensor
         self._seeded(seed, generator)
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
-        norm, whole = self._quantized(rows, place)
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
+        norm, whole = self._quantized(rows, at)
         out = norm * (whole / self.levels)
         if _fits(norm, rows.dtype):  # and so does what is no longer
             return out.to(rows.dtype)
@@ -232,11 +234,11 @@ class QSGD(Draws):
         out = torch.where(norm.isfinite(), out, length * (whole / self.levels) * scale)
         return self._in_range(out.to(rows.dtype))
 
-    def _quantized(self, rows: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def _quantized(self, rows: Tensor, at: Coordinates) -> tuple[Tensor, Tensor]:
         if self.generator is not None:
             drawn = torch.rand(rows.shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
         else:
-            drawn = torch.from_numpy(uniforms(self.seed, self._places(place), Purpose.BIAS, rows.shape[1]))
+            drawn = torch.from_numpy(uniforms(self.seed, self._places(at), Purpose.BIAS, rows.shape[1]))
         return quantize(rows, drawn.to(rows.device), self.levels)
 
     def constants(
@@ -258,8 +260,8 @@ class QSGD(Draws):
         """The norm, in 4 bytes or more, and a digit of 2 s + 1 values for each entry."""
         return max(4, element_size) + packed_bytes(d, 2 * self.levels + 1)
 
-    def _encode(self, part: Tensor, place: Place) -> Tensor:
-        norm, whole = self._quantized(part.unsqueeze(0), place)
+    def _encode(self, part: Tensor, at: Coordinates) -> Tensor:
+        norm, whole = self._quantized(part.unsqueeze(0), at)
         if not _fits(norm, part.dtype):
             self._in_range(norm)  # which is sent
             self._in_range((norm * (whole / self.levels)).to(part.dtype))

@@ -8,8 +8,9 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-from metamom.bias.base import BiasOperator, Place, Sizes
+from metamom.bias.base import BiasOperator
 from metamom.bias.checks import all_finite
+from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.select import INTEGERS
 from metamom.common.checks import check_number
 
@@ -74,7 +75,7 @@ class Sparse(BiasOperator):
         return f"{percent:f}%" if percent.adjusted() > -20 else f"{percent}%"  # 1E-300%, in place of 300 zeros
 
     @abstractmethod
-    def _apply(self, rows: Tensor, place: Place) -> Tensor: ...
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor: ...
 
     def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
         """See `BiasOperator`; K is held against the smallest part first, for an error to name it."""
@@ -118,9 +119,9 @@ class Sparse(BiasOperator):
         """Whether a message may hold so many entries where K, added up over what it acts on, is ``kept``."""
         return count == kept
 
-    def _message(self, gradient: Tensor, place: Place, sizes: Sizes | None) -> Tensor:
+    def _message(self, gradient: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
         """The indices of what is kept, in the whole gradient, then the values."""
-        out = self._pass(gradient.unsqueeze(0), place, sizes)[0]
+        out = self._pass(gradient.unsqueeze(0), at, sizes)[0]
         # entries with any bit set come first (negative zeros too); where fewer are kept than K, others of zero follow
         bits = out.view(INTEGERS[out.element_size()]) != 0
         least = sum(self.kept(size) for size in self._parts(len(gradient), sizes))

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
-from metamom.bias.base import BiasOperator, Identity
+from metamom.bias.base import BiasOperator
 from metamom.bias.clip import Clip, ClipValue
 from metamom.bias.compose import Compose
 from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21
+from metamom.bias.function import Identity
 from metamom.bias.normalize import Normalize, Sign
 from metamom.bias.random import QSGD, RandK, check_seed
 from metamom.bias.topk import TopK

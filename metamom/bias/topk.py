@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from metamom.bias.base import Place
+from metamom.bias.coordinates import Coordinates
 from metamom.bias.select import Ties, keep_largest
 from metamom.bias.sparse import Sparse
 from metamom.common.checks import is_word
@@ -57,7 +57,7 @@ class TopK(Sparse):
             raise ValueError(f'TopK breaks ties by "index" or keeps "all"; got ties={ties!r}.')
         self.ties = ties
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         return top_k(rows, self.kept(rows.shape[-1]), self.ties)
 
     def _contraction(self, d: int) -> float | None:

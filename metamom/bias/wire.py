@@ -1,45 +1,149 @@
-"""Numbers of few values, packed into bytes."""
+"""The messages that workers send in place of their gradients: how they are encoded, and what they say."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def digits_in_byte(base: int) -> int:
-    """How many digits of a base fit into a byte; at least one."""
-    count = 1
-    while base ** (count + 1) <= 256:
-        count += 1
-    return count
+from metamom.bias.checks import all_finite
+from metamom.bias.coordinates import Coordinates, Sizes, check_gradient, numbers
 
 
-def packed_bytes(d: int, base: int) -> int:
-    """Bytes that d digits take."""
-    if base > 256:
-        return d * _whole(base).itemsize
-    return -(-d // digits_in_byte(base))
+class Codec(ABC):
+    """The messages of an operator: dense entries, unless it sends less."""
 
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """How the command line spells this operator."""
 
-def pack(digits: Tensor, base: int) -> Tensor:
-    """Digits ``[d]`` in 0..base-1 (int64) to bytes: as many digits in each as fit."""
-    if base > 256:
-        whole = digits - base // 2  # as far below zero as above
-        return whole.to(_whole(base)).view(torch.uint8)
-    each = digits_in_byte(base)
-    rows = torch.nn.functional.pad(digits, (0, -len(digits) % each)).view(-1, each)
-    weights = torch.tensor([base**i for i in range(each)], device=digits.device)
-    return (rows * weights).sum(1).to(torch.uint8)
+    @abstractmethod
+    def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
+        """The lengths that the operator acts on, one after the other."""
 
+    @abstractmethod
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
+        """C of each of ``[n, d]``, for an operator on whole gradients or on one parameter tensor's part of them."""
 
-def unpack(message: Tensor, d: int, base: int) -> Tensor:
-    """The digits ``[d]`` (int64) that `pack` put into bytes."""
-    if base > 256:
-        return message.clone().view(_whole(base)).to(torch.int64) + base // 2
-    weights = torch.tensor([base**i for i in range(digits_in_byte(base))], device=message.device)
-    digits = torch.arange(256, device=message.device)[:, None] // weights % base  # of every byte there is:
-    return digits.index_select(0, message.int()).reshape(-1)[:d]  # a division for each entry takes 10 times as long
+    @property
+    def varies(self) -> bool:
+        """Whether messages may be longer than `wire_bytes`."""
+        return False
 
+    def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
+        """Bytes that one worker's message takes.
 
-def _whole(base: int) -> torch.dtype:
-    return torch.int16 if base <= 2**16 else torch.int32
+        Args:
+            d: length of the gradient.
+            element_size: bytes of one entry.
+            sizes: as for a call.
+        """
+        return sum(self._wire_bytes(size, element_size) for size in self._parts(d, sizes))
+
+    def encode(self, gradient: Tensor, *, step: int = 0, worker: int = 0, sizes: Sizes | None = None) -> Tensor:
+        """One worker's message: what it sends instead of ``C(g)``.
+
+        Args:
+            gradient: ``[d]``.
+            step: as for a call.
+            worker: whose gradient it is.
+            sizes: as for a call.
+
+        Returns:
+            ``[wire_bytes]`` uint8.
+        """
+        check_gradient(gradient)
+        if gradient.dim() != 1:
+            raise ValueError(f"encode takes one worker's gradient [d]; got shape {tuple(gradient.shape)}.")
+        return self._message(gradient, Coordinates(step, [worker]), sizes)
+
+    def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
+        """What a message says: ``C(g)`` ``[d]``, exactly.
+
+        Raises:
+            ValueError: for a message of another length, or one that no gradient has.
+        """
+        parts = self._parts(d, sizes)
+        lengths = [self._wire_bytes(size, dtype.itemsize) for size in parts]
+        if message.dtype is not torch.uint8 or message.shape != (sum(lengths),):
+            raise self._misfit(message, f"{sum(lengths)} bytes", d, dtype)
+        messages = torch.split(message, lengths)
+        out = torch.cat([self._decode(m, size, dtype) for m, size in zip(messages, parts, strict=True)])
+        if not all_finite(out):
+            raise self._damaged("values that are infinite or NaN", d, dtype)
+        return out
+
+    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
+        """Workers' messages, in place of a call: what each keeps from call to call moves on as by one.
+
+        Args:
+            gradients: ``[n, d]``.
+            step: as for a call.
+            workers: whose gradients these are.
+            sizes: as for a call.
+
+        Returns:
+            n messages, each ``[bytes]`` uint8.
+
+        Raises:
+            NonFiniteError: as a call.
+        """
+        check_gradient(gradients)
+        each = [Coordinates(step, [worker]) for worker in numbers(workers, len(gradients))]
+        return [self._message(g, at, sizes) for g, at in zip(gradients, each, strict=True)]
+
+    def receive(
+        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
+    ) -> Tensor:
+        """Decode the workers' messages: their sum, or each one.
+
+        Args:
+            messages: of all workers, in their order.
+            d: length of the gradients.
+            dtype: of the gradients.
+            sizes: as for a call.
+            each: give each worker's ``[n, d]`` in place of their sum ``[d]``.
+
+        Raises:
+            ValueError: for messages that no gradients have.
+        """
+        if each:
+            return torch.stack([self.decode(message, d, dtype, sizes=sizes) for message in messages])
+        total = torch.zeros(d, dtype=dtype, device=messages[0].device)
+        for message in messages:
+            self._add(total, message, sizes)
+        return total
+
+    def _message(self, gradient: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
+        """The message of one gradient ``[d]``, whole or layer by layer."""
+        parts = torch.split(gradient, self._parts(len(gradient), sizes))
+        return torch.cat([self._encode(part, at._replace(tensor=i)) for i, part in enumerate(parts)])
+
+    def _add(self, total: Tensor, message: Tensor, sizes: Sizes | None) -> None:
+        """Add what a message says to ``total [d]``."""
+        total += self.decode(message, len(total), total.dtype, sizes=sizes)
+
+    def _misfit(self, message: Tensor, wanted: str, d: int, dtype: torch.dtype) -> ValueError:
+        return ValueError(
+            f"{self.spec} sends {wanted} for {d} entries of {dtype}; got a message of {tuple(message.shape)} "
+            f"{message.dtype}."
+        )
+
+    def _damaged(self, what: str, d: int, dtype: torch.dtype) -> ValueError:
+        return ValueError(
+            f"{self.spec} sends no such message for {d} entries of {dtype}: it holds {what}. It is damaged, or of "
+            "another operator, size or dtype."
+        )
+
+    def _wire_bytes(self, d: int, element_size: int) -> int:
+        """Of dense entries, unless an operator sends less."""
+        return d * element_size
+
+    def _encode(self, part: Tensor, at: Coordinates) -> Tensor:
+        return self._apply(part.unsqueeze(0), at)[0].contiguous().view(torch.uint8)
+
+    def _decode(self, message: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+        return message.clone().view(dtype)

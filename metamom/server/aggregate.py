@@ -10,7 +10,8 @@ from torch._utils import _unflatten_dense_tensors
 from torch.linalg import vector_norm
 
 from metamom.bias import Bias, BiasOperator, Identity
-from metamom.bias.base import Sizes, without_state
+from metamom.bias.coordinates import Sizes
+from metamom.bias.function import without_state
 from metamom.common.averaged import forget, note
 from metamom.distributed import World, as_world
 from metamom.server.robust import Aggregate, check_aggregate, robust_mean

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import inf, sqrt
 
-from metamom.bias.base import Constants
+from metamom.bias.constants import Constants
 from metamom.theory import checks
 
 

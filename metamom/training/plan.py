@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
-from metamom.bias.base import Function, function_name
+from metamom.bias.function import Function, function_name
 from metamom.common.checks import AT_ONCE, MOST, check_flag, check_whole
 from metamom.distributed import World
 from metamom.maml.learner import MAML

@@ -29,7 +29,7 @@ from torch import Tensor
 import metamom.bias
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
 from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, NonFiniteError, as_operator, parse
-from metamom.bias.base import Place
+from metamom.bias.coordinates import Coordinates
 from metamom.bias.spec import AROUND, spec_help, spellings
 
 # what every operator promises
@@ -203,7 +203,7 @@ def test_layer_by_layer_is_each_layer_by_itself(operator, g):
         operator = operator.operators[0]
     whole = parse(operator.spec.replace(":tensor", ""))
     parts = torch.split(g, cut(g.shape[-1]), -1)
-    expected = torch.cat([whole._apply(part, Place(4, range(2), part=i)) for i, part in enumerate(parts)], -1)
+    expected = torch.cat([whole._apply(part, Coordinates(4, range(2), tensor=i)) for i, part in enumerate(parts)], -1)
     assert_identical(operator(g, step=4, sizes=cut(g.shape[-1])), expected)
 
 
@@ -588,7 +588,7 @@ def test_functions_are_operators_too():
 
 def test_an_operator_of_ones_own():
     class Half(BiasOperator):
-        def _apply(self, rows: Tensor, place: Place) -> Tensor:
+        def _apply(self, rows: Tensor, place: Coordinates) -> Tensor:
             return rows / 2
 
         @property

@@ -24,7 +24,7 @@ from metamom import (
     train,
 )  # fmt: skip
 from metamom.bias import Bias, BiasOperator, as_operator, parse
-from metamom.bias.base import Place
+from metamom.bias.coordinates import Coordinates
 from metamom.diagnostics.bias_meter import measure
 from metamom.server.aggregate import Aggregation, aggregate
 from metamom.tasks import Sinusoid
@@ -33,7 +33,7 @@ from metamom.tasks import Sinusoid
 class Own(BiasOperator):
     """What a user has to write."""
 
-    def _apply(self, rows: Tensor, place: Place) -> Tensor:
+    def _apply(self, rows: Tensor, place: Coordinates) -> Tensor:
         return rows
 
     @property

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from operators import FEEDBACK, STATELESS, G, assert_identical, cut, each, each_dtype, gradients
 
 from metamom import QSGD, Clip, Compose, Identity, RandK, Sign, TopK
+from metamom.bias.packing import digits_in_byte, pack, packed_bytes, unpack
 from metamom.bias.select import INTEGERS
-from metamom.bias.wire import digits_in_byte, pack, packed_bytes, unpack
 
 
 @each(STATELESS)

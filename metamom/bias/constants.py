@@ -1,0 +1,74 @@
+"""What is known of an operator's bias, as numbers (docs/theory.md)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from metamom.bias.checks import check_setting
+from metamom.bias.coordinates import Sizes
+
+
+class Constants(NamedTuple):
+    """How far the mean of biased workers' gradients is from the gradient (docs/theory.md).
+
+    ``||bias||^2 <= B ||grad f||^2 + b2`` and ``E ||noise||^2 <= M ||grad f||^2 + sigma2``.
+    """
+
+    B: float
+    b2: float
+    M: float
+    sigma2: float
+
+    @property
+    def floor(self) -> float:
+        """``b^2 / (1 - B)``: where the squared gradient norm may stop, whatever the momentum; infinite for B >= 1."""
+        return self.b2 / (1 - self.B) if self.B < 1 else float("inf")
+
+
+class Contraction(ABC):
+    """An operator's contraction, and the constants that follow from it."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """How the command line spells this operator."""
+
+    @abstractmethod
+    def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
+        """The lengths that the operator acts on, one after the other."""
+
+    def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
+        """``alpha_c`` with ``E ||C(g) - g||^2 <= (1 - alpha_c) ||g||^2`` for all g ``[d]``; None if there is none."""
+        parts = [self._contraction(size) for size in self._parts(d, sizes)]
+        return None if None in parts else min(part for part in parts if part is not None)
+
+    def constants(
+        self,
+        d: int,
+        *,
+        workers: int = 1,
+        zeta2: float = 0.0,
+        bound: float | None = None,
+        sizes: Sizes | None = None,
+    ) -> Constants:
+        """The operator's row of the table in docs/theory.md, for full local gradients.
+
+        Args:
+            d: length of the gradients, >= 1.
+            workers: n >= 1, with draws of their own.
+            zeta2: heterogeneity >= 0, ``1/n sum ||grad f_i - grad f||^2 <= zeta^2``.
+            bound: G >= 0 with ``||grad f_i|| <= G``, which clipping needs.
+            sizes: as for a call.
+
+        Raises:
+            ValueError: where no such bound is known, and for arguments out of range.
+        """
+        check_setting(d, workers, zeta2, bound)
+        alpha = self.contraction(d, sizes)
+        if alpha is None:
+            raise ValueError(f"no constants are known for {self.spec}: it is neither contractive nor unbiased.")
+        return Constants(1 - alpha, (1 - alpha) * zeta2, 0.0, 0.0)
+
+    def _contraction(self, d: int) -> float | None:
+        return None

@@ -1,0 +1,60 @@
+"""Which gradients an operator is given: their workers, step and parameter tensor, by which random operators draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from metamom.bias.checks import all_finite
+
+Sizes = Sequence[int]
+
+
+class NonFiniteError(ValueError):
+    """A worker's gradient has an entry that is infinite or NaN, or an operator makes one of finite entries."""
+
+
+class Coordinates(NamedTuple):
+    """The coordinates of rows of gradients, from which random operators draw.
+
+    Attributes:
+        step: number of the call, from 0.
+        workers: whose gradients the rows are, a number for each.
+        tensor: number of the parameter tensor in a layer-wise operator, else 0.
+        operator: number of the operator in a composition, else 0: two of one kind draw independently.
+    """
+
+    step: int
+    workers: Sequence[int]
+    tensor: int = 0
+    operator: int = 0
+
+
+def numbers(workers: Sequence[int] | None, rows: int) -> Sequence[int]:
+    """The rows' workers, 0, 1, ... by default.
+
+    Raises:
+        ValueError: unless they are as many numbers >= 0 that differ.
+    """
+    if workers is None:
+        return range(rows)
+    if len(workers) != rows or len(set(workers)) != rows or min(workers, default=0) < 0:
+        raise ValueError(f"workers are {rows} numbers >= 0 that differ, one for each gradient; got {list(workers)}.")
+    return workers
+
+
+def check_gradient(gradient: Tensor) -> None:
+    """Refuse what no operator has a meaning for."""
+    if not gradient.is_floating_point():
+        raise TypeError(f"a bias operator acts on floating-point gradients; got {gradient.dtype}.")
+    if gradient.dim() == 0 or gradient.shape[-1] == 0:
+        raise ValueError(f"a bias operator acts on gradients [..., d] with d >= 1; got shape {tuple(gradient.shape)}.")
+    if not all_finite(gradient):
+        bad = ~gradient.isfinite()
+        first = int(bad.reshape(-1, gradient.shape[-1]).any(-1).nonzero()[0])
+        raise NonFiniteError(
+            f"{int(bad.sum())} entries of the gradients are infinite or NaN, the first in row {first} (rows are "
+            "workers): a smaller step size, or the loss, must keep them finite; no operator can."
+        )

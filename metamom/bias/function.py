@@ -1,0 +1,118 @@
+"""The operator that does nothing, a user's own, and what may be given as a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metamom.bias.base import BiasOperator
+from metamom.bias.coordinates import Coordinates
+
+
+class Identity(BiasOperator):
+    """``C(g) = g``: no bias."""
+
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
+        return rows
+
+    def _contraction(self, d: int) -> float | None:
+        return 1.0
+
+    @property
+    def spec(self) -> str:
+        """``none``."""
+        return "none"
+
+
+class Function(BiasOperator):
+    """A user's own operator on one gradient.
+
+    Args:
+        function: ``[d] -> [d]``; called for each worker's gradient by itself.
+
+    Raises:
+        TypeError: if it is not callable; when called, if the function returns no tensor.
+        ValueError: when called, if the function returns another shape.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        if not callable(function):
+            raise TypeError(
+                'a bias is an operator, a SPEC such as "topk:5%", or a function Tensor[d] -> Tensor[d]; got '
+                f"{function!r}."
+            )
+        self.function = function
+
+    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
+        return torch.stack([self._one(g) for g in rows])
+
+    def _one(self, gradient: Tensor) -> Tensor:
+        out = self.function(gradient.clone())  # which it may change in place
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{self.spec} must return a tensor; got {type(out).__name__}.")
+        if out.shape != gradient.shape:
+            raise ValueError(f"{self.spec} must keep the shape {tuple(gradient.shape)}; got {tuple(out.shape)}.")
+        return out
+
+    @property
+    def spec(self) -> str:
+        """The function's name."""
+        return function_name(self.function)
+
+
+def function_name(function: object) -> str:
+    """The name of a function, or of the class of an object that is called; a lambda's says nothing of its place."""
+    name = str(getattr(function, "__qualname__", type(function).__qualname__))
+    return "<lambda>" if name.endswith(".<lambda>") else name
+
+
+Bias = BiasOperator | Callable[[Tensor], Tensor] | str | None
+
+
+def as_operator(bias: Bias) -> BiasOperator | None:
+    """The operator that ``bias`` means: itself, what a SPEC such as ``"topk:5%"`` names, a function wrapped, or none.
+
+    A SPEC makes a new operator each time.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: for a SPEC that `metamom.bias.parse` refuses.
+    """
+    if isinstance(bias, type):
+        raise TypeError(f"a bias is an operator, such as {bias.__name__}(...); got the class {bias.__name__} itself.")
+    if isinstance(bias, str):
+        from metamom.bias.spec import parse  # which imports every operator, and they this
+
+        return parse(bias)
+    return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)
+
+
+def inner_operator(operator: BiasOperator | str, wanted: str) -> BiasOperator:
+    """An operator that another goes around, or the one that a SPEC names.
+
+    Raises:
+        TypeError: for what is none, or feeds errors back, with what is ``wanted``.
+        ValueError: as `as_operator`.
+    """
+    made = as_operator(operator) if isinstance(operator, str) else operator
+    if not isinstance(made, BiasOperator) or made.feeds_back:
+        raise TypeError(f"{wanted}; got {operator!r}.")
+    return made
+
+
+def without_state(bias: Bias) -> BiasOperator | None:
+    """`as_operator` for a single step, where a SPEC must not name an operator that carries something to the next one.
+
+    Raises:
+        TypeError: as `as_operator`.
+        ValueError: as `as_operator`, and for such a SPEC.
+    """
+    operator = as_operator(bias)
+    if isinstance(bias, str) and operator is not None and operator.state_dict():
+        raise ValueError(
+            f"bias={bias!r} would be a new operator at each step, but it carries a state from step to step (errors, or "
+            f"a count of draws): make it once, operator = metamom.bias.parse({bias!r}), and pass bias=operator."
+        )
+    return operator
