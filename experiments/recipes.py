@@ -18,7 +18,7 @@ from metamom.common.numbers import shown, whole
 from metamom.common.schema import as_record
 from metamom.compile.graph import CompileMode
 from metamom.maml.chunking import ChunkSize
-from metamom.maml.estimators import TRACKED, Estimator, InnerBatches, check_estimator, support_parts
+from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml.inner_lr import LearnInnerLR
 from metamom.maml.learner import MAML
 from metamom.nets.models import Conv4, SinusoidMLP
@@ -136,7 +136,7 @@ class Recipe:
                 f"a meta-batch must divide the {self.fixed_tasks} fixed tasks that come in turn; got {self.meta_batch}."
             )
         check_estimator(self.estimator, self.inner_batches)
-        if self.estimator in TRACKED and self.fixed_tasks is None:
+        if ESTIMATORS[self.estimator].averages is not None and self.fixed_tasks is None:
             raise ValueError(
                 f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with fixed_tasks "
                 "(--fixed-tasks N)."

@@ -179,7 +179,7 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--inner-steps", type=step_count, help="inner steps in training (default: 1)")
     parser.add_argument(
         "--estimator",
-        choices=ESTIMATORS,
+        choices=list(ESTIMATORS),
         metavar="NAME",
         help="of the meta-gradient: exact, first-order; or, training on support sets of twice the --shots, in two "
         "halves, independent, hessian-free, cross-fit, richardson; or, on --fixed-tasks, each with an average of its "
@@ -316,7 +316,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 
 def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[..., int]]) -> None:
     """Flags of the bias meter."""
-    from metamom.diagnostics.sources import MEASURED
+    from metamom.maml.estimators import memoryless_estimators
 
     parser.set_defaults(run=commands["bias"])
     parser.add_argument(
@@ -333,9 +333,9 @@ def _add_bias(parser: argparse.ArgumentParser, commands: Mapping[str, Callable[.
     )
     parser.add_argument(
         "--estimator",
-        choices=MEASURED,
+        choices=memoryless_estimators(),
         metavar="NAME",
-        help=f"{', '.join(MEASURED)} (default: as in training, exact)",
+        help=f"{', '.join(memoryless_estimators())} (default: as in training, exact)",
     )
     parser.add_argument("--bias", metavar="SPEC", help="operator, see below (default: as in training, none)")
     parser.add_argument("--inner-lr", type=number, help="of a learner that is no RUN's (default: by task)")

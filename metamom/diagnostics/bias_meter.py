@@ -23,7 +23,6 @@ from metamom.common.checks import AT_ONCE, MOST, check_number, check_whole
 from metamom.common.intervals import Interval, Jackknife, norm, squared_norm, total_variance
 from metamom.diagnostics.power_law import Slope, fit_slope
 from metamom.diagnostics.sources import (
-    MEASURED,
     estimator_parts,
     half_points,
     pairs,
@@ -32,6 +31,7 @@ from metamom.diagnostics.sources import (
     reference,
     single_gradients,
 )
+from metamom.maml.estimators import memoryless_estimators
 from metamom.maml.learner import MAML
 
 STREAM = "bias"  # of the sampler's seed: neither training nor validation nor test draws from it
@@ -385,9 +385,9 @@ def _check_plan(
 ) -> None:
     if not isinstance(learner, MAML):
         raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
-    if learner.estimator not in MEASURED:
+    if learner.estimator not in memoryless_estimators():
         raise ValueError(
-            f"the estimators that a draw by itself shows the bias of are {', '.join(MEASURED)}; got "
+            f"the estimators that a draw by itself shows the bias of are {', '.join(memoryless_estimators())}; got "
             f"{learner.estimator!r}, which remembers earlier steps. Measure one of these (--estimator) at its weights."
         )
     for size in sizes:

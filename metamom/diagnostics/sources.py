@@ -19,15 +19,6 @@ from metamom.maml.learner import MAML
 from metamom.server.aggregate import flatten
 
 Parts = dict[str, Tensor]
-# those without a memory, whose one draw shows their bias
-MEASURED: tuple[Estimator, ...] = (
-    "exact",
-    "independent",
-    "first-order",
-    "hessian-free",
-    "cross-fit",
-    "richardson",
-)
 
 
 def points_per_shot(batch: TaskBatch) -> int:

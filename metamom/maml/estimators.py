@@ -3,26 +3,25 @@
 Legend: T tasks, S support points a task, J inner steps, P parts of a support set, c copies of a task, Q query points,
 A and B the halves of a support set, H_A and u_A the Hessian, and the adapted weights, of half A.
 
-A table says, for each estimator, along which half of the support set the inner steps go and which half gives the
-Hessians that they are differentiated by. `cut` cuts a batch of tasks accordingly; `metamom.maml` computes with it.
+`ESTIMATORS` says, for each estimator, along which half of the support set the inner steps go and which half gives the
+Hessians that they are differentiated by. `cut` cuts a batch of tasks accordingly; the rest of `metamom.maml` asks the
+record, and names no estimator.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.common.checks import check_word
+from metamom.maml.inner_step import Derivatives
 
-Estimator = Literal[
-    "exact", "independent", "first-order", "hessian-free", "cross-fit", "richardson", "moml", "moml-coupled", "scsc"
-]
+Estimator: TypeAlias = str  # a key of `ESTIMATORS`
 InnerBatches = Literal["same", "fresh"]
-ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-TRACKED: tuple[Estimator, ...] = ("moml", "moml-coupled", "scsc")  # with a memory: see metamom.maml.tracking
 INNER_BATCHES: tuple[InnerBatches, ...] = get_args(InnerBatches)
 
 
@@ -40,24 +39,73 @@ class _Term(NamedTuple):
     adaptations: tuple[_Adaptation, ...]
 
 
+@dataclass(frozen=True)
+class Record:
+    """An estimator of the meta-gradient. To add one, add an entry to `ESTIMATORS`.
+
+    Attributes:
+        terms: the adaptations whose weighted query losses are differentiated.
+        meaning: in a line, for the help and the documentation.
+        derivatives: of inner steps: ``"exact"``, by ``"differences"`` of gradients, or ``"none"``.
+        averages: the rule by which it averages the adapted weights over a task's visits, if any; see
+            `metamom.maml.tracking`.
+        biased: whether it is biased for the loss that a run reports, the one after a step on its own inner batch;
+            ``None`` where that is not known.
+    """
+
+    terms: tuple[_Term, ...]
+    meaning: str
+    derivatives: Derivatives = "exact"
+    averages: Literal["moml", "scsc"] | None = None
+    biased: bool | None = None
+
+
 _A, _B = (0,), (1,)
 _WHOLE = _A + _B
-_COUPLED = _Term(1.0, (_Adaptation(_A, _A),))  # the only half is all there is
-_INDEPENDENT = _Term(1.0, (_Adaptation(_A, _B),))
-_TERMS: dict[Estimator, tuple[_Term, ...]] = {
-    "exact": (_COUPLED,),
-    "independent": (_INDEPENDENT,),
-    "first-order": (_COUPLED,),
-    "hessian-free": (_INDEPENDENT,),
-    "cross-fit": (_Term(0.5, (_Adaptation(_A, _B), _Adaptation(_B, _A))),),
-    "richardson": (
-        _Term(2.0, (_Adaptation(_WHOLE, _WHOLE),)),
-        _Term(-0.5, (_Adaptation(_A, _A), _Adaptation(_B, _B))),
+_COUPLED = (_Term(1.0, (_Adaptation(_A, _A),)),)  # the only half is all there is
+_INDEPENDENT = (_Term(1.0, (_Adaptation(_A, _B),)),)
+ESTIMATORS: dict[Estimator, Record] = {
+    "exact": Record(_COUPLED, "differentiates through the adaptation (MAML)", biased=False),
+    "independent": Record(_INDEPENDENT, "goes along half A of the support set, with the Hessians of half B"),
+    "first-order": Record(_COUPLED, "the adapted weights' gradient itself (FO-MAML)", derivatives="none", biased=True),
+    "hessian-free": Record(
+        _INDEPENDENT,
+        "independent, by differences of gradients (HF-MAML); for smooth models, the kinks of many ReLUs make it noisy",
+        derivatives="differences",
     ),
-    "moml": (_INDEPENDENT,),
-    "moml-coupled": (_COUPLED,),
-    "scsc": (_INDEPENDENT,),
+    "cross-fit": Record(
+        (_Term(0.5, (_Adaptation(_A, _B), _Adaptation(_B, _A))),),
+        "the mean of independent and of the same with A and B swapped",
+    ),
+    "richardson": Record(
+        (
+            _Term(2.0, (_Adaptation(_WHOLE, _WHOLE),)),
+            _Term(-0.5, (_Adaptation(_A, _A), _Adaptation(_B, _B))),
+        ),
+        "2 g(all) - [g(A) + g(B)]/2, with g the exact one",
+    ),
+    "moml": Record(
+        _INDEPENDENT, "independent, at a moving average of each task's adapted weights (MOML)", averages="moml"
+    ),
+    "moml-coupled": Record(
+        _COUPLED,
+        "moml with all points for both, as MOML's public code, but without its factor b_u on the meta-gradient",
+        averages="moml",
+    ),
+    "scsc": Record(
+        _INDEPENDENT, "as moml, with an average that first moves along with the weights (SCSC)", averages="scsc"
+    ),
 }
+
+
+def tracked_estimators() -> list[Estimator]:
+    """Those that keep a moving average of each task, by its id."""
+    return [name for name, record in ESTIMATORS.items() if record.averages is not None]
+
+
+def memoryless_estimators() -> list[Estimator]:
+    """The others, each draw of which shows their bias by itself."""
+    return [name for name, record in ESTIMATORS.items() if record.averages is None]
 
 
 class InnerBatch(NamedTuple):
@@ -122,8 +170,9 @@ def support_parts(estimator: Estimator, steps: int, inner_batches: InnerBatches 
 
 def passes(estimator: Estimator, steps: int) -> int:
     """How often the model is called for a meta-gradient, roughly: what compiling one costs by."""
-    again = int(estimator == "scsc")  # from the weights of the last visit
-    return again + sum(steps * len(set(term.adaptations[0])) + 1 for term in _TERMS[estimator])
+    record = ESTIMATORS[estimator]
+    again = int(record.averages == "scsc")  # from the weights of the last visit
+    return again + sum(steps * len(set(term.adaptations[0])) + 1 for term in record.terms)
 
 
 def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: InnerBatches) -> None:
@@ -191,7 +240,7 @@ def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: Inner
         return _taken(batch.support_x, places, size), _taken(batch.support_y, places, size)
 
     result = []
-    for weight, adaptations in _TERMS[estimator]:
+    for weight, adaptations in ESTIMATORS[estimator].terms:
         along, hessian = zip(*adaptations, strict=True)
         own = [
             InnerBatch(*points(along, turn), None if hessian == along else points(hessian, turn))
@@ -204,7 +253,8 @@ def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: Inner
 
 
 def _halves(estimator: Estimator) -> int:
-    return 1 + max(half for term in _TERMS[estimator] for pair in term.adaptations for half in (*pair[0], *pair[1]))
+    adaptations = [adaptation for term in ESTIMATORS[estimator].terms for adaptation in term.adaptations]
+    return 1 + max(half for along, hessian in adaptations for half in (*along, *hessian))
 
 
 def _multiple(points: int, parts: int) -> int:

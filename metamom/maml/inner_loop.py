@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
-from metamom.maml.estimators import Adaptations, Estimator, InnerBatch
+from metamom.maml.estimators import ESTIMATORS, Adaptations, Estimator, InnerBatch
 from metamom.maml.finite_differences import Losses
 from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step
@@ -171,7 +171,7 @@ def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
             grads = _gradient(problem, start, at, batch, keep_graph)
             check_cut(problem, [name for name, grad in grads.items() if grad is None], batch.x, batch.y)
-            if keep_graph and problem.estimator != "first-order":
+            if keep_graph and ESTIMATORS[problem.estimator].derivatives != "none":
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
                 _check_constant(problem, flat, batch)
             own = {
@@ -216,9 +216,9 @@ def _gradient(
     problem: Problem, start: Start, at: Params, batch: InnerBatch, keep_graph: bool
 ) -> dict[str, Tensor | None]:
     """The gradient that an inner step from ``at`` goes along, with the derivatives that the estimator wants."""
-    derivatives: Derivatives = "exact" if keep_graph and problem.estimator != "first-order" else "none"
-    if keep_graph and problem.estimator == "hessian-free" and batch.hessian is not None:
-        derivatives = "differences"
+    derivatives: Derivatives = ESTIMATORS[problem.estimator].derivatives if keep_graph else "none"
+    if derivatives == "differences" and batch.hessian is None:
+        derivatives = "exact"
 
     def losses_on(x: Tensor, y: Tensor, draws: bool = True) -> Losses:
         def of(own: Params, others: Params) -> Tensor:

@@ -18,7 +18,7 @@ from metamom.compile.graph import CompileMode
 from metamom.distributed import World, as_world
 from metamom.maml.batch_checks import check_adapted, check_set
 from metamom.maml.chunking import ChunkSize
-from metamom.maml.estimators import TRACKED, Estimator, InnerBatch, InnerBatches, check_estimator, support_parts
+from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatch, InnerBatches, check_estimator, support_parts
 from metamom.maml.gradient import MetaGradients, OfTasks, Plan
 from metamom.maml.inner_loop import Problem, losses, predictions, start_of, trainable, trajectory
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
@@ -144,7 +144,7 @@ class MAML(nn.Module):
         self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
         self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
         self.memory: Memory | None = None
-        if estimator in TRACKED:
+        if ESTIMATORS[estimator].averages is not None:
             self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
         self.operators: dict[str, BiasOperator | None] = {}
         self._readings, self._uses = LossReadings(), Uses()

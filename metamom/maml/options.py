@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metamom.common.checks import INNER_STEPS, check_whole
-from metamom.maml.estimators import TRACKED, check_estimator
+from metamom.maml.estimators import check_estimator, tracked_estimators
 from metamom.maml.model_checks import check_kind
 from metamom.maml.swapping import named
 from metamom.maml.tracking import check_tracking
@@ -116,8 +116,9 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
         options[name] = value
         check_estimator(options["estimator"], options["inner_batches"])
         check_tracking(options["estimator"], tracking, options["inner_steps"], learned)
-        if name == "estimator" and value != learner.estimator and not {value, learner.estimator}.isdisjoint(TRACKED):
+        before = learner.estimator
+        if name == "estimator" and value != before and {value, before} & set(tracked_estimators()):
             raise ValueError(
-                f"a learner with estimator {learner.estimator!r} cannot go on with {value!r}, which remembers other "
+                f"a learner with estimator {before!r} cannot go on with {value!r}, which remembers other "
                 "things of the tasks: make another learner around the same model."
             )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamom.maml.estimators import TRACKED, Estimator
+from metamom.maml.estimators import ESTIMATORS, Estimator, tracked_estimators
 from metamom.maml.inner_step import straight_through
 from metamom.maml.task_weights import Params
 
@@ -65,10 +65,10 @@ def check_tracking(estimator: Estimator, tracking: float | None, inner_steps: in
     Raises:
         ValueError: saying what to set.
     """
-    if estimator not in TRACKED:
+    if ESTIMATORS[estimator].averages is None:
         if tracking is not None:
             raise ValueError(
-                f"tracking is the weight of a new inner step in estimators {', '.join(TRACKED)}; got "
+                f"tracking is the weight of a new inner step in estimators {', '.join(tracked_estimators())}; got "
                 f"tracking={tracking!r} with estimator {estimator!r}. Leave it out, or name one of these."
             )
         return
@@ -93,7 +93,7 @@ class Memory(nn.Module):
     checkpoints. Tensors go to the device and dtype of the weights when they are used next.
 
     Args:
-        estimator: one of `metamom.maml.estimators.TRACKED`.
+        estimator: one of `metamom.maml.estimators.tracked_estimators`.
         tracking: b_u in (0, 1].
         weights: the trainable parameters by name, ``[*shape]``.
         adapted: names of those that the inner step moves.
@@ -111,7 +111,7 @@ class Memory(nn.Module):
         self.tracking = tracking
         self.rows: dict[int, int] = {}
         self.tensors = {f"u.{name}": weights[name].detach().new_empty(0, *weights[name].shape) for name in adapted}
-        if estimator == "scsc":
+        if ESTIMATORS[estimator].averages == "scsc":
             self.tensors |= {f"last.{name}": w.detach().new_empty(0, *w.shape) for name, w in weights.items()}
 
     def reset(self) -> None:
@@ -230,8 +230,8 @@ def distinct_ids(task_ids: Tensor | None) -> list[int]:
     """
     if task_ids is None:
         raise ValueError(
-            f"estimators {', '.join(TRACKED)} remember each task by its id; got a batch without task_ids. Take tasks "
-            "that stay: metamom.tasks.FixedTasks(sampler, n) (--fixed-tasks N)."
+            f"estimators {', '.join(tracked_estimators())} remember each task by its id; got a batch without "
+            "task_ids. Take tasks that stay: metamom.tasks.FixedTasks(sampler, n) (--fixed-tasks N)."
         )
     ids: list[int] = task_ids.tolist()
     if len(set(ids)) != len(ids):

@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 from torch.optim import Optimizer
 
 from metamom.bias import BiasOperator
-from metamom.maml.estimators import Estimator
+from metamom.maml.estimators import ESTIMATORS, Estimator
 from metamom.optim import CompositeMomentum
 from metamom.theory import diagnose
 
@@ -90,9 +90,13 @@ class StallMonitor:
         return sum(float((a * b).sum()) for a, b in zip(earlier, self.earlier, strict=True))
 
 
+def _is_biased(estimator: Estimator | None) -> bool:
+    return estimator is not None and ESTIMATORS[estimator].biased is True
+
+
 def _cure(operator: BiasOperator | None, estimator: Estimator | None) -> str:
     """What lowers the bias that is known, or might."""
-    cures = ['the estimator "exact"'] * (estimator == "first-order")
+    cures = ['the estimator "exact"'] * _is_biased(estimator)
     if operator is not None and not operator.feeds_back:
         cures.append(operator.remedy)
     return ", or ".join(cures) or "another estimator or error feedback"
@@ -100,10 +104,10 @@ def _cure(operator: BiasOperator | None, estimator: Estimator | None) -> str:
 
 def _biased(operator: BiasOperator | None, estimator: Estimator | None, sizes: Sequence[int]) -> bool | None:
     """Whether the gradients are known to be biased or not; error feedback takes an operator's bias away in time."""
-    if estimator == "first-order":
+    if _is_biased(estimator):
         return True
     if operator is None:
-        return False if estimator == "exact" else None
+        return None if estimator is None else ESTIMATORS[estimator].biased
     if operator.feeds_back:
         return None
     try:

@@ -30,12 +30,12 @@ import metamom.maml.chunking
 import metamom.maml.inner_step
 from metamom import MAML, TaskBatch
 from metamom.experiments.recipes import Recipe
-from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES, TRACKED, check_support, cut, support_parts
+from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES, check_support, cut, memoryless_estimators, support_parts
 from metamom.maml.finite_differences import difference, gradient_by_differences
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Episodes, Quadratic, Sinusoid, quadratic_loss
 
-STATELESS = [e for e in ESTIMATORS if e not in TRACKED]  # the others are in test_tracking.py
+STATELESS = memoryless_estimators()  # the others are in test_tracking.py
 HALVED = ["independent", "hessian-free", "cross-fit", "richardson"]
 # Of differences in float64: r = 6e-6 of truncation r^2 and of rounding 1e-16/r, 1e-10 each, at derivatives of order 1.
 TOLERANCES = {"hessian-free": 1e-6}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from metamom import MAML, CompositeMomentum, TaskBatch, cli, evaluate, train
 from metamom.experiments.recipes import Recipe
 from metamom.maml.batch_checks import NonFiniteDataError
-from metamom.maml.estimators import TRACKED
+from metamom.maml.estimators import tracked_estimators
 from metamom.maml.tracking import moml, scsc
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, Sinusoid
@@ -26,6 +26,8 @@ from metamom.theory.fixed_points import bias_floor
 from metamom.training.checkpoints import Checkpoints, load
 
 INDEPENDENT = ["moml", "scsc"]
+
+TRACKED = tracked_estimators()
 
 
 def learner_of(estimator: str, **options: Any) -> MAML:
