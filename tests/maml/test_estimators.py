@@ -189,7 +189,7 @@ def test_losses_and_accuracy_are_of_plain_adaptation(estimator):
 
 
 @settings(deadline=None, max_examples=40)
-@given(data=st.data(), estimator=st.sampled_from(ESTIMATORS), inner_batches=st.sampled_from(INNER_BATCHES))
+@given(data=st.data(), estimator=st.sampled_from(list(ESTIMATORS)), inner_batches=st.sampled_from(INNER_BATCHES))
 def test_cutting(data, estimator, inner_batches):
     """Every support point is used, in each step of each adaptation the same number; copies of a task are neighbours."""
     tasks, steps, each = (data.draw(st.integers(1, 4)) for _ in range(3))

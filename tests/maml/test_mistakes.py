@@ -616,9 +616,15 @@ def test_labels_of_which_none_counts_are_named():
             call()
     # a task that has nothing to adapt to stays where it is, and a sum of nothing is zero
     assert math.isfinite(classifier().backward(batch._replace(support_y=y)).loss)
-    found = classifier(loss_fn=nn.CrossEntropyLoss(reduction="sum")).backward(bad)
+    summed = classifier(loss_fn=nn.CrossEntropyLoss(reduction="sum"))
+    found = summed.backward(bad)
     assert math.isfinite(found.loss)
-    assert math.isnan(found.metrics["accuracy"])
+    *_, adapted = summed.trajectory(bad.support_x, bad.support_y, steps=1)
+    _, each = summed.judge(adapted, summed.predict(adapted, bad.query_x), bad.query_y)
+    assert each.isnan().tolist() == [False, False, True, False]
+    assert found.metrics["accuracy"] == pytest.approx(float(each[~each.isnan()].mean()))  # of those that have labels
+    nothing = batch._replace(query_y=torch.full_like(y, -100))
+    assert summed.backward(nothing).metrics["accuracy"] is None
 
 
 def test_nan_that_a_loss_masks_is_fine():

@@ -98,6 +98,7 @@ CREEPS = [
 
 @settings(deadline=None, max_examples=60)
 @example(x=torch.tensor(CREEPS, dtype=torch.float64))
+@example(x=torch.tensor([[0, 0], [0, 0.5], [35, 0], [35, 2]], dtype=torch.float64))
 @given(x=rows())
 def test_geometric_median_against_brute_force(x):
     ours = geometric_median(x)

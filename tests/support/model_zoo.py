@@ -543,7 +543,7 @@ REFUSED: dict[str, tuple[Callable[[], Problem], str]] = {
         "LSTMCell": (recurrent_cell(nn.LSTMCell), images(4, 2), 0, "per-task weights, in module 'cell'"),
         "embedding bag": (bag(mode="mean"), words(5), WAYS, 'estimator="first-order"'),
         "random slopes": (lambda: mlp(nn.RReLU()), V4, 0, "per-task weights, in module '1'"),
-        "checkpointed": (checkpointed, V4, 0, "per-task weights, in module 'body.0'"),
+        "checkpointed": (checkpointed, V4, 0, "Remove checkpoint\\(\\)"),
         "scripted embedding": (
             lambda: torch.jit.script(nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(15, WAYS))),
             words(5), WAYS, "scripted code of the model calls embedding",
