@@ -20,6 +20,7 @@ from metamom.common.intervals import Jackknife, squared_norm, total_variance
 from metamom.diagnostics.bias_meter import TrackBias, measure
 from metamom.diagnostics.power_law import fit_slope
 from metamom.experiments.bias_report import PLANS
+from metamom.maml.estimators import memoryless_estimators
 from metamom.rng import Places
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Quadratic, Sinusoid
 from metamom.tasks.population import Population
@@ -197,7 +198,7 @@ def test_the_slope_of_linear_regression_is_that_of_1_over_m():
     assert found.slopes["curvature"] is None, "there is none to see"
 
 
-@pytest.mark.parametrize("estimator")
+@pytest.mark.parametrize("estimator", memoryless_estimators())
 @pytest.mark.parametrize("inner_batches", ["same", "fresh"])
 def test_the_parts_add_up(estimator, inner_batches):
     net = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
