@@ -67,7 +67,7 @@ ROWS = (
 CORE = (
     "accumulator", "rng", "draws", "episodes", "feedback", "functions_by_task", "learner_options", "maml",
     "metrics", "nets", "numbers", "optim", "own_operators", "package", "registered_twice", "robust", "run_directory",
-    "samplers", "sinusoid", "task_arguments", "tracking", "training_mistakes", "wire",
+    "samplers", "sinusoid", "task_arguments", "tracking", "training_mistakes", "wire", "wrong_arguments",
 )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_a_model_may_call_it_later():
         assert_close({name: g.mean(0) for name, g in grads.items()}, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 @pytest.mark.parametrize("write", ["script", "trace"])
 def test_scripted_code_that_calls_it_is_refused(write):
     model, batch = problem(Words, {"padding_idx": 0})
