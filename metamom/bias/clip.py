@@ -14,6 +14,7 @@ from metamom.bias.checks import check_setting
 from metamom.bias.constants import Constants
 from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.norms import scaled_norm
+from metamom.bias.spelling import Row, spelled
 
 
 def clip(gradient: Tensor, max_norm: float) -> Tensor:
@@ -32,6 +33,14 @@ def clip(gradient: Tensor, max_norm: float) -> Tensor:
     return torch.where(norm > max_norm / scale, scaled * (max_norm / norm), gradient)
 
 
+@spelled(
+    "clip",
+    "norm at most TAU",
+    Row("`clip:1.0`", "`Clip(1.0)`", "only for bounded gradients", "4d"),
+    argument="TAU",
+    number=float,
+    options=("tensor",),
+)
 class Clip(BiasOperator):
     """Clip each worker's gradient to norm tau; biased, and contractive only where norms are bounded.
 
@@ -78,6 +87,13 @@ class Clip(BiasOperator):
         return f"clip:{_number(self.max_norm)}" + ":tensor" * self.per_tensor
 
 
+@spelled(
+    "clipvalue",
+    "each entry within -C and C",
+    Row("`clipvalue:0.01`", "`ClipValue(0.01)`", "none", "4d"),
+    argument="C",
+    number=float,
+)
 class ClipValue(BiasOperator):
     """Clip each entry to ``[-c, c]``.
 

@@ -14,6 +14,7 @@ from metamom.bias.base import BiasOperator
 from metamom.bias.clip import Clip
 from metamom.bias.coordinates import Coordinates, Sizes, check_gradient
 from metamom.bias.function import inner_operator
+from metamom.bias.spelling import Row, spelled, spelled_around
 from metamom.common.checks import check_number
 from metamom.optim import momentum_update_
 
@@ -208,6 +209,11 @@ class ErrorFeedback(BiasOperator):
         return f"{type(self).__name__}({self.operator!r})"
 
 
+@spelled_around(
+    "ef14",
+    "error feedback around A: its losses are sent later",
+    Row("`ef14:A`", "`EF14(A)`", "lowers the floor of a contractive A to one that goes with γ", "A's"),
+)
 class EF14(ErrorFeedback):
     """Classic error feedback: send ``C(g_i + e_i)`` and keep ``e_i <- g_i + e_i - C(g_i + e_i)``.
 
@@ -231,6 +237,11 @@ class EF14(ErrorFeedback):
         return f"ef14:{self.operator.spec}"
 
 
+@spelled_around(
+    "ef21",
+    "error feedback: A on the change from what was sent before",
+    Row("`ef21:A`", "`EF21(A)`", "removes the floor of a contractive A", "A's"),
+)
 class EF21(ErrorFeedback):
     """Send the change: ``c_i = C(g_i - h_i)``; worker and server keep ``h_i <- h_i + c_i``, which stands for g_i.
 
@@ -295,6 +306,17 @@ class EF21(ErrorFeedback):
         return f"ef21:{self.operator.spec}"
 
 
+@spelled_around(
+    "ef21-sgdm",
+    "EF21 of the workers' own momentum, with beta = 1 at the server",
+    Row(
+        "`ef21-sgdm(0.1):A`",
+        "`EF21SGDM(A, eta=0.1)`",
+        "with momentum on the workers; a server with β < 1 is an error",
+        "A's",
+    ),
+    argument="ETA",
+)
 class EF21SGDM(EF21):
     """EF21 of each worker's own momentum: ``v_i <- (1 - eta) v_i + eta g_i``, ``c_i = C(v_i - h_i)``.
 
@@ -336,6 +358,13 @@ class EF21SGDM(EF21):
         return f"ef21-sgdm({repr(self.eta).removesuffix('.0')}):{self.operator.spec}"
 
 
+@spelled(
+    "clip21",
+    "error feedback around clipping",
+    Row("`clip21:1`", "`Clip21(1.0)`", "removes the floor of clipping", "4d"),
+    argument="TAU",
+    number=float,
+)
 class Clip21(EF21):
     """EF21 with clipping: ``h_i <- h_i + clip_tau(g_i - h_i)``; after finitely many steps nothing is clipped.
 

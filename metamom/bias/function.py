@@ -9,8 +9,10 @@ from torch import Tensor
 
 from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates
+from metamom.bias.spelling import Row, spelled
 
 
+@spelled("none", "no bias", Row("`none`", "`Identity()`", "1", "4d"))
 class Identity(BiasOperator):
     """``C(g) = g``: no bias."""
 

@@ -9,6 +9,7 @@ from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates
 from metamom.bias.norms import scaled_norm
 from metamom.bias.packing import pack, packed_bytes, unpack
+from metamom.bias.spelling import Row, spelled
 
 
 def normalize(gradient: Tensor) -> Tensor:
@@ -17,6 +18,7 @@ def normalize(gradient: Tensor) -> Tensor:
     return torch.where(norm > 0, scaled / norm, 0)
 
 
+@spelled("normalize", "divided by its norm", Row("`normalize`", "`Normalize()`", "none", "4d"), options=("tensor",))
 class Normalize(BiasOperator):
     """Divide each worker's gradient by its norm; not contractive.
 
@@ -45,6 +47,7 @@ def scaled_sign(gradient: Tensor) -> Tensor:
     return gradient.sign() * _mean_magnitude(gradient)
 
 
+@spelled("sign", "signs times the mean magnitude", Row("`sign`", "`Sign()`", "≥ 1/d", "4 + d/5"), options=("tensor",))
 class Sign(BiasOperator):
     """Send signs and one number, the mean magnitude: ``C(g) = (||g||_1 / d) sign(g)``.
 

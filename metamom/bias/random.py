@@ -15,6 +15,7 @@ from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.norms import scaled_norm
 from metamom.bias.packing import pack, packed_bytes, unpack
 from metamom.bias.sparse import Sparse
+from metamom.bias.spelling import Row, spelled
 from metamom.rng import Places, Purpose, subset, uniforms
 
 
@@ -95,6 +96,16 @@ def rand_k(gradient: Tensor, indices: Tensor) -> Tensor:
     return torch.zeros_like(gradient).scatter_(-1, indices, gradient.gather(-1, indices))
 
 
+@spelled(
+    "randk",
+    "K entries at random, or P %",
+    Row("`randk:1%`", "`RandK(ratio=...)`", "K/d, in the mean", "8K"),
+    Row("`randk:1%:scaled`", "`RandK(ratio=..., scaled=True)`", "unbiased, ω = d/K − 1", "8K"),
+    argument="K",
+    number=int,
+    share=True,
+    options=("tensor", "scaled", "shared", "seed"),
+)
 class RandK(Sparse, Draws):
     """Keep K entries of each worker's gradient, all sets of K equally likely.
 
@@ -196,6 +207,14 @@ def quantize(gradient: Tensor, uniform: Tensor, levels: int) -> tuple[Tensor, Te
     return norm * scale, whole.clamp_max(levels) * scaled.sign() + 0.0
 
 
+@spelled(
+    "qsgd",
+    "rounded at random to LEVELS levels",
+    Row("`qsgd:16`", "`QSGD(16)`", "unbiased, ω ≤ min(d/s², √d/s)", "4 + d"),
+    argument="LEVELS",
+    number=int,
+    options=("tensor", "seed"),
+)
 class QSGD(Draws):
     """Send each gradient's norm, and each entry rounded at random to one of s levels of it; unbiased.
 

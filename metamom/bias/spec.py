@@ -1,4 +1,4 @@
-"""The command line's spelling of bias operators: one table that the parser, its errors and the help go by."""
+"""The command line's spelling of bias operators: the parser, its errors and the help, by the operators' own records."""
 
 from __future__ import annotations
 
@@ -8,39 +8,15 @@ from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
 from metamom.bias.base import BiasOperator
-from metamom.bias.clip import Clip, ClipValue
 from metamom.bias.compose import Compose
-from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21
-from metamom.bias.function import Identity
-from metamom.bias.normalize import Normalize, Sign
-from metamom.bias.random import QSGD, RandK, check_seed
-from metamom.bias.topk import TopK
+from metamom.bias.random import check_seed
+from metamom.bias.spelling import AROUND, JOINED, SPELLINGS, Around, Spelling, load_all, single_spellings
 from metamom.common.numbers import real, shown, whole
 
 N = TypeVar("N", int, float)
 
 LONGEST = 3000  # characters of a SPEC, and
 MOST = 20  # operators in a composition: bounds on what is read, far beyond what is wanted
-
-
-class Kind(NamedTuple):
-    """An operator's spelling.
-
-    Attributes:
-        make: of the argument, if any, and the options as keywords.
-        meaning: in a few words.
-        argument: its name.
-        number: what kind it is, ``None`` for none.
-        share: whether a percentage may stand in its place.
-        options: that may follow.
-    """
-
-    make: Callable[..., BiasOperator]
-    meaning: str
-    argument: str = ""
-    number: type[int] | type[float] | None = None
-    share: bool = False
-    options: tuple[str, ...] = ()
 
 
 class Option(NamedTuple):
@@ -55,17 +31,6 @@ class Option(NamedTuple):
     check: Callable[[int], None] | None = None
 
 
-KINDS: dict[str, Kind] = {
-    "none": Kind(Identity, "no bias"),
-    "topk": Kind(TopK, "the K largest entries, or P %", "K", int, True, ("tensor", "all")),
-    "randk": Kind(RandK, "K entries at random, or P %", "K", int, True, ("tensor", "scaled", "shared", "seed")),
-    "clip": Kind(Clip, "norm at most TAU", "TAU", float, options=("tensor",)),
-    "clipvalue": Kind(ClipValue, "each entry within -C and C", "C", float),
-    "normalize": Kind(Normalize, "divided by its norm", options=("tensor",)),
-    "sign": Kind(Sign, "signs times the mean magnitude", options=("tensor",)),
-    "qsgd": Kind(QSGD, "rounded at random to LEVELS levels", "LEVELS", int, options=("tensor", "seed")),
-    "clip21": Kind(Clip21, "error feedback around clipping", "TAU", float),
-}
 OPTIONS: dict[str, Option] = {
     "tensor": Option("per_tensor", True, "act on each parameter tensor by itself"),
     "all": Option("ties", "all", "keep all entries equal to the K-th largest, not the first alone"),
@@ -73,13 +38,7 @@ OPTIONS: dict[str, Option] = {
     "shared": Option("shared", True, "the same entries for all workers"),
     "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
-AROUND = {  # operators around one
-    "A+B": "A, then B on what it leaves",
-    "ef14:A": "error feedback around A: its losses are sent later",
-    "ef21:A": "error feedback: A on the change from what was sent before",
-    "ef21-sgdm(ETA):A": "EF21 of the workers' own momentum, with beta = 1 at the server",
-}
-FEEDBACK = re.compile(r"(?P<name>ef14|ef21|ef21-sgdm\((?P<eta>[^)]*)\)):(?P<inner>.*)")
+_AROUND = re.compile(r"(?P<name>[a-z0-9-]+)(?:\((?P<argument>[^)]*)\))?:(?P<inner>.*)")
 
 
 def parse(spec: str) -> BiasOperator:
@@ -103,6 +62,7 @@ def parse(spec: str) -> BiasOperator:
         >>> parse("ef21-sgdm(0.1):topk:1%")
         EF21SGDM(TopK(ratio=0.01), eta=0.1)
     """
+    load_all()
     try:
         return _any(_plain(spec).strip(" "))
     except (ValueError, TypeError) as error:
@@ -111,22 +71,26 @@ def parse(spec: str) -> BiasOperator:
 
 def spellings() -> list[str]:
     """Every spelling without its options, such as ``topk:K``."""
-    return [each for name in KINDS for each in _spelled(name)] + list(AROUND)
+    singles = [text for each in single_spellings() for text in _spelled(each)]
+    return [*singles, JOINED.spelling, *map(_around, AROUND.values())]
 
 
 def spec_help() -> str:
     """A table of operators and options, at most 100 columns wide."""
-    rows = [("  ".join(_spelled(name)), kind.meaning, _options(kind.options)) for name, kind in KINDS.items()]
-    rows += [(spelling, meaning, "") for spelling, meaning in AROUND.items()]
+    rows = [("  ".join(_spelled(each)), each.meaning, _options(each.options)) for each in single_spellings()]
+    rows += [(JOINED.spelling, JOINED.meaning, ""), *((_around(each), each.meaning, "") for each in AROUND.values())]
     lines = ["SPEC, an operator on each worker's gradient, and its options:"]
     lines += [f"  {spelling:<20} {meaning:<35} {options}".rstrip() for spelling, meaning, options in rows]
     lines += ["options, in any number behind the operator, as in topk:5%:tensor:all:"]
     return "\n".join(lines + [f"  {_options((name,)):<20} {option.meaning}" for name, option in OPTIONS.items()])
 
 
-def _spelled(name: str) -> list[str]:
-    kind = KINDS[name]
-    return [name + (f":{kind.argument}" if kind.argument else "")] + [f"{name}:P%"] * kind.share
+def _spelled(each: Spelling) -> list[str]:
+    return [each.name + (f":{each.argument}" if each.argument else "")] + [f"{each.name}:P%"] * each.share
+
+
+def _around(each: Around) -> str:
+    return each.name + (f"({each.argument})" if each.argument else "") + ":A"
 
 
 def _options(names: tuple[str, ...]) -> str:
@@ -144,7 +108,7 @@ def _plain(spec: str) -> str:
 
 
 def _any(text: str) -> BiasOperator:
-    around = FEEDBACK.fullmatch(text)
+    around = _match_around(text)
     inner = text if around is None else around["inner"]
     parts = re.split(r"(?<!\d[eE])\+", inner)  # at every + that is no exponent's sign
     if len(parts) > MOST:
@@ -153,20 +117,26 @@ def _any(text: str) -> BiasOperator:
     operator = operators[0] if len(operators) == 1 else Compose(*operators)
     if around is None:
         return operator
-    if around["name"] == "ef14":
-        return EF14(operator)
-    if around["name"] == "ef21":
-        return EF21(operator)
-    return EF21SGDM(operator, _number(float, around["eta"], "ef21-sgdm's ETA"))
+    each = AROUND[around["name"]]
+    if not each.argument:
+        return each.make(operator)
+    return each.make(operator, _number(float, around["argument"], f"{each.name}'s {each.argument}"))
+
+
+def _match_around(text: str) -> re.Match[str] | None:
+    """The parts of an operator around others, with an argument just where it has one."""
+    found = _AROUND.fullmatch(text)
+    each = None if found is None else AROUND.get(found["name"])
+    return None if found is None or each is None or bool(each.argument) != (found["argument"] is not None) else found
 
 
 def _single(text: str) -> BiasOperator:
-    if FEEDBACK.fullmatch(text) is not None:
+    if _match_around(text) is not None:
         raise ValueError(f"error feedback stands once, in front of all that it goes around; got {shown(text)} within.")
     name, *words = text.split(":")
-    if name not in KINDS:
+    if name not in SPELLINGS:
         raise ValueError(f"unknown operator {shown(text)}; wanted {', '.join(spellings())}.")
-    kind = KINDS[name]
+    kind = SPELLINGS[name]
     argument = words.pop(0) if words and kind.number else ""
     options: dict[str, Any] = {}
     for word in words:
@@ -177,7 +147,7 @@ def _single(text: str) -> BiasOperator:
     if kind.number is None:
         return kind.make(**options)
     if not argument:
-        raise ValueError(f"{name} needs a number behind a colon: {' or '.join(_spelled(name))}.")
+        raise ValueError(f"{name} needs a number behind a colon: {' or '.join(_spelled(kind))}.")
     try:
         if kind.share and argument.endswith("%"):
             share = _number(float, argument[:-1], f"{name}'s percentage")
@@ -192,8 +162,8 @@ def _single(text: str) -> BiasOperator:
 def _option(name: str, word: str) -> tuple[str, Any]:
     """The keyword that an option is, and its value."""
     key, equals, value = word.partition("=")
-    if key not in KINDS[name].options or bool(equals) != (OPTIONS[key].value is int):
-        options = _options(KINDS[name].options)
+    if key not in SPELLINGS[name].options or bool(equals) != (OPTIONS[key].value is int):
+        options = _options(SPELLINGS[name].options)
         raise ValueError(
             f"{name} has no option {shown(word)}; " + (f"it has {options}." if options else "it has none.")
         )

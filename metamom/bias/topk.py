@@ -7,6 +7,7 @@ from torch import Tensor
 from metamom.bias.coordinates import Coordinates
 from metamom.bias.select import Ties, keep_largest
 from metamom.bias.sparse import Sparse
+from metamom.bias.spelling import Row, spelled
 from metamom.common.checks import is_word
 
 
@@ -25,6 +26,15 @@ def top_k(gradient: Tensor, k: int, ties: Ties = "index") -> Tensor:
     return gradient.clone() if k == d else keep_largest(gradient.reshape(-1, d), k, ties).view(gradient.shape)
 
 
+@spelled(
+    "topk",
+    "the K largest entries, or P %",
+    Row("`topk:33500`, `topk:5%`", "`TopK(k)`, `TopK(ratio=...)`", "K/d", "8K"),
+    argument="K",
+    number=int,
+    share=True,
+    options=("tensor", "all"),
+)
 class TopK(Sparse):
     """Keep each worker's K largest entries by magnitude, over the whole flattened gradient.
 

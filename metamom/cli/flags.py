@@ -163,7 +163,13 @@ def _with_specs() -> dict[str, Any]:
 def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     """Flags of the tasks and of the learner."""
     from metamom.experiments.recipes import DEFAULTS, DTYPES
-    from metamom.maml.estimators import ESTIMATORS, INNER_BATCHES
+    from metamom.maml.estimators import (
+        ESTIMATORS,
+        INNER_BATCHES,
+        memoryless_estimators,
+        support_parts,
+        tracked_estimators,
+    )
     from metamom.tasks.fixed import ORDERS
 
     default = DEFAULTS[task]
@@ -177,13 +183,18 @@ def _add_recipe(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--meta-batch", type=task_count, help=f"tasks an iteration (default: {default.meta_batch})")
     parser.add_argument("--inner-lr", type=number, help=f"inner step size (default: {default.inner_lr})")
     parser.add_argument("--inner-steps", type=step_count, help="inner steps in training (default: 1)")
+    tracked = tracked_estimators()
+    alone = [name for name in memoryless_estimators() if support_parts(name, 1) == 1]
+    halved = [name for name in memoryless_estimators() if name not in alone]
     parser.add_argument(
         "--estimator",
         choices=list(ESTIMATORS),
         metavar="NAME",
-        help="of the meta-gradient: exact, first-order; or, training on support sets of twice the --shots, in two "
-        "halves, independent, hessian-free, cross-fit, richardson; or, on --fixed-tasks, each with an average of its "
-        "own, moml, scsc (both of twice the --shots), moml-coupled (default: exact)",
+        help="of the meta-gradient (default: exact). By itself: " + ", ".join(alone) + ". On support sets of twice the "
+        "--shots, in two halves: "
+        + ", ".join(halved)
+        + ". With --fixed-tasks, of each of which they keep an average: "
+        + ", ".join(tracked),
     )
     parser.add_argument(
         "--tracking",
