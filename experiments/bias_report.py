@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metamom.batch import Sampler
+from metamom.common import tables
 from metamom.common.checks import AT_ONCE, check_whole
 from metamom.common.files import write_atomically
 from metamom.common.intervals import Interval
@@ -225,14 +226,14 @@ def write(found: Measured, folder: Path, title: str) -> Path:
     lines = [f"# Bias of the meta-gradient: {title}", "", f"`{command}`", ""]
     lines += [f"- {line}" for line in [*summary(found), *slopes(found)]]
     lines += ["", "![bias over the inner batch size](figures/bias.png)", ""]
-    lines += [f"| m | | norm | {level} interval | of gradient | zero |", "|---:|---|---:|---|---:|---|"]
+    lines += [tables.row("m", "", "norm", f"{level} interval", "of gradient", "zero"), "|---:|---|---:|---|---:|---|"]
     for at in found.sizes:
         for name, part in _parts(at):
             low, high = (_number(end) for end in (part.norm.low, part.norm.high))
             cells = (str(at.inner_batch), name, _number(part.norm.value), f"{low} to {high}", _share(part, found))
-            lines.append(f"| {' | '.join(cells)} | {_zero(part)} |")
+            lines.append(tables.row(*cells, _zero(part)))
         low, high = (_number(end) for end in (at.variance.low, at.variance.high))
-        lines.append(f"| {at.inner_batch} | variance | {_number(at.variance.value)} | {low} to {high} | | |")
+        lines.append(tables.row(at.inner_batch, "variance", _number(at.variance.value), f"{low} to {high}", "", ""))
     names = [name for name, _ in _parts(found.sizes[0]) if name in WORDS]
     lines += ["", *(f"- {WORDS[name]}" for name in names)]
     lines += [

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
-from metamom.common import flag_types
+from metamom.common import flag_types, tables
 from metamom.common.checks import MOST
 from metamom.common.files import write_atomically
 from metamom.evaluation import Evaluation, evaluate
@@ -125,16 +125,16 @@ class _OneOf(NamedTuple):
 
 def report(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> str:
     """The page: accuracies side by side, and how far apart the weights are."""
-    rows = ["| optimizer | loop | test accuracy |", "|---|---|---|"]
+    rows = tables.head("optimizer", "loop", "test accuracy")
     for (optimizer, trainer), outcome in outcomes.items():
         accuracy = f"{100 * outcome.test.mean[-1]:.1f} ± {100 * outcome.test.halfwidth[-1]:.1f} %"
-        rows.append(f"| {optimizer} | {trainer} | {accuracy} |")
-    gaps = ["| optimizer | after iteration | relative difference of the weights |", "|---|---|---|"]
+        rows.append(tables.row(optimizer, trainer, accuracy))
+    gaps = tables.head("optimizer", "after iteration", "relative difference of the weights")
     for optimizer in dict.fromkeys(o for o, _ in outcomes):
         theirs, ours = outcomes[optimizer, "learn2learn"], outcomes[optimizer, "metamom"]
         for k, weights in theirs.weights.items():
             gap = float((weights - ours.weights[k]).norm() / weights.norm())
-            gaps.append(f"| {optimizer} | {k:,} | {gap:.1e} |")
+            gaps.append(tables.row(optimizer, f"{k:,}", f"{gap:.1e}"))
     env = environment()
     lines = [
         "# learn2learn's Omniglot example, in its own loop and in metamom's",

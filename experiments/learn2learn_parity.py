@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metamom.batch import TaskBatch
+from metamom.common import tables
 from metamom.experiments.learn2learn_loop import adapted_loss, tasks_of
 from metamom.interop.learn2learn import from_maml, import_learn2learn
 from metamom.maml.learner import LossFn
@@ -61,12 +62,11 @@ def parity(name: str, steps: int, first_order: bool, inner_lr: float = 0.05) -> 
 
 def table() -> Iterator[str]:
     """The comparisons as lines of Markdown."""
-    yield "| model | order | " + " | ".join(f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS) + " |"
-    yield "|---|---|" + "---|" * len(STEPS)
+    yield from tables.head("model", "order", *(f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS))
     for name in MODELS:
         for first_order in (False, True):
-            cells = " | ".join(f"{parity(name, steps, first_order).absolute:.0e}" for steps in STEPS)
-            yield f"| {name} | {'first' if first_order else 'second'} | {cells} |"
+            cells = (f"{parity(name, steps, first_order).absolute:.0e}" for steps in STEPS)
+            yield tables.row(name, "first" if first_order else "second", *cells)
 
 
 if __name__ == "__main__":

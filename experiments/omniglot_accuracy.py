@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from metamom.common import tables
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST
 from metamom.common.files import write_atomically
@@ -74,8 +75,7 @@ def report(results: dict[str, tuple[Evaluation, list[dict[str, Any]]]], iteratio
         f"tasks, ± is the 95 % interval over them; the batch's own statistics; torch {env['torch']}, "
         f"{env['threads']} threads.",
         "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        *tables.head(*head),
     ]
     for method, (test, metrics) in results.items():
         cells = [f"{mean:.1%} ± {100 * half:.1f}" for mean, half in zip(test.mean, test.halfwidth, strict=True)]
@@ -83,7 +83,7 @@ def report(results: dict[str, tuple[Evaluation, list[dict[str, Any]]]], iteratio
         for mark in MARKS:
             reached = [line["step"] + 1 for line in metrics if line.get("validation", 0.0) >= mark]
             cells.append(f"{reached[0]:,}" if reached else "never")
-        lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+        lines.append(tables.row(LABELS[method], *cells))
     lines += ["", "![Validation error against iterations](figures/curves.png)", ""]
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from metamom.common import tables
 from metamom.common.files import write_atomically
 from metamom.experiments import figures
 from metamom.experiments.numerals import shortest
@@ -193,7 +194,7 @@ def _table(arms: Sequence[Arm], comparison: Comparison, scale: Scale) -> list[st
     rows = [
         [arm.label, shortest(arm.lr), *_tests(arm, comparison, scale), *_speed(arm, comparison, scale)] for arm in arms
     ]
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return [*tables.head(*head), *(tables.row(*row) for row in rows)]
 
 
 def _tests(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:

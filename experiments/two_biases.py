@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from metamom.common import tables
 from metamom.common.files import write_atomically
 from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Quadratics
@@ -85,22 +86,21 @@ def report() -> str:
     problem = workers()
     zeta2 = problem.heterogeneity
     bounds = {"mean": 0.0, "median": zeta2, "trimmed:0.2": 0.4 / 0.6 * zeta2, "geomedian": zeta2}
-    betas = " | ".join(f"floor, β = {shortest(beta)}" for beta in BETAS)
+    betas = [f"floor, β = {shortest(beta)}" for beta in BETAS]
     lines = [
         f"Five quadratics, heterogeneity ζ² = {zeta2:.3f} at the optimum, exact gradients.",
         "",
-        f"| aggregate | squared bias at the optimum | its bound | {betas} |",
-        "|---" * (3 + len(BETAS)) + "|",
+        *tables.head("aggregate", "squared bias at the optimum", "its bound", *betas),
     ]
     for how in AGGREGATES:
         bias = float(robust_mean(problem.gradients(problem.optimum), how).square().sum())
-        floors = " | ".join(f"{floor_of_aggregate(problem, how, beta):.3g}" for beta in BETAS)
-        lines.append(f"| {how} | {bias:.3g} | {bounds[how]:.3g} | {floors} |")
-    lines += ["", f"| order of the tasks | squared bias of a step | γ | {betas} |", "|---" * (3 + len(BETAS)) + "|"]
+        floors = [f"{floor_of_aggregate(problem, how, beta):.3g}" for beta in BETAS]
+        lines.append(tables.row(how, f"{bias:.3g}", f"{bounds[how]:.3g}", *floors))
+    lines += ["", *tables.head("order of the tasks", "squared bias of a step", "γ", *betas)]
     for order in ORDERS:
         for lr in ORDER_LRS:
-            floors = " | ".join(f"{floor_of_order(problem, order, beta, lr):.3g}" for beta in BETAS)
-            lines.append(f"| {order} | {bias_of_order(problem, order):.3g} | {shortest(lr)} | {floors} |")
+            floors = [f"{floor_of_order(problem, order, beta, lr):.3g}" for beta in BETAS]
+            lines.append(tables.row(order, f"{bias_of_order(problem, order):.3g}", shortest(lr), *floors))
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metamom.bias.spec import parse
+from metamom.common import tables
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.first.workers import OPERATORS, workers_that_differ
 from metamom.experiments.numerals import shortest
@@ -61,8 +62,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
         f"until the mean ‖∇f‖² is at {config.share:.0%} of its first value; floor: its mean over the last",
         f"{config.last} of {config.steps} steps.",
         "",
-        "| operator | β | steps | floor of ‖∇f‖² |",
-        "|---|---|---|---|",
+        *tables.head("operator", "β", "steps", "floor of ‖∇f‖²"),
     ]
     figure, panels = row_of_panels(len(OPERATORS))
     for panel, spec in zip(panels, tqdm(OPERATORS, desc="floors", disable=None), strict=True):
@@ -71,7 +71,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
             for colour, beta in zip(COLOURS, config.betas, strict=False):
                 outcome = measure(config, name, beta)
                 reached = "never" if outcome.steps is None else outcome.steps
-                lines.append(f"| {name} | {shortest(beta)} | {reached} | {outcome.floor} |")
+                lines.append(tables.row(name, shortest(beta), reached, outcome.floor))
                 style, label = ("-", f"β = {shortest(beta)}") if name == spec else (":", None)
                 panel.plot(range(1, config.steps + 1), outcome.course, color=colour, linestyle=style, label=label)
         panel.set(xscale="log", yscale="log", xlabel="step k", title="; dotted: ".join(names))

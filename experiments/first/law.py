@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metamom.bias import Identity
+from metamom.common import tables
 from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.quadratics import Measured, Quadratics, descend, measured
 from metamom.theory import Stationary, stationary
@@ -75,8 +76,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
         f"{config.noise**2:.2g} on each entry. {config.runs} runs of {config.steps} steps, means of the last",
         f"{config.last}; in brackets the law.",
         "",
-        "| γ | β | E‖∇f(x)‖² | E‖v − ∇f(x)‖² |",
-        "|---|---|---|---|",
+        *tables.head("γ", "β", "E‖∇f(x)‖²", "E‖v − ∇f(x)‖²"),
     ]
     figure, (curves, gradient, deviation) = row_of_panels(3, sharey=False)
     grid = torch.logspace(math.log10(min(config.betas)), 0, 60, dtype=torch.float64).tolist()
@@ -89,7 +89,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
                 f"{point.grad_sq} ({laws[beta].grad_sq:.3g})",
                 f"{point.deviation_sq} ({laws[beta].deviation_sq:.3g})",
             )
-            lines.append(f"| {rule(beta):.3g} | {beta:g} | {' | '.join(cells)} |")
+            lines.append(tables.row(f"{rule(beta):.3g}", f"{beta:g}", *cells))
             if number == 0:
                 curves.plot(range(1, config.steps + 1), point.course, color=colour, label=f"β = {beta:g}")
                 curves.axhline(laws[beta].grad_sq, color=colour, linewidth=0.8, linestyle=":")

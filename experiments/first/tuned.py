@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
+from metamom.common import tables
 from metamom.experiments.figures import heat_map, save
 from metamom.experiments.first.workers import OPERATORS, workers_that_differ
 from metamom.experiments.numerals import shortest
@@ -84,8 +85,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
         f"The best of plain SGD (β = 1) and of momentum (β < 1) again with {2 * config.runs} runs of other noise:",
         f"steps to {config.share:.0%} of the first ‖∇f‖²; floor: mean of the last {config.last} steps.",
         "",
-        "| operator | method | γ, β for speed | steps | γ, β for the floor | floor of ‖∇f‖² |",
-        "|---|---|---|---|---|---|",
+        *tables.head("operator", "method", "γ, β for speed", "steps", "γ, β for the floor", "floor of ‖∇f‖²"),
     ]
     sides = {
         "plain SGD": [j for j, beta in enumerate(config.betas) if beta == 1],
@@ -102,7 +102,7 @@ def show(figure_path: Path, config: Config = Config()) -> str:
                 run(config, spec, config.lrs[i], config.betas[j], seed=2, runs=2 * config.runs) for i, j in (fast, low)
             ]
             steps, floor = _steps(again[0], config.share), measured(again[1][-config.last :].mean(0))
-            lines.append(f"| {spec} | {method} | {cells[0]} | {steps} | {cells[1]} | {floor} |")
+            lines.append(tables.row(spec, method, cells[0], steps, cells[1], floor))
         for panel, what, values in (
             (panels[0, column], f"steps to {config.share:.0%}", grid.steps),
             (panels[1, column], "floor of ‖∇f‖²", grid.floors),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from metamom.batch import Sampler
 from metamom.bias.spec import parse
+from metamom.common import tables
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
 from metamom.experiments.numerals import shortest
@@ -141,8 +142,15 @@ def show(figure_path: Path, config: Config = Config()) -> str:
         f"Two regressions, {config.tasks} tasks a step, γ = {config.lr}, {config.steps} steps, means of the last",
         f"{config.last}; 95 % intervals. Predicted are the limit of the mean iterate and the squared gradient there.",
         "",
-        "| estimator, inner batch, operator | β | mean iterate | predicted | ‖∇f‖² there | predicted | E‖v − ∇f‖² |",
-        "|---|---|---|---|---|---|---|",
+        *tables.head(
+            "estimator, inner batch, operator",
+            "β",
+            "mean iterate",
+            "predicted",
+            "‖∇f‖² there",
+            "predicted",
+            "E‖v − ∇f‖²",
+        ),
     ]
     for number, arm in enumerate((*FIXED_POINTS, *CURES, *COMPRESSED)):
         truth, colour = predicted(arm, config.alpha), COLOURS[number % len(COLOURS)]
@@ -152,10 +160,8 @@ def show(figure_path: Path, config: Config = Config()) -> str:
         for beta, end in ended.items():
             at = f"{_point(end.mean)} ± {1.96 * float(end.error.max()):.4f}"
             said = ("—", "—") if truth is None else (_point(truth.end), f"{truth.floor:.2e}")
-            lines.append(
-                f"| {arm} | {shortest(beta)} | {at} | {said[0]} | {end.floor:.1e} ± {end.halfwidth:.0e} | {said[1]} "
-                f"| {end.deviation_sq:.2e} |"
-            )
+            floor = f"{end.floor:.1e} ± {end.halfwidth:.0e}"
+            lines.append(tables.row(arm, shortest(beta), at, said[0], floor, said[1], f"{end.deviation_sq:.2e}"))
         first = ended[betas[0]]
         x, y = first.mean.tolist()
         right, up = (1.96 * first.error).tolist()

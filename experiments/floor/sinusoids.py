@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
+from metamom.common import tables
 from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
 from metamom.experiments.numerals import shortest
@@ -142,23 +143,19 @@ def show(figure_path: Path, config: Config = Config()) -> str:
         f"{config.last} iterates; 95 % intervals over {config.draws} draws of {config.population} points a task; one",
         "seed.",
         "",
-        "| estimator, inner batch | β | F | ‖∇F‖² |",
-        "|---|---|---|---|",
+        *tables.head("estimator, inner batch", "β", "F", "‖∇F‖²"),
     ]
     figure, panels = row_of_panels(len(config.betas))
     for panel, beta in zip(panels, config.betas, strict=True):
         for number, arm in enumerate(ARMS):
             end, name = run(config, arm, beta, weights), arm.named(config)
-            said = (
-                "diverged | |"
-                if math.isnan(end.value)
-                else f"{end.value:.3f} | {end.floor:.2g} ± {end.halfwidth:.1g} |"
-            )
-            lines.append(f"| {name} | {shortest(beta)} | {said}")
+            diverged = math.isnan(end.value)
+            said = ["diverged", ""] if diverged else [f"{end.value:.3f}", f"{end.floor:.2g} ± {end.halfwidth:.1g}"]
+            lines.append(tables.row(name, shortest(beta), *said))
             steps = [config.every * i for i in range(len(end.course))]
             colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS)]
             panel.plot(steps, end.course, label=name, color=colour, linestyle=dash)
-            if math.isnan(end.value):
+            if diverged:
                 panel.plot(steps[-1], end.course[-1], "x", color=colour)
         panel.set(yscale="log", xlabel="step", title=f"β = {shortest(beta)}")
     panels[0].set_ylabel("F, the loss after a step on the population")

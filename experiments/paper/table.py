@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from metamom.common import tables
 from metamom.common.files import write_atomically
 from metamom.experiments.figures import COLOURS
 from metamom.experiments.numerals import shortest
@@ -116,9 +117,17 @@ def _report(lines: list[Line]) -> str:
         f"|Δ train_loss| of runs with the same seed, over the first {FIRST[0]} and {FIRST[1]} epochs. Curves are means",
         f"over seeds. torch {env['torch']}, {env['threads']} threads.",
         "",
-        f"| data | n | γ | operator | β | to {TARGET:.0%}: ours | authors' | final: ours | authors' | Δ ({FIRST[0]}) "
-        f"| Δ ({FIRST[1]}) | seeds: ours | authors' |",
-        "|---" * 13 + "|",
+        *tables.head(
+            "data",
+            "n",
+            "γ",
+            "operator",
+            "β",
+            *(f"to {TARGET:.0%}: ours", "authors'"),
+            *("final: ours", "authors'"),
+            *(f"Δ ({first})" for first in FIRST),
+            *("seeds: ours", "authors'"),
+        ),
     ]
     for line in lines:
         s = line.setting
@@ -126,7 +135,7 @@ def _report(lines: list[Line]) -> str:
         cells += [_reached(line.ours), _reached(line.theirs), _final(line.ours), _final(line.theirs)]
         cells += ["—" if apart is None else f"{apart:.1e}" for apart in line.apart]
         cells += [_seeds(line.ours), _seeds(line.theirs)]
-        text.append(f"| {' | '.join(map(str, cells))} |")
+        text.append(tables.row(*cells))
     text += ["", *_honest(lines), ""]
     return "\n".join(text)
 

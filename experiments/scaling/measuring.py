@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from metamom.common import tables
 from metamom.experiments.scaling import constants
 from metamom.experiments.scaling.launch import on_processes
 from metamom.experiments.scaling.loopback import QUIET
@@ -79,14 +80,12 @@ def _steps(cells: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         f"**{first['problem']}** (d = {first['entries']:,}), {first['scaling']} scaling: {tasks}.",
         "",
-        "| operator, server | " + " | ".join(f"{n} process{'es' if n > 1 else ''}" for n in processes) + " |",
-        "|---" * (1 + len(processes)) + "|",
+        *tables.head("operator, server", *(f"{n} process{'es' if n > 1 else ''}" for n in processes)),
     ]
     for spec, server in dict.fromkeys((cell["operator"], cell["server"]) for cell in cells):
         found = [by_place.get((spec, server if n > 1 else "replicated", n)) for n in processes]
-        lines.append(
-            f"| {spec}, {server} | " + " | ".join("—" if c is None else _spread(c["seconds"]) for c in found) + " |"
-        )
+        cells_of = ("—" if cell is None else _spread(cell["seconds"]) for cell in found)
+        lines.append(tables.row(f"{spec}, {server}", *cells_of))
 
     return lines
 
@@ -98,14 +97,13 @@ def _parts(measured: Measured) -> list[str]:
         f"Where it goes: medians of the parts of a step on process 0 of {n}, weak scaling, ms. Waiting is for the "
         "slower processes (and, with a server, for what it does).",
         "",
-        "| problem, operator, server | " + " | ".join(PARTS) + " |",
-        "|---" * (1 + len(PARTS)) + "|",
+        *tables.head("problem, operator, server", *PARTS),
     ]
     for cell in measured["cells"]:
         if (cell["processes"], cell["scaling"]) == (n, "weak"):
             parts = [1e3 * float(np.median([step.get(part, 0.0) for step in cell["parts"]])) for part in PARTS]
             name = f"{cell['problem']}, {cell['operator']}, {cell['server']}"
-            lines.append(f"| {name} | " + " | ".join(f"{part:.2f}" for part in parts) + " |")
+            lines.append(tables.row(name, *(f"{part:.2f}" for part in parts)))
     return lines
 
 
@@ -118,15 +116,15 @@ def _kernel(measured: Measured) -> list[str]:
         "Bytes of a step by `sent_bytes`, and by the kernel's counter of the loopback interface over some steps, "
         f"headers and all. In brackets what others sent in as long a time, where that is over {QUIET:.0%} of it:",
         "",
-        "| problem, processes, operator, server | sent_bytes | kernel | ratio |",
-        "|---|---|---|---|",
+        *tables.head("problem, processes, operator, server", "sent_bytes", "kernel", "ratio"),
     ]
     for cell in counted:
         seen = cell["kernel"]
         ratio = seen["kernel"] / seen["counted"]
         others = f" ({seen['idle'] / seen['kernel']:.0%} by others)" if seen["idle"] > QUIET * seen["kernel"] else ""
         name = f"{cell['problem']}, {cell['processes']}, {cell['operator']}, {cell['server']}"
-        lines.append(f"| {name} | {cell['sent_bytes']:,} | {ratio * cell['sent_bytes']:,.0f} | {ratio:.2f}{others} |")
+        sent = cell["sent_bytes"]
+        lines.append(tables.row(name, f"{sent:,}", f"{ratio * sent:,.0f}", f"{ratio:.2f}{others}"))
     return lines
 
 

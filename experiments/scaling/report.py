@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from metamom.common import tables
 from metamom.common.files import write_atomically
 from metamom.distributed import SERVERS
 from metamom.experiments.parts import assembled, keep_part
@@ -138,4 +139,4 @@ def _bytes(case: Case) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return [*tables.head(*head), *(tables.row(*row) for row in rows)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from metamom.common import tables
 from metamom.experiments.peak import alone, peak_mib
 from metamom.experiments.scaling import model
 from metamom.experiments.scaling.model import Kind, Plan
@@ -85,16 +86,29 @@ def answer(config: Config) -> str:
         "steps. What memory a run has added stands beside the peak; the gradients of all workers at once would take "
         "n · d · 4 bytes.",
         "",
-        "| workers, operator, chunk_size | seconds | ms a worker | peak MiB | added | n · d · 4, MiB | wire_bytes |",
-        "|---|---|---|---|---|---|---|",
+        *tables.head(
+            "workers, operator, chunk_size",
+            "seconds",
+            "ms a worker",
+            "peak MiB",
+            "added",
+            "n · d · 4, MiB",
+            "wire_bytes",
+        ),
     ]
     for run, each in found.items():
         name = "sinusoid MLP" if run.hidden is None else f"Conv4-{run.hidden}"
         dense = 4 * make(run.hidden, real=False).entries * run.workers / 2**20
         lines.append(
-            f"| {name}, {run.workers:,}, {run.spec}, {run.chunk_size or 'none'} | {each.seconds:.3g} | "
-            f"{1e3 * each.seconds / run.workers:.3g} | {each.peak:.0f} | {each.peak - each.before:.0f} | {dense:.1f} | "
-            f"{each.logged:,} |"
+            tables.row(
+                f"{name}, {run.workers:,}, {run.spec}, {run.chunk_size or 'none'}",
+                f"{each.seconds:.3g}",
+                f"{1e3 * each.seconds / run.workers:.3g}",
+                f"{each.peak:.0f}",
+                f"{each.peak - each.before:.0f}",
+                f"{dense:.1f}",
+                f"{each.logged:,}",
+            )
         )
     return "\n".join([*lines, "", *_growth(found, config)])
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from metamom.common import tables
 from metamom.experiments.figures import heat_map, save
 from metamom.experiments.sensitivity.grid import Field, Outcome
 from metamom.experiments.sensitivity.methods import METHODS, methods_at
@@ -66,8 +67,7 @@ def table(outcomes: Mapping[Field, Outcome], setting: str) -> str:
         f"every {chosen.evaluate_every} iterations. Steps are medians over the seeds, errors means. Fields near:",
         f"share of the grid that is there in at most {NEAR:g} times the method's fewest steps.",
         "",
-        "| bias | method | fewest steps (γ, β) | last error (γ, β) | diverged | fields near |",
-        "|---|---|---|---|---|---|",
+        *tables.head("bias", "method", "fewest steps (γ, β)", "last error (γ, β)", "diverged", "fields near"),
     ]
     for level in chosen.levels:
         for key, method in methods_at(chosen.methods, level).items():
@@ -115,7 +115,7 @@ def _row(level: str, title: str, grid: Grid) -> str:
         known = np.isfinite(values[i, j])
         cells.append(f"{form.format(values[i, j])} ({grid.lrs[i]:g}, {grid.betas[j]:g})" if known else "never")
     near = np.isfinite(grid.steps) & (grid.steps <= NEAR * grid.steps.min())
-    return f"| {level} | {title} | {' | '.join(cells)} | {grid.diverged.mean():.0%} | {near.mean():.0%} |"
+    return tables.row(level, title, *cells, f"{grid.diverged.mean():.0%}", f"{near.mean():.0%}")
 
 
 def _columns(grid: Grid, columns: list[int]) -> Grid:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metamom.common import tables
 from metamom.experiments.numerals import shortest
 from metamom.experiments.when import law, relative, rule
 from metamom.experiments.when.law import Point
@@ -121,13 +122,12 @@ def _on_the_law(config: law.Config, points: Sequence[Point]) -> list[str]:
     for name, values in groups.items():
         worst = max(values, key=lambda value: value.z)
         relative_error = abs(worst.mean / worst.exact - 1)
-        rows.append(
-            f"| {name} | {len(values)} | {worst.z:.1f} | {relative_error:.1%} | {math.sqrt(_mean_sq(values)):.2f} |"
-        )
+        root = f"{math.sqrt(_mean_sq(values)):.2f}"
+        rows.append(tables.row(name, len(values), f"{worst.z:.1f}", f"{relative_error:.1%}", root))
     return [
         f"{config.designs} draws of (γ, β, b, σ, n) through `CompositeMomentum`, {config.runs} runs each; deviations "
         "from the exact value in standard errors.",
-        "\n".join(["| what | comparisons | largest | which is | root mean square |", "|---|---|---|---|---|", *rows]),
+        "\n".join([*tables.head("what", "comparisons", "largest", "which is", "root mean square"), *rows]),
     ]
 
 
@@ -143,13 +143,10 @@ def _on_the_grid(config: Config, grids: dict[float, rule.Case]) -> list[str]:
     ]
     for condition, case in grids.items():
         values = case.found.speedup.reshape(len(config.shares), -1)
-        head = " | ".join(shortest(room) for room in config.rooms)
-        lines = [
-            f"| κ = {shortest(condition)}: b²/ε | R without bias: {head} |",
-            "|---" * (1 + len(config.rooms)) + "|",
-        ]
+        first, *rooms = map(shortest, config.rooms)
+        lines = tables.head(f"κ = {shortest(condition)}: b²/ε", f"R without bias: {first}", *rooms)
         lines += [
-            f"| {shortest(share)} | {' | '.join(f'{float(value):.2f}' for value in row)} |"
+            tables.row(shortest(share), *(f"{float(value):.2f}" for value in row))
             for share, row in zip(config.shares, values, strict=True)
         ]
         parts.append("\n".join(lines))
@@ -157,14 +154,14 @@ def _on_the_grid(config: Config, grids: dict[float, rule.Case]) -> list[str]:
 
 
 def _on_the_workers(config: Config, by_share: dict[float, rule.Case]) -> list[str]:
-    lines = ["| n | " + " | ".join(f"SGD, b² = {shortest(s)} ε | momentum (γL, β)" for s in by_share) + " |"]
-    lines.append("|---" * (1 + 2 * len(by_share)) + "|")
+    sides = [cell for share in by_share for cell in (f"SGD, b² = {shortest(share)} ε", "momentum (γL, β)")]
+    lines = tables.head("n", *sides)
     for i, n in enumerate(config.workers):
         cells = []
         for case in by_share.values():
             sgd, momentum = case.found
             cells += [f"{float(sgd.steps[i]):g} (γL = {float(sgd.lr[i]):.2g})", _steps(momentum, i)]
-        lines.append(f"| {n} | {' | '.join(cells)} |")
+        lines.append(tables.row(n, *cells))
     return [f"Steps by the number of workers, κ = {config.conditions[-1]:g}:", "\n".join(lines)]
 
 
@@ -176,8 +173,7 @@ def _on_the_rule(config: rule.Config, found: Answer, fitted: Flat, judged: Flat)
     wins = float((judged.speedup >= WINS).double().mean())
     clear = rule.clear_of(found.rule, judged)
     everything = Flat(*(torch.cat(pair) for pair in zip(fitted, judged, strict=True)))
-    lines = ["| R | " + " | ".join(f"T {_span(*span)}" for span in _spans(LENGTH_BINS)) + " |"]
-    lines.append("|---" * len(LENGTH_BINS) + "|")
+    lines = tables.head("R", *(f"T {_span(*span)}" for span in _spans(LENGTH_BINS)))
     for low, high in _spans(ROOM_BINS):
         cells = []
         for short, long in _spans(LENGTH_BINS):
@@ -185,7 +181,7 @@ def _on_the_rule(config: rule.Config, found: Answer, fitted: Flat, judged: Flat)
             chosen &= (everything.length >= short) & (everything.length < long)
             values = everything.speedup[chosen]
             cells.append(f"{float(values.median()):.2f} ({len(values)})" if len(values) else "–")
-        lines.append(f"| {_span(low, high)} | {' | '.join(cells)} |")
+        lines.append(tables.row(_span(low, high), *cells))
     ahead = everything.lr[everything.speedup >= WINS] >= 1
     return [
         f"{len(everything.room)} quadratics of {config.spectra} random spectra (κ {config.conditions[0]:g} to "
@@ -218,13 +214,11 @@ def _span(low: float, high: float) -> str:
 
 
 def _on_turns(config: relative.Config, turned: Sequence[Turned]) -> list[str]:
-    lines = ["| B | SGD's steps (γL) | momentum's (γL, β) | ratio | (1 + B) / (2√B) |", "|---|---|---|---|---|"]
+    lines = tables.head("B", "SGD's steps (γL)", "momentum's (γL, β)", "ratio", "(1 + B) / (2√B)")
     for at in turned:
         sgd, momentum = at.found
-        lines.append(
-            f"| {shortest(at.B)} | {float(sgd.steps):g} ({float(sgd.lr):.2g}) | {_steps(momentum, 0)} "
-            f"| {float(at.found.speedup):.2f} | {at.bound:.3g} |"
-        )
+        plain, ratio = f"{float(sgd.steps):g} ({float(sgd.lr):.2g})", f"{float(at.found.speedup):.2f}"
+        lines.append(tables.row(shortest(at.B), plain, _steps(momentum, 0), ratio, f"{at.bound:.3g}"))
     return [
         f"b = √B J∇f, with J a quarter turn in planes of equal curvature; κ = {config.condition:g}, no noise, "
         f"ε = {config.target:g}. The longest stable step is 2(2 − β)β / (β² + (2 − β)²B) / L, over β at most 1/(√B L), "
@@ -234,13 +228,12 @@ def _on_turns(config: relative.Config, turned: Sequence[Turned]) -> list[str]:
 
 
 def _on_compression(config: relative.Config, compressed: Sequence[Compressed]) -> list[str]:
-    lines = ["| operator | b²/ε | R | SGD's steps (γL) | momentum's (γL, β) | ratio |", "|---|---|---|---|---|---|"]
+    lines = tables.head("operator", "b²/ε", "R", "SGD's steps (γL)", "momentum's (γL, β)", "ratio")
     for at in compressed:
         sgd, momentum = at.found
-        lines.append(
-            f"| {at.operator} | {at.share:.2f} | {at.room:.3g} | {float(sgd.steps):g} ({float(sgd.lr):.2g}) "
-            f"| {_steps(momentum, 0)} | {float(at.found.speedup):.2f} |"
-        )
+        plain, ratio = f"{float(sgd.steps):g} ({float(sgd.lr):.2g})", f"{float(at.found.speedup):.2f}"
+        share, room = f"{at.share:.2f}", f"{at.room:.3g}"
+        lines.append(tables.row(at.operator, share, room, plain, _steps(momentum, 0), ratio))
     return [
         f"{config.workers} workers that differ, curvatures 1 to 1/{config.condition:g}; steps until the mean ‖∇f‖² of "
         f"{config.runs} runs is at {config.share:.0%} of its first value and stays there; b² is the floor of exact "

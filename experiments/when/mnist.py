@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
+from metamom.common import tables
 from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.numerals import shortest, told_apart
 from metamom.experiments.paper.protocol import protocol
 from metamom.experiments.paper.training import Training
-from metamom.experiments.when.tuning import Tuned, cells, counted, listed, tune
+from metamom.experiments.when.tuning import HEAD, Tuned, cells, counted, listed, tune
 from metamom.tasks.images import LabelledImages
 
 TITLE = "Compressed MNIST"
@@ -85,13 +86,12 @@ def answer(figures: Path, config: Config = Config()) -> Answer:
 def text_of(figures: Path, config: Config, full: dict[str, Tuned]) -> str:
     """The tables and the figure of a search."""
     _draw(figures / "when-mnist.png", config, full)
-    head = ["SGD: γ | steps | momentum: γ, β | steps | ratio |", "|---|---|---|---|---|---|"]
     text = [
         f"Steps to {config.target:.0%} test accuracy. Searched for both sides: γ ∈ {{{listed(sorted(config.lrs))}}}, "
         f"momentum β ∈ {{{listed([b for b in config.betas if b < 1])}}}, v₀ = g₀, seed {config.seed}, at most "
         f"{config.epochs} steps. The first {config.nodes} "
         f"of the paper's 100 nodes, full gradients:",
-        "\n".join([f"| operator | {head[0]}", head[1], *(f"| {name} | {cells(at)} |" for name, at in full.items())]),
+        "\n".join([*tables.head("operator", *HEAD), *(tables.row(name, *cells(at)) for name, at in full.items())]),
         "![Steps of every cell](figures/when-mnist.png)",
     ]
     return "\n\n".join(text)

@@ -17,8 +17,9 @@ from metamom import nets
 from metamom.batch import TaskBatch
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
+from metamom.common import tables
 from metamom.experiments.figures import COLOURS, row_of_panels, save
-from metamom.experiments.when.tuning import Tuned, cells, counted, listed, tune
+from metamom.experiments.when.tuning import HEAD, Tuned, cells, counted, listed, tune
 from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum
 from metamom.tasks import Sinusoid
@@ -151,12 +152,9 @@ def answer(figures: Path, config: Config = Config()) -> Answer:
 def text_of(figures: Path, config: Config, found: dict[tuple[str, int], Tuned], rooms: dict[int, float]) -> str:
     """The table and the figure of a search, with R for each number of tasks."""
     _draw(figures / "when-sinusoids.png", config, found)
-    lines = [
-        "| operator | tasks a step | R at most | SGD: γ | steps | momentum: γ, β | steps | ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = tables.head("operator", "tasks a step", "R at most", *HEAD)
     for (operator, tasks), tuned in found.items():
-        lines.append(f"| {operator} | {tasks} | {rooms[tasks]:.3g} | {cells(tuned)} |")
+        lines.append(tables.row(operator, tasks, f"{rooms[tasks]:.3g}", *cells(tuned)))
     grid = ", ".join(f"{lr:g}" for lr in sorted(config.lrs))
     text = [
         f"Iterations until the error on {config.validation} validation tasks after one inner step is "

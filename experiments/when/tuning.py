@@ -57,13 +57,16 @@ def counted(run: Run, bar: tqdm[Any]) -> Run:
     return and_count
 
 
-def cells(tuned: Tuned) -> str:
+HEAD = ("SGD: γ", "steps", "momentum: γ, β", "steps", "ratio")
+
+
+def cells(tuned: Tuned) -> tuple[str, ...]:
     """Both sides, for a table: SGD's gamma and steps, momentum's gamma, beta and steps, and their ratio."""
     sgd, momentum = tuned.sgd, tuned.momentum
     ratio = "–" if math.isnan(tuned.speedup) else f"{tuned.speedup:.2f}"
     at_sgd = f"{sgd.best.lr:g}" if math.isfinite(sgd.best.steps) else "–"
     at_momentum = f"{momentum.best.lr:g}, {momentum.best.beta:g}" if math.isfinite(momentum.best.steps) else "–"
-    return f"{at_sgd} | {spread(sgd.again)} | {at_momentum} | {spread(momentum.again)} | {ratio}"
+    return at_sgd, spread(sgd.again), at_momentum, spread(momentum.again), ratio
 
 
 def spread(values: Sequence[float]) -> str:

@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 from typing import NamedTuple, TypeVar
 
 from metamom.bias.base import BiasOperator
+from metamom.common import tables
 
 Made = TypeVar("Made", bound=type[BiasOperator])
 
@@ -135,4 +136,4 @@ def operator_table() -> str:
     head = Row("`--bias`", "in Python", "contraction α_c, or what it is instead", "bytes for d float32 entries")
     rows = [row for each in single_spellings() for row in each.rows]
     rows += [JOINED.rows[0], *(row for each in AROUND.values() for row in each.rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, Row(*["---"] * 4), *rows])
+    return "\n".join([*tables.head(*head), *(tables.row(*row) for row in rows)])

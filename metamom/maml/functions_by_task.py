@@ -21,6 +21,7 @@ Attention: the fused kernels have no second derivative, nor the one for CPUs a r
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import getattr_static
@@ -272,7 +273,13 @@ REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: 
 
 
 def requires_grad(tensor: Tensor, *kind: Any) -> bool:
-    """`torch.Tensor.requires_grad`, which vmap hides: what a forward does may depend on it."""
+    """`torch.Tensor.requires_grad`, which vmap hides: what a forward does may depend on it.
+
+    PyTorch's own code is answered as ever: it goes on to use what such tensors do not have.
+    """
+    asking = str(sys._getframe(2).f_globals.get("__name__", ""))
+    if asking.partition(".")[0] == "torch":
+        return tensor.requires_grad
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad

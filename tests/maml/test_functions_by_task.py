@@ -11,6 +11,7 @@ from slow_maml import adapt_task, slow_meta_gradient, weights_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from metamom import MAML, TaskBatch
 from metamom.maml.functions_by_task import attention
@@ -548,3 +549,13 @@ def test_arguments_of_a_gaussian_loss_are_checked(loss_fn, said):
     model, batch = losses_of("values")
     with pytest.raises(ValueError, match=said):
         MAML(model, loss_fn).meta_gradient(batch)
+
+
+def test_the_flops_of_a_meta_gradient_can_be_counted():
+    """By PyTorch's counter, which hangs hooks on what requires a gradient."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double(), regression_batch(tasks=3)
+    learner = MAML(model, F.mse_loss)
+    with FlopCounterMode(display=False) as counter:
+        learner.backward(batch)
+    assert counter.get_total_flops() > 0
