@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import getattr_static
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -277,8 +277,10 @@ def requires_grad(tensor: Tensor, *kind: Any) -> bool:
 
     PyTorch's own code is answered as ever: it goes on to use what such tensors do not have.
     """
-    asking = str(sys._getframe(2).f_globals.get("__name__", ""))
-    if asking.partition(".")[0] == "torch":
+    asking: FrameType | None = sys._getframe(1)
+    while asking is not None and asking.f_code.co_name == "__torch_function__":  # of one mode within another
+        asking = asking.f_back
+    if asking is not None and str(asking.f_globals.get("__name__")).partition(".")[0] == "torch":
         return tensor.requires_grad
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
