@@ -20,8 +20,8 @@ from metamom.common.files import write_atomically
 from metamom.common.intervals import Interval
 from metamom.diagnostics.bias_meter import AtSize, Measured, Part, TrackBias, measure
 from metamom.diagnostics.power_law import Slope
-from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.recipes import DTYPES, Recipe
+from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.maml.learner import MAML
 from metamom.training.directory import environment
 

@@ -20,10 +20,10 @@ from metamom.common.checks import MOST, RUNS, check_whole
 from metamom.common.files import write_atomically
 from metamom.common.schema import read_record
 from metamom.evaluation import evaluate
-from metamom.experiments.numerals import shortest
-from metamom.experiments.processes import run_in_processes
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import best_learners, write_report
+from metamom.experiments.shared.numerals import shortest
+from metamom.experiments.shared.processes import run_in_processes
 from metamom.optim import FirstStep
 from metamom.training.directory import RunDirectory, read_log
 from metamom.training.loop import train

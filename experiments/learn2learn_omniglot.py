@@ -36,7 +36,7 @@ from metamom.training.directory import RunDirectory, environment
 
 
 @dataclass(frozen=True)
-class Config:
+class OmniglotExample:
     """The example's settings, but for the number of iterations (60,000 there)."""
 
     iterations: int
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
 Step = Callable[[int], object]
 
 
-def learner_and_optimizer(config: Config, optimizer: str) -> tuple[Any, Optimizer]:
+def learner_and_optimizer(config: OmniglotExample, optimizer: str) -> tuple[Any, Optimizer]:
     """The example's learner around its network, from the seed's weights, and one of the two optimizers."""
     l2l = import_learn2learn()
     with seeded(f"initial weights {config.seed}"):
@@ -75,7 +75,7 @@ def learner_and_optimizer(config: Config, optimizer: str) -> tuple[Any, Optimize
     return learner, momentum
 
 
-def run(config: Config, trainer: str, optimizer: str, root: str | None) -> Outcome:
+def run(config: OmniglotExample, trainer: str, optimizer: str, root: str | None) -> Outcome:
     """Train in one of the two loops, then evaluate."""
     tasks = Omniglot(root, ways=config.ways, shots=config.shots, queries=config.shots, seed=config.seed)
     learner, opt = learner_and_optimizer(config, optimizer)
@@ -90,7 +90,7 @@ def run(config: Config, trainer: str, optimizer: str, root: str | None) -> Outco
     return Outcome(evaluate(ours, test, tasks=config.test_tasks, steps=(0, config.inner_steps)), weights)
 
 
-def _their_step(config: Config, learner: Any, optimizer: Optimizer, sampler: Omniglot) -> Step:
+def _their_step(config: OmniglotExample, learner: Any, optimizer: Optimizer, sampler: Omniglot) -> Step:
     """The example's loop, fed with learn2learn-style tasks ``(data, labels)``."""
 
     def meta_batch(k: int) -> Iterator[Any]:
@@ -102,7 +102,7 @@ def _their_step(config: Config, learner: Any, optimizer: Optimizer, sampler: Omn
     return lambda k: meta_iteration(learner, optimizer, meta_batch(k), F.cross_entropy, config.inner_steps)
 
 
-def _our_step(config: Config, learner: Any, optimizer: Optimizer, sampler: Omniglot) -> Step:
+def _our_step(config: OmniglotExample, learner: Any, optimizer: Optimizer, sampler: Omniglot) -> Step:
     def step(k: int) -> None:
         optimizer.zero_grad()
         learner.backward(sampler.sample(k, config.meta_batch).to(dtype=getattr(torch, config.dtype)))
@@ -123,7 +123,7 @@ class _OneOf(NamedTuple):
         return self.sampler.sample(self.step, self.num_tasks, rank=self.which, world_size=self.num_tasks)
 
 
-def report(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> str:
+def report(config: OmniglotExample, outcomes: dict[tuple[str, str], Outcome]) -> str:
     """The page: accuracies side by side, and how far apart the weights are."""
     rows = tables.head("optimizer", "loop", "test accuracy")
     for (optimizer, trainer), outcome in outcomes.items():
@@ -167,7 +167,9 @@ def main() -> None:
     parser.add_argument("--data-root", type=flag_types.path)
     parser.add_argument("--run-dir", type=flag_types.path, default="runs/learn2learn")
     arguments = parser.parse_args()
-    config = Config(arguments.iterations, momentum_lr=arguments.momentum_lr, seed=arguments.seed, dtype=arguments.dtype)
+    config = OmniglotExample(
+        arguments.iterations, momentum_lr=arguments.momentum_lr, seed=arguments.seed, dtype=arguments.dtype
+    )
     with RunDirectory(arguments.run_dir, asdict(config)) as directory:
         directory.write_config()
         outcomes = {

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from metamom.common.checks import AT_ONCE, MOST
 from metamom.common.flag_types import count
 from metamom.compile.graph import CompileMode
-from metamom.experiments.peak import alone, peak_mib
+from metamom.experiments.shared.peak import alone, peak_mib
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.learner import MAML
 from metamom.nets.models import Conv4, SinusoidMLP

@@ -19,8 +19,8 @@ from metamom.common.checks import MOST
 from metamom.common.files import write_atomically
 from metamom.common.flag_types import count
 from metamom.evaluation import Evaluation, evaluate
-from metamom.experiments.figures import learning_curves
 from metamom.experiments.recipes import Recipe
+from metamom.experiments.shared.figures import learning_curves
 from metamom.training.directory import environment, read_metrics
 from metamom.training.loop import train
 

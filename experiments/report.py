@@ -13,9 +13,9 @@ from scipy import stats
 
 from metamom.common import tables
 from metamom.common.files import write_atomically
-from metamom.experiments import figures
-from metamom.experiments.numerals import shortest
 from metamom.experiments.saved import load_run
+from metamom.experiments.shared import figures
+from metamom.experiments.shared.numerals import shortest
 from metamom.maml.learner import MAML
 from metamom.tasks import Sinusoid
 from metamom.training.directory import environment

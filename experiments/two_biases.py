@@ -18,8 +18,8 @@ import torch
 
 from metamom.common import tables
 from metamom.common.files import write_atomically
-from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Quadratics
+from metamom.experiments.shared.numerals import shortest
 from metamom.optim import CompositeMomentum
 from metamom.server.robust import robust_mean
 

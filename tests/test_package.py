@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -64,6 +65,20 @@ def test_other_names_are_refused_as_by_any_module() -> None:
     for module, name in ((metamom, "network"), (metamom.interop, "higher")):
         with pytest.raises(AttributeError, match=f"{module.__name__}.* attribute .*{name}"):
             getattr(module, name)
+
+
+def test_the_wheel_has_every_package() -> None:
+    project = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^packages = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    tops = {"metamom": CHECKOUT / "metamom", "metamom.tasks": CHECKOUT / "tasks"}
+    tops["metamom.experiments"] = CHECKOUT / "experiments"
+    found = {
+        ".".join((name, *init.parent.relative_to(top).parts))
+        for name, top in tops.items()
+        for init in top.rglob("__init__.py")
+    }
+    assert set(re.findall(r'"([^"]+)"', listed[1])) == found
 
 
 # the generators of others

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from metamom.experiments.first import floors, law, tuned
-from metamom.experiments.parts import assembled, keep_part
+from metamom.experiments.shared.parts import assembled, keep_part
 
 EXPERIMENTS = {"law": law, "floors": floors, "tuned": tuned}
 

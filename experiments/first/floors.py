@@ -11,17 +11,17 @@ from tqdm import tqdm
 
 from metamom.bias.spec import parse
 from metamom.common import tables
-from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.first.workers import OPERATORS, workers_that_differ
-from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Measured, descend, measured, steps_to
+from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
+from metamom.experiments.shared.numerals import shortest
 
 TITLE = "Momentum and bias"
 CURES = {"topk:10%": "ef21:topk:10%", "clip:1": "clip21:1"}
 
 
 @dataclass(frozen=True)
-class Config:
+class OperatorFloors:
     """One step size for every operator and beta; noise is the standard deviation on each entry."""
 
     betas: tuple[float, ...] = (1.0, 0.3, 0.1)
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     floor: Measured
 
 
-def measure(config: Config, spec: str, beta: float) -> Outcome:
+def measure(config: OperatorFloors, spec: str, beta: float) -> Outcome:
     """Many runs of one operator and beta."""
     problem, start = workers_that_differ()
     values = descend(
@@ -52,7 +52,7 @@ def measure(config: Config, spec: str, beta: float) -> Outcome:
     return Outcome(course, steps_to(course, config.share * float(course[0])), measured(values[-config.last :].mean(0)))
 
 
-def show(figure_path: Path, config: Config = Config()) -> str:
+def show(figure_path: Path, config: OperatorFloors = OperatorFloors()) -> str:
     """Measure all of it; draws the figure and returns the table, in Markdown."""
     problem, _ = workers_that_differ()
     n, d = problem.minima.shape

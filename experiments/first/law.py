@@ -14,15 +14,15 @@ from tqdm import tqdm
 
 from metamom.bias import Identity
 from metamom.common import tables
-from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.quadratics import Measured, Quadratics, descend, measured
+from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.theory import Stationary, stationary
 
 TITLE = "Momentum and noise"
 
 
 @dataclass(frozen=True)
-class Config:
+class StationaryLaw:
     """Curvatures fall from 1 to 0.1; all runs start at (1, ..., 1)."""
 
     dimension: int = 10
@@ -52,12 +52,12 @@ class Point(NamedTuple):
     course: Tensor
 
 
-def exact(config: Config, lr: float, beta: float) -> Stationary:
+def exact(config: StationaryLaw, lr: float, beta: float) -> Stationary:
     """What the law says."""
     return stationary(config.curvatures, config.noise**2, 0.0, beta, lr)
 
 
-def measure(config: Config, lr: float, beta: float) -> Point:
+def measure(config: StationaryLaw, lr: float, beta: float) -> Point:
     """Many runs of one step size and beta."""
     lam = config.curvatures
     problem = Quadratics(lam[None], torch.zeros_like(lam)[None])
@@ -69,7 +69,7 @@ def measure(config: Config, lr: float, beta: float) -> Point:
     return Point(grad_sq, deviation_sq, course.grad_sq.mean(1))
 
 
-def show(figure_path: Path, config: Config = Config()) -> str:
+def show(figure_path: Path, config: StationaryLaw = StationaryLaw()) -> str:
     """Measure all of it; draws the figure and returns the table, in Markdown."""
     lines = [
         f"A quadratic in {config.dimension} dimensions, curvatures 1 to 0.1, noise of variance",

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.common import tables
-from metamom.experiments.figures import heat_map, save
 from metamom.experiments.first.workers import OPERATORS, workers_that_differ
-from metamom.experiments.numerals import shortest
 from metamom.experiments.quadratics import Measured, descend, measured, steps_to
+from metamom.experiments.shared.figures import heat_map, save
+from metamom.experiments.shared.numerals import shortest
 
 Values = npt.NDArray[np.float64]
 
@@ -28,7 +28,7 @@ TITLE = "Step size and β under bias"
 
 
 @dataclass(frozen=True)
-class Config:
+class TunedMethods:
     """The grid is the same for every operator; the best are measured with twice the runs, on other noise."""
 
     noise: float = 0.3
@@ -47,7 +47,7 @@ class Grid(NamedTuple):
     floors: Values
 
 
-def run(config: Config, spec: str, lr: float, beta: float, *, seed: int, runs: int) -> Tensor:
+def run(config: TunedMethods, spec: str, lr: float, beta: float, *, seed: int, runs: int) -> Tensor:
     """``||grad f(x_k)||^2``, ``[steps, runs]``."""
     problem, start = workers_that_differ()
     return descend(
@@ -55,7 +55,7 @@ def run(config: Config, spec: str, lr: float, beta: float, *, seed: int, runs: i
     ).grad_sq
 
 
-def search(config: Config, spec: str) -> Grid:
+def search(config: TunedMethods, spec: str) -> Grid:
     """Every step size with every beta, on the same noise."""
     grid = Grid(*(np.full((len(config.lrs), len(config.betas)), math.inf) for _ in Grid._fields))
     for i, lr in enumerate(config.lrs):
@@ -77,7 +77,7 @@ def best(values: Values, columns: list[int]) -> tuple[int, int]:
     return int(row), columns[int(at)]
 
 
-def show(figure_path: Path, config: Config = Config()) -> str:
+def show(figure_path: Path, config: TunedMethods = TunedMethods()) -> str:
     """Search and run again; draws the heat maps and returns the table, in Markdown."""
     lines = [
         f"The same workers with noise {config.noise}, {config.steps} steps, {config.runs} runs for every γ ∈",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from metamom.common.allocator import keep_freed_memory
 from metamom.experiments.floor import regressions, sinusoids
-from metamom.experiments.parts import assembled, keep_part
+from metamom.experiments.shared.parts import assembled, keep_part
 
 EXPERIMENTS = {"regressions": regressions, "sinusoids": sinusoids}
 

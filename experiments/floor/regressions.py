@@ -19,9 +19,9 @@ from tqdm import tqdm
 from metamom.batch import Sampler
 from metamom.bias.spec import parse
 from metamom.common import tables
-from metamom.experiments.figures import COLOURS, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
-from metamom.experiments.numerals import shortest
+from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
+from metamom.experiments.shared.numerals import shortest
 from metamom.maml.estimators import Estimator
 from metamom.maml.learner import MAML
 from metamom.maml.tracking import TRACKING
@@ -38,7 +38,7 @@ DESIGNS = [designs.Gaussian(covariance) for covariance in COVARIANCES]
 
 
 @dataclass(frozen=True)
-class Config:
+class RegressionFloor:
     """One step size for all; ``tasks`` are dealt evenly to the two regressions."""
 
     alpha: float = 0.5
@@ -100,7 +100,7 @@ def predicted(arm: Arm, alpha: float) -> Floor | None:
     return bias_floor(exact, biased, THETAS)
 
 
-def run(config: Config, arm: Arm, beta: float, *, seed: int = 0) -> Ended:
+def run(config: RegressionFloor, arm: Arm, beta: float, *, seed: int = 0) -> Ended:
     """Train one arm and look at where it ends."""
     model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
@@ -135,7 +135,7 @@ def run(config: Config, arm: Arm, beta: float, *, seed: int = 0) -> Ended:
     return Ended(blocks.mean(0), error, floor, halfwidth, float(deviations[-config.last :].mean()))
 
 
-def show(figure_path: Path, config: Config = Config()) -> str:
+def show(figure_path: Path, config: RegressionFloor = RegressionFloor()) -> str:
     """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
     figure, (plane, floors, errors) = row_of_panels(3, sharey=False)
     lines = [

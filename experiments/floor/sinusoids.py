@@ -19,9 +19,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from metamom.common import tables
-from metamom.experiments.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.floor.square import squared_mean
-from metamom.experiments.numerals import shortest
+from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
+from metamom.experiments.shared.numerals import shortest
 from metamom.maml.estimators import Estimator
 from metamom.maml.learner import MAML
 from metamom.nets.models import SinusoidMLP
@@ -32,7 +32,7 @@ TITLE = "Sinusoids, where nothing is closed form"
 
 
 @dataclass(frozen=True)
-class Config:
+class SinusoidFloor:
     """One inner step of alpha on fixed tasks, all of them in each step; one step size for all arms."""
 
     alpha: float = 0.05
@@ -57,7 +57,7 @@ class Arm(NamedTuple):
     estimator: Estimator
     times: int = 1
 
-    def named(self, config: Config) -> str:
+    def named(self, config: SinusoidFloor) -> str:
         """Its inner points, those for the Hessian apart."""
         m = self.times * config.m
         whole = self.estimator in ("exact", "first-order", "moml-coupled")
@@ -86,7 +86,7 @@ class Ended(NamedTuple):
     value: float
 
 
-def start(config: Config) -> Tensor:
+def start(config: SinusoidFloor) -> Tensor:
     """Weights ``[d]`` that all arms begin from: trained on large inner batches."""
     learner = _learner(config, "exact")
     optimizer = CompositeMomentum(learner.parameters(), lr=config.warm_lr, beta=0.1)
@@ -98,7 +98,7 @@ def start(config: Config) -> Tensor:
     return parameters_to_vector(learner.model.parameters()).detach()
 
 
-def true_gradients(config: Config, weights: Tensor, draws: int) -> tuple[Tensor, float]:
+def true_gradients(config: SinusoidFloor, weights: Tensor, draws: int) -> tuple[Tensor, float]:
     """Independent estimates ``[draws, d]`` of grad F in float64, and F."""
     learner = _learner(config, "exact", weights)
     sampler = _tasks(config, config.population, queries=config.population).with_stream("population")
@@ -110,7 +110,7 @@ def true_gradients(config: Config, weights: Tensor, draws: int) -> tuple[Tensor,
     return torch.stack(gradients), sum(losses) / draws
 
 
-def run(config: Config, arm: Arm, beta: float, weights: Tensor) -> Ended:
+def run(config: SinusoidFloor, arm: Arm, beta: float, weights: Tensor) -> Ended:
     """Train one arm from these weights and look at where it ends."""
     learner = _learner(config, arm.estimator, weights)
     optimizer = CompositeMomentum(learner.parameters(), lr=config.lr, beta=beta)
@@ -132,7 +132,7 @@ def run(config: Config, arm: Arm, beta: float, weights: Tensor) -> Ended:
     return Ended(course, *squared_mean(gradients), value)
 
 
-def show(figure_path: Path, config: Config = Config()) -> str:
+def show(figure_path: Path, config: SinusoidFloor = SinusoidFloor()) -> str:
     """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
     weights = start(config)
     gradients, value = true_gradients(config, weights, config.draws)
@@ -164,12 +164,12 @@ def show(figure_path: Path, config: Config = Config()) -> str:
     return "\n".join(lines)
 
 
-def _learner(config: Config, estimator: Estimator, weights: Tensor | None = None) -> MAML:
+def _learner(config: SinusoidFloor, estimator: Estimator, weights: Tensor | None = None) -> MAML:
     model = SinusoidMLP(generator=torch.Generator().manual_seed(0))
     if weights is not None:
         vector_to_parameters(weights.clone(), model.parameters())
     return MAML(model, F.mse_loss, inner_lr=config.alpha, estimator=estimator)
 
 
-def _tasks(config: Config, shots: int, *, queries: int | None = None) -> FixedTasks:
+def _tasks(config: SinusoidFloor, shots: int, *, queries: int | None = None) -> FixedTasks:
     return FixedTasks(Sinusoid(shots, config.queries if queries is None else queries), config.tasks)

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from metamom.common import tables
 from metamom.common.files import write_atomically
-from metamom.experiments.figures import COLOURS
-from metamom.experiments.numerals import shortest
 from metamom.experiments.paper.published import SEEDS, Curve, Setting, authors_curves, mean_rows, our_curves
 from metamom.experiments.paper.run import EPOCHS
 from metamom.experiments.paper.training import Row
+from metamom.experiments.shared.figures import COLOURS
+from metamom.experiments.shared.numerals import shortest
 from metamom.training.directory import environment
 
 TARGET = 0.9  # of the test accuracy

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.flag_types import count, counts, number
-from metamom.experiments.scaling.problems import QUICK, Config
+from metamom.experiments.scaling.problems import QUICK, ScalingPlan
 from metamom.experiments.scaling.report import TITLES, report
 
 MOST_PROCESSES = 1000
@@ -50,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
         path = report(
             arguments.run_dir,
             [arguments.only] if arguments.only else list(TITLES),
-            QUICK if arguments.quick else Config(),
+            QUICK if arguments.quick else ScalingPlan(),
             processes,
             1e-6 * arguments.latency,
         )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from metamom.bias import BiasOperator
 from metamom.experiments.scaling import fit
 from metamom.experiments.scaling.model import Kind, Line
-from metamom.experiments.scaling.problems import Config, Problem, make, operator
+from metamom.experiments.scaling.problems import Problem, ScalingPlan, make, operator
 from metamom.optim import CompositeMomentum
 
 MANY = 9  # messages that are decoded, beside one
@@ -24,7 +24,7 @@ def median(seconds: Sequence[float]) -> float:
     return float(np.median(seconds))
 
 
-def of_compute(problem: Problem, config: Config) -> list[dict[str, Any]]:
+def of_compute(problem: Problem, config: ScalingPlan) -> list[dict[str, Any]]:
     """Seconds of a backward pass and an optimizer step by the number of tasks, as JSON values."""
     made = make(problem.hidden)
     optimizer = CompositeMomentum(made.learner.parameters(), lr=1e-4)
@@ -42,7 +42,7 @@ def of_compute(problem: Problem, config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def of_operators(config: Config) -> list[dict[str, Any]]:
+def of_operators(config: ScalingPlan) -> list[dict[str, Any]]:
     """Seconds of a call, of a message, of decoding one and of decoding some, as JSON values."""
     specs = [spec for spec in config.planned if operator(spec) is not None]
     found = []

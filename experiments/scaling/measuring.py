@@ -13,7 +13,7 @@ from metamom.common import tables
 from metamom.experiments.scaling import constants
 from metamom.experiments.scaling.launch import on_processes
 from metamom.experiments.scaling.loopback import QUIET
-from metamom.experiments.scaling.problems import Config
+from metamom.experiments.scaling.problems import ScalingPlan
 from metamom.training.directory import environment
 
 Measured = dict[str, Any]  # what `measure` returns
@@ -21,7 +21,7 @@ TITLE = "Measured on this machine"
 PARTS = ("compute", "encode", "exchange", "decode", "wait")
 
 
-def measure(config: Config, processes: Sequence[int]) -> Measured:
+def measure(config: ScalingPlan, processes: Sequence[int]) -> Measured:
     """All timings that tables and the model are made of.
 
     Returns:

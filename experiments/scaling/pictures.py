@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from metamom.distributed import SERVERS, Server
-from metamom.experiments.figures import COLOURS, DASHES, save
 from metamom.experiments.scaling.planning import LINKS, WORKERS, Case, network
+from metamom.experiments.shared.figures import COLOURS, DASHES, save
 
 SAID: dict[Server, str] = {"replicated": "server: everybody", "rank0": "server: process 0"}
 WAYS: dict[str, tuple[Server, bool]] = {  # server, and whether collectives go along a tree

@@ -14,7 +14,7 @@ from metamom.experiments.scaling.collectives import cost
 from metamom.experiments.scaling.constants import compute_line, kind_of, median
 from metamom.experiments.scaling.measuring import Measured
 from metamom.experiments.scaling.model import Kind, Line, Link, Plan
-from metamom.experiments.scaling.problems import Config
+from metamom.experiments.scaling.problems import ScalingPlan
 
 LINKS = (1, 10, 100)  # Gbit/s
 FASTER = 100.0  # a planned worker, against a thread of this machine
@@ -63,7 +63,7 @@ def network(gigabits: float, latency: float) -> Link:
     return Link(latency, gigabits * 1e9 / 8)
 
 
-def cases(measured: Measured, config: Config) -> list[Case]:
+def cases(measured: Measured, config: ScalingPlan) -> list[Case]:
     """The problems that were timed, and a large network that was not: its task takes as long, by its parameters."""
     found = []
     for problem in config.problems:
@@ -112,7 +112,7 @@ class Miss(NamedTuple):
         return self.predicted / self.seconds - 1
 
 
-def misses(measured: Measured, config: Config) -> list[Miss]:
+def misses(measured: Measured, config: ScalingPlan) -> list[Miss]:
     """Every measured step beside the model's, which has seen none of them: its constants were timed by themselves."""
     problems = {problem.name: problem for problem in config.problems}
     links = {n: loopback(measured, n) for n in measured["processes"] if n > 1}

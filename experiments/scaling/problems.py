@@ -49,7 +49,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Config:
+class ScalingPlan:
     """What is measured; the quick one shows that it runs, and no more."""
 
     problems: tuple[Problem, ...] = (Problem("sinusoid MLP", None, 64, 16), Problem("Conv4", 64, 16, 4))
@@ -73,7 +73,7 @@ class Config:
         return asdict(self)
 
 
-QUICK = Config(
+QUICK = ScalingPlan(
     problems=(Problem("sinusoid MLP", None, 4, 4), Problem("Conv4", 4, 4, 4)),
     operators=("none", "ef21:topk:1%"),
     seconds=0.0,

@@ -9,17 +9,17 @@ from pathlib import Path
 from metamom.common import tables
 from metamom.common.files import write_atomically
 from metamom.distributed import SERVERS
-from metamom.experiments.parts import assembled, keep_part
 from metamom.experiments.scaling import measuring, pictures, planning, simulate
 from metamom.experiments.scaling.measuring import Measured
 from metamom.experiments.scaling.planning import LINKS, SHOWN, Case, network
-from metamom.experiments.scaling.problems import Config
+from metamom.experiments.scaling.problems import ScalingPlan
+from metamom.experiments.shared.parts import assembled, keep_part
 
 HEADING = "Scaling, measured and planned"
 TITLES = {"measure": measuring.TITLE, "model": "Planned: up to 10,000 workers", "simulate": simulate.TITLE}
 
 
-def report(run_dir: Path, parts: Sequence[str], config: Config, processes: Sequence[int], latency: float) -> Path:
+def report(run_dir: Path, parts: Sequence[str], config: ScalingPlan, processes: Sequence[int], latency: float) -> Path:
     """Run some parts; ``report.md`` holds them and those that an earlier run has left in ``parts/``.
 
     Raises:
@@ -43,7 +43,7 @@ def report(run_dir: Path, parts: Sequence[str], config: Config, processes: Seque
     return assembled(run_dir, HEADING, TITLES)
 
 
-def _read(kept: Path, config: Config) -> Measured:
+def _read(kept: Path, config: ScalingPlan) -> Measured:
     if not kept.exists():
         raise FileNotFoundError(f"the model is fitted to measurements, and {kept} is not there: run --only measure.")
     try:
@@ -58,7 +58,7 @@ def _read(kept: Path, config: Config) -> Measured:
     return measured
 
 
-def planned(run_dir: Path, measured: Measured, config: Config, latency: float) -> str:
+def planned(run_dir: Path, measured: Measured, config: ScalingPlan, latency: float) -> str:
     """The model's part, in Markdown; draws its figures."""
     cases = planning.cases(measured, config)
     lines = [*_constants(measured, cases), "", *_errors(measured, config)]
@@ -92,7 +92,7 @@ def _constants(measured: Measured, cases: Sequence[Case]) -> list[str]:
     return lines
 
 
-def _errors(measured: Measured, config: Config) -> list[str]:
+def _errors(measured: Measured, config: ScalingPlan) -> list[str]:
     rows = [
         [problem, str(n), f"{middle:+.0%}", f"{size:.0%}", f"{worst:+.0%} ({name})"]
         for problem, n, middle, size, worst, name in planning.summary(planning.misses(measured, config))

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from metamom.common import tables
-from metamom.experiments.peak import alone, peak_mib
 from metamom.experiments.scaling import model
 from metamom.experiments.scaling.model import Kind, Plan
-from metamom.experiments.scaling.problems import Config, make, operator
+from metamom.experiments.scaling.problems import ScalingPlan, make, operator
+from metamom.experiments.shared.peak import alone, peak_mib
 
 TITLE = "Simulated: workers of one process"
 STEPS = 3  # timed, after one
@@ -67,14 +67,14 @@ def simulate(run: Run) -> list[float]:
     return [min(seconds[1:]), before, peak_mib(), logged, predicted]
 
 
-def runs(config: Config) -> list[Run]:
+def runs(config: ScalingPlan) -> list[Run]:
     """Those that are done: sinusoids by the number of workers, Conv4 where ``[n, d]`` is large."""
     found = [Run(None, workers, "topk:1%", chunk) for chunk in (None, config.chunk) for workers in config.workers]
     of_conv4 = [("topk:1%", None), ("topk:1%", config.chunk), ("ef21:topk:1%", config.chunk)]
     return found + [Run(config.hidden, config.convolved, spec, chunk) for spec, chunk in of_conv4]
 
 
-def answer(config: Config) -> str:
+def answer(config: ScalingPlan) -> str:
     """Do all of them, each in a process of its own, and tell of them in Markdown.
 
     Raises:
@@ -113,7 +113,7 @@ def answer(config: Config) -> str:
     return "\n".join([*lines, "", *_growth(found, config)])
 
 
-def _growth(found: dict[Run, Simulated], config: Config) -> list[str]:
+def _growth(found: dict[Run, Simulated], config: ScalingPlan) -> list[str]:
     few, *_, many = config.workers
     said = []
     for chunk in (None, config.chunk):

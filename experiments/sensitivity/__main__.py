@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from metamom.common.allocator import keep_freed_memory
-from metamom.experiments.parts import assembled, keep_part
 from metamom.experiments.sensitivity.grid import search
 from metamom.experiments.sensitivity.report import figure, table
 from metamom.experiments.sensitivity.settings import SETTINGS
+from metamom.experiments.shared.parts import assembled, keep_part
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from metamom.common import tables
-from metamom.experiments.figures import heat_map, save
 from metamom.experiments.sensitivity.grid import Field, Outcome
 from metamom.experiments.sensitivity.methods import METHODS, methods_at
 from metamom.experiments.sensitivity.settings import SETTINGS
+from metamom.experiments.shared.figures import heat_map, save
 
 Values = npt.NDArray[np.float64]
 

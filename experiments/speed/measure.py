@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from metamom.experiments.peak import peak_mib
+from metamom.experiments.shared.peak import peak_mib
 from metamom.experiments.speed import with_jax
 from metamom.experiments.speed.peers import META, ROUGH, Contender, makers, prepare
 from metamom.experiments.speed.rows import MetaRow, OptimizerRow, Row

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator, TopK
-from metamom.experiments.numerals import shortest
+from metamom.experiments.shared.numerals import shortest
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Estimator
 from metamom.maml.learner import LossFn

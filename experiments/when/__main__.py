@@ -12,7 +12,7 @@ from pathlib import Path
 
 from metamom.experiments.when import map as quadratics
 from metamom.experiments.when import mnist, sinusoids
-from metamom.experiments.when.report import Configs, report
+from metamom.experiments.when.report import WhenMomentumWins, report
 
 PARTS = {"map": quadratics.TITLE, "sinusoids": sinusoids.TITLE, "mnist": mnist.TITLE}
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one part alone")
     arguments = parser.parse_args()
     parts = [arguments.only] if arguments.only else list(PARTS)
-    print(report(arguments.run_dir, parts, Configs()).read_text(encoding="utf-8"))
+    print(report(arguments.run_dir, parts, WhenMomentumWins()).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from metamom.theory import stable_limit, stationary
 
 
 @dataclass(frozen=True)
-class Config:
+class LawCheck:
     """Random gamma, beta, bias, noise and number of workers; curvatures 1 to 1/5."""
 
     designs: int = 40
@@ -83,7 +83,7 @@ class Point(NamedTuple):
     course: list[Compared]
 
 
-def designs(config: Config) -> list[Design]:
+def designs(config: LawCheck) -> list[Design]:
     """Step sizes from 3 to 80 % of each beta's limit, at most 4; biases, noise and workers over two decades."""
     draws = torch.Generator().manual_seed(config.seed)
 
@@ -100,7 +100,7 @@ def designs(config: Config) -> list[Design]:
     return drawn
 
 
-def exact_course(config: Config, design: Design, steps: int) -> list[float]:
+def exact_course(config: LawCheck, design: Design, steps: int) -> list[float]:
     """``E ||grad f(x_k)||^2`` from x_0 = (1, ..., 1)."""
     lam, b = config.curvatures, design.bias
     beta = torch.tensor(design.beta, dtype=torch.float64)
@@ -111,7 +111,7 @@ def exact_course(config: Config, design: Design, steps: int) -> list[float]:
     return values
 
 
-def compare(config: Config, design: Design, *, seed: int) -> Point:
+def compare(config: LawCheck, design: Design, *, seed: int) -> Point:
     """Many runs of one design."""
     lam = config.curvatures
     problem = Quadratics(lam.repeat(design.workers, 1), torch.zeros(design.workers, len(lam), dtype=torch.float64))
@@ -129,7 +129,7 @@ def compare(config: Config, design: Design, *, seed: int) -> Point:
     )
 
 
-def points(config: Config) -> list[Point]:
+def points(config: LawCheck) -> list[Point]:
     """All designs."""
     bar = tqdm(designs(config), desc="law", disable=None)
     return [compare(config, design, seed=config.seed + 1 + number) for number, design in enumerate(bar)]

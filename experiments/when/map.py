@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metamom.common import tables
-from metamom.experiments.numerals import shortest
+from metamom.experiments.shared.numerals import shortest
 from metamom.experiments.when import law, relative, rule
 from metamom.experiments.when.law import Point
 from metamom.experiments.when.pictures import draw_bias, draw_map
@@ -27,12 +27,12 @@ LENGTH_BINS = (0.0, 8.0, 16.0, 32.0, 128.0, math.inf)
 
 
 @dataclass(frozen=True)
-class Config:
+class QuadraticMap:
     """What each part of the map is drawn from; curvatures 1 to 1/kappa, as many in each octave."""
 
-    law: law.Config = field(default_factory=law.Config)
-    rule: rule.Config = field(default_factory=rule.Config)
-    relative: relative.Config = field(default_factory=relative.Config)
+    law: law.LawCheck = field(default_factory=law.LawCheck)
+    rule: rule.WhenRule = field(default_factory=rule.WhenRule)
+    relative: relative.RelativeBias = field(default_factory=relative.RelativeBias)
     conditions: tuple[float, ...] = (10.0, 100.0)
     dimension: int = 12
     target: float = 1e-3  # of the first ||grad f||^2
@@ -42,7 +42,7 @@ class Config:
     one_worker: float = 0.3  # R of a single one without bias
 
 
-def speedups(config: Config, condition: float) -> rule.Case:
+def speedups(config: QuadraticMap, condition: float) -> rule.Case:
     """Every share of bias with every size of noise, row by row."""
     axes = rule.spectrum(condition, config.dimension)
     pairs = torch.tensor([(share, room) for share in config.shares for room in config.rooms], dtype=torch.float64)
@@ -50,7 +50,7 @@ def speedups(config: Config, condition: float) -> rule.Case:
     return rule.case(axes, Quadratics(target, pairs[:, 0] * target, 2 * target / (pairs[:, 1] * axes.noise_curvature)))
 
 
-def with_workers(config: Config, share: float) -> rule.Case:
+def with_workers(config: QuadraticMap, share: float) -> rule.Case:
     """The largest condition with more and more workers."""
     axes = rule.spectrum(config.conditions[-1], config.dimension)
     target = torch.full((len(config.workers),), config.target, dtype=torch.float64)
@@ -70,7 +70,7 @@ class Answer(NamedTuple):
     short: float  # the same where T < 8
 
 
-def answer(figures: Path, config: Config = Config()) -> Answer:
+def answer(figures: Path, config: QuadraticMap = QuadraticMap()) -> Answer:
     """Measure all of it; draws ``when-map.png`` and ``when-bias.png``; the text is Markdown."""
     points = law.points(config.law)
     cases = rule.cases(config.rule)
@@ -112,7 +112,7 @@ def answer(figures: Path, config: Config = Config()) -> Answer:
     return found._replace(text="\n\n".join(text))
 
 
-def _on_the_law(config: law.Config, points: Sequence[Point]) -> list[str]:
+def _on_the_law(config: law.LawCheck, points: Sequence[Point]) -> list[str]:
     groups = {
         "E‖∇f‖² in the end": [point.grad_sq for point in points],
         "E‖v − ∇f‖² in the end": [point.deviation_sq for point in points],
@@ -135,7 +135,7 @@ def _mean_sq(values: Sequence[law.Compared]) -> float:
     return sum(value.z**2 for value in values) / len(values)
 
 
-def _on_the_grid(config: Config, grids: dict[float, rule.Case]) -> list[str]:
+def _on_the_grid(config: QuadraticMap, grids: dict[float, rule.Case]) -> list[str]:
     parts = [
         f"Exact search, no simulation: γL ∈ 1.9 · 2^(i/3) from {min(STEPS):.2g} to {max(STEPS):.3g} for both sides, "
         f"β ∈ {{{', '.join(f'{beta:g}' for beta in BETAS)}}}; steps until E‖∇f‖² is at ε = {config.target:g} of its "
@@ -153,7 +153,7 @@ def _on_the_grid(config: Config, grids: dict[float, rule.Case]) -> list[str]:
     return parts
 
 
-def _on_the_workers(config: Config, by_share: dict[float, rule.Case]) -> list[str]:
+def _on_the_workers(config: QuadraticMap, by_share: dict[float, rule.Case]) -> list[str]:
     sides = [cell for share in by_share for cell in (f"SGD, b² = {shortest(share)} ε", "momentum (γL, β)")]
     lines = tables.head("n", *sides)
     for i, n in enumerate(config.workers):
@@ -169,7 +169,7 @@ def _steps(best: Best, i: int) -> str:
     return f"{float(best.steps[i]):g} ({float(best.lr[i]):.2g}, {float(best.beta[i]):g})"
 
 
-def _on_the_rule(config: rule.Config, found: Answer, fitted: Flat, judged: Flat) -> list[str]:
+def _on_the_rule(config: rule.WhenRule, found: Answer, fitted: Flat, judged: Flat) -> list[str]:
     wins = float((judged.speedup >= WINS).double().mean())
     clear = rule.clear_of(found.rule, judged)
     everything = Flat(*(torch.cat(pair) for pair in zip(fitted, judged, strict=True)))
@@ -213,7 +213,7 @@ def _span(low: float, high: float) -> str:
     return f"< {high:g}" if low == 0 else f"≥ {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
 
 
-def _on_turns(config: relative.Config, turned: Sequence[Turned]) -> list[str]:
+def _on_turns(config: relative.RelativeBias, turned: Sequence[Turned]) -> list[str]:
     lines = tables.head("B", "SGD's steps (γL)", "momentum's (γL, β)", "ratio", "(1 + B) / (2√B)")
     for at in turned:
         sgd, momentum = at.found
@@ -227,7 +227,7 @@ def _on_turns(config: relative.Config, turned: Sequence[Turned]) -> list[str]:
     ]
 
 
-def _on_compression(config: relative.Config, compressed: Sequence[Compressed]) -> list[str]:
+def _on_compression(config: relative.RelativeBias, compressed: Sequence[Compressed]) -> list[str]:
     lines = tables.head("operator", "b²/ε", "R", "SGD's steps (γL)", "momentum's (γL, β)", "ratio")
     for at in compressed:
         sgd, momentum = at.found

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.common import tables
-from metamom.experiments.figures import COLOURS, row_of_panels, save
-from metamom.experiments.numerals import shortest, told_apart
 from metamom.experiments.paper.protocol import protocol
 from metamom.experiments.paper.training import Training
+from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
+from metamom.experiments.shared.numerals import shortest, told_apart
 from metamom.experiments.when.tuning import HEAD, Tuned, cells, counted, listed, tune
 from metamom.tasks.images import LabelledImages
 
@@ -24,7 +24,7 @@ TITLE = "Compressed MNIST"
 
 
 @dataclass(frozen=True)
-class Config:
+class CompressedMnist:
     """Full gradients of some of the paper's 100 nodes, an epoch a step."""
 
     nodes: int = 20  # the first ones, of 600 images each: a fifth of the time
@@ -40,7 +40,7 @@ class Config:
 class Bench:
     """The paper's model and data, read once."""
 
-    def __init__(self, config: Config, root: Path | None = None) -> None:
+    def __init__(self, config: CompressedMnist, root: Path | None = None) -> None:
         self.config, self.kind = config, protocol("mnist")
         self.train, self.test = self.kind.data("train", root), self.kind.data("test", root)
 
@@ -70,7 +70,7 @@ class Answer(NamedTuple):
     full: dict[str, Tuned]
 
 
-def answer(figures: Path, config: Config = Config()) -> Answer:
+def answer(figures: Path, config: CompressedMnist = CompressedMnist()) -> Answer:
     """Search both sides of everything; draws ``when-mnist.png``; the text is Markdown."""
     bench = Bench(config)
     full: dict[str, Tuned] = {}
@@ -83,7 +83,7 @@ def answer(figures: Path, config: Config = Config()) -> Answer:
     return Answer(text_of(figures, config, full), full)
 
 
-def text_of(figures: Path, config: Config, full: dict[str, Tuned]) -> str:
+def text_of(figures: Path, config: CompressedMnist, full: dict[str, Tuned]) -> str:
     """The tables and the figure of a search."""
     _draw(figures / "when-mnist.png", config, full)
     text = [
@@ -97,7 +97,7 @@ def text_of(figures: Path, config: Config, full: dict[str, Tuned]) -> str:
     return "\n\n".join(text)
 
 
-def _draw(path: Path, config: Config, full: dict[str, Tuned]) -> None:
+def _draw(path: Path, config: CompressedMnist, full: dict[str, Tuned]) -> None:
     figure, panels = row_of_panels(len(full), sharey=False)
     for panel, (operator, tuned) in zip(panels, full.items(), strict=True):
         for number, beta in enumerate(config.betas):

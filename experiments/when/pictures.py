@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from metamom.experiments.figures import COLOURS, DASHES, heat_map, row_of_panels, save
-from metamom.experiments.numerals import shortest, told_apart
+from metamom.experiments.shared.figures import COLOURS, DASHES, heat_map, row_of_panels, save
+from metamom.experiments.shared.numerals import shortest, told_apart
 from metamom.experiments.when.law import Compared, Point
 from metamom.experiments.when.relative import Compressed, Turned
 from metamom.experiments.when.rule import WINS, Case, Flat, Rule

@@ -18,7 +18,7 @@ from metamom.experiments.when.search import Found, Quadratics, best, search
 
 
 @dataclass(frozen=True)
-class Config:
+class RelativeBias:
     """Turns without noise; Top-K at one target and several sizes of noise."""
 
     condition: float = 100.0
@@ -48,7 +48,7 @@ class Turned(NamedTuple):
         return (1 + self.B) / (2 * math.sqrt(self.B)) if self.B else math.inf
 
 
-def turned(config: Config) -> list[Turned]:
+def turned(config: RelativeBias) -> list[Turned]:
     """Search every B."""
     axes = spectrum(config.condition, config.dimension, start=0.0)
     one = Quadratics(*(torch.tensor([value], dtype=torch.float64) for value in (config.target, 0.0, 0.0)))
@@ -72,7 +72,7 @@ def stays_below(course: Tensor, target: float) -> float:
     return math.inf if first >= len(course) else float(first)
 
 
-def differing(config: Config) -> tuple[quadratics.Quadratics, Tensor]:
+def differing(config: RelativeBias) -> tuple[quadratics.Quadratics, Tensor]:
     """Workers whose curvatures (1 to 1/kappa) differ by up to 30 %, and whose minima differ; and the start, ``[d]``."""
     draws = torch.Generator().manual_seed(0)
     lam = spectrum(config.condition, config.dimension).curvatures
@@ -82,7 +82,7 @@ def differing(config: Config) -> tuple[quadratics.Quadratics, Tensor]:
     return problem, problem.optimum + problem.curvature.rsqrt()
 
 
-def compressed(config: Config) -> list[Compressed]:
+def compressed(config: RelativeBias) -> list[Compressed]:
     """Search every operator and noise; R with the floor of exact gradients at a small step as b^2."""
     problem, start = differing(config)
     lam = problem.curvature

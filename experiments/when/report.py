@@ -6,25 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from metamom.experiments.parts import assembled, keep_part
+from metamom.experiments.shared.parts import assembled, keep_part
 from metamom.experiments.when import map as quadratics
 from metamom.experiments.when import mnist, sinusoids
 from metamom.experiments.when.rule import WINS
 
 
 @dataclass(frozen=True)
-class Configs:
+class WhenMomentumWins:
     """Of each part."""
 
-    map: quadratics.Config = field(default_factory=quadratics.Config)
-    sinusoids: sinusoids.Config = field(default_factory=sinusoids.Config)
-    mnist: mnist.Config = field(default_factory=mnist.Config)
+    map: quadratics.QuadraticMap = field(default_factory=quadratics.QuadraticMap)
+    sinusoids: sinusoids.SinusoidSearch = field(default_factory=sinusoids.SinusoidSearch)
+    mnist: mnist.CompressedMnist = field(default_factory=mnist.CompressedMnist)
 
 
 TITLES = {"rule": "", "map": quadratics.TITLE, "sinusoids": sinusoids.TITLE, "mnist": mnist.TITLE}
 
 
-def report(run_dir: Path, parts: Sequence[str], configs: Configs) -> Path:
+def report(run_dir: Path, parts: Sequence[str], configs: WhenMomentumWins) -> Path:
     """Run some parts; ``report.md`` holds them and those that an earlier run has left in ``parts/``."""
     figures = run_dir / "figures"
     for part in parts:

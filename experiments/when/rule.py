@@ -16,7 +16,7 @@ WINS = 1.5  # times as fast: what counts as beating
 
 
 @dataclass(frozen=True)
-class Config:
+class WhenRule:
     """Random spectra with random targets, biases and noise on each; half of the spectra fit, the others judge."""
 
     spectra: int = 40
@@ -83,7 +83,7 @@ def spectrum(condition: float, dimension: int, shape: str = "even", start: float
     return Spectrum(lam, lam**start / (lam**start).sum(), lam**noise / (lam**noise).sum())
 
 
-def cases(config: Config) -> list[Case]:
+def cases(config: WhenRule) -> list[Case]:
     """Draw and search them all."""
     draws = torch.Generator().manual_seed(config.seed)
 

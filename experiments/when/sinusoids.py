@@ -18,7 +18,7 @@ from metamom.batch import TaskBatch
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.spec import parse
 from metamom.common import tables
-from metamom.experiments.figures import COLOURS, row_of_panels, save
+from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
 from metamom.experiments.when.tuning import HEAD, Tuned, cells, counted, listed, tune
 from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum
@@ -28,7 +28,7 @@ TITLE = "Sinusoid MAML"
 
 
 @dataclass(frozen=True)
-class Config:
+class SinusoidSearch:
     """The same gammas for both sides, a factor of two apart; pairs of an operator and the tasks of a step."""
 
     cases: tuple[tuple[str, int], ...] = (
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 class Bench:
     """A learner that is trained again and again from weights drawn anew, so that it is compiled once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: SinusoidSearch) -> None:
         self.config = config
         self.learner = MAML(nets.SinusoidMLP(), F.mse_loss, inner_lr=config.inner_lr, compile=config.compile)
         self.validation = Sinusoid(seed=1000).with_stream("validation").sample(0, config.validation)
@@ -129,7 +129,7 @@ class Answer(NamedTuple):
     found: dict[tuple[str, int], Tuned]
 
 
-def answer(figures: Path, config: Config = Config()) -> Answer:
+def answer(figures: Path, config: SinusoidSearch = SinusoidSearch()) -> Answer:
     """Search both sides at every meta-batch; draws ``when-sinusoids.png``; the text is Markdown."""
     bench = Bench(config)
     found: dict[tuple[str, int], Tuned] = {}
@@ -149,7 +149,7 @@ def answer(figures: Path, config: Config = Config()) -> Answer:
     return Answer(text_of(figures, config, found, _rooms(bench, found, config)), found)
 
 
-def text_of(figures: Path, config: Config, found: dict[tuple[str, int], Tuned], rooms: dict[int, float]) -> str:
+def text_of(figures: Path, config: SinusoidSearch, found: dict[tuple[str, int], Tuned], rooms: dict[int, float]) -> str:
     """The table and the figure of a search, with R for each number of tasks."""
     _draw(figures / "when-sinusoids.png", config, found)
     lines = tables.head("operator", "tasks a step", "R at most", *HEAD)
@@ -169,7 +169,7 @@ def text_of(figures: Path, config: Config, found: dict[tuple[str, int], Tuned], 
     return "\n\n".join(text)
 
 
-def _rooms(bench: Bench, found: dict[tuple[str, int], Tuned], config: Config) -> dict[int, float]:
+def _rooms(bench: Bench, found: dict[tuple[str, int], Tuned], config: SinusoidSearch) -> dict[int, float]:
     """R for each meta-batch, at weights half way of the longest SGD run that arrived without an operator."""
     tasks, side = max(((tasks, at.sgd) for (operator, tasks), at in found.items() if operator == "none"))
     if math.isfinite(side.best.steps):
@@ -178,7 +178,7 @@ def _rooms(bench: Bench, found: dict[tuple[str, int], Tuned], config: Config) ->
     return {tasks: problem.room(config.target, tasks) for _, tasks in config.cases}
 
 
-def _draw(path: Path, config: Config, found: dict[tuple[str, int], Tuned]) -> None:
+def _draw(path: Path, config: SinusoidSearch, found: dict[tuple[str, int], Tuned]) -> None:
     figure, (steps, ratio) = row_of_panels(2, sharey=False)
     for number, operator in enumerate(dict.fromkeys(operator for operator, _ in config.cases)):
         arrives = {key: at for key, at in found.items() if math.isfinite(at.speedup)}

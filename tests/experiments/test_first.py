@@ -16,9 +16,9 @@ from metamom.experiments.first.workers import OPERATORS, workers_that_differ
 from metamom.experiments.quadratics import Quadratics, descend, measured, steps_to
 from metamom.theory import stable_limit
 
-LAW = law.Config(steps=900, last=500, runs=60)
-FLOORS = floors.Config(steps=400, last=100, runs=4)
-TUNED = tuned.Config(lrs=(0.25, 4.0), betas=(1.0, 0.3), steps=40, last=20, runs=2)
+LAW = law.StationaryLaw(steps=900, last=500, runs=60)
+FLOORS = floors.OperatorFloors(steps=400, last=100, runs=4)
+TUNED = tuned.TunedMethods(lrs=(0.25, 4.0), betas=(1.0, 0.3), steps=40, last=20, runs=2)
 
 
 def test_gradients_of_many_points_at_once():

@@ -12,12 +12,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from metamom import MAML, CompositeMomentum
 from metamom.experiments.floor import sinusoids
-from metamom.experiments.floor.regressions import CURES, FIXED_POINTS, Arm, Config, predicted, run, show
+from metamom.experiments.floor.regressions import CURES, FIXED_POINTS, Arm, RegressionFloor, predicted, run, show
 from metamom.experiments.floor.square import squared_mean
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import FixedTasks, Sinusoid
 
-SHORT = Config(steps=300, last=250, blocks=10)
+SHORT = RegressionFloor(steps=300, last=250, blocks=10)
 
 
 def test_predictions_are_those_of_the_reference():
@@ -66,7 +66,7 @@ def test_the_table_and_the_figure(tmp_path):
     assert (tmp_path / "floor.png").read_bytes().startswith(b"\x89PNG")
 
 
-TINY = sinusoids.Config(
+TINY = sinusoids.SinusoidFloor(
     tasks=3, m=2, queries=4, lr=0.001, steps=6, every=2, last=3, warm_steps=5, warm_m=10, population=50, draws=4,
     betas=(0.5,),
 )  # fmt: skip

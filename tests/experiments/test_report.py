@@ -16,9 +16,9 @@ from scipy import stats
 
 from metamom import evaluate
 from metamom.experiments.compare import Comparison, Outcome, _place, compare
-from metamom.experiments.numerals import shortest, told_apart
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import write_report
+from metamom.experiments.shared.numerals import shortest, told_apart
 
 NEAR = 0.1 + 1e-9  # a step size that six digits do not tell from 0.1
 # by lr and seed; None is a run that diverged

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from metamom.bias.spec import parse
-from metamom.experiments.peak import alone
 from metamom.experiments.scaling import constants, fit, model, pictures, planning, simulate
 from metamom.experiments.scaling.__main__ import main
 from metamom.experiments.scaling.clock import Clock, TimedOperator
@@ -19,6 +18,7 @@ from metamom.experiments.scaling.model import Exchange, Kind, Line, Link, Plan
 from metamom.experiments.scaling.planning import Case
 from metamom.experiments.scaling.problems import QUICK, Problem
 from metamom.experiments.scaling.simulate import Run
+from metamom.experiments.shared.peak import alone
 from metamom.server.aggregate import Aggregation
 
 pytestmark = pytest.mark.xdist_group("scaling")  # the fixture's processes take half a minute: once

@@ -15,7 +15,7 @@ from metamom.experiments.quadratics import Quadratics as Workers
 from metamom.experiments.quadratics import descend
 from metamom.experiments.when import law, mnist, relative, rule, search, sinusoids
 from metamom.experiments.when import map as quadratics
-from metamom.experiments.when.report import Configs, report
+from metamom.experiments.when.report import WhenMomentumWins, report
 from metamom.experiments.when.transient import moments, turning_limit
 from metamom.experiments.when.tuning import tune
 from metamom.tasks.images import LabelledImages
@@ -217,7 +217,7 @@ def test_mnist_counts_steps(bench):
 
 
 def test_the_report_is_written_part_by_part(tmp_path, bench):
-    configs = Configs(
+    configs = WhenMomentumWins(
         map=quadratics.Config(
             law=replace(LAW, designs=1, runs=3, steps=60, last=10),
             rule=FEW,

@@ -316,7 +316,7 @@ def test_schemas_are_declared_only_where_they_are_missing():
 
 def test_the_example_in_both_loops(data_root):
     """From the same weights, on the same tasks, one step of either loop ends at the same place."""
-    config = learn2learn_omniglot.Config(1, meta_batch=3, test_tasks=4)
+    config = learn2learn_omniglot.OmniglotExample(1, meta_batch=3, test_tasks=4)
     outcomes = {
         (optimizer, trainer): learn2learn_omniglot.run(config, trainer, optimizer, str(data_root))
         for optimizer in ("Adam", "CompositeMomentum")

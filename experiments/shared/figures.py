@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from metamom.experiments.numerals import shortest, told_apart
+from metamom.experiments.shared.numerals import shortest, told_apart
 from metamom.maml.learner import MAML
 from metamom.rng import Places
 from metamom.tasks import Sinusoid
