@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m metamom.experiments.scaling.step PLAN.json FOUND.json
 
 PLAN.json holds a `problems.ScalingPlan`'s settings, and ``processes``: all the numbers of them that are measured. A
-step is `MAML.backward` and an optimizer step. Operators and servers take turns, so that a machine that slows down slows all of
-them; process 0 writes what it has measured. Tasks are drawn before, for that is no part of a step.
+step is `MAML.backward` and an optimizer step. Operators and servers take turns, so that a machine that slows down
+slows all of them; process 0 writes what it has measured. Tasks are drawn before, for that is no part of a step.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from metamom.tasks.images import LabelledImages
 from metamom.theory import stable_limit, stationary
 
 LAM = torch.tensor([1.0, 0.5, 0.3], dtype=torch.float64)
-LAW = law.Config(designs=4, runs=60, steps=400, last=100, looks=(1, 5, 20))
-RULE = rule.Config(spectra=8, each=16, conditions=(3.0, 100.0), targets=(1e-3, 0.2), rooms=(1.0, 1000.0))
-FEW = rule.Config(spectra=2, each=4, dimension=4, conditions=(3.0, 10.0), targets=(1e-2, 0.2), rooms=(10.0, 1000.0))
+LAW = law.LawCheck(designs=4, runs=60, steps=400, last=100, looks=(1, 5, 20))
+RULE = rule.WhenRule(spectra=8, each=16, conditions=(3.0, 100.0), targets=(1e-3, 0.2), rooms=(1.0, 1000.0))
+FEW = rule.WhenRule(spectra=2, each=4, dimension=4, conditions=(3.0, 10.0), targets=(1e-2, 0.2), rooms=(10.0, 1000.0))
 
 
 def number(value: float) -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_a_constant_bias_decides_for_neither():
 
 
 def test_a_turning_bias_undoes_the_gain():
-    config = relative.Config(dimension=6, turns=(0.0, 0.03, 0.6), target=1e-3)
+    config = relative.RelativeBias(dimension=6, turns=(0.0, 0.03, 0.6), target=1e-3)
     none, little, much = relative.turned(config)
     assert float(none.found.speedup) > 2.5
     assert float(little.found.speedup) < min(little.bound, float(none.found.speedup))
@@ -168,7 +168,7 @@ def test_tuning_finds_the_best_of_both_sides_and_stops_early():
 
 
 def test_sinusoids_count_iterations():
-    config = sinusoids.Config(compile=False, validation=20, every=2)
+    config = sinusoids.SinusoidSearch(compile=False, validation=20, every=2)
     bench = sinusoids.Bench(config)
     bench.start(0)
     hopeless, easy = replace(config, target=1e-9), replace(config, target=1e9)
@@ -199,7 +199,7 @@ def separable(count: int, seed: int) -> LabelledImages:
 def bench(monkeypatch) -> mnist.Bench:
     """Small data in MNIST's place."""
     made = mnist.Bench.__new__(mnist.Bench)
-    made.config = mnist.Config(
+    made.config = mnist.CompressedMnist(
         operators=("none",), lrs=(0.5, 1.0), betas=(1.0, 0.3), epochs=60,
     )  # fmt: skip
     made.kind = replace(PROTOCOLS["mnist"], model=small_mlp)
@@ -218,16 +218,16 @@ def test_mnist_counts_steps(bench):
 
 def test_the_report_is_written_part_by_part(tmp_path, bench):
     configs = WhenMomentumWins(
-        map=quadratics.Config(
+        map=quadratics.QuadraticMap(
             law=replace(LAW, designs=1, runs=3, steps=60, last=10),
             rule=FEW,
-            relative=relative.Config(
+            relative=relative.RelativeBias(
                 dimension=4, condition=5.0, turns=(0.0, 0.3), target=1e-2, rooms=(100.0,), lrs=(0.95,),
                 betas=(1.0, 0.5), steps=20, runs=2,
             ),
             conditions=(5.0,), dimension=4, target=0.05, shares=(0.0, 0.5), rooms=(10.0, 100.0), workers=(64, 128),
         ),
-        sinusoids=sinusoids.Config(
+        sinusoids=sinusoids.SinusoidSearch(
             cases=(("none", 4), ("topk:5%", 4)), lrs=(0.01,), first=0.01, betas=(1.0, 0.3), target=100.0, every=1,
             cap=3, validation=5, again=(1,), compile=False,
         ),
