@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from metamom.bias import Bias, as_operator
 from metamom.distributed import World, as_world
 from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
+
+
+@dataclass
+class _Step:
+    """What has come of a step so far.
+
+    Attributes:
+        touched: whether each parameter has got a gradient.
+        sums: each worker's gradients, summed.
+        counts: how many those are.
+        numbered: whether adds name their workers; ``None`` before the first.
+        arrived: whether there was a backward pass since the last add.
+        mixed: whether one found an earlier one's gradient still in ``.grad``.
+    """
+
+    touched: list[bool]
+    sums: dict[int, list[Tensor]] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+    numbered: bool | None = None
+    arrived: bool = False
+    mixed: bool = False
 
 
 class BiasedAccumulator:
@@ -81,18 +104,23 @@ class BiasedAccumulator:
         if self.world.size > 1 and workers is None:
             raise ValueError(f"{self.world.size} processes share the workers of a step: pass workers=, their number.")
         self._mine = None if workers is None else self.world.workers(workers)
-        for p in self.params:
-            p.register_hook(_watch(weakref.ref(self), p))  # type: ignore[no-untyped-call]
-        self.reset()
+        hooks = [p.register_hook(_watch(weakref.ref(self), p)) for p in self.params]  # type: ignore[no-untyped-call]
+        self._hooks = weakref.finalize(self, _remove, hooks)
+        self._step = _Step(touched=[False] * len(self.params))
 
     def reset(self) -> None:
         """Forget the step begun, as after an error in its middle. ``.grad`` is left alone: call ``zero_grad()`` too."""
-        self._sums: dict[int, list[Tensor]] = {}  # worker -> its gradients, summed
-        self._counts: dict[int, int] = {}
-        self._touched = [False] * len(self.params)
-        self._numbered: bool | None = None  # whether this step's adds name their workers
-        self._arrived = False  # a backward pass since the last add
-        self._mixed = False  # one that found an earlier one's gradient still in .grad
+        self._step = _Step(touched=[False] * len(self.params))
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters; so does forgetting the accumulator. It cannot be used afterwards."""
+        self._hooks()
+
+    def __enter__(self) -> BiasedAccumulator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def add(self, worker: int | None = None) -> None:
         """Take what ``.grad`` holds as a gradient of ``worker``, and clear it.
@@ -106,17 +134,20 @@ class BiasedAccumulator:
                 to workers of unknown number; if a worker is out of range, or there are more than ``workers``.
             TypeError: for a sparse gradient, or a worker that is no whole number.
         """
-        if self._mixed:
+        if not self._hooks.alive:
+            raise ValueError("this accumulator has been closed; make another one over the parameters.")
+        step = self._step
+        if step.mixed:
             raise ValueError(
                 "a backward pass found a gradient in .grad that no add() had taken, and added to it: call add() after "
                 "each loss.backward() (with worker= for the parts of one worker), and optimizer.zero_grad() after each "
                 "optimizer.step(). To go on, call zero_grad() and reset(), and do this step again."
             )
-        if not any(p.grad is not None and (self._arrived or bool(p.grad.any())) for p in self.params):
+        if not any(p.grad is not None and (step.arrived or bool(p.grad.any())) for p in self.params):
             raise ValueError("add() found no gradient: call it after loss.backward(), once for each backward pass.")
         if any(p.grad is not None and p.grad.layout is not torch.strided for p in self.params):
             raise TypeError("BiasedAccumulator needs dense gradients; got a sparse one: use sparse=False.")
-        if self._numbered not in (None, worker is not None):
+        if step.numbered not in (None, worker is not None):
             raise ValueError("either every add() of a step names its worker or none does; got both.")
         if worker is not None and (isinstance(worker, bool) or not isinstance(worker, int)):
             raise TypeError(f"worker is a whole number; got {worker!r}.")
@@ -127,7 +158,7 @@ class BiasedAccumulator:
                 "worker i's."
             )
         first = 0 if self._mine is None else self._mine.start
-        index = first + len(self._sums) if worker is None else worker
+        index = first + len(step.sums) if worker is None else worker
         if index < 0:
             raise ValueError(f"worker must be >= 0; got {worker}.")
         if self._mine is not None and index not in self._mine:
@@ -136,14 +167,14 @@ class BiasedAccumulator:
             raise ValueError(
                 f"{count} does not fit workers={self.workers}{whose}: got worker {index} (counted from 0)."
             )
-        self._numbered = worker is not None
-        self._arrived = False
-        sums = self._sums.setdefault(index, [torch.zeros_like(p) for p in self.params])
-        self._counts[index] = self._counts.get(index, 0) + 1
+        step.numbered = worker is not None
+        step.arrived = False
+        sums = step.sums.setdefault(index, [torch.zeros_like(p) for p in self.params])
+        step.counts[index] = step.counts.get(index, 0) + 1
         for number, (p, total) in enumerate(zip(self.params, sums, strict=True)):
             if p.grad is not None:
                 total += p.grad.detach()
-                self._touched[number] = True
+                step.touched[number] = True
                 p.grad = None
 
     @torch.no_grad()
@@ -160,18 +191,18 @@ class BiasedAccumulator:
         with self.world.together():
             if self.world.size > 1:
                 assert self.workers is not None
-                adds = "" if self.workers >= self.world.size else f", {sum(self._counts.values())} adds"
+                adds = "" if self.workers >= self.world.size else f", {sum(self._step.counts.values())} adds"
                 spec, d = "none" if self.bias is None else self.bias.spec, sum(p.numel() for p in self.params)
                 self.world.step(f"a step of workers={self.workers}, bias={spec}, {d} entries{adds}", self.params)
             order = self._order()
-            means = [[total / self._counts[i] for total in self._sums[i]] for i in order]
+            means = [[total / self._step.counts[i] for total in self._step.sums[i]] for i in order]
             rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
             sizes = [p.numel() for p in self.params]
             server = Aggregation(self.workers or len(order), self.bias, sizes=sizes, world=self.world)
             server.add(rows, order)
         total, report = server.finish()
         grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})
-        touched = self.world.all_reduce(torch.tensor(self._touched, dtype=torch.int64)).tolist()
+        touched = self.world.all_reduce(torch.tensor(self._step.touched, dtype=torch.int64)).tolist()
         for number, p in enumerate(self.params):
             if touched[number]:
                 deliver(p, grads[str(number)], server.operator)
@@ -187,15 +218,21 @@ class BiasedAccumulator:
                 "finish() found a gradient in .grad that no add() took: call add() after each loss.backward(), and "
                 "optimizer.zero_grad() after each optimizer.step()."
             )
-        if not self._sums:
+        sums = self._step.sums
+        if not sums:
             raise ValueError("finish() has nothing to aggregate: call add() after each loss.backward().")
-        if self._mine is not None and len(self._sums) != len(self._mine):
-            missing = sorted(set(self._mine) - set(self._sums))
+        if self._mine is not None and len(sums) != len(self._mine):
+            missing = sorted(set(self._mine) - set(sums))
             raise ValueError(
-                f"finish() wanted gradients of exactly {len(self._mine)} workers; got {len(self._sums)}, "
+                f"finish() wanted gradients of exactly {len(self._mine)} workers; got {len(sums)}, "
                 f"none of worker(s) {', '.join(map(str, missing))}."
             )
-        return sorted(self._sums)
+        return sorted(sums)
+
+
+def _remove(hooks: Iterable[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _watch(owner: weakref.ref[BiasedAccumulator], p: Tensor) -> Callable[[Tensor], None]:
@@ -204,7 +241,7 @@ def _watch(owner: weakref.ref[BiasedAccumulator], p: Tensor) -> Callable[[Tensor
     def hook(gradient: Tensor) -> None:
         accumulator = owner()
         if accumulator is not None:
-            accumulator._arrived = True
-            accumulator._mixed |= p.grad is not None and bool(p.grad.any())
+            accumulator._step.arrived = True
+            accumulator._step.mixed |= p.grad is not None and bool(p.grad.any())
 
     return hook

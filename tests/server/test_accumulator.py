@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -279,3 +281,27 @@ def test_sparse_gradients():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="sparse"):
         accumulator.add()
+
+
+# hooks
+
+
+def hooks(w: torch.Tensor) -> int:
+    return len(w._backward_hooks or {})
+
+
+def test_hooks_go_with_their_accumulator():
+    w = torch.nn.Parameter(torch.ones(2))
+    with BiasedAccumulator([w]) as one:
+        other = BiasedAccumulator([w])
+        assert hooks(w) == 2
+    assert hooks(w) == 1
+    w.sum().backward()
+    with pytest.raises(ValueError, match="has been closed; make another one"):
+        one.add()
+    other.add()
+    other.finish()
+    assert w.grad.tolist() == [1.0, 1.0]
+    del other
+    gc.collect()
+    assert hooks(w) == 0
