@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,33 +90,37 @@ def reproduce(
     )
     settings = _settings(kind, training, lr=lr, beta=beta, bias=operator, seed=seed)
     length = {"epochs": epochs, "chunk": training.chunk, "device": device}
-    with ExitStack() as stack:
-        run = stack.enter_context(RunDirectory(run_dir, settings, length=length, resume=resume))
-        seconds = _restored(training, run)
-        if epochs < training.epochs:
-            raise ValueError(
-                f"the run in {run.path} has done {training.epochs} epochs, more than the {epochs} asked for in all. "
-                f"Pass epochs (--epochs) above {training.epochs} to go on, or take another directory for a shorter run."
-            )
-        rows = _rows_before(training.epochs, run.path)
-        # first the copy: a crash behind it leaves the metrics that tell it from a stranger's
-        write_atomically(run.path / "metrics.csv", "".join(f"{line}\n" for line in [HEADER, *_lines(rows)]).encode())
-        run.forget_metrics_from(training.epochs)
-        run.write_config()
-        csv = stack.enter_context((run.path / "metrics.csv").open("a", encoding="utf-8"))
-        session = Session(
-            Progress(training.epochs, seconds, None),
-            epochs,
-            _Store(training, run),
-            run=run,
-            path=run.path,
-            label=dataset,
-            unit="epoch",
-            hidden=None,
-            due=lambda done, since: since >= SAVE_AFTER,
-            remedies=REMEDIES,
+    with RunDirectory(run_dir, settings, length=length, resume=resume) as run:
+        return _epochs(training, epochs, run, dataset)
+
+
+def _epochs(training: Training, epochs: int, run: RunDirectory, label: str) -> list[Row]:
+    """Do the epochs that are left, and give the metrics of all."""
+    seconds = _restored(training, run)
+    if epochs < training.epochs:
+        raise ValueError(
+            f"the run in {run.path} has done {training.epochs} epochs, more than the {epochs} asked for in all. "
+            f"Pass epochs (--epochs) above {training.epochs} to go on, or take another directory for a shorter run."
         )
-        for epoch in stack.enter_context(session):
+    rows = _rows_before(training.epochs, run.path)
+    # first the copy: a crash behind it leaves the metrics that tell it from a stranger's
+    write_atomically(run.path / "metrics.csv", "".join(f"{line}\n" for line in [HEADER, *_lines(rows)]).encode())
+    run.forget_metrics_from(training.epochs)
+    run.write_config()
+    session = Session(
+        Progress(training.epochs, seconds, None),
+        epochs,
+        _Store(training, run),
+        run=run,
+        path=run.path,
+        label=label,
+        unit="epoch",
+        hidden=None,
+        due=lambda done, since: since >= SAVE_AFTER,
+        remedies=REMEDIES,
+    )
+    with (run.path / "metrics.csv").open("a", encoding="utf-8") as csv, session:
+        for epoch in session:
             try:
                 row = training.epoch()
             except NonFiniteError as error:
