@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator
+from metamom.common.intervals import normal_halfwidth
 from metamom.optim import CompositeMomentum
 
 
@@ -107,7 +108,7 @@ class Measured(NamedTuple):
 
 def measured(values: Tensor) -> Measured:
     """Of one value for each of two runs or more."""
-    return Measured(float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values)))
+    return Measured(float(values.mean()), normal_halfwidth(float(values.std()) / math.sqrt(len(values))))
 
 
 def steps_to(values: Tensor, target: float) -> int | None:

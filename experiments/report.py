@@ -6,13 +6,13 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from metamom.common import tables
 from metamom.common.files import write_atomically
+from metamom.common.intervals import student_halfwidth
 from metamom.experiments.saved import load_run
 from metamom.experiments.shared import figures
 from metamom.experiments.shared.numerals import shortest
@@ -211,7 +211,7 @@ def _tests(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
         elif len(means) == 1:  # of several seeds one is left: an interval over its test tasks would be of another kind
             cells.append(f"{scale.show(mean)}{scale.unit}{arm.of_seeds()}")
         else:
-            cells.append(f"{scale.with_interval(mean, _halfwidth(means))}{arm.of_seeds()}")
+            cells.append(f"{scale.with_interval(mean, student_halfwidth(means))}{arm.of_seeds()}")
     return cells
 
 
@@ -245,14 +245,10 @@ def _differences(best: Sequence[Arm], comparison: Comparison, scale: Scale) -> l
             theirs = (outcome.test[number] for outcome in plain.outcomes if outcome.test is not None)
             ours = (outcome.test[number] for outcome in arm.outcomes if outcome.test is not None)
             gaps = np.array(list(ours)) - np.array(list(theirs))
-            cells.append(f"{scale.with_interval(float(gaps.mean()), _halfwidth(gaps))} after {_plural(steps, 'step')}")
+            interval = scale.with_interval(float(gaps.mean()), student_halfwidth(gaps.tolist()))
+            cells.append(f"{interval} after {_plural(steps, 'step')}")
         lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: {', '.join(cells)}.")
     return [*lines, ""]
-
-
-def _halfwidth(values: Sequence[float] | np.ndarray[Any, Any]) -> float:
-    """Of the 95 % interval of a mean, by Student's t."""
-    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def _draw(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
 from metamom.bias.checks import all_finite
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
+from metamom.common.intervals import normal_halfwidth
 from metamom.distributed import World, as_world, digest
 from metamom.maml.batch_checks import check_batch, refuse_non_finite
 from metamom.maml.learner import MAML
@@ -121,8 +121,7 @@ def evaluate(
                 for row in (row for row, wanted in enumerate(steps) if wanted == step):
                     values[row, theirs] = value
     all_values, is_accuracy = world.all_reduce(values).split_with_sizes([len(steps), 1])
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    halfwidth = z * all_values.std(dim=1) / math.sqrt(tasks)
+    halfwidth = normal_halfwidth(1 / math.sqrt(tasks), confidence) * all_values.std(dim=1)
     return Evaluation(
         steps,
         tuple(all_values.mean(1).tolist()),

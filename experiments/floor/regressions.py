@@ -19,7 +19,7 @@ from tqdm import tqdm
 from metamom.batch import Sampler
 from metamom.bias.spec import parse
 from metamom.common import tables
-from metamom.experiments.floor.square import squared_mean
+from metamom.common.intervals import normal_halfwidth, squared_norm
 from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
 from metamom.experiments.shared.numerals import shortest
 from metamom.maml.estimators import Estimator
@@ -130,9 +130,11 @@ def run(config: RegressionFloor, arm: Arm, beta: float, *, seed: int = 0) -> End
         v = optimizer.state[model.weight]["momentum"][0]
         deviations[k] = (v - slope @ (iterates[k] - optimum)).square().sum()
     blocks = torch.stack([block.mean(0) for block in iterates[-config.last :].tensor_split(config.blocks)])
-    floor, halfwidth = squared_mean((blocks - optimum) @ slope.T)
+    floor = squared_norm((blocks - optimum) @ slope.T)
     error = blocks.std(0) / math.sqrt(config.blocks)
-    return Ended(blocks.mean(0), error, floor, halfwidth, float(deviations[-config.last :].mean()))
+    return Ended(
+        blocks.mean(0), error, floor.value, normal_halfwidth(floor.error), float(deviations[-config.last :].mean())
+    )
 
 
 def show(figure_path: Path, config: RegressionFloor = RegressionFloor()) -> str:
@@ -158,13 +160,13 @@ def show(figure_path: Path, config: RegressionFloor = RegressionFloor()) -> str:
         betas = config.betas if "sgdm" not in arm.bias else (1.0,)
         ended = {beta: run(config, arm, beta) for beta in betas}
         for beta, end in ended.items():
-            at = f"{_point(end.mean)} ± {1.96 * float(end.error.max()):.4f}"
+            at = f"{_point(end.mean)} ± {normal_halfwidth(float(end.error.max())):.4f}"
             said = ("—", "—") if truth is None else (_point(truth.end), f"{truth.floor:.2e}")
             floor = f"{end.floor:.1e} ± {end.halfwidth:.0e}"
             lines.append(tables.row(arm, shortest(beta), at, said[0], floor, said[1], f"{end.deviation_sq:.2e}"))
         first = ended[betas[0]]
         x, y = first.mean.tolist()
-        right, up = (1.96 * first.error).tolist()
+        right, up = (normal_halfwidth(1.0) * first.error).tolist()
         plane.errorbar(x, y, up, right, color=colour, fmt=marker, markersize=5, label=str(arm))
         if truth is not None:
             plane.plot(*truth.end, "x", color="black", markersize=8)

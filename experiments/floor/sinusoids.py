@@ -19,7 +19,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from metamom.common import tables
-from metamom.experiments.floor.square import squared_mean
+from metamom.common.intervals import normal_halfwidth, squared_norm
 from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.experiments.shared.numerals import shortest
 from metamom.maml.estimators import Estimator
@@ -129,17 +129,19 @@ def run(config: SinusoidFloor, arm: Arm, beta: float, weights: Tensor) -> Ended:
         if k >= config.steps - config.last:
             total += now
     gradients, value = true_gradients(config, (total / config.last).to(weights.dtype), config.draws)
-    return Ended(course, *squared_mean(gradients), value)
+    floor = squared_norm(gradients)
+    return Ended(course, floor.value, normal_halfwidth(floor.error), value)
 
 
 def show(figure_path: Path, config: SinusoidFloor = SinusoidFloor()) -> str:
     """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
     weights = start(config)
     gradients, value = true_gradients(config, weights, config.draws)
-    floor, halfwidth = squared_mean(gradients)
+    floor = squared_norm(gradients)
+    at_start = f"{floor.value:.2g} ± {normal_halfwidth(floor.error):.1g}"
     lines = [
         f"{config.tasks} fixed sinusoids, one inner step of {config.alpha}, γ = {config.lr}, {config.steps} steps",
-        f"from weights where F = {value:.3f} and ‖∇F‖² = {floor:.2g} ± {halfwidth:.1g}. At the mean of the last",
+        f"from weights where F = {value:.3f} and ‖∇F‖² = {at_start}. At the mean of the last",
         f"{config.last} iterates; 95 % intervals over {config.draws} draws of {config.population} points a task; one",
         "seed.",
         "",

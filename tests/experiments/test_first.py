@@ -88,7 +88,7 @@ def test_steps_and_intervals():
     assert steps_to(torch.tensor([3.0]), 2.0) is None
     value = measured(torch.tensor([1.0, 3.0], dtype=torch.float64))
     assert value.mean == 2
-    assert value.halfwidth == pytest.approx(1.96)  # sqrt(2) / sqrt(2) standard errors
+    assert value.halfwidth == pytest.approx(1.959964)  # sqrt(2) / sqrt(2) standard errors
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

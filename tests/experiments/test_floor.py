@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from metamom import MAML, CompositeMomentum
+from metamom.common.intervals import squared_norm
 from metamom.experiments.floor import sinusoids
 from metamom.experiments.floor.regressions import CURES, FIXED_POINTS, Arm, RegressionFloor, predicted, run, show
-from metamom.experiments.floor.square import squared_mean
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import FixedTasks, Sinusoid
 
@@ -54,9 +54,10 @@ def test_the_square_of_a_mean_without_bias():
     """By enumeration: over all draws of three values the estimates' mean is the square of the mean."""
     values = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 1.0]], dtype=torch.float64)
     draws = torch.cartesian_prod(*[torch.arange(3)] * 4)
-    estimates = torch.tensor([squared_mean(values[draw])[0] for draw in draws], dtype=torch.float64)
+    estimates = torch.tensor([squared_norm(values[draw]).value for draw in draws], dtype=torch.float64)
     assert float(estimates.mean()) == pytest.approx(float(values.mean(0).square().sum()), rel=1e-12)
-    assert squared_mean(torch.ones(5, 1, dtype=torch.float64)) == (pytest.approx(1.0), pytest.approx(0.0))
+    alike = squared_norm(torch.ones(5, 1, dtype=torch.float64))
+    assert (alike.value, normal_halfwidth(alike.error)) == (pytest.approx(1.0), pytest.approx(0.0))
 
 
 def test_the_table_and_the_figure(tmp_path):
