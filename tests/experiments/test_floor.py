@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from metamom import MAML, CompositeMomentum
-from metamom.common.intervals import squared_norm
+from metamom.common.intervals import normal_halfwidth, squared_norm
 from metamom.experiments.floor import sinusoids
 from metamom.experiments.floor.regressions import CURES, FIXED_POINTS, Arm, RegressionFloor, predicted, run, show
 from metamom.nets.models import SinusoidMLP
