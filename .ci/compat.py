@@ -65,9 +65,12 @@ ROWS = (
 )
 # The heart of the library; not the command, compiling, speed, several processes and other libraries, which take hours.
 CORE = (
-    "accumulator", "rng", "draws", "episodes", "feedback", "functions_by_task", "learner_options", "maml",
-    "metrics", "nets", "numbers", "optim", "own_operators", "package", "registered_twice", "robust", "run_directory",
-    "samplers", "sinusoid", "task_arguments", "tracking", "training_mistakes", "wire", "wrong_arguments",
+    "accumulator", "adapted_parameters", "another_loss", "attention", "bombs", "checkpoint_contents", "draws",
+    "episodes", "feedback", "feedback_floors", "functions_by_task", "learned_step_sizes", "learner_options",
+    "linear_oracle", "maml", "metrics", "nets", "numbers", "optim", "optim_normalised", "optim_schedules",
+    "optim_state", "own_operators", "package", "registered_twice", "resume_settings", "rng", "robust",
+    "run_directory", "runs_of_every_kind", "samplers", "sinusoid", "task_arguments", "torch_losses", "tracking",
+    "training_mistakes", "unsuitable_models", "wire", "worker_momentum", "wrong_arguments",
 )  # fmt: skip
 
 

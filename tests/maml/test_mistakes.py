@@ -1,113 +1,39 @@
-"""Calls that go wrong, and what the errors must say: what was wanted, what came, what to do."""
+"""Mistakes in data, models and losses: the error says what was wanted, what came, and what to do."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from forked import run_forked
-from torch import Tensor, nn
+from mistakes import (
+    Bags,
+    Batches,
+    Checkpointed,
+    Q,
+    Returns,
+    S,
+    T,
+    Table,
+    V,
+    classes,
+    classifier,
+    embedder,
+    flat,
+    labels,
+    normal,
+    regressor,
+    values,
+)
+from torch import nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from metamom import MAML, DivergedError, TaskBatch, TopK, evaluate, train
-from metamom.distributed import start
-from metamom.maml.batch_checks import NonFiniteDataError
-from metamom.maml.misfits import inputs_explained, targets_explained
+from metamom import MAML, TaskBatch, TopK, evaluate
 from metamom.nets.models import Conv4
 from metamom.tasks import Sinusoid
-
-T, S, Q = 4, 6, 3
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
-
-
-def values(features: int = 1, *, tasks: int = T, support: int = S, query: int = Q) -> TaskBatch:
-    sizes = [(support, features), (support, 1), (query, features), (query, 1)]
-    return TaskBatch(*(normal(tasks, *size) for size in sizes))
-
-
-def classes(ways: int = 3) -> TaskBatch:
-    labels = torch.arange(S).remainder(ways).expand(T, S).clone()
-    return TaskBatch(normal(T, S, 2), labels, normal(T, S, 2), labels)
-
-
-def regressor(loss_fn: Callable[..., Any] = F.mse_loss, **options: Any) -> MAML:
-    return MAML(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)), loss_fn, **options)
-
-
-def classifier(ways: int = 3, loss_fn: Callable[..., Any] = F.cross_entropy, **options: Any) -> MAML:
-    return MAML(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, ways)), loss_fn, **options)
-
-
-def embedder(**options: Any) -> MAML:
-    return MAML(nn.Sequential(nn.Embedding(10, 3), nn.Flatten(), nn.Linear(3, 1)), F.mse_loss, **options)
-
-
-def flat(batch: TaskBatch) -> TaskBatch:
-    """Targets without their last axis."""
-    return batch._replace(support_y=batch.support_y[..., 0], query_y=batch.query_y[..., 0])
-
-
-class Returns(nn.Module):
-    """A model that returns something of its predictions."""
-
-    def __init__(self, made: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.layer, self.made = nn.Linear(1, 1), made
-
-    def forward(self, x: Tensor) -> Any:
-        return self.made(self.layer(x))
-
-
-class Table(nn.Module):
-    """A model that looks up its inputs."""
-
-    def __init__(self, look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.table, self.look_up = nn.Parameter(normal(10, 1)), look_up
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.look_up(self.table, x)
-
-
-class Bags(nn.Module):
-    """An embedding of sets."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.words = nn.EmbeddingBag(10, 1, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.words(x)
-
-
-class Checkpointed(nn.Module):
-    """Computes its hidden layer again in the backward pass."""
-
-    def __init__(self, *, use_reentrant: bool) -> None:
-        super().__init__()
-        self.hidden, self.head, self.use_reentrant = nn.Linear(1, 8), nn.Linear(8, 1), use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(checkpoint(lambda x: self.hidden(x).tanh(), x, use_reentrant=self.use_reentrant))
-
-
-class Batches:
-    """A sampler that gives what it was made with."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> Any:
-        return self.batch
 
 
 class Mistake(NamedTuple):
@@ -118,22 +44,24 @@ class Mistake(NamedTuple):
     parts: tuple[str, ...]
 
 
-def labels(change: Callable[[Tensor], Tensor], **options: Any) -> Callable[[], object]:
-    """A classifier of 3 ways that gets changed labels in its query sets."""
-    batch = classes()
-    return lambda: classifier(**options).backward(batch._replace(query_y=change(batch.query_y)))
-
-
 def whole(learner: MAML, batch: TaskBatch) -> Callable[[], object]:
     return lambda: learner.backward(batch)
 
 
-V = values()
 INPUTS = "the model cannot take inputs of shape [6, "
+
+
 LINEAR = "in module '0', Linear(in_features=1, out_features=8, bias=True), which got [6, "
+
+
 UNSQUEEZE = ("shape [6, 1] and targets of shape [6] for each task", "y.unsqueeze(-1)", "out.squeeze(-1)")
+
+
 ONE_LOSS = ("loss_fn must return a 0-d tensor", "without float() or .item()")
+
+
 A_TENSOR = "where one tensor of predictions [N, ...] is wanted. Wrap it in a module that returns that tensor alone"
+
 
 MISTAKES = {
     # labels and targets
@@ -547,352 +475,3 @@ def test_mistakes(name):
     for part in parts:
         assert part in said[at:], f"{part!r} is missing in: {said[at:]}"
         at = said.index(part, at) + len(part)
-
-
-# NaN: in the data, or made by training
-
-
-def nan_in(field: str, batch: TaskBatch = V) -> TaskBatch:
-    x = getattr(batch, field).clone()
-    x[2, 1] = math.nan
-    x[3, 0] = math.inf
-    return batch._replace(**{field: x})
-
-
-@pytest.mark.parametrize("bias", [None, TopK(3)])
-@pytest.mark.parametrize("field", TaskBatch._fields[:4])
-def test_data_that_is_not_finite_is_named(field, bias):
-    points = S if field.startswith("support") else Q
-    learner = regressor()
-    with pytest.raises(NonFiniteDataError, match=rf"{field} holds 2 of {4 * points}, the first in task 2\. Clean"):
-        learner.backward(nan_in(field), bias=bias)
-    assert all(p.grad is None for p in learner.parameters())
-
-
-def test_every_field_that_is_not_finite_is_named():
-    with pytest.raises(NonFiniteDataError, match=r"support_x holds 2 of 24, .*; query_y holds 2 of 12, "):
-        regressor().backward(nan_in("support_x", nan_in("query_y")))
-
-
-def test_a_step_with_such_data_is_named_in_training():
-    class FromStep3:
-        def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-            return nan_in("query_x") if step == 3 else V
-
-    learner = regressor()
-    optimizer = torch.optim.SGD(learner.parameters(), lr=0.01)
-    with pytest.raises(
-        NonFiniteDataError, match=r"step 3: the result is not finite, and neither is the data: .*query_x"
-    ):
-        train(learner, optimizer, FromStep3(), iterations=5, meta_batch=T)
-
-
-def test_nan_that_training_made_is_not_blamed_on_the_data():
-    learner = regressor()
-    optimizer = torch.optim.SGD(learner.parameters(), lr=1e20)
-    with pytest.raises(DivergedError, match="Try a smaller lr"):
-        train(learner, optimizer, Batches(V), iterations=20, meta_batch=T)
-    with torch.no_grad():
-        learner.model[0].weight[0] = math.inf
-    assert not math.isfinite(learner.backward(V).loss)
-
-
-def test_an_evaluation_names_the_data_too():
-    with pytest.raises(NonFiniteDataError, match="query_x holds 2 of 12, the first in task 2"):
-        evaluate(regressor(), Batches(nan_in("query_x")), tasks=T)
-    bad = nan_in("query_x", classes())
-    with pytest.raises(NonFiniteDataError, match="query_x holds 4 of 48, the first in task 2"):
-        evaluate(classifier(), Batches(bad), tasks=T)
-
-
-def test_labels_of_which_none_counts_are_named():
-    batch = classes()
-    y = batch.query_y.clone()
-    y[2] = -100
-    bad = batch._replace(query_y=y)
-    said = r"not finite: all labels of query_y are -100 in 1 of 4 tasks, the first is task 2\. .* nothing left"
-    for call in (lambda: classifier().backward(bad), lambda: evaluate(classifier(), Batches(bad), tasks=T)):
-        with pytest.raises(NonFiniteDataError, match=said):
-            call()
-    # a task that has nothing to adapt to stays where it is, and a sum of nothing is zero
-    assert math.isfinite(classifier().backward(batch._replace(support_y=y)).loss)
-    summed = classifier(loss_fn=nn.CrossEntropyLoss(reduction="sum"))
-    found = summed.backward(bad)
-    assert math.isfinite(found.loss)
-    *_, adapted = summed.trajectory(bad.support_x, bad.support_y, steps=1)
-    _, each = summed.judge(adapted, summed.predict(adapted, bad.query_x), bad.query_y)
-    assert each.isnan().tolist() == [False, False, True, False]
-    assert found.metrics["accuracy"] == pytest.approx(float(each[~each.isnan()].mean()))  # of those that have labels
-    nothing = batch._replace(query_y=torch.full_like(y, -100))
-    assert summed.backward(nothing).metrics["accuracy"] is None
-
-
-def test_nan_that_a_loss_masks_is_fine():
-    """Targets that are missing."""
-
-    def masked(p: Tensor, y: Tensor) -> Tensor:
-        return torch.where(y.isnan(), 0.0, p - y.nan_to_num()).pow(2).mean()
-
-    batch = V._replace(query_y=V.query_y.index_fill(1, torch.tensor([1]), math.nan))
-    assert math.isfinite(regressor(masked).backward(batch).loss)
-
-
-# compiled learners answer alike
-
-
-@pytest.mark.parametrize("name", ["labels too large", "features", "targets without an axis", "float64", "two outputs"])
-def test_a_compiled_learner_says_the_same(name, traced):
-    make, batch = {
-        "labels too large": (classifier, classes()._replace(query_y=classes().query_y + 4)),
-        "features": (regressor, values(3)),
-        "targets without an axis": (regressor, flat(V)),
-        "float64": (regressor, V.to(dtype=torch.float64)),
-        "two outputs": (lambda **options: MAML(Returns(lambda out: (out, out)), F.mse_loss, **options), V),
-    }[name]
-    said = []
-    for options in ({}, {"compile": True}):
-        with pytest.raises((ValueError, TypeError)) as caught:
-            make(**options).backward(batch)
-        # but for torch's own words, which count the tasks that run at a time
-        said.append((type(caught.value), str(caught.value).partition(": Expected size")[0]))
-    assert said[0] == said[1]
-
-
-def test_a_graph_that_fails_says_what_the_eager_one_says(traced):
-    """Labels that go wrong once it is compiled."""
-    learner, batch = classifier(compile=True), classes()
-    learner.backward(batch)
-    with pytest.raises(ValueError, match=r"labels must be in 0\.\.2; they are 1\.\.3"):
-        learner.backward(batch._replace(query_y=batch.query_y + 1))
-    learner.backward(batch)
-    assert len(traced) == 1
-    words = V._replace(support_x=torch.zeros(T, S, 1).long(), query_x=torch.zeros(T, Q, 1).long())
-    learner = embedder(compile=True)
-    learner.backward(words)
-    with pytest.raises(ValueError, match=r"index 12 is out of bounds.*must be in 0\.\.n-1"):
-        learner.backward(words._replace(query_x=words.query_x + 12))
-
-
-# models that are wrapped for several processes
-
-
-def test_data_parallel_is_refused():
-    for model in (nn.DataParallel(nn.Linear(1, 1)), nn.Sequential(nn.Linear(1, 1), nn.DataParallel(nn.Linear(1, 1)))):
-        with pytest.raises(ValueError, match=r"\(DataParallel\).*\.module.*backward\(batch, world=world\)"):
-            MAML(model, F.mse_loss)
-
-
-def say_of_wrapped_models() -> None:
-    """What MAML says of models that torch has wrapped."""
-    from torch.distributed._composable.replicate import replicate
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:  # before torch 2.6
-        from torch.distributed._composable.fsdp import fully_shard
-
-    with start(timeout=60):
-        mesh, cpu = init_device_mesh("cpu", (1,)), torch.device("cpu")
-        for model in (
-            nn.parallel.DistributedDataParallel(nn.Linear(1, 1)),
-            nn.Sequential(nn.Linear(1, 1), nn.parallel.DistributedDataParallel(nn.Linear(1, 1))),
-            FullyShardedDataParallel(nn.Linear(1, 1), device_id=cpu),
-            fully_shard(nn.Linear(1, 1), mesh=mesh),
-            fully_shard(nn.Sequential(nn.Linear(1, 1)), mesh=mesh)[0],  # whose parameters alone show it
-            replicate(nn.Linear(1, 1)),
-        ):
-            try:
-                MAML(model, F.mse_loss)
-            except ValueError as error:
-                print(error)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_models_wrapped_for_processes_are_refused(tmp_path):
-    ((status, said),) = run_forked(say_of_wrapped_models, 1, tmp_path)
-    lines = [line for line in said.splitlines() if line.startswith("MAML takes derivatives of the model itself")]
-    assert status == 0, said
-    found = [line.partition("found ")[2].partition(". Pass")[0] for line in lines]
-    assert found == [
-        "the model (DistributedDataParallel)",
-        "1 (DistributedDataParallel)",
-        "the model (FullyShardedDataParallel)",
-        "the model (FSDPLinear), weight, bias",
-        "weight, bias",
-        "the model (DDPLinear)",
-    ], said
-    assert all("world=world" in line for line in lines)
-
-
-def test_another_device_is_named():
-    """A tensor without data stands for one on a GPU."""
-    there = V.query_x.to("meta")
-    model = nn.Sequential(nn.Linear(1, 1))
-    said = r"inputs are on meta, the weights on cpu: use batch\.to\('cpu'\)"
-    with pytest.raises(ValueError, match=said), inputs_explained(model, there, dict(model.named_parameters())):
-        torch.ones(2) + torch.ones(3)  # an error of torch's, whichever
-    said = "Targets are on meta, predictions on cpu: move the batch"
-    with pytest.raises(ValueError, match=said), targets_explained(V.query_y, there):
-        torch.ones(2) + torch.ones(3)  # an error of torch's, whichever
-
-
-def test_an_assertion_on_a_gpu_says_what_it_may_be():
-    """Which comes at any time after the label that it is about."""
-
-    class Lost:
-        def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-            raise RuntimeError("CUDA error: device-side assert triggered")
-
-    def lost(g: Tensor) -> Tensor:
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
-    for call in (lambda: regressor().backward(V, bias=lost), lambda: evaluate(regressor(), Lost(), tasks=T)):
-        with pytest.raises(ValueError, match=r"labels must be in 0\.\.C-1.*run this batch on the CPU"):
-            call()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.cuda.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"),
-        ValueError("my own words"),
-        RuntimeError("my own words"),
-        IndexError("my own index 3 is out of bounds"),
-        KeyError("name"),
-        KeyboardInterrupt(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-@pytest.mark.parametrize("place", ["model", "loss"])
-def test_errors_of_other_kinds_pass_unchanged(error, place):
-    def fail(*args: Any) -> Any:
-        raise error
-
-    learner = MAML(Returns(fail), F.mse_loss) if place == "model" else regressor(fail)
-    with pytest.raises(type(error)) as caught:
-        learner.backward(V)
-    assert caught.value is error
-
-
-@pytest.mark.parametrize("place", ["model", "loss"])
-def test_the_index_of_a_list_passes_unchanged(place):
-    def fail(*args: Any) -> Any:
-        return list(args)[3]
-
-    learner = MAML(Returns(fail), F.mse_loss) if place == "model" else regressor(fail)
-    with pytest.raises(IndexError, match=r"^list index out of range$"):
-        learner.backward(V)
-
-
-# what must go on working
-
-
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8])
-def test_labels_of_other_widths(kind):
-    batch = classes()
-    expected = classifier_of_one_seed().meta_gradient(batch)
-    other = batch._replace(support_y=batch.support_y.to(kind), query_y=batch.query_y.to(kind))
-    found = classifier_of_one_seed().meta_gradient(other)
-    assert torch.equal(found.losses, expected.losses)
-    assert classifier_of_one_seed().backward(other).metrics == classifier_of_one_seed().backward(batch).metrics
-
-
-def classifier_of_one_seed() -> MAML:
-    made = classifier()
-    with torch.no_grad():
-        for i, p in enumerate(made.parameters()):
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    return made
-
-
-class Casts(nn.Module):
-    """A model that takes whatever comes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.float())
-
-
-@pytest.mark.parametrize(
-    ("learner", "batch"),
-    [
-        (MAML(Casts(), F.mse_loss), V._replace(support_x=V.support_x.double(), query_x=V.query_x.long())),
-        (MAML(nn.Linear(1, 1).half(), F.mse_loss), V.to(dtype=torch.float16)),
-        (MAML(nn.Linear(1, 1).bfloat16(), F.mse_loss), V.to(dtype=torch.bfloat16)),
-        (MAML(nn.Linear(1, 1), F.mse_loss), V._replace(query_y=V.query_y.double())),
-        (regressor(lambda p, y: F.mse_loss(p.squeeze(-1), y)), flat(V)),
-        (regressor(lambda p, y: (p.squeeze(-1) - y).abs().mean()), flat(V)),
-        (regressor(lambda p, y: F.mse_loss(p, y[:, None])), flat(V)),
-        (regressor(lambda p, y: (p[:, None] - y[None]).pow(2).min(1).values.mean()), V),  # all pairs, as is meant
-        (MAML(nn.Sequential(nn.Linear(1, 6), nn.Unflatten(1, (3, 2))),
-              lambda p, y: ((p[:, :, None] - y[:, None]) ** 2).sum(-1).min(-1).values.mean()),  # between sets of points
-         V._replace(support_y=normal(T, S, 7, 2), query_y=normal(T, Q, 7, 2))),
-        (MAML(nn.Sequential(nn.Linear(1, 6), nn.Unflatten(1, (3, 2))),
-              lambda p, y: (p.unsqueeze(2).expand(-1, -1, 7, -1) - y.unsqueeze(1)).square().sum(-1).mean()),
-         V._replace(support_y=normal(T, S, 7, 2), query_y=normal(T, Q, 7, 2))),
-        (MAML(nn.Linear(1, 4), lambda p, y: (p - y).abs().mean() - (p[:, :, None] - p[:, None]).abs().mean()), V),
-        (MAML(nn.Linear(1, 2), lambda p, y: -Normal(p[:, :1], p[:, 1:].exp()).log_prob(y).mean()), V),
-        (regressor(lambda p, y: F.mse_loss(p.expand_as(y), y)),
-         V._replace(support_y=normal(T, S, 2), query_y=normal(T, Q, 2))),  # one prediction of several targets
-        (regressor(lambda p, y: ((p[1:] - p[:-1]) - (y[1:] - y[:-1])).abs().mean()), V),
-        (regressor(lambda p, y: F.relu(1 - (p - p.T) * (y - y.T).sign()).mean()), V),  # ranks
-        (regressor(lambda p, y: (p - p.mean(0)).pow(2).mean() + F.mse_loss(p.squeeze(-1), y)), flat(V)),
-        (MAML(nn.Linear(1, 3), lambda p, y: torch.maximum(0.1 * (y - p), 0.9 * (p - y)).mean()), V),  # 3 quantiles
-        (classifier(5), classes(3)),  # more outputs than ways
-        (embedder(), V._replace(support_x=torch.full((T, S, 1), 9), query_x=torch.zeros(T, Q, 1).int())),
-        (regressor(), values(support=1, query=1)),
-        (regressor(), values(tasks=1)),
-        (regressor(), V._replace(task_ids=torch.tensor([3, 3, 3, 3]))),
-        (MAML(nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1).requires_grad_(False)), F.mse_loss), V),
-        (regressor(inner_steps=np.int64(2), inner_lr=np.float32(0.1)), V),
-        (classifier(loss_fn=nn.CrossEntropyLoss(weight=torch.ones(3))), classes()),
-    ],
-)  # fmt: skip
-def test_calls_that_are_fine(learner, batch):
-    assert math.isfinite(learner.backward(batch).loss)
-
-
-def test_a_loss_that_changes_is_watched_where_it_fails():
-    """It runs as it is once it has been found fine."""
-
-    def loss_fn(p: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(p, y) if not late else F.gaussian_nll_loss(p, y, torch.ones_like(p))
-
-    late, learner = False, regressor(loss_fn)
-    first = learner.losses(V)
-    assert torch.equal(learner.losses(V), first)
-    late = True
-    assert math.isfinite(learner.backward(V).loss)
-
-
-def test_outputs_that_the_loss_takes_apart_have_losses():
-    learner = MAML(Returns(lambda out: {"logits": out}), lambda out, y: F.mse_loss(out["logits"], y))
-    plain = MAML(learner.model.layer, F.mse_loss)
-    torch.testing.assert_close(learner.losses(V), plain.losses(V))
-    assert set(learner.predict(learner.adapt(V.support_x, V.support_y), V.query_x)) == {"logits"}
-    ours, theirs = (evaluate(each, Batches(V), tasks=T, steps=(0, 1)) for each in (learner, plain))
-    torch.testing.assert_close(ours.values, theirs.values)
-
-
-def test_whole_numbers_of_numpy():
-    learner = regressor()
-    assert torch.equal(
-        learner.meta_gradient(V, workers=np.int64(2)).grads["0.bias"],
-        learner.meta_gradient(V, workers=2).grads["0.bias"],
-    )
-    learner.backward(V, workers=np.int32(2))
-    adapted = learner.adapt(V.support_x, V.support_y, steps=np.int64(2))
-    assert learner.predict(adapted, V.query_x).shape == (T, Q, 1)
-    assert evaluate(learner, Batches(V), tasks=np.int64(T), steps=np.arange(2)).steps == (0, 1)
-
-
-def test_no_step_needs_no_points():
-    learner = regressor()
-    adapted = learner.adapt(V.support_x[:, :0], V.support_y[:, :0], steps=0)
-    torch.testing.assert_close(learner.predict(adapted, V.query_x), learner.model(V.query_x))

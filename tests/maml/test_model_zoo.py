@@ -11,18 +11,8 @@ from typing import Any
 import pytest
 import torch
 from as_in_a_loop import INNER_LR, SMALL, check, state_of
-from model_zoo import (
-    FIRST_ORDER,
-    FIRST_ORDER_TORCHVISION,
-    LARGE_LEARN2LEARN,
-    LEARN2LEARN,
-    REFUSED,
-    SMALL_TORCHVISION,
-    TORCHVISION,
-    ZOO,
-    images,
-    problem,
-)  # fmt: skip
+from model_libraries import FIRST_ORDER_TORCHVISION, LARGE_LEARN2LEARN, LEARN2LEARN, SMALL_TORCHVISION, TORCHVISION
+from model_zoo import FIRST_ORDER, REFUSED, ZOO, images, problem
 from problems import assert_close
 from processes import SUPPORT
 from torch import Tensor, nn

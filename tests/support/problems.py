@@ -112,6 +112,10 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
         assert error <= tolerance * scale, f"{name} differs by {error}, at a scale of {scale}"
 
 
+def mean_over_workers(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: g.mean(0) for name, g in grads.items()}
+
+
 def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The distance of two gradients in units of the second's norm."""
     assert list(ours) == list(theirs)

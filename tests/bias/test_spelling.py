@@ -1,0 +1,190 @@
+"""How operators are spelled: `spec`, `parse` and its errors."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operators import (
+    EVERY,
+    each,
+)
+
+import metamom.bias
+from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
+from metamom.bias import EF14, EF21, EF21SGDM, Clip21, parse
+from metamom.bias.spec import spec_help, spellings
+
+
+@each(EVERY)
+def test_spec_names_the_operator(operator):
+    assert parse(operator.spec) == operator
+    assert parse(f" {operator.spec} ") == operator
+
+
+@each(EVERY)
+def test_operators_are_values(operator):
+    again = eval(repr(operator), vars(metamom.bias))
+    assert again == operator
+    assert hash(again) == hash(operator)
+    assert [other == operator for other in EVERY].count(True) == 1
+    assert len({*EVERY, again}) == len(EVERY)
+    assert operator != operator.spec
+
+
+@settings(deadline=None, max_examples=30)
+@given(ratio=st.floats(1e-12, 1.0, exclude_min=True), x=st.floats(1e-300, 1e300), n=st.integers(1, 2**30 - 1))
+def test_specs_lose_no_digit(ratio, x, n):
+    for operator in (
+        TopK(ratio=ratio),
+        RandK(ratio=ratio, seed=n),
+        TopK(n),
+        Clip(x),
+        ClipValue(x),
+        QSGD(n),
+        Clip21(x),
+        EF21SGDM(Compose(Clip(x), TopK(n)), eta=ratio),
+    ):
+        assert parse(operator.spec) == operator
+
+
+@pytest.mark.parametrize(
+    ("spec", "operator"),
+    [
+        ("none", Identity()),
+        ("topk:33500", TopK(33500)),
+        ("topk:5%", TopK(ratio=0.05)),
+        ("topk:0.1%", TopK(ratio=0.001)),
+        ("topk:7%", TopK(ratio=0.07)),
+        ("topk:100%", TopK(ratio=1.0)),
+        ("topk:5%:tensor", TopK(ratio=0.05, per_tensor=True)),
+        ("topk:5:all:tensor", TopK(5, per_tensor=True, ties="all")),
+        ("randk:1%", RandK(ratio=0.01)),
+        ("randk:7:scaled:shared:seed=3", RandK(7, scaled=True, shared=True, seed=3)),
+        ("clip:1.0", Clip(1)),
+        ("clip:1e-3", Clip(0.001)),
+        ("clip:1e+3+topk:5%", Compose(Clip(1000), TopK(ratio=0.05))),
+        ("clipvalue:0.01", ClipValue(0.01)),
+        ("normalize", Normalize()),
+        ("normalize:tensor", Normalize(per_tensor=True)),
+        ("sign", Sign()),
+        ("sign:tensor", Sign(per_tensor=True)),
+        ("qsgd:16", QSGD(16)),
+        ("clip:1+topk:5%", Compose(Clip(1.0), TopK(ratio=0.05))),
+        ("clip:1+topk:5%+sign", Compose(Clip(1.0), TopK(ratio=0.05), Sign())),
+        ("ef14:topk:1%", EF14(TopK(ratio=0.01))),
+        ("ef21:topk:1%", EF21(TopK(ratio=0.01))),
+        ("ef21-sgdm(0.1):topk:1%", EF21SGDM(TopK(ratio=0.01), eta=0.1)),
+        ("ef21-sgdm(1):clip:1+topk:1%", EF21SGDM(Compose(Clip(1.0), TopK(ratio=0.01)), eta=1)),
+        ("clip21:1", Clip21(1.0)),
+    ],
+)
+def test_parse(spec, operator):
+    assert parse(spec) == operator
+
+
+@pytest.mark.parametrize(
+    ("operator", "spec"),
+    [
+        (TopK(ratio=0.07), "topk:7%"),
+        (TopK(ratio=0.5), "topk:50%"),
+        (Clip(2), "clip:2"),
+        (Clip(0.5), "clip:0.5"),
+        (EF21SGDM(Sign(), 1), "ef21-sgdm(1):sign"),
+        (Clip21(2), "clip21:2"),
+        (Compose(Compose(Clip(1), Sign()), TopK(1)), "clip:1+sign+topk:1"),
+    ],
+)
+def test_specs_are_short(operator, spec):
+    assert operator.spec == spec
+    assert parse(spec) == operator
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "unknown operator ''; wanted none, clip:TAU, clip21:TAU, clipvalue:C,"),
+        ("none:1", "none has no option '1'"),
+        ("TopK:3", "unknown operator 'TopK:3'"),
+        ("topk", "topk needs a number behind a colon"),
+        ("topk:", "topk needs a number behind a colon"),
+        ("topk:1.5", "'1.5' does not fit topk"),
+        ("topk:0", "does not fit topk: TopK needs a whole number k >= 1; got k=0"),
+        ("topk:-3", "whole number k >= 1; got k=-3"),
+        ("topk:%", "'%' does not fit topk"),
+        ("topk:0%", "0 < ratio <= 1; got ratio=0.0"),
+        ("topk:101%", "0 < ratio <= 1; got ratio=1.01"),
+        ("topk:nan%", "'nan%' does not fit topk"),
+        ("topk:5%:scaled", "topk has no option 'scaled'"),
+        ("topk:5%:tensor=no", "topk has no option 'tensor=no'"),
+        ("topk:5%:", "topk has no option ''"),
+        ("randk:150%", "RandK needs a share 0 < ratio <= 1; got ratio=1.5"),
+        ("randk:5:all", "randk has no option 'all'"),
+        ("randk:5:seed", "randk has no option 'seed'"),
+        ("randk:5:seed=x", "'x'"),
+        ("topk:1e99999999999999999999%", "topk's percentage must be a number; wanted a number, such as 5, 0.1 or 1e-3"),
+        ("topk:1e-99999999999999999999%", "0 < ratio <= 1; got ratio=0.0"),
+        ("randk:5:seed=-1", "'seed=-1' does not fit randk: a seed is a whole number, 0 <= seed < 2^64; got -1"),
+        ("qsgd:4:seed=-1", "'seed=-1' does not fit qsgd: a seed is a whole number, 0 <= seed < 2^64; got -1"),
+        (f"qsgd:4:tensor:seed={2**64}", f"'seed={2**64}' does not fit qsgd: a seed is"),
+        ("randk:1%:seed=", "randk's seed must be a whole number; wanted a whole number, in the digits 0 to 9; got ''"),
+        ("clip", "clip needs a number behind a colon"),
+        ("clip:one", "'one' does not fit clip"),
+        ("clip:0", "does not fit clip: Clip needs a norm tau > 0 and finite; got 0.0"),
+        ("clip:-1", "tau > 0 and finite; got -1.0"),
+        ("clip:inf", "'inf' does not fit clip: clip's TAU must be a number"),
+        ("clip:nan", "'nan' does not fit clip: clip's TAU must be a number"),
+        ("clipvalue:0", "does not fit clipvalue: ClipValue needs a bound c > 0 and finite; got 0.0"),
+        ("normalize:1", "normalize has no option '1'"),
+        ("sign:all", "sign has no option 'all'"),
+        ("qsgd:0", "does not fit qsgd: QSGD needs a whole number of levels, 1 <= levels < 2^30; got 0"),
+        ("qsgd:2.5", "'2.5' does not fit qsgd"),
+        ("clip:1+", "unknown operator ''"),
+        ("clip:1++sign", "unknown operator ''"),
+        ("clip:1+bottomk:3", "bias operator 'clip:1+bottomk:3': unknown operator 'bottomk:3'"),
+        ("clip:1+ef14:sign", "error feedback stands once, in front of all that it goes around; got 'ef14:sign'"),
+        ("ef14:ef21:sign", "error feedback stands once, in front of all that it goes around; got 'ef21:sign'"),
+        ("ef14:", "unknown operator ''"),
+        ("ef21", "unknown operator 'ef21'"),
+        ("ef21:topk:0", "k >= 1; got k=0"),
+        ("ef21-sgdm:sign", "unknown operator 'ef21-sgdm:sign'"),
+        ("ef21-sgdm(0):sign", "0 < eta <= 1; got 0.0"),
+        ("ef21-sgdm(1.5):sign", "0 < eta <= 1; got 1.5"),
+        ("ef21-sgdm(x):sign", "'x'"),
+        ("clip21:0", "tau > 0 and finite; got 0.0"),
+        ("clip21:1:tensor", "clip21 has no option 'tensor'"),
+        ("ef14:clip21:1", "an operator without it; got Clip21(1.0)"),
+        ("randk:5:seed=1:seed=2", "randk has an option twice: 'seed=2'"),
+        ("topk:1_000", "got '1_000'"),
+        ("topk:١٢", r"printable ASCII; got '\u0661' as its character 6"),
+        ("topk:5%\u2028", r"printable ASCII; got '\u2028' as its character 8"),
+        ("topk:5%\n", r"printable ASCII; got '\n' as its character 8"),
+    ],
+)
+def test_parse_says_which_part_is_wrong(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        parse(spec)
+    assert str(caught.value).startswith(f"bias operator {spec!r}: ")
+
+
+def test_the_help_lists_what_the_parser_takes():
+    """Each operator with each option: those in its line of the table are taken, the others refused."""
+    table = spec_help().splitlines()
+    assert max(map(len, table)) <= 100
+    examples = {"K": "3", "P%": "5%", "TAU": "0.5", "C": "0.5", "LEVELS": "4", "A": "sign", "B": "sign", "ETA": "0.1"}
+    values = {"tensor": "", "all": "", "scaled": "", "shared": "", "seed": "=7"}
+    assert [line.split()[0] for line in table[-len(values) :]] == [":tensor", ":all", ":scaled", ":shared", ":seed=N"]
+    for spelling in spellings():
+        (line,) = [line for line in table if f"  {spelling} " in line]
+        example = re.sub("|".join(examples), lambda match: examples[match[0]], spelling)
+        assert parse(example).spec == example
+        listed = set(re.findall(r" :(\w+)", line))
+        assert listed <= set(values)
+        for option, value in values.items():
+            if option in listed:
+                assert parse(f"{example}:{option}{value}").spec == f"{example}:{option}{value}"
+            elif not spelling.endswith((":A", "+B")):  # what stands around A leaves the options to it
+                with pytest.raises(ValueError, match=f"has no option '{option}{value}'"):
+                    parse(f"{example}:{option}{value}")

@@ -1,0 +1,88 @@
+"""Inner step sizes that are learned or given one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import (
+    assert_close,
+    mean_over_workers,
+    mlp,
+    problem,
+    randomised,
+    regression_batch,
+)
+from slow_maml import slow_meta_gradient
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metamom import MAML, CompositeMomentum, TopK
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first-order"])
+@pytest.mark.parametrize("kind", ["scalar", "tensor", "entry", True])
+@pytest.mark.parametrize("name", ["MLP", "MLP with LayerNorm", "GroupNorm"])
+def test_learned_step_sizes(name, kind, estimator):
+    model, loss_fn, batch = problem(name)
+    learner = MAML(model, loss_fn, inner_lr=0.05, inner_steps=3, learn_inner_lr=kind, estimator=estimator)
+    generator = torch.Generator().manual_seed(3)
+    learned = learner.step_sizes.learned()
+    with torch.no_grad():
+        for alpha in learned.values():
+            alpha.mul_(torch.rand(alpha.shape, generator=generator) + 0.5)
+    shapes = {n: () if kind == "tensor" else p.shape for n, p in model.named_parameters()}
+    expected_shapes = {"inner_lr": ()} if kind == "scalar" else {f"inner_lr.{n}": s for n, s in shapes.items()}
+    assert {n: tuple(a.shape) for n, a in learned.items()} == {n: tuple(s) for n, s in expected_shapes.items()}
+    grads, _ = learner.meta_gradient(batch, workers=2)
+    for i, part in enumerate(batch.split(2)):
+        expected, _ = slow_meta_gradient(
+            model, loss_fn, part, steps=3, learned=learned, first_order=estimator == "first-order"
+        )
+        assert_close({n: g[i] for n, g in grads.items()}, expected)
+    assert all(float(grads[n].abs().max()) > 1e-8 for n in learned if not n.endswith("conv.bias"))
+    assert {id(a) for a in learned.values()} <= {id(p) for p in learner.parameters()}  # an optimizer finds them
+
+
+@pytest.mark.parametrize("kind", ["scalar", "tensor", "entry"])
+def test_step_sizes_are_learned_by_the_loop_of_the_readme(kind):
+    model, loss_fn, batch = problem("MLP")
+    learner = MAML(model, loss_fn, inner_lr=0.05, learn_inner_lr=kind)
+    before = {name: a.detach().clone() for name, a in learner.step_sizes.learned().items()}
+    opt = CompositeMomentum(learner.parameters(), lr=0.01)
+    learner.backward(batch, workers=2, bias=TopK(ratio=0.9))
+    opt.step()
+    assert any(not torch.equal(a, before[name]) for name, a in learner.step_sizes.learned().items())
+
+
+@pytest.mark.parametrize("kind", ["tensor", "scalar"])
+def test_one_number_a_task_is_not_spread_over_the_last_dimension(kind):
+    """As many tasks as inputs: numbers [T] that met gradients [T, out, in] unaligned would fit without an error."""
+    model = randomised(nn.Linear(4, 1))
+    batch = regression_batch(tasks=4, dim=4)
+    learner = MAML(model, F.mse_loss, inner_lr=0.1, learn_inner_lr=kind)
+    expected, _ = slow_meta_gradient(model, F.mse_loss, batch, learned=learner.step_sizes.learned())
+    assert_close(mean_over_workers(learner.meta_gradient(batch, workers=4).grads), expected)
+
+
+def test_step_sizes_given_one_by_one():
+    model, loss_fn, batch = problem("MLP")
+    generator = torch.Generator().manual_seed(4)
+    inner_lr: dict[str, float | Tensor] = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        by_entry = torch.rand(p.shape, generator=generator, dtype=torch.float64) * 0.1 + 0.01
+        inner_lr[name] = [0.01 * (i + 1), torch.tensor(0.03, dtype=torch.float64), by_entry][i % 3]
+    learner = MAML(model, loss_fn, inner_lr=inner_lr, inner_steps=3)
+    expected, _ = slow_meta_gradient(model, loss_fn, batch, steps=3, inner_lr=inner_lr)
+    assert_close(mean_over_workers(learner.meta_gradient(batch, workers=2).grads), expected)
+    assert not learner.step_sizes.learned()
+
+
+def test_state_dict_restores_learned_step_sizes():
+    model, loss_fn, batch = problem("MLP")
+    learner = MAML(model, loss_fn, learn_inner_lr=True)
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.mul_(1.5)
+    other = MAML(randomised(mlp(), seed=9), loss_fn, inner_lr=1.0, learn_inner_lr=True)
+    other.load_state_dict(learner.state_dict())
+    assert_close(other.meta_gradient(batch).grads, learner.meta_gradient(batch).grads, 1e-15)
