@@ -1,26 +1,17 @@
 """The ``metamom`` command.
 
-A file for each command has its flags, `add`, and its action, `run`; here is what they share.
+A file for each command has its flags, `add`, and its action, `run`. Nothing here imports torch before a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import metamom
 from metamom.cli import bias, compare, data, evaluate, reproduce, train
-from metamom.common.allocator import out_of_memory
-from metamom.distributed import ProcessError, start
-from metamom.training.interrupts import TrainingInterrupted
-from metamom.training.progress import DivergedError
+from metamom.cli.parser import Parser
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.run,
@@ -40,93 +31,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         Its exit status: 0, 1 (diverged), 2 (bad input), 3 (another process is gone or hangs), 130, 143 (interrupted).
     """
     arguments = parsed(parser(), sys.argv[1:] if argv is None else argv)
-    try:
-        with warnings.catch_warnings(), _sigterm_as_interrupt():
-            warnings.showwarning = _show_warning
-            if "server" in arguments:  # a command that shares its work with other processes
-                with start(server=arguments.server, timeout=arguments.timeout) as world:
-                    return int(arguments.run(arguments, world))
-            _refuse_processes()
-            command: Callable[[argparse.Namespace], int] = arguments.run
-            return command(arguments)
-    except KeyboardInterrupt as interrupt:
-        number = getattr(interrupt, "signal_number", signal.SIGINT)
-        print(f"\nmetamom: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
-        return 128 + int(number)
-    except DivergedError as error:
-        print(f"metamom: diverged: {error}", file=sys.stderr)
-        return 1
-    except ProcessError as error:
-        print(f"metamom: error: {error}", file=sys.stderr)
-        return 3
-    except (MemoryError, RuntimeError) as error:
-        if (why := out_of_memory(error)) is None:
-            raise
-        print(f"metamom: error: not enough memory: {why}. Take smaller batches.", file=sys.stderr)
-        return 2
-    except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("METAMOM_DEBUG"):
-            raise
-        print(f"metamom: error: {error}", file=sys.stderr)
-        return 2
+    from metamom.cli.running import run  # which imports torch
+
+    return run(arguments)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line; each command's function is in the result's ``run``."""
-    from metamom.training.directory import environment
-
-    root = argparse.ArgumentParser(
-        prog="metamom",
-        description="Meta-learners trained by composite momentum under biased gradients.",
-        allow_abbrev=False,
-    )
-    root.add_argument("--version", action="version", version=f"metamom {environment()['metamom']}")
+    root = Parser(prog="metamom", description="Meta-learners trained by composite momentum under biased gradients.")
+    root.add_argument("--version", action="version", version=f"metamom {metamom.__version__}")
     kinds = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (train, evaluate, compare, bias, reproduce, data):
         command.add(kinds)
     return root
 
 
-def parsed(root: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, or argparse's exit with status 2."""
+def parsed(root: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, or an exit with status 2."""
     for argument in argv:
         name, equals, value = argument.partition("=")
         # which argparse takes for no value, or an empty list
         if name.startswith("--") and equals and value == "--":
             root.error(f"argument {name}: expected a value; got '--'")
     return root.parse_args(argv)
-
-
-def _refuse_processes() -> None:
-    """Of commands that do not share their work with other processes.
-
-    Raises:
-        ValueError: where torchrun has started several.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
-        raise ValueError(
-            f"torchrun has started {os.environ['WORLD_SIZE']} processes, each of which would do all of this: start the "
-            "command without it. train and evaluate share their work."
-        )
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Outside the training loop, which sees to it by itself, let SIGTERM end the command as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TrainingInterrupted("stopped by SIGTERM.", number)
-
-    if threading.current_thread() is not threading.main_thread():  # handlers can be set there alone
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes, which say the same, the first
-        print(f"metamom: warning: {message}", file=sys.stderr)

@@ -8,63 +8,75 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from metamom.cli.flags import given_flags, with_specs
-from metamom.common.allocator import keep_freed_memory
+from metamom.cli.flags import add_checkpoint, add_data_root, add_device, flag, given_flags, switch
+from metamom.cli.parser import Parser
 from metamom.common.flag_types import counts, number, path, point_count, seed, step_count, task_count
+from metamom.experiments.defaults import DEFAULTS
+from metamom.maml.estimators import memoryless_estimators
 
 
-def add(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
-    from metamom.maml.estimators import memoryless_estimators
-
-    parser = kinds.add_parser("bias", help="measure a meta-gradient's bias", allow_abbrev=False, **with_specs())
-    parser.set_defaults(run=run)
-    parser.add_argument(
+    leaf = kinds.add_parser(
+        "bias",
+        help="measure a meta-gradient's bias",
+        usage="%(prog)s RUN|sinusoid|omniglot [options]",
+        specs=True,
+        examples=(
+            "metamom bias sinusoid --inner-batch 1,2,5,10,20 --out runs/bias",
+            "metamom bias runs/sine --bias topk:5% --json",
+        ),
+    )
+    leaf.set_defaults(run=run, leaf=leaf)
+    task = leaf.add_argument_group("task")
+    task.add_argument(
         "what",
         type=path,
         metavar="RUN|sinusoid|omniglot",
         help="a run directory, or tasks, with a learner as training starts with",
     )
-    parser.add_argument(
+    flag(
+        task,
         "--inner-batch",
+        "inner batch sizes in shots",
+        "1,2,5,10,20; for omniglot, which has 20 drawings a class, 1,2,4",
         type=counts(point_count),
         metavar="M,M,...",
-        help="inner batch sizes in shots (default: 1,2,5,10,20; of Omniglot, which has 20 drawings a class, 1,2,4)",
     )
-    parser.add_argument(
+    flag(task, "--tasks", "number of tasks in all", "300; for omniglot 60", type=task_count)
+    add_data_root(task)
+    learner = leaf.add_argument_group("learner")
+    flag(
+        learner,
         "--estimator",
+        ", ".join(memoryless_estimators()),
+        "as in training, exact",
         choices=memoryless_estimators(),
         metavar="NAME",
-        help=f"{', '.join(memoryless_estimators())} (default: as in training, exact)",
     )
-    parser.add_argument("--bias", metavar="SPEC", help="operator, see below (default: as in training, none)")
-    parser.add_argument("--inner-lr", type=number, help="of a learner that is no RUN's (default: by task)")
-    parser.add_argument("--inner-steps", type=step_count, help="of a learner that is no RUN's (default: 1)")
-    parser.add_argument("--tasks", type=task_count, help="in all (default: 300; of Omniglot 60)")
-    parser.add_argument("--seed", type=seed, help="of tasks, and of weights that are no RUN's (default: 0, or RUN's)")
-    parser.add_argument(
-        "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--data-root",
-        type=path,
-        metavar="DIR",
-        help="where the data is (default: $METAMOM_DATA, else the user's data folder)",
-    )
-    parser.add_argument(
+    inner = "; ".join(f"{each.inner_lr} for {name}" for name, each in DEFAULTS.items())
+    flag(learner, "--inner-lr", "inner step size, without a RUN", inner, type=number)
+    flag(learner, "--inner-steps", "inner steps, without a RUN", 1, type=step_count)
+    add_checkpoint(learner)
+    operators = leaf.add_argument_group("bias")
+    flag(operators, "--bias", "operator, see below", "as in training, none", metavar="SPEC")
+    own = leaf.add_argument_group("run")
+    flag(own, "--seed", "of the tasks and, without a RUN, of the weights", "0, or RUN's", type=seed)
+    add_device(own)
+    flag(
+        own,
         "--out",
+        "where bias.md and figures/bias.png go",
+        "RUN, or a new folder in runs/",
         type=path,
         metavar="DIR",
-        help="where bias.md and figures/bias.png go (default: RUN, or a new folder in runs/)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else; write nothing without --out"
-    )
+    switch(own, "--json", "print one JSON object and nothing else; write nothing without --out")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
+    from metamom.common.allocator import keep_freed_memory
     from metamom.experiments import bias_report
     from metamom.experiments.recipes import TASKS, Recipe
     from metamom.experiments.saved import load_run

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 
-from metamom.common.flag_types import path
+from metamom.cli.flags import add_data_root
+from metamom.cli.parser import Parser
 
 
-def add(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
-    data = kinds.add_parser("data", help="fetch or check data sets", allow_abbrev=False)
-    data.set_defaults(run=run)
-    data.add_argument("action", choices=("fetch", "check"))
-    data.add_argument("dataset", choices=("omniglot", "mnist", "fashion"))
-    data.add_argument(
-        "--root",
-        type=path,
-        metavar="DIR",
-        help="where it is, or goes (default: $METAMOM_DATA, else the user's data folder)",
+    leaf = kinds.add_parser(
+        "data",
+        help="fetch or check data sets",
+        usage="%(prog)s fetch|check omniglot|mnist|fashion [--root DIR]",
+        examples=("metamom data fetch omniglot", "metamom data check mnist --root data"),
     )
+    leaf.set_defaults(run=run, leaf=leaf)
+    task = leaf.add_argument_group("task")
+    task.add_argument("action", choices=("fetch", "check"), help="what to do")
+    task.add_argument("dataset", choices=("omniglot", "mnist", "fashion"), help="the data set")
+    add_data_root(task, "--root")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,43 +6,40 @@ import argparse
 import json
 import warnings
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from metamom.cli.flags import add_processes
-from metamom.common.flag_types import counts, path, point_count, seed, step_count, task_count
-from metamom.distributed import World
+from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_processes, add_steps, flag, switch
+from metamom.cli.parser import Parser
+from metamom.common.flag_types import path, point_count, seed, task_count
+
+if TYPE_CHECKING:
+    from metamom.distributed import World
 
 
-def add(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
-    evaluate = kinds.add_parser("evaluate", help="evaluate a trained meta-learner on fresh tasks", allow_abbrev=False)
-    evaluate.set_defaults(run=run)
-    evaluate.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
-    evaluate.add_argument("--tasks", type=task_count, default=600, help="number of tasks (default: 600)")
-    evaluate.add_argument(
-        "--steps",
-        type=counts(step_count),
-        default=(0, 1, 5, 10),
-        help="numbers of adaptation steps (default: 0,1,5,10)",
+    leaf = kinds.add_parser(
+        "evaluate",
+        help="evaluate a trained meta-learner on fresh tasks",
+        usage="%(prog)s RUN [options]",
+        examples=("metamom evaluate runs/sine", "metamom evaluate runs/omni --split test --steps 0,1,5,10 --json"),
     )
-    evaluate.add_argument(
-        "--split", default="test", help="train, validation, test, background or evaluation (default: test)"
-    )
-    evaluate.add_argument(
-        "--checkpoint", choices=("best", "newest"), default="best", help="which one (default: best by validation)"
-    )
-    evaluate.add_argument("--ways", type=task_count, help="classes a task (default: as in training)")
-    evaluate.add_argument("--shots", type=point_count, help="support points, a class or task (default: as in training)")
-    evaluate.add_argument("--queries", type=point_count, help="query points, a class or task (default: as in training)")
-    evaluate.add_argument("--seed", type=seed, help="of the tasks (default: as in training)")
-    evaluate.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    evaluate.add_argument(
-        "--data-root",
-        type=path,
-        metavar="DIR",
-        help="where the data is (default: $METAMOM_DATA, else the user's data folder)",
-    )
-    add_processes(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    leaf.set_defaults(run=run, leaf=leaf)
+    task = leaf.add_argument_group("task")
+    flag(task, "--tasks", "number of tasks", type=task_count, default=600)
+    flag(task, "--split", "train, validation, test, background or evaluation", default="test")
+    flag(task, "--ways", "classes a task", "as in training", type=task_count)
+    flag(task, "--shots", "support points, a class or task", "as in training", type=point_count)
+    flag(task, "--queries", "query points, a class or task", "as in training", type=point_count)
+    flag(task, "--seed", "of the tasks", "as in training", type=seed)
+    add_data_root(task)
+    add_steps(leaf.add_argument_group("learner"))
+    own = leaf.add_argument_group("run")
+    own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
+    add_checkpoint(own)
+    add_device(own, default="cpu")
+    switch(own, "--json", "print one JSON object and nothing else")
+    add_processes(leaf.add_argument_group("processes"))
 
 
 def run(arguments: argparse.Namespace, world: World) -> int:

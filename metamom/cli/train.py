@@ -6,50 +6,73 @@ import argparse
 import os
 import time
 import warnings
+from typing import TYPE_CHECKING
 
-from metamom.cli.flags import add_method, add_processes, add_recipe, add_run, given_flags, with_specs
-from metamom.common.allocator import keep_freed_memory
+from metamom.cli.flags import (
+    add_learner,
+    add_operators,
+    add_optimizer,
+    add_processes,
+    add_run,
+    add_seed,
+    add_task,
+    flag,
+    given_flags,
+    switch,
+)
+from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count
 from metamom.common.numbers import shown
-from metamom.distributed import World
+from metamom.experiments.defaults import TASKS
+
+if TYPE_CHECKING:
+    from metamom.distributed import World
+
+EXAMPLES = {
+    "sinusoid": (
+        "metamom train sinusoid --iterations 2000 --lr 0.03 --beta 0.1 --run-dir runs/sine",
+        "metamom train sinusoid --workers 4 --bias topk:5% --aggregate median",
+    ),
+    "omniglot": (
+        "metamom train omniglot --ways 5 --shots 1 --lr 0.3 --run-dir runs/omni",
+        "metamom train omniglot --iterations 2000 --run-dir runs/omni --resume",
+    ),
+}
 
 
-def add(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
-    from metamom.experiments.recipes import TASKS
-
     training = kinds.add_parser("train", help="train a meta-learner").add_subparsers(required=True, metavar="TASK")
     for task in TASKS:
-        train = training.add_parser(task, help=f"on {task} tasks", allow_abbrev=False, **with_specs())
-        train.set_defaults(run=run, task=task)
-        add_recipe(train, task)
-        add_method(train)
-        add_run(train, task)
-        train.add_argument(
-            "--evaluate-every",
-            type=long_count,
-            metavar="N",
-            help="iterations between validations (default: only at the end)",
+        leaf = training.add_parser(
+            task, help=f"on {task} tasks", usage="%(prog)s [options]", specs=True, examples=EXAMPLES[task]
         )
-        train.add_argument(
-            "--checkpoint-every",
-            type=long_count,
-            default=500,
-            metavar="N",
-            help="iterations between checkpoints (default: 500)",
-        )
-        train.add_argument(
+        leaf.set_defaults(run=run, task=task, leaf=leaf)
+        add_task(leaf.add_argument_group("task"), task)
+        add_learner(leaf.add_argument_group("learner"), task)
+        bias = leaf.add_argument_group("bias")
+        add_operators(bias)
+        flag(
+            bias,
             "--track-bias",
+            "measure the bias every N iterations, into metrics.jsonl; training itself does not change",
+            "off",
             type=_every,
             metavar="every=N",
-            help="measure the bias every N iterations, into metrics.jsonl; training itself goes as without",
         )
-        add_processes(train)
-        train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into the run directory")
+        add_optimizer(leaf.add_argument_group("optimizer"), task)
+        own = leaf.add_argument_group("run")
+        add_run(own, task)
+        add_seed(own)
+        flag(own, "--evaluate-every", "iterations between validations", "only at the end", type=long_count, metavar="N")
+        flag(own, "--checkpoint-every", "iterations between checkpoints", type=long_count, default=500, metavar="N")
+        switch(own, "--tensorboard", "write TensorBoard files into the run directory")
+        add_processes(leaf.add_argument_group("processes"))
 
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
+    from metamom.common.allocator import keep_freed_memory
     from metamom.experiments.recipes import ITERATIONS, Recipe
     from metamom.training.loop import train
 
