@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +17,11 @@ from metamom.common.checks import MOST, check_whole
 from metamom.common.numbers import shown, whole
 from metamom.common.schema import as_record
 from metamom.compile.graph import CompileMode
+from metamom.experiments.defaults import ADAPTIVE_LR, WAYS, OptimizerName, Task
+from metamom.experiments.defaults import DEFAULTS as DEFAULTS
+from metamom.experiments.defaults import ITERATIONS as ITERATIONS
+from metamom.experiments.defaults import OPTIMIZERS as OPTIMIZERS
+from metamom.experiments.defaults import TASKS as TASKS
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml.inner_lr import LearnInnerLR
@@ -29,34 +34,9 @@ from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS, Order
 
-Task = Literal["sinusoid", "omniglot"]
-OptimizerName = Literal["momentum", "sgd", "adam", "rmsprop"]
-TASKS: tuple[Task, ...] = ("sinusoid", "omniglot")
-OPTIMIZERS: tuple[OptimizerName, ...] = ("momentum", "sgd", "adam", "rmsprop")
 # of the weights; bfloat16 is for matrix products alone, and leaves the weights in float32
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a recipe takes where nothing is said, by task."""
-
-    shots: int
-    queries: int
-    inner_lr: float
-    lr: float
-    meta_batch: int
-
-
-ITERATIONS = {"sinusoid": 2000, "omniglot": 1000}
-DEFAULTS = {
-    "sinusoid": Defaults(shots=10, queries=10, inner_lr=0.01, lr=0.03, meta_batch=8),
-    "omniglot": Defaults(shots=1, queries=1, inner_lr=0.4, lr=0.3, meta_batch=16),
-}
 MOST_WAYS = 10_000  # a model has a row of weights for each; Omniglot has 6,492 classes, turned ones among them
-ADAPTIVE_LR = 0.001  # of Adam and RMSprop
-
-
 HOW = {"how": True}  # metadata of a field that says only where and how a run is computed, not what comes of it
 ADDED = {"added": True}  # metadata of a field that runs of the first version do not have
 
@@ -111,7 +91,7 @@ class Recipe:
         if self.optimizer in ("adam", "rmsprop"):
             filled["lr"] = ADAPTIVE_LR
         if self.task == "omniglot":
-            filled["ways"] = 5
+            filled["ways"] = WAYS
         for name, value in filled.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

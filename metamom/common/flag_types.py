@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from metamom.common.checks import AT_ONCE, INNER_STEPS, MOST, POINTS, RUNS
 from metamom.common.numbers import real, shown, whole
@@ -48,23 +49,37 @@ def seed(text: str) -> int:
     return _or_argument_error(whole, text)
 
 
-def counts(each: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
-    """Whole numbers with commas between."""
+@dataclass(frozen=True)
+class Listed(Generic[T]):
+    """Values separated by commas.
 
-    def parse(text: str) -> tuple[int, ...]:
-        return tuple(map(each, _entries(text, "whole numbers with commas between, such as 0,1,5")))
+    Attributes:
+        each: parses one of them.
+        what: they are, for the error.
+    """
 
-    return parse
+    each: Callable[[str], T]
+    what: str
+
+    def __call__(self, text: str) -> tuple[T, ...]:
+        return self.of([entry.strip(" ") for entry in text.split(",")])
+
+    def of(self, entries: list[str]) -> tuple[T, ...]:
+        """Of those that are split already."""
+        if not entries or not all(entries):
+            raise argparse.ArgumentTypeError(f"wanted {self.what}; got {shown(','.join(entries))}")
+        if len(entries) > ENTRIES:
+            raise argparse.ArgumentTypeError(f"wanted at most {ENTRIES} of them; got {len(entries)}")
+        return tuple(map(self.each, entries))
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Finite numbers with commas between."""
-    return tuple(map(number, _entries(text, "numbers with commas between, such as 1,0.1")))
+def counts(each: Callable[[str], int]) -> Listed[int]:
+    """Whole numbers separated by commas."""
+    return Listed(each, "whole numbers with commas between, such as 0,1,5")
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
-    return tuple(_entries(text, "names with commas between"))
+numbers = Listed(number, "numbers with commas between, such as 1,0.1")
+names = Listed(str, "names with commas between")
 
 
 def path(text: str) -> str:
@@ -76,15 +91,6 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("wanted a path; got ''")
     return text
-
-
-def _entries(text: str, what: str) -> list[str]:
-    entries = [entry.strip(" ") for entry in text.split(",")]
-    if not all(entries):
-        raise argparse.ArgumentTypeError(f"wanted {what}; got {shown(text)}")
-    if len(entries) > ENTRIES:
-        raise argparse.ArgumentTypeError(f"wanted at most {ENTRIES} of them; got {len(entries)}")
-    return entries
 
 
 def _or_argument_error(parse: Callable[[str], T], text: str) -> T:

@@ -5,20 +5,21 @@ A and B the halves of a support set, H_A and u_A the Hessian, and the adapted we
 
 `ESTIMATORS` says, for each estimator, along which half of the support set the inner steps go and which half gives the
 Hessians that they are differentiated by. `cut` cuts a batch of tasks accordingly; the rest of `metamom.maml` asks the
-record, and names no estimator.
+record, and names no estimator. Importing this module does not import torch, so that the command's help is fast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
-import torch
-from torch import Tensor
-
-from metamom.batch import TaskBatch
 from metamom.common.checks import check_word
-from metamom.maml.inner_step import Derivatives
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metamom.batch import TaskBatch
+    from metamom.maml.inner_step import Derivatives
 
 Estimator: TypeAlias = str  # a key of `ESTIMATORS`
 InnerBatches = Literal["same", "fresh"]
@@ -224,6 +225,8 @@ def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: Inner
         A list of `Adaptations`; those along the first half, or all of the set, come first.
 
     Example:
+        >>> import torch
+        >>> from metamom.batch import TaskBatch
         >>> batch = TaskBatch(*(torch.zeros(8, 6, d) for d in (2, 1, 2, 1)))
         >>> [(a.weight, a.copies, a.steps[0].x.shape) for a in cut(batch, "richardson", steps=1)]
         [(2.0, 1, torch.Size([8, 6, 2])), (-0.5, 2, torch.Size([16, 3, 2]))]
@@ -267,6 +270,8 @@ def _taken(x: Tensor, places: list[list[int]], size: int) -> Tensor:
 
     A part is ``size`` points. One copy of parts that follow each other is a view.
     """
+    import torch  # not at the top: see there
+
     copies = []
     for parts in places:
         if parts == list(range(parts[0], parts[-1] + 1)):

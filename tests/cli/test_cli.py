@@ -111,7 +111,7 @@ BAD_ARGUMENTS = {
     "unknown flag": (["train", "sinusoid", "--momentum", "0.9"], "unrecognized arguments: --momentum"),
     "flag cut short": (["train", "sinusoid", "--iter", "5"], "unrecognized arguments: --iter"),
     "ways of sinusoids": (["train", "sinusoid", "--ways", "5"], "unrecognized arguments: --ways"),
-    "unknown bias": (["train", "sinusoid", "--bias", "bottomk:3"], "unknown .* 'bottomk:3'; wanted none, topk"),
+    "unknown bias": (["train", "sinusoid", "--bias", "bottomk:3"], "unknown .* 'bottomk:3'; wanted none, clip:TAU"),
     "bias without number": (["train", "sinusoid", "--bias", "topk:"], "bias operator 'topk:'"),
     "bias over 100 %": (["train", "sinusoid", "--bias", "topk:150%"], "0 < ratio <= 1"),
     "bias of no entry": (["train", "sinusoid", "--bias", "topk:0"], "k >= 1"),

@@ -18,7 +18,7 @@ from fuzzing import bounded, campaign
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, cli, evaluate, train
-from metamom.cli.flags import parsed, parser
+from metamom.cli.app import parsed, parser
 from metamom.common.allocator import out_of_memory
 from metamom.common.checks import AT_ONCE, MOST
 from metamom.common.flag_types import count, counts, long_count, names, number, numbers, path, seed, task_count
@@ -101,7 +101,7 @@ def test_what_is_refused(kind, text, message):
 )
 def test_whole_numbers_are_bounded(words, most, capsys):
     number = int(most.replace(",", ""))
-    assert parsed(parser(cli.COMMANDS), [*words, str(number)]).run
+    assert parsed(parser(), [*words, str(number)]).run
     for text in (str(number + 1), str(2**40), "1" * 30):
         with pytest.raises(SystemExit, match="2"):
             cli.main([*words, text])
@@ -111,7 +111,7 @@ def test_whole_numbers_are_bounded(words, most, capsys):
 @pytest.mark.parametrize("words", [["--lrs", "0.1", "--lrs", "0.3"], ["--lrs=0.1", "--lrs", "0.3"]])
 def test_the_last_of_a_flag_given_twice_counts(words):
     """So that a script's command line may be overridden at its end."""
-    assert parsed(parser(cli.COMMANDS), ["compare", "sinusoid", *words]).lrs == (0.3,)
+    assert parsed(parser(), ["compare", "sinusoid", *words]).lrs == (0.3,)
 
 
 def leaves(root: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
@@ -121,7 +121,7 @@ def leaves(root: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def test_no_flag_has_numbers_of_python_s_own():
-    kinds = {action.type for leaf in leaves(parser(cli.COMMANDS)) for action in leaf._actions}
+    kinds = {action.type for leaf in leaves(parser()) for action in leaf._actions}
     assert not {int, float} & kinds
     for folder in ("experiments", "metamom"):
         for file in (Path(__file__).resolve().parents[2] / folder).rglob("*.py"):
@@ -200,7 +200,7 @@ def command_line(rng: random.Random) -> list[str]:
     """A small command that works, with one to three changes: flags, words, values."""
     name = rng.choice(list(START))
     words = list(START[name])
-    leaf = rng.choice([leaf for leaf in leaves(parser(cli.COMMANDS)) if leaf.prog.split()[1] == name])
+    leaf = rng.choice([leaf for leaf in leaves(parser()) if leaf.prog.split()[1] == name])
     flags = sorted(set(leaf._option_string_actions) - LEFT_OUT)
     for _ in range(rng.choice((1, 1, 2, 3))):
         kind = rng.choice(("flag", "flag", "flag", "value", "value", "twice", "replace", "insert", "drop"))

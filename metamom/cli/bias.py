@@ -1,0 +1,118 @@
+"""``metamom bias``: measure the bias of a meta-gradient."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from metamom.cli.flags import add_checkpoint, add_data_root, add_device, flag, given_flags, switch
+from metamom.cli.parser import Parser
+from metamom.common.flag_types import counts, number, path, point_count, seed, step_count, task_count
+from metamom.experiments.defaults import DEFAULTS
+from metamom.maml.estimators import memoryless_estimators
+
+
+def add(kinds: argparse._SubParsersAction[Parser]) -> None:
+    """Add the command to the parser."""
+    leaf = kinds.add_parser(
+        "bias",
+        help="measure a meta-gradient's bias",
+        usage="%(prog)s RUN|sinusoid|omniglot [options]",
+        specs=True,
+        examples=(
+            "metamom bias sinusoid --inner-batch 1,2,5,10,20 --out runs/bias",
+            "metamom bias runs/sine --bias topk:5% --json",
+        ),
+    )
+    leaf.set_defaults(run=run, leaf=leaf)
+    task = leaf.add_argument_group("task")
+    task.add_argument(
+        "what",
+        type=path,
+        metavar="RUN|sinusoid|omniglot",
+        help="a run directory, or tasks, with a learner as training starts with",
+    )
+    flag(
+        task,
+        "--inner-batch",
+        "inner batch sizes in shots",
+        "1,2,5,10,20; for omniglot, which has 20 drawings a class, 1,2,4",
+        type=counts(point_count),
+        metavar="M,M,...",
+    )
+    flag(task, "--tasks", "number of tasks in all", "300; for omniglot 60", type=task_count)
+    add_data_root(task)
+    learner = leaf.add_argument_group("learner")
+    flag(
+        learner,
+        "--estimator",
+        ", ".join(memoryless_estimators()),
+        "as in training, exact",
+        choices=memoryless_estimators(),
+        metavar="NAME",
+    )
+    inner = "; ".join(f"{each.inner_lr} for {name}" for name, each in DEFAULTS.items())
+    flag(learner, "--inner-lr", "inner step size, without a RUN", inner, type=number)
+    flag(learner, "--inner-steps", "inner steps, without a RUN", 1, type=step_count)
+    add_checkpoint(learner)
+    operators = leaf.add_argument_group("bias")
+    flag(operators, "--bias", "operator, see below", "as in training, none", metavar="SPEC")
+    own = leaf.add_argument_group("run")
+    flag(own, "--seed", "of the tasks and, without a RUN, of the weights", "0, or RUN's", type=seed)
+    add_device(own)
+    flag(
+        own,
+        "--out",
+        "where bias.md and figures/bias.png go",
+        "RUN, or a new folder in runs/",
+        type=path,
+        metavar="DIR",
+    )
+    switch(own, "--json", "print one JSON object and nothing else; write nothing without --out")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command with its flags; the result is its exit status."""
+    from metamom.common.allocator import keep_freed_memory
+    from metamom.experiments import bias_report
+    from metamom.experiments.recipes import TASKS, Recipe
+    from metamom.experiments.saved import load_run
+
+    keep_freed_memory()
+    what = arguments.what
+    if what in TASKS:
+        recipe = Recipe(task=what, **given_flags(arguments))
+        learner = recipe.learner()
+        title = f"{what}, weights as drawn"
+    else:
+        fixed = [name for name in ("inner_lr", "inner_steps") if getattr(arguments, name) is not None]
+        if fixed:
+            raise ValueError(
+                f"--{fixed[0].replace('_', '-')} belongs to the learner that the run trained; give it with a task "
+                f"({', '.join(TASKS)}) in place of a run."
+            )
+        saved = load_run(what, arguments.checkpoint, device=arguments.device or "cpu")
+        asked = {
+            name: value for name in ("estimator", "bias", "seed") if (value := getattr(arguments, name)) is not None
+        }
+        recipe = replace(saved.recipe, **asked)
+        learner = saved.learner.like(estimator=recipe.estimator)
+        title = f"{recipe.task}, after {saved.step} iterations"
+    where = arguments.out
+    if where is None and not arguments.json:
+        where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in TASKS else what
+    if where is not None and Path(where).exists() and not Path(where).is_dir():
+        raise ValueError(f"{where} is a file; the report needs a directory (--out).")
+    found = bias_report.measure_recipe(
+        recipe, learner, inner_batches=arguments.inner_batch, tasks=arguments.tasks, root=arguments.data_root
+    )
+    report = None if where is None else bias_report.write(found, Path(where), title)
+    if arguments.json:
+        print(json.dumps(bias_report.as_json(found)))
+        return 0
+    print("\n".join([title, *bias_report.summary(found), "", bias_report.table(found), "", *bias_report.slopes(found)]))
+    print(f"report: {report}")
+    return 0

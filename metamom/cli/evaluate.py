@@ -1,0 +1,85 @@
+"""``metamom evaluate``: evaluate a trained meta-learner on fresh tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_processes, add_steps, flag, switch
+from metamom.cli.parser import Parser
+from metamom.common.flag_types import path, point_count, seed, task_count
+
+if TYPE_CHECKING:
+    from metamom.distributed import World
+
+
+def add(kinds: argparse._SubParsersAction[Parser]) -> None:
+    """Add the command to the parser."""
+    leaf = kinds.add_parser(
+        "evaluate",
+        help="evaluate a trained meta-learner on fresh tasks",
+        usage="%(prog)s RUN [options]",
+        examples=("metamom evaluate runs/sine", "metamom evaluate runs/omni --split test --steps 0,1,5,10 --json"),
+    )
+    leaf.set_defaults(run=run, leaf=leaf)
+    task = leaf.add_argument_group("task")
+    flag(task, "--tasks", "number of tasks", type=task_count, default=600)
+    flag(task, "--split", "train, validation, test, background or evaluation", default="test")
+    flag(task, "--ways", "classes a task", "as in training", type=task_count)
+    flag(task, "--shots", "support points, a class or task", "as in training", type=point_count)
+    flag(task, "--queries", "query points, a class or task", "as in training", type=point_count)
+    flag(task, "--seed", "of the tasks", "as in training", type=seed)
+    add_data_root(task)
+    add_steps(leaf.add_argument_group("learner"))
+    own = leaf.add_argument_group("run")
+    own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
+    add_checkpoint(own)
+    add_device(own, default="cpu")
+    switch(own, "--json", "print one JSON object and nothing else")
+    add_processes(leaf.add_argument_group("processes"))
+
+
+def run(arguments: argparse.Namespace, world: World) -> int:
+    """Run the command with its flags; the result is its exit status."""
+    from metamom.evaluation import evaluate
+    from metamom.experiments.saved import load_run
+
+    saved = load_run(arguments.run_path, arguments.checkpoint, device=arguments.device)
+    asked = {
+        name: value for name in ("ways", "shots", "queries", "seed") if (value := getattr(arguments, name)) is not None
+    }
+    if saved.recipe.ways is not None and asked.get("ways", saved.recipe.ways) != saved.recipe.ways:
+        raise ValueError(
+            f"the learner in {arguments.run_path} tells {saved.recipe.ways} classes apart; got --ways {asked['ways']}. "
+            "Train one with that many --ways."
+        )
+    # tasks of --shots support points, whatever the estimator trained on
+    recipe = replace(saved.recipe, **asked, estimator="exact", inner_batches="same")
+    if recipe.task == "omniglot" and arguments.split in ("train", "background", "evaluation"):
+        warnings.warn(
+            f"the learner was trained on split train, and {arguments.split} shares characters with it: this is no "
+            "accuracy on new characters. Use validation or test.",
+            stacklevel=1,
+        )
+    sampler = recipe.sampler(arguments.split, root=arguments.data_root)
+    result = evaluate(
+        saved.learner, sampler, tasks=arguments.tasks, steps=arguments.steps, stream=arguments.split, world=world
+    )
+    if not world.first:
+        return 0
+    if arguments.json:
+        answer = {"steps": result.steps, "mean": result.mean, "halfwidth": result.halfwidth, "tasks": arguments.tasks}
+        print(json.dumps(answer))
+        return 0
+    kind = f"{recipe.ways}-way {recipe.shots}-shot" if recipe.ways else f"{recipe.shots}-shot"
+    print(
+        f"{recipe.task} {kind}, split {arguments.split}, {arguments.tasks} tasks, trained for {saved.step} iterations; "
+        "statistics of the batch at hand"
+    )
+    print(f"{'steps':>5}  {result.metric:<8}  ± 95 %")
+    for steps, mean, halfwidth in zip(result.steps, result.mean, result.halfwidth, strict=True):
+        print(f"{steps:>5}  {mean:<8.4f}  {halfwidth:.4f}")
+    return 0

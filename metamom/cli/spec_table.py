@@ -1,0 +1,83 @@
+"""The table of bias operators for the help, without importing torch.
+
+An operator's record stands beside its class, in a module that needs torch, which takes over a second to import. So the
+records are read from the source instead: their arguments are literals. Where torch is imported already, or the source
+is not there to be read, the registry answers; a test holds that both give the same table.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BIAS = Path(__file__).parents[1] / "bias"
+
+
+class _Record(NamedTuple):
+    """A call in the source: ``spelled("topk", ..., argument="K")``."""
+
+    called: str
+    words: list[Any]
+    keywords: dict[str, Any]
+
+
+def spec_table() -> str:
+    """The operators and their options, at most 100 columns wide: `metamom.bias.spec.spec_help`."""
+    if "metamom.bias.spec" in sys.modules or not (BIAS / "spec.py").is_file():
+        from metamom.bias.spec import spec_help
+
+        return spec_help()
+    return _render([each for file in sorted(BIAS.glob("*.py")) for each in _records(ast.parse(file.read_bytes()))])
+
+
+def _records(module: ast.Module) -> Iterator[_Record]:
+    """The decorators of operators' classes, and the records of compositions and options."""
+    for statement in module.body:
+        calls: list[ast.expr] = []
+        if isinstance(statement, ast.ClassDef):
+            calls = statement.decorator_list
+        elif isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            calls = [statement.value]
+            if isinstance(statement.value, ast.Dict):  # of options by name
+                for name, value in zip(statement.value.keys, statement.value.values, strict=True):
+                    if name is not None and isinstance(value, ast.Call) and ast.unparse(value.func) == "Option":
+                        yield _Record("Option", [ast.literal_eval(name), *map(_literal, value.args)], {})
+        for call in calls:
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("spelled", "spelled_around", "Joined"):
+                keywords = {each.arg: _literal(each.value) for each in call.keywords if each.arg is not None}
+                yield _Record(ast.unparse(call.func), [_literal(each) for each in call.args[:2]], keywords)
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal's value; anything else, such as ``int``, as its source."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def _render(records: list[_Record]) -> str:
+    """As `metamom.bias.spec.spec_help` has it."""
+    options = {each.words[0]: each.words[1:] for each in records if each.called == "Option"}
+
+    def option(name: str) -> str:
+        return f":{name}=N" if options[name][1] == "int" else f":{name}"
+
+    lines = ["SPEC, an operator on each worker's gradient, and its options:"]
+    singles = [each for each in records if each.called == "spelled"]
+    for _, (name, meaning), more in sorted(singles, key=lambda each: (each.words[0] != "none", each.words[0])):
+        spelling = (
+            name + (f":{more['argument']}" if "argument" in more else "") + f"  {name}:P%" * more.get("share", False)
+        )
+        lines.append(f"  {spelling:<20} {meaning:<35} {' '.join(map(option, more.get('options', ())))}".rstrip())
+    for _, (name, meaning), _ in [each for each in records if each.called == "Joined"]:
+        lines.append(f"  {name:<20} {meaning:<35}".rstrip())
+    for _, (name, meaning), more in [each for each in records if each.called == "spelled_around"]:
+        spelling = name + (f"({more['argument']})" if "argument" in more else "") + ":A"
+        lines.append(f"  {spelling:<20} {meaning:<35}".rstrip())
+    lines += ["options, in any number behind the operator, as in topk:5%:tensor:all:"]
+    lines += [f"  {option(name):<20} {words[2]}" for name, words in options.items()]
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""The help, and errors of command lines: soon, complete, and with suggestions."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+from test_command_lines import leaves
+
+from metamom import cli
+from metamom.bias.spec import spec_help
+from metamom.cli import facts, spec_table
+from metamom.cli.app import parsed, parser
+from metamom.cli.parser import did_you_mean
+from metamom.distributed import SERVERS, TIMEOUT
+from metamom.experiments import compare, defaults
+from metamom.experiments.paper.run import EPOCHS
+from metamom.experiments.recipes import DTYPES, Recipe
+from metamom.optim import FirstStep
+from metamom.tasks.fixed import ORDERS
+
+GROUPS = ["task", "learner", "bias", "optimizer", "run", "processes"]
+SLOW = ("torch", "scipy", "matplotlib", "pydantic", "PIL", "requests")  # to import
+COMMANDS = [leaf.prog.split()[1:] for leaf in leaves(parser())]
+WITHOUT_TORCH = f"""
+import sys
+from metamom import cli
+try:
+    code = cli.main(sys.argv[1:])
+except SystemExit as exit:
+    code = exit.code
+loaded = [name for name in {SLOW} if name in sys.modules]
+sys.exit(f"imported {{loaded}}" if loaded else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("--help", 0, "usage: metamom"),
+        ("--version", 0, "metamom "),
+        ("train --help", 0, "usage: metamom train"),
+        *((f"{' '.join(words)} --help", 0, "examples:") for words in COMMANDS),
+        ("train sinusoid --chunk-sise 3", 2, "did you mean --chunk-size?"),
+    ],
+)
+def test_without_torch(words, code, message, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    command = [sys.executable, "-c", WITHOUT_TORCH, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert message in done.stdout + done.stderr
+    assert "SPEC, an" not in done.stdout or spec_help() in done.stdout
+
+
+def test_the_table_of_operators_as_read_from_the_source(monkeypatch):
+    monkeypatch.delitem(sys.modules, "metamom.bias.spec")
+    assert spec_table.spec_table() == spec_help()
+
+
+def test_facts():
+    """What the help shows is what the library has."""
+    assert facts.ORDERS == ORDERS
+    assert get_args(FirstStep) == facts.FIRST_STEPS
+    assert (facts.SERVERS, facts.TIMEOUT) == (SERVERS, TIMEOUT)
+    assert facts.EPOCHS == EPOCHS
+    assert {task: tuple(each) for task, each in compare.DEFAULTS.items()} == facts.COMPARED
+    assert tuple(DTYPES) == defaults.DTYPE_NAMES
+
+
+@pytest.mark.parametrize("task", defaults.TASKS)
+@pytest.mark.parametrize("optimizer", defaults.OPTIMIZERS)
+def test_defaults_of_a_recipe(task, optimizer, capsys):
+    """Every number that the help shows is the recipe's."""
+    recipe = Recipe(task=task, optimizer=optimizer)
+    (leaf,) = [leaf for leaf in leaves(parser()) if leaf.prog == f"metamom train {task}"]
+    shown = {a.dest: re.search(r"\(default: (.*)\)$", a.help or "")[1] for a in leaf._actions if a.dest != "help"}
+    assert shown.pop("lr") == f"{Recipe(task=task).lr}; {Recipe(task=task, optimizer='adam').lr} with adam and rmsprop"
+    words = {"chunk_size": "all", "adapt": "all", "compile": "off", "learn_inner_lr": "off", "normalize": "off"}
+    words |= {"fixed_tasks": "new tasks in each iteration", "tracking": "0.2", "optimizer": "momentum"}
+    for name, value in recipe.settings().items():
+        if name in shown:
+            assert shown[name] == words.get(name, str(value)), name
+
+
+def options(leaf: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    """The arguments by the title of their group."""
+    for group in leaf._action_groups:
+        yield from ((group.title or "", action) for action in group._group_actions)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_of_a_command(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (leaf,) = [leaf for leaf in leaves(parser()) if leaf.prog.split()[1:] == words]
+    said = leaf.format_help()
+    assert max(map(len, said.splitlines())) <= 100
+    titles = list(dict.fromkeys(title for title, action in options(leaf) if action.dest != "help"))
+    assert titles == [title for title in GROUPS if title in titles]
+    for _, action in options(leaf):
+        if action.option_strings and action.dest != "help":
+            assert re.search(r"\((default: [^()]+|default: .*\)|required)\)?$", action.help or ""), action.dest
+            assert "None" not in (action.help or "")
+    *_, head, first, second = said.splitlines()
+    assert head == "examples:"
+    for example in (first, second):
+        program, *rest = shlex.split(example)
+        assert program == "metamom"
+        assert rest[: len(words)] == words
+        assert parsed(parser(), rest).run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "argument COMMAND: invalid choice: 'trian' .*; did you mean train[?]"),
+        ("train sinusiod", "argument TASK: invalid choice: 'sinusiod' .*; did you mean sinusoid[?]"),
+        ("--versoin", "unrecognized arguments: --versoin; did you mean --version[?]"),
+        ("train sinusoid --chunk_size 3", "unrecognized arguments: --chunk_size 3; did you mean --chunk-size[?]"),
+        ("train sinusoid --iter=3", "unrecognized arguments: --iter=3; did you mean --iterations[?]"),
+        ("train sinusoid --order reshufle", "invalid choice: 'reshufle' .*; did you mean reshuffle[?]"),
+        ("reproduce mnist --run-dri x", "unrecognized arguments: --run-dri; did you mean --run-dir[?]"),
+        ("train sinusoid --estimator exat", "did you mean exact[?]"),
+        ("train sinusoid --momentum 0.9", "unrecognized arguments: --momentum 0.9$"),
+        ("train sinusoid extra", "unrecognized arguments: extra$"),
+        ("train sinusoid --lr --beta 1", "argument --lr: expected one argument$"),
+        ("evaluate", "the following arguments are required: RUN$"),
+        ("train sinusoid " + "--" + "x" * 5000, "unrecognized arguments: .{,100}$"),
+        ("train sinusoid --a\u2028b\x1b[0m", r"unrecognized arguments: --a\\u2028b\\x1b\[0m$"),
+    ],
+)
+def test_one_line_with_a_suggestion(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split(" "))
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert re.match("metamom[a-z ]*: error: ", line)
+    assert re.search(message, line)
+
+
+def test_what_comes_close():
+    assert did_you_mean(["--lrr"], ["--lr", "--beta", "-h"]) == "; did you mean --lr?"
+    assert did_you_mean(["--zzz"], ["--lr", "--beta", "-h"]) == ""
+    assert did_you_mean(["--beat", "--lrs"], ["--lr", "--beta"]) == "; did you mean --beta, --lr?"
