@@ -95,7 +95,7 @@ def test_a_checkpoint_for_which_there_is_no_room(tmp_path):
 PEAK = """
     import sys
     from metamom import cli
-    from metamom.experiments.peak import peak_mib
+    from metamom.experiments.shared.peak import peak_mib
     assert cli.main(sys.argv[1:]) == 0
     print(peak_mib())
 """
