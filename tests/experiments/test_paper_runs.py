@@ -7,15 +7,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from endings import contents
-from paper_runs import KEYS
-from processes import with_support
+from forked import CONTEXT, PATIENCE
+from paper_runs import KEYS, run_until_killed
 
 from metamom.bias import QSGD, RandK
 from metamom.experiments.paper import published
@@ -76,33 +74,16 @@ def test_interrupted_and_resumed_as_if_never(bias, tmp_path, monkeypatch):
     assert read(tmp_path / "parts") == read(tmp_path / "whole")
 
 
-KILLED = """
-import os, signal
-from paper_runs import KEYS, small_mnist
-from metamom.experiments.paper import protocol, run
-protocol.PROTOCOLS["mnist"] = small_mnist()
-run.SAVE_AFTER = %r
-log = run.RunDirectory.log
-def killed(self, line):
-    log(self, line)
-    if line["step"] == %d:
-        os.kill(os.getpid(), signal.SIGKILL)
-run.RunDirectory.log = killed
-run.reproduce("mnist", run_dir=%r, **KEYS)
-"""
-
-
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("save_after", "at"), [(1e9, 0), (1e9, 3), (0.0, 2)])
 def test_killed_and_resumed_as_if_never(save_after, at, tmp_path):
     """Behind the start's checkpoint alone, too: those epochs are done again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = reproduce("mnist", run_dir=whole, **KEYS)
-    code = KILLED % (save_after, at, str(parts))
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=with_support(), capture_output=True, check=False
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    process = CONTEXT.Process(target=run_until_killed, args=(parts, save_after, at))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
     (parts / "checkpoints" / ".step-00000003.pt.x1.tmp").write_bytes(b"half of a checkpoint")
     assert reproduce("mnist", run_dir=parts, resume=True, **KEYS) == expected
     assert read(parts) == read(whole)

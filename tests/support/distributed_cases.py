@@ -49,7 +49,7 @@ COMPRESSED = (
 )
 FED_BACK = ("ef14:topk:5%", "ef21:topk:5%", "ef21:qsgd:64:tensor", "clip21:0.1")
 CASES = {
-    **{f"{spec} {dtype}": Case(spec, dtype=dtype, steps=50) for spec in ("none", "topk:5%") for dtype in DTYPES},
+    **{f"{spec} {dtype}": Case(spec, dtype=dtype, steps=20) for spec in ("none", "topk:5%") for dtype in DTYPES},
     **{spec: Case(spec) for spec in ("clip:1", "normalize", "clip:0.5+topk:5%", *COMPRESSED, *FED_BACK)},
     **{
         f"{spec} rank0": Case(spec, server="rank0")
@@ -145,7 +145,8 @@ def all_cases(folder: Path) -> None:
         found["accumulated"] = accumulated(8, world)
         for name in RESUMED:
             world.server = CASES[name].server
-            run(CASES[name], world, iterations=CASES[name].steps // 2, run_dir=folder / f"half-{world.size}" / name)
+            if world.size == 2:
+                run(CASES[name], world, iterations=CASES[name].steps // 2, run_dir=folder / "half-2" / name)
             # what one process has begun
             learner, _ = run(CASES[name], world, run_dir=folder / f"from-1-to-{world.size}" / name, resume=True)
             found[f"{name} from 1"] = [p.detach() for p in learner.parameters()]

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import resource
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +32,9 @@ from metamom.tasks import Sinusoid
 from metamom.training.checkpoints import Checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# pytest, since what is forked looks at the module that was started
+# pytest, since what is forked looks at the module that was started; torch._dynamo, since every optimizer imports it
 CONTEXT.set_forkserver_preload(
-    ["pytest", "metamom.cli.app", "metamom.experiments.paper.run", "metamom.experiments.recipes"]
+    ["pytest", "torch._dynamo", "metamom.cli.app", "metamom.experiments.paper.run", "metamom.experiments.recipes"]
 )
 PATIENCE = 120.0  # seconds until a process that should have ended has hung
 
@@ -100,6 +101,11 @@ def _begin(place: dict[str, str], output: Path, target: Callable[..., object], *
 def metamom(*arguments: str) -> int:
     """The command."""
     return main(arguments)
+
+
+def script(path: Path) -> None:
+    """A script of somebody's."""
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def on_a_full_disk(size: int, *arguments: str) -> int:

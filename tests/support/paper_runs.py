@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from metamom.experiments.paper import protocol
+from metamom.experiments.paper import protocol, run
 from metamom.tasks.images import LabelledImages
 
 MNIST, FASHION = protocol.PROTOCOLS["mnist"], protocol.PROTOCOLS["fashion"]
@@ -38,3 +42,18 @@ def small_mnist() -> SmallProtocol:
 
 
 KEYS = {"nodes": 6, "lr": 0.1, "beta": 0.5, "bias": "topk:20", "epochs": 6}
+
+
+def run_until_killed(folder: Path, save_after: float, at: int) -> None:
+    """A run that saves every ``save_after`` seconds and kills its process once it has logged epoch ``at``."""
+    protocol.PROTOCOLS["mnist"] = small_mnist()
+    run.SAVE_AFTER = save_after
+    log = run.RunDirectory.log
+
+    def killed(self: run.RunDirectory, line: dict[str, Any]) -> None:
+        log(self, line)
+        if line["step"] == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.RunDirectory.log = killed  # type: ignore[method-assign]
+    run.reproduce("mnist", run_dir=folder, **KEYS)
