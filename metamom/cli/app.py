@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import metamom
 from metamom.cli import bias, compare, data, evaluate, reproduce, train
+from metamom.cli.config_file import read_flags
 from metamom.cli.parser import Parser
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -47,10 +48,18 @@ def parser() -> Parser:
 
 
 def parsed(root: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, or an exit with status 2."""
+    """The arguments, or an exit with status 2; flags on the command line override those of ``--config``."""
     for argument in argv:
         name, equals, value = argument.partition("=")
         # which argparse takes for no value, or an empty list
         if name.startswith("--") and equals and value == "--":
             root.error(f"argument {name}: expected a value; got '--'")
+    arguments = root.parse_args(argv)
+    if getattr(arguments, "config", None) is None:
+        return arguments
+    leaf: Parser = arguments.leaf
+    try:
+        leaf.set_defaults(**read_flags(leaf, arguments.config))
+    except (ValueError, OSError) as error:
+        leaf.error(str(error))
     return root.parse_args(argv)

@@ -187,6 +187,14 @@ def add_run(group: Group, task: str) -> None:
     add_device(group)
     flag(group, "--run-dir", "where the run goes", "a new folder in runs/", type=path, metavar="RUN")
     switch(group, "--resume", "continue the run in --run-dir, or start it")
+    flag(
+        group,
+        "--config",
+        "read flags from a YAML or JSON file, or a run's config.json; the command line overrides them",
+        "none",
+        type=path,
+        metavar="FILE",
+    )
 
 
 def add_device(group: Group, **settings: Any) -> None:
