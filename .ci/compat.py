@@ -44,6 +44,7 @@ class Row(NamedTuple):
 OLDEST = (
     "tqdm==4.66.0",
     "lazy_loader==0.4",
+    "pyyaml==6.0.1",
     "scipy==1.11.2",
     "matplotlib==3.8.0",
     "pillow==10.1.0",
