@@ -1,6 +1,6 @@
-"""What may stand behind a flag: plain numbers within bounds, lists of them, names, paths.
+"""Types of flag values: numbers within bounds, lists of them, names, paths.
 
-Lower ends are left to the library, whose errors say what to do; a flag says no more than what is surely a slip.
+The library checks lower bounds, and its errors say what to do. A flag only refuses what must be a mistake.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import TypeVar
 from metamom.common.checks import AT_ONCE, INNER_STEPS, MOST, POINTS, RUNS
 from metamom.common.numbers import real, shown, whole
 
-ENTRIES = 100  # of a list
+ENTRIES = 100  # the longest list
 
 T = TypeVar("T")
 
 
 def count(most: int, least: int | None = None) -> Callable[[str], int]:
-    """A whole number that is at most so large, and at least so large if the library does not say so."""
+    """A whole number up to ``most``. Pass ``least`` if the library does not check it."""
 
     def parse(text: str) -> int:
         value = _or_argument_error(whole, text)
@@ -31,7 +31,7 @@ def count(most: int, least: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-long_count = count(MOST)  # of what is done one after the other
+long_count = count(MOST)  # for sequential things: iterations, epochs
 task_count = count(AT_ONCE)
 point_count = count(POINTS)
 step_count = count(INNER_STEPS)
@@ -49,7 +49,7 @@ def seed(text: str) -> int:
 
 
 def counts(each: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
-    """Whole numbers with commas between."""
+    """Whole numbers, separated by commas."""
 
     def parse(text: str) -> tuple[int, ...]:
         return tuple(map(each, _entries(text, "whole numbers with commas between, such as 0,1,5")))
@@ -58,17 +58,17 @@ def counts(each: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Finite numbers with commas between."""
+    """Finite numbers, separated by commas."""
     return tuple(map(number, _entries(text, "numbers with commas between, such as 1,0.1")))
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
+    """Names, separated by commas."""
     return tuple(_entries(text, "names with commas between"))
 
 
 def path(text: str) -> str:
-    """Of a file or folder."""
+    """The path of a file or folder."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -88,7 +88,7 @@ def _entries(text: str, what: str) -> list[str]:
 
 
 def _or_argument_error(parse: Callable[[str], T], text: str) -> T:
-    """What argparse shows as it is: of a ValueError it shows only its own words."""
+    """Raise parse errors as ArgumentTypeError, since argparse hides the message of a ValueError."""
     try:
         return parse(text)
     except ValueError as error:
