@@ -1,6 +1,6 @@
-"""metamom: meta-learners trained by composite momentum under biased gradients.
+"""metamom: train meta-learners with composite momentum under biased gradients.
 
-Names and sub-packages are imported when they are first used.
+Names and sub-packages are imported on first use.
 """
 
 from importlib import import_module, metadata
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         try:
             return metadata.version("metamom")
-        except metadata.PackageNotFoundError:  # a checkout on the path that nothing has installed
+        except metadata.PackageNotFoundError:  # a checkout on the path that is not installed
             return "unknown"
     if name in _MODULES or f"metamom.{name}" in moved.MOVED:
         return import_module(f"metamom.{name}")

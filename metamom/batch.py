@@ -1,4 +1,4 @@
-"""A batch of tasks and what every task sampler offers.
+"""A batch of tasks, and the interface of task samplers.
 
 Legend: T tasks, S support points a task, Q query points a task, n workers.
 """
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class TaskBatch(NamedTuple):
-    """T tasks, each with a support set to adapt on and a query set to be judged on.
+    """T tasks, each with a support set to adapt on and a query set to evaluate on.
 
-    Classification sets are ordered shot by shot: labels 0..N-1, then 0..N-1 again, so that any half or part of a
+    Classification sets are ordered shot by shot (labels 0..N-1, then 0..N-1 again), so that any half or part of a
     set is balanced.
 
     Attributes:
         support_x: inputs to adapt on, ``[T, S, ...]``.
         support_y: their targets, ``[T, S, ...]`` (class indices ``[T, S]``, or values ``[T, S, 1]``).
-        query_x: inputs to be judged on, ``[T, Q, ...]``.
+        query_x: inputs to evaluate on, ``[T, Q, ...]``.
         query_y: their targets, ``[T, Q, ...]``.
-        task_ids: ``[T]`` int64, which of a fixed set of tasks each one is; ``None`` for tasks drawn afresh.
+        task_ids: ``[T]`` int64, the id of each task in a fixed set of tasks; ``None`` if tasks are always new.
             It stays outside ``torch.func.vmap``.
     """
 
@@ -46,7 +46,7 @@ class TaskBatch(NamedTuple):
         return self.support_x.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TaskBatch:
-        """Move the tensors to ``device``; floating-point ones also to ``dtype`` (class indices keep theirs)."""
+        """Move the tensors to ``device``, and floating-point ones to ``dtype`` (class indices keep their dtype)."""
 
         def move(x: Tensor | None) -> Tensor | None:
             if x is None:
@@ -56,14 +56,14 @@ class TaskBatch(NamedTuple):
         return TaskBatch(*(move(field) for field in self))  # type: ignore[arg-type]
 
     def part(self, start: int, stop: int) -> TaskBatch:
-        """The tasks ``start <= t < stop``, as views."""
+        """Return the tasks ``start <= t < stop`` as views."""
         return TaskBatch(*(None if field is None else field[start:stop] for field in self))  # type: ignore[arg-type]
 
     def split(self, n: int) -> tuple[TaskBatch, ...]:
-        """Deal the tasks to n workers: worker i gets the i-th contiguous block of T/n tasks.
+        """Split the tasks over n workers: worker i gets the i-th contiguous block of T/n tasks.
 
         Raises:
-            TypeError: if n is no whole number.
+            TypeError: if n is not a whole number.
             ValueError: if n is below 1 or does not divide T.
         """
         size = len(block(self.num_tasks, 0, n))
@@ -71,9 +71,9 @@ class TaskBatch(NamedTuple):
 
 
 def block(num_tasks: int, rank: int, world_size: int) -> range:
-    """The task indices that ``rank`` of ``world_size`` gets: its contiguous block of a meta-batch.
+    """The task indices of ``rank`` out of ``world_size``: its contiguous block of a meta-batch.
 
-    The one rule by which tasks are dealt, to workers and to processes alike.
+    Workers and processes both get their tasks by this rule.
 
     Raises:
         TypeError: for numbers that are not whole.
@@ -97,22 +97,22 @@ def block(num_tasks: int, rank: int, world_size: int) -> range:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Anything that gives tasks by step number.
+    """Anything that returns tasks by step number.
 
-    What comes out depends only on the sampler's own arguments, ``step`` and the global index of a task within the
-    meta-batch: never on what was asked before, nor on how many processes ask. One that leaves out ``rank`` and
-    ``world_size`` will do in a single process. What else there is to offer, `TaskSampler` has.
+    The result depends only on the sampler's own arguments, ``step`` and the global index of a task in the meta-batch.
+    It does not depend on earlier calls or on the number of processes. In a single process, a sampler may leave out
+    ``rank`` and ``world_size``. `TaskSampler` adds optional methods.
     """
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-        """``rank``'s block of the meta-batch of ``num_tasks`` tasks that belongs to ``step``."""
+        """Return ``rank``'s block of the meta-batch of ``num_tasks`` tasks for ``step``."""
         ...
 
 
 class TaskSampler(ABC):
-    """The base of metamom's own samplers, and of a user's own that offers more than `sample`.
+    """The base class of metamom's samplers, and of custom samplers that offer more than `sample`.
 
-    Only of its subclasses are streams, descriptions and workers asked: another sampler may use these names as it likes.
+    Streams, descriptions and workers are used only for subclasses. Any other sampler may use these names freely.
 
     Example:
         >>> class Ones(TaskSampler):
@@ -133,34 +133,34 @@ class TaskSampler(ABC):
 
     @property
     def workers(self) -> int | None:
-        """The number of workers that it has a family for; ``None`` if it serves any number."""
+        """The number of workers that have their own family; ``None`` if any number of workers is fine."""
         return None
 
     def with_stream(self, stream: str) -> Self:
-        """The same with tasks, or points, of another stream (``"validation"``, ``"test"``); itself if it has none."""
+        """The same sampler with tasks or points of another stream (``"validation"``, ``"test"``), or itself if none."""
         return self
 
     def describe(self) -> dict[str, Any]:
-        """What tells it from others, as JSON values: of a run's settings, which a resumed run must share."""
+        """Identify this sampler by JSON values. They are part of a run's settings, which a resumed run must share."""
         return {"family": type(self).__name__}
 
 
 def of_stream(sampler: Sampler, stream: str) -> Sampler:
-    """The sampler's tasks of another stream; the sampler as it is where it is no `TaskSampler`."""
+    """The sampler for another stream; the sampler itself if it is not a `TaskSampler`."""
     return sampler.with_stream(stream) if isinstance(sampler, TaskSampler) else sampler
 
 
 def described(sampler: Sampler) -> dict[str, Any]:
-    """What tells a sampler from others, as JSON values: its type alone where it is no `TaskSampler`."""
+    """Identify a sampler by JSON values: only its type if it is not a `TaskSampler`."""
     return sampler.describe() if isinstance(sampler, TaskSampler) else {"family": type(sampler).__name__}
 
 
 def check_sampler(sampler: object, what: str = "a sampler") -> None:
-    """Refuse what gives no tasks.
+    """Refuse anything that is not a sampler.
 
     Args:
-        sampler: what came.
-        what: it should be, for the error.
+        sampler: the value to check.
+        what: what it should be, for the error.
 
     Raises:
         TypeError: for anything without a method ``sample``, for a class, and for a ``sample`` that takes the number of
@@ -186,11 +186,11 @@ def check_sampler(sampler: object, what: str = "a sampler") -> None:
 
 
 def check_points(name: str, x: object) -> None:
-    """Refuse what is no tensor of tasks' points ``[T, N, ...]``.
+    """Refuse anything that is not a tensor of points ``[T, N, ...]``.
 
     Raises:
-        TypeError: for something else than a dense tensor.
-        ValueError: for one without an axis of points.
+        TypeError: for anything but a dense tensor.
+        ValueError: for a tensor without an axis of points.
     """
     if not isinstance(x, Tensor):
         cures = {
@@ -211,17 +211,17 @@ def check_points(name: str, x: object) -> None:
 
 
 def check_ids(name: str, ids: object) -> None:
-    """Refuse what is no tensor of tasks' ids ``[T]``.
+    """Refuse anything that is not a tensor of task ids ``[T]``.
 
     Raises:
-        TypeError: for anything else than a tensor of whole numbers or ``None``.
+        TypeError: for anything but a tensor of whole numbers or ``None``.
     """
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point()):
         raise TypeError(f"{name} must be a tensor [T] of whole numbers, or None; got {kind_of(ids)}.")
 
 
 def kind_of(thing: object) -> str:
-    """What something is, in a few words."""
+    """Describe an object in a few words, for errors."""
     if isinstance(thing, Tensor):
         return f"a tensor {list(thing.shape)} of {thing.dtype}"
     if isinstance(thing, (tuple, list, dict)):
@@ -230,23 +230,23 @@ def kind_of(thing: object) -> str:
 
 
 def takes_blocks(sampler: Sampler) -> bool:
-    """Whether a sampler can be asked for a part of a meta-batch, by ``rank`` and ``world_size``."""
+    """Whether a sampler accepts ``rank`` and ``world_size``, and so can return a part of a meta-batch."""
     return _binds(sampler, 0, 1, rank=0, world_size=1)
 
 
 def _binds(sampler: Sampler, *arguments: int, **named: int) -> bool:
-    """Whether its method ``sample`` can be called so."""
+    """Whether its method ``sample`` can be called with these arguments."""
     try:
         signature(sampler.sample).bind(*arguments, **named)
     except TypeError:
         return False
-    except ValueError:  # made without Python, so there is nothing to read
+    except ValueError:  # not written in Python, so it has no signature
         return True
     return True
 
 
 def _is_swapped(sampler: Sampler) -> bool:
-    """Whether the names of its method's first two parameters say the other way round what they are given."""
+    """Whether the names of ``sample``'s first two parameters are in the opposite order."""
     try:
         first, second, *_ = [*signature(sampler.sample).parameters, "", ""]
     except ValueError:
@@ -257,19 +257,20 @@ def _is_swapped(sampler: Sampler) -> bool:
 def drawn(
     sampler: Sampler, step: int, num_tasks: int, rank: int = 0, world_size: int = 1, *, or_all: bool = False
 ) -> TaskBatch:
-    """``rank``'s block of the meta-batch of ``num_tasks`` tasks that belongs to ``step``, from any sampler.
+    """Sample ``rank``'s block of the meta-batch of ``num_tasks`` tasks for ``step``, from any sampler.
 
     Args:
-        sampler: asked.
+        sampler: the sampler to call.
         step: >= 0.
-        num_tasks: of the whole meta-batch.
+        num_tasks: size of the whole meta-batch.
         rank: number of the part, 0 <= rank < world_size.
         world_size: number of parts.
-        or_all: let the whole meta-batch pass too, which a sampler gives that takes the last two and ignores them.
+        or_all: also accept the whole meta-batch, from a sampler that accepts ``rank`` and ``world_size`` but ignores
+            them.
 
     Raises:
-        TypeError: for a sampler that cannot give a part where one is wanted, or that gives no `TaskBatch` of tensors.
-        ValueError: for one that gives another number of tasks than the part has, or tensors without an axis of points.
+        TypeError: if the sampler cannot return a part when one is needed, or does not return a `TaskBatch` of tensors.
+        ValueError: if it returns a different number of tasks than the part has, or tensors without an axis of points.
     """
     if takes_blocks(sampler):
         batch = sampler.sample(step, num_tasks, rank=rank, world_size=world_size)

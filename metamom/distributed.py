@@ -1,13 +1,13 @@
-"""Processes that carry the workers together: one of them alone, or as many as torchrun starts.
+"""The processes that compute the workers' gradients: a single one, or as many as torchrun starts.
 
     from metamom import distributed
 
     with distributed.start() as world:
         learner.backward(world.sample(tasks, step, 32), workers=8, bias=TopK(ratio=0.05), world=world)
 
-Tasks are dealt to processes in blocks, and so are workers, so that what is trained does not depend on how many
-processes there are. One rule keeps a failure on one of them from leaving the others waiting: before tensors are
-exchanged, all have agreed (`World.agree`) that none has failed, and whoever fails anywhere joins that very exchange.
+Processes get contiguous blocks of tasks and workers, so that training does not depend on the number of processes. One
+rule keeps the others from waiting forever if one process fails: before they exchange tensors, all processes agree
+(`World.agree`) that none has failed, and a process that fails anywhere joins that same agreement.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from metamom.common.checks import check_whole, check_word
 
 Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
-TIMEOUT = 600.0  # seconds, where nothing is said: a first compiled step takes minutes
+TIMEOUT = 600.0  # default, in seconds; a first compiled step takes minutes
 SAME = "Give all of them the same arguments and weights: make models after the same torch.manual_seed, or load them."
-WEIGHTS_EVERY = 50  # steps: their weights are compared, for processes that go apart
+WEIGHTS_EVERY = 50  # steps between comparisons of the weights, to detect processes that diverge
 T = TypeVar("T")
 
 
 class ProcessError(RuntimeError):
-    """An exchange between processes that failed: one of them is gone, hangs, or does something else than the others."""
+    """An exchange between processes failed: one of them has died, hangs, or is out of step with the others."""
 
 
 class World:
-    """The processes that carry the workers, as one of them sees them. Made by `start`; ``World()`` is a process alone.
+    """The group of processes, as one of them sees it. Created by `start`; ``World()`` is a single process.
 
     Args:
         rank: this process's number, 0 <= rank < size.
         size: number of processes.
-        server: who aggregates: every process what all have sent (``"replicated"``), or process 0, which sends the
-            result to the others (``"rank0"``).
+        server: who aggregates: every process (``"replicated"``), or process 0, which broadcasts the result
+            (``"rank0"``).
         timeout: seconds > 0 after which waiting for another process is an error.
-        owned: whether `close` takes the process group down.
+        owned: whether `close` destroys the process group.
 
     Attributes:
-        sent: bytes that the processes have sent each other so far, all of them together: agreements, losses and
-            gradients, by what an exchange sends at least (an all-reduce of p bytes by n processes: ``2 (n-1) p``).
-        doing: what this process is about to do, in words; an agreement of processes that differ in it is refused.
-        status: a whole number that goes to the other processes with the next agreement.
-        statuses: those of all processes, from the last one.
+        sent: total bytes that all processes have sent each other so far: agreements, losses and gradients. Each
+            exchange counts the minimum that it must send (``2 (n-1) p`` for an all-reduce of p bytes by n processes).
+        doing: what this process is about to do, in words. `agree` raises an error if processes differ in it.
+        status: a whole number to send to the other processes with the next agreement.
+        statuses: the status of every process at the last agreement.
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class World:
         return self.rank == 0
 
     def sample(self, sampler: Sampler, step: int, num_tasks: int) -> TaskBatch:
-        """This process's block of the meta-batch of ``num_tasks`` tasks that belongs to ``step``.
+        """Sample this process's block of the meta-batch of ``num_tasks`` tasks for ``step``.
 
         Raises:
             ValueError: if the number of processes does not divide ``num_tasks``.
-            TypeError: for a sampler that gives no parts, where there are several processes, or no `TaskBatch`.
+            TypeError: if the sampler does not return a `TaskBatch`, or cannot return parts to several processes.
         """
         return drawn(sampler, step, num_tasks, self.rank, self.size)
 
     def workers(self, n: int) -> range:
-        """Which of n workers this process carries: its block of them, or, of fewer than processes, the one it shares.
+        """This process's block of n workers. If there are fewer workers than processes, the one worker it shares.
 
         Raises:
-            TypeError: if n is no whole number.
-            ValueError: if it is below 1, and unless the number of processes divides n, or n divides it.
+            TypeError: if n is not a whole number.
+            ValueError: if n is below 1, or if neither n nor the number of processes divides the other.
         """
         n = check_whole("the number of workers", n, 1)
         if n % self.size and self.size % n:
@@ -114,15 +114,15 @@ class World:
         return block(n, self.rank, self.size)
 
     def agree(self, error: Exception | None = None) -> None:
-        """Go on once all processes have come here, and only if none of them has failed.
+        """Wait for all processes, and continue only if none of them has failed.
 
         Args:
             error: this process's failure.
 
         Raises:
-            Exception: the failure of the process of lowest number that failed, the same on all of them.
-            ValueError: where they are `doing` different things, the same on all of them.
-            ProcessError: if a process is gone or does not come within the time-out.
+            Exception: the failure of the lowest-numbered process that failed, the same on all processes.
+            ValueError: if processes are `doing` different things, the same on all processes.
+            ProcessError: if a process has died or does not arrive within the time-out.
         """
         if self.size == 1:
             self.statuses = [self.status]
@@ -133,7 +133,7 @@ class World:
             doing = int.from_bytes(hashlib.blake2b(self.doing.encode(), digest_size=7).digest(), "little")
             said = self.gather(torch.tensor([error is not None, self.status, doing], dtype=torch.int64)).tolist()
         except ProcessError:
-            if error is not None:  # whom it cannot be told
+            if error is not None:  # the others cannot be reached
                 raise error from None
             raise
         self.statuses = [word for _, word, _ in said]
@@ -141,7 +141,7 @@ class World:
         differ = any(other != said[0][2] for _, _, other in said)
         if not failed and not differ:
             return
-        # some may have failed before they could say what they did: all begin again
+        # a process may have failed before it set `doing`, so all reset it
         did, self.doing, self._steps = self.doing, "", 0
         if not failed:
             self._refuse("what they do", self.gather_objects(did), SAME)
@@ -151,7 +151,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A part in which one process may fail: at its end all agree, or all raise the same error.
+        """A block in which one process may fail. At its end, all agree or all raise the same error.
 
         Raises:
             Exception: as `agree`.
@@ -165,10 +165,10 @@ class World:
         self.agree()
 
     def broadcast_object(self, make: Callable[[], T]) -> T:
-        """What process 0 makes, on all of them.
+        """Call ``make`` on process 0 and return its result on all processes.
 
         Raises:
-            Exception: what it raises, on all of them.
+            Exception: the error that ``make`` raises, on all processes.
         """
         with self.together():
             made = [make() if self.first else None]
@@ -177,12 +177,12 @@ class World:
         return made[0]  # type: ignore[return-value]
 
     def check_same(self, what: str, value: object, remedy: str) -> None:
-        """Refuse to go on with processes that differ in what must be the same.
+        """Raise an error if processes differ in a value that must be the same.
 
         Args:
-            what: it is, for the error.
-            value: of this process, or a function that makes it; tensors by `digest`.
-            remedy: what to do.
+            what: the name of the value, for the error.
+            value: this process's value, or a function that returns it; use `digest` for tensors.
+            remedy: what to do, for the error.
 
         Raises:
             ValueError: on all processes, naming the first that differs from process 0.
@@ -194,7 +194,7 @@ class World:
         self._refuse(what, self.gather_objects(value), remedy)
 
     def step(self, what: str, weights: Iterable[Tensor]) -> None:
-        """Say what this process is `doing`: a step, with these arguments, every now and then with these weights."""
+        """Set `doing` to a step with these arguments and, every `WEIGHTS_EVERY` steps, a digest of these weights."""
         if self.size > 1:
             told = f" at weights {digest(weights)}" if self._steps % WEIGHTS_EVERY == 0 else ""
             self.doing = what + told
@@ -209,7 +209,7 @@ class World:
                 raise self._shared
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Every process's ``[*shape]``, of one shape on all: ``[size, *shape]``."""
+        """Gather every process's ``[*shape]`` (the same shape on all) into ``[size, *shape]``."""
         if self.size == 1:
             return tensor.unsqueeze(0)
         everyones = tensor.new_empty(self.size, *tensor.shape)
@@ -218,7 +218,7 @@ class World:
         return everyones
 
     def gather_to_server(self, tensor: Tensor) -> Tensor:
-        """`gather` where the server is; nothing of use elsewhere."""
+        """`gather` on the server. The result on other processes is meaningless."""
         if self.size == 1 or self.server == "replicated":
             return self.gather(tensor)
         out = [torch.empty_like(tensor) for _ in range(self.size)] if self.first else None
@@ -227,7 +227,7 @@ class World:
         return torch.stack([tensor] if out is None else out)
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place: on the server, and on all where each is one."""
+        """Sum over all processes in place, on the server (on every process if the server is replicated)."""
         if self.size == 1:
             return tensor
         if self.server == "replicated":
@@ -237,21 +237,21 @@ class World:
         return tensor
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place, on all of them."""
+        """Sum over all processes in place, on every process."""
         if self.size > 1:
             self._call("a sum", lambda: dist.all_reduce(tensor))
             self.sent += 2 * (self.size - 1) * tensor.nbytes
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Process 0's tensor on all of them, in place."""
+        """Copy process 0's tensor to every process, in place."""
         if self.size > 1:
             self._call("the server's result", lambda: dist.broadcast(tensor, src=0))
             self.sent += (self.size - 1) * tensor.nbytes
         return tensor
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every process's object; not counted in `sent`."""
+        """Gather every process's object. These bytes are not counted in `sent`."""
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
@@ -259,7 +259,7 @@ class World:
         return out
 
     def close(self) -> None:
-        """Leave the others. No process may need this one any more."""
+        """Leave the group. No process may still need this one."""
         if self._owned and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -274,7 +274,7 @@ class World:
             self.close()
 
     def _has_shared(self, error: BaseException | None) -> bool:
-        """Whether the others know, or cannot be told."""
+        """Whether the other processes know of this error, or cannot be reached."""
         while error is not None:
             if error is self._shared or isinstance(error, ProcessError):
                 return True
@@ -294,7 +294,7 @@ class World:
 
 
 def as_world(world: World | None) -> World:
-    """The processes that an argument ``world`` names; ``None`` is this one alone.
+    """Resolve an argument ``world``; ``None`` means a single process.
 
     Raises:
         TypeError: for anything but a `World`.
@@ -307,21 +307,21 @@ def as_world(world: World | None) -> World:
 
 
 def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
-    """Join the processes that torchrun has started; a process alone where it has not.
+    """Join the processes that torchrun has started. Without torchrun, the result is a single process.
 
-    CPU tensors go by gloo, tensors on GPUs by nccl; each process takes the GPU of its local rank as ``"cuda"``. A
-    process group that is there already is taken as it is, and left when the world closes.
+    CPU tensors use gloo, GPU tensors use nccl. Each process uses the GPU of its local rank as ``"cuda"``. An existing
+    process group is used as it is, and is not destroyed when the world closes.
 
     Args:
         server: see `World`.
         timeout: seconds > 0 after which waiting for another process is an error.
 
     Returns:
-        A `World`, a context manager: on leaving, this process's failure becomes that of all.
+        A `World`, to use as a context manager: if this process fails inside it, all processes fail.
 
     Raises:
-        ValueError: for an argument out of range, or an environment that torchrun did not set whole.
-        ProcessError: if the others do not come within the time-out.
+        ValueError: for an argument out of range, or incomplete torchrun environment variables.
+        ProcessError: if the other processes do not arrive within the time-out.
 
     Example:
         >>> with start() as world:
@@ -333,7 +333,7 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
     given = dist.is_available() and dist.is_initialized()
     if not given and "RANK" not in os.environ:
         return World(server=server, timeout=timeout)
-    World(server=server)  # refuses another server before anyone waits
+    World(server=server)  # checks ``server`` before any process waits
     if not given:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
@@ -344,17 +344,17 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        # here: a torch without torch.distributed has none of these. The first has the process group of the moment as a
-        # default, and torch.compile's parts import it at any time: a group that is kept alive so has threads left when
-        # the interpreter shuts down, and the process may abort after all is done
+        # Imported here, since torch may be built without torch.distributed. The module below keeps the current process
+        # group as a default argument, and torch.compile may import it at any time. If it then keeps our group alive,
+        # the group's threads outlast the interpreter and the process may abort at exit. So import it first.
         importlib.import_module("torch.distributed.nn.functional")
         from torch.distributed.rendezvous import rendezvous
 
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
             store.set_timeout(timedelta(seconds=timeout))
-            # torchrun's store on one machine still knows where the processes were before a restart (pytorch issue
-            # 135712); several machines count restarts each for itself, and get a new store by --rdzv-backend c10d
+            # After a restart on one machine, torchrun's store still holds the old processes' addresses (pytorch issue
+            # 135712). With several machines, each counts restarts separately, but --rdzv-backend c10d makes a new store
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)  # type: ignore[attr-defined]
@@ -370,7 +370,7 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """A few letters that differ where tensors differ in a bit."""
+    """A short hash of the tensors, which changes if any bit does."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
@@ -379,13 +379,13 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _packed(error: Exception) -> bytes:
-    """An error as others can raise it: as it is, or made anew of its type, what it says and its attributes."""
-    if not isinstance(error, StopIteration):  # which means something else where it is raised in a generator
+    """Serialise an error for the other processes: pickled, or rebuilt from its type, message and attributes."""
+    if not isinstance(error, StopIteration):  # it would end a generator that raises it
         for told in (error, (type(error), str(error), dict(vars(error)))):
             try:
                 packed = pickle.dumps(told)
                 copy = _unpacked(packed)
-            except Exception:  # noqa: BLE001 - whatever an error's own pickling raises: then its text goes
+            except Exception:  # noqa: BLE001 - pickling it may raise anything: send its text instead
                 continue
             if type(copy) is type(error) and str(copy) == str(error):
                 return packed

@@ -24,15 +24,15 @@ BLOCK = 50  # tasks drawn and computed together
 
 
 class Evaluation(NamedTuple):
-    """A learner's quality after each number of adaptation steps; k of them, T tasks.
+    """A learner's performance on T tasks after each of k numbers of adaptation steps.
 
     Attributes:
         steps: the numbers of inner steps, ``k`` of them.
-        mean: over the tasks, ``k`` values.
-        halfwidth: of the confidence interval, ``z s / sqrt(T)``, ``k`` values.
+        mean: mean over the tasks, ``k`` values.
+        halfwidth: half-width of the confidence interval, ``z s / sqrt(T)``, ``k`` values.
         values: every task's value, ``[k, T]``.
         metric: ``"accuracy"`` in [0, 1] for classification (`metamom.maml.metrics.accuracy`), else ``"loss"``.
-        confidence: of the intervals.
+        confidence: level of the intervals.
     """
 
     steps: tuple[int, ...]
@@ -54,28 +54,28 @@ def evaluate(
     stream: str = "test",
     world: World | None = None,
 ) -> Evaluation:
-    """Adapt to fresh tasks and judge on their query sets.
+    """Adapt to new tasks and evaluate on their query sets.
 
-    The model is in evaluation mode meanwhile, so dropout is off. Batch normalisation uses the statistics of the set at
-    hand (transductive, as in MAML). Neither the learner nor any global state is changed.
+    The model runs in evaluation mode, so dropout is off. Batch normalisation uses the statistics of the current set
+    (transductive, as in MAML). Neither the learner nor any global state changes.
 
     Args:
-        learner: what `train` trained.
-        sampler: the tasks. A `metamom.TaskSampler`, such as metamom's own, is asked for its ``stream``, so that no
-            training task comes back; any other is asked as it is, for its step 0.
+        learner: the learner to evaluate.
+        sampler: the tasks. From a `metamom.TaskSampler`, such as metamom's own, they come from ``stream``, so that no
+            training task is reused. Any other sampler is used unchanged, at step 0.
         tasks: T >= 2.
         steps: numbers of inner steps >= 0, in any order; 0 is before adaptation.
-        confidence: of the intervals, in (0, 1); 0.95 gives ``mean ± 1.96 s / sqrt(T)``.
+        confidence: level of the intervals, in (0, 1); 0.95 gives ``mean ± 1.96 s / sqrt(T)``.
         stream: which stream of the sampler's seed to draw from.
-        world: the processes that share the tasks; one alone by default. The result is the same, bit for bit, on all.
+        world: the processes that share the tasks; one by default. All of them get the same result, bit for bit.
 
     Returns:
         An `Evaluation`.
 
     Raises:
-        TypeError: for arguments of another kind, and for a sampler that gives something else than a `TaskBatch`.
-        ValueError: for an argument out of range, and for tasks that the model or the loss cannot take.
-        metamom.maml.batch_checks.NonFiniteDataError: where predictions are not finite, for the data is not.
+        TypeError: for arguments of the wrong type, and for a sampler that does not return a `TaskBatch`.
+        ValueError: for an argument out of range, and for tasks that do not fit the model or the loss.
+        metamom.maml.batch_checks.NonFiniteDataError: if predictions are not finite because the data is not.
 
     Reference:
         The protocol of Finn, Abbeel, Levine (2017), section 5.2.
@@ -99,7 +99,7 @@ def evaluate(
     if world.size > 1:
         weights = digest(learner.meta_parameters().values())
         world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}, at weights {weights}"
-    values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # of other processes' tasks zero; last, the metric
+    values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # zero for tasks of others; last: the metric
     with world.together(), evaluating():
         count, parts = _parts(source, tasks, world)
         hidden = None if world.first else True
@@ -133,11 +133,11 @@ def evaluate(
 
 
 def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tuple[int, TaskBatch]]]:
-    """How many parts of the tasks are this process's, and each of them after the number of its first task.
+    """The number of parts that this process evaluates, and the parts, each with the index of its first task.
 
-    They are blocks of one meta-batch, dealt as to processes: which tasks are drawn does not depend on how many are
-    computed together, nor where. A number without a divisor of a fair size, such as a prime, is drawn whole, and so
-    are the tasks of a sampler that gives no parts.
+    Parts are blocks of one meta-batch, as for processes. So the tasks do not depend on how many are computed together,
+    or where. The whole meta-batch is drawn at once if the number of tasks has no divisor of a reasonable size (a
+    prime, say), or if the sampler cannot return parts.
     """
     numbers = range(-(-tasks // BLOCK), tasks // max(1, BLOCK // 4) + 1)
     fair = (n for n in numbers if tasks % n == 0)
@@ -154,7 +154,7 @@ def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tup
                 if part.num_tasks < tasks:
                     yield first, part
                     continue
-                whole = part  # a sampler that takes the keywords for a part, and ignores them
+                whole = part  # the sampler accepts rank and world_size but ignores them
             check_batch(whole)
             if whole.num_tasks != tasks:
                 raise ValueError(f"the sampler was asked for {tasks} tasks; got a batch of {whole.num_tasks}.")

@@ -1,4 +1,4 @@
-"""Modules under the names that they had in version 0.1: ``metamom.layers`` is ``metamom.nets.layers``."""
+"""Aliases for modules under their names in version 0.1: ``metamom.layers`` is ``metamom.nets.layers``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.i
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds a module under its old name: the same module object as under its new one."""
+    """Finds a module under its old name. It is the same module object as under the new name."""
 
     def __init__(self) -> None:
         self.specs: dict[str, ModuleSpec | None] = {}
@@ -50,12 +50,12 @@ class _Finder(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module back its own spec, which importing it under the old name has replaced."""
+        """Restore the module's own spec, which the import under the old name has replaced."""
         assert module.__spec__ is not None
         module.__spec__ = self.specs.pop(module.__spec__.name)
 
 
 def install() -> None:
-    """Let modules be imported by their old names."""
+    """Make modules importable under their old names."""
     if not any(type(finder) is _Finder for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,4 @@
-"""The composite momentum method: its rule, the optimizer around it, and a scheduler for beta."""
+"""The composite momentum method: the update rule, the optimizer, and a scheduler for beta."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metamom.common.checks import check_number, is_word
 
 FirstStep = Literal["zero", "gradient"]
 
-# What other optimizers call an option, and what to do here.
+# Option names of other optimizers, and what to use instead.
 INSTEAD = {
     "momentum": "a momentum of 0.9 elsewhere is beta=0.1 here, the weight of the new gradient",
     "dampening": 'first_step="gradient" is SGD with dampening = momentum, first_step="zero" the form of the analysis',
@@ -31,15 +31,16 @@ INSTEAD = {
 
 
 def momentum_update(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
-    """One update of the momentum: ``v_k = (1 - beta) v_{k-1} + beta g_k``.
+    """Update the momentum once: ``v_k = (1 - beta) v_{k-1} + beta g_k``.
 
-    This recurrence is an exponential average of gradients. `torch.optim.SGD`'s ``v <- mu v + (1 - dampening) g`` is
-    the same with ``mu = dampening = 1 - beta``, except for its first value (see `CompositeMomentum`).
+    This recurrence is an exponential moving average of gradients. `torch.optim.SGD`'s
+    ``v <- mu v + (1 - dampening) g`` is the same with ``mu = dampening = 1 - beta``, except for its first value (see
+    `CompositeMomentum`).
 
     Args:
         buf: ``v_{k-1}``, any shape. Left unchanged.
         grad: ``g_k``, same shape.
-        beta: weight of the new gradient, 0 < beta <= 1; 1 forgets the past.
+        beta: weight of the new gradient, 0 < beta <= 1; 1 discards the past.
 
     Returns:
         ``v_k``, a new tensor.
@@ -58,8 +59,8 @@ def momentum_update(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
 
 
 def momentum_update_(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
-    """`momentum_update` in place: ``buf`` becomes ``v_k`` and is returned. Beta is taken as checked."""
-    if beta == 1:  # 0 * v would keep an infinite or NaN past alive
+    """`momentum_update` in place: ``buf`` becomes ``v_k`` and is returned. Beta is not checked."""
+    if beta == 1:  # 0 * v would keep past infinities and NaN
         return buf.copy_(grad)
     return buf.mul_(1 - beta).add_(grad, alpha=beta)
 
@@ -67,12 +68,12 @@ def momentum_update_(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
 class CompositeMomentum(Optimizer):
     """Momentum as the paper analyses it: ``v <- (1 - beta) v + beta g``, then ``w <- w - lr v``.
 
-    Beta is the weight of the *new* gradient: ``beta=0.1`` is what others call a momentum of 0.9, and ``beta=1`` is
-    plain SGD, bit for bit. The first value of v matters (the first gradient enters the sum of all steps with weight
-    1/beta in the second form):
+    Beta is the weight of the *new* gradient: ``beta=0.1`` corresponds to a momentum of 0.9 elsewhere, and ``beta=1`` is
+    plain SGD, bit for bit. The first value of v matters: with ``"gradient"``, the first gradient enters the sum of all
+    steps with weight 1/beta instead of 1.
 
     ============ ===================== ====================================================================
-    first_step   start                 the same as
+    first_step   start                 equivalent to
     ============ ===================== ====================================================================
     "zero"       ``v_{-1} = 0``        ``SGD(lr=lr * beta, momentum=1 - beta)``; the form of the analysis
     "gradient"   ``v_0 = g_0``         ``SGD(lr, momentum=1 - beta, dampening=1 - beta)``; the form of the
@@ -80,21 +81,21 @@ class CompositeMomentum(Optimizer):
     ============ ===================== ====================================================================
 
     Args:
-        params: parameters or parameter groups. Every option below may differ per group.
+        params: parameters or parameter groups. Every option below can differ per group.
         lr: the step size gamma, > 0. A 0-d tensor is accepted where torch accepts one.
-        beta: 0 < beta <= 1, may be changed between steps (see `LambdaBeta`).
-        first_step: how v starts.
+        beta: 0 < beta <= 1; can change between steps (see `LambdaBeta`).
+        first_step: the first value of v (see above).
         weight_decay: adds ``weight_decay * w`` to the gradient (L2), >= 0.
         maximize: ascend instead of descend.
-        foreach: update all tensors of a group together (True), one by one (False), or together where every one of
-            them is a plain strided tensor (None). The result is the same.
-        normalize: move by ``lr v / ||v||``, every step as long as lr, with the norm over all parameters (of every group
-            that normalises) that have a gradient; where v is zero nothing moves. It needs no bound on lr, and its
-            bias floor is 2b in the mean of the gradient's norm (`metamom.theory.bound_1c`); lower lr to get there.
+        foreach: update all tensors of a group together (True), one by one (False), or together if all of them are
+            plain strided tensors (None). The result is the same.
+        normalize: move by ``lr v / ||v||``, so that every step has length lr. The norm is over all parameters with a
+            gradient, in all groups that normalise; if v is zero, nothing moves. This needs no bound on lr. Its bias
+            floor is 2b in the mean gradient norm (`metamom.theory.bound_1c`), which a lower lr approaches.
 
     Raises:
         ValueError: for an option out of range.
-        TypeError: for other optimizers' options, here or in a group, saying what takes their place; at `step`, for a
+        TypeError: for other optimizers' options, here or in a group, with what to use instead; at `step`, for a
             sparse gradient.
 
     Example:
@@ -106,7 +107,7 @@ class CompositeMomentum(Optimizer):
         tensor([0.9000])
 
     Reference:
-        Beikmohammadi, Khirirat, Magnússon, arXiv 2403.00853; state ``"momentum"`` is v_k there. Normalised:
+        Beikmohammadi, Khirirat, Magnússon, arXiv 2403.00853; the state ``"momentum"`` is their v_k. Normalised:
         Cutkosky, Mehta (2020), momentum improves normalized SGD.
     """
 
@@ -137,28 +138,28 @@ class CompositeMomentum(Optimizer):
         super().__init__(_checked(params), defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a saved state, of a version without normalisation too.
+        """Restore a saved state, including one from a version without normalisation.
 
         Raises:
-            ValueError: for options that no step could be done with; everything is then as it was.
+            ValueError: for options out of range; nothing changes then.
         """
         for group in state["param_groups"]:
             if missing := {"lr", "beta", "first_step", "weight_decay", "maximize", "foreach"} - set(group):
                 raise ValueError(f"the state of CompositeMomentum has no {', '.join(sorted(missing))} in a group.")
-            _check_options({**group, "lr": 1.0})  # but for lr, which a schedule may have taken to 0
+            _check_options({**group, "lr": 1.0})  # except lr, which a schedule may have taken to 0
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("normalize", False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what it does not set comes from the constructor."""
+        """Add a group. Options that it does not set come from the constructor."""
         _check_names(param_group, strict=False)
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        forget(self.param_groups[-1]["params"])  # what other optimizers left there is not this one's
+        forget(self.param_groups[-1]["params"])  # notes from other optimizers do not apply to this one
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, or set them to zero, as every optimizer does; forgetting takes a tenth of the time."""
+        """Set the gradients to ``None`` or to zero, like every optimizer. ``None`` takes a tenth of the time."""
         for group in self.param_groups:
             forget(group["params"])
         if not set_to_none:
@@ -176,16 +177,16 @@ class CompositeMomentum(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One momentum step on every parameter that has a gradient.
+        """Take one momentum step on every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients again; called once, before the step, with gradients enabled.
+            closure: recomputes the loss and its gradients; called once, before the step, with gradients enabled.
 
         Returns:
             What the closure returned.
 
         Raises:
-            ValueError: for a beta out of range, or below 1 for gradients that workers have averaged (EF21SGDM).
+            ValueError: for a beta out of range, or a beta below 1 if workers have averaged the gradients (EF21SGDM).
             TypeError: for a sparse gradient.
         """
         loss = None
@@ -193,8 +194,8 @@ class CompositeMomentum(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pending = []
-        for group in self.param_groups:  # all of them before the first moves: an error leaves every weight as it was
-            _check_beta(group["beta"])  # it may have been scheduled, or changed by hand
+        for group in self.param_groups:  # check all before any weight moves, so that an error changes nothing
+            _check_beta(group["beta"])  # it may have been scheduled or changed by hand
             pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
             _check_gradients(pairs)
             if group["beta"] != 1:
@@ -206,15 +207,15 @@ class CompositeMomentum(Optimizer):
             lr = float(group["lr"])
             if not group["normalize"]:
                 _move(params, bufs, lr, group["foreach"])
-            elif norm != 0:  # v = 0 has no direction; a NaN goes on into the weights, to be seen there
+            elif norm != 0:  # v = 0 has no direction; a NaN reaches the weights, where it shows
                 _move(
                     params, [v / norm for v in bufs], lr, group["foreach"]
                 )  # lr / norm may be too large for a float16
-            forget(params)  # these gradients are used
+            forget(params)  # these gradients have been used
         return loss
 
     def _average(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Update a group's momenta; the parameters and their ``v_k``."""
+        """Update a group's momenta. Returns the parameters and their ``v_k``."""
         beta = group["beta"]
         params = [p for p, _ in pairs]
         grads = [g for _, g in pairs]
@@ -224,12 +225,12 @@ class CompositeMomentum(Optimizer):
         started = ["momentum" in state for state in states]
         for state, has_begun, p, g in zip(states, started, params, grads, strict=True):
             if not has_begun:
-                # v_{k-1} before the first step; v_0 = g_0 is reached by starting from v_{-1} = g_0
+                # v_{-1}, the value before the first step; v_{-1} = g_0 gives v_0 = g_0
                 state["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
         bufs = [state["momentum"] for state in states]
         moving_bufs, moving_grads = bufs, grads
         if group["first_step"] == "gradient" and not all(started):
-            # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding, so fresh buffers, already v_0, are not averaged.
+            # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding. So new buffers, which are already v_0, are skipped.
             moving_bufs, moving_grads = list(compress(bufs, started)), list(compress(grads, started))
         if _together(group["foreach"], params):
             _momentum_updates_(moving_bufs, moving_grads, beta)
@@ -240,18 +241,18 @@ class CompositeMomentum(Optimizer):
 
 
 class LambdaBeta:
-    """Schedules beta: group by group, ``beta_k = beta_0 * factor(k)``, as `LambdaLR` does for the step size.
+    """Schedules beta in each group: ``beta_k = beta_0 * factor(k)``, like `LambdaLR` for the step size.
 
-    Construction sets ``beta_0 * factor(0)``; each `step` goes on by one. Its state is the step number and the
+    The constructor sets ``beta_0 * factor(0)``, and each `step` advances k by one. The state is the step number and the
     initial betas; the function itself is not saved.
 
     Args:
-        optimizer: one whose groups have ``"beta"``.
-        factor: of the step number 0, 1, 2, ...; one function, or one for each group.
+        optimizer: an optimizer with ``"beta"`` in its groups.
+        factor: a function of the step number 0, 1, 2, ..., or a list with one for each group.
 
     Raises:
         TypeError: if a group has no beta.
-        ValueError: if the number of functions is not that of the groups, or a beta leaves (0, 1].
+        ValueError: if the number of functions differs from the number of groups, or a beta leaves (0, 1].
 
     Example:
         >>> optimizer = CompositeMomentum([torch.nn.Parameter(torch.zeros(1))], lr=0.1, beta=0.5)
@@ -275,20 +276,20 @@ class LambdaBeta:
         self._apply()
 
     def step(self) -> None:
-        """Go on to the next step's beta; call it after ``optimizer.step()``."""
+        """Set the next step's beta. Call this after ``optimizer.step()``."""
         self.last_step += 1
         self._apply()
 
     def get_last_beta(self) -> list[float]:
-        """The betas in force, one for each group."""
+        """The current betas, one for each group."""
         return [float(group["beta"]) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Step number and initial betas."""
+        """The step number and the initial betas."""
         return {"last_step": self.last_step, "base_betas": list(self.base_betas)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the saved schedule stood."""
+        """Continue from a saved schedule."""
         self.last_step = int(state_dict["last_step"])
         self.base_betas = [float(beta) for beta in state_dict["base_betas"]]
         self._apply()
@@ -317,7 +318,7 @@ def _checked(params: Any) -> list[Any]:
 
 
 def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """The gradient to average: sign and weight decay applied, ``p.grad`` itself left alone."""
+    """The gradient to average, with sign and weight decay applied. ``p.grad`` itself does not change."""
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"]:
@@ -342,13 +343,13 @@ def _move(params: list[Tensor], bufs: list[Tensor], lr: float, foreach: bool | N
 
 
 def _norm(bufs: list[Tensor]) -> float:
-    """The norm of all of v; the squares of 16-bit entries would overflow or vanish in 16 bits."""
+    """The norm of the whole of v. It is wider than 16 bits, in which squares would overflow or vanish."""
     parts = [torch.linalg.vector_norm(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in bufs]
     return math.hypot(*map(float, parts))
 
 
 def _by_kind(*lists: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
-    """The same lists cut into groups of one device and dtype, as torch's multi-tensor functions need them."""
+    """Split the lists into groups of one device and dtype, as torch's multi-tensor functions need them."""
     if len({(x.device, x.dtype) for x in lists[0]}) <= 1:
         return (lists,) if lists[0] else ()
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
@@ -362,7 +363,7 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
         if beta == 1:
             torch._foreach_copy_(vs, gs)
         elif vs[0].is_cpu and vs[0].element_size() == 2:
-            # _foreach_mul_ would round 1 - beta to 16 bits there: 0.99 to 0.988 in bfloat16, a beta of 0.012
+            # _foreach_mul_ would round 1 - beta to 16 bits: in bfloat16, 0.99 becomes 0.988, a beta of 0.012
             for v, g in zip(vs, gs, strict=True):
                 momentum_update_(v, g, beta)
         else:
@@ -371,7 +372,7 @@ def _momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> 
 
 
 def _check_momentum(pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
-    """Refuse to average once more what the workers have averaged (`metamom.server.aggregate.deliver` notes it)."""
+    """Refuse to average gradients that the workers have averaged (`metamom.server.aggregate.deliver` notes these)."""
     spec = averaged_by(p for p, _ in pairs)
     if spec is not None:
         raise ValueError(
@@ -399,7 +400,7 @@ def _check_beta(beta: float) -> float:
 
 
 def _check_names(options: Mapping[str, Any], *, strict: bool) -> None:
-    """Refuse other optimizers' options, and, if strict, any: groups may hold what schedulers or their owner keep."""
+    """Refuse other optimizers' options; if strict, all unknown ones. Groups may hold keys of schedulers or users."""
     for name, value in options.items():
         if name in INSTEAD:
             cure = INSTEAD[name]

@@ -1,9 +1,9 @@
-"""Random numbers by counter: what is drawn depends on where it is drawn, not on what was drawn before.
+"""Counter-based random numbers: a draw depends on its coordinates, not on earlier draws.
 
 Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) maps (key, counter) to 64 random
-bits. The key is (seed, stream), the counter (step, index of the task in the meta-batch, purpose); so any process can
-draw any task at any time, and two seeds share nothing. NumPy fixes Philox's bits across versions and platforms, but
-not what its ``Generator`` makes of them; therefore bits become numbers here.
+bits. The key is (seed, stream), the counter (step, index of the task in the meta-batch, purpose). So any process can
+draw any task at any time, and two seeds share nothing. NumPy guarantees Philox's bits across versions and platforms,
+but not the numbers that its ``Generator`` derives from them. So the conversion from bits to numbers is done here.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ MOST_NUMBERS = 2**28  # in one draw: 2 GiB
 
 
 class Purpose(IntEnum):
-    """What a draw is for; draws for different purposes are independent."""
+    """The purpose of a draw. Draws for different purposes are independent."""
 
-    TASK = 0  # which task: an amplitude, a set of classes
-    DATA = 1  # which points of it: inputs, noise, drawings
+    TASK = 0  # the task: an amplitude, a set of classes
+    DATA = 1  # its points: inputs, noise, drawings
     AUGMENT = 2  # a user's random augmentation of those points
     CHOICE = 3  # which of a fixed set of tasks
     BIAS = 4  # which entries a random operator keeps, and how it rounds
 
 
 class Places(NamedTuple):
-    """Where tasks (or workers) stand in the counter space: stream, step, and indices in the meta-batch ``[T]``."""
+    """Coordinates of tasks (or workers) in the counter space: stream, step, and indices in the meta-batch ``[T]``."""
 
     stream: str
     step: int
@@ -39,13 +39,13 @@ class Places(NamedTuple):
 
 
 def uniforms(seed: int, places: Places, purpose: Purpose, count: int) -> Floats:
-    """Numbers uniform on [0, 1), multiples of 2^-53, the same on every platform.
+    """Draw numbers uniform on [0, 1), multiples of 2^-53, the same on every platform.
 
     Args:
         seed: 0 <= seed < 2^64.
-        places: T places.
-        purpose: separates independent draws at one place.
-        count: how many numbers at each place.
+        places: T coordinates.
+        purpose: separates independent draws at the same coordinates.
+        count: how many numbers to draw at each.
 
     Returns:
         ``[T, count]`` float64.
@@ -59,9 +59,9 @@ def uniforms(seed: int, places: Places, purpose: Purpose, count: int) -> Floats:
             "drawn at a time. Use fewer tasks, or fewer points."
         )
     bits = np.empty((len(places.indices), count), dtype=np.uint64)
-    # The key as an array: a list with a number >= 2^63 would pass through float64 and lose its low bits.
+    # Pass the key as an array: a list with a number >= 2^63 would go through float64 and lose its low bits.
     philox = np.random.Philox(key=np.array([seed, _stream_number(places.stream)], dtype=np.uint64))
-    state = philox.state  # with an empty buffer; setting it is cheaper than a new generator
+    state = philox.state  # its buffer is empty; setting it is cheaper than a new generator
     for row, index in zip(bits, places.indices, strict=True):
         state["state"]["counter"] = np.array([0, index, places.step, purpose], dtype=np.uint64)
         philox.state = state
@@ -70,7 +70,7 @@ def uniforms(seed: int, places: Places, purpose: Purpose, count: int) -> Floats:
 
 
 def normals(uniform: Floats) -> Floats:
-    """Standard normal numbers from uniform ones (Box-Muller), ``[T, 2c] -> [T, 2c]``."""
+    """Convert uniform numbers to standard normal ones (Box-Muller), ``[T, 2c] -> [T, 2c]``."""
     half = uniform.shape[-1] // 2
     radius = np.sqrt(-2.0 * np.log1p(-uniform[..., :half]))
     angle = 2.0 * np.pi * uniform[..., half:]
@@ -78,14 +78,14 @@ def normals(uniform: Floats) -> Floats:
 
 
 def choose(uniform: Floats, n: int | Ints) -> Ints:
-    """Ordered choices without replacement from 0..n-1, every one equally likely.
+    """Choose k of 0..n-1 without replacement, all ordered choices equally likely.
 
-    The first k steps of the Fisher-Yates shuffle, in all rows at once: step j swaps place j with a place p_j that is
-    uniform on j..n-1. Fewer choices (a smaller k) from the same numbers are the first ones of more.
+    These are the first k steps of the Fisher-Yates shuffle, in all rows at once: step j swaps entry j with an entry
+    p_j that is uniform on j..n-1. With the same numbers, a smaller k gives the first choices of a larger one.
 
     Args:
         uniform: ``[R, k]`` numbers on [0, 1), one for each choice; k <= n.
-        n: size of the population, one for all rows or one for each, ``[R]``.
+        n: size of the population, one for all rows or one for each row, ``[R]``.
 
     Returns:
         ``[R, k]`` int64, distinct within a row.
@@ -98,7 +98,7 @@ def choose(uniform: Floats, n: int | Ints) -> Ints:
     largest = int(sizes.max(initial=0))
     if largest <= 2 * k * k:
         pool = np.tile(np.arange(largest), (rows, 1))
-    else:  # only the places 0..k-1 and p_0..p_{k-1} can change: a pool of these gives the same choices, cheaper
+    else:  # only entries 0..k-1 and p_0..p_{k-1} can change, so a pool of these gives the same choices faster
         pool = np.concatenate([np.broadcast_to(steps, (rows, k)), slots], axis=1)
         slots = (pool[:, None, :] == slots[:, :, None]).argmax(axis=-1)
     row = np.arange(rows)
@@ -108,13 +108,14 @@ def choose(uniform: Floats, n: int | Ints) -> Ints:
 
 
 def subset(seed: int, places: Places, purpose: Purpose, k: int, n: int) -> Ints:
-    """At each place k of 0..n-1, every set of k equally likely: for k too large for `choose`.
+    """Choose a set of k of 0..n-1 at each coordinate, all sets equally likely. Use it if k is too large for `choose`.
 
-    The first k different ones of a row of uniform draws; where k is more than half of n, those that are left over.
+    It takes the first k distinct numbers of a row of uniform draws. If k is more than half of n, it draws the numbers
+    to leave out instead.
 
     Args:
         seed: as for `uniforms`.
-        places: T places.
+        places: T coordinates.
         purpose: as for `uniforms`.
         k: 1 <= k <= n.
         n: size of the population.
@@ -132,7 +133,7 @@ def subset(seed: int, places: Places, purpose: Purpose, k: int, n: int) -> Ints:
 
 
 def _first_different(seed: int, place: Places, purpose: Purpose, k: int, n: int) -> Ints:
-    # k different ones take -n log(1 - k/n) draws in the mean; a longer row begins as a shorter one does
+    # k distinct numbers take -n log(1 - k/n) draws on average; a longer row starts with the same draws as a shorter one
     count = k + 16 - int(n * np.log1p(-k / n)) if k < n else 0
     while k > 0:
         draws = (uniforms(seed, place, purpose, count)[0] * n).astype(np.int64)

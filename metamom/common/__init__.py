@@ -1,1 +1,1 @@
-"""What every room needs: checks of arguments, numbers as text, files, records."""
+"""Helpers shared by all packages: argument checks, numbers as text, files, records."""

@@ -1,4 +1,4 @@
-"""Where files are kept for a user, and writing them so that a reader sees the old one or the new one, never a part."""
+"""Per-user folders, and atomic writes: a reader sees the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def cache_folder() -> Path:
     """``$METAMOM_CACHE``, else the per-user cache folder.
 
     Raises:
-        ValueError: if ``$METAMOM_CACHE`` can't be a folder's path.
+        ValueError: if ``$METAMOM_CACHE`` is not a valid path.
     """
     named = os.environ.get("METAMOM_CACHE")
     return named_folder(named, "$METAMOM_CACHE") if named else Path(user_cache_dir("metamom", appauthor=False))
 
 
 def named_folder(named: str | os.PathLike[str], origin: str) -> Path:
-    """The folder of a name, ``~`` being a home folder.
+    """Resolve a folder's path, with ``~`` for a home folder.
 
     Args:
-        named: as the user gave it.
-        origin: where, for the error.
+        named: the path that the user gave.
+        origin: where the user gave it, for the error.
 
     Raises:
-        TypeError: if it is no path.
-        ValueError: if it has a null character, or begins with ``~`` and the name of an unknown user.
+        TypeError: if it is not a path.
+        ValueError: if it contains a null character, or starts with ``~`` and the name of an unknown user.
     """
     if not isinstance(named, str | os.PathLike):
         raise TypeError(f"{origin} must be the path of a folder; got {named!r}.")
@@ -51,13 +51,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; then flush it to the disk, and rename it over ``path``.
+    """Yield a temporary path in the same folder to write to; then flush it to disk and rename it to ``path``.
 
-    A crash at any moment leaves what was there before, and at worst a stray ``*.tmp`` file. The file's mode is that of
-    any new file: the umask decides.
+    A crash at any moment leaves the old file, and at worst a stray ``*.tmp`` file. The new file's mode follows the
+    umask.
 
     Raises:
-        OSError: if the folder cannot be written to or the disk is full; ``path`` is then as it was.
+        OSError: if the folder is not writable or the disk is full; ``path`` does not change then.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     temporary.touch(0o666, exist_ok=False)
@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there; the rename is durable without it
+    if os.name == "nt":  # Windows cannot open folders; the rename is durable anyway
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,6 +1,6 @@
-"""What may stand behind a flag: plain numbers within bounds, lists of them, names, paths.
+"""Types of flag values: numbers within bounds, lists of them, names, paths.
 
-Lower ends are left to the library, whose errors say what to do; a flag says no more than what is surely a slip.
+The library checks lower bounds, and its errors say what to do. A flag only refuses what must be a mistake.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Generic, TypeVar
 from metamom.common.checks import AT_ONCE, INNER_STEPS, MOST, POINTS, RUNS
 from metamom.common.numbers import real, shown, whole
 
-ENTRIES = 100  # of a list
+ENTRIES = 100  # the longest list
 
 T = TypeVar("T")
 
 
 def count(most: int, least: int | None = None) -> Callable[[str], int]:
-    """A whole number that is at most so large, and at least so large if the library does not say so."""
+    """A whole number up to ``most``. Pass ``least`` if the library does not check it."""
 
     def parse(text: str) -> int:
         value = _or_argument_error(whole, text)
@@ -32,7 +32,7 @@ def count(most: int, least: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-long_count = count(MOST)  # of what is done one after the other
+long_count = count(MOST)  # for sequential things: iterations, epochs
 task_count = count(AT_ONCE)
 point_count = count(POINTS)
 step_count = count(INNER_STEPS)
@@ -83,7 +83,7 @@ names = Listed(str, "names with commas between")
 
 
 def path(text: str) -> str:
-    """Of a file or folder."""
+    """The path of a file or folder."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -94,7 +94,7 @@ def path(text: str) -> str:
 
 
 def _or_argument_error(parse: Callable[[str], T], text: str) -> T:
-    """What argparse shows as it is: of a ValueError it shows only its own words."""
+    """Raise parse errors as ArgumentTypeError, since argparse hides the message of a ValueError."""
     try:
         return parse(text)
     except ValueError as error:

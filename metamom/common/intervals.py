@@ -1,11 +1,11 @@
-"""Squared norms and variances of means, without the noise's own share, and their intervals by the jackknife.
+"""Unbiased squared norms and variances of means, with jackknife intervals.
 
 Legend: R independent draws of a vector of d entries.
 
-The squared norm of a mean of R draws is too large by (their variance)/R, and the more so the smaller what is looked
-for. The mean of the products of *different* draws is not: ``U = sum_{i != j} <x_i, x_j> / (R (R - 1))``, which may
-come out negative where the mean is zero. Both numbers here are U-statistics; each is given with its value without each
-of the draws, from which intervals follow, also of whatever else is computed from several of them.
+The squared norm of a mean of R draws is too large by (their variance)/R, which matters most if the true norm is small.
+The mean of the products of *different* draws is unbiased: ``U = sum_{i != j} <x_i, x_j> / (R (R - 1))``. It can be
+negative if the mean is zero. Both estimates here are U-statistics. Each comes with its leave-one-out values, which give
+intervals for it and for anything computed from several estimates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 class Interval(NamedTuple):
     """An estimate and its confidence interval ``low <= value <= high``.
 
-    Of what cannot be negative, the ends are not, though an estimate without bias may be: then ``value < low = 0``.
+    For a nonnegative quantity the ends are nonnegative, although an unbiased estimate may be: then ``value < low = 0``.
     """
 
     value: float
@@ -35,7 +35,7 @@ class Interval(NamedTuple):
 
 
 class Jackknife(NamedTuple):
-    """An estimate, what it is without each of the draws ``[R]``, and what it estimates is at least."""
+    """An estimate, its leave-one-out values ``[R]``, and a lower bound of the quantity that it estimates."""
 
     value: float
     without: Tensor
@@ -48,7 +48,7 @@ class Jackknife(NamedTuple):
         return math.sqrt((r - 1) / r * float((self.without - self.without.mean()).square().sum()))
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """The normal interval, as far as it is possible."""
+        """The normal interval, cut off at the lower bound."""
         half = normal_halfwidth(self.error, confidence)
         return Interval(self.value, *(max(self.least, self.value + side * half) for side in (-1, 1)))
 
@@ -83,7 +83,7 @@ def squared_norm(rows: Tensor) -> Jackknife:
         rows: ``[R, d]``, R >= 3 independent draws.
 
     Returns:
-        A `Jackknife`; negative values happen where the mean is zero.
+        A `Jackknife`; its value can be negative if the mean is zero.
 
     Raises:
         ValueError: for fewer than 3 draws.
@@ -94,13 +94,13 @@ def squared_norm(rows: Tensor) -> Jackknife:
         -0.3333333333333333
 
     Reference:
-        Hoeffding, "A class of statistics with asymptotically normal distribution" (1948); their jackknife: Arvesen,
+        Hoeffding, "A class of statistics with asymptotically normal distribution" (1948); the jackknife: Arvesen,
         "Jackknifing U-statistics" (1969).
     """
     r = _draws(rows)
     rows = rows.double()
     own = rows.square().sum(1)
-    with_others = rows @ rows.sum(0) - own  # of each row, its products with all others
+    with_others = rows @ rows.sum(0) - own  # each row's products with all others
     pairs = float(with_others.sum())
     return Jackknife(pairs / (r * (r - 1)), (pairs - 2 * with_others) / ((r - 1) * (r - 2)), least=0.0)
 
@@ -127,7 +127,7 @@ def total_variance(rows: Tensor) -> Jackknife:
 
 
 def norm(squared: Interval) -> Interval:
-    """The norm, of the squared norm: negative ends are zero."""
+    """Convert the interval of a squared norm to that of the norm. Negative ends become zero."""
     return Interval(*(math.sqrt(max(0.0, end)) for end in squared))
 
 

@@ -1,7 +1,7 @@
-"""Numbers as users write them: plain ones, in the digits 0 to 9.
+"""Parse numbers that users write in the digits 0 to 9.
 
-``int`` and ``float`` also take ``1_000``, digits of other scripts, ``nan``, ``inf`` and line breaks, none of which
-anybody means in a flag or a SPEC.
+``int`` and ``float`` also accept ``1_000``, digits of other scripts, ``nan``, ``inf`` and line breaks, none of which
+make sense in a flag or a SPEC.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _REAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def whole(text: str) -> int:
-    """The whole number that ``text`` is, such as ``-3``; spaces around it are ignored.
+    """Parse a whole number such as ``-3``; surrounding spaces are ignored.
 
     Raises:
         ValueError: for any other text, and for more than 100 characters.
@@ -28,7 +28,7 @@ def whole(text: str) -> int:
 
 
 def real(text: str) -> float:
-    """The finite number that ``text`` is, such as ``5``, ``-0.1`` or ``1e-3``; spaces around it are ignored.
+    """Parse a finite number such as ``5``, ``-0.1`` or ``1e-3``; surrounding spaces are ignored.
 
     Raises:
         ValueError: for any other text, a number beyond the range of a float, and more than 100 characters.
@@ -40,7 +40,7 @@ def real(text: str) -> float:
 
 
 def shown(text: str, longest: int = 60) -> str:
-    """A user's text in quotes for an error, invisible characters spelled out, its middle left out where it is long."""
+    """Quote a user's text for an error: invisible characters are escaped, and a long text loses its middle."""
     if len(text) > longest:
         half = longest // 2
         return f"{text[:half]!r}...{text[-half:]!r} ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have put there: regular files alone, and never more than they should hold."""
+"""Read untrusted files safely: regular files only, and never more than the expected size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = {
 
 
 class NotAFileError(OSError):
-    """What lies there is no regular file; the message says what it is."""
+    """The path is not a regular file; the message says what it is."""
 
     def __init__(self, kind: str, path: Path) -> None:
         super().__init__(errno.EINVAL, f"is {kind}, not a file", str(path))
@@ -30,7 +30,7 @@ def what_is_there(path: Path) -> str:
     """``"a file"``, ``"a folder"``, ``"a link to nothing"``, ``"nothing"``, ...; links are followed, nothing is opened.
 
     Raises:
-        OSError: if it cannot be found out.
+        OSError: if the path cannot be examined.
     """
     try:
         mode = path.stat().st_mode
@@ -47,11 +47,11 @@ def what_is_there(path: Path) -> str:
 def regular_file(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file, or a link to one, for reading.
 
-    Reading a named pipe waits for its writer, and reading a device may never end: these are not even opened.
+    Reading a named pipe waits for its writer, and reading a device may never end, so these are not even opened.
 
     Raises:
         NotAFileError: if it is anything else.
-        OSError: if there is nothing, or it cannot be read.
+        OSError: if it does not exist or cannot be read.
     """
     kind = what_is_there(path)
     if kind not in ("a file", "nothing"):
@@ -61,15 +61,15 @@ def regular_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:
-    """The contents of a regular file.
+    """Read a regular file.
 
     Args:
         path: of the file.
-        limit: most bytes that it may have; no more than one above is read.
+        limit: largest allowed size in bytes; at most one byte more is read.
 
     Raises:
-        NotAFileError: if it is no regular file.
-        OSError: if it cannot be read, or has more bytes.
+        NotAFileError: if it is not a regular file.
+        OSError: if it cannot be read or is larger.
     """
     with regular_file(path) as file:
         data = file.read(limit + 1)
@@ -79,4 +79,4 @@ def read_regular_file(path: Path, limit: int) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # should a pipe take the file's place at this moment
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # in case a pipe replaces the file right now

@@ -1,4 +1,4 @@
-"""Records read from files that anybody may have written: JSON checked against the types of a dataclass."""
+"""Read records from untrusted files: JSON checked against the types of a dataclass."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-LARGEST = 64 << 20  # bytes of a file of settings; a real one has a few thousand
+LARGEST = 64 << 20  # limit for a file of settings, in bytes; real ones have a few thousand
 
 T = TypeVar("T")
 
 
 def read_record(kind: type[T], path: Path) -> T:
-    """The record in a JSON file.
+    """Read a record from a JSON file.
 
     Args:
-        kind: a dataclass with type hints; fields that it does not have are left out.
+        kind: a dataclass with type hints; unknown fields in the file are ignored.
         path: of a regular file.
 
     Raises:
-        ValueError: naming the first field of another type, or saying why the file is not read.
+        ValueError: naming the first field of the wrong type, or saying why the file cannot be read.
         OSError: if the file cannot be opened.
     """
     if not path.is_file():
@@ -34,15 +34,15 @@ def read_record(kind: type[T], path: Path) -> T:
 
 
 def as_record(kind: type[T], value: Any, what: str) -> T:
-    """A JSON value as a record.
+    """Convert a JSON value to a record.
 
     Args:
-        kind: a dataclass with type hints; fields that it does not have are left out.
-        value: JSON values, nested.
-        what: they are, for the error.
+        kind: a dataclass with type hints; unknown fields of the value are ignored.
+        value: nested JSON values.
+        what: what they are, for the error.
 
     Raises:
-        ValueError: naming the first field of another type.
+        ValueError: naming the first field of the wrong type.
     """
     record: T = _checked(kind, json.dumps(value), what)
     return record
@@ -55,9 +55,9 @@ def _checked(kind: Any, text: str | bytes, what: str) -> Any:
         errors = error.errors(include_url=False)
         first = errors[0]
         why = first["msg"].removeprefix("Value error, ")
-        if first["type"] in ("json_invalid", "value_error"):  # no JSON; or all fields well, but not together
+        if first["type"] in ("json_invalid", "value_error"):  # not JSON; or fields valid, but not together
             raise ValueError(f"{what}: {why.removesuffix('.')}.") from error
-        same = [e for e in errors if e["loc"][:1] == first["loc"][:1]]  # one for each type that was allowed there
+        same = [e for e in errors if e["loc"][:1] == first["loc"][:1]]  # one error for each type that the field allows
         place = ".".join(map(str, first["loc"][: -1 if len(same) > 1 else None]))
         if first["type"] == "missing":
             raise ValueError(f"{what}: {place} is missing.") from error

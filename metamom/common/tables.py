@@ -9,5 +9,5 @@ def head(*cells: object) -> list[str]:
 
 
 def row(*cells: object) -> str:
-    """A line of a table: ``| a | b |``."""
+    """One line of a table: ``| a | b |``."""
     return f"| {' | '.join(map(str, cells))} |"

@@ -16,10 +16,10 @@ CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 @contextmanager
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """`torch.autocast` with dtype, or nothing for ``None``.
+    """Enter `torch.autocast` with ``dtype``, or do nothing for ``None``.
 
-    `torch.autocast` does not see convolutions under vmap, which have become another operator by then: they are cast
-    here. Its cache of cast weights is off: weights that live for one call are not looked up again.
+    `torch.autocast` does not see convolutions under vmap, because vmap turns them into another operator. They are cast
+    here. The cache of cast weights is off, since these weights live for one call only.
     """
     if dtype is None:
         yield

@@ -1,7 +1,7 @@
-"""What is refused of a batch, before it is computed with: other things than batches, and shapes that do not fit.
+"""Checks of a batch before it is used: its type, and whether its shapes fit together.
 
-Only kinds and shapes are looked at, which costs nothing. Values are looked at once something has failed
-(`refuse_non_finite` here, `metamom.maml.misfits`).
+Only types and shapes are checked up front, which is cheap. Values are checked after a failure (`refuse_non_finite`
+here, `metamom.maml.misfits`).
 
 Legend: T tasks, S support points a task, Q query points a task.
 """
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch, check_ids, check_points, kind_of
 
-IGNORED = -100  # by torch's losses for classes, unless they are told of another label
+IGNORED = -100  # the default ignore_index of torch's classification losses
 
 
 class NonFiniteDataError(ValueError):
-    """The data of a batch holds NaN or infinities, or labels of which none counts, and the result is not finite."""
+    """The result is not finite because the batch contains NaN, infinities, or a task without any label that counts."""
 
 
 def check_batch(batch: object) -> None:
-    """Refuse what is no batch of tasks.
+    """Refuse anything that is not a batch of tasks.
 
     Raises:
-        TypeError: for something else than a `TaskBatch` of tensors.
-        ValueError: for tensors that hold different tasks or points, or none.
+        TypeError: for anything but a `TaskBatch` of tensors.
+        ValueError: for tensors that disagree on the number of tasks or points, or are empty.
     """
     if not isinstance(batch, TaskBatch):
         cure = (
@@ -52,7 +52,7 @@ def check_batch(batch: object) -> None:
 
 
 def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
-    """Refuse a support or query set that is none.
+    """Refuse anything that is not a support or query set.
 
     Args:
         name: ``"support"`` or ``"query"``.
@@ -61,7 +61,7 @@ def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
         empty: whether N may be 0.
 
     Raises:
-        TypeError: for something else than tensors.
+        TypeError: for anything but tensors.
         ValueError: for tensors of different T or N, or N = 0.
     """
     for what, tensor in ((f"{name}_x", x), (f"{name}_y", y)):
@@ -81,7 +81,7 @@ def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
 
 
 def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> None:
-    """Refuse adapted weights that are none, or not those of the tasks of these inputs.
+    """Refuse anything that is not adapted weights, or weights that do not match the tasks of these inputs.
 
     Args:
         params: ``{name: [T, *shape]}``.
@@ -89,7 +89,7 @@ def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> Non
         model: the model's own parameters by name, ``[*shape]``.
 
     Raises:
-        TypeError: for something else.
+        TypeError: for anything else.
         ValueError: for unknown names, or shapes that do not fit.
     """
     check_points("x", x)
@@ -111,14 +111,14 @@ def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> Non
 
 
 def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
-    """Say which data is not finite, if some is: to be asked after a result is not.
+    """Raise an error if the data is not finite. Call this after a result is not finite.
 
     Args:
         batch: T tasks.
-        first: the number of its first task, of a larger batch.
+        first: the index of its first task in a larger batch.
 
     Raises:
-        NonFiniteDataError: naming the field, how many values, and the first task; also where no label of a task counts.
+        NonFiniteDataError: naming the field, how many values, and the first task; also if no label of a task counts.
     """
     said = []
     for name, x in zip(batch._fields[:4], batch[:4], strict=True):

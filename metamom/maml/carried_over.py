@@ -1,4 +1,4 @@
-"""What a model carries from one call to the next, which tasks would pass on to each other."""
+"""Detect state that a model carries from one call to the next, and that tasks would leak to each other."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def refused(model: nn.Module) -> Iterator[None]:
-    """Watch one call of the model for tensors in buffers and attributes that it reads and replaces by others.
+    """Refuse a model call that reads tensors in buffers or attributes and replaces them by new ones.
 
     Raises:
-        ValueError: naming them.
+        ValueError: naming the tensors.
     """
     places = [
         (f"{prefix}.{key}" if prefix else key, held, key, tensor)
@@ -42,7 +42,7 @@ def refused(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def draws_told() -> Iterator[None]:
-    """Warn of a model that draws from Python's or NumPy's generator, which `torch.func.vmap` does not see."""
+    """Warn if the model draws from Python's or NumPy's generator, which `torch.func.vmap` does not see."""
     before = _states()
     yield
     moved = [name for name, state in _states().items() if state != before[name]]
@@ -55,7 +55,7 @@ def draws_told() -> Iterator[None]:
 
 
 class _Reads(TorchFunctionMode):
-    """Which tensors are arguments of PyTorch's functions, by their ids."""
+    """Records the ids of tensors that are arguments of PyTorch's functions."""
 
     def __init__(self) -> None:
         super().__init__()

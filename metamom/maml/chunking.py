@@ -13,15 +13,16 @@ from metamom.batch import TaskBatch
 ChunkSize = int | Literal["auto"] | None
 
 BUDGET = 512 * 2**20  # bytes, on a CPU
-# Saved activations and their cotangents are alive together at the peak of a backward pass.
+# At the peak of a backward pass, saved activations and their cotangents are both alive.
 PEAK = 2.3
 
 
 def spans(num_tasks: int, chunk_size: int | None, per_worker: int) -> Iterator[tuple[int, int]]:
-    """Cut 0..T into spans of at most ``chunk_size`` tasks, each of whole workers or within one worker.
+    """Cut 0..T into spans of at most ``chunk_size`` tasks. Each span holds whole workers, or lies within one worker.
 
-    They are as few as can be, and but for the last (of each worker, if they are within one) equal, and as short as that
-    allows: 10 at most 4 at a time are 4, 4, 2. A compiled meta-gradient is compiled once for each size.
+    There are as few spans as possible. All but the last (of each worker, if they lie within one) have the same length,
+    which is as short as that allows: 10 tasks, at most 4 at a time, are cut into 4, 4, 2. A meta-gradient is compiled
+    once for each length.
     """
     size = num_tasks if chunk_size is None else chunk_size
     if size >= per_worker:
@@ -33,17 +34,17 @@ def spans(num_tasks: int, chunk_size: int | None, per_worker: int) -> Iterator[t
 
 
 def _equal(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """start..stop in the fewest spans of at most ``size``: all of one length but the last, which may be shorter."""
+    """Cut start..stop into the fewest spans of at most ``size``, all of one length but for a shorter last one."""
     count = -(-(stop - start) // size)
     size = -(-(stop - start) // count)
     yield from ((a, min(a + size, stop)) for a in range(start, stop, size))
 
 
 def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
-    """How many tasks' meta-gradients fit into the budget: `BUDGET` on a CPU, half of what is free on a GPU.
+    """How many tasks' meta-gradients fit into the budget: `BUDGET` on a CPU, half of the free memory on a GPU.
 
     Args:
-        gradient: computes one task's, once.
+        gradient: computes the meta-gradient of one task.
         one: that task.
     """
     sizes: dict[int, int] = {}
@@ -54,7 +55,7 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
         return saved
 
     device = one.support_x.device
-    drawn = [device] if device.type == "cuda" else []  # a model may draw: that must not be felt
+    drawn = [device] if device.type == "cuda" else []  # restore the generator, since a model may draw from it
     with (
         torch.random.fork_rng(devices=drawn),
         torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved),

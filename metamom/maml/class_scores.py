@@ -1,9 +1,9 @@
-"""What a loss function takes predictions for: seen in how it uses them.
+"""How a loss function interprets predictions, found by watching how it uses them.
 
-Shapes do not say it. ``[N, 3]`` with ``[N]`` whole numbers may be scores of 3 classes, distances to them, quantiles of
-a count, or an embedding; ``[N, 5, 5]`` may be scores of 5 classes along either axis. Predictions are class scores where
-one of torch's losses for classes gets them, where they are normalised by a softmax and picked by the labels, or where
-they are compared with one-hot labels.
+Shapes alone do not determine it. ``[N, 3]`` with ``[N]`` whole numbers may be scores of 3 classes, distances to them,
+quantiles of a count, or an embedding. ``[N, 5, 5]`` may be scores of 5 classes along either axis. Predictions are taken
+as class scores if the loss passes them to one of torch's classification losses, normalises them by a softmax and
+indexes them by the labels, or compares them with one-hot labels.
 
 Legend: N points of one task, C classes.
 """
@@ -21,7 +21,7 @@ OF_LOGITS = (F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss)
 BINARY = (*OF_LOGITS, F.binary_cross_entropy)
 DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 DIFFERENCES = ("sub", "subtract", "__sub__", "__rsub__", "rsub")
-# What leaves each entry's meaning and place, and what leaves its meaning alone, as long as no entry is lost.
+# Functions that keep each entry's meaning and position, and functions that keep its meaning if no entry is lost.
 SOFTMAX = ("log_softmax", "softmax")
 IN_PLACE = ("float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "clone", *SOFTMAX)
 SCALING = ("div", "true_divide", "__truediv__", "mul", "__mul__", "__rmul__")  # by a positive number: a temperature
@@ -39,13 +39,13 @@ WITHOUT_VALUES = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zer
 
 
 class Reading(NamedTuple):
-    """What a loss function takes its arguments for.
+    """How a loss function interprets its arguments.
 
     Attributes:
-        kind: ``"classes"``, scores of classes; ``"logit"`` or ``"probability"`` of class 1, one a target;
-            ``"unknown"``, something else.
+        kind: ``"classes"`` for class scores; ``"logit"`` or ``"probability"`` for one number a target, that of class 1;
+            ``"unknown"`` for anything else.
         axis: the class axis of one task's predictions ``[N, ...]``.
-        ignored: a label that does not count.
+        ignored: a label that the loss ignores.
     """
 
     kind: Literal["classes", "logit", "probability", "unknown"]
@@ -57,7 +57,7 @@ UNKNOWN = Reading("unknown")
 
 
 def class_axes(predictions: Sequence[int], targets: Sequence[int]) -> list[int]:
-    """Which axes of one task's predictions may be their class axis: the second, torch's own, or the last.
+    """The possible class axes of one task's predictions: the second (torch's convention), the last, or both.
 
     Example:
         >>> class_axes((5, 3), (5,)), class_axes((5, 3, 7, 7), (5, 7, 7)), class_axes((5, 7, 3), (5, 7))
@@ -71,7 +71,7 @@ def class_axes(predictions: Sequence[int], targets: Sequence[int]) -> list[int]:
 
 
 class ClassScores:
-    """Follows one task's predictions and targets through a loss function, and looks what it takes them for.
+    """Follows one task's predictions and targets through a loss function to find how it interprets them.
 
     Args:
         predictions: ``[N, ...]``.
@@ -80,21 +80,21 @@ class ClassScores:
 
     def __init__(self, predictions: Tensor, targets: Tensor) -> None:
         self.predictions, self.targets = predictions, targets
-        self._scores = {id(predictions): True}  # and whether the entries are where they were
-        self._shifted: set[int] = set()  # scores whose order alone is left, without a threshold
+        self._scores = {id(predictions): True}  # the value: whether the entries are still in place
+        self._shifted: set[int] = set()  # scores that keep only their order, not a threshold
         self._probabilities: set[int] = set()  # of logits
         self._exponentials: set[int] = set()  # of scores
         self._labels = {id(targets)}
-        self._one_hot: set[int] = set()  # labels as vectors, whose largest entry is the label's
+        self._one_hot: set[int] = set()  # labels as vectors with the largest entry at the label
         self._units: set[int] = set()  # rows of the unit matrix
-        self._of_scores, self._of_labels = {id(predictions)}, {id(targets)}  # whatever was computed of them
-        self._kept: list[Any] = [predictions, targets]  # so that an id stays a tensor's own
-        self._found: list[Reading] = []  # by torch's losses
+        self._of_scores, self._of_labels = {id(predictions)}, {id(targets)}  # everything computed from them
+        self._kept: list[Any] = [predictions, targets]  # kept alive, so that ids are not reused
+        self._found: list[Reading] = []  # from torch's own losses
         self._normalised: set[int | None] = set()  # the class axes of softmaxes
-        self._picked = False  # whether labels have picked among what was computed of scores
+        self._picked = False  # whether labels have indexed something computed from scores
 
     def reading(self) -> Reading:
-        """What was seen, if it is one thing."""
+        """The interpretation, if everything seen agrees on one."""
         if self._found:
             return self._found[0] if len(set(self._found)) == 1 else UNKNOWN
         axis = next(iter(self._normalised)) if len(self._normalised) == 1 else None
@@ -108,13 +108,13 @@ class ClassScores:
         tensors: Sequence[Tensor],
         out: Any,
     ) -> None:
-        """Look at a call.
+        """Observe one call.
 
         Args:
-            func: what was called.
-            args: its arguments; the first two by position, whichever way they came.
+            func: the function that was called.
+            args: its arguments; the first two are always positional here.
             kwargs: its other arguments.
-            tensors: all among them, also in lists.
+            tensors: all tensors among them, also those in lists.
             out: the result.
         """
         name = getattr(func, "__name__", "")
@@ -134,7 +134,7 @@ class ClassScores:
     def _compare(
         self, func: Any, name: str, a: Tensor, b: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
-        """A function of two tensors that may be scores and labels."""
+        """Observe a function of two tensors that may be scores and labels."""
         one_hot = a if id(a) in self._one_hot else b if id(b) in self._one_hot else None
         if one_hot is not None and (func in (F.cross_entropy, *BINARY, *DISTANCES) or name in DIFFERENCES):
             scores = b if one_hot is a else a
@@ -143,7 +143,7 @@ class ClassScores:
                 axes = self._axes()
                 self._found.append(Reading("classes", axes[0]) if len(axes) == 1 else UNKNOWN)
         elif func in OF_CLASSES:
-            at = 4 if func is not F.multi_margin_loss else None  # where torch takes ignore_index
+            at = 4 if func is not F.multi_margin_loss else None  # the position of ignore_index
             positional = args[at] if at is not None and len(args) > at else None
             self._classes(a, b, kwargs.get("ignore_index", positional))
         elif func in BINARY:
@@ -166,7 +166,7 @@ class ClassScores:
             self._found.append(Reading("logit") if logits else Reading("probability"))
 
     def _normalise(self, name: str, x: Tensor, dim: Any) -> None:
-        """A softmax of scores along their class axis, or its denominator."""
+        """Observe a softmax of scores along their class axis, or its denominator."""
         of_scores = name in NORMALISING and id(x) in self._scores
         if not of_scores and not (name == "sum" and id(x) in self._exponentials):
             return
@@ -174,7 +174,7 @@ class ClassScores:
         self._normalised.add(self._axis(x, dim % x.dim()) if isinstance(dim, int) and x.dim() else None)
 
     def _pick(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Labels that pick among what was computed of scores: as an index, or as one-hot vectors."""
+        """Observe labels that select entries of something computed from scores, as indices or one-hot vectors."""
         size = self.predictions.numel()
         scores = [x for x in tensors if id(x) in self._of_scores and id(x) not in self._of_labels]
         if name in PICKING:
@@ -185,7 +185,7 @@ class ClassScores:
             self._picked |= any(y.numel() == size for y in labels)
 
     def _axis(self, scores: Tensor, dim: int) -> int | None:
-        """The axis of predictions that an axis of scores made of them is; ``None`` if it cannot be their classes'."""
+        """The axis of the predictions behind an axis of derived scores; ``None`` if it cannot be the class axis."""
         placed, shape = self._scores.get(id(scores)), self.predictions.shape
         if id(scores) in self._exponentials:
             placed = True
@@ -254,7 +254,7 @@ class ClassScores:
         self._kept.append(out)
 
     def _same_for_classes(self, scores: Tensor, shift: Tensor) -> bool:
-        """Whether what is added to scores is the same for all classes, which leaves their order."""
+        """Whether a shift added to scores is the same for all classes, and so keeps their order."""
         if scores.dim() != shift.dim():
             return False
         sizes = zip(shift.shape, scores.shape, strict=True)

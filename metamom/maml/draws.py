@@ -1,10 +1,10 @@
-"""What a model draws at random under `torch.func.vmap`: for each task by the task's number alone.
+"""Random draws of a model under `torch.func.vmap` that depend on the task's number alone, not on its neighbours.
 
 Under ``vmap(randomness="different")`` all tasks draw from one generator, so a task's draws depend on which tasks are
-computed with it. Here each random operation is done task by task, with a generator seeded from one number a step, the
-task's number in the batch, and the number of the operation: the same in chunks of any size, on any process.
+computed with it. Here each random operation runs task by task. Its generator is seeded from one number a step, the
+task's number in the batch, and the number of the operation, so chunks and processes do not change the draws.
 
-A compiled meta-gradient has its random operations built in and draws as ``vmap`` does.
+A compiled meta-gradient contains its random operations and draws as ``vmap`` does.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _STEP: ContextVar[Step | None] = ContextVar("step", default=None)
 
 
 class Step:
-    """The draws of one step, which all of its chunks share.
+    """The random draws of one step, shared by all of its chunks.
 
-    Its seed comes from torch's generator on the CPU when the first random operation is done: a model that draws
-    nothing leaves that generator as it is, one that draws moves it on by one number a step.
+    The first random operation takes the seed from torch's CPU generator. So a model that does not draw leaves that
+    generator unchanged, and a model that draws advances it by one number a step.
 
     Attributes:
-        first: number of the first task at hand.
-        count: of the tasks at hand.
-        calls: of the model, since they came to hand.
+        first: number of the first task of the current chunk.
+        count: number of tasks in the current chunk.
+        calls: number of model calls so far in the current chunk.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Step:
 
     @contextmanager
     def tasks(self, first: int, count: int) -> Iterator[None]:
-        """Take ``count`` tasks to hand, of which the first has number ``first``."""
+        """Select the current chunk: ``count`` tasks, starting with number ``first``."""
         self.first, self.count, self.calls = first, count, 0
         token = _STEP.set(self)
         try:
@@ -58,10 +58,10 @@ class Step:
 
 
 class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Does the random operations of one call of the model task by task.
+    """Runs the random operations of one model call task by task.
 
     Args:
-        tasks: T, the size of vmap's axis: the tasks at hand, or c copies of each, one after the other.
+        tasks: T, the size of vmap's axis: the tasks of the current chunk, or c adjacent copies of each.
     """
 
     def __init__(self, tasks: int) -> None:
@@ -74,9 +74,9 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tasks = tasks
         self.start = step.first * (tasks // step.count)
         self.call = step.calls
-        self.operations = 0  # on all tasks at once
-        self.singles = 0  # on one task each, which come in their order
-        self.seeded: dict[int, tuple[torch.Generator, Tensor]] = {}  # in this call, and their states before a draw
+        self.operations = 0  # that run on all tasks at once
+        self.singles = 0  # that run on one task each, in task order
+        self.seeded: dict[int, tuple[torch.Generator, Tensor]] = {}  # seeded in this call, with states before a draw
         step.calls += 1
         step.seed()
         self.untouched = torch.default_generator.get_state()
@@ -121,18 +121,18 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [value[0] // self.tasks, *value[1:]]
 
     def _generator(self, given: torch.Generator | None) -> torch.Generator | None:
-        """The generator that the model has seeded in this call, from which every task draws the same.
+        """The generator that the model has seeded in this call, so that every task draws the same from it.
 
-        ``None`` is torch's own, as it came.
+        ``None`` means torch's own generator, not seeded in this call.
 
         Raises:
-            ValueError: for one that was not seeded in this call, since in a loop one task would go on where another
-                ended.
+            ValueError: for another generator that was not seeded in this call, since in a loop each task would
+                continue where the previous one stopped.
         """
         if given is None:
             if torch.equal(torch.default_generator.get_state(), self.untouched):
                 return None
-            return torch.default_generator  # seeded, or set to a state, within the forward
+            return torch.default_generator  # seeded, or its state set, during the forward
         if id(given) not in self.seeded:
             fresh = torch.Generator(given.device).manual_seed(given.initial_seed())
             if not torch.equal(fresh.get_state(), given.get_state()):
@@ -146,7 +146,7 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _draw(
         self, func: Any, args: Any, kwargs: dict[str, Any], task: int, what: str, generator: torch.Generator | None
     ) -> Any:
-        if generator is not None:  # which goes through the same states for each task
+        if generator is not None:  # it goes through the same states for each task
             if task == 0:
                 self.seeded[id(generator)] = generator, generator.get_state()
             generator.set_state(self.seeded[id(generator)][1])
@@ -167,7 +167,7 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _with_generator(func: Any) -> Any:
-    """The operation, or an overload of it, that takes a generator; ``None`` where there is none."""
+    """The operation or its overload that takes a generator; ``None`` if there is none."""
     if any(argument.name == "generator" for argument in func._schema.arguments):
         return func
     names = [argument.name for argument in func._schema.arguments]

@@ -1,11 +1,12 @@
-"""The estimators of a meta-gradient, by the inner batches that they take.
+"""The meta-gradient estimators, and the inner batches that each one uses.
 
 Legend: T tasks, S support points a task, J inner steps, P parts of a support set, c copies of a task, Q query points,
 A and B the halves of a support set, H_A and u_A the Hessian, and the adapted weights, of half A.
 
-`ESTIMATORS` says, for each estimator, along which half of the support set the inner steps go and which half gives the
-Hessians that they are differentiated by. `cut` cuts a batch of tasks accordingly; the rest of `metamom.maml` asks the
-record, and names no estimator. Importing this module does not import torch, so that the command's help is fast.
+For each estimator, `ESTIMATORS` says which half of the support set gives the gradients of the inner steps and which
+half gives their Hessians. `cut` splits a batch of tasks accordingly. The rest of `metamom.maml` reads the record and
+does not name any estimator. Importing this module does not import torch, which keeps the help of
+the command fast.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ INNER_BATCHES: tuple[InnerBatches, ...] = get_args(InnerBatches)
 
 
 class _Adaptation(NamedTuple):
-    """The halves of the support set that an adaptation goes along, and those that its Hessians come from."""
+    """The halves of the support set that give an adaptation's gradients, and those that give its Hessians."""
 
     along: tuple[int, ...]
     hessian: tuple[int, ...]
 
 
 class _Term(NamedTuple):
-    """Adaptations computed together, and the weight of each one's query loss."""
+    """Adaptations that are computed together, and the weight of each query loss."""
 
     weight: float
     adaptations: tuple[_Adaptation, ...]
@@ -42,16 +43,16 @@ class _Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """An estimator of the meta-gradient. To add one, add an entry to `ESTIMATORS`.
+    """A meta-gradient estimator. To add one, add an entry to `ESTIMATORS`.
 
     Attributes:
-        terms: the adaptations whose weighted query losses are differentiated.
-        meaning: in a line, for the help and the documentation.
-        derivatives: of inner steps: ``"exact"``, by ``"differences"`` of gradients, or ``"none"``.
-        averages: the rule by which it averages the adapted weights over a task's visits, if any; see
+        terms: the adaptations to differentiate, with the weights of their query losses.
+        meaning: one line for the help and the documentation.
+        derivatives: how inner steps are differentiated: ``"exact"``, by ``"differences"`` of gradients, or ``"none"``.
+        averages: the rule that averages the adapted weights over a task's visits, if any; see
             `metamom.maml.tracking`.
-        biased: whether it is biased for the loss that a run reports, the one after a step on its own inner batch;
-            ``None`` where that is not known.
+        biased: whether it is biased for the loss that a run reports (the loss after a step on its own inner batch);
+            ``None`` if that is not known.
     """
 
     terms: tuple[_Term, ...]
@@ -63,7 +64,7 @@ class Record:
 
 _A, _B = (0,), (1,)
 _WHOLE = _A + _B
-_COUPLED = (_Term(1.0, (_Adaptation(_A, _A),)),)  # the only half is all there is
+_COUPLED = (_Term(1.0, (_Adaptation(_A, _A),)),)  # with only half A in use, the set is not split
 _INDEPENDENT = (_Term(1.0, (_Adaptation(_A, _B),)),)
 ESTIMATORS: dict[Estimator, Record] = {
     "exact": Record(_COUPLED, "differentiates through the adaptation (MAML)", biased=False),
@@ -100,22 +101,22 @@ ESTIMATORS: dict[Estimator, Record] = {
 
 
 def tracked_estimators() -> list[Estimator]:
-    """Those that keep a moving average of each task, by its id."""
+    """The estimators that keep a moving average for each task id."""
     return [name for name, record in ESTIMATORS.items() if record.averages is not None]
 
 
 def memoryless_estimators() -> list[Estimator]:
-    """The others, each draw of which shows their bias by itself."""
+    """The estimators without memory: every single draw shows their bias."""
     return [name for name, record in ESTIMATORS.items() if record.averages is None]
 
 
 class InnerBatch(NamedTuple):
-    """What T tasks take for one inner step.
+    """The data that T tasks use for one inner step.
 
     Attributes:
-        x: inputs that the step goes along, ``[T, s, ...]``.
+        x: inputs for the gradient, ``[T, s, ...]``.
         y: their targets, ``[T, s, ...]``.
-        hessian: inputs and targets that the Hessian comes from, shaped as ``x`` and ``y``; ``None`` for the same.
+        hessian: inputs and targets for the Hessian, shaped as ``x`` and ``y``; ``None`` to use ``x`` and ``y``.
     """
 
     x: Tensor
@@ -124,12 +125,12 @@ class InnerBatch(NamedTuple):
 
 
 class Adaptations(NamedTuple):
-    """T·c adaptations: c copies of each of T tasks, next to each other, that differ in their inner batches.
+    """T·c adaptations: c adjacent copies of each of T tasks, which differ in their inner batches.
 
     Attributes:
-        weight: of each copy's query loss in the task's.
+        weight: the weight of each copy's query loss in the task's loss.
         copies: c.
-        steps: the batches of the J inner steps, of T·c tasks.
+        steps: the batches of the J inner steps, for T·c tasks.
         query_x: ``[T·c, Q, ...]``.
         query_y: ``[T·c, Q, ...]``.
     """
@@ -152,7 +153,7 @@ def check_estimator(estimator: str, inner_batches: str) -> None:
 
 
 def support_parts(estimator: Estimator, steps: int, inner_batches: InnerBatches = "same") -> int:
-    """P, the number of equal parts that the support set is cut into: the halves times the inner batches of each.
+    """P, the number of equal parts of a support set: the number of halves times the inner batches of each.
 
     Args:
         estimator: which one.
@@ -160,7 +161,7 @@ def support_parts(estimator: Estimator, steps: int, inner_batches: InnerBatches 
         inner_batches: ``"same"`` for every step, or ``"fresh"`` for each.
 
     Returns:
-        1 or 2, times J where batches are fresh.
+        1 or 2, times J if batches are fresh.
 
     Example:
         >>> support_parts("exact", 3), support_parts("independent", 3), support_parts("independent", 3, "fresh")
@@ -170,18 +171,18 @@ def support_parts(estimator: Estimator, steps: int, inner_batches: InnerBatches 
 
 
 def passes(estimator: Estimator, steps: int) -> int:
-    """How often the model is called for a meta-gradient, roughly: what compiling one costs by."""
+    """Roughly how often one meta-gradient calls the model, which determines the cost of compiling it."""
     record = ESTIMATORS[estimator]
-    again = int(record.averages == "scsc")  # from the weights of the last visit
+    again = int(record.averages == "scsc")  # a step from the weights of the last visit
     return again + sum(steps * len(set(term.adaptations[0])) + 1 for term in record.terms)
 
 
 def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: InnerBatches) -> None:
-    """Refuse a batch whose support sets the estimator cannot cut into its parts.
+    """Refuse a batch if the estimator cannot split its support sets into parts.
 
     Raises:
-        ValueError: if P does not divide S; or if every class comes equally often in the first task's support set, but
-            not in each of its parts, as in a set with fewer shots than parts.
+        ValueError: if P does not divide S; or if the first task's support set is balanced over classes but its parts
+            are not, as in a set with fewer shots than parts.
     """
     parts, points = support_parts(estimator, steps, inner_batches), batch.support_x.shape[1]
     if parts == 1:
@@ -209,20 +210,21 @@ def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batc
 
 
 def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: InnerBatches = "same") -> list[Adaptations]:
-    """The adaptations whose weighted query losses an estimator differentiates.
+    """Split a batch into the adaptations that an estimator differentiates, with the weights of their query losses.
 
-    ``independent: (I - alpha H_B) grad L(u_A)``, ``cross-fit``: the mean of it and of the one with A and B swapped,
-    ``richardson: 2 g(whole) - [g(A) + g(B)]/2`` with g the coupled gradient, ``exact``'s. Half h takes the parts
-    hJ', ..., hJ' + J' - 1 of the support set in turn, J' = J where batches are fresh and 1 otherwise.
+    ``independent`` computes ``(I - alpha H_B) grad L(u_A)``. ``cross-fit`` averages this and the same with A and B
+    swapped. ``richardson`` computes ``2 g(whole) - [g(A) + g(B)]/2``, with g the gradient of ``exact``. Half h uses
+    the parts hJ', ..., hJ' + J' - 1 of the support set one after the other, with J' = J if batches are fresh and 1
+    otherwise.
 
     Args:
-        batch: T tasks that `check_support` lets pass.
+        batch: T tasks that `check_support` accepts.
         estimator: which one.
         steps: J >= 1.
         inner_batches: ``"same"`` for every step, or ``"fresh"`` for each.
 
     Returns:
-        A list of `Adaptations`; those along the first half, or all of the set, come first.
+        A list of `Adaptations`. Those on the first half, or on the whole set, come first.
 
     Example:
         >>> import torch
@@ -232,13 +234,13 @@ def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: Inner
         [(2.0, 1, torch.Size([8, 6, 2])), (-0.5, 2, torch.Size([16, 3, 2]))]
 
     Reference:
-        Fallah, Mokhtari, Ozdaglar (2020) for Hessians on a batch of their own; docs/theory.md, "Linear regression".
+        Fallah, Mokhtari, Ozdaglar (2020) for Hessians on a separate batch; docs/theory.md, "Linear regression".
     """
     turns = steps if inner_batches == "fresh" else 1
     size = batch.support_x.shape[1] // (_halves(estimator) * turns)
 
     def points(halves: tuple[tuple[int, ...], ...], turn: int) -> tuple[Tensor, Tensor]:
-        """The points of each copy's halves in a turn, ``[T·c, ...]``."""
+        """The points of part ``turn`` of each copy's halves, ``[T·c, ...]``."""
         places = [[half * turns + turn for half in each] for each in halves]
         return _taken(batch.support_x, places, size), _taken(batch.support_y, places, size)
 
@@ -261,14 +263,14 @@ def _halves(estimator: Estimator) -> int:
 
 
 def _multiple(points: int, parts: int) -> int:
-    """The next multiple of ``parts``."""
+    """The smallest multiple of ``parts`` that is at least ``points``."""
     return max(1, -(-points // parts)) * parts
 
 
 def _taken(x: Tensor, places: list[list[int]], size: int) -> Tensor:
-    """For each list of parts a copy of every task with those points, ``[T, S, ...]`` to ``[T·c, s, ...]``.
+    """For each list of parts, copy every task with the points of those parts: ``[T, S, ...]`` to ``[T·c, s, ...]``.
 
-    A part is ``size`` points. One copy of parts that follow each other is a view.
+    A part has ``size`` points. A single copy of consecutive parts is a view.
     """
     import torch  # not at the top: see there
 

@@ -1,7 +1,7 @@
 """Hessian-vector products without second derivatives: two-sided differences of gradients.
 
-Legend: T tasks. ``own`` are the parameters that a gradient is taken in, ``[T, *shape]``; ``others`` are those it
-depends on beside them, for each task or for all. Losses are a function ``(own, others) -> [T]``.
+Legend: T tasks. ``own`` are the parameters to differentiate, ``[T, *shape]``; ``others`` are the remaining ones that
+the losses depend on, for each task or for all. Losses are a function ``(own, others) -> [T]``.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Losses = Callable[[Params, Params], Tensor]
 def difference(
     losses: Losses, own: Params, others: Params, direction: Params, precision: float
 ) -> tuple[Params, Params]:
-    """The derivative of the losses' gradients along a direction, task by task.
+    """Differentiate the gradients of the losses along a direction, task by task.
 
     ``[grad L(u + d v) - grad L(u - d v)] / (2 d)``, which is ``H v`` in ``own`` and the mixed derivatives times v in
-    ``others``. ``d = r/|v|`` with ``r = precision^(1/3) max(1, |u|)``, where truncation, O(r^2), and rounding, O(1/r),
-    are of one size. Exact on quadratics up to rounding; zero where v is zero. A kink between the two ends, as of a
-    ReLU, adds its jump over 2 d, which second derivatives do not see.
+    ``others``. ``d = r/|v|`` with ``r = precision^(1/3) max(1, |u|)``, which balances the truncation error, O(r^2),
+    and the rounding error, O(1/r). The result is exact on quadratics up to rounding, and zero where v is zero. A kink
+    between the two points, such as a ReLU's, adds its jump over 2 d, which second derivatives do not see.
 
     Args:
-        losses: ``(own, others) -> [T]``, task t's of its own parameters alone.
+        losses: ``(own, others) -> [T]``; the loss of task t depends on its own parameters alone.
         own: u, ``[T, *shape]``.
         others: ``[T, *shape]`` or ``[*shape]``.
-        direction: v, by the names of ``own``.
+        direction: v, with the names of ``own``.
         precision: the relative rounding error of the losses' gradients, such as ``torch.finfo(dtype).eps``.
 
     Returns:
-        By the names of ``own``, ``[T, *shape]``; by those of ``others``, as they are shaped (summed over the tasks
-        where these share one).
+        Two dicts: one with the names of ``own``, ``[T, *shape]``; one with the names and shapes of ``others`` (summed
+        over the tasks if they share one).
 
     Example:
         >>> half_square = lambda own, others: 2 * own["u"] ** 2
@@ -57,7 +57,7 @@ def difference(
         with torch.enable_grad():
             at = {n: (w + _tasks(sign * shift, w) * direction[n]).detach().requires_grad_() for n, w in own.items()}
             rest = {n: w.detach().requires_grad_() for n, w in others.items()}
-            # scaled before they are summed over the tasks, as gradients of what tasks share are
+            # scale before the sum over tasks, which the gradient of shared parameters takes
             scaled = (losses(at, rest) * (sign * length / (2 * radius))).sum()
             grads = torch.autograd.grad(
                 scaled, [*at.values(), *rest.values()], allow_unused=True, materialize_grads=True
@@ -67,11 +67,11 @@ def difference(
 
 
 def gradient_by_differences(gradient: Losses, hessian: Losses, own: Params, others: Params, precision: float) -> Params:
-    """The gradient of some losses in ``own``, whose derivatives are `difference`'s, of other losses.
+    """The gradient in ``own`` of the losses ``gradient``, differentiated by `difference` of the losses ``hessian``.
 
     Args:
-        gradient: the losses whose gradient it is.
-        hessian: the losses whose gradients are differenced; must be the same function when called again.
+        gradient: the losses that give the value of the gradient.
+        hessian: the losses that give its derivative; must be the same function when called again.
         own: ``[T, *shape]``.
         others: ``[T, *shape]`` or ``[*shape]``.
         precision: as for `difference`.
@@ -115,7 +115,7 @@ class _ByDifferences(Function):
 
 @contextmanager
 def drawing_refused() -> Iterator[None]:
-    """Explain vmap's refusal to draw random numbers: both ends of a difference must be of the same function.
+    """Explain vmap's refusal to draw random numbers: both ends of a difference must use the same function.
 
     Raises:
         ValueError: in place of that RuntimeError.
@@ -139,5 +139,5 @@ def _norm(params: Params) -> Tensor:
 
 
 def _tasks(numbers: Tensor, like: Tensor) -> Tensor:
-    """``[T]`` in a form that multiplies ``[T, *shape]``."""
+    """Reshape ``[T]`` so that it multiplies ``[T, *shape]``."""
     return numbers.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,21 +1,22 @@
-"""Functions that `torch.func.vmap`, or second derivatives, do not take as they are, done so as to agree with a loop.
+"""Replacements for functions that `torch.func.vmap` or second derivatives get wrong; they agree with a loop over tasks.
 
-Embeddings: vmap lays the tables of all tasks end to end, so that a number beyond a table would be looked up in the next
-task's; and it hands ``padding_idx`` on as it is, so the padding row is left out of the first task's gradient alone.
-Where all tasks share one table, ``scale_grad_by_freq`` counts over all of them. Both are options of the derivative: the
-lookup is done without them, and they are applied to its result. One-hot vectors of numbers that are none of the classes
-would be all zeros.
+Embeddings: vmap concatenates the tables of all tasks, so an index beyond one table would read from the next task's.
+It also passes ``padding_idx`` on unchanged, so the padding row is left out of the first task's gradient only. If all
+tasks share one table, ``scale_grad_by_freq`` counts over all tasks. Both options affect only the derivative: the lookup
+is done without them, and they are applied to its result. One-hot vectors of indices outside the classes would be all
+zeros.
 
-Others: the gradient of what `torch.select_scatter` puts in is wrong, `torch.index_fill` puts in one task's value for
-all where only the values differ between tasks, and `torch.roll` of a single number turns the tasks. The derivative of
-`torch.prelu` fails where all tasks share the input, and not the slopes.
+Others: the gradient of the source of `torch.select_scatter` is wrong. `torch.index_fill` uses one task's value for all
+tasks if only the values differ between tasks. `torch.roll` of a single number rolls over the tasks. The derivative of
+`torch.prelu` fails if the tasks share the input but not the slopes.
 
-Losses: torch checks the variances of `torch.nn.functional.gaussian_nll_loss`, and sums the weights of the labels that
-count in `torch.nn.functional.cross_entropy` with label smoothing, in ways that vmap does not take.
+Losses: vmap does not support how torch checks the variances in `torch.nn.functional.gaussian_nll_loss`, or how it sums
+the label weights in `torch.nn.functional.cross_entropy` with label smoothing.
 
-Tensors under vmap say that they require no gradient, and take no hooks.
+Tensors under vmap report that they do not require a gradient, and do not accept hooks.
 
-Attention: the fused kernels have no second derivative, nor the one for CPUs a rule for vmap, so it is written out.
+Attention: the fused kernels do not have a second derivative, and the CPU kernel does not have a vmap rule. So attention
+is written out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from metamom.compile.tracing import is_tracing
 
 
 class FunctionsByTask(TorchFunctionMode):
-    """Replaces calls of these functions within a model.
+    """Replaces calls of these functions inside a model.
 
     Attributes:
         seen: whether a call has been replaced.
@@ -72,7 +73,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.embedding`; gradients are dense whatever ``sparse`` says."""
+    """`torch.nn.functional.embedding`. Gradients are dense even with ``sparse=True``."""
     input = within(input, weight.shape[0])
     found = F.embedding(input, weight, None, max_norm, norm_type)
     if scale_grad_by_freq:
@@ -88,7 +89,7 @@ def embedding(
 def table_lookup(
     weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Tensor:
-    """`torch.embedding`, which `torch.nn.functional.embedding` ends in, and exported models begin with."""
+    """`torch.embedding`, which `torch.nn.functional.embedding` calls, and which exported models call directly."""
     padding = None if padding_idx < 0 else padding_idx
     return embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
 
@@ -99,10 +100,10 @@ def one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
 
 
 def within(index: Tensor, n: int) -> Tensor:
-    """The same whole numbers, which must be in 0..n-1: a lookup that fails as a loop's would, and in compiled graphs.
+    """Return ``index`` if all of it is in 0..n-1. The check is a lookup, so that it also works in compiled graphs.
 
     Raises:
-        RuntimeError: by torch, for others.
+        RuntimeError: from torch, as in a loop over the tasks, for an index out of range.
     """
     numbers = torch.arange(n, dtype=index.dtype, device=index.device)
     return numbers.gather(0, index.long().flatten()).reshape(index.shape)
@@ -111,7 +112,7 @@ def within(index: Tensor, n: int) -> Tensor:
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """`torch.select_scatter`."""
     if input.select(dim, index).shape != src.shape:
-        return torch.select_scatter(input, src, dim, index)  # which says what is wrong
+        return torch.select_scatter(input, src, dim, index)  # raises torch's own error
     index %= input.shape[dim]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, index, index + 1)
 
@@ -132,7 +133,7 @@ def roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.prelu`."""
     if weight.numel() != 1 and (input.dim() < 2 or input.shape[1] != weight.numel()):
-        return torch.prelu(input, weight)  # which says what is wrong
+        return torch.prelu(input, weight)  # raises torch's own error
     slopes = weight.reshape(-1, *[1] * (input.dim() - 2)) if input.dim() > 1 else weight.reshape(())
     return torch.where(input > 0, input, slopes * input)
 
@@ -171,10 +172,10 @@ def gaussian_nll_loss(
 
 
 def _not_negative(var: Tensor) -> Tensor:
-    """The same variances.
+    """Return the variances unchanged.
 
     Raises:
-        ValueError: for negative ones; in a compiled graph RuntimeError by torch.
+        ValueError: for negative ones (in a compiled graph, torch's RuntimeError).
     """
     negative = var < 0
     if is_tracing():
@@ -199,7 +200,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`torch.nn.functional.cross_entropy`: a weighted mean is the weighted sum over the weights of what counts."""
+    """`torch.nn.functional.cross_entropy`. A weighted mean is the weighted sum over the weights of counted labels."""
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     smoothed = weight is not None and label_smoothing > 0 and not target.is_floating_point()
@@ -216,7 +217,7 @@ def cross_entropy(
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """`torch.nn.functional.linear_cross_entropy`, of recent PyTorch, for which the same holds."""
+    """`torch.nn.functional.linear_cross_entropy` (recent PyTorch only), by way of `cross_entropy` above."""
     weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
     if weight is None or smoothing == 0 or options.get("reduction", "mean") != "mean" or target.is_floating_point():
         loss: Tensor = F.linear_cross_entropy(input, linear_weight, target, **options)
@@ -252,7 +253,7 @@ def attention(
         scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    if attn_mask is not None:  # whoever may look at nothing gets zeros
+    if attn_mask is not None:  # a query with every key masked gets zeros
         blind = (scores == float("-inf")).all(-1, keepdim=True)
         weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     else:
@@ -260,8 +261,8 @@ def attention(
     return F.dropout(weights, dropout_p) @ value
 
 
-# `torch.nn.functional.multi_head_attention_forward`, with the attention above in place of the fused one; it has already
-# been looked whether somebody replaces this call.
+# `torch.nn.functional.multi_head_attention_forward`, with the attention above in place of the fused one. Its check for
+# overrides (`__torch_function__`) has already run.
 multi_head_attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "scaled_dot_product_attention": attention, "has_torch_function": lambda tensors: False},
@@ -273,12 +274,12 @@ REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: 
 
 
 def requires_grad(tensor: Tensor, *kind: Any) -> bool:
-    """`torch.Tensor.requires_grad`, which vmap hides: what a forward does may depend on it.
+    """`torch.Tensor.requires_grad`, which vmap hides and a model's forward may depend on.
 
-    PyTorch's own code is answered as ever: it goes on to use what such tensors do not have.
+    PyTorch's own code gets vmap's answer: if it were true, that code would use features that such tensors do not have.
     """
     asking: FrameType | None = sys._getframe(1)
-    while asking is not None and asking.f_code.co_name == "__torch_function__":  # of one mode within another
+    while asking is not None and asking.f_code.co_name == "__torch_function__":  # skip the frames of nested modes
         asking = asking.f_back
     if asking is not None and str(asking.f_globals.get("__name__")).partition(".")[0] == "torch":
         return tensor.requires_grad
@@ -288,10 +289,10 @@ def requires_grad(tensor: Tensor, *kind: Any) -> bool:
 
 
 def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
-    """`torch.Tensor.register_hook`, which no tensor of one task among others has.
+    """`torch.Tensor.register_hook`, which tensors under vmap do not support.
 
     Raises:
-        ValueError: saying what to do instead.
+        ValueError: with what to do instead.
     """
     if not torch._C._functorch.is_batchedtensor(tensor):
         return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -302,13 +303,13 @@ def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> An
 
 
 def retain_grad(tensor: Tensor) -> None:
-    """`torch.Tensor.retain_grad`: of tasks' tensors, which are gone after the call, nothing is retained."""
+    """`torch.Tensor.retain_grad`. It does nothing for tensors under vmap, since they do not outlive the call."""
     if not torch._C._functorch.is_batchedtensor(tensor):
         tensor.retain_grad()
 
 
 def _under_all_names(name: str) -> list[Callable[..., Any]]:
-    """A function as models may call it: by torch, a tensor, or PyTorch's operators, as exported models do."""
+    """All versions of a function that models may call: torch's, a tensor's, and the operator (in exported models)."""
     operator = getattr(torch.ops.aten, name)
     overloads = [getattr(operator, kind) for kind in operator.overloads() if not kind.endswith("out")]
     return [operator, *overloads, *(getattr(home, name) for home in (torch, torch.Tensor, F) if hasattr(home, name))]
@@ -322,7 +323,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_under_all_names("roll"), roll),
     **dict.fromkeys(_under_all_names("prelu"), prelu),
     **dict.fromkeys(_under_all_names("scaled_dot_product_attention"), attention),
-    F.embedding: embedding,  # its arguments come in another order than the operator's
+    F.embedding: embedding,  # its arguments are in a different order than the operator's
     F.multi_head_attention_forward: multi_head_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.cross_entropy: cross_entropy,
@@ -335,12 +336,12 @@ if hasattr(F, "linear_cross_entropy"):
 
 
 def by_task(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What replaces a function, if something does."""
+    """The replacement of a function, if there is one."""
     return _OTHERS.get(func)
 
 
 class _ScaledGradient(Function):
-    """Its input, with a gradient divided by counts, once: as PyTorch's, that gradient's derivative is not."""
+    """The identity, with its gradient divided by counts. As in PyTorch, this gradient's own derivative is not."""
 
     generate_vmap_rule = True
 
@@ -368,7 +369,7 @@ def may_call_them(model: nn.Module) -> bool:
 
 @cache
 def _names_one(kind: type[nn.Module]) -> bool:
-    """Whether the code of a module's ``forward`` names one of these functions, in whatever branch."""
+    """Whether the code of a module's ``forward`` names one of these functions in any branch."""
     names = {"requires_grad" if function == REQUIRES_GRAD else function.__name__ for function in _OTHERS}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
     todo: list[CodeType] = [] if code is None else [code]

@@ -1,9 +1,9 @@
-"""Meta-gradients of a batch of tasks: chunk by chunk and worker by worker, as they are or compiled.
+"""Meta-gradients of a batch of tasks, computed by chunk and by worker, eagerly or compiled.
 
 Legend: T tasks, n workers with T/n tasks each, J inner steps, Q query points, d entries of all meta-parameters.
 
-The parameters a worker starts from are a tensor of their own, ``[n, *shape]``, so that one backward pass leaves each
-worker's gradient there and no gradient per task is ever stored.
+Each worker starts from its own copy of the parameters, stacked as ``[n, *shape]``. One backward pass then gives each
+worker's gradient, and no gradient per task is ever stored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from metamom.maml.unused import from_outside
 from metamom.maml.vmap_errors import explained
 from metamom.server.aggregate import flatten
 
-# Seconds that compiling takes for each layer and each pass through the model, measured on two cores.
+# Seconds to compile one layer in one pass through the model, measured on two cores.
 COMPILE_SECONDS = 2.0
 
 
@@ -41,11 +41,11 @@ class Plan(NamedTuple):
 
     Attributes:
         owner: the module that holds model and loss; a compiled graph is tied to the modules in it.
-        problem: whose meta-gradient it is.
+        problem: the model, loss and settings of the adaptation.
         inner_steps: J.
         inner_batches: the same for all inner steps, or fresh ones.
-        memory: of tracked estimators.
-        chunk_size: tasks at a time.
+        memory: the moving averages of a tracked estimator.
+        chunk_size: the number of tasks at a time.
     """
 
     owner: nn.Module
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     chunk_size: ChunkSize
 
     def cut(self, batch: TaskBatch) -> list[Adaptations]:
-        """The adaptations whose weighted query losses are differentiated."""
+        """The adaptations to differentiate, with the weights of their query losses."""
         return cut(batch, self.problem.estimator, self.inner_steps, self.inner_batches)
 
     def check(self, batch: TaskBatch) -> None:
@@ -71,11 +71,11 @@ class Plan(NamedTuple):
             distinct_ids(batch.task_ids)
 
     def recall(self, batch: TaskBatch) -> Params:
-        """What is remembered of the tasks; nothing by estimators that track none."""
+        """The stored averages of the batch's tasks; empty for an estimator that is not tracked."""
         return {} if self.memory is None else self.memory.recall(batch.task_ids, self._trainable())
 
     def remember(self, task_ids: Tensor | None, averages: Sequence[Tensor], *results: Tensor) -> None:
-        """Move the tasks' memory on, unless something would poison it."""
+        """Update the tasks' averages, unless a result is not finite."""
         if self.memory is not None and all(bool(x.isfinite().all()) for x in (*averages, *results)):
             self.memory.keep(task_ids, dict(zip(self.problem.adapted, averages, strict=True)), self._trainable())
 
@@ -84,12 +84,12 @@ class Plan(NamedTuple):
 
 
 class OfTasks(NamedTuple):
-    """What a chunk's tasks came to.
+    """The results of a chunk of tasks.
 
     Attributes:
         losses: query losses ``[T]``.
         predictions: on the query sets, ``[T, Q, ...]``.
-        averages: of tracked estimators, one ``[T, *shape]`` for each adapted parameter.
+        averages: for tracked estimators, one ``[T, *shape]`` for each adapted parameter.
     """
 
     losses: Tensor
@@ -98,7 +98,7 @@ class OfTasks(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[OfTasks]) -> OfTasks:
-        """Those of several chunks, one after the other."""
+        """Concatenate the results of several chunks."""
         if len(parts) == 1:
             return parts[0]
         averages = zip(*(part.averages for part in parts), strict=True)
@@ -110,7 +110,7 @@ class OfTasks(NamedTuple):
 
 
 class OfWorkers(NamedTuple):
-    """Meta-gradients ``[k, d]`` of some workers, and what their tasks came to."""
+    """Meta-gradients ``[k, d]`` of k workers, and the results of their tasks."""
 
     gradients: Tensor
     tasks: OfTasks
@@ -120,18 +120,18 @@ class MetaGradients:
     """Computes the meta-gradients of a plan.
 
     Args:
-        plan: asked at every call, since a learner's options may be set at any time.
+        plan: called for each meta-gradient, since a learner's options may be set at any time.
         compile: see `metamom.compile.graph.Compiled`.
 
     Attributes:
-        expected: how many batches are still to come, where somebody said so.
+        expected: how many batches are still to come, if announced.
     """
 
     def __init__(self, plan: Callable[[], Plan], compile: CompileMode) -> None:
         self.plan = plan
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
-        self._tried = False  # whether a meta-gradient to be compiled has been computed once without
+        self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
         self.of_chunk: Callable[..., tuple[Tensor, ...]] = self.eager
         if compile:
             now = plan()
@@ -143,13 +143,13 @@ class MetaGradients:
             self.of_chunk = Compiled(self.eager, self.built_in, compile, cost)
 
     def by_worker(self, weights: Params, batch: TaskBatch, workers: int, number: int = 0) -> Iterator[OfWorkers]:
-        """The workers' flattened meta-gradients, some at a time in their order, as chunks give them.
+        """Yield the workers' flattened meta-gradients in order, a few at a time as chunks finish.
 
         Args:
             weights: the meta-parameters by name.
             batch: T tasks.
             workers: n, must divide T.
-            number: of the first task in the batch of all processes, by which a random model draws.
+            number: the index of the first task in the batch of all processes, which seeds a random model's draws.
 
         Raises:
             ValueError: as `MAML.meta_gradient`.
@@ -177,7 +177,7 @@ class MetaGradients:
                 rows, held = None, []
 
     def losses(self, weights: Params, batch: TaskBatch) -> Tensor:
-        """Query losses ``[T]`` of the first adaptation, with the derivatives of all of them, weighted."""
+        """Query losses ``[T]`` of the first adaptation, with the weighted derivatives of all adaptations."""
         plan = self.plan()
         plan.check(batch)
         rows = {name: w.unsqueeze(0) for name, w in weights.items()}
@@ -188,7 +188,7 @@ class MetaGradients:
         return torch.cat(found)
 
     def chunk_size(self, batch: TaskBatch) -> int | None:
-        """The number of tasks at a time, measured where it is "auto"."""
+        """The number of tasks at a time, measured if it is "auto"."""
         plan = self.plan()
         if plan.chunk_size != "auto":
             return plan.chunk_size
@@ -199,10 +199,10 @@ class MetaGradients:
         return self._budgets[key]
 
     def built_in(self) -> tuple[Hashable, ...]:
-        """What a compiled meta-gradient has built in, apart from shapes.
+        """The objects that a compiled meta-gradient depends on, apart from shapes.
 
-        Modules, hooks, buffers and frozen parameters are among it, as the objects that they are: the values of tensors
-        may change. A module's own numbers (the rate of a dropout) and plain tensors are not.
+        Modules, hooks, buffers and frozen parameters are compared by identity: the values of their tensors may change.
+        A module's own numbers (a dropout rate) and plain tensors are not included.
         """
         plan = self.plan()
         problem = plan.problem
@@ -216,23 +216,23 @@ class MetaGradients:
         return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
-        """`chunk_gradient` of the plan of this moment."""
+        """`chunk_gradient` with the current plan."""
         return chunk_gradient(self.plan(), weights, memory, workers, scale, *batch)
 
     def _announce(self, weights: Params, batch: TaskBatch, chunks: int) -> None:
-        """Say to what is compiled how many chunks are to come, after one that shows what may be wrong with a model."""
+        """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""
         if not isinstance(self.of_chunk, Compiled):
             return
-        if not self._tried:  # as it is, for a graph does not show what is wrong with it
+        if not self._tried:  # eagerly, since a compiled graph hides errors in the model
             with torch.random.fork_rng(devices=[]):
                 self._one_task(weights, batch)()
             self._tried = True
         self.of_chunk.expected = None if self.expected is None else self.expected * chunks
-        if self.expected is not None:  # nothing is known of batches beyond those
+        if self.expected is not None:  # nothing is known about batches after those
             self.expected = self.expected - 1 if self.expected > 1 else None
 
     def _one_task(self, weights: Params, batch: TaskBatch) -> Callable[[], tuple[Tensor, ...]]:
-        """The meta-gradient of the first task, to be computed as it is."""
+        """A function that computes the meta-gradient of the first task eagerly."""
         one = batch.part(0, 1)
         return partial(self.eager, weights, self.plan().recall(one), 1, 1.0, *one[:4])
 
@@ -240,18 +240,18 @@ class MetaGradients:
 def chunk_gradient(
     plan: Plan, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor
 ) -> tuple[Tensor, ...]:
-    """Query losses, predictions, tracked averages, gradients of ``scale`` times the losses' sum by worker.
+    """Query losses, predictions, tracked averages, and each worker's gradient of ``scale`` times the sum of losses.
 
-    A flat tuple, as compiled graphs return it. Gradients are ``[workers, d]``, or ``[workers, *shape]`` each where a
-    weight does not lie in memory as its indices go: a compiler would reorder it entry by entry in the middle of the
-    sum over tasks.
+    The result is a flat tuple, as compiled graphs return it. Gradients are ``[workers, d]``. If a weight is not
+    contiguous, they are ``[workers, *shape]`` for each parameter instead: a compiler would otherwise reorder it entry
+    by entry in the middle of the sum over tasks.
     """
     problem = plan.problem
     first: tuple[Tensor, ...] = ()
     totals: list[Tensor] = []
     with torch.enable_grad():
         rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
-        around = {} if is_tracing() else weights  # what the losses must depend on by way of the rows alone
+        around = {} if is_tracing() else weights  # the losses may depend on these through the rows only
         for term in plan.cut(TaskBatch(*batch)):
             found = episodes(problem, rows, term, memory)
             check_one_tensor(found.predictions)
@@ -282,5 +282,5 @@ def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
 
 
 def _flat(grads: Sequence[Tensor]) -> Tensor:
-    """``[n, d]``; a lone gradient of two axes is flat already, one of another shape is a weight's own."""
+    """Flatten to ``[n, d]``. A single gradient with two axes is flat already; with more, it is one weight's."""
     return grads[0] if len(grads) == 1 and grads[0].dim() == 2 else flatten(grads)

@@ -2,7 +2,7 @@
 
 Legend: T tasks, c copies of each, n workers, N points of a task, J inner steps.
 
-Two kinds of derivatives are taken, both by plain autograd over a forward pass that `torch.func.vmap` batches over
+Both the inner and the outer derivative use plain autograd over a forward pass that `torch.func.vmap` batches over
 tasks. (Differentiating from outside vmap over an inner `torch.func.grad` is wrong for affine normalisation layers
 in torch 2.13.)
 """
@@ -32,21 +32,21 @@ from metamom.maml.tracking import tracked
 from metamom.maml.unused import Uses
 from metamom.maml.vmap_errors import explained
 
-LOSS = "loss_fn."  # before the names of a loss module's parameters
+LOSS = "loss_fn."  # prefix of the names of a loss module's parameters
 
 
 class Problem(NamedTuple):
-    """What adaptation depends on, apart from weights and data.
+    """Everything that adaptation depends on besides weights and data.
 
     Attributes:
         model: maps ``[N, ...]`` to predictions ``[N, ...]``.
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss`` of one task.
         adapted: names of the parameters that inner steps move.
-        step_sizes: alpha of each of these.
-        estimator: which derivatives inner steps have.
-        autocast: dtype of the model's products, ``None`` for the weights' own.
-        run: runs the model with weights of its own for each task.
-        readings: what the loss was seen to take its arguments for.
+        step_sizes: alpha of each adapted parameter.
+        estimator: decides how inner steps are differentiated.
+        autocast: dtype of the model's products, ``None`` for the dtype of the weights.
+        run: runs the model with separate weights for each task.
+        readings: how the loss was seen to interpret its arguments.
         uses: which parameters the loss was found not to depend on.
     """
 
@@ -62,12 +62,12 @@ class Problem(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """What T·c adaptations came to.
+    """The results of T·c adaptations.
 
     Attributes:
         losses: query losses ``[T·c]``.
         predictions: on the query sets, ``[T·c, Q, ...]``.
-        adapted: the weights that they are by, ``[T·c, *shape]``.
+        adapted: the adapted weights that made them, ``[T·c, *shape]``.
     """
 
     losses: Tensor
@@ -76,7 +76,7 @@ class Episodes(NamedTuple):
 
 
 def names_in_loss(model: nn.Module, loss_fn: LossFn) -> dict[str, str]:
-    """The parameters of a loss that is a module: their names there, and among the meta-parameters."""
+    """Map the names of a loss module's parameters to their names among the meta-parameters."""
     if not isinstance(loss_fn, nn.Module):
         return {}
     with alone(model, loss_fn):
@@ -85,10 +85,10 @@ def names_in_loss(model: nn.Module, loss_fn: LossFn) -> dict[str, str]:
 
 
 def trainable(model: nn.Module, loss_fn: LossFn) -> Params:
-    """The trainable parameters of a model, and those of a loss module that are not the model's too.
+    """The trainable parameters of the model, and those of a loss module that the model does not share.
 
     Raises:
-        ValueError: if both have a parameter of one name.
+        ValueError: if a name occurs in both.
     """
     weights = named(model)
     own = named(loss_fn) if isinstance(loss_fn, nn.Module) else {}
@@ -99,28 +99,28 @@ def trainable(model: nn.Module, loss_fn: LossFn) -> Params:
 
 
 def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
-    """Where T tasks start from, of the workers' meta-parameters ``[n, *shape]``."""
+    """The weights that T tasks start from, given the workers' meta-parameters ``[n, *shape]``."""
     return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
 
 
 def predictions(problem: Problem, start: Start, own: Params, x: Tensor, draws: bool = True) -> Tensor:
-    """Predictions ``[T, N, ...]`` on ``x: [T, N, ...]`` by parameters that have moved from ``start`` to ``own``.
+    """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
-    A model that ``draws`` does so for each task; where it must not it is an error.
+    A random model draws separately for each task. With ``draws=False``, drawing is an error.
     """
     out = problem.run(problem.model, start, own, x, draws, problem.autocast)
     return out if problem.autocast is None else out.to(x.dtype)
 
 
 def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Tensor) -> Tensor:
-    """Losses ``[T]`` of predictions ``[T, N, ...]``, by the parameters that they were made with.
+    """Compute the losses ``[T]`` of predictions ``[T, N, ...]``, given the parameters that made them.
 
-    A loss that is a module with parameters gets the tasks' own where it shares the model's.
+    If a loss module shares parameters with the model, it gets each task's adapted ones.
 
     Raises:
-        ValueError: for targets that do not fit, or a loss of another shape than one number a task.
+        ValueError: for targets that do not fit, or if the loss is not one number a task.
     """
-    if y.dtype == torch.uint8:  # labels to torch's losses, but not under vmap
+    if y.dtype == torch.uint8:  # torch's losses take these as labels, but not under vmap
         y = y.long()
     loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
 
@@ -146,7 +146,7 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
 def _with_parameters(
     module: nn.Module, loss: LossFn, names: Mapping[str, str], start: Start, own: Params, predicted: Tensor, y: Tensor
 ) -> Tensor:
-    """The losses by a module with parameters among the tasks' weights, which have other ``names`` there."""
+    """Losses from a loss module with parameters; ``names`` maps its parameter names to those of the task weights."""
     with alone(module):
         found = slots(module)
 
@@ -160,9 +160,9 @@ def _with_parameters(
 
 
 def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep_graph: bool) -> Iterator[Params]:
-    """The adapted parameters after 0, 1, ..., J inner steps, ``[T, *shape]``.
+    """Yield the adapted parameters after 0, 1, ..., J inner steps, ``[T, *shape]``.
 
-    ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator wants of it.
+    ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator asks for.
     """
     own = start.own
     yield own
@@ -184,13 +184,13 @@ def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep
 
 
 def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) -> Episodes:
-    """Adapt from the workers' parameters ``[n, *shape]``, and take the query losses there.
+    """Adapt from the workers' parameters ``[n, *shape]`` and compute the query losses.
 
     Args:
-        problem: whose model adapts.
+        problem: the model and loss.
         rows: the workers' meta-parameters.
-        term: the inner batches, and the query sets.
-        memory: of tracked estimators, by which the adapted weights are averaged; else empty.
+        term: the inner batches and the query sets.
+        memory: the moving averages of a tracked estimator; empty for other estimators.
     """
     start = start_of(problem, rows, term.query_x.shape[0])
     *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
@@ -201,7 +201,7 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
 
 
 def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
-    """An inner step from each task's own weights ``[T, *shape]``, without a graph."""
+    """One inner step from each task's own weights ``[T, *shape]``, without a graph."""
     own = {name: w for name, w in weights.items() if name in problem.adapted}
     kept = {name: w for name, w in weights.items() if name not in own}
     *_, adapted = trajectory(problem, Start(own, kept, {}, {}), [batch], keep_graph=False)
@@ -215,7 +215,7 @@ def _alpha(problem: Problem, name: str, start: Start, weight: Tensor) -> float |
 def _gradient(
     problem: Problem, start: Start, at: Params, batch: InnerBatch, keep_graph: bool
 ) -> dict[str, Tensor | None]:
-    """The gradient that an inner step from ``at`` goes along, with the derivatives that the estimator wants."""
+    """The gradient of an inner step at ``at``, with the derivatives that the estimator asks for."""
     derivatives: Derivatives = ESTIMATORS[problem.estimator].derivatives if keep_graph else "none"
     if derivatives == "differences" and batch.hessian is None:
         derivatives = "exact"
@@ -236,12 +236,12 @@ def _gradient(
 
 
 def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) -> None:
-    """Refuse parameters without a gradient that the loss depends on; those that it does not are unused.
+    """Refuse parameters that have no gradient although the loss depends on them. The others are merely unused.
 
     Args:
-        problem: whose loss it is.
-        missing: names of meta-parameters.
-        x: inputs of some tasks, the first of which is tried, ``[T, N, ...]``.
+        problem: the model and loss.
+        missing: names of the meta-parameters without a gradient.
+        x: inputs ``[T, N, ...]``; the first task is tried.
         y: their targets.
 
     Raises:
@@ -260,12 +260,12 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) ->
 
 
 def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -> None:
-    """Refuse gradients without a derivative that depend on the weights; others are those of a linear loss.
+    """Refuse gradients that have no derivative although they depend on the weights (those of a linear loss do not).
 
     Args:
-        problem: whose inner gradients they are.
-        names: of adapted parameters whose inner gradients have no graph.
-        batch: of some tasks, the first of which is tried.
+        problem: the model and loss.
+        names: the adapted parameters that have an inner gradient without a graph.
+        batch: an inner batch; the first task is tried.
     """
     if is_tracing() or problem.uses.are_constant(names, _modules(problem)):
         return

@@ -1,4 +1,4 @@
-"""Inner step sizes: one number, one for each tensor or entry, fixed or learned (Meta-SGD)."""
+"""Inner step sizes: one for all parameters, for each tensor or for each entry; fixed or learned (Meta-SGD)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ class StepSizes(nn.Module):
 
     Args:
         inner_lr: a positive number for all; or a mapping from parameter names to positive numbers or to tensors
-            that are scalar or of the parameter's shape. Leaf tensors that require a gradient are learned as the tensors
-            that they are.
+            that are scalar or have the parameter's shape. Leaf tensors that require a gradient are learned in place.
         adapted: the adapted parameters by name.
         learn: ``False`` keeps them as given; ``"scalar"`` learns one number for all, ``"tensor"`` one for each
             parameter tensor, ``"entry"`` (or ``True``) one for each entry, which is Meta-SGD.
 
     Raises:
         ValueError: for a step size that is not positive and finite, a missing or unknown name, a wrong shape, or one
-            that requires a gradient and is no leaf.
+            that requires a gradient and is not a leaf.
 
     Reference:
-        Li, Zhou, Chen, Li, "Meta-SGD" (2017) for ``"entry"``; not to be mixed up with plain meta-SGD, beta = 1.
+        Li, Zhou, Chen, Li, "Meta-SGD" (2017) for ``"entry"``; not to be confused with plain meta-SGD, beta = 1.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class StepSizes(nn.Module):
         one_tensor = not isinstance(inner_lr, Mapping) and torch.is_tensor(inner_lr) and inner_lr.requires_grad
         self.shared = self.kind == "scalar" or one_tensor
         self.fixed: dict[str, float] = {}
-        # prefixed, for a model may name a parameter as this module names something of its own ("shared", "training")
+        # prefixed, since a parameter may share its name with an attribute of this module ("shared", "training")
         self._attributes = {name: "alpha" if self.shared else f"alpha:{name.replace('.', ':')}" for name in adapted}
         for name, parameter in adapted.items():
             value, place = _checked(name, given[name], parameter), self._attributes[name]
@@ -84,7 +83,7 @@ class StepSizes(nn.Module):
                 self._register(place, nn.Parameter(start.expand(size).clone()))
 
     def assign(self, inner_lr: float | Tensor | Mapping[str, float | Tensor], adapted: Mapping[str, Tensor]) -> None:
-        """Take other step sizes. Learned ones stay the tensors that they are, and are learned on from there.
+        """Set new step sizes. Learned ones are updated in place and keep learning from the new values.
 
         Args:
             inner_lr: numbers or tensors, as for a new `StepSizes`, that do not require a gradient.
@@ -115,13 +114,13 @@ class StepSizes(nn.Module):
                 self.fixed[name] = new
 
     def follow(self, adapted: Mapping[str, Tensor]) -> None:
-        """Give other adapted parameters step sizes: those that had one keep it, others get the one that all have.
+        """Assign step sizes to new adapted parameters. Known ones keep theirs, others get the number that all share.
 
         Args:
-            adapted: the adapted parameters from now on, by name.
+            adapted: the new adapted parameters by name.
 
         Raises:
-            ValueError: for a new parameter where there is no one number for all.
+            ValueError: for a new parameter if there is not a single number for all.
         """
         new = [name for name in adapted if name not in self._attributes]
         values = set(self.fixed.values())
@@ -136,7 +135,7 @@ class StepSizes(nn.Module):
             self.fixed[name] = next(iter(values))
 
     def values(self) -> float | Tensor | dict[str, float | Tensor]:
-        """The step sizes in force: one number or tensor where all adapted parameters share it, else by name."""
+        """The current step sizes: one number or tensor if all adapted parameters share it, else by name."""
         each: dict[str, float | Tensor] = dict(self.fixed)
         for name, place in self._attributes.items():
             tensor = self._registered(place)
@@ -157,7 +156,7 @@ class StepSizes(nn.Module):
         return self._buffers.get(place) if found is None else found
 
     def describe(self) -> dict[str, Any]:
-        """What is fixed and what is learned, as JSON values; learned values are in the state dict instead."""
+        """The fixed step sizes and which ones are learned, as JSON values. The state dict holds the learned values."""
         tensors = {name: self._registered(place) for name, place in self._attributes.items()}
         fixed = {name: t.tolist() for name, t in tensors.items() if t is not None and not t.requires_grad}
         return {"fixed": {**self.fixed, **fixed}, "learned": sorted(self.learned())}
@@ -172,19 +171,19 @@ class StepSizes(nn.Module):
         return found
 
     def of(self, name: str, learned: Mapping[str, Tensor], dim: int) -> float | Tensor:
-        """Alpha of one parameter, in a form that multiplies its gradients ``[T, *shape]``.
+        """Alpha of one parameter, shaped to multiply its gradients ``[T, *shape]``.
 
         Args:
             name: an adapted parameter.
-            learned: values to use for what `learned` names, each with a leading task axis.
-            dim: number of dimensions of those gradients, the task axis among them.
+            learned: values of the learned step sizes, with the keys of `learned` and a leading task axis.
+            dim: number of dimensions of those gradients, including the task axis.
         """
         if name in self.fixed:
             return self.fixed[name]
         key = "inner_lr" if self.shared else f"inner_lr.{name}"
         if key in learned:
             alpha = learned[key]
-            return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # one number a task stays with its task
+            return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # align each task's number with its task
         fixed = self._registered(self._attributes[name])
         assert fixed is not None
         return fixed

@@ -1,4 +1,4 @@
-"""One inner step: the rule, and the gradient it takes, with the derivatives that an estimator wants of it.
+"""One inner step: the update rule, and its gradient with the derivatives that an estimator asks for.
 
 Legend: T tasks.
 """
@@ -20,24 +20,24 @@ Derivatives = Literal["none", "exact", "differences"]
 def inner_gradient(
     along: Losses, hessian: Losses | None, own: Params, others: Params, derivatives: Derivatives, precision: float
 ) -> dict[str, Tensor | None]:
-    """The gradient of each task's loss in its own parameters, for one inner step.
+    """Compute the gradient of each task's loss in its own parameters, for one inner step.
 
-    Its value is that of the batch that the step goes along, its derivatives are those of the batch that gives the
-    Hessian: differentiated through J steps, ``prod_j (I - alpha H_B(u_j)) grad L(u_J)`` at the points u_j of batch A.
+    Its value comes from one batch (A) and its derivatives from the batch that gives the Hessian (B). Differentiating
+    through J steps gives ``prod_j (I - alpha H_B(u_j)) grad L(u_J)`` at the points u_j that batch A leads to.
 
     Args:
-        along: ``(own, others) -> [T]``, the losses that the step goes along.
-        hessian: those that give the Hessian; ``None`` for the same.
-        own: the parameters, ``[T, *shape]``, which require gradients.
-        others: the other ones, ``[T, *shape]`` or ``[*shape]``.
+        along: ``(own, others) -> [T]``, the losses that give the gradient's value.
+        hessian: the losses that give the Hessian; ``None`` to use ``along``.
+        own: the adapted parameters, ``[T, *shape]``, which require gradients.
+        others: the other parameters, ``[T, *shape]`` or ``[*shape]``.
         derivatives: ``"none"``, ``"exact"``, or ``"differences"`` of the Hessian batch's gradients.
-        precision: of differences, see `metamom.maml.finite_differences.difference`.
+        precision: for differences, see `metamom.maml.finite_differences.difference`.
 
     Returns:
-        ``[T, *shape]`` by the names of ``own``; ``None`` for what the losses do not depend on.
+        ``[T, *shape]`` with the names of ``own``; ``None`` for parameters that the losses do not depend on.
 
     Reference:
-        Fallah, Mokhtari, Ozdaglar (2020), where the Hessian has a batch of its own.
+        Fallah, Mokhtari, Ozdaglar (2020), where the Hessian has a separate batch.
     """
     if derivatives == "differences":
         return {**gradient_by_differences(along, hessian or along, own, others, precision)}
@@ -52,20 +52,21 @@ def inner_gradient(
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
-    """The gradient of a number in each input; ``None`` where it does not depend on it, as far as its graph says."""
+    """The gradient of a scalar in each input; ``None`` if the graph does not connect them."""
     if not output.requires_grad:
         return [None] * len(inputs)
     return list(torch.autograd.grad(output, list(inputs), create_graph=create_graph, allow_unused=True))
 
 
 def inner_step(w: Tensor, alpha: float | Tensor, grad: Tensor) -> Tensor:
-    """``u_{j+1} = u_j - alpha grad L(u_j)`` of one parameter, computed as it lies in memory.
+    """``u_{j+1} = u_j - alpha grad L(u_j)`` for one parameter, computed in its memory order.
 
-    Compilers lay an elementwise result out by its indices: told in which order its operands lie, they copy nothing.
+    Compilers lay out an elementwise result in index order. Permuting the operands to their memory order first avoids a
+    copy.
 
     Args:
         w: u_j, ``[T, *shape]``.
-        alpha: a number, or what multiplies ``grad``.
+        alpha: a number, or a tensor that broadcasts with ``grad``.
         grad: ``[T, *shape]``.
 
     Returns:
@@ -83,7 +84,8 @@ def inner_step(w: Tensor, alpha: float | Tensor, grad: Tensor) -> Tensor:
 def straight_through(value: Tensor, derivative: Tensor) -> Tensor:
     """The value of one tensor with the derivatives of another: ``value.detach() + (derivative - derivative.detach())``.
 
-    Without that sum's rounding and its infinities, and a compiler finds that ``derivative`` itself is not needed.
+    Unlike that sum, it does not round and does not turn infinities into NaN, and a compiler can see that the value of
+    ``derivative`` is not needed.
 
     Args:
         value: any shape.
@@ -116,7 +118,7 @@ def _gradient(losses: Losses, own: Params, others: Params, create_graph: bool) -
 
 
 def _memory_order(w: Tensor) -> list[int] | None:
-    """The axes of ``[T, *shape]`` from the one with the longest strides to the shortest, ``None`` where they are so."""
+    """The axes of ``[T, *shape]`` from longest to shortest stride; ``None`` if they already have this order."""
     strides = w.stride()
     order = [0, *sorted(range(1, w.dim()), key=lambda axis: -strides[axis])]
     return None if order == list(range(w.dim())) else order

@@ -43,7 +43,7 @@ from metamom.server.robust import Aggregate
 
 
 class MetaGradient(NamedTuple):
-    """What `MAML.meta_gradient` returns: the workers' meta-gradients and the tasks' query losses (of `MAML.losses`)."""
+    """The result of `MAML.meta_gradient`: the workers' meta-gradients, and the query losses as from `MAML.losses`."""
 
     grads: Params
     losses: Tensor
@@ -56,14 +56,14 @@ class MAML(nn.Module):
     ``L_query(u_J)``.
 
     Args:
-        model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs under `torch.func.vmap` with weights of its own
-            for each task: no running statistics, in-place changes or control flow that depends on data.
+        model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs under `torch.func.vmap` with separate weights
+            for each task, so it must not use running statistics, in-place changes or data-dependent control flow.
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`. The
             parameters of a loss module are learned with the model's; inner steps do not move them.
         inner_lr: alpha > 0: one number, or a number or tensor for each adapted parameter. Leaf tensors that require a
-            gradient are learned in place. May be set later: ``learner.inner_lr = 0.1``.
+            gradient are learned in place. Can be set later: ``learner.inner_lr = 0.1``.
         inner_steps: J >= 1.
-        estimator: of the meta-gradient: ``"exact"``, ``"first-order"`` (FO-MAML), or another of
+        estimator: the meta-gradient estimator: ``"exact"``, ``"first-order"`` (FO-MAML), or another one listed in
             `metamom.maml.estimators`, which says what each computes and how many points it takes.
         inner_batches: ``"same"`` support points for every inner step, or ``"fresh"`` ones: J consecutive parts of the
             support set (of each half). A support set must divide into `support_parts` parts.
@@ -72,29 +72,30 @@ class MAML(nn.Module):
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters inner steps move: names of parameters or modules, or a predicate on a parameter's
             name; all trainable ones by default. ANIL is ``adapt=["head"]``.
-        chunk_size: compute at most this many tasks at a time. It bounds the memory and does not change the result
-            (except what a compiled model draws at random). ``"auto"`` measures what a task needs and takes about
-            512 MiB at a time on a CPU, half of the free memory on a GPU.
-        compile: compile the whole meta-gradient, once for each shape of batch, and again when the loss, a module, a
-            hook, a buffer or a frozen parameter is replaced. Everything else that model or loss read (a dropout's
-            rate, a plain tensor) is built in. ``"auto"`` compiles once it pays (see `expect`), and carries on without
-            compiling, with one warning, where that fails.
+        chunk_size: compute at most this many tasks at a time. This bounds memory and does not change the result
+            (except for a compiled model's random draws). ``"auto"`` measures the memory of one task and uses about
+            512 MiB on a CPU, or half of the free memory on a GPU.
+        compile: compile the whole meta-gradient, once for each batch shape, and again when the loss, a module, a
+            hook, a buffer or a frozen parameter is replaced. Everything else that the model or loss reads (a dropout
+            rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
+            compiling fails, it warns once and continues without.
         autocast: dtype of the model's matrix products and convolutions: `torch.bfloat16`, accumulated in float32, or
             ``None``. Less accurate (docs/performance.md), and faster only on hardware that multiplies in bfloat16.
 
-    Random layers (dropout) draw by torch's generator at the start of a step and the task's number in the batch, so
-    that neither chunks nor processes change them; a compiled meta-gradient draws by chunk. Several threads may adapt,
-    predict and evaluate with one learner, or with learners that share modules; none may call the bare model meanwhile.
+    Random layers (dropout) are seeded from torch's generator at the start of a step and from the task's number in the
+    batch, so their draws do not depend on chunks or processes. A compiled meta-gradient draws per chunk. Several
+    threads may adapt, predict and evaluate with one learner, or with learners that share modules. No thread may call
+    the bare model at the same time.
 
     Attributes:
         memory: the moving averages of tracked estimators, part of the ``state_dict``; ``None`` for the others.
-        operators: those that `backward` was given as a SPEC, each made once. With error feedback, save their
-            ``state_dict()`` with the learner's.
+        operators: the operators that were passed to `backward` as a SPEC, each created once. With error feedback,
+            save their ``state_dict()`` with the learner's.
 
     Raises:
-        ValueError: for an option out of range or that does not go with the estimator, an unknown parameter name, a
-            model with running statistics, or ``compile=True`` without a compiler; from its methods, for a model whose
-            graph is cut between a parameter and the loss, or that reads other weights than the tasks'.
+        ValueError: for an option that is out of range or not supported by the estimator, an unknown parameter name, a
+            model with running statistics, or ``compile=True`` without a compiler. Its methods raise it for a model
+            with a graph that is cut between a parameter and the loss, or one that reads weights other than the tasks'.
 
     Example:
         >>> from torch.nn import functional as F
@@ -153,11 +154,11 @@ class MAML(nn.Module):
         self._gradients = MetaGradients(self._plan, compile)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; options of the constructor are checked as there.
+        """Set an attribute. Constructor options are checked as in the constructor.
 
         Raises:
             AttributeError: for an option that only the constructor takes.
-            ValueError: for a value out of range, or another model with other parameters.
+            ValueError: for a value out of range, or a model with different parameters.
             TypeError: for a value of the wrong kind.
         """
         if name == "inner_lr":
@@ -165,34 +166,34 @@ class MAML(nn.Module):
             self.step_sizes.assign(value, {n: weights[n] for n in self.adapted})
             return
         check_option(name, value)
-        if "_gradients" in self.__dict__:  # it has been made
+        if "_gradients" in self.__dict__:  # construction has finished
             tracking = None if self.memory is None else self.memory.tracking
             check_change(self, name, value, tracking, self.step_sizes.kind)
             if name == "model":
                 self._run, self._structure = RunByTask(), structure(value)
         if name == "loss_fn":
             check_loss_owner(value)
-            self._modules.pop(name, None)  # a module in place of a function, or the other way round
+            self._modules.pop(name, None)  # a module may replace a function, or a function a module
         super().__setattr__(name, value)
 
     @property
     def inner_lr(self) -> float | Tensor | dict[str, float | Tensor]:
-        """The inner step sizes in force: one number (or learned tensor) for all, else by parameter.
+        """The current inner step sizes: one number (or learned tensor) if all parameters share it, else by parameter.
 
-        May be set to what the constructor takes; learned step sizes are then learned on from there.
+        Can be set to anything the constructor takes. Learned step sizes keep learning from the new values.
         """
         return self.step_sizes.values()
 
     @property
     def support_parts(self) -> int:
-        """The number of equal parts that a support set is cut into for a meta-gradient; 1 where it is used as it is.
+        """The number of equal parts that a meta-gradient splits each support set into; 1 means no split.
 
-        A sampler of ``shots=learner.support_parts * m`` gives inner batches of m shots each.
+        A sampler with ``shots=learner.support_parts * m`` gives inner batches of m shots each.
         """
         return support_parts(self.estimator, self.inner_steps, self.inner_batches)
 
     def describe(self) -> dict[str, Any]:
-        """The options that make this learner again, as JSON values."""
+        """The options that recreate this learner, as JSON values."""
         return {
             "inner_lr": self.step_sizes.describe(),
             "inner_steps": self.inner_steps,
@@ -203,9 +204,9 @@ class MAML(nn.Module):
         }
 
     def like(self, *, estimator: Estimator | None = None, inner_batches: InnerBatches | None = None) -> MAML:
-        """Another learner of the same model, loss and step sizes, not compiled, by another estimator.
+        """A learner with the same model, loss and step sizes but another estimator, not compiled.
 
-        Its parameters are the same tensors as this learner's. ``chunk_size`` is ``"auto"`` where this one has none.
+        It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
         other = MAML(
             self.model,
@@ -221,14 +222,14 @@ class MAML(nn.Module):
         return other
 
     def reset_tracking(self) -> None:
-        """Forget the moving averages of tracked estimators: each task's next visit is its first."""
+        """Reset the moving averages of tracked estimators. Each task's next visit counts as its first."""
         if self.memory is not None:
             self.memory.reset()
 
     def expect(self, iterations: int) -> None:
-        """Say how many meta-gradients are to come, by which ``compile="auto"`` decides; `metamom.train` does.
+        """Announce how many meta-gradients will follow, so that ``compile="auto"`` can decide whether to compile.
 
-        Without it, ``"auto"`` expects as many to come as there have been.
+        `metamom.train` calls this. Without it, ``"auto"`` assumes that as many will follow as have been computed.
 
         Raises:
             ValueError: for a number below 0.
@@ -238,16 +239,16 @@ class MAML(nn.Module):
         self._gradients.expected = iterations
 
     def meta_parameters(self) -> Params:
-        """What meta-gradients are taken for, by name: the trainable parameters of model and loss, learned step sizes.
+        """The parameters that get a meta-gradient, by name: trainable ones of model and loss, and learned step sizes.
 
-        Names are those of ``model.named_parameters()``. Parameters of a ``loss_fn`` that is a module follow as
-        ``"loss_fn.NAME"`` (inner steps do not move them), step sizes as ``"inner_lr.NAME"`` or ``"inner_lr"``.
+        Names are those of ``model.named_parameters()``. If ``loss_fn`` is a module, its parameters follow as
+        ``"loss_fn.NAME"`` (inner steps do not move them). Step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
         self._keep_up()
         return trainable(self.model, self.loss_fn) | self.step_sizes.learned()
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
-        """Adapt to each task's support set, all of it in every step whatever the estimator.
+        """Adapt to each task's support set. Every step uses the whole set, whatever the estimator.
 
         Args:
             support_x: ``[T, S, ...]``.
@@ -255,8 +256,8 @@ class MAML(nn.Module):
             steps: number of inner steps >= 0; the learner's own by default.
 
         Returns:
-            Adapted parameters by name, ``[T, *shape]``; differentiable in the meta-parameters where gradients are
-            enabled. Use them with `predict`.
+            Adapted parameters by name, ``[T, *shape]``, for use with `predict`. They are differentiable in the
+            meta-parameters if gradients are enabled.
         """
         with out_of_inference():
             along = _whole(support_x, support_y, self.inner_steps if steps is None else steps)
@@ -266,22 +267,22 @@ class MAML(nn.Module):
         return adapted
 
     def trajectory(self, support_x: Tensor, support_y: Tensor, *, steps: int) -> Iterator[Params]:
-        """The adapted parameters after 0, 1, ..., ``steps`` inner steps, each as from `adapt` but without a graph."""
+        """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
         with out_of_inference():
             along = _whole(support_x, support_y, steps)
             problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
             return trajectory(problem, start_of(problem, rows, support_x.shape[0]), along, keep_graph=False)
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Predictions ``[T, N, ...]`` of T tasks' adapted weights (from `adapt`) on their inputs ``x: [T, N, ...]``."""
+        """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`)."""
         check_adapted(params, x, named(self.model))
         return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x))
 
     def judge(self, params: Params, predictions: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Losses and accuracies of predictions, task by task.
+        """Compute the loss and accuracy of each task's predictions.
 
         Args:
-            params: the adapted weights of the predictions, which a loss module may share with the model.
+            params: the adapted weights that made the predictions; a loss module may share some of them.
             predictions: from `predict`, ``[T, N, ...]``.
             y: their targets, ``[T, N, ...]``.
 
@@ -292,18 +293,18 @@ class MAML(nn.Module):
         return found, self._accuracy(predictions, y)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; safe while other threads use this learner to predict."""
+        """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""
         with alone(self):
             return super().state_dict(*args, **kwargs)
 
     def losses(self, batch: TaskBatch) -> Tensor:
         """Each task's query loss after adaptation, ``[T]``.
 
-        Differentiable in the meta-parameters where gradients are enabled; the derivative is the estimator's. The value
-        is that of an adaptation along the estimator's first inner batches: half A for ``"independent"``,
-        ``"hessian-free"`` and ``"cross-fit"``, all points for the others (in turn, where inner batches are fresh). For
-        tracked estimators it is the loss at the moving averages that `meta_gradient` would take; only that, and
-        `backward`, update them.
+        Differentiable in the meta-parameters if gradients are enabled; the derivative is the estimator's. The value
+        comes from adapting on the estimator's first inner batches: half A for ``"independent"``, ``"hessian-free"``
+        and ``"cross-fit"``, all points for the others (part by part if inner batches are fresh). For tracked
+        estimators it is the loss at the moving averages that `meta_gradient` would use. Only `meta_gradient` and
+        `backward` update these averages.
 
         Raises:
             ValueError: as `meta_gradient`.
@@ -312,7 +313,7 @@ class MAML(nn.Module):
             return self._gradients.losses(self.meta_parameters(), differentiable_batch(batch))
 
     def meta_gradient(self, batch: TaskBatch, workers: int = 1) -> MetaGradient:
-        """Each worker's composite meta-gradient, the mean over its own tasks.
+        """Compute each worker's composite meta-gradient, the mean over its own tasks.
 
         ``g_i = 1/m sum_t d L_query,t(u_J,t) / dw`` over the m = T/n tasks that `TaskBatch.split` deals to worker i.
         Tracked estimators update their moving averages, unless a loss or a gradient is not finite.
@@ -326,8 +327,8 @@ class MAML(nn.Module):
             is kept.
 
         Raises:
-            ValueError: if n does not divide T, the estimator cannot cut the support sets into its `support_parts`, the
-                model cannot run under per-task weights, or a tracked estimator gets tasks without ids.
+            ValueError: if n does not divide T, the support sets cannot be split into `support_parts` parts, the model
+                cannot run with per-task weights, or a tracked estimator gets tasks without ids.
         """
         with out_of_inference():
             weights = self.meta_parameters()
@@ -350,23 +351,23 @@ class MAML(nn.Module):
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
         Args:
-            batch: T tasks; with several processes, this one's block (`metamom.distributed.World.sample`).
-            workers: n >= 1, over all processes; must divide the number of all tasks.
+            batch: T tasks; with several processes, this process's block (`metamom.distributed.World.sample`).
+            workers: n >= 1 in total over all processes; must divide the total number of tasks.
             bias: the operator C on each worker's flattened gradient ``[n, d]``, its SPEC (``"topk:5%"``), or a function
-                ``[d] -> [d]``; none by default. Error feedback and tracked estimators update their state, unless the
+                ``[d] -> [d]``; none by default. Error feedback and tracked estimators update their state unless the
                 step fails.
             aggregate: ``"mean"``, or a robust mean: see `metamom.server.robust.robust_mean`.
-            world: the processes that do this step together; one by default. Gradient, loss and metrics are then those
-                of all processes, on each of them.
-            measure: whether to measure ``bias_error``, for which several processes exchange whole gradients.
+            world: the processes that compute this step together; one by default. Every process gets the gradient,
+                loss and metrics over all processes.
+            measure: whether to measure ``bias_error``. With several processes this exchanges whole gradients.
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
 
         Raises:
-            ValueError: as `meta_gradient`; by the operator; for processes that differ in weights or arguments.
-            metamom.distributed.ProcessError: if another process is gone, or hangs. Any other failure of one process is
-                raised by all.
+            ValueError: as `meta_gradient`; from the operator; if processes differ in weights or arguments.
+            metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
+                failure of one process.
         """
         if isinstance(bias, str):  # its state carries over from step to step
             bias = self.operators.setdefault(bias, as_operator(bias))
@@ -384,10 +385,10 @@ class MAML(nn.Module):
             )
 
     def _keep_up(self) -> None:
-        """Follow a model whose modules or trainable parameters have changed since it was last looked at.
+        """Update the learner if the model's modules or trainable parameters have changed since the last check.
 
         Raises:
-            ValueError: for one that `MAML` would refuse, and where the new parameters have no inner step size.
+            ValueError: for a model that `MAML` would refuse, and for new parameters without an inner step size.
         """
         with alone(self.model):
             now = structure(self.model)
@@ -424,14 +425,14 @@ class MAML(nn.Module):
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)
 
     def _accuracy(self, predictions: Any, y: Tensor) -> Tensor | None:
-        """Of ``[T, N, ...]``, whose loss was taken before."""
-        if not isinstance(predictions, Tensor):  # something that the loss function takes apart
+        """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before."""
+        if not isinstance(predictions, Tensor):  # a structure that the loss function unpacks
             return None
         return accuracy(predictions, y, self._readings.of(self.loss_fn, predictions, y))
 
 
 def _whole(support_x: Tensor, support_y: Tensor, steps: int) -> list[InnerBatch]:
-    """All the points in each step."""
+    """Inner batches that use all support points in every step."""
     steps = check_whole("the number of inner steps", steps, 0)
     check_set("support", support_x, support_y, empty=steps == 0)
     return [InnerBatch(differentiable(support_x), differentiable(support_y))] * steps

@@ -1,4 +1,4 @@
-"""What a loss function takes predictions and targets for, seen while it is called.
+"""How a loss function interprets predictions and targets, found while it is called.
 
 Legend: N points of one task, C classes.
 """
@@ -18,28 +18,28 @@ from metamom.maml.pairings import Pairings
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
-KEPT = 64  # readings, those used last
+KEPT = 64  # the number of most recent readings to keep
 
 
 class LossReadings:
-    """What loss functions were seen to take their arguments for, by the shapes of these; the last ones seen.
+    """A cache of how loss functions interpret their arguments, by argument shape. It keeps the most recent ones.
 
-    A compiled meta-gradient calls the loss when it is traced, and later goes by what was seen then.
+    A compiled meta-gradient calls the loss only while it is traced, and later uses the reading from then.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[LossFn, Reading]] = {}
-        # that pair predictions and targets as they should, and whether they call what is replaced
+        # losses that pair predictions and targets correctly, and whether they call replaced functions
         self._fine: dict[Hashable, tuple[LossFn, bool]] = {}
 
     def watched(self, loss_fn: LossFn) -> LossFn:
-        """The same loss function of one task, whose calls are watched.
+        """Wrap a loss function of one task so that its calls are watched.
 
-        With values as targets, the shapes decide what there is to see: once a loss has been watched for some shapes, it
-        runs as it is. What it does with labels is looked at in each call.
+        If the targets are values, the outcome depends only on shapes: once a loss has been watched for some shapes, it
+        runs unwrapped. If they are labels, each call is watched.
 
         Raises:
-            ValueError: on calling it, where it would broadcast targets against predictions of another shape.
+            ValueError: when it is called, if it would broadcast targets against predictions of another shape.
         """
 
         def loss(predictions: Any, targets: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class LossReadings:
             if fine is not None and not fine[1] and targets.is_floating_point():
                 try:
                     return loss_fn(predictions, targets)
-                except RuntimeError:  # it may do something else by now, which is watched below
+                except RuntimeError:  # it may have changed, so watch it again below
                     fine = None
             with LossWatch(leaves, targets, pairs=fine is None) as watch:
                 value = loss_fn(predictions, targets)
@@ -62,22 +62,22 @@ class LossReadings:
         return loss
 
     def of(self, loss_fn: LossFn, predictions: Tensor, targets: Tensor) -> Reading:
-        """What was seen for ``[T, N, ...]`` of such shapes."""
+        """The reading for predictions ``[T, N, ...]`` and targets of these shapes."""
         found = self._kept.get(_key(loss_fn, predictions.shape[1:], targets.shape[1:]))
         return Reading("unknown") if found is None else found[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy looks for itself."""
+        """Copies start without any readings."""
         return {"_kept": {}, "_fine": {}}
 
 
 class LossWatch(TorchFunctionMode):
-    """Watches a loss function of one task, and replaces functions that vmap does otherwise than a loop.
+    """Watches a loss function of one task, and replaces functions that vmap computes differently from a loop.
 
     Args:
         predictions: the tensors that a model returns, ``[N, ...]``.
         targets: ``[N, ...]``.
-        pairs: whether to look how they are paired.
+        pairs: whether to check how they are paired.
 
     Attributes:
         replaced: whether a call has been replaced.
@@ -87,12 +87,12 @@ class LossWatch(TorchFunctionMode):
         super().__init__()
         self.replaced = False
         self._pairings = Pairings(predictions, targets) if pairs else None
-        # a reading is of labels, and of one tensor
+        # a reading needs labels and a single tensor of predictions
         judged = len(predictions) == 1 and not targets.is_floating_point()
         self._scores = ClassScores(predictions[0], targets) if judged else None
 
     def reading(self) -> Reading:
-        """What was seen, if it is one thing."""
+        """The interpretation, if everything seen agrees on one."""
         return Reading("unknown") if self._scores is None else self._scores.reading()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -112,7 +112,7 @@ class LossWatch(TorchFunctionMode):
 
 
 def _first_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments by position: of torch's functions the first two often come by name."""
+    """The arguments with the first two by position, which calls of torch's functions often pass by name."""
     found = list(args)
     for names in (("input", "self"), ("target", "other", "dim", "index"))[len(args) :]:
         found += [kwargs[name] for name in names if name in kwargs][:1]
@@ -120,18 +120,18 @@ def _first_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
 
 
 def _key(loss_fn: LossFn, predictions: Sequence[int], targets: Sequence[int]) -> Hashable:
-    """The number of points may differ from set to set. What is kept holds the function, so that its id is its own."""
+    """The key of a reading, without the number of points, which may vary. Stored functions stay alive for their ids."""
     return id(loss_fn), len(predictions), tuple(predictions[1:]), len(targets), tuple(targets[1:])
 
 
 def _seen(loss_fn: LossFn, predictions: Sequence[Tensor], targets: Tensor) -> Hashable:
-    """What decides how a loss function pairs its arguments: with the number of points, for one point pairs anyhow."""
+    """The key of a pairing check. It includes the number of points, since a single point can be paired either way."""
     mode = getattr(loss_fn, "training", None)
     return id(loss_fn), mode, targets.shape, *(p.shape for p in predictions)
 
 
 def _remember(kept: dict[Hashable, Any], key: Hashable, value: Any) -> None:
-    """Keep the values used last."""
+    """Store a value, and drop the oldest one if the cache is full."""
     kept.pop(key, None)
     kept[key] = value
     if len(kept) > KEPT:

@@ -1,4 +1,4 @@
-"""What a prediction is worth, task by task.
+"""Metrics of predictions, one value a task.
 
 Legend: T tasks, Q query points a task, C classes.
 """
@@ -12,23 +12,23 @@ from metamom.maml.class_scores import Reading, class_axes
 
 
 def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = None) -> Tensor | None:
-    """Share of right answers in each task, as the loss function means predictions and targets.
+    """The fraction of correct predictions in each task, interpreted as the loss function interprets them.
 
-    The class of a point, or of each of its pixels or words, is the one of the largest score; with one logit a point,
-    1 where the logit is > 0. A target outside the classes (torch's ``ignore_index=-100``, say) and one that equals the
-    loss's own ``ignore_index`` count neither as right nor as wrong; a task where none counts has NaN. A prediction of
-    NaN is wrong.
+    The predicted class of a point (or of each pixel or token) is the one with the largest score. With one logit a
+    point it is 1 if the logit is > 0. Targets outside the classes (such as torch's ``ignore_index=-100``) and targets
+    equal to the loss's own ``ignore_index`` are skipped. A task with no remaining target gets NaN. A NaN prediction is
+    wrong.
 
     Args:
         predictions: scores ``[T, Q, C]`` or ``[T, Q, C, ...]``; for two classes also one logit a point, ``[T, Q]`` or
             ``[T, Q, 1]``.
         targets: class indices ``[T, Q]`` or ``[T, Q, ...]``, whole numbers or booleans.
-        reading: what the loss function was seen to take them for, see `LossReadings`. Without one, scores have an
-            axis more than targets, the class axis, which must follow from the shapes.
+        reading: how the loss function was seen to interpret them, see `LossReadings`. Without a reading, scores must
+            have one axis more than targets, the class axis, and the shapes must determine which axis it is.
 
     Returns:
-        ``[T]`` in [0, 1] or NaN; ``None`` for targets that are no class indices, such as values, class probabilities
-        and labels in floating point, and where nothing says what the predictions are.
+        ``[T]`` in [0, 1] or NaN; ``None`` for targets that are not class indices (values, class probabilities,
+        floating-point labels), and if nothing determines what the predictions mean.
     """
     if targets.is_floating_point() or targets.is_complex():
         return None

@@ -1,6 +1,6 @@
-"""What to say where data does not fit the model or the loss, and torch has failed in words of its own.
+"""Error messages for data that does not fit the model or the loss, in place of torch's own.
 
-Shapes, dtypes and labels are looked at after the failure: models and losses may take whatever they can.
+Shapes, dtypes and labels are checked only after a failure, since models and losses may accept data of any kind.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from metamom.maml.class_scores import class_axes
 from metamom.maml.vmap_errors import SIGNS, modules_in
 
 DEVICE_ASSERT = "device-side assert"
-# What torch says of indices, and neither lists nor arrays do.
+# Found in torch's messages about indices, but not in those of lists or arrays.
 OF_TENSORS = ("out of bounds", "imension", "tensor", "index out of range in self")
 OF_ARRAYS = "out of bounds for axis"
-# What torch says where a table has no such row.
+# Found in torch's messages about a row that a table does not have.
 LOOKUPS = ("out of bounds", "index out of range", "tried to access index", "valid range", "num_embeddings")
 
 
 @contextmanager
 def inputs_explained(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Turn torch's errors about inputs into one that names the layer, what came there, and what to change.
+    """Replace torch's errors about inputs by one that names the layer, its input, and what to change.
 
     Args:
-        model: whose modules to name.
+        model: the model, to find the module's name.
         x: inputs ``[T, N, ...]``.
-        weights: that the model is called with.
+        weights: the weights that the model is called with.
 
     Raises:
         ValueError: in place of torch's error. The model's own errors, and those of vmap, pass unchanged.
@@ -53,14 +53,14 @@ def inputs_explained(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor])
 
 @contextmanager
 def targets_explained(predictions: Any, targets: Tensor) -> Iterator[None]:
-    """Turn torch's errors in a loss function into one that says what is wrong with targets or predictions.
+    """Replace torch's errors in a loss function by one that says what is wrong with targets or predictions.
 
     Args:
         predictions: ``[T, N, ...]``, or whatever the model returned.
         targets: ``[T, N, ...]``.
 
     Raises:
-        TypeError: where the model does not return one tensor, and the loss function wants one.
+        TypeError: if the model does not return a single tensor and the loss function needs one.
         ValueError: in place of torch's error. The loss function's own errors, and those of vmap, pass unchanged.
     """
     try:
@@ -83,7 +83,7 @@ def targets_explained(predictions: Any, targets: Tensor) -> Iterator[None]:
 
 @contextmanager
 def asserts_explained() -> Iterator[None]:
-    """Turn a GPU's assertion, which comes at any time after its cause, into an error that says what it may be.
+    """Replace a GPU's assertion, which may surface long after its cause, by an error that lists likely causes.
 
     Raises:
         ValueError: in place of torch's error.
@@ -101,10 +101,10 @@ def asserts_explained() -> Iterator[None]:
 
 
 def check_output(model: nn.Module, out: object) -> None:
-    """Refuse what a model cannot return for a task.
+    """Refuse model outputs of an unsupported type.
 
     Raises:
-        TypeError: unless it is a tensor, or something made of tensors that the loss function may take apart.
+        TypeError: unless it is a tensor, or a structure of tensors that the loss function can unpack.
     """
     if isinstance(out, Tensor):
         return
@@ -114,17 +114,17 @@ def check_output(model: nn.Module, out: object) -> None:
 
 
 def check_one_tensor(predictions: object) -> None:
-    """Refuse predictions that are several tensors, where they must be one.
+    """Refuse predictions that consist of several tensors where a single one is needed.
 
     Raises:
-        TypeError: saying what to do.
+        TypeError: with what to do.
     """
     if not isinstance(predictions, Tensor):
         raise TypeError(_not_one_tensor(predictions))
 
 
 def check_loss(value: object) -> None:
-    """Refuse what a loss function cannot return for a task.
+    """Refuse loss values of an unsupported type.
 
     Raises:
         TypeError: unless it is a tensor.
@@ -137,7 +137,7 @@ def check_loss(value: object) -> None:
 
 
 def _by_torch(error: Exception) -> bool:
-    """Whether torch says that something does not fit, and not a model or loss function in words of its own."""
+    """Whether the error was raised by torch, not by the code of a model or loss function."""
     text = str(error)
     if any(sign in text for sign in (*SIGNS, DEVICE_ASSERT, "alloc")):
         return False
@@ -147,14 +147,14 @@ def _by_torch(error: Exception) -> bool:
     assert trace is not None
     if str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "torch":
         return True
-    # else by its C++ part, in whatever line calls it
+    # an error from torch's C++ code shows the line that calls it, which is not a `raise`
     raised = trace.tb_frame.f_code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
     of_tensors = type(error) is IndexError and any(sign in text for sign in OF_TENSORS) and OF_ARRAYS not in text
     return not raised and (type(error) is RuntimeError or of_tensors)
 
 
 def _where(model: nn.Module, trace: TracebackType | None) -> str:
-    """The innermost module in which an error arose, as it prints itself, and what it was given."""
+    """The innermost module in which an error was raised (its repr), and its input."""
     found = ""
     for name, module, frame in modules_in(model, trace):
         if frame.f_code.co_name != "forward":

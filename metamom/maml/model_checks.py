@@ -1,4 +1,4 @@
-"""Which models MAML refuses at once, whatever their layers: wrapped ones, and such as have nothing to train."""
+"""Checks of a model before any layer is considered: whether it is wrapped, and whether it has anything to train."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-# Where wrappers are, by module and name. A module that nobody has imported has made none of them, and importing it
-# takes as long as the rest of metamom.
+# The wrapper classes, by module and name. They are looked up only in modules that are already imported: importing these
+# takes as long as the rest of metamom, and without the import no wrapper can exist.
 WRAPPERS = (
     ("torch.nn.parallel.data_parallel", "DataParallel"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
@@ -24,13 +24,13 @@ SHARDED = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor"
 
 
 def check_kind(model: object) -> None:
-    """Refuse what is no model of one process with weights to train.
+    """Refuse anything that is not a single-process model with trainable weights.
 
     Raises:
-        TypeError: for something else than a module.
-        ValueError: for models that are spread over processes or devices, naming ``world=``; for scripted code that
-            calls what `metamom.maml.functions_by_task` replaces, unseen; for a model without trainable parameters, and
-            one that does not know its parameters yet.
+        TypeError: for anything but a module.
+        ValueError: for models spread over processes or devices, naming ``world=``; for scripted code that calls
+            functions of `metamom.maml.functions_by_task`, which cannot be replaced there; for a model without trainable
+            parameters; and for one with uninitialised (lazy) parameters.
     """
     if isinstance(model, type):
         raise TypeError(f"wanted a model, such as {model.__name__}(...); got the class {model.__name__} itself.")
@@ -71,13 +71,13 @@ def check_kind(model: object) -> None:
 
 
 def structure(model: nn.Module) -> tuple[Hashable, ...]:
-    """What `check_kind` and the choice of adapted parameters depend on: modules, hooks, and what is trainable."""
+    """The key of `check_kind` and of the choice of adapted parameters: modules, hooks, and trainable parameters."""
     modules = [(id(m), bool(m._backward_hooks or m._backward_pre_hooks)) for m in model.modules()]
     return *modules, *(name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuse hooks on the backward pass of modules, which would never run: tasks' gradients pass by `torch.func.vmap`.
+    """Refuse module backward hooks, which would never run, because gradients go through `torch.func.vmap`.
 
     Raises:
         ValueError: naming the modules.
@@ -95,7 +95,7 @@ def check_hooks(model: nn.Module) -> None:
 
 
 def _scripted_calls(module: nn.Module) -> list[str]:
-    """Which calls in a scripted module would be silently wrong, for they cannot be replaced."""
+    """The calls in a scripted module that would be silently wrong, since they cannot be replaced."""
     if not isinstance(module, torch.jit.ScriptModule) or not hasattr(module, "forward"):
         return []
     graph: Any = module.inlined_graph
@@ -105,6 +105,6 @@ def _scripted_calls(module: nn.Module) -> list[str]:
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
-    """Those classes that exist so far."""
+    """The classes among these names that have already been imported."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in names)
     return tuple(kind for kind in found if isinstance(kind, type))

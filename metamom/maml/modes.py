@@ -1,4 +1,4 @@
-"""Modes of the caller's thread that a meta-gradient is not computed in."""
+"""Autograd modes of the caller's thread that a meta-gradient has to leave."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metamom.batch import TaskBatch
 
 @contextmanager
 def out_of_inference() -> Iterator[None]:
-    """Leave `torch.inference_mode`, in which nothing can be differentiated; no graph is kept for the caller."""
+    """Leave `torch.inference_mode`, in which nothing can be differentiated. The caller still gets no graph."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -22,12 +22,12 @@ def out_of_inference() -> Iterator[None]:
 
 
 def differentiable(x: Tensor) -> Tensor:
-    """A tensor that was made in inference mode as one that a graph may hold."""
+    """Convert a tensor that was made in inference mode into one that autograd accepts."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def differentiable_batch(batch: TaskBatch) -> TaskBatch:
-    """`differentiable` of a batch's tensors."""
+    """Apply `differentiable` to a batch's tensors."""
     if not isinstance(batch, TaskBatch) or not any(isinstance(x, Tensor) and x.is_inference() for x in batch):
         return batch
     return TaskBatch._make(None if x is None else differentiable(x) for x in batch)

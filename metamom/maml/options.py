@@ -1,4 +1,4 @@
-"""The options of a learner: their ranges, and which of them may be set after it was made."""
+"""The options of a learner: their ranges, and which of them can be set after construction."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from metamom.maml.swapping import named
 from metamom.maml.tracking import check_tracking
 from metamom.maml.vmap_errors import check_model
 
-# What a learner is built by: to set one of these later would change nothing, or leave it inconsistent.
+# Options used only by the constructor: setting one later would have no effect, or leave the learner inconsistent.
 BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile")
 
 
 def check_option(name: str, value: Any) -> None:
-    """Refuse a value out of range for an option that may be set at any time; others pass.
+    """Refuse a value out of range for an option that can be set at any time. Other names are accepted.
 
     Raises:
         TypeError: for a value of the wrong kind.
@@ -49,10 +49,10 @@ def check_option(name: str, value: Any) -> None:
 
 
 def check_loss_owner(loss_fn: Any) -> None:
-    """Refuse a loss that hides a module with parameters, which would get no gradients.
+    """Refuse a loss that hides a module with parameters, which would not get gradients.
 
     Raises:
-        ValueError: saying what to pass.
+        ValueError: with what to pass instead.
     """
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
@@ -68,17 +68,17 @@ def check_loss_owner(loss_fn: Any) -> None:
 
 
 def check_compile(compile: Any) -> None:
-    """Refuse a value of ``compile`` that means nothing.
+    """Refuse an unknown value of ``compile``.
 
     Raises:
-        ValueError: saying what does.
+        ValueError: with the known values.
     """
     if not (isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
         raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
 
 
 def check_replacement(before: nn.Module, after: nn.Module) -> None:
-    """Refuse another model whose trainable parameters are not those of the one that the learner was made around.
+    """Refuse a model if its trainable parameters differ from those of the learner's first model.
 
     Raises:
         ValueError: naming those that differ.
@@ -95,17 +95,17 @@ def check_replacement(before: nn.Module, after: nn.Module) -> None:
 
 
 def check_change(learner: Any, name: str, value: Any, tracking: float | None, learned: object) -> None:
-    """Refuse another value of a learner's option that does not go with its other options.
+    """Refuse a new value of an option that conflicts with the learner's other options.
 
     Args:
-        learner: as it is.
-        name: of an attribute; one that is no option passes.
-        value: for it.
-        tracking: b_u of its memory, ``None`` where it has none.
-        learned: which inner step sizes it learns.
+        learner: the learner, with its current options.
+        name: of the attribute to set; names that are not options are accepted.
+        value: its new value.
+        tracking: b_u of the learner's memory, ``None`` if it has none.
+        learned: which inner step sizes the learner learns.
 
     Raises:
-        ValueError: saying what does not fit.
+        ValueError: with the conflict.
     """
     if name == "model":
         check_kind(value)

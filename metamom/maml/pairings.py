@@ -1,10 +1,11 @@
-"""Which entries of predictions a loss function pairs with which entries of targets.
+"""Detect losses that broadcast predictions against targets of another shape.
 
-Broadcasting pairs each prediction with each target where one of them lacks an axis: ``[N, 1] - [N]`` is ``[N, N]``.
-Such a loss trains without an error, and is wrong. Predictions and targets are followed through a loss function as long
-as they are changed entry by entry, cut into columns or reshaped. Where they are paired so, it is an error.
+If predictions or targets lack an axis, broadcasting pairs each prediction with each target: ``[N, 1] - [N]`` is
+``[N, N]``. Such a loss trains without an error but is wrong. Predictions and targets are followed through the loss
+function through elementwise operations, column slices and reshapes. Pairing them by broadcasting is an error.
 
-All pairs are meant where the loss itself gives axes to both, as ``p[:, None] - y[None]``, or calls `torch.cdist`.
+Pairing all with all is accepted if the loss itself adds axes to both, as in ``p[:, None] - y[None]``, or calls
+`torch.cdist`.
 
 Legend: N points of one task.
 """
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-# By entries: torch broadcasts what differs in shape. The first ones expect one shape; torch only warns of others.
+# Elementwise functions, which broadcast. These expect equal shapes, but torch only warns if shapes differ.
 OF_ONE_SHAPE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 BY_ENTRY = (
     *OF_ONE_SHAPE,
@@ -30,7 +31,7 @@ BY_ENTRY = (
     F.hinge_embedding_loss,
     F.margin_ranking_loss,
 )
-# The same of tensors, by the names that torch calls them by, and what each is called in an error.
+# The same for tensor methods, by torch's name for them, with the name to show in an error.
 PAIRED = {
     **dict.fromkeys(("sub", "subtract", "rsub", "__sub__", "__rsub__", "sub_"), "the difference between"),
     **dict.fromkeys(("add", "__add__", "__radd__", "add_"), "the sum of"),
@@ -49,7 +50,7 @@ PAIRED = {
     "broadcast_tensors": "one shape for",
 }
 REPEATING = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
-# What only moves entries, or takes some of them.
+# Functions that only move or select entries.
 MOVING = (
     "squeeze", "unsqueeze", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "select",
     "transpose", "permute", "movedim", "moveaxis", "swapaxes", "t", "narrow", "chunk", "split", "unbind",
@@ -59,14 +60,14 @@ REDUCING = ("sum", "mean", "norm", "vector_norm", "logsumexp", "amax", "amin", "
 
 
 class _Entries(NamedTuple):
-    """A tensor of predictions' entries, or of targets'.
+    """A tensor that holds entries of the predictions or of the targets.
 
     Attributes:
-        tensor: kept, so that its id stays its own.
-        root: the predictions or targets.
-        predicted: whether these are predictions.
-        shape: with 1 for the axes that it has been repeated along.
-        given: whether the loss has given it axes.
+        tensor: kept alive, so that its id is not reused.
+        root: the original predictions or targets.
+        predicted: whether the root is predictions.
+        shape: its shape, with 1 for the axes that it has been repeated along.
+        given: whether the loss has added axes to it.
     """
 
     tensor: Tensor
@@ -86,25 +87,25 @@ class Pairings:
 
     def __init__(self, predictions: Sequence[Tensor], targets: Tensor) -> None:
         self._found: dict[int, _Entries] = {}
-        for root in (targets, *predictions):  # a loss of predictions and the same again pairs nothing
+        for root in (targets, *predictions):  # predictions that are the targets themselves never pair wrongly
             self._keep(_Entries(root, root, root is not targets, tuple(root.shape)))
 
     def check(self, func: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
         """Refuse a call that pairs predictions and targets wrongly.
 
         Args:
-            func: what is called.
-            tensors: among its arguments, in their order.
+            func: the function that is called.
+            tensors: the tensors among its arguments, in order.
 
         Raises:
-            ValueError: saying what is paired, and what to do.
+            ValueError: with the shapes that are paired, and what to do.
         """
         by_entry = func in BY_ENTRY
         name = getattr(func, "__name__", "")
         if not by_entry and name not in PAIRED:
             return
         if by_entry and func is not F.margin_ranking_loss:
-            tensors = tensors[:2]  # then come weights and variances
+            tensors = tensors[:2]  # the rest are weights and variances
         entries = [found for x in tensors if (found := self._found.get(id(x))) is not None and x.dim() > 0]
         for a, b in combinations(entries, 2):
             if a.predicted == b.predicted:
@@ -118,9 +119,9 @@ class Pairings:
         """Follow the result of a call.
 
         Args:
-            func: what was called.
-            arguments: with the axes that it was told of in second place.
-            tensors: among the arguments, in their order.
+            func: the function that was called.
+            arguments: its arguments, with the axes second.
+            tensors: the tensors among the arguments, in order.
             out: the result.
         """
         entries = [self._found.get(id(x)) for x in tensors]
@@ -154,7 +155,7 @@ class Pairings:
                 self._keep(known[0]._replace(tensor=out, shape=shape, given=any(x.given for x in known)))
 
     def _moves(self, name: str, args: Sequence[Any], given: Tensor, out: Tensor) -> bool:
-        """Whether a call keeps entries that are named point by point."""
+        """Whether the result of a call still has entries that belong to single points."""
         if name == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index) and not isinstance(
@@ -171,7 +172,7 @@ class Pairings:
 
 
 def _dims(args: Sequence[Any], given: Tensor) -> list[int]:
-    """The axes that a reduction is told of, all of them where it is told of none that can be seen."""
+    """The axes of a reduction; all axes if its arguments do not show them."""
     dims = args[1] if len(args) > 1 else None
     dims = [dims] if isinstance(dims, int) else dims
     if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
@@ -188,7 +189,7 @@ def _ones(x: Tensor) -> int:
 
 
 def _all_pairs(a: _Entries, b: _Entries) -> bool:
-    """Whether broadcasting would make more of two tensors than the larger one has, which the loss has not asked for."""
+    """Whether broadcasting two tensors exceeds the size of the larger one, without the loss having added axes."""
     sizes = list(zip_longest(reversed(a.shape), reversed(b.shape), fillvalue=0))
     if math.prod(max(pair) for pair in sizes) <= max(math.prod(a.shape), math.prod(b.shape)):
         return False

@@ -1,4 +1,4 @@
-"""A model run on all tasks at once, each with weights of its own.
+"""Run a model on all tasks at once, with separate weights for each task.
 
 Legend: T tasks, N points of each.
 """
@@ -24,16 +24,16 @@ from metamom.maml.vmap_errors import explained, unchanged
 
 
 class RunByTask:
-    """Runs a model as a loop over the tasks would, by `torch.func.vmap`.
+    """Runs a model with `torch.func.vmap`, with the same results as a loop over the tasks.
 
-    What vmap does otherwise than a loop is found out when it first happens, and put right from then on: random draws
-    (`metamom.maml.draws`), some functions (`metamom.maml.functions_by_task`), and tensors left in attributes. They may
-    differ between training and evaluation mode.
+    Differences between vmap and a loop are detected when they first occur and corrected from then on: random draws
+    (`metamom.maml.draws`), some functions (`metamom.maml.functions_by_task`), and tensors left in attributes. They are
+    recorded separately for training and evaluation mode.
 
     Attributes:
-        draws: the modes (of ``model.training``) in which the model draws at random.
+        draws: the modes (values of ``model.training``) in which the model draws at random.
         calls: whether the model calls such functions, by mode.
-        leaves: whether the model leaves tensors in attributes, by mode; they are taken back.
+        leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
     """
 
     def __init__(self) -> None:
@@ -47,21 +47,21 @@ class RunByTask:
         """Predictions ``[T, N, ...]``.
 
         Args:
-            model: left as it is, whatever happens; no other thread runs it meanwhile.
+            model: always restored, even after an error; no other thread runs it at the same time.
             start: the parameters that all tasks share, or that inner steps do not move.
             own: each task's other parameters, ``[T, *shape]``.
             x: ``[T, N, ...]``.
             draws: whether the model may draw at random.
-            dtype: of its products, see `metamom.maml.autocast.autocast`.
+            dtype: dtype of its products, see `metamom.maml.autocast.autocast`.
 
         Raises:
-            ValueError: for a model that cannot run so, changes its parameters, buffers or inputs in place, or draws at
-                random where it must not.
+            ValueError: for a model that cannot run with per-task weights, changes its parameters, buffers or inputs in
+                place, or draws at random although ``draws`` is false.
         """
         with alone(model):
             new = model.training not in self.leaves
             found = slots(model)
-            buffers = {name: b.clone() for name, b in model.named_buffers()}  # the model's own stay as they are
+            buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
             given = {**buffers, **start.shared, **start.kept, **own}
             watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
 
@@ -89,7 +89,7 @@ class RunByTask:
     def _over_tasks(
         self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
     ) -> Tensor:
-        """``one_task`` of each task; what it draws, it draws by the task's number."""
+        """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
             return _vmap(one_task, "different")(own, kept, x)
         if not (draws and mode in self.draws):
@@ -104,7 +104,7 @@ class RunByTask:
 
     @contextmanager
     def _functions(self, model: nn.Module) -> Iterator[None]:
-        """Functions replaced, where the model has been seen to call them, may do so by its modules, or is new."""
+        """Replace functions if the model has called them before, has modules that may call them, or is new."""
         mode = model.training
         if not self.calls.get(mode, True) and not may_call_them(model):
             yield
@@ -115,7 +115,7 @@ class RunByTask:
 
     @contextmanager
     def _attributes(self, model: nn.Module) -> Iterator[None]:
-        """What the model leaves in attributes taken back, where it has been seen to do so, or is new."""
+        """Remove tensors that the model leaves in attributes, if it has done so before or is new."""
         mode = model.training
         if not self.leaves.get(mode, True):
             yield

@@ -1,4 +1,4 @@
-"""One step of the server: the workers' meta-gradients, biased and aggregated, become the weights' gradients."""
+"""One step of the server: bias and aggregate the workers' meta-gradients, and write the result to ``.grad``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from metamom.server.robust import Aggregate
 
 
 class Backward(NamedTuple):
-    """What `MAML.backward` returns.
+    """The result of `MAML.backward`.
 
     Attributes:
         loss: mean query loss over the tasks, a 0-d tensor without a graph.
-        metrics: ``accuracy`` (of the query sets; ``None`` for regression), ``grad_norm`` (of the aggregate),
+        metrics: ``accuracy`` (on the query sets; ``None`` for regression), ``grad_norm`` (of the aggregate),
             ``bias_error`` (how far the operator moved the mean gradient, relative to that gradient's norm; ``None``
-            where it was not measured), ``wire_bytes`` (of the workers' messages to the server) and ``sent_bytes``
-            (what processes sent each other in this step, all of them together: see `metamom.distributed.World`).
+            if it was not measured), ``wire_bytes`` (of the workers' messages to the server) and ``sent_bytes``
+            (the total that all processes sent each other in this step; see `metamom.distributed.World`).
     """
 
     loss: Tensor
@@ -50,9 +50,9 @@ def server_step(
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
     Args:
-        gradients: of the workers.
+        gradients: the workers' gradients.
         weights: the meta-parameters by name.
-        accuracy: of predictions ``[T, Q, ...]`` and targets.
+        accuracy: computes the tasks' accuracies from predictions ``[T, Q, ...]`` and targets.
     """
     sent = world.sent
     with world.together():
@@ -84,7 +84,7 @@ def server_step(
 
 
 def _mean(shares: Sequence[Tensor]) -> float | None:
-    """Of the tasks in which a label counts; ``None`` where there is none."""
+    """The mean over tasks with at least one label that counts; ``None`` without such a task."""
     mean = float(shares[0].nanmean()) if shares else math.nan
     return None if math.isnan(mean) else mean
 
@@ -92,7 +92,7 @@ def _mean(shares: Sequence[Tensor]) -> float | None:
 def _to_server(
     server: Aggregation, gradients: MetaGradients, weights: Params, batch: TaskBatch, mine: range, first: int
 ) -> OfTasks:
-    """Send the gradients of this process's workers; what their tasks came to."""
+    """Send the gradients of this process's workers to the server, and return the results of their tasks."""
     found, done = [], 0
     for rows, tasks in gradients.by_worker(weights, batch, len(mine), first):
         try:

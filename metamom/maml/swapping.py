@@ -1,8 +1,8 @@
-"""A model's parameters and buffers replaced for one call, each physical place once, one thread at a time.
+"""Replace a model's parameters and buffers for one call: each registration once, one thread at a time.
 
 `torch.func.functional_call` does not restore a module that is registered under two names (pytorch issue 164759), and
-several threads that use it on one model see each other's tensors. Here a tensor is replaced at every place where it is
-registered, places are found by the modules that hold them and not by their names, and the modules involved are locked.
+several threads that use it on one model see each other's tensors. Here a tensor is replaced wherever it is registered,
+registrations are found by the module that holds them rather than by name, and the modules involved are locked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 Places = list[tuple[dict[str, Tensor | None], str]]
 
-# A module's attributes in which PyTorch registers its tensors and modules: not for a forward to write to.
+# The attributes in which a PyTorch module registers its tensors and modules. A forward does not write to them.
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -28,10 +28,10 @@ _EVALUATING: ContextVar[bool] = ContextVar("evaluating", default=False)
 
 
 class Slots(NamedTuple):
-    """The tensors registered in a model, by the first of their names.
+    """The tensors registered in a model, each under the first of its names.
 
     Attributes:
-        tensors: parameters and buffers as they are now.
+        tensors: the current parameters and buffers.
         places: where each one is registered.
     """
 
@@ -41,8 +41,8 @@ class Slots(NamedTuple):
 
 @contextmanager
 def alone(*models: nn.Module) -> Iterator[None]:
-    """Keep other threads from replacing the tensors of these models, or of any module that they share, meanwhile."""
-    # in one order, so that no two threads wait for each other
+    """Lock these models, so that no other thread replaces their tensors or those of a module they share."""
+    # lock in a fixed order to avoid deadlocks
     modules = sorted({module for model in models for module in model.modules()}, key=id)
     with _MAKING:
         locks = [_LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock()) for module in modules]
@@ -58,11 +58,11 @@ def alone(*models: nn.Module) -> Iterator[None]:
 
 
 def slots(model: nn.Module) -> Slots:
-    """Where the parameters and buffers of ``model`` are registered; to be called `alone`."""
+    """Find where the parameters and buffers of ``model`` are registered. Call this under `alone`."""
     names: dict[int, str] = {}
     found = Slots({}, {})
     modules = list(model.named_modules())
-    # parameters first: one that is registered as a buffer too goes by its name as a parameter
+    # parameters first: a tensor that is also registered as a buffer keeps its name as a parameter
     registries = [(prefix, module._parameters) for prefix, module in modules]
     registries += [(prefix, module._buffers) for prefix, module in modules]
     for prefix, registered in registries:
@@ -76,14 +76,14 @@ def slots(model: nn.Module) -> Slots:
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, as ``model.named_parameters()`` has them."""
+    """The parameters by name, as in ``model.named_parameters()``."""
     with alone(model):
         return dict(model.named_parameters())
 
 
 @contextmanager
 def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put ``tensors`` in place of those of the same names, and these back in the end; to be used `alone`."""
+    """Replace the tensors of the same names by ``tensors``, and restore them at the end. Use this under `alone`."""
     for name, tensor in tensors.items():
         for registered, key in found.places[name]:
             registered[key] = tensor
@@ -97,9 +97,9 @@ def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def tensors_left(model: nn.Module) -> Iterator[list[str]]:
-    """Take back what tensors the model leaves in attributes of its modules, and name these; to be used `alone`.
+    """Remove tensors that the model leaves in attributes of its modules, and yield their names. Use this under `alone`.
 
-    Also those in lists, tuples and dicts. Within vmap they are no tensors that could be used, copied or saved later.
+    This includes tensors in lists, tuples and dicts. Tensors from inside vmap cannot be used, copied or saved later.
     """
     before = {
         module: {name: (value, _held(value)) for name, value in module.__dict__.items() if name not in _REGISTERED}
@@ -123,14 +123,14 @@ def tensors_left(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _held(value: object) -> Sequence[object]:
-    """A tensor, or what a list, a tuple or a dict holds (its keys, then its values); nothing of other kinds."""
+    """A tensor itself, or the items of a list, tuple or dict (keys, then values); nothing for other types."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     return [value] if isinstance(value, Tensor) else list(value) if isinstance(value, (list, tuple)) else ()
 
 
 def _holding(value: object, held: Sequence[object]) -> object:
-    """The same object, with what it held once."""
+    """The same object with its earlier items restored."""
     if isinstance(value, list):
         value[:] = held
     elif isinstance(value, dict):
@@ -141,7 +141,7 @@ def _holding(value: object, held: Sequence[object]) -> object:
 
 @contextmanager
 def evaluating() -> Iterator[None]:
-    """In this thread, run models in evaluation mode (`in_mode`); the models themselves stay as they are."""
+    """Run models in evaluation mode in this thread (see `in_mode`). The models' own mode does not change."""
     token = _EVALUATING.set(True)
     try:
         yield
@@ -151,7 +151,7 @@ def evaluating() -> Iterator[None]:
 
 @contextmanager
 def in_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode where this thread is `evaluating`; to be used `alone`."""
+    """Put ``model`` into evaluation mode if this thread is `evaluating`. Use this under `alone`."""
     training = [module for module in model.modules() if module.training] if _EVALUATING.get() else []
     if training:
         model.eval()
@@ -163,7 +163,7 @@ def in_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _forget_locks() -> None:
-    """In a forked process, whose other threads are gone and leave what they had locked."""
+    """Replace the locks in a forked process, since other threads may have held them at the fork."""
     global _MAKING
     _LOCKS.clear()
     _MAKING = threading.Lock()

@@ -1,4 +1,4 @@
-"""Where the tasks of a batch start from: their workers' weights.
+"""The weights that the tasks of a batch start from: those of their workers.
 
 Legend: T tasks, n workers with T/n tasks each.
 """
@@ -14,12 +14,12 @@ Params = dict[str, Tensor]
 
 
 class Start(NamedTuple):
-    """Where T tasks start from.
+    """The weights that T tasks start from.
 
     Attributes:
         own: parameters that the inner steps move, ``[T, *shape]``.
-        kept: the other ones where they differ between tasks, because their workers do, ``[T, *shape]``.
-        shared: the other ones where all tasks have the same, ``[*shape]``: one large product instead of T.
+        kept: the other parameters if they differ between tasks (because workers differ), ``[T, *shape]``.
+        shared: the other parameters if all tasks share them, ``[*shape]``: one large product instead of T.
         step_sizes: learned inner step sizes, ``[T, ...]``.
     """
 
@@ -34,7 +34,7 @@ def deal(rows: Params, num_tasks: int, adapted: Collection[str], step_sizes: Col
 
     Args:
         rows: the workers' meta-parameters, ``[n, *shape]``.
-        num_tasks: T, a multiple of n; a worker's tasks are next to each other.
+        num_tasks: T, a multiple of n; a worker's tasks are adjacent.
         adapted: names of the parameters that the inner steps move.
         step_sizes: names of the learned step sizes.
     """
@@ -44,7 +44,7 @@ def deal(rows: Params, num_tasks: int, adapted: Collection[str], step_sizes: Col
         if workers == 1 and name not in adapted and name not in step_sizes:
             start.shared[name] = row[0]
             continue
-        # with one worker a view: no task's start is copied
+        # a view with one worker, so that nothing is copied
         tasks = row.unsqueeze(1).expand(workers, num_tasks // workers, *shape).reshape(num_tasks, *shape)
         kind = start.step_sizes if name in step_sizes else start.own if name in adapted else start.kept
         kind[name] = tasks

@@ -1,9 +1,9 @@
-"""Inner tracking: a task's adapted weights as an average over its visits, in place of one noisy inner step's.
+"""Inner tracking: average a task's adapted weights over its visits, instead of using one noisy inner step.
 
 Legend: T tasks of a batch, n tasks visited so far, u_i the average of task i, b_u the weight of a new inner step,
 S_i and S'_i the inner batches of a visit.
 
-The rules are pure functions; `Memory` keeps what they need from visit to visit, and `metamom.maml` joins them.
+The rules are pure functions. `Memory` stores what they need between visits, and `metamom.maml` combines the two.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from metamom.maml.estimators import ESTIMATORS, Estimator, tracked_estimators
 from metamom.maml.inner_step import straight_through
 from metamom.maml.task_weights import Params
 
-TRACKING = 0.2  # b_u where nothing is said
+TRACKING = 0.2  # default b_u
 
 
 def moml(u: Tensor, step: Tensor, weight: float | Tensor) -> Tensor:
-    """``(1 - b_u) u + b_u step``, which lags behind weights that move.
+    """``(1 - b_u) u + b_u step``, which lags behind moving weights.
 
     Args:
-        u: the average before.
-        step: ``w - alpha grad L_S(w)`` at the weights of this visit, of the shape of ``u``.
-        weight: b_u in (0, 1], a number or what broadcasts; 1 gives ``step``, bit for bit.
+        u: the previous average.
+        step: ``w - alpha grad L_S(w)`` at the weights of this visit, shaped as ``u``.
+        weight: b_u in (0, 1], a number or a tensor that broadcasts; 1 gives ``step``, bit for bit.
 
     Example:
         >>> moml(torch.tensor([1.0]), torch.tensor([2.0]), 0.25)
@@ -43,10 +43,10 @@ def scsc(u: Tensor, step: Tensor, step_from_last: Tensor, weight: float | Tensor
     """``(1 - b_u) (u + step - step_from_last) + b_u step``, which first moves the average along with the weights.
 
     Args:
-        u: the average before.
+        u: the previous average.
         step: ``w - alpha grad L_S(w)`` at the weights of this visit.
         step_from_last: the same, on the same S, at the weights of the last visit.
-        weight: b_u in (0, 1], a number or what broadcasts; 1 gives ``step``, bit for bit.
+        weight: b_u in (0, 1], a number or a tensor that broadcasts; 1 gives ``step``, bit for bit.
 
     Example:
         >>> scsc(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1.5]), 0.5)
@@ -60,10 +60,10 @@ def scsc(u: Tensor, step: Tensor, step_from_last: Tensor, weight: float | Tensor
 
 
 def check_tracking(estimator: Estimator, tracking: float | None, inner_steps: int, learn_inner_lr: object) -> None:
-    """Refuse what does not go with a tracked estimator, and b_u where there is none.
+    """Refuse options that a tracked estimator does not support, and b_u for an estimator that is not tracked.
 
     Raises:
-        ValueError: saying what to set.
+        ValueError: with what to set.
     """
     if ESTIMATORS[estimator].averages is None:
         if tracking is not None:
@@ -87,21 +87,21 @@ def check_tracking(estimator: Estimator, tracking: float | None, inner_steps: in
 
 
 class Memory(nn.Module):
-    """What tracked estimators keep of each task, by its id: u_i, and for SCSC the weights of the task's last visit.
+    """The state of tracked estimators by task id: u_i, and for SCSC the weights at the task's last visit.
 
-    It is the extra state of this module: tensors and their tasks' ids, in a learner's ``state_dict`` and so in
-    checkpoints. Tensors go to the device and dtype of the weights when they are used next.
+    The tensors and task ids are this module's extra state, so they are saved in a learner's ``state_dict`` and in
+    checkpoints. On their next use, tensors move to the device and dtype of the weights.
 
     Args:
         estimator: one of `metamom.maml.estimators.tracked_estimators`.
         tracking: b_u in (0, 1].
         weights: the trainable parameters by name, ``[*shape]``.
-        adapted: names of those that the inner step moves.
+        adapted: names of the parameters that the inner step moves.
 
     Attributes:
         tracking: as given.
-        rows: where each task's tensors are, by its id.
-        tensors: ``"u.NAME"`` of the adapted parameters, ``"last.NAME"`` of all for SCSC, ``[n, *shape]``.
+        rows: the row of each task in the tensors, by task id.
+        tensors: ``"u.NAME"`` for the adapted parameters and, with SCSC, ``"last.NAME"`` for all; ``[n, *shape]``.
     """
 
     def __init__(
@@ -120,13 +120,13 @@ class Memory(nn.Module):
         self.tensors = {key: kept[:0].clone() for key, kept in self.tensors.items()}
 
     def recall(self, task_ids: Tensor | None, weights: Mapping[str, Tensor]) -> Params:
-        """What `tracked` wants of the tasks of a batch: their tensors, ``[T, *shape]``, and ``"weight": [T]``.
+        """Look up what `tracked` needs for the tasks of a batch: their tensors, ``[T, *shape]``, and ``"weight": [T]``.
 
-        That weight is b_u; but 1 at a task's first visit, where the average is the inner step itself. There the
-        weights stand for the tensors that are not there yet.
+        The weight is b_u, except at a task's first visit: there it is 1, and the average is the inner step itself. The
+        current weights then take the place of the missing tensors.
 
         Args:
-            task_ids: ``[T]``, of a `metamom.TaskBatch`.
+            task_ids: ``[T]``, from a `metamom.TaskBatch`.
             weights: the trainable parameters by name, ``[*shape]``.
 
         Raises:
@@ -150,12 +150,12 @@ class Memory(nn.Module):
         return found
 
     def keep(self, task_ids: Tensor | None, averages: Params, weights: Mapping[str, Tensor]) -> None:
-        """Move the tasks of a batch on.
+        """Store the new averages of a batch's tasks.
 
         Args:
             task_ids: ``[T]``.
             averages: their new u_i by name, ``[T, *shape]``.
-            weights: of this visit, by name, ``[*shape]``.
+            weights: the weights at this visit by name, ``[*shape]``.
         """
         ids = distinct_ids(task_ids)
         rows, tensors = dict(self.rows), {}
@@ -176,7 +176,7 @@ class Memory(nn.Module):
         return {"ids": torch.tensor(list(self.rows), dtype=torch.int64), "tensors": dict(self.tensors)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over, as a copy, what `get_extra_state` gave.
+        """Load a copy of a state from `get_extra_state`.
 
         Raises:
             ValueError: for the memory of another estimator or other weights.
@@ -196,15 +196,15 @@ class Memory(nn.Module):
 
 
 def tracked(memory: Params, step: Params, step_from: Callable[[Params], Params]) -> Params:
-    """The tasks' new averages, with the derivatives of an inner step that starts at the weights of now.
+    """The tasks' new averages, with the derivatives of an inner step from the current weights.
 
-    So the meta-gradient is ``(I - alpha H_i(w; S'_i)) grad L_i(u_i)``, without the factor b_u that differentiating the
-    average itself would put before it (and that MOML's public code has).
+    So the meta-gradient is ``(I - alpha H_i(w; S'_i)) grad L_i(u_i)``. Differentiating the average itself would add a
+    factor b_u (which MOML's public code has).
 
     Args:
-        memory: of T tasks, from `Memory.recall`.
-        step: ``w - alpha grad L_i(w; S_i)`` with its derivatives, those on S'_i, by name, ``[T, *shape]``.
-        step_from: the same on the same S_i from other weights, by name, ``[T, *shape]``; asked for by SCSC only.
+        memory: the state of T tasks, from `Memory.recall`.
+        step: ``w - alpha grad L_i(w; S_i)`` by name, ``[T, *shape]``, with its derivatives on S'_i.
+        step_from: computes the same on the same S_i from other weights, by name, ``[T, *shape]``; only SCSC calls it.
 
     Returns:
         u_i by name, ``[T, *shape]``.
@@ -223,7 +223,7 @@ def tracked(memory: Params, step: Params, step_from: Callable[[Params], Params])
 
 
 def distinct_ids(task_ids: Tensor | None) -> list[int]:
-    """The ids of a batch's tasks, ``[T]``.
+    """Return the ids of a batch's tasks, ``[T]``, as a list.
 
     Raises:
         ValueError: for a batch without ids, or with one twice.

@@ -1,4 +1,4 @@
-"""Parameters without a gradient: those that the model does not use, and those that it uses and whose graph is cut."""
+"""Parameters without a gradient: either the model does not use them, or their graph is cut."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from metamom.maml.inner_step import gradients
 Params = dict[str, Tensor]
 
 
-NEAR = 16  # units of rounding between values that are taken for neighbours
+NEAR = 16  # distance of neighbouring values, in units of rounding
 TRIES = 3
 
 
 class Uses:
-    """Which parameters a loss was found not to depend on, and which of its gradients not to depend on the weights.
+    """Remembers which parameters a loss does not depend on, and which of its gradients do not depend on the weights.
 
-    Each is tried by other values, and again where a number, string or flag in one of the modules has changed.
+    Both are tested with other weight values, and tested again if a number, string or flag in a module has changed.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Uses:
         self._options: Hashable = None
 
     def are_unused(self, names: Sequence[str], modules: Iterable[nn.Module]) -> bool:
-        """Whether all were found so before, in modules that stand as they did."""
+        """Whether all were found unused before, with the modules in the same state."""
         return not names or (self._as_before(modules) and self._unused.issuperset(names))
 
     def are_constant(self, names: Sequence[str], modules: Iterable[nn.Module]) -> bool:
-        """Whether all were found so before, in modules that stand as they did."""
+        """Whether all their gradients were found constant before, with the modules in the same state."""
         return not names or (self._as_before(modules) and self._constant.issuperset(names))
 
     def _as_before(self, modules: Iterable[nn.Module]) -> bool:
@@ -53,8 +53,8 @@ class Uses:
 
         Args:
             missing: their names.
-            weights: all of them, by name; names that are not among them pass.
-            loss: of weights.
+            weights: all weights by name; other names are ignored.
+            loss: computes the loss from weights.
 
         Raises:
             ValueError: naming them.
@@ -67,11 +67,11 @@ class Uses:
         self._unused.update(missing)
 
     def check_constant(self, gradients: Mapping[str, Callable[[Params], Tensor]], weights: Params) -> None:
-        """Refuse gradients that have no derivative, but depend on the weights.
+        """Refuse gradients that depend on the weights but have no derivative.
 
         Args:
-            gradients: of weights, by the parameter's name.
-            weights: by name.
+            gradients: functions that compute each gradient from weights, by parameter name.
+            weights: all weights by name.
 
         Raises:
             ValueError: naming them.
@@ -85,14 +85,14 @@ class Uses:
 def changes(
     output: Callable[[Params], Tensor], weights: Params, names: Sequence[str], *, nearby: bool = False
 ) -> list[str]:
-    """Those of the named weights that an output depends on, found by trying other values.
+    """The named weights that an output depends on, found by trying other values.
 
     Args:
-        output: of weights; what it draws from the generators of torch, NumPy and Python is the same each time.
-        weights: by name.
-        names: to be tried, each by itself if the output changes with all of them.
-        nearby: whether it is to change at neighbouring values, each of several. An output that jumps here and there and
-            is constant between, such as the gradient of a piecewise linear loss, does not.
+        output: computes the output from weights; its draws from torch, NumPy and Python are repeated in each call.
+        weights: all weights by name.
+        names: the weights to try, one by one if the output changes when all of them change.
+        nearby: whether the output must change at each of several neighbouring values. A piecewise constant output, such
+            as the gradient of a piecewise linear loss, does not.
     """
     output = _drawing_alike(output)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def changes(
 
 
 def _without_gradient(loss: Callable[[Params], Tensor], weights: Params, names: Sequence[str]) -> list[str]:
-    """Those of the named weights that get no gradient in a call of ``loss`` as it draws now."""
+    """The named weights that get no gradient in a call of ``loss`` with its current draws."""
     at = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
     with torch.enable_grad():
         found = gradients(loss(at).sum(), [at[name] for name in names])
@@ -117,7 +117,7 @@ def _without_gradient(loss: Callable[[Params], Tensor], weights: Params, names: 
 
 
 def _drawing_alike(output: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
-    """The same function, which draws the same at every call and leaves the generators as they were."""
+    """Wrap a function so that it draws the same in every call and restores the generators."""
 
     def drawing(weights: Params) -> Tensor:
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the model may use it
@@ -132,7 +132,7 @@ def _drawing_alike(output: Callable[[Params], Tensor]) -> Callable[[Params], Ten
 
 
 def cut_off(names: Sequence[str]) -> ValueError:
-    """What to say of parameters that the model uses, but that no gradient reaches."""
+    """The error for parameters that the model uses but that no gradient reaches."""
     return ValueError(
         f"the loss depends on {', '.join(names)}, but no gradient comes back: somewhere between, the graph is cut, as "
         "by .detach(), .data, torch.no_grad(), .item(), or an autograd.Function without a derivative. Let the gradient "
@@ -141,7 +141,7 @@ def cut_off(names: Sequence[str]) -> ValueError:
 
 
 def differentiable_once(names: Sequence[str]) -> ValueError:
-    """What to say of parameters whose gradients depend on the weights, but cannot be differentiated."""
+    """The error for parameters with gradients that depend on the weights but cannot be differentiated."""
     return ValueError(
         f"the gradient of {', '.join(names)} depends on the weights, but has no derivative: something in the model can "
         "be differentiated only once, such as an autograd.Function whose backward is once_differentiable or detaches "
@@ -150,7 +150,7 @@ def differentiable_once(names: Sequence[str]) -> ValueError:
 
 
 def from_outside(names: Sequence[str]) -> ValueError:
-    """What to say of parameters that the loss reads past the tasks' own weights."""
+    """The error for parameters that the loss reads directly, bypassing the tasks' own weights."""
     return ValueError(
         f"the loss depends on {', '.join(names)} as they stand outside the model's call, and not on each task's "
         "adapted weights: loss_fn, a hook, or a list that is no ModuleList or ParameterList keeps a reference of its "
@@ -160,7 +160,7 @@ def from_outside(names: Sequence[str]) -> ValueError:
 
 
 def _other(weight: Tensor, seed: int, nearby: bool) -> Tensor:
-    """Other values of the same shape, far from the old ones or next to them."""
+    """New values of the same shape, far from the old ones or close to them."""
     if not weight.numel():
         return weight
     generator = torch.Generator().manual_seed(seed)

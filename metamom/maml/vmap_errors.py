@@ -1,4 +1,4 @@
-"""What to tell a user whose model cannot run under per-task weights."""
+"""Error messages for models that cannot run with per-task weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ OF_LOSSES = (
     "The loss is taken of all tasks at once (torch.func.vmap). Write it without in-place operations and draws, and "
     "choose with torch.where instead of if or a mask as an index."
 )
-# What torch says of draws that it cannot make for each task.
+# Found in torch's messages about draws that it cannot make per task.
 DRAWS = ("randomness error mode", "inplace randomness on an unbatched tensor")
 OF_DRAWS = "Draw in the model's forward by functions that return a new tensor, such as torch.randn_like or F.dropout."
 
-NO_BACKEND = ". This could be because the operator doesn't exist for this backend"  # and then all that there are
+NO_BACKEND = ". This could be because the operator doesn't exist for this backend"  # followed by a list of all backends
 
-# What torch's own errors say when batching over tasks, or writing in place under it, is the cause.
+# Found in torch's errors if batching over tasks, or an in-place write under it, is the cause.
 SIGNS = (
     "vmap",
     "functorch",
@@ -40,7 +40,7 @@ def check_model(model: nn.Module) -> None:
     """Refuse a model whose normalisation layers keep running statistics.
 
     Raises:
-        ValueError: naming the modules and the remedy.
+        ValueError: naming the modules and the fix.
     """
     running = [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     if running:
@@ -53,11 +53,11 @@ def check_model(model: nn.Module) -> None:
 
 @contextmanager
 def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
-    """Turn vmap's own errors into one that names the module of ``model`` in which it arose, and the remedy.
+    """Replace vmap's own errors by one that names the module of ``model`` that raised it, and the fix.
 
     Args:
-        model: whose modules to name.
-        other: what runs instead of the model, to be named in its place.
+        model: the model, to find the module's name.
+        other: the name of what runs instead of the model, if something else does.
 
     Raises:
         ValueError: in place of a RuntimeError about vmap or in-place changes; other errors pass unchanged.
@@ -96,10 +96,10 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def unchanged(what: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
-    """Watch tensors that the model must not write to.
+    """Check that the model does not write to these tensors.
 
     Raises:
-        ValueError: if one of them was changed in place, by name.
+        ValueError: naming a tensor that was changed in place.
     """
     before = {name: _version(tensor) for name, tensor in what.items()}
     yield
@@ -109,12 +109,12 @@ def unchanged(what: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; tensors made in inference mode do not count it."""
+    """How often a tensor was written to (its version); tensors made in inference mode do not have one."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def modules_in(model: nn.Module, trace: TracebackType | None) -> Iterator[tuple[str, nn.Module, FrameType]]:
-    """The calls of ``model``'s modules in which an error arose, the innermost last: name, module and frame."""
+    """Yield the calls of ``model``'s modules that led to an error, innermost last: name, module and frame."""
     names = {id(module): name for name, module in model.named_modules()}
     while trace is not None:
         module = trace.tb_frame.f_locals.get("self")
@@ -131,7 +131,7 @@ def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | No
 
 
 def _in_checkpoint(trace: TracebackType | None) -> bool:
-    """Whether an error arose in what `torch.utils.checkpoint` calls."""
+    """Whether an error was raised inside `torch.utils.checkpoint`."""
     while trace is not None:
         if trace.tb_frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return True
@@ -152,6 +152,6 @@ def _inplace_modules(model: nn.Module) -> str | None:
 
 
 def _is_inplace(module: nn.Module) -> bool:
-    """Whether it is one of torch's modules with this option, set; other modules may use the name as they like."""
+    """Whether it is one of torch's modules with ``inplace=True``. Other modules may use the name for anything."""
     torchs = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
     return any("inplace" in signature(kind).parameters for kind in torchs) and getattr(module, "inplace", False) is True

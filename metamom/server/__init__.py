@@ -1,1 +1,1 @@
-"""The parameter server: the workers' gradients become one gradient."""
+"""The parameter server: aggregates the workers' gradients into one."""

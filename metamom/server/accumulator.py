@@ -1,4 +1,4 @@
-"""Per-worker bias in anybody's training loop."""
+"""Per-worker bias in any training loop."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ class _Step:
 
 
 class BiasedAccumulator:
-    """Takes gradients as a loop produces them, worker by worker, and leaves ``1/n sum_i C(g_i)`` in ``.grad``.
+    """Collects the workers' gradients in a training loop, and writes ``1/n sum_i C(g_i)`` to ``.grad``.
 
-    Call `add` after each backward pass and `finish` before the optimizer's step. Without a worker, each `add` is a
-    worker of its own, the first one of a step worker 0; with one, the gradients of the same worker are averaged before
-    the operator. Random operators draw by the worker's number, and error feedback keeps a state for each, so that it
-    must know whose a gradient is. The mean over the workers of a step is taken here: the loop need not divide by the
-    number of tasks.
+    Call `add` after each backward pass and `finish` before the optimizer's step. If `add` is called without a worker,
+    each call counts as a new worker, starting with worker 0 in each step. If it is called with a worker, gradients of
+    the same worker are averaged before the operator. Random operators draw by worker number, and error feedback keeps a
+    state for each worker, so it needs to know which worker a gradient belongs to. `finish` averages over the workers,
+    so the loop need not divide by the number of tasks.
 
     Args:
-        params: the parameters, as an optimizer takes them (no groups). Those without ``requires_grad`` at this moment
-            are passed over; one that stands there twice, shared between modules, counts once.
+        params: the parameters, as for an optimizer (no groups). Parameters without ``requires_grad`` are skipped, and
+            one that occurs twice (shared between modules) counts once.
         bias: the operator C on each worker's flattened gradient, its SPEC (``"topk:5%"``), or a function
-            ``[d] -> [d]``; ``None`` for the mean alone. Where a parameter got no gradient from a worker, that part of
-            it is zero.
-        workers: n; if given, `finish` insists on exactly so many. With error feedback, give it or name the workers.
-        world: the processes that share a step (`metamom.distributed.start`). Each adds the gradients of its own
-            workers (``world.workers(n)``) and gets the aggregate of all; one alone by default. It needs ``workers``.
-            Processes that carry one worker together must add equally often.
+            ``[d] -> [d]``; ``None`` for the plain mean. If a parameter gets no gradient from a worker, that part of
+            the worker's gradient is zero.
+        workers: n; if given, `finish` requires exactly n. With error feedback, pass it or name the workers.
+        world: the processes that share a step (`metamom.distributed.start`); one by default. Each adds the gradients of
+            its own workers (``world.workers(n)``) and gets the aggregate of all. This needs ``workers``. Processes that
+            share a worker must call `add` equally often.
 
     Raises:
-        ValueError: for no trainable parameter, ``workers`` below 1, or a number of them that cannot be dealt.
-        TypeError: for a bias that is none of these.
+        ValueError: without a trainable parameter, for ``workers`` below 1, or if they cannot be split over processes.
+        TypeError: for any other kind of bias.
 
     Example:
         >>> from metamom import Clip
@@ -109,7 +109,7 @@ class BiasedAccumulator:
         self._step = _Step(touched=[False] * len(self.params))
 
     def reset(self) -> None:
-        """Forget the step begun, as after an error in its middle. ``.grad`` is left alone: call ``zero_grad()`` too."""
+        """Discard the current step, for example after an error. ``.grad`` does not change: call ``zero_grad()`` too."""
         self._step = _Step(touched=[False] * len(self.params))
 
     def close(self) -> None:
@@ -123,16 +123,16 @@ class BiasedAccumulator:
         self.close()
 
     def add(self, worker: int | None = None) -> None:
-        """Take what ``.grad`` holds as a gradient of ``worker``, and clear it.
+        """Take ``.grad`` as a gradient of ``worker``, and clear it.
 
         Args:
-            worker: 0 <= worker < n; ``None`` for a new worker of its own.
+            worker: 0 <= worker < n; ``None`` for a new worker.
 
         Raises:
-            ValueError: if there is no gradient; if a backward pass found a gradient that no `add` had taken, such as
-                the last step's; if only some calls name their worker, or none does and the operator feeds errors back
-                to workers of unknown number; if a worker is out of range, or there are more than ``workers``.
-            TypeError: for a sparse gradient, or a worker that is no whole number.
+            ValueError: if there is no gradient; if a backward pass added to a gradient that no `add` had taken, such as
+                the last step's; if only some calls name their worker; if none does, the operator has error feedback and
+                the number of workers is unknown; if a worker is out of range, or there are more than ``workers``.
+            TypeError: for a sparse gradient, or a worker that is not a whole number.
         """
         if not self._hooks.alive:
             raise ValueError("this accumulator has been closed; make another one over the parameters.")
@@ -179,14 +179,14 @@ class BiasedAccumulator:
 
     @torch.no_grad()
     def finish(self) -> dict[str, float | int | None]:
-        """Leave the aggregate in ``.grad``, and be ready for the next step.
+        """Write the aggregate to ``.grad``, and start the next step.
 
         Returns:
             ``grad_norm``, ``bias_error`` and ``wire_bytes``, as `metamom.maml.Backward` explains them.
 
         Raises:
-            ValueError: if there was no `add`; if a gradient came after the last one; if the workers are not exactly
-                as many as asked for. Nothing is lost then: mend it and call again.
+            ValueError: if there was no `add`; if a gradient came after the last one; if the number of workers is not
+                ``workers``. Nothing is lost: correct it and call again.
         """
         with self.world.together():
             if self.world.size > 1:
@@ -212,7 +212,7 @@ class BiasedAccumulator:
         return report
 
     def _order(self) -> list[int]:
-        """The workers whose gradients are here, if they are all that should be."""
+        """The workers that have added gradients. Raises an error if any are missing."""
         if any(p.grad is not None and bool(p.grad.any()) for p in self.params):
             raise ValueError(
                 "finish() found a gradient in .grad that no add() took: call add() after each loss.backward(), and "

@@ -1,4 +1,4 @@
-"""From the workers' gradients to one gradient: the server's half of a step."""
+"""Aggregate the workers' gradients into one: the server's half of a step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from metamom.server.robust import Aggregate, check_aggregate, robust_mean
 
 
 def flatten(grads: Iterable[Tensor]) -> Tensor:
-    """Each worker's gradient as one vector: tensors ``[n, *shape]``, in their order, to ``[n, d]``."""
+    """Flatten each worker's gradient into one vector: tensors ``[n, *shape]``, in order, to ``[n, d]``."""
     return torch.cat([g.reshape(g.shape[0], g[0].numel()) for g in grads], dim=1)
 
 
 def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors ``[..., d]`` cut into tensors ``{name: [..., *shape]}``, of the shapes and dtypes of ``like``."""
+    """Split vectors ``[..., d]`` into tensors ``{name: [..., *shape]}`` with the shapes and dtypes of ``like``."""
     lead = vectors.shape[:-1]
     if not lead and all(w.dtype is vectors.dtype for w in like.values()):  # one call for all
         pieces = _unflatten_dense_tensors(vectors, list(like.values()))  # type: ignore[no-untyped-call]
@@ -33,9 +33,9 @@ def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deliver(parameter: Tensor, gradient: Tensor, operator: BiasOperator | None = None, *, add: bool = False) -> None:
-    """Leave a gradient in ``.grad``, or ``add`` it to what is there as a backward pass does, hooks included.
+    """Write a gradient to ``.grad``, or ``add`` it as a backward pass does, including hooks.
 
-    `CompositeMomentum` learns from it who averaged the gradient.
+    It also notes for `CompositeMomentum` whether ``operator`` has averaged the gradient over steps.
     """
     if add:
         for hook in (parameter._backward_hooks or {}).values():
@@ -53,26 +53,26 @@ def deliver(parameter: Tensor, gradient: Tensor, operator: BiasOperator | None =
 
 
 class Aggregation:
-    """One step of the server: takes workers' gradients as they come, and gives ``1/n sum_i C(g_i)`` or a robust mean.
+    """One step of the server: collects the workers' gradients, and returns ``1/n sum_i C(g_i)`` or a robust mean.
 
-    Over several processes, each adds its own workers', and all agree (`World.agree`) before they `finish`. Gradients of
-    operators that compress travel as messages; the sum of others by an all-reduce; all of them where the aggregate is
-    no mean. Where several processes carry one worker together, each adds the mean over its own tasks, the whole ones
-    are put together first, and nothing is compressed on the way.
+    With several processes, each adds the gradients of its own workers, and all agree (`World.agree`) before they
+    `finish`. Compressing operators send messages. Otherwise processes all-reduce the sum, or gather all gradients if
+    the aggregate is not a mean. If several processes share one worker, each adds the mean over its own tasks. The
+    workers' gradients are then combined first, and sent uncompressed.
 
     Args:
         n: number of workers, over all processes.
         bias: the operator C on ``[n, d]``, its SPEC, or a function ``[d] -> [d]``; ``None`` for none. A SPEC must not
-            name an operator that carries something from step to step: make that one once.
+            name an operator with state from step to step: create such an operator once and pass it.
         how: see `metamom.server.robust.robust_mean`.
         sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself.
-        world: the processes; one alone by default.
-        measure: whether to measure the ``bias_error``, for which several processes exchange uncompressed gradients.
+        world: the processes; one by default.
+        measure: whether to measure the ``bias_error``. With several processes this exchanges uncompressed gradients.
 
     Raises:
-        ValueError: for a spelling of ``how`` that means nothing, or that trims off none of n workers; for a SPEC that
-            names no operator, or one with a state; for workers that cannot be dealt to the processes, and an operator
-            that draws in the order of calls on several of them.
+        ValueError: for an unknown ``how``, or one that trims none of n workers; for a SPEC that does not name an
+            operator, or names one with state; for workers that cannot be split over the processes; for an operator
+            that draws in the order of calls, with several processes.
 
     Reference:
         arXiv 2403.00853, the server's averaging.
@@ -95,7 +95,7 @@ class Aggregation:
         self.operator = without_state(bias)
         check_aggregate(how, n)
         if how != "mean":
-            # a robust mean would swallow one worker's NaN, so that operators' own check is wanted here too
+            # a robust mean would hide one worker's NaN, so use an operator, which checks for it
             self.operator = self.operator or Identity()
         if self.world.size > 1 and self.operator is not None and not self.operator.separable:
             raise ValueError(
@@ -103,28 +103,29 @@ class Aggregation:
                 "share: make it with seed= in place of generator=."
             )
         self._mine = len(self.world.workers(n))
-        self._shared = n < self.world.size  # several processes carry one worker
+        self._shared = n < self.world.size  # several processes share one worker
         self._measured = measure and self.operator is not None
         operator = self.operator
         self._streams = how == "mean" and (operator is None or (operator.separable and not operator.feeds_back))
         self._step = 0 if self.operator is None else self.operator.draw_step
         self._plain: Tensor | None = None  # sum of the gradients
-        self._total: Tensor | None = None  # sum of what operators made of them; of the gradients where there are none
-        self._rows = torch.empty(0)  # what operators made of each, where the aggregate is no mean
+        self._total: Tensor | None = None  # sum of the operator's outputs, or of the gradients without one
+        self._rows = torch.empty(0)  # the operator's output for each worker, if the aggregate is not a mean
         self._held: list[Tensor] = []  # gradients that wait for the others
-        self._whose: list[int] = []  # the workers that these are of
+        self._whose: list[int] = []  # the workers that they belong to
         self._messages: list[Tensor] = []
-        self._like = torch.empty(0)  # one worker's gradient, where messages are sent
+        self._like = torch.empty(0)  # one worker's gradient, if messages are sent
         self._sent = 0  # bytes of all messages
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
-        """Take gradients ``[k, d]`` of these workers, each of them once.
+        """Add gradients ``[k, d]`` of these workers, each worker once.
 
-        They need not come all at once, nor are they kept then; but where an operator feeds errors back, whose state
-        moves on for all workers or none, draws in the order of calls, or the aggregate is no mean.
+        Gradients can be added in several calls, and are usually not kept. They are kept if the operator has error
+        feedback (its state is updated for all workers or none) or draws in the order of calls, or if the aggregate is
+        not a mean.
 
         Raises:
-            ValueError: by the operator.
+            ValueError: from the operator.
         """
         if self._shared:
             whole = rows.new_zeros(self.n, rows.shape[1])
@@ -142,7 +143,7 @@ class Aggregation:
             self._plain = _sum(self._plain, rows)
         operator = self.operator
         if self.world.size > 1 and operator is not None:
-            with operator.defer():  # until all processes have come so far
+            with operator.defer():  # until all processes have reached this point
                 if operator.compresses:
                     self._messages += operator.send(rows, step=self._step, workers=workers, sizes=self.sizes)
                     self._like = rows[0]
@@ -156,7 +157,7 @@ class Aggregation:
             self._rows = rows
 
     def finish(self) -> tuple[Tensor, dict[str, float | int | None]]:
-        """The aggregate.
+        """Compute the aggregate.
 
         Returns:
             ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
@@ -186,12 +187,12 @@ class Aggregation:
         }
 
     def _of_shared_workers(self) -> tuple[Tensor, dict[str, float | int | None]]:
-        """Everybody is the server of all workers."""
+        """Aggregate shared workers: every process acts as the server of all workers."""
         assert self._total is not None
         return aggregate(self.world.all_reduce(self._total), self.operator, self.how, sizes=self.sizes)
 
     def _of_messages(self) -> Tensor:
-        """By what the workers' messages say."""
+        """Aggregate the workers' messages."""
         assert self.operator is not None
         operator, like, mine = self.operator, self._like, torch.cat(self._messages)
         lengths = torch.tensor([len(message) for message in self._messages])
@@ -212,7 +213,7 @@ class Aggregation:
         return self._from_server(made, like)
 
     def _from_server(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """What the server makes, wherever it is; of the shape and dtype of ``like``."""
+        """Call ``make`` on the server, and return its result (shape and dtype of ``like``) on every process."""
         world = self.world
         if world.size == 1 or world.server == "replicated":
             return make()
@@ -228,7 +229,7 @@ class Aggregation:
         return float(vector_norm(total - mean)) / norm if norm else 0.0
 
     def _wire_bytes(self, total: Tensor) -> int:
-        """Of the workers' messages: as they were sent, or as they would be."""
+        """Bytes of the workers' messages, as sent or as they would be."""
         if self._messages:
             return self._sent
         d, size = len(total), total.element_size()
@@ -248,13 +249,13 @@ def aggregate(
     workers: Sequence[int] | None = None,
     sizes: Sizes | None = None,
 ) -> tuple[Tensor, dict[str, float | int | None]]:
-    """One gradient of the workers', all of them here: see `Aggregation`.
+    """Aggregate the gradients of all workers in one process, see `Aggregation`.
 
     Args:
         grads: ``[n, d]``, each worker's flattened gradient.
         bias: as for an `Aggregation`.
         how: as for an `Aggregation`.
-        workers: whose gradients these are, for operators that draw or feed back; 0, 1, ... by default.
+        workers: the workers' numbers, for random operators and error feedback; 0, 1, ... by default.
         sizes: as for an `Aggregation`.
 
     Returns:

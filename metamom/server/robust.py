@@ -1,4 +1,4 @@
-"""What a server may take instead of the mean, so that a few bad workers cannot move it far."""
+"""Robust alternatives to the mean, which a few bad workers cannot move far."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from metamom.common.numbers import real, shown
 
 Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian"
 
-# Weiszfeld's iterations for the geometric median, and when they stop: a step of so much of the spread.
-ITERATIONS = 1000  # a start beside a vector creeps away from it: 200 were needed for seven points in four dimensions
-EVERY = 4  # steps between two leaps
+# Limits of Weiszfeld's iteration for the geometric median, and its tolerance: the step relative to the spread.
+ITERATIONS = 1000  # starting close to a vector is slow: seven points in four dimensions needed 200
+EVERY = 4  # steps between two extrapolations
 TOLERANCE = 1e-9
 
 
 def robust_mean(vectors: Tensor, how: Aggregate = "mean") -> Tensor:
-    """One vector for n.
+    """Combine n vectors into one.
 
     Args:
         vectors: ``[n, d]``.
-        how: ``"mean"``; ``"median"``, of each entry, the mean of the middle two where n is even; ``"trimmed:0.1"``,
-            of each entry the mean without the ``floor(0.1 n)`` smallest and as many largest ones;
-            ``"geomedian"``, the point whose distances to the n vectors have the smallest sum.
+        how: ``"mean"``; ``"median"``, entrywise, the mean of the middle two if n is even; ``"trimmed:0.1"``, the
+            entrywise mean without the ``floor(0.1 n)`` smallest and as many largest values; ``"geomedian"``, the point
+            with the smallest sum of distances to the n vectors.
 
     Returns:
         ``[d]``.
@@ -52,15 +52,15 @@ def robust_mean(vectors: Tensor, how: Aggregate = "mean") -> Tensor:
 
 
 def check_aggregate(how: Aggregate, workers: int | None = None) -> float:
-    """The share that a spelling trims off on each side; 0 where it trims none.
+    """Check ``how``, and return the share that it trims on each side; 0 if it does not trim.
 
     Args:
-        how: the spelling.
-        workers: n, if it is to be checked that some of them are trimmed off.
+        how: ``"mean"``, ``"median"``, ``"trimmed:SHARE"`` or ``"geomedian"``.
+        workers: n, to check that at least one of them is trimmed.
 
     Raises:
-        TypeError: for something else than a spelling.
-        ValueError: for a spelling that means nothing, or a share that leaves out nobody.
+        TypeError: for anything but a string.
+        ValueError: for an unknown ``how``, or a share that trims no worker.
     """
     if not isinstance(how, str):
         raise TypeError(f"aggregate is a name, mean, median, geomedian or trimmed:SHARE; got {how!r}.")
@@ -83,7 +83,7 @@ def check_aggregate(how: Aggregate, workers: int | None = None) -> float:
 
 
 def _trimmed(share: float, n: int) -> int:
-    """How many of n are left out on each side."""
+    """How many of n values are trimmed on each side."""
     return math.floor(share * n * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
 
 
@@ -94,7 +94,7 @@ def geometric_median(vectors: Tensor) -> Tensor:
         Vardi, Zhang, "The multivariate L1-median and associated data depth", 2000.
     """
     x = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    # a start and a scale that one far vector cannot move, as it would the mean and the mean distance
+    # a start and a scale that one far outlier cannot move, unlike the mean and the mean distance
     y = robust_mean(x, "median")
     near = max(TOLERANCE, torch.finfo(x.dtype).eps) * _distances(x - y).median()
     before: Tensor | None = None
@@ -104,15 +104,15 @@ def geometric_median(vectors: Tensor) -> Tensor:
         y, before = y + leap, step if leap is step else None
         if bool(torch.linalg.vector_norm(step) <= near):
             break
-    # towards a vector the iteration may creep: take the nearest one where it is the median itself
+    # convergence to one of the vectors is slow: return the nearest vector if it is the median itself
     nearest = x[_distances(x - y).argmin()]
     return (y if bool(_step(x - nearest, near).any()) else nearest).to(vectors.dtype)
 
 
 def _leap(x: Tensor, y: Tensor, before: Tensor, step: Tensor) -> Tensor:
-    """A step as far as all that would follow, by how fast steps shrink, if that is nearer; else the step itself.
+    """Extrapolate all further steps from the rate at which steps shrink, if that gets closer; else take the step.
 
-    Along a valley the iteration creeps: of two pairs of vectors that are far apart, each step is 0.999 of the last.
+    Along a valley the iteration is slow: with two pairs of vectors far apart, each step is 0.999 of the last.
     """
     shrinking = float((before @ step) / (before @ before).clamp_min(torch.finfo(step.dtype).tiny))
     if not 0 < shrinking < 1:
@@ -123,16 +123,16 @@ def _leap(x: Tensor, y: Tensor, before: Tensor, step: Tensor) -> Tensor:
 
 
 def _step(away: Tensor, near: Tensor) -> Tensor:
-    """From a point to the next, by the way ``[n, d]`` from it to each vector; zero at the geometric median."""
+    """The step from a point, given its differences ``[n, d]`` to each vector; zero at the geometric median."""
     distances = _distances(away)
     here = distances <= near
     weights = torch.where(here, 0, 1 / distances.clamp_min(torch.finfo(away.dtype).tiny))
     total = weights.sum()
     if not bool(total > 0):
-        return torch.zeros_like(away[0])  # all of them in one point
+        return torch.zeros_like(away[0])  # all vectors coincide
     pull = weights @ away
     step = pull / total
-    if bool(here.any()):  # at one of them: it holds on by as much as there are of it
+    if bool(here.any()):  # at a vector: it resists the step by its multiplicity
         strength = torch.linalg.vector_norm(pull)
         step = step * (1 - here.sum() / strength).clamp_min(0) if bool(strength > 0) else 0 * step
     return step
