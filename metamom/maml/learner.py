@@ -176,6 +176,11 @@ class MAML(nn.Module):
             self._modules.pop(name, None)  # a module may replace a function, or a function a module
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy adapts what this learner adapts now; a predicate cannot be pickled, and names can."""
+        chosen = tuple(self.adapted) if callable(self._adapt) else self._adapt
+        return {**super().__getstate__(), "_adapt": chosen}
+
     @property
     def inner_lr(self) -> float | Tensor | dict[str, float | Tensor]:
         """The current inner step sizes: one number (or learned tensor) if all parameters share it, else by parameter.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import warnings
 from collections.abc import Callable
@@ -187,3 +189,16 @@ def test_draws_that_are_not_torchs_are_told(draw, name):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # once is enough
             learner.backward(BATCH)
+
+
+# ---- copies
+
+
+@pytest.mark.parametrize("adapt", [None, ["2"], lambda name: name.startswith("2")], ids=["all", "names", "predicate"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
+def test_copies_adapt_the_same(copied, adapt):
+    learner = MAML(net(), F.mse_loss, adapt=adapt)
+    learner.backward(BATCH)
+    other = copied(learner)
+    assert other.adapted == learner.adapted
+    assert torch.equal(other.losses(BATCH), learner.losses(BATCH))
