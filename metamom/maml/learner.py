@@ -179,7 +179,8 @@ class MAML(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy adapts what this learner adapts now; a predicate cannot be pickled, and names can."""
         chosen = tuple(self.adapted) if callable(self._adapt) else self._adapt
-        return {**self.__dict__, "_adapt": chosen}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_adapt": chosen}
 
     @property
     def inner_lr(self) -> float | Tensor | dict[str, float | Tensor]:
