@@ -92,9 +92,7 @@ def _check_made(mine: dict[str, Any], saved: dict[str, Any], place: str, least: 
         here, there, where = mine[name], saved[name], f"{place}.{name}"
         if name == "last_epoch":
             _check_count(where, there, least)
-        elif (
-            name == "_schedulers"
-        ):  # sequential (some have not started) or, without an outer counter, simultaneous
+        elif name == "_schedulers":  # sequential (some have not started) or, without an outer counter, simultaneous
             for i, (inner, kept) in enumerate(zip(here, there, strict=True)):
                 _check_made(inner, kept, f"{where}[{i}]", -1 if "last_epoch" in mine else least)
         elif name in ("T_cur", "T_i"):
