@@ -1,4 +1,4 @@
-"""Task families and data sets: where the tasks come from."""
+"""Task families and data sets."""
 
 from metamom.tasks.episodes import Episodes
 from metamom.tasks.fixed import FixedTasks

@@ -1,8 +1,8 @@
-"""Arrays that are made once and kept in the per-user cache.
+"""Compute arrays once and keep them in the per-user cache.
 
-A file begins with a checksum over what it was made from and what it holds, and is an ``.npz`` archive after it. The
-checksum finds damage, files of another origin and files under a wrong name; it is no signature, so who can write to
-the cache could forge one.
+A file starts with a checksum over its key and contents, followed by an ``.npz`` archive. The checksum detects damage,
+files of another origin and files under a wrong name. It is not a signature, so anyone who can write to the cache could
+forge one.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ CHUNK = 1 << 20  # bytes
 
 
 def cached(label: str, key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """What ``make`` returns, from the cache if it is there.
+    """Return the result of ``make``, from the cache if possible.
 
-    Of several processes that ask at once, one calls ``make`` and the others wait. A file appears under its name only
-    when it is whole and on the disk; one that is damaged, or wasn't made here from the same key, is made again. A cache
-    that can't be written costs a warning.
+    If several processes ask at once, one calls ``make`` and the others wait. A file gets its final name only when it is
+    complete and on disk. A file that is damaged, or has another key, is recomputed. If the cache is not writable, this
+    only gives a warning.
 
     Args:
-        label: begins the file's name.
+        label: prefix of the file's name.
         key: everything that the arrays depend on, as JSON values.
-        make: makes the arrays; none of them may need pickling.
+        make: computes the arrays; none of them may need pickling.
     """
     identity = json.dumps({"label": label, **key}, sort_keys=True).encode()
     path = cache_folder() / f"{label}-{hashlib.sha256(identity).hexdigest()[:24]}.npz"
@@ -58,7 +58,7 @@ def cached(label: str, key: Mapping[str, Any], make: Callable[[], Arrays]) -> Ar
 
 
 def _load(path: Path, identity: bytes) -> Arrays | None:
-    """The arrays, or ``None`` if they aren't there or the checksum isn't theirs. Nothing is parsed before it is."""
+    """Load the arrays; ``None`` if they are missing or the checksum is wrong. It is checked before parsing."""
     try:
         with regular_file(path) as file:
             head = file.read(HEAD.size)
@@ -76,7 +76,7 @@ def _load(path: Path, identity: bytes) -> Arrays | None:
             with np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error, NotImplementedError):
-        return None  # can't be read, or a forged checksum
+        return None  # unreadable, or a forged checksum
 
 
 def _begun(identity: bytes, length: int) -> hashlib._Hash:
@@ -85,7 +85,7 @@ def _begun(identity: bytes, length: int) -> hashlib._Hash:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock of ``path``; yields False where there can't be one."""
+    """Hold the lock of ``path``; yields False if locking is not possible."""
     lock = FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _store(path: Path, identity: bytes, arrays: Arrays) -> None:
-    """Writes under another name first. The caller holds the lock, so older unfinished files are nobody's."""
+    """Write under a temporary name first. The caller holds the lock, so older unfinished files are abandoned."""
     try:
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)

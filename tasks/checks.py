@@ -15,7 +15,7 @@ NUMBERS = (int, float, np.integer, np.floating)
 
 
 def check_seed(seed: int) -> int:
-    """The seed itself.
+    """Check a seed and return it.
 
     Raises:
         TypeError: if it is not an integer.
@@ -29,7 +29,7 @@ def check_seed(seed: int) -> int:
 
 
 def check_step(step: int) -> int:
-    """The step itself.
+    """Check a step number and return it.
 
     Raises:
         TypeError: if it is not an integer.
@@ -45,7 +45,7 @@ def check_step(step: int) -> int:
 
 
 def check_count(name: str, value: int, most: int = AT_ONCE) -> int:
-    """A number of things, at least one, and no more than fit into memory.
+    """Check a count and return it: at least one, and no more than fit into memory.
 
     Raises:
         TypeError: if it is not an integer.
@@ -61,7 +61,7 @@ def check_count(name: str, value: int, most: int = AT_ONCE) -> int:
 
 
 def check_range(name: str, bounds: Any) -> tuple[float, float]:
-    """A finite range (low, high).
+    """Check a finite range (low, high) and return it.
 
     Raises:
         TypeError: if it is not two numbers.
@@ -79,7 +79,7 @@ def check_range(name: str, bounds: Any) -> tuple[float, float]:
 
 
 def check_deviation(name: str, value: Any) -> float:
-    """A standard deviation.
+    """Check a standard deviation and return it.
 
     Raises:
         TypeError: if it is not a number.
@@ -93,10 +93,10 @@ def check_deviation(name: str, value: Any) -> float:
 
 
 def check_dtype(dtype: Any) -> torch.dtype:
-    """A floating-point type of tensors.
+    """Check a floating-point dtype and return it.
 
     Raises:
-        TypeError: for anything else; points rounded to whole numbers would be other tasks.
+        TypeError: for anything else; points rounded to whole numbers would be different tasks.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type such as torch.float32; got {dtype!r}.")
@@ -104,7 +104,7 @@ def check_dtype(dtype: Any) -> torch.dtype:
 
 
 def check_stream(stream: str) -> str:
-    """The name of a stream.
+    """Check the name of a stream and return it.
 
     Raises:
         TypeError: if it is not a string.
@@ -115,6 +115,6 @@ def check_stream(stream: str) -> str:
 
 
 def _plain(number: Any) -> float:
-    """A number of Python's own, which JSON can hold."""
+    """Convert to Python's float, which JSON can hold."""
     plain: float = number.item() if isinstance(number, np.generic) else number
     return plain

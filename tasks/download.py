@@ -1,4 +1,4 @@
-"""Downloads that go on where they broke off."""
+"""Downloads that resume where they stopped."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tqdm.auto import tqdm
 from metamom.common.reading import what_is_there
 from metamom.tasks.locate import DataError
 
-CHUNK = 1 << 14  # bytes; what came of a chunk before the connection broke is lost
-TIMEOUT = (15, 60)  # seconds to connect, and between two pieces of an answer
+CHUNK = 1 << 14  # bytes; an incomplete chunk is lost if the connection breaks
+TIMEOUT = (15, 60)  # seconds to connect, and between two pieces of a response
 
 
 class ResumingDownloader:
-    """A downloader for `pooch.retrieve`: fetches into ``part`` and goes on there with an HTTP Range request.
+    """A downloader for `pooch.retrieve` that fetches into ``part`` and resumes with an HTTP Range request.
 
-    ``part`` outlives the process, so that another one goes on as well. It becomes pooch's temporary file once it is
-    complete; pooch then checks the digest, and removes it if that is wrong.
+    ``part`` outlives the process, so another process can resume too. Once complete, it becomes pooch's temporary file.
+    Pooch then checks the digest, and removes the file if it is wrong.
 
     Args:
         part: the partial file, in the folder of the target.
         limit: most bytes to accept.
-        attempts: how often in a row to try without getting anything new.
+        attempts: how many attempts in a row may receive nothing new.
         pause: seconds to wait between attempts.
     """
 
@@ -34,11 +34,11 @@ class ResumingDownloader:
         self.part, self.limit, self.attempts, self.pause = part, limit, attempts, pause
 
     def __call__(self, url: str, output_file: str | os.PathLike[str], pooch: object) -> None:
-        """Fetches ``url`` to ``output_file``.
+        """Fetch ``url`` to ``output_file``.
 
         Raises:
-            DataError: if the server can't be reached, refuses, or keeps breaking off; ``part`` keeps what came. Also if
-                something else lies in the place of ``part``: nothing is written through a link.
+            DataError: if the server can't be reached, refuses, or keeps disconnecting; ``part`` keeps the received
+                bytes. Also if ``part`` is not a regular file: nothing is written through a link.
         """
         kind = "a link" if self.part.is_symlink() else what_is_there(self.part)
         if kind not in ("a file", "nothing"):
@@ -73,7 +73,7 @@ class ResumingDownloader:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
             if answer.status_code == requests.codes.requested_range_not_satisfiable:
                 if answer.headers.get("Content-Range") == f"bytes */{have}":
-                    return  # all of it came before
+                    return  # it was complete already
                 self.part.unlink()
                 raise requests.ConnectionError("the partial file doesn't fit the server's; starting over")
             answer.raise_for_status()

@@ -26,25 +26,25 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class Episodes(TaskFamily):
     """Tasks "tell these `ways` classes apart": random classes of a labelled data set, random images of each.
 
-    A task's classes are drawn without replacement and labelled 0..ways-1 in the order drawn; so are the images of
-    each class, so that no image is in both sets. Sets are ordered shot by shot: one image of each class, then another
-    of each.
+    A task's classes are drawn without replacement and labelled 0..ways-1 in the order drawn. The images of each class
+    are also drawn without replacement, so no image is in both sets. Sets are ordered shot by shot: one image of each
+    class, then another of each.
 
     Args:
         images: ``[N, ...]``, uint8 (scaled to float32 in [0, 1]) or floating point (kept). Not copied, unless
-            ``rotations``: leave it unchanged afterwards.
+            ``rotations`` is set, so do not change it afterwards.
         labels: ``[N]`` integers, one class each; any numbers in any order, any number of images of a class.
         ways: classes of a task.
         shots: support images per class.
         queries: query images per class.
         seed: 0 <= seed < 2^64.
-        augment: called as ``augment(images, generator)`` with one task's images ``[M, ...]`` (support, then query),
-            scaled, and a generator seeded by counter; returns images of the same shape.
-        rotations: images rotated by 90°, 180° and 270° (counter-clockwise) count as new classes, four times as many:
-            class c rotated r times is class ``c + r · (number of classes)``. The images are then kept four times.
+        augment: called as ``augment(images, generator)`` with one task's scaled images ``[M, ...]`` (support, then
+            query) and a generator seeded by counter; returns images of the same shape.
+        rotations: images rotated by 90°, 180° and 270° (counter-clockwise) count as new classes, which gives four times
+            as many: class c rotated r times is class ``c + r · (number of classes)``. This stores images four times.
 
     Attributes:
-        num_classes: classes to draw from, rotated ones included.
+        num_classes: number of classes, including rotated ones.
 
     Returns (from `sample`):
         ``support_x: [T, ways · shots, ...]``, ``query_x: [T, ways · queries, ...]``; ``support_y`` and ``query_y``
@@ -116,7 +116,7 @@ class Episodes(TaskFamily):
         return TaskBatch(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
     def describe(self) -> dict[str, Any]:
-        """See `TaskFamily.describe`. Data and augmentation are described, not contained."""
+        """See `TaskFamily.describe`. It identifies data and augmentation, but does not contain them."""
         digest = hashlib.sha256()
         digest.update(self._images.cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(self._by_class.data)
@@ -134,7 +134,7 @@ class Episodes(TaskFamily):
         }
 
     def _indices(self, tasks: Places, data: Places) -> Ints:
-        """Which images: ``[T, M]``, shot by shot."""
+        """The indices of the images, ``[T, M]``, shot by shot."""
         shown = self.shots + self.queries
         classes = choose(uniforms(self.seed, tasks, Purpose.TASK, self.ways), self.num_classes).reshape(-1)
         u = uniforms(self.seed, data, Purpose.DATA, self.ways * shown).reshape(-1, shown)
@@ -191,7 +191,7 @@ def _with_rotations(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     classes, index = torch.unique(labels, return_inverse=True)
     turns = range(4)
-    # Kept rotated: turning them anew in every draw would take longer than everything else in it.
+    # Store rotated copies: rotating in every draw would take longer than everything else in it.
     return (
         torch.cat([torch.rot90(images, turn, (-2, -1)) for turn in turns]),
         torch.cat([index + turn * len(classes) for turn in turns]),

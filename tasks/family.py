@@ -1,4 +1,4 @@
-"""The base of metamom's own samplers: a family of tasks that is drawn by counter."""
+"""The base class of metamom's samplers: a task family with counter-based draws."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class TaskFamily(TaskSampler):
-    """A distribution of tasks. A subclass says how one is drawn (`draw`); this class says which one (`sample`).
+    """A distribution of tasks. Subclasses define how to draw a task (`draw`); this class decides which (`sample`).
 
     Args:
-        seed: 0 <= seed < 2^64. Families of different seeds are independent.
+        seed: 0 <= seed < 2^64. Families with different seeds are independent.
 
     Attributes:
         seed: as given.
@@ -32,7 +32,7 @@ class TaskFamily(TaskSampler):
         self.stream = "train"
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-        """``rank``'s contiguous block of the meta-batch that belongs to ``step``.
+        """Sample ``rank``'s contiguous block of the meta-batch for ``step``.
 
         Args:
             step: >= 0; training uses 0, 1, 2, ...
@@ -52,18 +52,18 @@ class TaskFamily(TaskSampler):
         return self.draw(places, places)
 
     def with_stream(self, stream: str) -> Self:
-        """The same family drawing from another stream (``"validation"``, ``"test"``, ...): fresh, independent tasks."""
+        """The same family with another stream (``"validation"``, ``"test"``, ...): new, independent tasks."""
         other = copy.copy(self)
         other.stream = check_stream(stream)
         return other
 
     @abstractmethod
     def draw(self, tasks: Places, data: Places) -> TaskBatch:
-        """T tasks, each identified by its place in ``tasks``, with points drawn at its place in ``data``.
+        """Draw T tasks, identified by their coordinates in ``tasks``, with points drawn at those in ``data``.
 
-        `sample` passes the same places twice; a fixed set of tasks holds the first and moves the second.
+        `sample` passes the same coordinates twice. A fixed set of tasks keeps the first and changes the second.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The arguments that make this family again, as JSON values."""
+        """The arguments that recreate this family, as JSON values."""

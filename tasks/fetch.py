@@ -1,4 +1,4 @@
-"""Fetches the data sets from where they are published, and checks what is there."""
+"""Fetch the data sets from their publishers, and verify local copies."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from metamom.tasks.omniglot_archive import MAX_ARCHIVE, PUBLISHED, read_characte
 
 
 class Checked(NamedTuple):
-    """A verified part of a data set: where it lies, and what it holds, e.g. ``{"characters": 964, ...}``."""
+    """A verified part of a data set: its path and contents, e.g. ``{"characters": 964, ...}``."""
 
     path: Path
     holds: dict[str, int]
 
 
 class Published(NamedTuple):
-    """A published file: its name without ``.zip`` or ``.gz``, its digest, and how to verify what it holds."""
+    """A published file: its name without ``.zip`` or ``.gz``, its digest, and how to verify its contents."""
 
     name: str
     url: str
@@ -34,10 +34,10 @@ class Published(NamedTuple):
 
 
 def fetch(dataset: str, root: PathLike | None = None, *, mirror: str | None = None) -> list[Path]:
-    """Downloads what is missing of a data set.
+    """Download the missing files of a data set.
 
-    What is there is verified and kept, never replaced. Interrupted downloads go on where they stopped; a file appears
-    under its name only after its digest was checked.
+    Existing files are verified and kept, never replaced. Interrupted downloads resume where they stopped. A file gets
+    its final name only after its digest was checked.
 
     Args:
         dataset: ``"omniglot"``, ``"mnist"`` or ``"fashion"``.
@@ -48,7 +48,7 @@ def fetch(dataset: str, root: PathLike | None = None, *, mirror: str | None = No
         the packed (or unpacked) files of the data set.
 
     Raises:
-        ValueError: for an unknown data set, data there that is damaged, a failed download, or a wrong digest.
+        ValueError: for an unknown data set, damaged existing data, a failed download, or a wrong digest.
     """
     mirror = mirror or os.environ.get("METAMOM_MIRROR")
     paths = []
@@ -63,14 +63,14 @@ def fetch(dataset: str, root: PathLike | None = None, *, mirror: str | None = No
 
 
 def check(dataset: str, root: PathLike | None = None) -> list[Checked]:
-    """Verifies a data set wholly: every name, every image.
+    """Verify a data set completely: every name, every image.
 
     Args:
         dataset: ``"omniglot"``, ``"mnist"`` or ``"fashion"``.
         root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
 
     Raises:
-        FileNotFoundError: if a part isn't there.
+        FileNotFoundError: if a part is missing.
         ValueError: for an unknown data set or anything wrong with the data.
     """
     return [published.verify(locate(dataset, published.name, root)) for published in _published(dataset)]
@@ -79,7 +79,7 @@ def check(dataset: str, root: PathLike | None = None) -> list[Checked]:
 def _check_omniglot(part: str) -> Callable[[Path], Checked]:
     def verify(path: Path) -> Checked:
         expected = PUBLISHED[part]
-        names, images = read_characters(path, part, expected.side, expected)  # at their own size: no resampling
+        names, images = read_characters(path, part, expected.side, expected)  # original size: no resampling
         return Checked(path, {"characters": len(names), "drawings": images.shape[0] * images.shape[1]})
 
     return verify
@@ -93,7 +93,7 @@ def _check_images(dataset: str, name: str) -> Callable[[Path], Checked]:
     return verify
 
 
-# The digests are those of the archives as published (and as torchvision checks them).
+# Digests of the published archives (the same ones that torchvision checks).
 OMNIGLOT = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"

@@ -1,4 +1,4 @@
-"""A family of tasks turned into a fixed number of tasks that stay."""
+"""Turn a task family into a fixed, finite set of tasks."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ ORDERS: tuple[Order, ...] = ("replacement", "reshuffle")
 
 
 class FixedTasks(TaskSampler):
-    """n tasks of a family that stay from step to step: the finite sum f = 1/n Σ f_i of the analysis.
+    """n tasks of a family that stay the same in every step: the finite sum f = 1/n Σ f_i of the analysis.
 
-    The tasks are those of the family's own step 0 (n of them). At each step their points are drawn afresh, for each
-    task from its id and the step alone. A task's id is its number 0..n-1.
+    The tasks are the n tasks of the family's step 0. Their points are redrawn at each step; a task's points depend only
+    on its id and the step. A task's id is its number 0..n-1.
 
     Args:
         sampler: the family, a `TaskFamily` such as `Sinusoid`, `Episodes` or `Omniglot`.
         n: number of tasks, >= 1.
-        fresh_data: draw new points at each step; ``False`` keeps the points of step 0 for good.
-        order: how a meta-batch of fewer than n tasks is chosen: ``"replacement"``, for each step by itself, or
-            ``"reshuffle"``, one after the other from a shuffle of all n that is new once they have had their turn.
+        fresh_data: draw new points at each step; ``False`` keeps the points of step 0.
+        order: how to choose a meta-batch of fewer than n tasks: ``"replacement"`` samples each step independently;
+            ``"reshuffle"`` goes through a shuffle of all n tasks and reshuffles every epoch.
 
     Attributes:
         n: as given.
-        first: id of the first task (`PerWorker` gives its members consecutive ids); the ids are first..first+n-1,
-            and tasks of different ids are different tasks of the family.
+        first: id of the first task (`PerWorker` gives its members consecutive ids). The ids are first..first+n-1,
+            and different ids are different tasks of the family.
 
     Returns (from `sample`):
-        a `TaskBatch` with ``task_ids: [T]`` int64. A meta-batch of n tasks holds all of them in order; a smaller one
-        holds as many different ones, chosen at random, the same for every process.
+        a `TaskBatch` with ``task_ids: [T]`` int64. A meta-batch of n tasks contains all of them in order. A smaller one
+        contains distinct tasks, chosen at random, the same for every process.
 
     Raises:
-        TypeError: if ``sampler`` is no `TaskFamily`.
-        ValueError: if n < 1, for another order; from `sample`, if more than n tasks are asked for, or, in the order
-            ``"reshuffle"``, a number that does not divide n.
+        TypeError: if ``sampler`` is not a `TaskFamily`.
+        ValueError: if n < 1, or for an unknown order; from `sample`, for more than n tasks, or, with ``"reshuffle"``, a
+            number that does not divide n.
 
     Example:
         >>> from metamom.tasks import Sinusoid
@@ -71,7 +71,7 @@ class FixedTasks(TaskSampler):
         self.stream = sampler.stream
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-        """``rank``'s contiguous block of the meta-batch that belongs to ``step``; see `TaskFamily.sample`."""
+        """Sample ``rank``'s contiguous block of the meta-batch for ``step``; see `TaskFamily.sample`."""
         step, mine = check_step(step), block(num_tasks, rank, world_size)
         if num_tasks > self.n:
             raise ValueError(
@@ -85,19 +85,19 @@ class FixedTasks(TaskSampler):
         return batch._replace(task_ids=torch.from_numpy(ids))
 
     def with_stream(self, stream: str) -> Self:
-        """The same tasks with points (and choices of tasks) drawn from another stream."""
+        """The same tasks, with points (and choices of tasks) from another stream."""
         other = copy.copy(self)
         other.stream = check_stream(stream)
         return other
 
     def numbered_from(self, first: int) -> Self:
-        """The n tasks of the family with the ids ``first..first+n-1``: others than those with other ids."""
+        """The n tasks of the family with ids ``first..first+n-1``. Different ids are different tasks."""
         other = copy.copy(self)
         other.first = first
         return other
 
     def describe(self) -> dict[str, Any]:
-        """The arguments that make this sampler again, as JSON values."""
+        """The arguments that recreate this sampler, as JSON values."""
         return {
             "family": "FixedTasks",
             "sampler": self.family.describe(),
@@ -116,13 +116,13 @@ class FixedTasks(TaskSampler):
                     f'{num_tasks}. Use another number, or order="replacement".'
                 )
             shuffle, turn = divmod(step, self.n // num_tasks)
-            # sorted, which takes no loop over all n at every step
+            # sorting avoids a loop over all n tasks at every step
             turns = self._drawn(shuffle, self.n)[0].argsort(kind="stable")
             mine: Ints = turns[turn * num_tasks : (turn + 1) * num_tasks]
             return mine
         return choose(self._drawn(step, num_tasks), self.n).reshape(-1)
 
     def _drawn(self, step: int, count: int) -> Floats:
-        # at the first task's index, so that members of a PerWorker choose independently
+        # use the first task's index, so that members of a PerWorker choose independently
         here = Places(self.stream, step, np.array([self.first], dtype=np.int64))
         return uniforms(self.family.seed, here, Purpose.CHOICE, count)

@@ -1,4 +1,4 @@
-"""Families with parts that are given: one array for all tasks, or one for each of n.
+"""Families with given parameters: one array for all tasks, or one for each of n tasks.
 
 Legend: T tasks, n given tasks.
 """
@@ -18,20 +18,20 @@ from metamom.rng import Floats, Places
 from metamom.tasks.family import TaskFamily
 
 Values = ArrayLike | Tensor
-MOST_LISTED = 1000  # numbers; more are described by their digest
+MOST_LISTED = 1000  # larger arrays are described by their digest
 
 
 class GivenFamily(TaskFamily):
-    """A family that may have parts given task by task, n of them: then task t of a meta-batch is given task t mod n.
+    """A family that may have given parameters for n tasks. Task t of a meta-batch is then given task t mod n.
 
-    `FixedTasks(family, n)` has the n given tasks, in order.
+    `FixedTasks(family, n)` contains the n given tasks in order.
 
     Args:
-        given: arrays ``[1, ...]`` for all tasks or ``[n, ...]`` by name; ``None`` for what is drawn.
+        given: arrays ``[1, ...]`` for all tasks or ``[n, ...]``, by name; ``None`` for parameters that are drawn.
         seed: 0 <= seed < 2^64.
 
     Attributes:
-        given: n, or ``None`` where nothing is given task by task.
+        given: n, or ``None`` if nothing is given for single tasks.
 
     Raises:
         ValueError: for arrays of different n; from `sample`, for a number of tasks that n doesn't divide.
@@ -49,7 +49,7 @@ class GivenFamily(TaskFamily):
         self.given = next(iter(counts.values()), None)
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-        """See `TaskFamily.sample`; a meta-batch has each of n given tasks equally often."""
+        """See `TaskFamily.sample`. A meta-batch has each of the n given tasks equally often."""
         block(num_tasks, rank, world_size)
         if self.given is not None and num_tasks % self.given:
             raise ValueError(
@@ -59,16 +59,16 @@ class GivenFamily(TaskFamily):
         return super().sample(step, num_tasks, rank=rank, world_size=world_size)
 
     def of_tasks(self, array: Floats, tasks: Places) -> Floats:
-        """Each task's own of an array ``[n, ...]`` or ``[1, ...]``: ``[T, ...]``."""
+        """Select each task's entry of an array ``[n, ...]`` or ``[1, ...]``: ``[T, ...]``."""
         picked: Floats = array[tasks.indices % len(array)]
         return picked
 
 
 def given(name: str, values: Values | None, *shape: int) -> Floats | None:
-    """A copy of one array ``[*shape]`` for all tasks as ``[1, *shape]``, or of one for each of n as ``[n, *shape]``.
+    """Copy one array ``[*shape]`` for all tasks to ``[1, *shape]``, or one for each of n tasks to ``[n, *shape]``.
 
     Raises:
-        TypeError: for what isn't real numbers.
+        TypeError: for anything but real numbers.
         ValueError: for another shape, no tasks, or a number that isn't finite.
     """
     if values is None:
@@ -87,14 +87,14 @@ def given(name: str, values: Values | None, *shape: int) -> Floats | None:
 
 
 def as_numpy(values: Values) -> Any:
-    """A tensor as NumPy's array: NumPy 2 warns where it has to ask a tensor for one itself."""
+    """Convert a tensor to a NumPy array. NumPy 2 warns if it has to convert a tensor itself."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def _numbers(name: str, values: Values) -> Floats:
     try:
         array = np.asarray(as_numpy(values))
-    except ValueError as error:  # rows of several lengths
+    except ValueError as error:  # rows of different lengths
         raise ValueError(f"{name} must be an array of numbers, all rows of one length ({error}).") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be an array of real numbers; got {array.dtype} ({values!r:.100}).")
@@ -102,7 +102,7 @@ def _numbers(name: str, values: Values) -> Floats:
 
 
 def described(array: Floats | None) -> Any:
-    """An array as JSON values: its numbers, or, where there are many, its shape and digest."""
+    """Describe an array by JSON values: its numbers, or its shape and digest if it is large."""
     if array is None or array.size <= MOST_LISTED:
         return None if array is None else array.tolist()
     return {"shape": list(array.shape), "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}

@@ -1,7 +1,7 @@
-"""MNIST and Fashion-MNIST as published: eight IDX files, packed by gzip or not, checked wherever they are read.
+"""MNIST and Fashion-MNIST as published: eight IDX files, gzipped or not, which are checked whenever they are read.
 
-IDX is a magic number (two zero bytes, 8 for unsigned bytes, the number of axes), each axis' length, and the entries;
-numbers have 4 bytes, the highest first.
+An IDX file has a magic number (two zero bytes, 8 for unsigned bytes, the number of axes), the length of each axis, and
+the entries. Numbers have 4 bytes, big-endian.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_BYTES = 64 << 20  # of an unpacked file; the published ones have under 48 MB
 SIZES = {"train": 60_000, "t10k": 10_000}
 FILES = tuple(f"{part}-{kind}" for part in SIZES for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
 
-# MD5 of the unpacked files: the same in every copy, however it was packed (those of the packed files are in fetch.py)
+# MD5 of the unpacked files, which does not depend on how they were packed (fetch.py has those of the packed files)
 UNPACKED = {
     "mnist": dict(
         zip(
@@ -58,14 +58,14 @@ UNPACKED = {
 
 
 class LabelledImages(NamedTuple):
-    """Images ``[N, H, W]`` uint8, strokes bright, and their labels ``[N]`` int64, both in the order of the files."""
+    """Images ``[N, H, W]`` uint8, with bright strokes, and labels ``[N]`` int64, both in file order."""
 
     images: Tensor
     labels: Tensor
 
 
 def labelled_images(dataset: str, part: str, root: PathLike | None = None) -> LabelledImages:
-    """The published images of one part of MNIST or Fashion-MNIST.
+    """Load the published images of one part of MNIST or Fashion-MNIST.
 
     Args:
         dataset: ``"mnist"`` or ``"fashion"``.
@@ -76,8 +76,8 @@ def labelled_images(dataset: str, part: str, root: PathLike | None = None) -> La
         Images ``[N, 28, 28]`` and labels ``[N]`` from 0 to 9.
 
     Raises:
-        DataNotFoundError: if a file isn't there.
-        DataError: for one that isn't the published file.
+        DataNotFoundError: if a file is missing.
+        DataError: if a file isn't the published one.
     """
     if not is_word(dataset, UNPACKED) or not is_word(part, ("train", "test")):
         raise ValueError(f"wanted part train or test of {' or '.join(UNPACKED)}; got part {part!r} of {dataset!r}.")
@@ -89,7 +89,7 @@ def labelled_images(dataset: str, part: str, root: PathLike | None = None) -> La
 
 
 def published(path: Path, dataset: str, name: str) -> Tensor:
-    """Read a published file after checking that it is the very one.
+    """Read a published file after checking its identity.
 
     Args:
         path: of the file, packed or not.
@@ -113,18 +113,18 @@ def idx(
     """Read an IDX file of unsigned bytes: images (three axes) or labels (one).
 
     Args:
-        path: packed by gzip or not, told apart by what is in it.
-        shape: that it must have; any if ``None``.
-        md5: that the unpacked file must have, in hexadecimal; any if ``None``.
-        dataset: that messages name.
+        path: gzipped or not, detected from the contents.
+        shape: the required shape; any if ``None``.
+        md5: the required digest of the unpacked file, in hexadecimal; any if ``None``.
+        dataset: the name for messages.
 
     Returns:
         uint8, images ``[N, H, W]`` or labels ``[N]``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        DataError: for anything but that: a pipe or a folder, damage, another kind of file, another shape, a label
-            above 9. No more than `MAX_BYTES` are read or unpacked.
+        FileNotFoundError: if the file doesn't exist.
+        DataError: for anything else: a pipe or a folder, damage, another kind of file, another shape, a label above 9.
+            At most `MAX_BYTES` are read or unpacked.
     """
     path = Path(path)
     data = _unpacked(path, dataset)
@@ -154,7 +154,7 @@ def _unpacked(path: Path, dataset: str) -> bytes:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             with gzip.GzipFile(fileobj=file) if packed else file as stream:
-                data = stream.read(MAX_BYTES + 1)  # and no further: a small archive may unpack to any size
+                data = stream.read(MAX_BYTES + 1)  # no more, since a small archive may unpack to any size
     except NotAFileError as error:
         raise _bad(path, dataset, str(error.strerror)) from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:

@@ -1,4 +1,4 @@
-"""Linear regression with random design, the family whose meta-gradient and its bias are known in closed form.
+"""Linear regression with random design, a family with a closed form for the meta-gradient and its bias.
 
 Legend: T tasks, n given tasks, P points of one task, N points of a finite data set, d = dim features.
 """
@@ -29,10 +29,10 @@ from metamom.tasks.matrices import (
 
 
 def half_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    """``½ mean (prediction - target)²``, the loss whose gradient and Hessian have no stray factor of 2.
+    """``½ mean (prediction - target)²``, a loss without a factor of 2 in its gradient and Hessian.
 
-    The closed forms of linear regression are those of this loss. `torch.nn.functional.mse_loss` is twice it: with an
-    inner step α that is every formula at 2α, times 2.
+    The closed forms of linear regression hold for this loss. `torch.nn.functional.mse_loss` is twice as large: for it,
+    evaluate every formula at 2α instead of α, and multiply by 2.
 
     Args:
         predictions: any shape, of finite numbers.
@@ -63,8 +63,8 @@ class LinearRegression(GivenFamily):
     of a task is ``(I - αΣ) Σ (I - αΣ) δ``, and the usual one, from m support points, has the bias
     ``(α²/m)(Σ³ + tr(Σ²)Σ) δ``.
 
-    What isn't given is drawn for each task. Points of a task are drawn independently of each other, and so support
-    and query sets are. Values are computed in float64 and then rounded to ``dtype``.
+    Parameters that aren't given are drawn for each task. Points of a task are independent, and so are support and query
+    sets. Values are computed in float64 and then rounded to ``dtype``.
 
     Args:
         dim: d, number of features, >= 1.
@@ -76,8 +76,8 @@ class LinearRegression(GivenFamily):
         theta_std: standard deviation of the entries of drawn θ_i, >= 0.
         noise: standard deviation of Gaussian noise on y, >= 0.
         data: ``(features [N, d], labels [N])`` to draw points from, or ``([n, N, d], [n, N])``, a set for each task.
-        replacement: of a data set's points within a support or query set. Without it the two sets still are
-            independent, and ``shots=N`` takes every point once; halves of a set depend on each other.
+        replacement: draw a data set's points with replacement within a support or query set. Without replacement the
+            two sets are still independent, and ``shots=N`` takes every point once, but halves of a set are dependent.
         seed: 0 <= seed < 2^64.
         dtype: of all four tensors.
 
@@ -88,8 +88,8 @@ class LinearRegression(GivenFamily):
         ``x: [T, shots or queries, d]``, ``y: [T, shots or queries, 1]``.
 
     Raises:
-        ValueError: for an argument of another shape or out of range, for distributions beside data, or more points
-            without replacement than there are; from `sample`, for a number of tasks that n doesn't divide.
+        ValueError: for an argument of the wrong shape or out of range, for distributions together with data, or more
+            points without replacement than exist; from `sample`, for a number of tasks that n doesn't divide.
 
     Example:
         >>> two = LinearRegression(2, 5, covariance=[np.eye(2), np.eye(2) / 4], theta=[[1, 0], [0, 1]])
@@ -137,9 +137,9 @@ class LinearRegression(GivenFamily):
         self._root = None if self.covariance is None else square_root("covariance", self.covariance)
 
     def parameters(self, tasks: Places) -> tuple[Floats, Floats]:
-        """θ ``[T, d]`` and Σ ``[T, d, d]`` of the tasks at these places.
+        """θ ``[T, d]`` and Σ ``[T, d, d]`` of the tasks at these coordinates.
 
-        Of a data set they are the least squares solution (the shortest one) and the mean of φφ^T.
+        For a data set they are the least squares solution of minimum norm and the mean of φφ^T.
         """
         if self.features is not None and self.labels is not None:
             x, y = self.of_tasks(self.features, tasks), self.of_tasks(self.labels, tasks)
@@ -158,7 +158,7 @@ class LinearRegression(GivenFamily):
         return TaskBatch(x_all[:, :s], y_all[:, :s], x_all[:, s:], y_all[:, s:])
 
     def describe(self) -> dict[str, Any]:
-        """See `TaskFamily.describe`. Large arrays are described, not contained."""
+        """See `TaskFamily.describe`. Large arrays are described by shape and digest."""
         return {
             "family": "LinearRegression",
             "dim": self.dim,
@@ -184,7 +184,7 @@ class LinearRegression(GivenFamily):
         """Gaussian features ``[T, P, d]`` and labels ``[T, P]``."""
         points = self.shots + self.queries
         entries = points * self.dim
-        # Noise numbers come after the features', so that adding noise moves no point.
+        # Draw noise after the features, so that adding noise does not change any point.
         u = uniforms(self.seed, data, Purpose.DATA, even(entries) + (even(points) if self.noise else 0))
         x = gaussians(u[:, : even(entries)], entries).reshape(-1, points, self.dim)
         if self.spectrum is not None:

@@ -1,4 +1,4 @@
-"""Where data sets are found: ``ROOT/<data set>``."""
+"""Find data sets: ``ROOT/<data set>``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PathLike = str | os.PathLike[str]
 
 
 class DataError(ValueError):
-    """Data that is missing, damaged or not what it should be; the message says what, where and what to do."""
+    """Data is missing, damaged or not what it should be; the message says what, where and what to do."""
 
 
 class DataNotFoundError(DataError, FileNotFoundError):
-    """Data that isn't where it was looked for."""
+    """Data is missing from the expected location."""
 
 
 class Root(NamedTuple):
@@ -33,8 +33,8 @@ def data_root(root: PathLike | None = None) -> Root:
     """The one folder that holds the data sets: ``root``, else ``$METAMOM_DATA``, else the per-user data folder.
 
     Raises:
-        TypeError: if ``root`` is no path.
-        ValueError: for a path that can't be one.
+        TypeError: if ``root`` is not a path.
+        ValueError: for an invalid path.
     """
     if root is not None:
         return Root(named_folder(root, "root="), "root=")
@@ -44,7 +44,7 @@ def data_root(root: PathLike | None = None) -> Root:
 
 
 class Layout(NamedTuple):
-    """A data set's folder below ROOT, what its packed files end with, and what one is when it is unpacked."""
+    """A data set's folder below ROOT, the suffix of its packed files, and the kind of an unpacked one."""
 
     folder: str
     suffix: str
@@ -59,13 +59,13 @@ LAYOUTS = {
 
 
 def packed_path(dataset: str, name: str, root: PathLike | None = None) -> Path:
-    """Where a data set's file lies as it is published: ``ROOT/omniglot/images_background.zip``."""
+    """The path of a data set's published file: ``ROOT/omniglot/images_background.zip``."""
     folder, suffix, _ = LAYOUTS[dataset]
     return data_root(root).path / folder / f"{name}{suffix}"
 
 
 def locate(dataset: str, name: str, root: PathLike | None = None) -> Path:
-    """The packed file of a data set, or the folder or file beside it that it unpacks to.
+    """Find the packed file of a data set, or the unpacked folder or file next to it.
 
     Args:
         dataset: ``"omniglot"``, ``"mnist"`` or ``"fashion"``.
@@ -73,8 +73,8 @@ def locate(dataset: str, name: str, root: PathLike | None = None) -> Path:
         root: see `data_root`.
 
     Raises:
-        DataNotFoundError: if there is neither; no other root is tried.
-        DataError: if something else lies in its place: a link to nothing, a named pipe, a device, ...
+        DataNotFoundError: if neither exists; no other root is tried.
+        DataError: if something else has its name: a broken link, a named pipe, a device, ...
     """
     path, origin = data_root(root)
     kind = LAYOUTS[dataset].unpacked

@@ -12,10 +12,10 @@ from metamom.tasks.checks import check_range
 
 
 def symmetric(name: str, matrices: Floats) -> Floats:
-    """The matrices ``[n, d, d]`` themselves.
+    """Check that matrices ``[n, d, d]`` are symmetric, and return them.
 
     Raises:
-        ValueError: if one isn't symmetric, to 1e-6 of its largest entry (which float32 numbers are).
+        ValueError: if one isn't symmetric to 1e-6 of its largest entry (which float32 numbers can achieve).
     """
     gap = np.abs(matrices - matrices.swapaxes(1, 2)).max(axis=(1, 2))
     if (gap > 1e-6 * np.abs(matrices).max(axis=(1, 2))).any():
@@ -42,17 +42,17 @@ def from_spectrum(eigenvalues: Floats, vectors: Floats) -> Floats:
 
 
 def products(points: Floats, vectors: Floats) -> Floats:
-    """Each task's points times its vector, ``[T, P, d], [T, d] -> [T, P]``.
+    """Multiply each task's points by its vector, ``[T, P, d], [T, d] -> [T, P]``.
 
-    Not by BLAS: the order in which its sums are taken, and so their last bit, depends on where in memory a task lies,
-    that is, on which other tasks are drawn with it.
+    This avoids BLAS. Its order of summation, and so the last bit, depends on a task's memory address, and thus on which
+    other tasks are drawn with it.
     """
     sums: Floats = (points * vectors[:, None, :]).sum(axis=2)
     return sums
 
 
 def check_spectrum(spectrum: tuple[float, float] | None, *, given: Floats | None, name: str) -> None:
-    """Refuse a range of eigenvalues that is none, or that comes beside given matrices."""
+    """Refuse an invalid range of eigenvalues, or a range together with given matrices."""
     if spectrum is None:
         return
     low, _ = check_range("spectrum", spectrum)
@@ -63,14 +63,14 @@ def check_spectrum(spectrum: tuple[float, float] | None, *, given: Floats | None
 
 
 def drawn_vectors(seed: int, tasks: Places, dim: int) -> Floats:
-    """Each task's own standard normal vector, ``[T, d]``."""
+    """Draw a standard normal vector for each task, ``[T, d]``."""
     return gaussians(uniforms(seed, tasks, Purpose.TASK, even(dim)), dim)
 
 
 def drawn_spectra(seed: int, tasks: Places, dim: int, spectrum: tuple[float, float]) -> tuple[Floats, Floats]:
-    """Each task's own eigenvalues, uniform in a range, ``[T, d]``, and eigenvectors, uniform rotations, ``[T, d, d]``.
+    """Draw each task's eigenvalues ``[T, d]``, uniform in a range, and eigenvectors ``[T, d, d]``, a uniform rotation.
 
-    The numbers come after those of `drawn_vectors`.
+    The random numbers come after those of `drawn_vectors`.
 
     Reference:
         Mezzadri, "How to generate random matrices from the classical compact groups" (2007), section 5.
@@ -80,15 +80,15 @@ def drawn_spectra(seed: int, tasks: Places, dim: int, spectrum: tuple[float, flo
     u = uniforms(seed, tasks, Purpose.TASK, start + entries + dim)
     square = gaussians(u[:, start : start + entries], dim * dim).reshape(-1, dim, dim)
     q, r = np.linalg.qr(square)
-    signs = np.where(np.diagonal(r, axis1=1, axis2=2) < 0, -1.0, 1.0)  # what makes Q unique, and uniform
+    signs = np.where(np.diagonal(r, axis1=1, axis2=2) < 0, -1.0, 1.0)  # these make Q unique and uniform
     return low + (high - low) * u[:, start + entries :], q * signs[:, None, :]
 
 
 def even(count: int) -> int:
-    """How many uniform numbers make ``count`` normal ones, which come in pairs."""
+    """The number of uniform numbers for ``count`` normal ones, which come in pairs."""
     return count + count % 2
 
 
 def gaussians(uniform: Floats, count: int) -> Floats:
-    """``count`` standard normal numbers from `even` many uniform ones, ``[T, even(count)] -> [T, count]``."""
+    """Convert uniform numbers to ``count`` standard normal ones, ``[T, even(count)] -> [T, count]``."""
     return normals(uniform)[:, :count]

@@ -19,13 +19,13 @@ from metamom.tasks.omniglot_archive import files_below, read_characters
 from metamom.tasks.omniglot_splits import PARTS, split_characters
 
 MAX_IMAGE_SIZE = 512  # pixels; with rotations the 964 background characters then take 20 GB
-CACHE_FORMAT = 1  # raise it when decoding changes
+CACHE_FORMAT = 1  # increase it when decoding changes
 
 
 class Omniglot(Episodes):
     """Tasks "tell these `ways` characters apart", from 20 drawings each of 1,623 characters of 50 alphabets.
 
-    Images are ``[1, H, H]`` float32 in [0, 1], strokes bright on dark. The data is verified and decoded once, then
+    Images are ``[1, H, H]`` float32 in [0, 1], bright strokes on dark. The data is verified and decoded once, then
     read from a cache (``$METAMOM_CACHE``, else the per-user cache folder).
 
     Args:
@@ -36,22 +36,22 @@ class Omniglot(Episodes):
         ways: classes of a task.
         shots: support drawings per class.
         queries: query drawings per class; shots + queries <= 20.
-        image_size: H, pixels a side, up to 512; at 105 drawings stay as published.
+        image_size: H, pixels a side, up to 512; 105 keeps the drawings as published.
         rotations: ``True``: in training (``"train"``, ``"background"``) characters rotated by 90°, 180° and 270°
             count as new classes. ``"all"``: in every split. ``False``: in none.
         seed: 0 <= seed < 2^64.
-        download: fetch the data if it isn't there.
+        download: fetch the data if it is missing.
         alphabets: use only these alphabets of the split, e.g. ``["Greek"]``.
 
     Attributes:
-        characters: the split's characters, class c before rotation being ``characters[c]``.
-        num_classes: classes to draw from, rotated ones included.
+        characters: the split's characters; class c, before rotation, is ``characters[c]``.
+        num_classes: number of classes, including rotated ones.
 
     Returns (from `sample`):
         ``support_x: [T, ways · shots, 1, H, H]``, ``query_x: [T, ways · queries, 1, H, H]``; labels int64.
 
     Raises:
-        FileNotFoundError: if the data isn't there.
+        FileNotFoundError: if the data is missing.
         ValueError: for damaged data, an unknown split or alphabet, or more ways, shots or queries than there are.
 
     Example:
@@ -104,7 +104,7 @@ class Omniglot(Episodes):
         self.stream = split
 
     def describe(self) -> dict[str, Any]:
-        """See `TaskFamily.describe`; where the data lies is left out."""
+        """See `TaskFamily.describe`. The location of the data is left out."""
         return {
             "family": "Omniglot",
             "split": self.split,
@@ -146,7 +146,7 @@ def _images(characters: Sequence[str], root: PathLike | None, image_size: int, d
         if strangers := [name for name in wanted if name not in rows]:
             raise DataError(f"{source} lacks the character {strangers[0]}. Get the published data again.")
         chosen.append(torch.from_numpy(arrays["images"][[rows[name] for name in wanted]]))
-    return torch.cat(chosen)  # in the order of `characters`: sorted, so part by part
+    return torch.cat(chosen)  # in the order of `characters`, which is sorted and so grouped by part
 
 
 def _located(part: str, root: PathLike | None, download: bool) -> Path:
@@ -155,7 +155,7 @@ def _located(part: str, root: PathLike | None, download: bool) -> Path:
     except DataNotFoundError:
         if not download:
             raise
-        from metamom.tasks.fetch import fetch  # here, so that what only reads need not load a download library
+        from metamom.tasks.fetch import fetch  # imported here, so that reading does not load a download library
 
         fetch("omniglot", root)
         return locate("omniglot", f"images_{part}", root)
@@ -171,7 +171,7 @@ def _decoded(source: Path, part: str, image_size: int) -> Arrays:
 
 
 def _fingerprint(source: Path) -> dict[str, Any]:
-    """Changes when the data does: path, size and time of an archive; of a folder, of each of its files."""
+    """A fingerprint that changes with the data: path, size and time of an archive, or of each file in a folder."""
     files = [("", source.stat())] if source.is_file() else files_below(source)
     digest = hashlib.sha256()
     for path, file in files:

@@ -1,7 +1,6 @@
-"""Reads and verifies the published Omniglot images, from an archive or the folder that it unpacks to.
+"""Read and verify the published Omniglot images, from an archive or the unpacked folder.
 
-Nothing is ever unpacked to disk: members are read one by one into memory, after all of their names and sizes have
-been checked.
+Nothing is unpacked to disk. Members are read into memory one by one, after all names and sizes have been checked.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from metamom.tasks.png import DamagedError, read_grey
 
 MAX_ARCHIVE = 32 << 20  # bytes; the published archives have under 10 MB
 MAX_MEMBERS = 50_000  # the published archives have under 21,000
-MEMBER = b"PK\x01\x02"  # begins each entry of a zip archive's directory
+MEMBER = b"PK\x01\x02"  # signature of each entry in a zip archive's directory
 LOCAL_HEADER = 30  # bytes before a member's name
 MAX_DRAWING = 64 << 10  # bytes; the published drawings have under 1 kB
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may take gigabytes to unpack a few bytes
-ZIP_FAULTS = (  # what zipfile has been seen to raise over damaged archives
+ZIP_FAULTS = (  # errors seen from zipfile for damaged archives
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, OverflowError, RuntimeError,
 )  # fmt: skip
 CLUTTER = re.compile(r"__MACOSX/.*|(.*/)?(\.DS_Store|Thumbs\.db)")  # left by file managers, never read
@@ -41,7 +40,7 @@ DRAWING = re.compile(r"(?P<character>[\w()-]+/character\d\d)/\d{4}_(?P<number>\d
 
 
 class Expected(NamedTuple):
-    """What a set of images must hold: so many characters, drawings of each, and pixels a side."""
+    """The required contents of a set of images: number of characters, drawings of each, and pixels a side."""
 
     characters: int
     drawings: int = 20
@@ -60,16 +59,16 @@ PUBLISHED = {"background": Expected(964), "evaluation": Expected(659)}
 
 
 def read_characters(source: Path, part: str, image_size: int, expected: Expected | None = None) -> Characters:
-    """Verifies and decodes one of the two published sets of images.
+    """Verify and decode one of the two published sets of images.
 
     Args:
         source: ``images_<part>.zip`` or the folder ``images_<part>``.
         part: ``"background"`` or ``"evaluation"``.
-        image_size: pixels a side; drawings are resampled (Lanczos) unless it is their own size.
-        expected: what the set must hold; the published counts unless given.
+        image_size: pixels a side; drawings are resampled (Lanczos) unless this is their original size.
+        expected: the required contents; the published counts by default.
 
     Raises:
-        DataError: for anything that isn't exactly that: damaged files, missing or strange members.
+        DataError: for any deviation: damaged files, missing or unknown members.
     """
     expected = PUBLISHED[part] if expected is None else expected
     if (kind := what_is_there(source)) not in ("a file", "a folder"):
@@ -95,7 +94,7 @@ def _archive(source: Path, top: str) -> tuple[Members, Reader]:
     if size > MAX_ARCHIVE:
         raise _bad(source, f"has {size} bytes, more than any Omniglot archive ({MAX_ARCHIVE})")
     data = read_regular_file(source, MAX_ARCHIVE)
-    # counted before zipfile makes an object of each; compressed data hardly ever has such a signature
+    # count before zipfile creates an object for each; compressed data rarely contains this signature
     if (members := data.count(MEMBER)) > MAX_MEMBERS:
         raise _bad(source, f"has {members} members, more than any Omniglot archive ({MAX_MEMBERS})")
     try:
@@ -116,7 +115,7 @@ def _members(source: Path, archive: zipfile.ZipFile, top: str) -> Iterator[tuple
     infos = archive.infolist()
     _check_apart(source, infos, archive.start_dir)
     for info in infos:
-        name = info.orig_filename  # as stored: `filename` may have been mended
+        name = info.orig_filename  # as stored; zipfile may have changed `filename`
         if CLUTTER.fullmatch(name):
             continue
         if info.flag_bits & 0x1:
@@ -131,7 +130,7 @@ def _members(source: Path, archive: zipfile.ZipFile, top: str) -> Iterator[tuple
 
 
 def _check_apart(source: Path, infos: Sequence[zipfile.ZipInfo], end: int) -> None:
-    """No two members share bytes: many that unpack the same ones are how a small archive grows a million fold."""
+    """Check that no two members share bytes. Zip bombs use overlapping members to grow a million fold."""
     before = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         if info.header_offset < before:
@@ -152,10 +151,10 @@ def _folder(source: Path) -> tuple[Members, Reader]:
 
 
 def files_below(source: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """The files of a folder of drawings by their paths below it, in order; they are not opened.
+    """Yield the files of a folder of drawings by relative path, in order, without opening them.
 
     Raises:
-        DataError: for what is no regular file, and for a link to a folder or a folder where the layout has none.
+        DataError: for anything but regular files, a link to a folder, or a folder that is not in the layout.
     """
 
     def fail(error: OSError) -> None:
@@ -181,7 +180,7 @@ def _status(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a broken link, or a link to itself
             return None
         raise
 

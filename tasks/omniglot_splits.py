@@ -1,4 +1,4 @@
-"""Which characters belong to which split of Omniglot: lists kept as data beside this file."""
+"""The splits of Omniglot: lists of characters, stored as data next to this file."""
 
 from __future__ import annotations
 

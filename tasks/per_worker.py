@@ -1,7 +1,7 @@
-"""Workers that differ: each has its own sampler.
+"""Heterogeneous workers: each has its own sampler.
 
-Legend: n workers, L = lcm(n, world_size) pieces that a meta-batch is cut into, so that no piece is in two workers'
-or two processes' blocks.
+Legend: n workers, L = lcm(n, world_size) pieces of a meta-batch, so that each piece belongs to one worker and one
+process.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class PerWorker(TaskSampler):
     """n workers with their own families: worker i's contiguous block of each meta-batch comes from ``samplers[i]``.
 
-    Train with the same number of workers. A member is asked for tasks by their indices in the whole meta-batch, so
-    members around one family and seed give different tasks.
+    Train with the same number of workers. Members draw tasks by index in the whole meta-batch, so members with the same
+    family and seed return different tasks.
 
-    Fixed tasks belong to their worker: each `FixedTasks` member gives tasks of its own n alone, num_tasks / (number
-    of workers) at each step, and ids count on from member to member. An id says which of its family's tasks it is, so
+    Fixed tasks belong to their worker: each `FixedTasks` member returns only its own n tasks, num_tasks / (number of
+    workers) at each step, and ids continue from member to member. An id identifies a task of the family, so
     ``PerWorker([FixedTasks(s, 2), FixedTasks(s, 2)])`` has the four tasks of ``FixedTasks(s, 4)``.
 
     Args:
@@ -38,7 +38,7 @@ class PerWorker(TaskSampler):
     Raises:
         ValueError: for no samplers; from `sample`, for tasks of different shapes, or a number of tasks that the
             number of workers doesn't divide.
-        TypeError: for something that isn't a sampler, a `PerWorker` in a `PerWorker`, or `FixedTasks` beside others.
+        TypeError: for anything but samplers, a `PerWorker` in a `PerWorker`, or `FixedTasks` mixed with others.
 
     Example:
         >>> from metamom.tasks import Sinusoid
@@ -69,7 +69,7 @@ class PerWorker(TaskSampler):
         )
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-        """``rank``'s contiguous block of the meta-batch that belongs to ``step``; see `TaskFamily.sample`."""
+        """Sample ``rank``'s contiguous block of the meta-batch for ``step``; see `TaskFamily.sample`."""
         n = len(self.samplers)
         block(num_tasks, rank, world_size)
         block(num_tasks, 0, n)
@@ -82,23 +82,23 @@ class PerWorker(TaskSampler):
                 parts.append(member.sample(step, num_tasks // n, rank=piece % each, world_size=each))
             else:
                 part = drawn(member, step, num_tasks, piece, L)
-                parts.append(part._replace(task_ids=None))  # ids of another kind of sampler may clash between workers
+                parts.append(part._replace(task_ids=None))  # ids of other samplers may clash between workers
         joined = [_joined(name, [part[i] for part in parts]) for i, name in enumerate(TaskBatch._fields)]
         return TaskBatch._make(joined)
 
     @property
     def workers(self) -> int:
-        """n, the number of workers that it has a family for."""
+        """n, the number of workers, each with its own family."""
         return len(self.samplers)
 
     def with_stream(self, stream: str) -> Self:
-        """The same with every member that has streams drawing from this one."""
+        """The same sampler, with every member that has streams switched to this one."""
         other = copy.copy(self)
         other.samplers = [of_stream(member, stream) for member in self.samplers]
         return other
 
     def describe(self) -> dict[str, Any]:
-        """The arguments that make this sampler again, as JSON values (members that are no `TaskSampler` by type)."""
+        """The arguments that recreate this sampler, as JSON values (members that aren't a `TaskSampler` by type)."""
         return {
             "family": "PerWorker",
             "samplers": [described(member) for member in self.samplers],

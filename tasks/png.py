@@ -1,4 +1,4 @@
-"""Grey values of a small PNG picture, read with every checksum checked, or refused."""
+"""Read the grey values of a small PNG image, and verify every checksum."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ RGB, WITH_ALPHA = 2, (4, 6)  # colour types
 REFUSED = {
     b"tRNS": "transparency",
     b"acTL": "an animation",
-    b"fcTL": "an animation",  # Pillow obeys it, also where there is no acTL
+    b"fcTL": "an animation",  # Pillow follows it even without an acTL chunk
     b"fdAT": "an animation",
     b"iCCP": "a colour profile",
     b"cICP": "a colour profile",
 }
-GAMMA = 45455  # 1/2.2 in units of 1e-5: what values mean where no gAMA chunk says otherwise
+GAMMA = 45455  # 1/2.2 in units of 1e-5, the default without a gAMA chunk
 
 
-# colour types: bits that each may have, and its numbers a pixel
+# for each colour type: its allowed bit depths, and its numbers a pixel
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-# the passes of an interlaced picture: first column and row, and the steps between them
+# the passes of an interlaced image: first column and row, and the steps between them
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 class DamagedError(ValueError):
-    """A file that isn't a whole PNG."""
+    """The file isn't a complete PNG."""
 
 
 def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
-    """The picture's luminance, ``[height, width]``, 0 black to 255 white.
+    """Read an image's luminance, ``[height, width]``, from 0 (black) to 255 (white).
 
-    Grey of 1 to 16 bits, RGB of 8 bits (luma of ITU-R 601) and palettes are converted, interlaced or not. What would
-    need more to be known is refused: transparency (over which background?), animations, colour profiles, other gammas.
+    Grey with 1 to 16 bits, RGB with 8 bits (luma of ITU-R 601) and palettes are converted, interlaced or not. Ambiguous
+    images are refused: transparency (over which background?), animations, colour profiles, other gammas.
 
     Args:
-        data: of the PNG file.
-        width: that it must have.
-        height: that it must have.
+        data: the contents of the PNG file.
+        width: the required width.
+        height: the required height.
 
     Raises:
-        DamagedError: if it is no whole PNG file.
+        DamagedError: if it isn't a complete PNG file.
         ValueError: for another size or kind, e.g. "with transparency".
     """
     chunks = list(_chunks(data))
@@ -86,7 +86,7 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
     )
     try:
         with Image.open(BytesIO(data), formats=["PNG"]) as png:
-            if png.mode.startswith("I"):  # 16 bits, which Pillow's own conversion to 8 would cut off at 255
+            if png.mode.startswith("I"):  # 16 bits, which Pillow's conversion to 8 bits would clip at 255
                 return np.asarray(np.rint(np.asarray(png, dtype=np.float64) * (255 / 65535)), dtype=np.uint8)
             if png.mode == "P" and np.asarray(png).max() >= len(palette) // 3:
                 raise DamagedError("a colour that its palette lacks")
@@ -96,7 +96,7 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def _inflated(width: int, height: int, bits: int, interlaced: bool) -> int:
-    """The bytes of all rows, each with the number of its filter before it."""
+    """The number of bytes of all rows, including one filter byte for each row."""
     total = 0
     for column, row, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns, rows = -(-max(width - column, 0) // across), -(-max(height - row, 0) // down)
@@ -105,7 +105,7 @@ def _inflated(width: int, height: int, bits: int, interlaced: bool) -> int:
 
 
 def _check_pixels(data: bytes, size: int) -> None:
-    """Refuse pixels that are fewer or more than the header says: Pillow fills in what is missing."""
+    """Refuse fewer or more pixels than the header says, since Pillow fills in missing ones."""
     inflate = zlib.decompressobj()
     try:
         found = inflate.decompress(data, size + 1)
@@ -116,7 +116,7 @@ def _check_pixels(data: bytes, size: int) -> None:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Names and contents of its parts, checked: Pillow passes over the checksums of the pixels."""
+    """Yield names and contents of its chunks, with checksums verified. Pillow skips the checksums of pixels."""
     if data[:8] != SIGNATURE:
         raise DamagedError("not a PNG file")
     at, name = 8, b""

@@ -1,4 +1,4 @@
-"""The exact population of tasks whose loss is known: a few points with the very gradient and Hessian of all.
+"""The exact population of tasks with a known loss: a few points with the same gradient and Hessian.
 
 Legend: T tasks, d = dim features.
 """
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 class Population(TaskSampler):
     """The tasks of a family, each with its whole population as support set and as query set.
 
-    A `LinearRegression` task with Gaussian features gets d points ``√d r_k``, the rows of ``Σ^½``, with the labels
-    ``φ^T θ``: their mean of φφ^T is Σ, so that the loss of any weights is the population's, up to the constant that
-    label noise adds. One from a data set gets that data set, a `Quadratic` task the one point without noise.
+    A `LinearRegression` task with Gaussian features gets d points ``√d r_k``, with r_k the rows of ``Σ^½``, and labels
+    ``φ^T θ``. Their mean of φφ^T is Σ, so the loss of any weights is that of the population, up to a constant from
+    label noise. A task from a data set gets that data set, and a `Quadratic` task a single point without noise.
 
     Args:
-        family: `LinearRegression` or `Quadratic`. Its task at each place is this one's there.
+        family: `LinearRegression` or `Quadratic`; the tasks at the same coordinates are the same.
 
     Returns (from `sample`):
-        a `TaskBatch` whose support and query sets are equal.
+        a `TaskBatch` with equal support and query sets.
 
     Raises:
         TypeError: for another family.
@@ -57,7 +57,7 @@ class Population(TaskSampler):
         self.family = family
 
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
-        """``rank``'s block of the meta-batch that belongs to ``step``; see `TaskFamily.sample`."""
+        """Sample ``rank``'s block of the meta-batch for ``step``; see `TaskFamily.sample`."""
         mine = block(num_tasks, rank, world_size)
         places = Places(self.family.stream, check_step(step), np.arange(mine.start, mine.stop, dtype=np.int64))
         if isinstance(self.family, Quadratic):

@@ -1,8 +1,8 @@
-"""Random quadratics: tasks whose loss is a quadratic function of the model's output, seen through noise.
+"""Random quadratics: tasks with a loss that is a noisy quadratic function of the model's output.
 
-A point of a task is a noisy view of its loss L(p) = ½(p - c)^T A (p - c) on R^d. Its input says nothing (it is 1), so
-the plainest model is a point w of R^d itself: ``torch.nn.Linear(1, d, bias=False)``. Its target holds the view, a
-matrix ``[d, d + 2]`` of columns (Hessian A + E, minimiser c, slope ν).
+A point of a task is a noisy observation of its loss L(p) = ½(p - c)^T A (p - c) on R^d. Its input is always 1, so the
+simplest model is a point w of R^d: ``torch.nn.Linear(1, d, bias=False)``. Its target is the observation, a matrix
+``[d, d + 2]`` with columns (Hessian A + E, minimiser c, slope ν).
 
 Legend: T tasks, n given tasks, P points of one task, N points of a set.
 """
@@ -63,15 +63,15 @@ def quadratic_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 class Quadratic(GivenFamily):
-    """Tasks ``L_i(w) = ½ (w - c_i)^T A_i (w - c_i)``, seen with noise in gradients and Hessians.
+    """Tasks ``L_i(w) = ½ (w - c_i)^T A_i (w - c_i)``, with noise in gradients and Hessians.
 
     At each point the gradient is ``(A_i + E)(w - c_i) + ν`` and the Hessian ``A_i + E``, with ``ν ~ N(0, s_ν² I)`` and
     a symmetric Gaussian E (GOE): entries of variance s_E² off the diagonal, 2 s_E² on it. With `quadratic_loss`, the
     model ``torch.nn.Linear(1, dim, bias=False)``, M = I - αA and δ = w - c, the exact meta-gradient of a task is
-    ``A M^(2J) δ``; the usual one with J = 1, from m support points, has the bias ``(α² s_E²/m)(A + tr(A) I)δ``, with
-    no part of ν in it.
+    ``A M^(2J) δ``. The usual one with J = 1, from m support points, has the bias ``(α² s_E²/m)(A + tr(A) I)δ``, which
+    does not depend on ν.
 
-    What isn't given is drawn for each task. Values are computed in float64 and then rounded to ``dtype``.
+    Parameters that aren't given are drawn for each task. Values are computed in float64 and then rounded to ``dtype``.
 
     Args:
         dim: d, >= 1.
@@ -93,7 +93,7 @@ class Quadratic(GivenFamily):
         ``x: [T, shots or queries, 1]``, all ones; ``y: [T, shots or queries, d, d + 2]``, see `quadratic_loss`.
 
     Raises:
-        ValueError: for an argument of another shape or out of range; from `sample`, for a number of tasks that n
+        ValueError: for an argument of the wrong shape or out of range; from `sample`, for a number of tasks that n
             doesn't divide.
 
     Example:
@@ -136,7 +136,7 @@ class Quadratic(GivenFamily):
         super().__init__({"hessian": self.hessian, "center": self.center}, seed=seed)
 
     def parameters(self, tasks: Places) -> tuple[Floats, Floats]:
-        """c ``[T, d]`` and A ``[T, d, d]`` of the tasks at these places."""
+        """c ``[T, d]`` and A ``[T, d, d]`` of the tasks at these coordinates."""
         if self.center is None:
             center = self.center_std * drawn_vectors(self.seed, tasks, self.dim)
         else:
@@ -161,7 +161,7 @@ class Quadratic(GivenFamily):
         return TaskBatch(x_all[:, :s], y_all[:, :s], x_all[:, s:], y_all[:, s:])
 
     def describe(self) -> dict[str, Any]:
-        """See `TaskFamily.describe`. Large arrays are described, not contained."""
+        """See `TaskFamily.describe`. Large arrays are described by shape and digest."""
         return {
             "family": "Quadratic",
             "dim": self.dim,
@@ -178,9 +178,9 @@ class Quadratic(GivenFamily):
         }
 
     def _noise(self, data: Places, points: int) -> tuple[Floats | None, Floats | None]:
-        """Standard normal slopes ``[T, P, d]`` and entries ``[T, P, d, d]``, each ``None`` where it has no noise."""
+        """Standard normal slopes ``[T, P, d]`` and entries ``[T, P, d, d]``, each ``None`` without its noise."""
         d = self.dim
-        first = even(points * d)  # counted without noise too, so that neither noise moves the other's numbers
+        first = even(points * d)  # also without noise, so that one noise does not change the other
         second = even(points * d * d) if self.hessian_noise else 0
         if not self.gradient_noise and not self.hessian_noise:
             return None, None

@@ -1,4 +1,4 @@
-"""Sinusoid regression, the family on which MAML was first shown."""
+"""Sinusoid regression, the family of MAML's first experiments."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Sinusoid(TaskFamily):
         self.noise, self.dtype = check_deviation("noise", noise), check_dtype(dtype)
 
     def parameters(self, tasks: Places) -> tuple[Floats, Floats]:
-        """Amplitude and phase of the tasks at these places, ``[T]`` each."""
+        """Amplitude and phase of the tasks at these coordinates, ``[T]`` each."""
         u = uniforms(self.seed, tasks, Purpose.TASK, 2)
         return _within(self.amplitude, u[:, 0]), _within(self.phase, u[:, 1])
 
@@ -71,7 +71,7 @@ class Sinusoid(TaskFamily):
         """See `TaskFamily.draw`."""
         amplitude, phase = (p[:, None] for p in self.parameters(tasks))
         points = self.shots + self.queries
-        # Noise numbers come after the points', so that adding noise moves no point.
+        # Draw noise after the points, so that adding noise does not change any point.
         u = uniforms(self.seed, data, Purpose.DATA, points + (2 * points if self.noise else 0))
         x = _within(self.x_range, u[:, :points])
         y = amplitude * np.sin(x + phase)

@@ -1,4 +1,4 @@
-"""Bias operators: what a worker does to its gradient before it sends it."""
+"""Bias operators, which a worker applies to its gradient before sending it."""
 
 from metamom.bias.base import BiasOperator
 from metamom.bias.clip import Clip, ClipValue

@@ -1,4 +1,4 @@
-"""What every bias operator offers."""
+"""The base class of bias operators."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from metamom.bias.wire import Codec
 class BiasOperator(Value, Codec, Contraction):
     """An operator C on gradients that are flattened over all parameters.
 
-    It acts on the last dimension, so that all workers' gradients ``[n, d]`` pass at once. Operators are values:
-    equal if made from equal arguments, and printed as the call that makes them. What some of them carry from call to
-    call (a count of calls, errors to feed back) is in their `state_dict` and no part of that value.
+    It acts on the last dimension, so one call handles all workers' gradients ``[n, d]``. Operators are values: they are
+    equal if created with equal arguments, and print as the call that creates them. State that some of them keep between
+    calls (a count of calls, errors to feed back) is in their `state_dict` and does not affect equality.
 
-    An operator of your own defines `_apply` and `spec`. It is such a value if each argument of its constructor is kept
-    in the attribute of the same name; otherwise it equals itself alone, and prints as ``Name(...)``.
+    A custom operator defines `_apply` and `spec`. It is a value if each constructor argument is stored in the attribute
+    of the same name. Otherwise it equals only itself, and prints as ``Name(...)``.
     """
 
-    per_tensor: bool = False  # an argument of those that can act on each parameter tensor by itself
-    compresses: bool = False  # whether a message says less than all entries, so that gradients travel as messages
-    names: tuple[str, ...] = ()  # of the tensors [d] that each worker keeps from call to call: error feedback's
+    per_tensor: bool = False  # whether it acts on each parameter tensor separately
+    compresses: bool = False  # whether a message is shorter than all entries, so that processes send messages
+    names: tuple[str, ...] = ()  # names of the tensors [d] that each worker keeps between calls (error feedback)
     carries_momentum: bool = False  # whether the workers average gradients over steps, so that the server must not
 
     def __call__(
@@ -46,19 +46,19 @@ class BiasOperator(Value, Codec, Contraction):
 
         Args:
             gradient: ``[..., d]``, one gradient for each worker.
-            step: what random operators draw by, beside the worker; the number of earlier calls by default.
-            workers: whose gradients these are, numbers >= 0 that differ; 0, 1, ... by default. Random operators draw
-                by them, and error feedback keeps a state for each.
+            step: seeds random operators, together with the worker; the number of earlier calls by default.
+            workers: the workers' numbers, >= 0 and distinct; 0, 1, ... by default. They seed random operators, and
+                error feedback keeps a state for each.
             sizes: the numbers of entries of the parameter tensors, which layer-wise operators need.
 
         Returns:
-            ``[..., d]``, a new tensor or the very same one.
+            ``[..., d]``, a new tensor or the same one.
 
         Raises:
-            NonFiniteError: for an infinite entry or a NaN, and where C(g) is beyond the range of the gradients' dtype.
-            TypeError: for entries that are no floating-point numbers.
-            ValueError: for workers that do not fit the rows, sizes that are missing or do not add up to d; and as the
-                operator says. What the operator carries from call to call is then as it was.
+            NonFiniteError: for an infinite or NaN entry, or if C(g) is beyond the range of the gradients' dtype.
+            TypeError: for entries that are not floating-point numbers.
+            ValueError: for workers that do not match the rows, for sizes that are missing or do not add up to d; and as
+                the operator says. The operator's state does not change then.
         """
         check_gradient(gradient)
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -70,81 +70,81 @@ class BiasOperator(Value, Codec, Contraction):
 
     @abstractmethod
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
-        """C of each of ``[n, d]``, for an operator on whole gradients or on one parameter tensor's part of them."""
+        """Apply C to each row of ``[n, d]``: whole gradients, or their part for one parameter tensor."""
 
     @property
     @abstractmethod
     def spec(self) -> str:
-        """How the command line spells this operator."""
+        """This operator's SPEC on the command line."""
 
     @property
     def feeds_back(self) -> bool:
-        """Whether each worker keeps a state from call to call."""
+        """Whether each worker keeps a state between calls."""
         return bool(self.names)
 
     @property
     def remedy(self) -> str:
-        """What lowers the bias of this operator, in words, for one who has met its floor."""
+        """Advice on how to lower this operator's bias, for a user who has reached its floor."""
         return f"a weaker operator than {self.spec}"
 
     @property
     def separable(self) -> bool:
-        """Whether the workers of one step may pass in several calls, and in several processes, with the same result."""
+        """Whether a step's workers can be split over several calls or processes with the same result."""
         return True
 
     @contextmanager
     def defer(self) -> Iterator[None]:
-        """Within, calls leave the workers' state as it is; `commit` then takes the new one, or nobody does."""
+        """Inside this context, calls do not update the workers' state; `commit` applies the update later."""
         yield
 
     def commit(self) -> None:
-        """Take the state that the last deferred call computed."""
-        return  # most operators: nothing
+        """Apply the state update of the last deferred call."""
+        return  # most operators have no state
 
     def reset(self) -> None:
-        """Forget what earlier calls have left."""
-        return  # most operators: nothing
+        """Discard the state from earlier calls."""
+        return  # most operators have no state
 
     def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """Of a loaded state of all workers, keep one process's part, and what the server needs.
+        """Keep one process's part of a loaded state of all workers, and what the server needs.
 
         Args:
-            workers: of this process.
+            workers: the workers of this process.
             each: as for `receive`.
         """
-        return  # most operators: nothing
+        return  # most operators have no state
 
     @staticmethod
     def gather(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state of all workers, from each process's `state_dict`, process 0 first."""
-        return states[0]  # most operators: the same on all
+        """Combine the processes' `state_dict`s, process 0 first, into one state of all workers."""
+        return states[0]  # for most operators, all processes have the same state
 
     def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """`shard`, by its name in version 0.1."""
+        """`shard` under its name in version 0.1."""
         self.shard(workers, each=each)
 
     def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`gather`, by its name in version 0.1."""
+        """`gather` under its name in version 0.1."""
         return self.gather(states)
 
     def state_dict(self) -> dict[str, Any]:
-        """What earlier calls have left, for a checkpoint."""
+        """The state from earlier calls, for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint stood."""
+        """Continue from a checkpoint."""
         if state:
             raise ValueError(f"{self.spec} carries no state; got {', '.join(state)}.")
 
     def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        """C of each of ``[n, d]``, whole or layer by layer."""
+        """Apply C to each row of ``[n, d]``, whole or layer by layer."""
         if not self.per_tensor:
             return self._apply(rows, at)
         parts = torch.split(rows, self._parts(rows.shape[-1], sizes), -1)
         return torch.cat([self._apply(part, at._replace(tensor=i)) for i, part in enumerate(parts)], -1)
 
     def _in_range(self, rows: Tensor) -> Tensor:
-        """What is made of finite gradients ``[n, d]``, where that may be too large for the dtype."""
+        """Return the output for finite gradients ``[n, d]`` after checking that it fits the dtype."""
         if not all_finite(rows):
             first = int((~rows.isfinite()).any(-1).nonzero()[0])
             raise NonFiniteError(
@@ -155,7 +155,7 @@ class BiasOperator(Value, Codec, Contraction):
         return rows
 
     def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
-        """The lengths that the operator acts on, one after the other."""
+        """The lengths of the consecutive parts that the operator acts on."""
         if not self.per_tensor:
             return [d]
         if sizes is None:
@@ -166,12 +166,12 @@ class BiasOperator(Value, Codec, Contraction):
 
     @property
     def draw_step(self) -> int:
-        """The number of earlier calls, for operators that draw by it."""
+        """The number of earlier calls, for operators that use it to draw."""
         return 0
 
     def advance(self) -> None:
-        """Count a call that has succeeded."""
-        return  # most operators: it does not matter
+        """Count a successful call."""
+        return  # most operators do not count calls
 
 
 _MOVED = {
@@ -182,7 +182,7 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
-    """What stood here in version 0.1."""
+    """Names that were here in version 0.1."""
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"metamom.bias.{_MOVED[name]}")

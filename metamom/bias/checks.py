@@ -1,4 +1,4 @@
-"""What operators refuse, each check without an operator: entries that are not finite, and what has no constants."""
+"""Checks that operators share: finite entries, and valid arguments for constants."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 def all_finite(entries: Tensor) -> bool:
     """Whether no entry is infinite or NaN."""
-    # the sum is cheap and finite almost always; where it is not, a large sum of finite entries may be why
+    # the sum is cheap and almost always finite; if it is not, finite entries may still have overflowed it
     total = entries.sum(dtype=torch.promote_types(entries.dtype, torch.float32))
     return bool(total.isfinite()) or bool(entries.isfinite().all())
 
 
 def check_setting(d: int, workers: int, zeta2: float, bound: float | None) -> None:
-    """Refuse what no constants are for; the arguments are those of `BiasOperator.constants`.
+    """Check the arguments of `BiasOperator.constants`.
 
     Raises:
-        ValueError: for what is out of range.
+        ValueError: for an argument out of range.
     """
     for name, count in (("d", d), ("workers", workers)):
         if not (count >= 1 and count % 1 == 0):

@@ -20,7 +20,7 @@ from metamom.bias.spelling import Row, spelled
 def clip(gradient: Tensor, max_norm: float) -> Tensor:
     """Scale each vector to a norm of at most ``max_norm``: ``C(g) = g min(1, tau / ||g||)``.
 
-    A vector within the bound passes bit for bit.
+    A vector within the bound does not change, bit for bit.
 
     Args:
         gradient: ``[..., d]``, finite.
@@ -42,11 +42,11 @@ def clip(gradient: Tensor, max_norm: float) -> Tensor:
     options=("tensor",),
 )
 class Clip(BiasOperator):
-    """Clip each worker's gradient to norm tau; biased, and contractive only where norms are bounded.
+    """Clip each worker's gradient to norm tau. Biased, and contractive only if norms are bounded.
 
     Args:
         max_norm: tau > 0, finite.
-        per_tensor: clip each parameter tensor's part by itself.
+        per_tensor: clip each parameter tensor's part separately.
 
     Raises:
         ValueError: if tau is not a positive finite number.

@@ -13,14 +13,14 @@ from metamom.bias.function import inner_operator
 
 
 class Compose(BiasOperator):
-    """``C(g) = C_m(... C_1(g))``: the first operator given acts first, and the last one's message is sent.
+    """``C(g) = C_m(... C_1(g))``: operators apply in the given order, and the last one's message is sent.
 
     Args:
-        operators: two or more, or SPECs of them, none with error feedback, which goes around a composition instead.
+        operators: two or more operators or SPECs, without error feedback (wrap the composition in it instead).
 
     Raises:
         ValueError: for fewer than two.
-        TypeError: for what is no operator, or feeds errors back.
+        TypeError: for anything but an operator, and for one with error feedback.
 
     Example:
         >>> from metamom import Clip, TopK
@@ -32,7 +32,7 @@ class Compose(BiasOperator):
         if len(operators) < 2:
             raise ValueError(f"Compose takes two operators or more; got {len(operators)}.")
         members = [inner_operator(operator, "Compose takes operators without error feedback") for operator in operators]
-        # a composition within one is the same composition
+        # flatten nested compositions
         inner = [each.operators if isinstance(each, Compose) else (each,) for each in members]
         self.operators: tuple[BiasOperator, ...] = tuple(operator for each in inner for operator in each)
 
@@ -59,12 +59,12 @@ class Compose(BiasOperator):
 
     @property
     def remedy(self) -> str:
-        """Those of all."""
+        """The advice of all operators."""
         return ", or ".join(dict.fromkeys(operator.remedy for operator in self.operators))
 
     @property
     def varies(self) -> bool:
-        """Whether the last one's do."""
+        """Whether the last one's messages do."""
         return self.operators[-1].varies
 
     @property
@@ -73,15 +73,15 @@ class Compose(BiasOperator):
         return all(operator.separable for operator in self.operators)
 
     def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
-        """Unknown: what two contractions do one after the other need not contract as far as one of them."""
+        """Unknown: a composition of two contractions need not contract as much as either."""
         return None
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
-        """The last one's; the others refuse here what they would in a call."""
+        """The last one's. The others check their arguments as in a call."""
         return [operator.wire_bytes(d, element_size, sizes) for operator in self.operators][-1]
 
     def _message(self, gradient: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        """The last one's, of what the others leave."""
+        """The last one's message for the output of the others."""
         *first, last = self.operators
         rows = gradient.unsqueeze(0)
         for turn, operator in enumerate(first):
@@ -89,19 +89,19 @@ class Compose(BiasOperator):
         return last._message(rows[0], at._replace(operator=len(first)), sizes)
 
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
-        """The last one's."""
+        """Decode the last one's message."""
         return self.operators[-1].decode(message, d, dtype, sizes=sizes)
 
     def _add(self, total: Tensor, message: Tensor, sizes: Sizes | None) -> None:
         self.operators[-1]._add(total, message, sizes)
 
     def reset(self) -> None:
-        """All of them."""
+        """Reset all of them."""
         for operator in self.operators:
             operator.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """That of each which has one, by its number."""
+        """The states of those that have one, by position."""
         return {str(i): state for i, operator in enumerate(self.operators) if (state := operator.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,5 +117,5 @@ class Compose(BiasOperator):
 
     @property
     def spec(self) -> str:
-        """Theirs, joined by ``+``."""
+        """Their SPECs, joined by ``+``."""
         return "+".join(operator.spec for operator in self.operators)

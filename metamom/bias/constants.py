@@ -1,4 +1,4 @@
-"""What is known of an operator's bias, as numbers (docs/theory.md)."""
+"""Known constants of an operator's bias (docs/theory.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metamom.bias.coordinates import Sizes
 
 
 class Constants(NamedTuple):
-    """How far the mean of biased workers' gradients is from the gradient (docs/theory.md).
+    """Bounds on the distance between the mean of the workers' biased gradients and the gradient (docs/theory.md).
 
     ``||bias||^2 <= B ||grad f||^2 + b2`` and ``E ||noise||^2 <= M ||grad f||^2 + sigma2``.
     """
@@ -22,21 +22,21 @@ class Constants(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """``b^2 / (1 - B)``: where the squared gradient norm may stop, whatever the momentum; infinite for B >= 1."""
+        """``b^2 / (1 - B)``: where the squared gradient norm may stall, whatever the momentum; infinite for B >= 1."""
         return self.b2 / (1 - self.B) if self.B < 1 else float("inf")
 
 
 class Contraction(ABC):
-    """An operator's contraction, and the constants that follow from it."""
+    """An operator's contraction factor, and the constants that follow from it."""
 
     @property
     @abstractmethod
     def spec(self) -> str:
-        """How the command line spells this operator."""
+        """This operator's SPEC on the command line."""
 
     @abstractmethod
     def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
-        """The lengths that the operator acts on, one after the other."""
+        """The lengths of the consecutive parts that the operator acts on."""
 
     def contraction(self, d: int, sizes: Sizes | None = None) -> float | None:
         """``alpha_c`` with ``E ||C(g) - g||^2 <= (1 - alpha_c) ||g||^2`` for all g ``[d]``; None if there is none."""
@@ -56,13 +56,13 @@ class Contraction(ABC):
 
         Args:
             d: length of the gradients, >= 1.
-            workers: n >= 1, with draws of their own.
+            workers: n >= 1, with independent draws.
             zeta2: heterogeneity >= 0, ``1/n sum ||grad f_i - grad f||^2 <= zeta^2``.
             bound: G >= 0 with ``||grad f_i|| <= G``, which clipping needs.
             sizes: as for a call.
 
         Raises:
-            ValueError: where no such bound is known, and for arguments out of range.
+            ValueError: if no such bound is known, and for arguments out of range.
         """
         check_setting(d, workers, zeta2, bound)
         alpha = self.contraction(d, sizes)

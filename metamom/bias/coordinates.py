@@ -1,4 +1,4 @@
-"""Which gradients an operator is given: their workers, step and parameter tensor, by which random operators draw."""
+"""The coordinates of an operator's gradients (worker, step, parameter tensor), which seed random operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Sizes = Sequence[int]
 
 
 class NonFiniteError(ValueError):
-    """A worker's gradient has an entry that is infinite or NaN, or an operator makes one of finite entries."""
+    """A worker's gradient has an infinite or NaN entry, or an operator's output does."""
 
 
 class Coordinates(NamedTuple):
@@ -21,9 +21,9 @@ class Coordinates(NamedTuple):
 
     Attributes:
         step: number of the call, from 0.
-        workers: whose gradients the rows are, a number for each.
+        workers: the worker of each row.
         tensor: number of the parameter tensor in a layer-wise operator, else 0.
-        operator: number of the operator in a composition, else 0: two of one kind draw independently.
+        operator: number of the operator in a composition, else 0, so that two of the same kind draw independently.
     """
 
     step: int
@@ -36,7 +36,7 @@ def numbers(workers: Sequence[int] | None, rows: int) -> Sequence[int]:
     """The rows' workers, 0, 1, ... by default.
 
     Raises:
-        ValueError: unless they are as many numbers >= 0 that differ.
+        ValueError: unless there is one number >= 0 for each row, all distinct.
     """
     if workers is None:
         return range(rows)
@@ -46,7 +46,7 @@ def numbers(workers: Sequence[int] | None, rows: int) -> Sequence[int]:
 
 
 def check_gradient(gradient: Tensor) -> None:
-    """Refuse what no operator has a meaning for."""
+    """Refuse a gradient that no operator supports."""
     if not gradient.is_floating_point():
         raise TypeError(f"a bias operator acts on floating-point gradients; got {gradient.dtype}.")
     if gradient.dim() == 0 or gradient.shape[-1] == 0:

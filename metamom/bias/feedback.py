@@ -1,4 +1,4 @@
-"""Error feedback: what an operator loses comes back in later steps, from a state that each worker keeps."""
+"""Error feedback: each worker keeps what its operator has lost, and adds it back in later steps."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ State = dict[str, Tensor]  # by name
 
 
 class ErrorFeedback(BiasOperator):
-    """What EF14, EF21, EF21-SGDM and Clip21 share: an operator, and tensors ``[d]`` that each worker keeps.
+    """The base of EF14, EF21, EF21-SGDM and Clip21: an operator, and tensors ``[d]`` that each worker keeps.
 
-    A worker's state starts at zero and moves on whenever a gradient of that worker passes. It is part of a run: `train`
-    saves it with every checkpoint. Operators must contract (Top-K, Rand-K unscaled, Sign) for the theory to hold.
+    A worker's state starts at zero, and each gradient of that worker updates it. It is part of a run: `train` saves it
+    in every checkpoint. The theory requires a contractive operator (Top-K, Rand-K unscaled, Sign).
 
     Args:
         operator: C, or its SPEC, on whole gradients or layer by layer.
 
     Raises:
-        TypeError: for what is no operator, or feeds errors back itself.
-        ValueError: when called with gradients of another length than before.
+        TypeError: for anything but an operator, and for one with error feedback.
+        ValueError: when called with gradients of a different length than before.
 
     Attributes:
         state: the workers' tensors by name, ``[n, d]`` in the order of the workers; empty before the first call.
@@ -41,28 +41,28 @@ class ErrorFeedback(BiasOperator):
     def __init__(self, operator: BiasOperator | str) -> None:
         self.operator = inner_operator(operator, "error feedback goes around an operator without it")
         self._workers: dict[int, State] = {}
-        self._next: dict[int, State] = {}  # of the call at hand
+        self._next: dict[int, State] = {}  # the next states, from the current call
         self._deferred = False
 
     @property
     def state(self) -> State:
         """The workers' tensors by name."""
         kept = [self._workers[worker] for worker in sorted(self._workers)]
-        # of workers that have passed since a checkpoint was loaded, and of others, which are still as it was
+        # some workers have been updated since a checkpoint was loaded; the others still have the loaded tensors
         return {name: torch.stack([state[name].to(kept[0][name]) for state in kept]) for name in self.names if kept}
 
     @abstractmethod
     def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        """The recurrence: what the server receives ``[n, d]``, and the next state, from tensors ``[n, d]``.
+        """The recurrence: what the server receives ``[n, d]``, and the next state, of tensors ``[n, d]``.
 
-        Those in ``state`` may be changed.
+        It may change the tensors in ``state``.
         """
 
     def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
         return self._moved(rows, at, lambda difference: self.operator._pass(difference, at, sizes))
 
     def _moved(self, rows: Tensor, at: Coordinates, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the server receives, by an operator on ``[n, d]``; updates the states."""
+        """What the server receives, given an operator on ``[n, d]``. Updates the states."""
         state = {name: torch.zeros_like(rows) for name in self.names}
         for row, worker in enumerate(at.workers):
             for name, kept in self._workers.get(worker, {}).items():
@@ -73,9 +73,9 @@ class ErrorFeedback(BiasOperator):
                     )
                 state[name][row] = kept
         out, state = self._step(rows, state, operator)
-        for tensor in state.values():  # what goes to the server is finite where these are
+        for tensor in state.values():  # if these are finite, so is what the server receives
             self._in_range(tensor)
-        self._next = {  # kept only now, since the operator may raise
+        self._next = {  # stored only now, since the operator may raise
             worker: {name: tensor[row] for name, tensor in state.items()} for row, worker in enumerate(at.workers)
         }
         if not self._deferred:
@@ -98,7 +98,7 @@ class ErrorFeedback(BiasOperator):
         self._next = {}
 
     def _keep(self, worker: int, state: State) -> None:
-        """A worker's next state, where its last one stands in memory: new tensors would leave holes behind."""
+        """Store a worker's next state in the memory of its last one. New tensors would fragment memory."""
         kept = self._workers.setdefault(worker, {})
         for name, tensor in state.items():
             if name in kept and (kept[name].device, kept[name].dtype) == (tensor.device, tensor.dtype):
@@ -116,12 +116,12 @@ class ErrorFeedback(BiasOperator):
 
     @property
     def varies(self) -> bool:
-        """Whether the operator's do."""
+        """Whether the operator's messages do."""
         return self.operator.varies
 
     @property
     def separable(self) -> bool:
-        """Whether the operator is: each worker's state is its own."""
+        """Whether the operator is. Each worker has its own state."""
         return self.operator.separable
 
     @property
@@ -132,15 +132,15 @@ class ErrorFeedback(BiasOperator):
         self.operator.advance()
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
-        """The operator's: what is fed back never leaves the worker."""
+        """The operator's. The state never leaves the worker."""
         return self.operator.wire_bytes(d, element_size, sizes)
 
     def encode(self, gradient: Tensor, *, step: int = 0, worker: int = 0, sizes: Sizes | None = None) -> Tensor:
-        """Refused: a message depends on the state, which a call moves on."""
+        """Not supported: a message depends on the state, which a call updates."""
         raise ValueError(f"{self.spec} has a state: encode what its operator {self.operator.spec} is given.")
 
     def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
-        """See `BiasOperator.send`: messages of what the operator is given."""
+        """See `BiasOperator.send`: the messages encode the operator's input, including the feedback."""
         check_gradient(gradients)
         d, dtype = gradients.shape[1], gradients.dtype
         sent: list[Tensor] = []
@@ -155,24 +155,24 @@ class ErrorFeedback(BiasOperator):
     def receive(
         self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
     ) -> Tensor:
-        """See `BiasOperator.receive`: what the operator's messages say."""
+        """See `BiasOperator.receive`: the decoded messages of the operator."""
         return self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
 
     def reset(self) -> None:
-        """Forget the state."""
+        """Discard the state."""
         self._workers = {}
         self._next = {}
         self.operator.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Each worker's tensors, not copied (they move on with the next call), and the operator's own state."""
+        """Each worker's tensors and the operator's own state. Not copied; the next call updates the tensors."""
         return {"workers": dict(self._workers), "operator": self.operator.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `BiasOperator`.
 
         Raises:
-            ValueError: for what is no state of such an operator.
+            ValueError: for anything but a state of such an operator.
         """
         if not {"workers", "operator"} <= set(state):
             raise ValueError(
@@ -201,7 +201,7 @@ class ErrorFeedback(BiasOperator):
 
     @staticmethod
     def gather(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See `BiasOperator.gather`: the workers of all, in order."""
+        """See `BiasOperator.gather`: the workers of all processes, in order."""
         workers = {worker: kept for state in states for worker, kept in state["workers"].items()}
         return {**states[0], "workers": dict(sorted(workers.items()))}
 
@@ -217,7 +217,7 @@ class ErrorFeedback(BiasOperator):
 class EF14(ErrorFeedback):
     """Classic error feedback: send ``C(g_i + e_i)`` and keep ``e_i <- g_i + e_i - C(g_i + e_i)``.
 
-    The error is kept in units of the gradient, where the literature keeps that of ``gamma g``: the same for a constant
+    The error is in units of the gradient; the literature uses those of ``gamma g``. Both are the same for a constant
     step size and an operator with ``C(a g) = a C(g)`` for a > 0.
 
     Reference:
@@ -243,9 +243,9 @@ class EF14(ErrorFeedback):
     Row("`ef21:A`", "`EF21(A)`", "removes the floor of a contractive A", "A's"),
 )
 class EF21(ErrorFeedback):
-    """Send the change: ``c_i = C(g_i - h_i)``; worker and server keep ``h_i <- h_i + c_i``, which stands for g_i.
+    """Send the change ``c_i = C(g_i - h_i)``; worker and server keep the estimate ``h_i <- h_i + c_i`` of g_i.
 
-    No floor from compression remains, whatever the workers' differences.
+    Compression leaves no floor, however much the workers differ.
 
     Reference:
         docs/theory.md; Richtárik, Sokolov, Fatkhullin, "EF21", 2021.
@@ -255,24 +255,24 @@ class EF21(ErrorFeedback):
 
     def __init__(self, operator: BiasOperator | str) -> None:
         super().__init__(operator)
-        self._received: Tensor | None = None  # the server's estimates, where they come as messages: sum or each
+        self._received: Tensor | None = None  # the server's estimates (sum or each), if messages are sent
 
     def receive(
         self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
     ) -> Tensor:
-        """See `BiasOperator.receive`: the estimates, moved on by what the messages say."""
+        """See `BiasOperator.receive`: the estimates, updated by the messages."""
         change = self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
-        # a checkpoint's may be on another device, or of another dtype, than the gradients of now
+        # the checkpoint's estimates may have another device or dtype than the current gradients
         before = torch.zeros_like(change) if self._received is None else self._received.to(change)
         self._received = before.add_(change)
         return self._received
 
     def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        self._received = None  # estimates that do not come as messages are the workers' own
+        self._received = None  # without messages, the estimates are the workers' own
         return super()._pass(rows, at, sizes)
 
     def reset(self) -> None:
-        """Forget the state."""
+        """Discard the state."""
         super().reset()
         self._received = None
 
@@ -284,7 +284,7 @@ class EF21(ErrorFeedback):
         super().shard(workers, each=each)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `ErrorFeedback.state_dict`; with what the server keeps, where estimates come as messages."""
+        """See `ErrorFeedback.state_dict`. If messages are sent, it includes the server's estimates."""
         return {**super().state_dict(), **({} if self._received is None else {"received": self._received})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -318,10 +318,10 @@ class EF21(ErrorFeedback):
     argument="ETA",
 )
 class EF21SGDM(EF21):
-    """EF21 of each worker's own momentum: ``v_i <- (1 - eta) v_i + eta g_i``, ``c_i = C(v_i - h_i)``.
+    """EF21 on each worker's own momentum: ``v_i <- (1 - eta) v_i + eta g_i``, ``c_i = C(v_i - h_i)``.
 
-    Momentum before compression takes the noise of gradients away, which momentum after it cannot: the server then has
-    none, ``beta = 1`` (`train` insists on it).
+    Momentum before compression reduces gradient noise, which momentum after compression cannot. The server then has no
+    momentum, ``beta = 1`` (`train` requires it).
 
     Args:
         operator: C, or its SPEC.
@@ -366,7 +366,7 @@ class EF21SGDM(EF21):
     number=float,
 )
 class Clip21(EF21):
-    """EF21 with clipping: ``h_i <- h_i + clip_tau(g_i - h_i)``; after finitely many steps nothing is clipped.
+    """EF21 with clipping: ``h_i <- h_i + clip_tau(g_i - h_i)``. After finitely many steps nothing is clipped.
 
     Args:
         max_norm: tau > 0.

@@ -1,4 +1,4 @@
-"""The operator that does nothing, a user's own, and what may be given as a bias."""
+"""The identity operator, operators from functions, and conversion of ``bias=`` arguments to operators."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Identity(BiasOperator):
 
 
 class Function(BiasOperator):
-    """A user's own operator on one gradient.
+    """An operator from a user's function of one gradient.
 
     Args:
-        function: ``[d] -> [d]``; called for each worker's gradient by itself.
+        function: ``[d] -> [d]``; called separately for each worker's gradient.
 
     Raises:
-        TypeError: if it is not callable; when called, if the function returns no tensor.
+        TypeError: if it is not callable; when called, if the function does not return a tensor.
         ValueError: when called, if the function returns another shape.
     """
 
@@ -51,7 +51,7 @@ class Function(BiasOperator):
         return torch.stack([self._one(g) for g in rows])
 
     def _one(self, gradient: Tensor) -> Tensor:
-        out = self.function(gradient.clone())  # which it may change in place
+        out = self.function(gradient.clone())  # the function may change it in place
         if not isinstance(out, Tensor):
             raise TypeError(f"{self.spec} must return a tensor; got {type(out).__name__}.")
         if out.shape != gradient.shape:
@@ -65,7 +65,7 @@ class Function(BiasOperator):
 
 
 def function_name(function: object) -> str:
-    """The name of a function, or of the class of an object that is called; a lambda's says nothing of its place."""
+    """The name of a function, or of a callable object's class. For a lambda it does not include where it is defined."""
     name = str(getattr(function, "__qualname__", type(function).__qualname__))
     return "<lambda>" if name.endswith(".<lambda>") else name
 
@@ -74,9 +74,9 @@ Bias = BiasOperator | Callable[[Tensor], Tensor] | str | None
 
 
 def as_operator(bias: Bias) -> BiasOperator | None:
-    """The operator that ``bias`` means: itself, what a SPEC such as ``"topk:5%"`` names, a function wrapped, or none.
+    """Convert ``bias`` to an operator: an operator itself, a SPEC such as ``"topk:5%"``, a function, or ``None``.
 
-    A SPEC makes a new operator each time.
+    A SPEC creates a new operator each time.
 
     Raises:
         TypeError: if it is none of these.
@@ -85,17 +85,17 @@ def as_operator(bias: Bias) -> BiasOperator | None:
     if isinstance(bias, type):
         raise TypeError(f"a bias is an operator, such as {bias.__name__}(...); got the class {bias.__name__} itself.")
     if isinstance(bias, str):
-        from metamom.bias.spec import parse  # which imports every operator, and they this
+        from metamom.bias.spec import parse  # here, since it imports every operator, and operators import this module
 
         return parse(bias)
     return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)
 
 
 def inner_operator(operator: BiasOperator | str, wanted: str) -> BiasOperator:
-    """An operator that another goes around, or the one that a SPEC names.
+    """Convert an operator or SPEC to one that another operator can wrap.
 
     Raises:
-        TypeError: for what is none, or feeds errors back, with what is ``wanted``.
+        TypeError: for anything but an operator, and for one with error feedback, with what is ``wanted``.
         ValueError: as `as_operator`.
     """
     made = as_operator(operator) if isinstance(operator, str) else operator
@@ -105,7 +105,7 @@ def inner_operator(operator: BiasOperator | str, wanted: str) -> BiasOperator:
 
 
 def without_state(bias: Bias) -> BiasOperator | None:
-    """`as_operator` for a single step, where a SPEC must not name an operator that carries something to the next one.
+    """`as_operator` for a single step. A SPEC must not name an operator that keeps state for the next step.
 
     Raises:
         TypeError: as `as_operator`.

@@ -1,4 +1,4 @@
-"""What keeps a gradient's direction, or its signs, and not its length entry by entry."""
+"""Operators that keep only a gradient's direction, or its signs and mean magnitude."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def scaled_sign(gradient: Tensor) -> Tensor:
 class Sign(BiasOperator):
     """Send signs and one number, the mean magnitude: ``C(g) = (||g||_1 / d) sign(g)``.
 
-    Contractive with ``alpha_c >= 1/d``: ``||C(g) - g||^2 <= ||g||^2 - ||g||_1^2 / d``, with equality where no entry is
+    Contractive with ``alpha_c >= 1/d``: ``||C(g) - g||^2 <= ||g||^2 - ||g||_1^2 / d``, with equality if no entry is
     zero.
 
     Args:
-        per_tensor: a number for each parameter tensor.
+        per_tensor: send one mean magnitude for each parameter tensor.
 
     Example:
         >>> Sign()(torch.tensor([3.0, -1.0, 2.0, 0.5]))
@@ -77,7 +77,7 @@ class Sign(BiasOperator):
         return 1 / d
 
     def _wire_bytes(self, d: int, element_size: int) -> int:
-        """One number, and a digit of three values for each entry."""
+        """One number, and a base-3 digit for each entry."""
         return element_size + packed_bytes(d, 3)
 
     def _encode(self, part: Tensor, at: Coordinates) -> Tensor:
@@ -100,11 +100,11 @@ class Sign(BiasOperator):
 
 
 def _mean_magnitude(gradient: Tensor) -> Tensor:
-    """``||g||_1 / d``, ``[..., 1]``, added up in 32 bits or more, and where the sum itself has no room."""
+    """``||g||_1 / d``, ``[..., 1]``, summed in at least 32 bits, also if the sum itself would overflow."""
     wide = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
     mean = wide.mean(-1, keepdim=True)
     if not bool(mean.isfinite().all()):
         largest = wide.amax(-1, keepdim=True)
-        share = (wide / largest).mean(-1, keepdim=True).clamp_max(1)  # which rounding may have brought above
+        share = (wide / largest).mean(-1, keepdim=True).clamp_max(1)  # rounding may exceed 1
         mean = torch.where(mean.isfinite(), mean, largest * share)
     return mean.to(gradient.dtype)

@@ -1,4 +1,4 @@
-"""Euclidean norms that neither overflow nor vanish."""
+"""Euclidean norms without overflow or underflow."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def scaled_norm(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row over its largest magnitude, that magnitude, and the norm of the quotient.
+    """Divide each row by its largest magnitude; return the quotient, that magnitude, and the quotient's norm.
 
-    Squares of the quotient can neither overflow nor all vanish, in 16 bits either; ``||g||`` is ``scale * norm``.
+    Squares of the quotient cannot overflow or all vanish, even in 16 bits. ``||g||`` is ``scale * norm``.
 
     Args:
         rows: ``[..., d]``.

@@ -1,4 +1,4 @@
-"""Operators that draw: Rand-K and QSGD."""
+"""Random operators: Rand-K and QSGD."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from metamom.rng import Places, Purpose, subset, uniforms
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what is no seed.
+    """Check a seed.
 
     Raises:
         ValueError: unless it is a whole number, 0 <= seed < 2^64.
@@ -30,7 +30,7 @@ def check_seed(seed: int) -> None:
 
 
 class Draws(BiasOperator):
-    """An operator whose worker i draws at call k by the counter (seed, k, i), so the same wherever it runs."""
+    """A random operator. Worker i draws at call k from the counter (seed, k, i), the same on any process."""
 
     seed: int
     generator: torch.Generator | None
@@ -44,24 +44,24 @@ class Draws(BiasOperator):
 
     @property
     def separable(self) -> bool:
-        """Not with a generator given, which is drawn from in the order of calls."""
+        """Not with a ``generator``, since draws from it depend on the order of calls."""
         return self.generator is None
 
     def reset(self) -> None:
-        """Begin with the draws of the first call again; a generator given goes on, for it is its owner's to seed."""
+        """Restart with the draws of the first call. A ``generator`` is not reset: its owner seeds it."""
         self._calls = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of calls, and the state of a generator given."""
+        """The number of calls, and the state of the ``generator``, if any."""
         drawn = {} if self.generator is None else {"generator": self.generator.get_state()}
         return {"calls": self._calls, **drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `BiasOperator`; a generator given is set to where the saved one stood.
+        """See `BiasOperator`. A ``generator`` is set to the saved state.
 
         Raises:
-            ValueError: if only one of the two, the operator that was saved and this one, has a generator; for a state
-                without the number of calls.
+            ValueError: if only one of the saved operator and this one has a generator; for a state without the number
+                of calls.
         """
         if "calls" not in state:
             got = ", ".join(map(repr, state)) or "nothing"
@@ -107,19 +107,19 @@ def rand_k(gradient: Tensor, indices: Tensor) -> Tensor:
     options=("tensor", "scaled", "shared", "seed"),
 )
 class RandK(Sparse, Draws):
-    """Keep K entries of each worker's gradient, all sets of K equally likely.
+    """Keep K random entries of each worker's gradient, all sets of K equally likely.
 
-    Contractive in the mean: ``E ||C(g) - g||^2 = (1 - K/d) ||g||^2``; scaled by d/K it is unbiased instead,
+    Contractive in the mean: ``E ||C(g) - g||^2 = (1 - K/d) ||g||^2``. Scaled by d/K it is unbiased instead:
     ``E C(g) = g``, with ``E ||C(g) - g||^2 = (d/K - 1) ||g||^2``.
 
     Args:
         k: number of entries to keep, >= 1; or
         ratio: share of entries to keep, 0 < ratio <= 1: ``K = max(1, round(ratio * d))``.
-        scaled: multiply what is kept by d/K.
-        shared: one set for all workers, instead of one for each.
+        scaled: multiply the kept entries by d/K.
+        shared: use one set for all workers, instead of one for each.
         per_tensor: keep K entries, or the share, of each parameter tensor's part.
-        seed: of the counter that workers draw by.
-        generator: draw from it instead, in the order of calls; its state is saved with a run.
+        seed: seed of the workers' counter-based draws.
+        generator: draw from this generator instead, in the order of calls; its state is saved with a run.
 
     Raises:
         ValueError: unless exactly one of k and ratio is given and in range; when called, if K > d.
@@ -168,7 +168,7 @@ class RandK(Sparse, Draws):
     def constants(
         self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
     ) -> Constants:
-        """Exact for independent sets, layer by layer the largest of the layers'; see `BiasOperator.constants`."""
+        """Exact for independent sets; layer by layer, the largest over the layers. See `BiasOperator.constants`."""
         check_setting(d, workers, zeta2, bound)
         shares = [self.kept(size) / size for size in self._parts(d, sizes)]
         p = min(shares)
@@ -182,13 +182,13 @@ class RandK(Sparse, Draws):
 
     @property
     def spec(self) -> str:
-        """``randk:K`` or ``randk:P%``, then ``:scaled``, ``:shared`` and ``:tensor`` where chosen."""
+        """``randk:K`` or ``randk:P%``, then ``:scaled``, ``:shared`` and ``:tensor`` if set."""
         chosen = {"scaled": self.scaled, "shared": self.shared, "tensor": self.per_tensor}
         return ":".join([f"randk:{self.amount}", *(word for word, on in chosen.items() if on), *self._seed_word])
 
 
 def quantize(gradient: Tensor, uniform: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Round each vector to s levels of its norm, up with the probability that makes the mean right.
+    """Round each vector randomly to s levels of its norm, such that the mean is exact.
 
     Args:
         gradient: ``[..., d]``, finite.
@@ -216,15 +216,15 @@ def quantize(gradient: Tensor, uniform: Tensor, levels: int) -> tuple[Tensor, Te
     options=("tensor", "seed"),
 )
 class QSGD(Draws):
-    """Send each gradient's norm, and each entry rounded at random to one of s levels of it; unbiased.
+    """Send each gradient's norm, and each entry rounded randomly to one of s levels of the norm; unbiased.
 
     ``E ||C(g) - g||^2 <= min(d / s^2, sqrt(d) / s) ||g||^2``.
 
     Args:
         levels: s >= 1.
-        per_tensor: a norm for each parameter tensor.
-        seed: of the counter that workers draw by.
-        generator: draw from it instead, in the order of calls; its state is saved with a run.
+        per_tensor: use a norm for each parameter tensor.
+        seed: seed of the workers' counter-based draws.
+        generator: draw from this generator instead, in the order of calls; its state is saved with a run.
 
     Raises:
         ValueError: for levels out of range.
@@ -247,9 +247,9 @@ class QSGD(Draws):
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         norm, whole = self._quantized(rows, at)
         out = norm * (whole / self.levels)
-        if _fits(norm, rows.dtype):  # and so does what is no longer
+        if _fits(norm, rows.dtype):  # and so does C(g), which is not longer
             return out.to(rows.dtype)
-        _, scale, length = scaled_norm(rows.to(norm.dtype))  # where the norm has no room, C(g) may have
+        _, scale, length = scaled_norm(rows.to(norm.dtype))  # C(g) may fit even if the norm does not
         out = torch.where(norm.isfinite(), out, length * (whole / self.levels) * scale)
         return self._in_range(out.to(rows.dtype))
 
@@ -263,7 +263,7 @@ class QSGD(Draws):
     def constants(
         self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
     ) -> Constants:
-        """By the bound on omega; see `BiasOperator.constants`."""
+        """From the bound on omega; see `BiasOperator.constants`."""
         check_setting(d, workers, zeta2, bound)
         omega = max(self._omega(size) for size in self._parts(d, sizes)) / workers
         return Constants(0.0, 0.0, omega, omega * zeta2)
@@ -276,13 +276,13 @@ class QSGD(Draws):
         return 1 - self._omega(d) if self._omega(d) < 1 else None
 
     def _wire_bytes(self, d: int, element_size: int) -> int:
-        """The norm, in 4 bytes or more, and a digit of 2 s + 1 values for each entry."""
+        """The norm, in 4 bytes or more, and a digit with 2 s + 1 values for each entry."""
         return max(4, element_size) + packed_bytes(d, 2 * self.levels + 1)
 
     def _encode(self, part: Tensor, at: Coordinates) -> Tensor:
         norm, whole = self._quantized(part.unsqueeze(0), at)
         if not _fits(norm, part.dtype):
-            self._in_range(norm)  # which is sent
+            self._in_range(norm)  # the norm is sent
             self._in_range((norm * (whole / self.levels)).to(part.dtype))
         digits = whole[0].to(torch.int64) + self.levels
         return torch.cat([norm[0].view(torch.uint8), pack(digits, 2 * self.levels + 1)])
@@ -295,10 +295,10 @@ class QSGD(Draws):
 
     @property
     def spec(self) -> str:
-        """``qsgd:LEVELS``, then ``:tensor`` where chosen."""
+        """``qsgd:LEVELS``, then ``:tensor`` if set."""
         return ":".join([f"qsgd:{self.levels}" + ":tensor" * self.per_tensor, *self._seed_word])
 
 
 def _fits(norm: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a dtype has numbers as large as these norms."""
+    """Whether these norms are in the range of a dtype."""
     return bool((norm <= torch.finfo(dtype).max).all())

@@ -1,4 +1,4 @@
-"""Operators that keep K entries of each gradient: what they share."""
+"""The base of operators that keep K entries of each gradient."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ class Sparse(BiasOperator):
 
     @property
     def amount(self) -> str:
-        """``K`` or ``P%``, as the command line spells it."""
+        """``K`` or ``P%``, as in a SPEC."""
         if self.ratio is None:
             return str(self.k)
-        # in decimals, so that `parse` finds the very same ratio again: 0.07 * 100 is 7.000000000000001
+        # in decimal arithmetic, so that `parse` returns the same ratio: 0.07 * 100 is 7.000000000000001
         percent = Decimal(repr(self.ratio)).scaleb(2)
-        return f"{percent:f}%" if percent.adjusted() > -20 else f"{percent}%"  # 1E-300%, in place of 300 zeros
+        return f"{percent:f}%" if percent.adjusted() > -20 else f"{percent}%"  # 1E-300% instead of 300 zeros
 
     @abstractmethod
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor: ...
 
     def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
-        """See `BiasOperator`; K is held against the smallest part first, for an error to name it."""
+        """See `BiasOperator`. K is checked against the smallest part first, so that an error names that part."""
         parts = super()._parts(d, sizes)
         if parts:
             self.kept(min(parts))
@@ -100,7 +100,7 @@ class Sparse(BiasOperator):
         total.index_add_(0, places, entries)
 
     def _read(self, message: Tensor, d: int, dtype: torch.dtype, sizes: Sizes | None) -> tuple[Tensor, Tensor]:
-        """Indices and values of a message."""
+        """Read the indices and values of a message."""
         each, least = 4 + dtype.itemsize, sum(self.kept(size) for size in self._parts(d, sizes))
         count, rest = divmod(message.numel(), each)
         if message.dtype is not torch.uint8 or message.dim() != 1 or rest or not self._sends(count, least):
@@ -116,13 +116,13 @@ class Sparse(BiasOperator):
         return places, entries
 
     def _sends(self, count: int, kept: int) -> bool:
-        """Whether a message may hold so many entries where K, added up over what it acts on, is ``kept``."""
+        """Whether a message may hold ``count`` entries if K, summed over the parts, is ``kept``."""
         return count == kept
 
     def _message(self, gradient: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        """The indices of what is kept, in the whole gradient, then the values."""
+        """The indices of the kept entries in the whole gradient, then their values."""
         out = self._pass(gradient.unsqueeze(0), at, sizes)[0]
-        # entries with any bit set come first (negative zeros too); where fewer are kept than K, others of zero follow
+        # entries with any bit set come first (also negative zeros); if these are fewer than K, zeros follow
         bits = out.view(INTEGERS[out.element_size()]) != 0
         least = sum(self.kept(size) for size in self._parts(len(gradient), sizes))
         kept = bits.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The command line's spelling of bias operators: the parser, its errors and the help, by the operators' own records."""
+"""SPECs of bias operators: the parser, its errors and the help, derived from the operators' own records."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from metamom.common.numbers import real, shown, whole
 
 N = TypeVar("N", int, float)
 
-LONGEST = 3000  # characters of a SPEC, and
-MOST = 20  # operators in a composition: bounds on what is read, far beyond what is wanted
+LONGEST = 3000  # characters of a SPEC
+MOST = 20  # operators in a composition; both limits are far beyond any real use
 
 
 class Option(NamedTuple):
-    """What may follow an operator, behind a colon: the keyword that it is, its value, and its meaning.
+    """An option that may follow an operator after a colon: its keyword, value and meaning.
 
-    Where the value is a number, ``check`` refuses what is out of range.
+    If the value is a number, ``check`` refuses values out of range.
     """
 
     keyword: str
@@ -42,19 +42,19 @@ _AROUND = re.compile(r"(?P<name>[a-z0-9-]+)(?:\((?P<argument>[^)]*)\))?:(?P<inne
 
 
 def parse(spec: str) -> BiasOperator:
-    """The operator that a SPEC names.
+    """Parse a SPEC into an operator.
 
-    ``+`` composes, the left one first; error feedback goes around all that stands behind it. Options follow after
+    ``+`` composes, with the left operator applied first. Error feedback wraps everything after it. Options follow after
     colons; `spec_help` lists everything.
 
     Args:
         spec: printable ASCII, at most 3,000 characters and 20 operators. Spaces around operators are ignored.
 
     Returns:
-        A new operator, whose own ``spec`` parses to an equal one.
+        A new operator; its own ``spec`` parses to an equal one.
 
     Raises:
-        ValueError: for an unknown or malformed SPEC, saying which part is wrong.
+        ValueError: for an unknown or malformed SPEC, naming the part that is wrong.
 
     Example:
         >>> parse("clip:1+topk:5%")
@@ -98,7 +98,7 @@ def _options(names: tuple[str, ...]) -> str:
 
 
 def _plain(spec: str) -> str:
-    """A SPEC that is short enough to read, and has no character that a reader cannot see."""
+    """Check that a SPEC is short enough and has only visible characters."""
     if len(spec) > LONGEST:
         raise ValueError(f"a SPEC has at most {LONGEST} characters; got {len(spec)}.")
     odd = next((i for i, c in enumerate(spec) if not " " <= c <= "~"), None)
@@ -110,7 +110,7 @@ def _plain(spec: str) -> str:
 def _any(text: str) -> BiasOperator:
     around = _match_around(text)
     inner = text if around is None else around["inner"]
-    parts = re.split(r"(?<!\d[eE])\+", inner)  # at every + that is no exponent's sign
+    parts = re.split(r"(?<!\d[eE])\+", inner)  # at every + that is not an exponent's sign
     if len(parts) > MOST:
         raise ValueError(f"a SPEC composes at most {MOST} operators; got {len(parts)}.")
     operators = [_single(part.strip(" ")) for part in parts]
@@ -124,7 +124,7 @@ def _any(text: str) -> BiasOperator:
 
 
 def _match_around(text: str) -> re.Match[str] | None:
-    """The parts of an operator around others, with an argument just where it has one."""
+    """Match the parts of an operator that wraps others, with its argument if it takes one."""
     found = _AROUND.fullmatch(text)
     each = None if found is None else AROUND.get(found["name"])
     return None if found is None or each is None or bool(each.argument) != (found["argument"] is not None) else found
@@ -151,8 +151,8 @@ def _single(text: str) -> BiasOperator:
     try:
         if kind.share and argument.endswith("%"):
             share = _number(float, argument[:-1], f"{name}'s percentage")
-            if share:  # else its exponent may be too much for Decimal
-                share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimals: 7 % is 0.07, not 7 * 0.01
+            if share:  # otherwise the exponent may be too large for Decimal
+                share = float(Decimal(argument[:-1]).scaleb(-2))  # in decimal arithmetic: 7 % is 0.07, not 7 * 0.01
             return kind.make(ratio=share, **options)
         return kind.make(_number(kind.number, argument, f"{name}'s {kind.argument}"), **options)
     except ValueError as error:
@@ -160,7 +160,7 @@ def _single(text: str) -> BiasOperator:
 
 
 def _option(name: str, word: str) -> tuple[str, Any]:
-    """The keyword that an option is, and its value."""
+    """An option's keyword and value."""
     key, equals, value = word.partition("=")
     if key not in SPELLINGS[name].options or bool(equals) != (OPTIONS[key].value is int):
         options = _options(SPELLINGS[name].options)

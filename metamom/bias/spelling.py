@@ -1,4 +1,4 @@
-"""How operators are spelled: each one's record stands beside its class, and parser, help and tables come of them."""
+"""Records of operators' SPECs, declared next to each class. The parser, help and tables are derived from them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Row(NamedTuple):
     """A row of the table of operators in the documentation, in Markdown.
 
     Attributes:
-        spec: examples of the spelling.
-        python: the calls that make them.
-        contraction: alpha_c, or what the operator is instead.
+        spec: examples of SPECs.
+        python: the calls that create the same operators.
+        contraction: alpha_c, or a description of an operator without one.
         message: bytes of a worker's message for d entries in float32.
     """
 
@@ -31,17 +31,17 @@ class Row(NamedTuple):
 
 
 class Spelling(NamedTuple):
-    """An operator's spelling.
+    """The SPEC of an operator.
 
     Attributes:
-        name: in front of the first colon.
-        make: the operator, from the argument, if any, and the options as keywords.
-        meaning: in a few words.
-        argument: its name.
-        number: what kind it is, ``None`` for none.
-        share: whether a percentage may stand in its place, as ``ratio=``.
-        options: that may follow, by their names in `metamom.bias.spec.OPTIONS`.
-        rows: of the table of operators.
+        name: the part before the first colon.
+        make: creates the operator from the argument, if any, and the options as keywords.
+        meaning: a short description.
+        argument: the argument's name.
+        number: the argument's type; ``None`` without an argument.
+        share: whether a percentage is accepted instead, as ``ratio=``.
+        options: the options that may follow, by their names in `metamom.bias.spec.OPTIONS`.
+        rows: its rows in the table of operators.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Spelling(NamedTuple):
 
 
 class Around(NamedTuple):
-    """The spelling of an operator around another, A: ``NAME:A``, or ``NAME(ARGUMENT):A``.
+    """The SPEC of an operator that wraps another one, A: ``NAME:A``, or ``NAME(ARGUMENT):A``.
 
     Attributes:
-        name: in front of the colon, or of the bracket.
-        make: of the inner operator, and the argument.
-        meaning: in a few words.
-        argument: the name of a number in brackets, if any.
-        rows: of the table of operators.
+        name: the part before the colon or bracket.
+        make: creates the operator from the inner operator and the argument.
+        meaning: a short description.
+        argument: the name of the number in brackets, if any.
+        rows: its rows in the table of operators.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Around(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """The spelling of a composition, which is no class's own."""
+    """The SPEC of a composition, which does not belong to a single class."""
 
     spelling: str
     meaning: str
@@ -98,7 +98,7 @@ def spelled(
     share: bool = False,
     options: tuple[str, ...] = (),
 ) -> Callable[[Made], Made]:
-    """A decorator that gives an operator's class a `Spelling`, whose attributes the arguments are."""
+    """A decorator that gives an operator's class a `Spelling` with these attributes."""
 
     def register(kind: Made) -> Made:
         SPELLINGS[name] = Spelling(name, kind, meaning, argument, number, share, options, rows)
@@ -108,7 +108,7 @@ def spelled(
 
 
 def spelled_around(name: str, meaning: str, *rows: Row, argument: str = "") -> Callable[[Made], Made]:
-    """A decorator that gives the class of an operator around another its `Around`."""
+    """A decorator that gives the class of a wrapping operator its `Around`."""
 
     def register(kind: Made) -> Made:
         AROUND[name] = Around(name, kind, meaning, argument, rows)
@@ -119,20 +119,20 @@ def spelled_around(name: str, meaning: str, *rows: Row, argument: str = "") -> C
 
 @cache
 def load_all() -> None:
-    """Import every module of operators, so that their spellings are known."""
+    """Import every module of operators, to register their SPECs."""
     package = import_module("metamom.bias")
     for module in iter_modules(package.__path__):
         import_module(f"metamom.bias.{module.name}")
 
 
 def single_spellings() -> list[Spelling]:
-    """Those of operators by themselves, none first, then by name."""
+    """The SPECs of single operators: ``none`` first, then by name."""
     load_all()
     return sorted(SPELLINGS.values(), key=lambda each: (each.name != "none", each.name))
 
 
 def operator_table() -> str:
-    """The operators in Markdown, as the documentation has them."""
+    """The documentation's table of operators, in Markdown."""
     head = Row("`--bias`", "in Python", "contraction α_c, or what it is instead", "bytes for d float32 entries")
     rows = [row for each in single_spellings() for row in each.rows]
     rows += [JOINED.rows[0], *(row for each in AROUND.values() for row in each.rows)]

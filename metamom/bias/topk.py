@@ -17,7 +17,7 @@ def top_k(gradient: Tensor, k: int, ties: Ties = "index") -> Tensor:
     Args:
         gradient: ``[..., d]``, finite.
         k: 1 <= k <= d.
-        ties: of entries equal to the k-th largest, the first ones in order (``"index"``), or ``"all"``.
+        ties: which entries equal to the k-th largest to keep: the first ones in order (``"index"``), or ``"all"``.
 
     Returns:
         ``[..., d]`` with exactly k entries kept, or, with ``"all"``, at least k.
@@ -44,8 +44,8 @@ class TopK(Sparse):
         k: number of entries to keep, >= 1; or
         ratio: share of entries to keep, 0 < ratio <= 1: ``K = max(1, round(ratio * d))``.
         per_tensor: keep K entries, or the share, of each parameter tensor's part.
-        ties: ``"all"`` keeps every entry at or above the K-th largest magnitude, as the paper's code does; `wire_bytes`
-            then counts K of them, which is the least: a message (`encode`) holds as many as there are.
+        ties: ``"all"`` keeps every entry at or above the K-th largest magnitude, like the paper's code. `wire_bytes`
+            then counts K entries, a lower bound: a message (`encode`) holds all that were kept.
 
     Raises:
         ValueError: unless exactly one of k and ratio is given and in range; for other ties; when called, if K > d.
@@ -75,7 +75,7 @@ class TopK(Sparse):
 
     @property
     def varies(self) -> bool:
-        """Where ties are all kept."""
+        """Whether all ties are kept."""
         return self.ties == "all"
 
     def _sends(self, count: int, kept: int) -> bool:
@@ -83,5 +83,5 @@ class TopK(Sparse):
 
     @property
     def spec(self) -> str:
-        """``topk:K`` or ``topk:P%``, then ``:all`` and ``:tensor`` where chosen."""
+        """``topk:K`` or ``topk:P%``, then ``:all`` and ``:tensor`` if set."""
         return f"topk:{self.amount}" + ":all" * (self.ties == "all") + ":tensor" * self.per_tensor

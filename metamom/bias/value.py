@@ -1,4 +1,4 @@
-"""Operators as values: equal if made from equal arguments, and printed as the call that makes them."""
+"""Operators as values: equal if created with equal arguments, and printed as the call that creates them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Value:
-    """Something that is its constructor's arguments, where each is kept in the attribute of the same name.
+    """An object that is defined by its constructor arguments, each stored in the attribute of the same name.
 
-    Otherwise it equals itself alone, and prints as ``Name(...)``.
+    If one is not stored, the object equals only itself, and prints as ``Name(...)``.
     """
 
     def _arguments(self) -> dict[str, Any] | None:
-        """The constructor's arguments by name; ``None`` where one has no attribute of its name."""
+        """The constructor's arguments by name; ``None`` if one does not have an attribute of its name."""
         names, kept = _parameters(type(self)), vars(self)
         return {name: kept[name] for name in names} if all(name in kept for name in names) else None
 
@@ -33,10 +33,10 @@ class Value:
         arguments = self._arguments()
         if arguments is None:
             return object.__hash__(self)
-        plain = tuple(value for value in arguments.values() if not isinstance(value, Tensor))  # equal ones hash apart
+        plain = tuple(value for value in arguments.values() if not isinstance(value, Tensor))  # tensors hash by id
         try:
             return hash((type(self), plain))
-        except TypeError:  # an argument such as a list; equal operators have an equal hash all the same
+        except TypeError:  # an argument such as a list is not hashable; equal operators still get equal hashes
             return hash(type(self))
 
     def __repr__(self) -> str:
@@ -58,7 +58,7 @@ def _parameters(kind: type[object]) -> Mapping[str, Parameter]:
 
 
 def _equal(a: object, b: object) -> bool:
-    """Whether two arguments are equal; tensors and arrays, whose ``==`` goes entry by entry, as wholes."""
+    """Whether two arguments are equal. Tensors and arrays are compared as a whole, not entry by entry."""
     if isinstance(a, (Tensor, np.ndarray)) or isinstance(b, (Tensor, np.ndarray)):
         return a is b or (type(a) is type(b) and np.array_equal(np.asarray(a), np.asarray(b)))
     return a is b or bool(a == b)

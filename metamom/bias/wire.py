@@ -1,4 +1,4 @@
-"""The messages that workers send in place of their gradients: how they are encoded, and what they say."""
+"""The messages that workers send instead of their gradients: encoding and decoding."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from metamom.bias.coordinates import Coordinates, Sizes, check_gradient, numbers
 
 
 class Codec(ABC):
-    """The messages of an operator: dense entries, unless it sends less."""
+    """Encodes and decodes an operator's messages: dense entries by default."""
 
     @property
     @abstractmethod
     def spec(self) -> str:
-        """How the command line spells this operator."""
+        """This operator's SPEC on the command line."""
 
     @abstractmethod
     def _parts(self, d: int, sizes: Sizes | None) -> list[int]:
-        """The lengths that the operator acts on, one after the other."""
+        """The lengths of the consecutive parts that the operator acts on."""
 
     @abstractmethod
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
-        """C of each of ``[n, d]``, for an operator on whole gradients or on one parameter tensor's part of them."""
+        """Apply C to each row of ``[n, d]``: whole gradients, or their part for one parameter tensor."""
 
     @property
     def varies(self) -> bool:
@@ -34,7 +34,7 @@ class Codec(ABC):
         return False
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
-        """Bytes that one worker's message takes.
+        """The size of one worker's message in bytes.
 
         Args:
             d: length of the gradient.
@@ -44,12 +44,12 @@ class Codec(ABC):
         return sum(self._wire_bytes(size, element_size) for size in self._parts(d, sizes))
 
     def encode(self, gradient: Tensor, *, step: int = 0, worker: int = 0, sizes: Sizes | None = None) -> Tensor:
-        """One worker's message: what it sends instead of ``C(g)``.
+        """Encode one worker's message, which it sends instead of ``C(g)``.
 
         Args:
             gradient: ``[d]``.
             step: as for a call.
-            worker: whose gradient it is.
+            worker: the worker's number.
             sizes: as for a call.
 
         Returns:
@@ -61,10 +61,10 @@ class Codec(ABC):
         return self._message(gradient, Coordinates(step, [worker]), sizes)
 
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
-        """What a message says: ``C(g)`` ``[d]``, exactly.
+        """Decode a message to ``C(g)`` ``[d]``, exactly.
 
         Raises:
-            ValueError: for a message of another length, or one that no gradient has.
+            ValueError: for a message of the wrong length, or one that no gradient encodes to.
         """
         parts = self._parts(d, sizes)
         lengths = [self._wire_bytes(size, dtype.itemsize) for size in parts]
@@ -77,12 +77,12 @@ class Codec(ABC):
         return out
 
     def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
-        """Workers' messages, in place of a call: what each keeps from call to call moves on as by one.
+        """Encode workers' messages. Like a call, it updates the workers' state.
 
         Args:
             gradients: ``[n, d]``.
             step: as for a call.
-            workers: whose gradients these are.
+            workers: the workers' numbers.
             sizes: as for a call.
 
         Returns:
@@ -101,14 +101,14 @@ class Codec(ABC):
         """Decode the workers' messages: their sum, or each one.
 
         Args:
-            messages: of all workers, in their order.
+            messages: of all workers, in order.
             d: length of the gradients.
             dtype: of the gradients.
             sizes: as for a call.
-            each: give each worker's ``[n, d]`` in place of their sum ``[d]``.
+            each: return each worker's ``[n, d]`` instead of their sum ``[d]``.
 
         Raises:
-            ValueError: for messages that no gradients have.
+            ValueError: for messages that no gradients encode to.
         """
         if each:
             return torch.stack([self.decode(message, d, dtype, sizes=sizes) for message in messages])
@@ -123,7 +123,7 @@ class Codec(ABC):
         return torch.cat([self._encode(part, at._replace(tensor=i)) for i, part in enumerate(parts)])
 
     def _add(self, total: Tensor, message: Tensor, sizes: Sizes | None) -> None:
-        """Add what a message says to ``total [d]``."""
+        """Add a decoded message to ``total [d]``."""
         total += self.decode(message, len(total), total.dtype, sizes=sizes)
 
     def _misfit(self, message: Tensor, wanted: str, d: int, dtype: torch.dtype) -> ValueError:
@@ -139,7 +139,7 @@ class Codec(ABC):
         )
 
     def _wire_bytes(self, d: int, element_size: int) -> int:
-        """Of dense entries, unless an operator sends less."""
+        """Bytes of dense entries, unless an operator sends less."""
         return d * element_size
 
     def _encode(self, part: Tensor, at: Coordinates) -> Tensor:

@@ -1,1 +1,1 @@
-"""The meta-gradient as one compiled graph."""
+"""Compile the meta-gradient into one graph."""

@@ -1,4 +1,4 @@
-"""A meta-gradient as one compiled graph, and the decision whether compiling pays."""
+"""Compile a meta-gradient into one graph, and decide whether compiling pays off."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from metamom.nets.products import enlarge_products
 
 CompileMode = bool | Literal["auto"]
 
-# What "auto" reckons with. A compiled meta-gradient was 2.6 (Conv4) to 10 times (an MLP) as fast as an eager one on
-# two cores; docs/performance.md has the measurements.
+# Assumed speed-up for "auto". On two cores a compiled meta-gradient was 2.6 times (Conv4) to 10 times (an MLP) as fast
+# as an eager one; see docs/performance.md.
 SPEED_UP = 2.5
-FIRST_CALLS = 3  # watched before deciding
-GRAPHS_KEPT = 16  # those used last
+FIRST_CALLS = 3  # eager calls to time before deciding
+GRAPHS_KEPT = 16  # the most recently used ones
 GRAPHS_TO_WONDER_AT = 8
 
 
 def check_compiler(device: torch.device) -> None:
-    """Make sure that graphs can be compiled for ``device``.
+    """Check that graphs can be compiled for ``device``.
 
     Raises:
-        CompilerError: saying what is missing.
+        CompilerError: with what is missing.
     """
     if device.type == "cpu":
         find_compiler()
@@ -45,32 +45,31 @@ def check_compiler(device: torch.device) -> None:
 
 @dataclass
 class _Eager:
-    """What "auto" knows of calls that it has not compiled: how many, and the time of all but the first."""
+    """Statistics of eager calls, for "auto": their number, and the time of all but the first."""
 
     calls: int = 0
     seconds: float = 0.0
 
 
 class Compiled:
-    """A function of tensors that takes derivatives inside, compiled whole, once for each shape of its arguments.
+    """A compiled function of tensors that differentiates inside. It is compiled once for each shape of its arguments.
 
-    `torch.compile` cannot differentiate twice through a graph of its own, so the function is first traced to the
-    operators that its derivatives come down to (`make_fx`), and that derivative-free graph goes to TorchInductor,
-    with metamom's own kernels in it on a CPU.
+    `torch.compile` cannot differentiate twice through a compiled graph. So the function is first traced to the
+    operators that its derivatives consist of (`make_fx`), and TorchInductor compiles this derivative-free graph. On a
+    CPU the graph contains metamom's own kernels.
 
     Args:
-        function: of tensors, numbers and dicts of tensors, to a tuple of tensors. Numbers are compiled in as they
-            are, the keys of dicts must stay the same. Tensors that are not among its arguments may change their
-            values between calls, but not their shapes. The graphs used last are kept; a function that is compiled
-            often draws one warning.
-        settings: what else the function's course depends on; it is compiled anew for each value that this returns.
-        mode: ``True`` compiles at the first call. ``"auto"`` runs the function as it is until compiling pays: until
-            the calls to come (`expected`, where it was told, else as many as there have been) would save more time
-            than compiling takes; where it cannot be compiled, for whatever reason, it warns once and never tries again.
-        cost: the seconds that compiling once takes, roughly; for ``"auto"``.
+        function: maps tensors, numbers and dicts of tensors to a tuple of tensors. Numbers become constants, and the
+            keys of dicts must not change. Tensors that are not arguments may change their values between calls, but not
+            their shapes. The most recently used graphs are kept. Frequent recompilation gives one warning.
+        settings: returns everything else that the function depends on; each new value causes a recompilation.
+        mode: ``True`` compiles at the first call. ``"auto"`` runs the function eagerly until compiling pays off, that
+            is, until the calls to come (`expected` if set, else as many as so far) would save more time than compiling
+            takes. If compiling fails for any reason, it warns once and does not try again.
+        cost: rough time to compile once, in seconds; for ``"auto"``.
 
     Raises:
-        CompilerError: at the first call, where ``mode`` is true and there is no compiler, or TorchInductor fails.
+        CompilerError: at the first call, if ``mode`` is ``True`` and there is no compiler, or TorchInductor fails.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Compiled:
         self.eager: dict[Any, _Eager] = {}
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """The function's value."""
+        """Call the function."""
         leaves: list[Any] = []
         for arg in args:
             leaves.extend(arg.values()) if isinstance(arg, dict) else leaves.append(arg)
@@ -101,7 +100,7 @@ class Compiled:
                 return self._timed(key, args)
             try:
                 graph = self._compile(args)
-            except Exception as error:  # whatever it is: the plain function has just run, and still does
+            except Exception as error:  # of any kind, since the eager function has just worked and still does
                 if self.mode != "auto":
                     raise
                 said = error if isinstance(error, CompilerError) else f"{type(error).__name__}: {error}"
@@ -110,22 +109,22 @@ class Compiled:
                 return self._timed(key, args)
             self._count()
         self.graphs.pop(key, None)
-        self.graphs[key] = graph  # the last one: the one to be forgotten last
+        self.graphs[key] = graph  # most recently used, so the last to be dropped
         if len(self.graphs) > GRAPHS_KEPT:
             del self.graphs[next(iter(self.graphs))]
         with torch.no_grad():
             try:
                 return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
             except RuntimeError:
-                self.function(*args)  # which says more of what is wrong with these arguments
+                self.function(*args)  # its error says more about what is wrong with these arguments
                 raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is compiled stays in this process: a copy compiles anew."""
+        """Leave out compiled graphs, which are tied to this process. A copy recompiles."""
         return {**self.__dict__, "graphs": {}, "eager": {}}
 
     def _count(self) -> None:
-        """Warn, once, of a function that is compiled again and again."""
+        """Warn once if the function is recompiled too often."""
         self.compiled += 1
         if self.compiled == GRAPHS_TO_WONDER_AT:
             warnings.warn(
@@ -149,7 +148,7 @@ class Compiled:
         watched = self.eager[key]
         began = time.perf_counter()
         result = self.function(*args)
-        if result[0].is_cuda:  # only asked for so far
+        if result[0].is_cuda:  # only queued so far
             torch.cuda.synchronize(result[0].device)
         if watched.calls > 0:
             watched.seconds += time.perf_counter() - began
@@ -157,7 +156,7 @@ class Compiled:
         return result
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
-        # here: they take as long to import as all of torch, and most runs compile nothing
+        # imported here, since they take as long to import as all of torch, and most runs do not compile
         from torch import _inductor as inductor
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -173,11 +172,11 @@ class Compiled:
 
         drawn = [tensors[0].device] if tensors[0].is_cuda else []
         try:
-            # a model may draw in tracing
+            # a model may draw while it is traced
             with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device), tracing():
                 graph = make_fx(flat)(*tensors)
         except Exception:
-            self.function(*args)  # which can look at values, and says more of what is wrong with these arguments
+            self.function(*args)  # it sees values, so its error says more about what is wrong
             raise
         enlarge_products(graph)
         options = _options(graph, tensors[0].device)
@@ -197,20 +196,20 @@ class Compiled:
 
 
 def _options(graph: fx.GraphModule, device: torch.device) -> dict[str, Any]:
-    """TorchInductor's, with what was noted of the graph's nodes in tracing taken away, for it takes its own notes."""
+    """Options for TorchInductor. Also removes the metadata that tracing has left on nodes; Inductor adds its own."""
     own_kernels = False
     for node in graph.graph.nodes:
         node.meta.clear()
         own_kernels = own_kernels or getattr(node.target, "namespace", None) == "metamom"
-    # The calls between kernels in C++ too, which knows the way back to no operators but PyTorch's.
+    # Use C++ for the calls between kernels too. It can only call PyTorch's own operators.
     return {"cpp_wrapper": device.type == "cpu" and not own_kernels}
 
 
 def _forget_damaged(error: Exception) -> bool:
-    """Delete the library that TorchInductor could not load, if it is one of its own that an interrupt cut short.
+    """Delete a library that TorchInductor could not load, if it is one of its own that an interrupt truncated.
 
     Returns:
-        Whether it did; compiling again then makes that library anew.
+        Whether it was deleted. Compiling again then rebuilds it.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -223,7 +222,7 @@ def _forget_damaged(error: Exception) -> bool:
 
 
 def _kind(leaf: Any) -> Hashable:
-    """What a compiled graph depends on: all of a number, everything but the values of a tensor."""
+    """The key of an argument for a compiled graph: a number itself, or everything about a tensor except its values."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     hashable: Hashable = leaf

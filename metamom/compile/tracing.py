@@ -1,4 +1,4 @@
-"""Whether a graph is being traced, which what runs in it may ask."""
+"""A flag that tells running code whether a graph is being traced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TRACING: ContextVar[bool] = ContextVar("tracing", default=False)
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """While a graph is traced."""
+    """Mark that a graph is being traced."""
     token = _TRACING.set(True)
     try:
         yield
@@ -20,5 +20,5 @@ def tracing() -> Iterator[None]:
 
 
 def is_tracing() -> bool:
-    """Whether a graph is traced in this thread."""
+    """Whether a graph is being traced in this thread."""
     return _TRACING.get()

@@ -1,4 +1,4 @@
-"""How biased a meta-gradient is, and what the bias comes from."""
+"""Measure how biased a meta-gradient is, and where the bias comes from."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The bias meter: measured bias and variance of a meta-gradient estimator, by inner batch size and by source.
+"""Measure the bias and variance of a meta-gradient estimator, by inner batch size and by source.
 
     from metamom.diagnostics.bias_meter import measure
     measure(learner, Sinusoid(shots=240, queries=50), inner_batches=(1, 2, 5, 10, 20))
@@ -34,16 +34,16 @@ from metamom.diagnostics.sources import (
 from metamom.maml.estimators import memoryless_estimators
 from metamom.maml.learner import MAML
 
-STREAM = "bias"  # of the sampler's seed: neither training nor validation nor test draws from it
-TRACKED_PAIRS = 4  # of a pool, in training
-POINTS = 60_000  # query points of the adaptations computed together, roughly
+STREAM = "bias"  # a stream of the sampler's seed that training, validation and test do not use
+TRACKED_PAIRS = 4  # pairs to cut out of a pool during training
+POINTS = 60_000  # rough number of query points to compute together
 
 
 class Part(NamedTuple):
     """A bias, or one source's share of it.
 
     Attributes:
-        squared: its squared norm, unbiased, so that it may be negative where there is none.
+        squared: an unbiased estimate of its squared norm, which may be negative if the true value is zero.
         mean: the vector itself ``[d]``, with noise.
     """
 
@@ -52,24 +52,24 @@ class Part(NamedTuple):
 
     @property
     def norm(self) -> Interval:
-        """Its norm; from 0 on where zero is not excluded."""
+        """Its norm. The interval starts at 0 if zero is not excluded."""
         return norm(self.squared)
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval says that there is a bias at all."""
+        """Whether the interval shows that there is a bias."""
         return self.squared.low > 0
 
 
 class AtSize(NamedTuple):
-    """What was measured at one inner batch size.
+    """The measurements at one inner batch size.
 
     Attributes:
         inner_batch: m.
-        bias: of what a worker sends.
+        bias: the bias of a worker's message.
         sources: its parts by name (see `metamom.diagnostics.sources.estimator_parts`; ``"operator"`` is the mean of
-            C(g) - g); their means add up to the bias's.
-        variance: the trace of the covariance of what one worker sends, over its tasks, inner batches and query points;
+            C(g) - g). Their means add up to the mean of the bias.
+        variance: the trace of the covariance of one worker's message, over its tasks, inner batches and query points;
             the mean of n workers has 1/n of it.
     """
 
@@ -80,22 +80,22 @@ class AtSize(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What `measure` returns.
+    """The result of `measure`.
 
     Attributes:
         sizes: one entry for each inner batch size, in order.
-        slopes: over m, of the estimator's bias (``"bias"``, without the operator's share) and of each of its sources;
-            ``None`` where zero is excluded at fewer than two sizes.
+        slopes: slopes over m, for the estimator's bias (``"bias"``, without the operator's share) and for each source;
+            ``None`` if zero is excluded at fewer than two sizes.
         gradient: norm of the reference, the gradient of f.
-        reference: ``"population"`` where that is exact, else ``"pool"``, a large inner batch.
-        correction: norm of what the pool's reference was corrected by for its own bias, of which at most 1.4 times as
-            much is left (see `metamom.diagnostics.sources.reference`); ``None`` for the population.
+        reference: ``"population"`` if it is exact, else ``"pool"``, a large inner batch.
+        correction: norm of the bias correction of the pool's reference. At most 1.4 times as much bias is left (see
+            `metamom.diagnostics.sources.reference`). ``None`` for the population.
         estimator: its name.
         bias: spec of the operator C.
         draws: R.
         tasks_per_worker: tasks of one worker.
-        pool: support shots of a task that the inner batches were cut from.
-        confidence: of all intervals.
+        pool: support shots of a task from which the inner batches were cut.
+        confidence: level of all intervals.
     """
 
     sizes: tuple[AtSize, ...]
@@ -125,40 +125,40 @@ def measure(
     confidence: float = 0.95,
     label: str = "bias",
 ) -> Measured:
-    """Bias and variance of what a worker sends, against the gradient of f at the learner's weights.
+    """Measure the bias and variance of a worker's message, against the gradient of f at the learner's weights.
 
-    ``bias(m) = E C(g_m) - grad f`` with g_m the learner's estimator on inner batches of m shots, and f the mean over
+    ``bias(m) = E C(g_m) - grad f``, with g_m the learner's estimator on inner batches of m shots, and f the mean over
     tasks of the loss after adaptation to the whole population. Each task's pool of support points is cut into inner
-    batches; they, other estimators on the same points, and the reference are judged on the same query set.
-    Squared norms come from products of different draws (`metamom.common.intervals.squared_norm`), so that noise adds
-    nothing to them and their intervals can cover zero. An interval tells the noise of the draws, not what is left of
-    the bias of the pool's reference (``correction``).
+    batches. These, other estimators on the same points, and the reference are all evaluated on the same query set.
+    Squared norms come from products of different draws (`metamom.common.intervals.squared_norm`), so they are not
+    inflated by noise and their intervals can cover zero. Intervals show the noise of the draws, but not the remaining
+    bias of the pool's reference (``correction``).
 
     Args:
-        learner: its model, weights, inner steps and estimator. Nothing of it is changed.
-        sampler: tasks whose support sets are pools: at least twice the inner batches of one adaptation, and 4 shots.
-            Metamom's own are asked for their stream ``"bias"``; step r gives draw r.
+        learner: its model, weights, inner steps and estimator are measured. It does not change.
+        sampler: tasks with pools as support sets: at least twice the inner batches of one adaptation, and 4 shots. From
+            a `TaskSampler`, tasks come from stream ``"bias"``. Step r gives draw r.
         inner_batches: m >= 1, in shots: points a class for classification, else points.
         bias: the operator C on each worker's flattened gradient, or its SPEC, without error feedback.
-        population: where it is known, a sampler of the same tasks with their populations as support and as query sets
-            (`metamom.tasks.population.Population`): the reference is then exact. The pool's shares points with the
-            inner batches, which takes noise out of their difference: with a population, intervals are wider for as many
-            draws.
-        draws: R >= 3, workers' messages that intervals come from.
-        tasks_per_worker: tasks that a worker takes the mean of, before C. Families of given tasks need a multiple of
-            their number.
+        population: a sampler of the same tasks with their populations as support and query sets
+            (`metamom.tasks.population.Population`), if known. The reference is then exact. A reference from the pool
+            shares points with the inner batches, which cancels noise, so intervals with a population are wider for the
+            same number of draws.
+        draws: R >= 3, the number of workers' messages.
+        tasks_per_worker: tasks that a worker averages over before C. Families of given tasks need a multiple of their
+            number.
         queries: shots of the query set that a worker uses in training, for the variance and C; all if ``None``.
-        most_pairs: cut at most so many pairs of inner batches out of a pool; all if ``None``.
-        confidence: of all intervals, in (0, 1).
-        label: what the progress bar says.
+        most_pairs: the most pairs of inner batches to cut out of a pool; all if ``None``.
+        confidence: level of all intervals, in (0, 1).
+        label: label of the progress bar.
 
     Returns:
         A `Measured`.
 
     Raises:
-        TypeError: for an argument of another kind.
-        ValueError: for an argument out of range, a pool that does not hold two inner batches, or an operator that feeds
-            errors back, whose bias is one of its history.
+        TypeError: for an argument of the wrong type.
+        ValueError: for an argument out of range, a pool that does not hold two inner batches, or an operator with error
+            feedback, since its bias depends on its history.
 
     Example:
         >>> from torch.nn import functional as F
@@ -187,9 +187,9 @@ def measure(
     shot = points_per_shot(first)
     devices = [like.device] if like.device.type == "cuda" else []
     found = _Found()
-    # a model's own random layers (dropout) draw from torch's generators: neither they nor a run around this is moved
+    # random layers of a model (dropout) draw from torch's generators: restore them, so that training is unaffected
     with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would move every GPU's, which nobody puts back
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed every GPU, which is not restored
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
@@ -224,15 +224,15 @@ def measure(
 
 
 class TrackBias(NamedTuple):
-    """What ``train(track_bias=...)`` measures on its way: the bias at one inner batch size, from a few draws.
+    """Settings of ``train(track_bias=...)``, which measures the bias at one inner batch size from a few draws.
 
     Attributes:
         every: steps between measurements, from step 0 on, >= 1.
-        pools: a sampler as `measure` takes it.
-        inner_batch: m, as trained with.
+        pools: a sampler, as for `measure`.
+        inner_batch: m, as in training.
         draws: R.
-        tasks_per_worker: as trained with.
-        queries: as trained with.
+        tasks_per_worker: as in training.
+        queries: as in training.
     """
 
     every: int
@@ -244,11 +244,11 @@ class TrackBias(NamedTuple):
 
 
 def check_track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> None:
-    """Refuse what `track` would refuse.
+    """Check the arguments of `track`.
 
     Raises:
-        TypeError: for what is no `TrackBias`, or has fields of another kind.
-        ValueError: saying what to change.
+        TypeError: for anything but a `TrackBias`, or fields of the wrong type.
+        ValueError: with what to change.
     """
     if not isinstance(plan, TrackBias):
         raise TypeError(
@@ -264,7 +264,7 @@ def check_track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -
 
 
 def track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> dict[str, float]:
-    """A measurement as a line of metrics has it.
+    """Take a measurement, in the form of a line of metrics.
 
     Returns:
         ``{"norm": ..., "low": ..., "high": ..., "gradient": ..., "variance": ...}``: the bias with its 95 % interval,
@@ -293,7 +293,7 @@ def track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> dict
 
 
 class _Found:
-    """What draws have given so far, rows ``[R, d]`` in blocks."""
+    """The results of the draws so far, rows ``[R, d]`` in blocks."""
 
     def __init__(self) -> None:
         self.targets: list[Tensor] = []
@@ -324,7 +324,7 @@ class _Found:
         steps: range,
     ) -> None:
         assert self._of_tasks is not None
-        # the query batch is independent of the inner one, so that its mean may be taken first: the population's
+        # the query batch is independent of the inner one, so its mean (the population) can be taken first
         judged = pool if whole is None else pool._replace(query_x=whole.query_x, query_y=whole.query_y)
         parts = estimator_parts(learner, judged, m, self._of_tasks, most)
         rows = {name: _means(part, each) for name, part in parts.items()}
@@ -339,7 +339,7 @@ class _Found:
         self.messages.setdefault(m, []).append(message.double())
 
     def slopes(self, confidence: float) -> dict[str, Slope | None]:
-        """Of the estimator's bias and its sources; the operator is left out."""
+        """The slopes of the estimator's bias and its sources, without the operator."""
         curves: dict[str, dict[int, Jackknife]] = {}
         for m, parts in self.parts.items():
             kept = {name: blocks for name, blocks in parts.items() if name != "operator"}
@@ -363,12 +363,12 @@ def _part(rows: Tensor, confidence: float) -> Part:
 
 
 def _means(rows: Tensor, each: int) -> Tensor:
-    """Of tasks ``[T, d]``, workers' means ``[T/each, d]``."""
+    """Workers' means ``[T/each, d]`` over tasks ``[T, d]``."""
     return rows.reshape(-1, each, rows.shape[1]).mean(1)
 
 
 def _all_drawn(sampler: Sampler, steps: range, each: int) -> TaskBatch:
-    """The draws of these steps, one after the other."""
+    """The draws of these steps, concatenated."""
     source = of_stream(sampler, STREAM)
     batches = [drawn(source, step, each) for step in steps]
     return TaskBatch(*(torch.cat(fields) for fields in zip(*(batch[:4] for batch in batches), strict=True)))
@@ -410,7 +410,7 @@ def _check_plan(
 
 
 def _check_pool(learner: MAML, pool: TaskBatch, sizes: tuple[int, ...], queries: int | None) -> None:
-    """Before anything is computed."""
+    """Check the pool before anything is computed."""
     shot = points_per_shot(pool)
     if queries is not None and queries * shot > pool.query_x.shape[1]:
         raise ValueError(

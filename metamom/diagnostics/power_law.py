@@ -1,6 +1,6 @@
-"""The power of the inner batch size that a bias falls with, fitted on logarithms.
+"""Fit the power law with which a bias decreases in the inner batch size, on a log-log scale.
 
-Legend: k sizes m, R draws that the estimates at all sizes have in common.
+Legend: k sizes m, R draws shared by the estimates at all sizes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Slope(NamedTuple):
     Attributes:
         exponent: with its interval.
         scale: > 0, the fitted norm at m = 1.
-        sizes: the inner batch sizes that were fitted: those where zero bias is excluded.
+        sizes: the inner batch sizes in the fit: those at which zero bias is excluded.
     """
 
     exponent: Interval
@@ -32,12 +32,12 @@ class Slope(NamedTuple):
 
     @property
     def consistent(self) -> tuple[str, ...]:
-        """Which of 1/√m and 1/m the interval covers."""
+        """Which of the laws 1/√m and 1/m the interval covers."""
         return tuple(name for name, rate in RATES.items() if self.exponent.low <= rate <= self.exponent.high)
 
     @property
     def words(self) -> str:
-        """What it is consistent with."""
+        """The laws that it is consistent with, in words."""
         value, low, high = self.exponent
         names = self.consistent
         verdict = f"consistent with {' and with '.join(names)}" if names else "consistent with neither 1/√m nor 1/m"
@@ -45,17 +45,17 @@ class Slope(NamedTuple):
 
 
 def fit_slope(squared: Mapping[int, Jackknife], confidence: float = 0.95) -> Slope | None:
-    """The weighted least squares line of ``log ||bias||`` over ``log m``.
+    """Fit ``log ||bias||`` over ``log m`` by weighted least squares.
 
-    Weights are the inverse variances of ``log ||bias||``. Estimates at different m share their draws, so the interval
-    comes from leaving each draw out at all of them at once.
+    Weights are the inverse variances of ``log ||bias||``. Estimates at different m share their draws, so the jackknife
+    interval leaves each draw out at all m at once.
 
     Args:
-        squared: for each m the squared norm of the bias.
-        confidence: in (0, 1); of the interval, and of excluding zero.
+        squared: the squared norm of the bias for each m.
+        confidence: level of the interval, and for excluding zero, in (0, 1).
 
     Returns:
-        ``None`` if zero bias is excluded at fewer than two sizes: then there is nothing to see a slope of.
+        The slope; ``None`` if zero bias is excluded at fewer than two sizes.
 
     Example:
         >>> exact = {m: Jackknife(m**-2.0, torch.full((9,), m**-2.0).double()) for m in (1, 2, 4)}
@@ -70,7 +70,7 @@ def fit_slope(squared: Mapping[int, Jackknife], confidence: float = 0.95) -> Slo
     weights = 1 / errors.clamp_min(1e-9).square()
     weights = weights / weights.sum()
     y = torch.tensor([[s.value for s in seen.values()]], dtype=torch.float64)
-    # a draw that carries so much that without it nothing is left would have no logarithm
+    # avoid the logarithm of a value <= 0 if leaving out one influential draw leaves no bias
     left = torch.stack([s.without.clamp_min(1e-3 * s.value) for s in seen.values()], 1)
     slope, height = _line(x, y.log() / 2, weights)
     without, _ = _line(x, left.log() / 2, weights)
@@ -79,7 +79,7 @@ def fit_slope(squared: Mapping[int, Jackknife], confidence: float = 0.95) -> Slo
 
 
 def _line(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes and heights at x = 0 of the lines through ``y [..., k]``."""
+    """Slopes and intercepts of the lines through ``y [..., k]``."""
     center = (weights * x).sum()
     away = weights * (x - center)
     slope = (y @ away) / (away @ (x - center))

@@ -1,11 +1,11 @@
-"""Where the bias of a meta-gradient comes from: its parts, task by task, by the same points in other estimators.
+"""Split the bias of a meta-gradient into its sources, task by task, by comparing estimators on the same points.
 
 Legend: T tasks, S points of a task's pool, h points of one half (the inner batches of one adaptation), K pairs of
 halves A and B that a pool is cut into, d meta-parameters, m inner batch in shots.
 
-All estimators are taken on the same pairs and judged on the same query points, so that their differences have no
-noise but their own; where the reference comes from the same pool, the noise that is linear in its points cancels too.
-Each estimator with two halves is taken both ways round, (A, B) and (B, A).
+All estimators use the same pairs and the same query points, so that common noise cancels in their differences. If the
+reference comes from the same pool, noise that is linear in its points cancels too. Each estimator with two halves is
+averaged over both orders, (A, B) and (B, A).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Parts = dict[str, Tensor]
 
 
 def points_per_shot(batch: TaskBatch) -> int:
-    """1 for regression; the number of classes of a task, for sets that are ordered shot by shot."""
+    """1 for regression; the number of classes of a task for classification, with sets ordered shot by shot."""
     labels = batch.support_y
     if labels.dim() > 2 or labels.is_floating_point():
         return 1
@@ -30,12 +30,12 @@ def points_per_shot(batch: TaskBatch) -> int:
 
 
 def half_points(learner: MAML, inner_batch: int, batch: TaskBatch) -> int:
-    """h: the points of the inner batches of one adaptation, ``inner_batch`` shots each."""
+    """h, the number of points in the inner batches of one adaptation, ``inner_batch`` shots each."""
     return inner_batch * points_per_shot(batch) * support_parts("exact", learner.inner_steps, learner.inner_batches)
 
 
 def pairs(pool: TaskBatch, half: int, most: int | None = None) -> tuple[TaskBatch, int]:
-    """The pools cut into pairs of halves, each a task of its own: ``[T·K, 2h, ...]``, and K (at most ``most``).
+    """Cut the pools into pairs of halves, each pair a separate task ``[T·K, 2h, ...]``; also return K <= ``most``.
 
     Raises:
         ValueError: if a pool does not hold a pair.
@@ -53,16 +53,16 @@ def pairs(pool: TaskBatch, half: int, most: int | None = None) -> tuple[TaskBatc
 
 
 def task_gradients(learner: MAML, batch: TaskBatch, tasks: int) -> Tensor:
-    """Meta-gradients ``[T, d]`` of a batch of T·K tasks, the mean over each K, in float64."""
+    """Meta-gradients ``[T, d]`` of T·K tasks, averaged over each K, in float64."""
     return flatten(learner.meta_gradient(batch, workers=tasks).grads.values()).double()
 
 
 def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
-    """The gradient of f on large inner batches, each task's ``[T, d]``, and by how much it was corrected.
+    """The gradient of f on large inner batches for each task, ``[T, d]``, and its bias correction.
 
-    ``2 c(S/2) - c(S/4)``, with c(h) cross-fit on halves of h points: it has no coupling, and a bias that falls as 1/h
-    is extrapolated away. If it falls as 1/√h instead (kinks of ReLUs), 1.4 times the correction ``c(S/2) - c(S/4)`` is
-    left.
+    ``2 c(S/2) - c(S/4)``, with c(h) the cross-fit estimator on halves of h points. It does not have a coupling bias,
+    and a bias that falls as 1/h is extrapolated away. If the bias falls as 1/√h (kinks of ReLUs), 1.4 times the
+    correction ``c(S/2) - c(S/4)`` remains.
 
     Raises:
         ValueError: for a pool of fewer than four shots.
@@ -78,7 +78,7 @@ def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
     T = pool.num_tasks
     whole = pool._replace(support_x=pool.support_x[:, : 4 * quarter], support_y=pool.support_y[:, : 4 * quarter])
     large = task_gradients(cross, whole, T)
-    order = [0, 2, 1, 3]  # quarters of halves A and B: A1 with B1, A2 with B2, so that both sizes see the same halves
+    order = [0, 2, 1, 3]  # pair the quarters A1 with B1, A2 with B2, so that both sizes use the same halves
     x, y = (_taken(x, order, quarter) for x in whole[:2])
     small, _ = pairs(TaskBatch(x, y, pool.query_x, pool.query_y), quarter)
     correction = large - task_gradients(cross, small, T)
@@ -86,23 +86,23 @@ def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
 
 
 def population_gradients(learner: MAML, population: TaskBatch) -> Tensor:
-    """The gradient of f, each task's ``[T, d]``, of tasks whose support set is their population."""
+    """The gradient of f for each task, ``[T, d]``, with the population as support set."""
     return task_gradients(learner.like(estimator="exact", inner_batches="same"), population, population.num_tasks)
 
 
 def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Tensor, most: int | None = None) -> Parts:
-    """What the estimator's mean is away from the reference, by source; the parts add up to it.
+    """Split the difference between the estimator's mean and the reference by source. The parts add up to it.
 
-    ``curvature``: the inner batch within a non-linear gradient, cross-fit − reference. ``coupling``: the same inner
-    batch in the adapted weights and in the Hessian, exact − cross-fit. ``hessian``: no Hessian, first-order − exact, or
-    differences instead of it, hessian-free − cross-fit. ``extrapolation``: richardson − exact.
+    ``curvature``: a mini-batch inside a non-linear gradient, cross-fit − reference. ``coupling``: the same inner batch
+    in the adapted weights and in the Hessian, exact − cross-fit. ``hessian``: no Hessian (first-order − exact), or
+    differences instead of it (hessian-free − cross-fit). ``extrapolation``: richardson − exact.
 
     Args:
-        learner: whose estimator it is.
+        learner: the learner with the estimator.
         pool: T tasks of S points.
         inner_batch: m.
         target: the reference ``[T, d]``.
-        most: at most so many pairs of a pool.
+        most: the most pairs to cut out of a pool.
 
     Returns:
         For each source that the estimator has, ``[T, d]``.
@@ -138,13 +138,13 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
 def single_gradients(
     learner: MAML, pool: TaskBatch, inner_batch: int, queries: int | None, each: int
 ) -> tuple[Tensor, list[int]]:
-    """What workers of ``each`` tasks send, ``[T/each, d]``, by one draw of the inner batches; and the tensors' sizes.
+    """Gradients ``[T/each, d]`` of workers with ``each`` tasks, from one draw of the inner batches; and tensor sizes.
 
     Args:
-        learner: whose estimator it is.
-        pool: T tasks; their first points are taken.
+        learner: the learner with the estimator.
+        pool: T tasks; their first points are used.
         inner_batch: m.
-        queries: shots of the query set to take; all if ``None``.
+        queries: shots of the query set to use; all if ``None``.
         each: tasks of a worker.
     """
     points = inner_batch * points_per_shot(pool) * learner.support_parts
@@ -162,7 +162,7 @@ def _repeated(pool: TaskBatch, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _halves(batch: TaskBatch) -> TaskBatch:
-    """Each half a task of its own, ``[2 T·K, h, ...]``; those of a pair next to each other."""
+    """Turn each half into a separate task, ``[2 T·K, h, ...]``, with the halves of a pair adjacent."""
     x, y = (_cut(x, x.shape[1] // 2) for x in batch[:2])
     return TaskBatch(x, y, *_repeated(batch, 2))
 
@@ -173,7 +173,7 @@ def _swapped(batch: TaskBatch) -> TaskBatch:
 
 
 def _joined(first: TaskBatch, second: TaskBatch, count: int) -> TaskBatch:
-    """Both batches of ``[T·K]`` as one ``[T·2K]``, task by task."""
+    """Join two batches of ``[T·K]`` into one of ``[T·2K]``, task by task."""
 
     def each(a: Tensor, b: Tensor) -> Tensor:
         a, b = (x.reshape(-1, count, *x.shape[1:]) for x in (a, b))
@@ -184,10 +184,10 @@ def _joined(first: TaskBatch, second: TaskBatch, count: int) -> TaskBatch:
 
 
 def _cut(x: Tensor, size: int) -> Tensor:
-    """Sets ``[T, S, ...]`` cut into tasks of ``size`` points, ``[T·S/size, size, ...]``."""
+    """Cut sets ``[T, S, ...]`` into tasks of ``size`` points, ``[T·S/size, size, ...]``."""
     return x.reshape(-1, size, *x.shape[2:])
 
 
 def _taken(x: Tensor, order: list[int], size: int) -> Tensor:
-    """The parts of ``size`` points of each set, in another order."""
+    """Reorder the parts of ``size`` points in each set."""
     return torch.cat([x[:, part * size : (part + 1) * size] for part in order], 1)

@@ -1,4 +1,4 @@
-"""metamom beside other libraries. Importing this imports none of them."""
+"""Interoperation with other libraries. Importing this package does not import them."""
 
 import lazy_loader
 

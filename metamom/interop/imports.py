@@ -1,4 +1,4 @@
-"""Importing learn2learn where that takes more than `import learn2learn`."""
+"""Import learn2learn where a plain `import learn2learn` fails."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from types import ModuleType
 
 import torch
 
-# Operators of torchvision's compiled part that its Python part registers something for when it is imported.
+# Compiled operators of torchvision that its Python part refers to when it is imported.
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[torch.library.Library] = []  # a library's operators go when the object does
+_declared: list[torch.library.Library] = []  # kept alive, since operators disappear with their library object
 
 
 def install_command() -> str:
     """The command that installs learn2learn for this Python."""
     command = f"{shlex.quote(sys.executable)} -m pip install learn2learn==0.2.0"
-    if sys.version_info >= (3, 11):  # its C files come from an old Cython and must be generated anew (its issue 413)
+    if sys.version_info >= (3, 11):  # its C files come from an old Cython and must be regenerated (its issue 413)
         command += ' --config-settings="--build-option=build_ext"'
     return command
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, also where its compiled operators cannot load.
+    """Import torchvision even if its compiled operators cannot load.
 
-    A torchvision built for another torch (there is none for some CPU builds) stops at its own operators,
-    ``torchvision::nms`` first. Only then, their schemas are declared to torch and the import is tried again: models,
-    transforms and data sets work; calling such an operator is an error, as there is nothing behind it.
+    A torchvision built for another torch (some CPU builds have no matching one) fails at its own operators,
+    ``torchvision::nms`` first. In this case their schemas are declared to torch and the import is repeated. Models,
+    transforms and data sets then work, but calling such an operator is an error.
 
     Returns:
         The module.
@@ -51,12 +51,12 @@ def import_torchvision() -> ModuleType:
             library.define(schema)  # type: ignore[no-untyped-call]
     _declared.append(library)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what a failed import left half done
+        del sys.modules[name]  # left over from the failed import
     return importlib.import_module("torchvision")
 
 
 def import_learn2learn() -> ModuleType:
-    """Import learn2learn, also where torchvision's compiled operators cannot load (see `import_torchvision`).
+    """Import learn2learn even if torchvision's compiled operators cannot load (see `import_torchvision`).
 
     Returns:
         The module.
@@ -66,7 +66,7 @@ def import_learn2learn() -> ModuleType:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gym's and its own, about their age: nothing a caller can mend
+            warnings.simplefilter("ignore")  # deprecations in gym and learn2learn, which a caller cannot fix
             import_torchvision()
             return importlib.import_module("learn2learn")
     except ModuleNotFoundError as error:

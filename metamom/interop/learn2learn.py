@@ -1,6 +1,6 @@
-"""learn2learn's models and task sets in metamom, and metamom's tasks in learn2learn's loops.
+"""Use learn2learn's models and task sets in metamom, and metamom's tasks in learn2learn's loops.
 
-Nothing here imports learn2learn until it is used; without it, that first use names the command that installs it.
+learn2learn is imported on first use. If it is not installed, the error shows the command that installs it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["AsTaskset", "FromTaskset", "from_maml", "import_learn2learn", "seede
 
 
 def from_maml(l2l_maml: Any, loss_fn: LossFn, inner_steps: int = 1) -> MAML:
-    """A `MAML` on the very same parameters as a `learn2learn.algorithms.MAML`: training one moves the other.
+    """Create a `MAML` that shares its parameters with a `learn2learn.algorithms.MAML`: training one trains the other.
 
-    Its ``lr`` and ``first_order`` are taken over as they are now.
+    Its current ``lr`` and ``first_order`` are used.
 
     Args:
         l2l_maml: the learn2learn learner.
-        loss_fn: ``(predictions, targets) -> loss``; learn2learn's learner does not know it.
-        inner_steps: J >= 1; learn2learn's loops call ``adapt`` so many times.
+        loss_fn: ``(predictions, targets) -> loss``; learn2learn's learner does not have one.
+        inner_steps: J >= 1, the number of ``adapt`` calls in learn2learn's loops.
 
     Returns:
         The metamom learner, around ``l2l_maml.module``.
@@ -51,23 +51,23 @@ def from_maml(l2l_maml: Any, loss_fn: LossFn, inner_steps: int = 1) -> MAML:
 class FromTaskset(TaskSampler):
     """A learn2learn ``Taskset`` (``TaskDataset``) as a metamom sampler.
 
-    Each task is drawn with Python's, NumPy's and torch's generators seeded from this sampler's seed and the task's
-    place, and put back afterwards, since learn2learn's transforms draw from them; so tasks depend on seed, step and
-    index alone, as metamom's own do. A taskset
-    of finitely many tasks is drawn from with replacement, and keeps what it already gave elsewhere.
+    learn2learn's transforms draw from Python's, NumPy's and torch's global generators. For each task these are seeded
+    from this sampler's seed and the task's coordinates, and restored afterwards. So tasks depend only on seed, step and
+    index, like metamom's own. A taskset with finitely many tasks is sampled with replacement, and keeps tasks that it
+    has already returned elsewhere.
 
     Args:
-        taskset: its tasks must hold ``shots + queries`` samples of every class (``NWays``, ``KShots``, ``LoadData``,
+        taskset: its tasks must have ``shots + queries`` samples of every class (``NWays``, ``KShots``, ``LoadData``,
             ``RemapLabels``), in any order.
         shots: support samples a class.
-        queries: query samples a class. Equal numbers are split as learn2learn's ``fast_adapt`` splits a task ordered
-            by ``ConsecutiveLabels``: every second sample of a class is support; else the first ones are.
-        seed: of the draws.
+        queries: query samples a class. If shots and queries are equal, every second sample of a class is support, as in
+            learn2learn's ``fast_adapt`` for a task ordered by ``ConsecutiveLabels``. Otherwise the first ones are.
+        seed: seed of the draws.
 
     Raises:
         ImportError: if learn2learn is not installed.
         TypeError: for anything but a taskset.
-        ValueError: from `sample`, for a task without the samples asked for.
+        ValueError: from `sample`, for a task with too few samples.
     """
 
     def __init__(self, taskset: Any, *, shots: int, queries: int, seed: int = 0) -> None:
@@ -80,7 +80,7 @@ class FromTaskset(TaskSampler):
         self.stream = "train"
 
     def with_stream(self, stream: str) -> FromTaskset:
-        """The same taskset, drawn from in another order."""
+        """The same taskset, sampled in another order."""
         other = FromTaskset(self.taskset, shots=self.shots, queries=self.queries, seed=self.seed)
         other.stream = stream
         return other
@@ -95,7 +95,7 @@ class FromTaskset(TaskSampler):
             which = random.randrange(len(self.taskset)) if self.taskset.num_tasks != -1 else None
             task = self.taskset.sample() if which is None else None
         if which is not None:
-            with seeded(f"{self.seed} {which}"):  # a task's first use fixes what it holds: the same whoever asks
+            with seeded(f"{self.seed} {which}"):  # its first use fixes a task: make it the same for all
                 task = self.taskset[which]
         if not isinstance(task, (tuple, list)) or len(task) != 2:
             raise ValueError(
@@ -104,7 +104,7 @@ class FromTaskset(TaskSampler):
         return self._split(task[0], torch.as_tensor(task[1]))
 
     def describe(self) -> dict[str, Any]:
-        """What tells this sampler from others, as JSON values; of the taskset's data it knows nothing."""
+        """Identify this sampler by JSON values. They do not cover the taskset's data."""
         return {
             "family": "FromTaskset",
             "shots": self.shots,
@@ -132,16 +132,16 @@ class FromTaskset(TaskSampler):
 class AsTaskset:
     """A metamom sampler as learn2learn-style tasks ``(data, labels)``, one at a time.
 
-    The samples stand in the order that learn2learn's ``fast_adapt`` splits: numbers 0, 2, 4, ... are the support set,
-    the others the query set. ``AsTaskset(sampler)[i]`` is task i, whatever was asked before; iterating gives tasks
-    0, 1, 2, ...; `sample` gives the next.
+    Samples are in the order that learn2learn's ``fast_adapt`` splits: samples 0, 2, 4, ... are the support set, the
+    others the query set. ``AsTaskset(sampler)[i]`` is always the same task i. Iterating returns tasks 0, 1, 2, ..., and
+    `sample` returns the next one.
 
     Args:
-        sampler: any metamom sampler of as many query as support points (one fewer will do, more may).
-        num_tasks: where iterating ends; ``-1`` never does.
+        sampler: any metamom sampler with as many query as support points (one fewer is fine, more are allowed).
+        num_tasks: the number of tasks to iterate over; ``-1`` for no end.
 
     Attributes:
-        next_task: number of the task that `sample` gives next.
+        next_task: number of the task that `sample` returns next.
     """
 
     def __init__(self, sampler: Sampler, num_tasks: int = -1) -> None:
@@ -163,7 +163,7 @@ class AsTaskset:
         """Number of tasks.
 
         Raises:
-            TypeError: if there is no end to them.
+            TypeError: if it is infinite.
         """
         if self.num_tasks == -1:
             raise TypeError("these tasks have no end: pass num_tasks= for a length.")
@@ -177,7 +177,7 @@ class AsTaskset:
             i += 1
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """The next task; after the last comes the first."""
+        """Return the next task. After the last task it starts again with the first."""
         i = self.next_task if self.num_tasks == -1 else self.next_task % self.num_tasks
         self.next_task += 1
         return self[i]
@@ -199,15 +199,15 @@ def _alternate(support: Tensor, query: Tensor) -> Tensor:
 
 @contextmanager
 def seeded(place: str) -> Iterator[None]:
-    """Seed the global generators that learn2learn draws from (Python's, NumPy's, torch's) by name; put them back after.
+    """Seed the global generators that learn2learn draws from (Python's, NumPy's, torch's) by name; restore them after.
 
-    Its task transforms draw from the first, its networks' initial weights from the other two.
+    Its task transforms draw from the first, and its networks' initial weights from the other two.
     """
     number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "little")
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (it is what they draw from)
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002
-    torch.default_generator.manual_seed(number)  # torch.manual_seed would move GPUs' generators too, which stay
+    torch.default_generator.manual_seed(number)  # torch.manual_seed would also seed GPUs, which are not restored
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Models and layers that are fast with weights of their own for each task."""
+"""Models and layers that are fast with separate weights for each task."""
 
 import lazy_loader
 

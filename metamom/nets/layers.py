@@ -1,8 +1,8 @@
-"""Layers that are fast under per-task weights: convolution as patches and one batched product, normalisation with ReLU.
+"""Layers that are fast with per-task weights: convolution as patches and one batched product, normalisation with ReLU.
 
 They work on channels-last images ``[N, H, W, C]``. Under `torch.func.vmap` the tasks become one more axis of a batched
-matrix product, with no loop over tasks and no grouped convolution. First and second derivatives are written out, in
-few passes over memory; third ones exist too, by plain autograd.
+matrix product, without a loop over tasks or a grouped convolution. First and second derivatives are written out, with
+few passes over memory. Third derivatives use plain autograd.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StridedConv(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, *, device: torch.device | str | None = None) -> None:
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, bias=False, device=device)
-        # lies in memory as [3, 3, C, C'], the matrix that patches are multiplied with: no step has to copy it
+        # stored in memory as [3, 3, C, C'], the matrix that multiplies patches, so that no step has to copy it
         self.weight = nn.Parameter(self.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -40,20 +40,20 @@ class StridedConv(nn.Conv2d):
             )
         images, weight = self._cast(images), self._cast(self.weight)
         patches: Tensor = _Unfold.run(images)
-        # [9 C, C'], rows in the order of the patches' last axis: a view
+        # [9 C, C'] with rows in the order of the patches' last axis; a view
         weight = weight.permute(2, 3, 1, 0).reshape(-1, self.out_channels)
         out: Tensor = _Product.run(patches.flatten(0, 2).unsqueeze(0), weight.unsqueeze(0))
         return out.view(*patches.shape[:3], self.out_channels)
 
     @staticmethod
     def _cast(x: Tensor) -> Tensor:
-        """Under autocast, what autocast makes of a product's factors; here, so that derivatives see it too."""
+        """Cast a product's factor as autocast would. It is done here so that derivatives see the cast too."""
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class BatchNormReLU(nn.Module):
-    """Normalisation by the statistics of the batch at hand, then ReLU, over the last axis of ``[N, ..., C]``.
+    """Normalisation by the statistics of the current batch, then ReLU, over the last axis of ``[N, ..., C]``.
 
     Args:
         channels: C.
@@ -68,7 +68,7 @@ class BatchNormReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, device=device))
 
     def extra_repr(self) -> str:
-        """Shown by ``print``."""
+        """The text that ``print`` shows."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ class BatchNormReLU(nn.Module):
 
 
 class _Grouped(Function):
-    """An operator whose first axis holds independent groups: batching over tasks makes more of them."""
+    """An operator with independent groups along its first axis. Batching over tasks adds groups."""
 
     @classmethod
     def run(cls, *args: Any) -> Any:
-        """``apply``, which torch leaves without types."""
+        """``apply``, which is not typed in torch."""
         return cls.apply(*args)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -140,7 +140,7 @@ class _Fold(_Grouped):
 
 
 class _OfTwo(_Grouped):
-    """An operator whose derivatives need both of its arguments."""
+    """An operator with derivatives that need both of its arguments."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -150,7 +150,7 @@ class _OfTwo(_Grouped):
 class _Product(_OfTwo):
     """``a @ b``: ``[G, M, K], [G, K, N] -> [G, M, N]``.
 
-    Its derivatives, and theirs, are products of the same three kinds, each with a contiguous result.
+    Its first and second derivatives are products of the same three kinds, each with a contiguous result.
     """
 
     @staticmethod
@@ -228,7 +228,7 @@ class _NormReLUBackward(_Grouped):
     @staticmethod
     def backward(ctx: Any, v: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor | None, ...]:
         dz, y, gain, z, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # someone wants the third derivative: everything anew from y, by plain autograd
+        if torch.is_grad_enabled():  # for a third derivative, recompute everything from y with plain autograd
             mean, rstd = kernels.reference.moments(y, ctx.eps)
             double_backward = kernels.reference.norm_relu_double_backward
         else:

@@ -1,4 +1,4 @@
-"""Networks for sinusoids and for Omniglot, and what other networks need to run under per-task weights."""
+"""Networks for sinusoids and for Omniglot, and a helper for other networks to run with per-task weights."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class SinusoidMLP(nn.Sequential):
 class Conv4(nn.Module):
     """Four convolutions of stride 2, then a linear classifier: ``[N, channels, 28, 28] -> [N, ways]``.
 
-    Each block is a 3x3 convolution, normalisation by the statistics of the batch at hand (transductive, as in MAML)
-    and ReLU; the classifier, ``head``, sees the mean over what is left of the image. The convolutions have no bias:
-    the normalisation would subtract it again. Its layers (`metamom.nets.layers`) are made for per-task weights.
+    Each block is a 3x3 convolution, normalisation by the statistics of the current batch (transductive, as in MAML)
+    and ReLU. The classifier, ``head``, gets the mean over the remaining positions. The convolutions do not have a bias,
+    since the normalisation would subtract it. The layers (`metamom.nets.layers`) are designed for per-task weights.
 
     Args:
         ways: number of classes N.
-        channels: of the input.
+        channels: channels of the input.
         hidden: channels of every block.
         generator: draws the initial weights; torch's default generator if ``None``.
 
@@ -91,7 +91,7 @@ class Conv4(nn.Module):
 def use_batch_statistics(model: Module) -> Module:
     """Turn off running statistics in every normalisation layer of ``model``, in place.
 
-    The layers then normalise by the batch at hand, in training and in evaluation (transductive, as in MAML).
+    The layers then normalise by the current batch, in training and in evaluation (transductive, as in MAML).
 
     Returns:
         The same model.
@@ -104,7 +104,7 @@ def use_batch_statistics(model: Module) -> Module:
 
 
 def _bare(kind: type[Module], *args: int, **options: int) -> Module:
-    """A module whose weights are memory not yet written: its constructor draws nothing from the global generator."""
+    """Create a module with uninitialised weights, so that it does not draw from the global generator."""
     return kind(*args, **options, device="meta").to_empty(device="cpu")
 
 
@@ -112,7 +112,7 @@ def _initialise(model: nn.Module, generator: torch.Generator | None) -> None:
     """Glorot-uniform weights and zero biases for linear and convolutional layers."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            # drawn in the order of the indices, however the weights lie in memory
+            # draw in index order, whatever the memory layout
             drawn = nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator)
             with torch.no_grad():
                 module.weight.copy_(drawn)

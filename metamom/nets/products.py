@@ -1,6 +1,6 @@
-"""Many small matrix products in a traced graph, rewritten to fewer and larger ones.
+"""Rewrite the many small matrix products of a traced graph into fewer, larger ones.
 
-Tasks make batches of small products. Where only their sum is wanted, one large product does the same work and writes
+Tasks lead to batches of small products. If only their sum is needed, one large product does the same work and writes
 less.
 """
 
@@ -18,22 +18,22 @@ VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def enlarge_products(graph: fx.GraphModule) -> None:
-    """All rewritings of this module, in the order in which they leave the least to do.
+    """Apply all rewrites of this module, in the order that leaves the least work.
 
     Args:
-        graph: traced by `make_fx`; changed in place. Results change by rounding alone.
+        graph: traced by `make_fx`; changed in place. Results change only by rounding.
     """
     sum_products(graph)
     join_products(graph)
 
 
 def sum_products(graph: fx.GraphModule) -> int:
-    """Make the sum over a worker's tasks of ``a_t @ b_t`` one product, ``[a_1 ... a_m] @ [b_1; ...; b_m]``.
+    """Rewrite the sum of ``a_t @ b_t`` over a worker's tasks as one product, ``[a_1 ... a_m] @ [b_1; ...; b_m]``.
 
-    This is how a weight's gradient is added up over tasks; the tasks' own gradients are then never written.
+    A weight's gradient is such a sum over tasks. The rewrite never writes the tasks' own gradients.
 
     Returns:
-        How many batches of products were summed so.
+        How many batches of products were rewritten.
     """
     nodes, summed = graph.graph, 0
     for total in _calls(nodes, aten.sum.dim_IntList):
@@ -48,7 +48,7 @@ def sum_products(graph: fx.GraphModule) -> int:
             if not found.holds_a_product(each) or not _like(total).is_contiguous():
                 continue
             result = _call(nodes, aten.unsqueeze.default, found.of(each), 1)
-            if _like(result).stride() != _like(total).stride():  # views of the total count on its layout
+            if _like(result).stride() != _like(total).stride():  # views of the total depend on its layout
                 result = _call(nodes, aten.clone.default, result, memory_format=torch.contiguous_format)
             total.replace_all_uses_with(result)
         summed += found.products
@@ -56,7 +56,7 @@ def sum_products(graph: fx.GraphModule) -> int:
 
 
 class _Sum:
-    """The sum over each worker's tasks, taken of what a node is made from rather than of the node."""
+    """Moves the sum over each worker's tasks from a node to its inputs."""
 
     def __init__(self, nodes: fx.Graph, workers: int, tasks: int) -> None:
         self.nodes = nodes
@@ -65,7 +65,7 @@ class _Sum:
         self.products = 0
 
     def of(self, node: Any) -> Any:
-        """``[workers * tasks, ...]`` to ``[workers, ...]``."""
+        """Sum a node over tasks, ``[workers * tasks, ...]`` to ``[workers, ...]``."""
         nodes = self.nodes
         if self._is_product(node):
             self.products += 1
@@ -82,11 +82,11 @@ class _Sum:
         return _call(nodes, aten.sum.dim_IntList, split, [1])
 
     def holds_a_product(self, node: Any) -> bool:
-        """Whether a product of its own is somewhere behind a node."""
+        """Whether a node is computed from a product that nothing else uses."""
         return self._is_product(node) or any(self.holds_a_product(term) for term in self._behind(node))
 
     def _is_product(self, node: Any) -> bool:
-        """Whether it is one that nothing else uses, and whose factors lie in memory with tasks below each other."""
+        """Whether it is a product that nothing else uses, with factors that stack a worker's tasks without a copy."""
         if node.target is not aten.bmm.default or len(node.users) > 1 or not _of_matrices(node):
             return False
         a, b = (_like(factor) for factor in node.args)
@@ -103,11 +103,11 @@ class _Sum:
         return _call(nodes, aten.view.default, product, [1, rows, columns])
 
     def _below(self, x: Tensor) -> list[int]:
-        """The shape of a worker's tasks below each other."""
+        """The shape with a worker's tasks stacked."""
         return [self.workers, self.tasks * x.shape[1], x.shape[2]]
 
     def _behind(self, node: Any) -> list[Any]:
-        """What a node sums, or moves about within each task; nothing where something else uses it."""
+        """The inputs that a node sums or rearranges within each task; empty if something else uses the node."""
         if len(node.users) > 1:
             return []
         if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
@@ -123,9 +123,9 @@ class _Sum:
 
 
 def join_products(graph: fx.GraphModule) -> int:
-    """Make ``a @ b + c @ d``, where its result is large against the factors, one product: ``[a c] @ [b; d]``.
+    """Rewrite ``a @ b + c @ d`` as one product ``[a c] @ [b; d]`` if the result is large compared to the factors.
 
-    Two products of small inner dimension are bound by writing their results, which the sum then reads again.
+    With a small inner dimension, two products spend most time writing their results, which the sum then reads again.
 
     Returns:
         How many pairs were joined.
@@ -145,7 +145,7 @@ def join_products(graph: fx.GraphModule) -> int:
             continue
         with nodes.inserting_before(total):
             wide = _call(nodes, aten.cat.default, [a, c], 2)
-            if _transposed(b) and _transposed(d):  # joined as they lie in memory
+            if _transposed(b) and _transposed(d):  # join them in their memory order
                 joint = _call(nodes, aten.cat.default, [b.args[0], d.args[0]], 2)
                 tall = _call(nodes, aten.transpose.int, joint, 1, 2)
             else:
@@ -161,14 +161,14 @@ def _calls(nodes: fx.Graph, target: Callable[..., Any]) -> list[Any]:
 
 
 def _call(nodes: fx.Graph, target: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """A new node, which knows the layout of its result."""
+    """Add a node with the layout of its result."""
     node = nodes.call_function(target, args, options)
     node.meta["like"] = target(*pytree.tree_map_only(fx.Node, _like, args), **options)
     return node
 
 
 def _like(node: Any) -> Tensor:
-    """A tensor of a node's shape, strides and dtype without values."""
+    """A tensor with a node's shape, strides and dtype, but without values."""
     if "like" not in node.meta:
         val = node.meta["val"]
         node.meta["like"] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
@@ -185,12 +185,12 @@ def _can_view(x: Tensor, size: Sequence[int]) -> bool:
 
 
 def _of_matrices(product: Any) -> bool:
-    """Not of a vector and something else, which compilers write out as a sum or an elementwise product."""
+    """Whether both factors are matrices. Compilers turn products with a vector into sums or elementwise products."""
     return 1 not in (*_like(product).shape[1:], _like(product.args[0]).shape[2])
 
 
 def _product_behind(node: Any) -> Any:
-    """The batched product that a node is a view of, if nothing else uses it."""
+    """The batched product behind a node that views it, if nothing else uses it."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if node.target is aten.bmm.default:
             return node

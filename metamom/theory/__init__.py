@@ -1,9 +1,9 @@
 """Step-size limits, error bounds and closed forms, as functions; statements and proofs in docs/theory.md.
 
-`suggest_step`, `explain` and `diagnose` are for those who train. The bounds follow by theorem, then the oracles, one
-module each: `designs`, `regression`, `wishart`, `quadratic`, `fixed_points`. The constants of bias operators are the
-operators' own, ``operator.constants(d, workers=n, zeta2=...)``: ``bound_1a(..., **constants._asdict())`` takes them as
-they are. Functions raise ValueError for numbers out of their ranges, and TypeError for what is no number.
+`suggest_step`, `explain` and `diagnose` are for practitioners. The bounds follow by theorem, then the closed forms, one
+module each: `designs`, `regression`, `wishart`, `quadratic`, `fixed_points`. Bias operators provide their constants,
+``operator.constants(d, workers=n, zeta2=...)``; pass them as ``bound_1a(..., **constants._asdict())``. Functions raise
+ValueError for numbers out of range, and TypeError for anything but a number.
 """
 
 from metamom.theory import designs, fixed_points, quadratic, regression, wishart

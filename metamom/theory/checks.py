@@ -1,7 +1,7 @@
-"""Ranges that several theorems share, and the words for what is out of them.
+"""Range checks that several theorems share, and their error messages.
 
-Every public function of `metamom.theory` is `as_stated`: it raises ValueError for numbers out of their ranges, and
-TypeError for what is no number, and nothing else.
+Every public function of `metamom.theory` is decorated with `as_stated`: it raises ValueError for numbers out of range,
+TypeError for anything but a number, and no other error.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ R = TypeVar("R")
 
 
 def as_stated(function: Callable[P, R]) -> Callable[P, R]:
-    """Of a public function: hold its arguments against their annotations, and let only the stated errors out.
+    """Decorate a public function: check its arguments against their annotations, and raise only the documented errors.
 
-    Whole numbers given as floats become integers. Numbers that leave the range of floats on the way, or end as NaN,
-    are a ValueError.
+    Whole numbers given as floats become integers. Overflow during the computation, or a NaN result, is a ValueError.
     """
     parameters = signature(function)
 
@@ -58,7 +57,7 @@ def _out_of_floats(function: Callable[..., Any], what: str) -> str:
 
 
 def _argument(name: str, value: Any, hint: Any) -> Any:
-    """An argument, if it is of a kind that its annotation names."""
+    """Return an argument if its type matches the annotation."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     if choices:
@@ -77,10 +76,10 @@ _WORDS: dict[Any, str] = {float: "a number", int: "a whole number", NoneType: "N
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value may stand where an annotation has this type."""
+    """Whether a value is accepted for an annotation of this type."""
     if kind in (int, float):
         return isinstance(value, (Real, Tensor))
-    if get_origin(kind) is not None:  # of numbers, or of what is checked where it is used
+    if get_origin(kind) is not None:  # a generic of numbers, or of values that are checked where they are used
         return isinstance(value, Collection) and not isinstance(value, (str, Mapping))
     return isinstance(value, kind)
 
@@ -100,7 +99,7 @@ def not_negative(**numbers: float) -> None:
 
 
 def weight(**numbers: float) -> None:
-    """Refuse numbers outside (0, 1]: weights of what is new, and contractions."""
+    """Refuse numbers outside (0, 1]: momentum weights and contractions."""
     for name, value in numbers.items():
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be in (0, 1]; got {value!r}. 1 forgets the past, or compresses nothing.")
@@ -114,14 +113,14 @@ def share(**numbers: float) -> None:
 
 
 def counts(**numbers: int) -> None:
-    """Refuse what is no whole number >= 1."""
+    """Refuse anything but whole numbers >= 1."""
     for name, value in numbers.items():
         if not 1 <= value <= 2**53 or value != int(value):
             raise ValueError(f"{name} must be a whole number, 1 <= {name} <= 2^53; got {value!r}.")
 
 
 def finite(**numbers: Any) -> None:
-    """Refuse what is infinite or NaN."""
+    """Refuse infinities and NaN."""
     for name, value in numbers.items():
         if not _is_a(value, float):
             raise TypeError(f"{name} must be a number; got {value!r}.")
@@ -130,19 +129,19 @@ def finite(**numbers: Any) -> None:
 
 
 def horizon(K: float) -> None:
-    """Refuse what is no number of steps; infinity is one."""
+    """Refuse anything but a number of steps; infinity is allowed."""
     if not K >= 1:
         raise ValueError(f"K must be >= 1 steps, or math.inf for what is left in the end; got {K!r}.")
 
 
 def step(gamma: float, limit: float, why: str) -> None:
-    """Refuse a step size outside (0, limit]. The limit itself passes, however it was rounded."""
+    """Refuse a step size outside (0, limit]. The limit itself is accepted, whatever its rounding."""
     if not 0 < gamma <= limit * (1 + 1e-12):
         raise ValueError(f"{why} needs 0 < gamma <= {limit:.6g}; got gamma={gamma!r}. Take a step in that range.")
 
 
 def room(left: float, used: str, cure: str) -> float:
-    """What a denominator leaves for the gradient, ``1 - used``; refuse none at all."""
+    """Return the denominator ``1 - used`` of a bound; refuse one that is not positive."""
     if not left > 0:
         raise ValueError(f"the bound needs {used} < 1; got {1 - left:.6g}, so nothing is guaranteed. {cure}")
     return left

@@ -15,11 +15,11 @@ from metamom.theory import checks
 
 @checks.as_stated
 def meta_smoothness(L: float, rho: float, alpha: float, outer_grad: float, *, convex: bool = False) -> float:
-    """How smooth MAML's objective is near w: ``L (1 + alpha L)^2 + alpha rho ||grad L_i(u_i)||``.
+    """The smoothness of MAML's objective near w: ``L (1 + alpha L)^2 + alpha rho ||grad L_i(u_i)||``.
 
-    Convex L_i with ``alpha <= 1/L``: ``L + alpha rho ||grad L_i(u_i)||``. It grows with the gradient: use the largest
-    one that the run meets for the L of `max_step`. Assumed: one exact inner step; L_i L-smooth with
-    a rho-Lipschitz Hessian.
+    For convex L_i with ``alpha <= 1/L``: ``L + alpha rho ||grad L_i(u_i)||``. It grows with the gradient, so use the
+    largest gradient of the run to get L for `max_step`. Assumed: one exact inner step; L_i L-smooth with a
+    rho-Lipschitz Hessian.
 
     Args:
         L: smoothness of the tasks' losses, > 0.
@@ -50,9 +50,9 @@ def bias_bound(L: float, rho: float, alpha: float, sigma_g: float, m: int, *, si
 
     Independent Hessian batch: ``(1 + alpha L) min(rho alpha^2 sigma_g^2 / (2m), L alpha sigma_g / sqrt(m))``. Hessian
     on the inner batch (the usual MAML, estimator "exact"): that and ``alpha^2 L sigma_h sigma_g / m``. O(1/m) needs a
-    Lipschitz Hessian. The usual estimator is biased for f, but has no bias for the m-shot objective
+    Lipschitz Hessian. The usual estimator is biased for f, but unbiased for the m-shot objective
     ``E_S L_i(w - alpha grad L_S(w))``: say which one a floor refers to.
-    Assumed: one inner step, independent samples, an outer batch of its own, the population's loss L-smooth with a
+    Assumed: one inner step, independent samples, a separate outer batch, the population's loss L-smooth with a
     rho-Lipschitz Hessian.
 
     Args:
@@ -90,7 +90,7 @@ def bias_bound_steps(
 
     ``(1+alpha L)^J L D_J + alpha rho (1+alpha L)^{J-1} ||grad L(u_J)|| sum_{j<J} D_j``, where
     ``D_j^2 = alpha^2 sigma_g^2/m ((1+alpha L)^{2j} - 1) / ((1+alpha L)^2 - 1)``. It is O(1/sqrt(m)) and loose: on
-    quadratics the bias is 0. Assumed: as for `bias_bound`, with an inner batch of its own for each step.
+    quadratics the bias is 0. Assumed: as for `bias_bound`, with a separate inner batch for each step.
 
     Args:
         L, rho, alpha, sigma_g, m: as for `bias_bound`, rho finite.
@@ -128,10 +128,10 @@ def mean_square_bound(
     m_out: int,
     sigma_out2: float | None = None,
 ) -> float:
-    """A bound on ``E ||g - grad f_i||^2`` of one-step MAML, Hessian batch independent of the inner one or the same.
+    """A bound on ``E ||g - grad f_i||^2`` of one-step MAML; the Hessian batch is the inner batch or independent of it.
 
     ``Lambda sigma_out2/m_out + 2 Lambda L^2 alpha^2 sigma_g2/m_in + 2 alpha^2 sigma_h2/m_h ||grad L_i(u_i)||^2``. A
-    mean over n tasks divides the variance in it by n, not the bias. Assumed: as for `bias_bound`, with the outer batch
+    mean over n tasks divides the variance by n, but not the bias. Assumed: as for `bias_bound`, with the outer batch
     independent of the others.
 
     Args:
@@ -142,7 +142,7 @@ def mean_square_bound(
         sigma_h2: variance of one sample's Hessian, >= 0.
         outer_grad_sq: ``||grad L_i(u_i)||^2``, >= 0.
         m_in, m_h, m_out: sizes of the batches.
-        sigma_out2: variance of one sample's gradient after the noisy inner step, in the mean; sigma_g2 by default.
+        sigma_out2: mean variance of one sample's gradient after the noisy inner step; sigma_g2 by default.
 
     Raises:
         ValueError: for a number out of its range.
@@ -165,8 +165,8 @@ def mean_square_bound(
 def first_order_constants(L: float, alpha: float, zeta2: float) -> Constants:
     """First-order MAML with exact inner steps: ``B = kappa^2``, ``b2 = kappa^2 zeta2``.
 
-    ``kappa = alpha L/(1 - alpha L)``. No batch size is in it: larger batches do not help.
-    Assumed: L-smooth losses of the tasks, one inner step.
+    ``kappa = alpha L/(1 - alpha L)``. It does not depend on the batch size: larger batches do not help.
+    Assumed: L-smooth task losses, one inner step.
 
     Args:
         L: smoothness of the tasks' losses, > 0.
@@ -206,7 +206,7 @@ def composite_constants(
     m_g: int,
     m_J: int,
 ) -> Constants:
-    """Any ``f_i = F_i(g_i(w))`` with estimates ``J^T grad F(g)`` from batches: all of the error counts as bias.
+    """Constants for any ``f_i = F_i(g_i(w))`` with mini-batch estimates ``J^T grad F(g)``. All error counts as bias.
 
     ``b2 = C_J^2 sigma_F2/m_F + 2 C_J^2 L_F^2 sigma_g2/m_g + 2 C_F^2 sigma_J2/m_J``. Assumed: outer batch independent
     of the others, ``||J|| <= C_J`` in every batch, ``||grad F|| <= C_F``, grad F is L_F-Lipschitz.

@@ -1,4 +1,4 @@
-"""Random inputs phi of a linear regression, as far as meta-gradients depend on them: second and fourth moments.
+"""Distributions of the inputs phi of a linear regression, by the moments that matter: second and fourth.
 
 Legend: ``Sigma = E[phi phi^T]``, ``K(Q) = E[(phi^T Q phi) phi phi^T]`` for symmetric Q, both ``[d, d]`` float64.
 """
@@ -60,7 +60,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Points:
-    """Inputs drawn from N given points, each as likely as any other.
+    """Inputs drawn uniformly from N given points.
 
     Args:
         phi: ``[N, d]``; made float64.
@@ -96,7 +96,7 @@ class Points:
         return solution[:, 0]
 
     def skew(self, y: Tensor) -> Tensor:
-        """``c = mean of (phi^T Sigma phi) phi (y - phi^T theta)`` ``[d]``: what misspecified labels add to the bias."""
+        """``c = mean of (phi^T Sigma phi) phi (y - phi^T theta)`` ``[d]``, the bias from misspecified labels."""
         residual = y.to(torch.float64) - self.phi @ self.best(y)
         weights = ((self.phi @ self.covariance) * self.phi).sum(-1)
         return (weights * residual) @ self.phi / len(self.phi)

@@ -1,4 +1,4 @@
-"""Theorem 1B: the same by the deviation ``e = v - grad f``; smaller steps than 1A, but schedules of gamma and beta."""
+"""Theorem 1B: a bound via the deviation ``e = v - grad f``. Smaller steps than 1A, but allows schedules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def max_step_1b(
     Args:
         L: smoothness of f, > 0.
         beta: in (0, 1].
-        form: "exact": ``theta = r/(1+r)``, ``r = sqrt(1-beta)``, which makes kappa least, ``(r/(1-r))^2``; "simple":
-            ``(1 - r)/L``, never more than that; "half": the usual Lyapunov argument, kappa <= 4/beta^2.
-        theta: in (0, 1), the family's member, instead of ``form``.
+        form: "exact": ``theta = r/(1+r)``, ``r = sqrt(1-beta)``, which minimises kappa, ``(r/(1-r))^2``; "simple":
+            ``(1 - r)/L``, which is never larger; "half": the usual Lyapunov argument, kappa <= 4/beta^2.
+        theta: in (0, 1), the member of the family to use instead of ``form``.
 
     Raises:
         ValueError: for a number out of its range.
@@ -74,14 +74,14 @@ def theta_star(L: float, beta: float, gamma: float) -> float:
 
 @checks.as_stated
 def phi0_1b(delta0: float, beta: float, gamma: float, start_error_sq: float, theta: float | None = None) -> float:
-    """The start of Theorem 1B: ``delta0 + gamma rho / (2 (1-theta) beta) ||v_{-1} - grad f(x_0)||^2``.
+    """The initial value of Theorem 1B: ``delta0 + gamma rho / (2 (1-theta) beta) ||v_{-1} - grad f(x_0)||^2``.
 
     ``rho = 1 - (1-theta) beta``; the default theta makes it ``gamma r / (2 (1 - r))``.
 
     Args:
         delta0: ``f(x_0) - f*``, >= 0.
-        beta: in (0, 1]; a schedule's first.
-        gamma: step size, > 0; a schedule's first.
+        beta: in (0, 1]; the first one of a schedule.
+        gamma: step size, > 0; the first one of a schedule.
         start_error_sq: ``||v_{-1} - grad f(x_0)||^2``, >= 0: the squared gradient for ``v_{-1} = 0``.
         theta: as for `max_step_1b`.
 
@@ -155,11 +155,11 @@ def bound_1b_schedule(
     B: float = 0,
     M: float = 0,
 ) -> float:
-    """Theorem 1B for schedules: a bound on a weighted mean of ``E ||grad f(x_k)||^2``, so on the least of them too.
+    """Theorem 1B for schedules: a bound on a weighted mean of ``E ||grad f(x_k)||^2``, and so on the smallest.
 
     ``sum_k w_k E ||grad f(x_k)||^2 <= 2 phi0 + sum_k gamma_k (1 + r_k)(b2 + beta_k sigma2)``, both sides divided by
-    ``sum_k w_k``, where ``w_k = gamma_k [1 - (1 + r_k)(B + beta_k M)]`` and ``r_k = sqrt(1 - beta_k)``. Assumed, and
-    checked: (S1) ``gamma_k r_k / (1 - r_k)`` does not grow; (S2)
+    ``sum_k w_k``, where ``w_k = gamma_k [1 - (1 + r_k)(B + beta_k M)]`` and ``r_k = sqrt(1 - beta_k)``. Assumed and
+    checked: (S1) ``gamma_k r_k / (1 - r_k)`` does not increase; (S2)
     ``1/(2 gamma_k) - L/2 >= gamma_{k+1} r_{k+1}^2 L^2 / (2 (1 - r_{k+1})^2)``; at the last step ``gamma <= 1/L``.
 
     Args:
@@ -170,7 +170,7 @@ def bound_1b_schedule(
         b2, sigma2, B, M: as for `bound_1a`.
 
     Raises:
-        ValueError: for a number out of its range, or a schedule that breaks (S1) or (S2), with the step named.
+        ValueError: for a number out of its range, or a schedule that violates (S1) or (S2), naming the step.
 
     Example:
         >>> round(bound_1b_schedule(1.0, [0.5, 0.5], [0.2, 0.1], phi0=0.3, b2=0.0, sigma2=0.0), 9)
@@ -206,14 +206,14 @@ def bound_1b_schedule(
 
 
 def _check_s2(L: float, k: int, gamma: float, pull: float) -> None:
-    """``1/gamma - L >= pull``, where pull belongs to the next step."""
+    """Check ``1/gamma - L >= pull``, where pull belongs to the next step."""
     limit = 1 / (L + pull)
     if gamma > limit * (1 + 1e-12):
         raise ValueError(f"(S2) asks for gamma <= {limit:.6g} at step {k}; got gamma={gamma!r}. Take smaller steps.")
 
 
 def _theta(beta: float, theta: float | None) -> float:
-    """The member of the family, by default the one that admits the largest steps."""
+    """The member of the family; by default the one that allows the largest steps."""
     checks.weight(beta=beta)
     if theta is None:
         r = sqrt(1 - beta)
@@ -224,7 +224,7 @@ def _theta(beta: float, theta: float | None) -> float:
 
 
 def _kappa(beta: float, theta: float | None) -> float:
-    """How much the lag of the momentum costs."""
+    """The cost of the momentum's lag."""
     theta = _theta(beta, theta)
     if beta == 1:
         return 0.0

@@ -1,4 +1,4 @@
-"""What a loss history says about a run that stalls or swings: is it gamma, beta or bias?"""
+"""Diagnose a run that stalls or oscillates from its losses: is it gamma, beta or bias?"""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Cause = Literal["gamma", "beta", "bias", "none", "unknown"]
 
 
 class Diagnosis(NamedTuple):
-    """A guess, with its reasons. `print` it for the words.
+    """A guess with its reasons. `print` it to read them.
 
     Attributes:
-        state: what the losses do; "short" where they are too few or too noisy to tell.
-        cause: the likely cause: "none" while all is well, "unknown" where the numbers cannot tell.
-        text: the reasons, the cure, and what cannot be known from here.
-        period: of the swings, in steps; None if there are none.
+        state: what the losses do; "short" if they are too few or too noisy to tell.
+        cause: the likely cause; "none" if all is well, "unknown" if the numbers cannot tell.
+        text: the reasons, the advice, and what the numbers cannot show.
+        period: the period of the oscillation, in steps; None if there is none.
     """
 
     state: State
@@ -50,33 +50,34 @@ def diagnose(
     window: int | None = None,
     tolerance: float = 0.01,
 ) -> Diagnosis:
-    """Guess why a loss does not fall: the step size, beta, or bias.
+    """Guess why a loss does not decrease: the step size, beta, or bias.
 
-    Growing or infinite: gamma. Swinging: the period gives ``gamma lam`` (as on a quadratic); up to 1 a larger beta
-    stops it, beyond 1 gamma is at fault. Flat, so that a fall by a tenth in the window, or by as much as since the
-    start, can be excluded: from the mean squares of gradients and momentum, over the window.
-    Independent noise around a mean of zero has ``v_sq = beta/(2-beta) grad_sq``; what exceeds that is a direction kept
-    from step to step. If one is kept and the loss falls little by it, gamma is small; if one is kept and the loss
-    should have fallen far more, the steps go where the loss does not fall: bias. If none is kept, the noise explains a
-    loss of about ``gamma sigma2 / 4``: if that is much of the loss, gamma; if not, the estimates' mean is zero: by
-    bias, if there is known to be one, or because the loss is the least that this model can reach.
+    If the loss grows or is infinite, the cause is gamma. If it oscillates, the period gives ``gamma lam`` (as on a
+    quadratic): up to 1 a larger beta stops it, beyond 1 the cause is gamma. The loss counts as flat if a decrease by a
+    tenth in the window, or by as much as since the start, can be excluded. The cause then follows from the mean squares
+    of gradients and momentum over the window. Independent noise around a mean of zero has
+    ``v_sq = beta/(2-beta) grad_sq``; any excess is a direction that persists over steps. If a direction persists and
+    should decrease the loss only a little, gamma is small. If it should have decreased the loss far more, the steps go
+    where the loss does not decrease: bias. If no direction persists, noise explains a loss of about
+    ``gamma sigma2 / 4``. If that is a large part of the loss, the cause is gamma. If not, the estimates have mean zero:
+    because of a bias, if there is a known one, or because the loss is the smallest that this model can reach.
 
-    What it cannot know: whether a flat loss is the minimum (nothing in a run tells that from a bias that cancels the
-    gradient; a larger batch, another estimator or a smaller gamma does), and whether a swing comes from the data (an
-    order of tasks that repeats swings as well).
+    It cannot know whether a flat loss is the minimum: nothing in a run distinguishes that from a bias that cancels the
+    gradient (a larger batch, another estimator or a smaller gamma does). It cannot know whether an oscillation comes
+    from the data either (a repeating order of tasks also causes one).
 
     Args:
         losses: one a step, oldest first.
         beta: in (0, 1].
-        gamma: the step size, > 0; None if unknown, which leaves flat losses unexplained.
+        gamma: the step size, > 0; None if unknown. Flat losses then stay unexplained.
         grad_sq: mean of ``||g||^2`` over the window, g the gradient given to the momentum step.
         v_sq: mean of ``||v||^2`` over the window.
         sigma2: variance of g, if it was measured; needed for beta = 1, where v is g.
-        biased: whether estimator or bias operator are known to be biased; None if not known.
-        cure: what lowers that bias, for the words.
+        biased: whether the estimator or the bias operator is known to be biased; None if not known.
+        cure: what lowers that bias, for the text.
         least: a lower bound of the loss; 0 is right for squared errors and cross-entropy.
-        window: how many of the last steps to judge; half of all by default.
-        tolerance: a change over the window below this part of the loss counts as none.
+        window: the number of last steps to use; half of all by default.
+        tolerance: a change over the window below this fraction of the loss counts as none.
 
     Raises:
         ValueError: for a number out of its range, or a window that the history does not fill.
@@ -116,34 +117,34 @@ def diagnose(
         return Diagnosis("descending", "none", f"The loss still falls, by {fall:.3g} in the last {window} steps.")
     said = f"The losses are too noisy to judge {window} steps by: a change of {change:.3g} may be chance."
     noisy = Diagnosis("short", "unknown", said)
-    likely = fall > max(_ERRORS * error, _SLOW * size)  # not as sure as the test over pairs of blocks
+    likely = fall > max(_ERRORS * error, _SLOW * size)  # a weaker criterion than the test over pairs of blocks
     if 2 * error > size or likely or fall > _FLAT * size or change > max(2 * error, _FLAT * size):
         return noisy
     parts = _parts(beta, grad_sq, v_sq, sigma2)
     found = _flat(size, fall, window, beta, gamma, parts, biased, cure)
-    pace = -_trend(history)[0] * window / len(history)  # what the window would fall by if all of it fell evenly
+    pace = -_trend(history)[0] * window / len(history)  # the window's decrease if the history decreased evenly
     may_fall = max(fall, 0.0) + _ERRORS * error > (min(pace, _FLAT * size) if pace > _SLOW * size else _FLAT * size)
     if found.cause != "unknown" and may_fall and not _made_by_noise(size, beta, gamma, parts):
-        return noisy  # where noise makes the loss, that is seen in the gradients; other causes need a loss that is flat
+        return noisy  # the gradients show whether noise causes the loss; other causes need a flat loss
     return found
 
 
 _SHORTEST = 20
-_BLOCKS = 8  # means of as many blocks are nearly independent where single losses are not
+_BLOCKS = 8  # number of blocks; block means are nearly independent even if single losses are not
 _SURE = 24  # of the 28 pairs of blocks (Kendall's test): twice in 1,000 windows without a trend
 _ERRORS = 2.5  # standard errors of a slope from 8 blocks that are more than chance (Student's t, 6 degrees, 95 %)
-_SLOW = 0.03  # of the loss: a fall in a window that is slow, and a fall
-_FLAT = 0.1  # of the loss: what falls by more in a window has not stalled
-_SWING_SHARE = 0.7  # of the power around the trend, within a fifth of one frequency
-_FEWEST = 4  # swings in a window; fewer are what slow noise looks like
+_SLOW = 0.03  # fraction of the loss: a smaller decrease in a window does not count
+_FLAT = 0.1  # fraction of the loss: a loss that decreases by more in a window has not stalled
+_SWING_SHARE = 0.7  # fraction of the power around the trend that is within a fifth of one frequency
+_FEWEST = 4  # periods in a window; slow noise can look like fewer
 
 
 def _trend(tail: Tensor) -> tuple[float, float, bool, Tensor]:
-    """The fitted line's change over the window, its standard error, whether it is more than chance, and the rest."""
+    """The fitted line's change over the window, its standard error, whether it is significant, and the residuals."""
     t = torch.linspace(-0.5, 0.5, len(tail), dtype=tail.dtype)
     slope = float((t * tail).sum() / (t * t).sum())
     means = torch.stack([block.mean() for block in tail.tensor_split(_BLOCKS)])
-    above = torch.sign(means.unsqueeze(1) - means.unsqueeze(0)).tril().sum()  # pairs that rise less pairs that fall
+    above = torch.sign(means.unsqueeze(1) - means.unsqueeze(0)).tril().sum()  # rising pairs minus falling pairs
     centres = torch.stack([block.mean() for block in t.tensor_split(_BLOCKS)])
     beside = means - means.mean() - slope * centres
     error = sqrt(float((beside**2).sum()) / (_BLOCKS - 2) / float((centres**2).sum()))
@@ -151,7 +152,7 @@ def _trend(tail: Tensor) -> tuple[float, float, bool, Tensor]:
 
 
 def _period(rest: Tensor) -> float | None:
-    """The period of a swing that stands out of the noise and occurs often enough."""
+    """The period of an oscillation that stands out of the noise and repeats often enough."""
     power = torch.fft.rfft(rest).abs().square()[1:]  # cycles per window: 1, 2, ...
     if not float(power.sum()) > 0:
         return None
@@ -166,14 +167,14 @@ def _period(rest: Tensor) -> float | None:
 
 
 def _swings(period: float, beta: float) -> Diagnosis:
-    """Which knob stops them."""
+    """Decide which parameter stops the oscillation."""
     text = f"The loss swings with a period of {period:.3g} steps."
     if beta == 1:
         cure = (
             " Plain SGD does so where gamma times the curvature exceeds 1: lower gamma, if the data do not repeat so."
         )
         return Diagnosis("oscillating", "gamma", text + cure, period)
-    step = swinging_step(beta, 2 * period)  # the loss swings twice as fast as the weights around their minimum
+    step = swinging_step(beta, 2 * period)  # the loss oscillates twice as fast as the weights around their minimum
     r = sqrt(1 - beta)
     factor = step * (1 + r) / (1 - r)
     text += f" On a quadratic that is gamma times curvature = {step:.3g} at beta={beta:g}."
@@ -190,7 +191,7 @@ def _swings(period: float, beta: float) -> Diagnosis:
 
 
 def _parts(beta: float, grad_sq: float | None, v_sq: float | None, sigma2: float | None) -> tuple[float, float] | None:
-    """Variance of the gradients and the square of the direction that they keep, as far as is known."""
+    """The variance of the gradients, and the square of their persistent direction, if known."""
     if sigma2 is not None:
         kept = grad_sq - sigma2 if grad_sq is not None else 0.0
         return sigma2, max(kept, 0.0)
@@ -201,7 +202,7 @@ def _parts(beta: float, grad_sq: float | None, v_sq: float | None, sigma2: float
 
 
 def _made_by_noise(size: float, beta: float, gamma: float | None, parts: tuple[float, float] | None) -> bool:
-    """Whether the gradients keep no direction, and their noise explains more than a quarter of the loss."""
+    """Whether the gradients have no persistent direction, and their noise explains over a quarter of the loss."""
     if gamma is None or parts is None:
         return False
     noise, kept = parts
@@ -218,7 +219,7 @@ def _flat(
     biased: bool | None,
     cure: str,
 ) -> Diagnosis:
-    """A stall: gamma, bias, or the minimum."""
+    """Diagnose a flat loss: gamma, bias, or the minimum."""
     head = f"The loss has stalled: it changed by {-fall:.3g} in {window} steps, from a size of {size:.3g}."
     if gamma is None or parts is None:
         wanted = "gamma, grad_sq and v_sq" if beta < 1 else "gamma, grad_sq and sigma2 (for beta=1)"
@@ -226,7 +227,7 @@ def _flat(
         ask = f" Losses alone cannot tell noise, bias and the minimum apart: pass {wanted}."
         return Diagnosis("stalled", "bias" if biased else "unknown", head + suspect + ask)
     noise, kept = parts
-    expected = gamma * kept * window  # what steps along a gradient of this square would gain
+    expected = gamma * kept * window  # the decrease from steps along a gradient with this square
     if kept > beta / (2 - beta) * noise:
         head += f" The gradients keep a direction (squared mean about {kept:.3g})"
         if expected > 4 * max(fall, 0.0) + 0.1 * size:

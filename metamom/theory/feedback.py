@@ -20,7 +20,7 @@ def ef21_step(alpha_c: float, L: float, L_tilde: float) -> float:
     Args:
         alpha_c: contraction, in (0, 1].
         L: smoothness of f, > 0.
-        L_tilde: root mean square smoothness of its terms, > 0 (no less than L, if both are the least possible).
+        L_tilde: root mean square smoothness of its terms, > 0 (at least L, if both are the smallest possible).
 
     Raises:
         ValueError: for a number out of its range.
@@ -105,8 +105,8 @@ def bound_ef14(
 ) -> float:
     """EF14: ``2 delta0/(gamma K) + b2 + L gamma sigma_w2/n + L gamma a/(1-a) (zeta2 + sigma_w2)``.
 
-    What compression leaves goes with gamma. Assumed: noise independent between workers; a bias of the gradients
-    themselves that all workers share.
+    The part due to compression vanishes with gamma. Assumed: noise independent between workers; a bias of the
+    gradients themselves that all workers share.
 
     Args:
         alpha_c, L: as for `ef14_step`.
@@ -140,8 +140,8 @@ def bound_ef14(
 def clip21_inactive(tau: float, gamma: float, L_max: float, estimate_norm: float) -> bool:
     """Whether a step is short enough for Clip21 to stop clipping: ``gamma L_max ||g|| <= tau / 2``.
 
-    While it holds, the largest ``||grad f_i(x) - g_i||`` falls by tau/2 or more each step until it is at most tau;
-    from then on nothing is clipped and the method is exact gradient descent. To be checked along the run.
+    While this holds, the largest ``||grad f_i(x) - g_i||`` decreases by tau/2 or more each step until it is at most
+    tau. From then on nothing is clipped, and the method is exact gradient descent. Check it during the run.
 
     Args:
         tau: the clipping threshold, > 0.
@@ -165,7 +165,7 @@ def clip21_inactive(tau: float, gamma: float, L_max: float, estimate_norm: float
 
 @checks.as_stated
 def clip21_steps(tau: float, distance: float) -> int:
-    """After how many steps Clip21 clips no more, if `clip21_inactive` holds at each: ``ceil(2 (D_0 - tau) / tau)``.
+    """The number of steps until Clip21 stops clipping, if `clip21_inactive` holds: ``ceil(2 (D_0 - tau) / tau)``.
 
     Args:
         tau: the clipping threshold, > 0.

@@ -1,4 +1,4 @@
-"""EF21-SGDM: the workers average their gradients before they compress what is new, which takes the noise away.
+"""EF21-SGDM: the workers average their gradients before they compress the change, which reduces the noise.
 
 Legend as in feedback.py: contraction alpha_c, ``a = sqrt(1 - alpha_c)``, smoothness L of f and L_tilde of its terms;
 each worker keeps ``v_i <- (1 - eta) v_i + eta grad f_i`` and sends ``C(v_i - g_i)``, which is added to its ``g_i``; the
@@ -14,7 +14,7 @@ from metamom.theory import checks
 
 
 class Start(NamedTuple):
-    """How far the first estimates of EF21-SGDM are off.
+    """The initial errors of EF21-SGDM's estimates.
 
     Attributes:
         message: ``1/n sum ||g_i - v_i||^2``.
@@ -70,7 +70,7 @@ def bound_ef21_sgdm(
     workers: int = 1,
     start: Start | None = None,
 ) -> float:
-    """EF21-SGDM: ``2 phi0/(gamma K)`` and a floor that goes to 0 with eta, however much the workers differ.
+    """EF21-SGDM: ``2 phi0/(gamma K)`` plus a floor that goes to 0 with eta, however much the workers differ.
 
     Floor: ``2 sigma_w2 [a^2 eta^2/(1-a) + eta^2/((1-r) n) + 2 eta^4 a^2/((1-a)^2 (1-r))]``, ``r = sqrt(1-eta)``.
     Assumed: unbiased gradients with noise that is independent between workers.
@@ -82,7 +82,7 @@ def bound_ef21_sgdm(
         K: number of steps, >= 1; ``math.inf`` gives the floor.
         sigma_w2: variance of one worker's gradient, >= 0.
         workers: n.
-        start: how far the first estimates are off, by default not at all.
+        start: the initial errors of the estimates; zero by default.
 
     Raises:
         ValueError: for a number out of its range.
@@ -102,7 +102,7 @@ def bound_ef21_sgdm(
     start = start or Start()
     checks.not_negative(**start._asdict())
     a, r = sqrt(1 - alpha_c), sqrt(1 - eta)
-    message, mean = gamma / (1 - a), gamma / (1 - r)  # weights of the three errors beside f - f*
+    message, mean = gamma / (1 - a), gamma / (1 - r)  # weights of the three errors next to f - f*
     worker = 2 * message * (eta * a) ** 2 / ((1 - a) * (1 - r))
     phi0 = delta0 + message * a * start.message + 2 * message * (eta * a) ** 2 / (1 - a) * start.worker
     phi0 += mean * r * start.mean + worker * r * start.worker

@@ -1,4 +1,4 @@
-"""Where momentum ends when each task's mean meta-gradient is affine in the weights: exact, for every beta.
+"""The fixed point of momentum if each task's mean meta-gradient is affine in the weights: exact, for every beta.
 
 Legend: n tasks in d dimensions, means ``E[g_i(w)] = G_i (w - theta_i) + o_i`` (`regression`, `quadratic`).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AffineMean(NamedTuple):
-    """The mean of a meta-gradient as a function of ``delta = w - theta``, theta being the task's optimum.
+    """The mean of a meta-gradient as a function of ``delta = w - theta``, where theta is the task's optimum.
 
     Attributes:
         gain: ``[d, d]``.
@@ -29,16 +29,16 @@ class AffineMean(NamedTuple):
 
 
 def linear(gain: Tensor) -> AffineMean:
-    """A mean without an offset, for a gain ``[d, d]``."""
+    """A mean with gain ``[d, d]`` and without an offset."""
     return AffineMean(gain, torch.zeros(len(gain), dtype=gain.dtype))
 
 
 class Floor(NamedTuple):
-    """What a biased estimator does to a mean over tasks.
+    """The effect of a biased estimator on a mean over tasks.
 
     Attributes:
-        optimum: w*, where the gradient of f is zero, ``[d]``.
-        end: where the mean of the estimates is zero, ``[d]``: the limit of ``E[w_k]`` for every beta and stable gamma.
+        optimum: w*, the point where the gradient of f is zero, ``[d]``.
+        end: the point where the mean estimate is zero, ``[d]``; the limit of ``E[w_k]`` for any beta and stable gamma.
         floor: ``||grad f(end)||^2``.
         bias_sq: squared bias at w*.
         kappa: ``||R Q^{-1}||``: the bias is at most ``kappa ||grad f(w)|| + sqrt(bias_sq)``.
@@ -54,24 +54,24 @@ class Floor(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """What Theorem 1A says of the floor, ``bias_sq / (1 - kappa)^2``; infinite for kappa >= 1."""
+        """Theorem 1A's bound on the floor, ``bias_sq / (1 - kappa)^2``; infinite for kappa >= 1."""
         return self.bias_sq / (1 - self.kappa) ** 2 if self.kappa < 1 else float("inf")
 
 
 def fixed_point(means: Sequence[AffineMean], thetas: Tensor) -> Tensor:
-    """Where the mean of the tasks' means is zero.
+    """The point where the mean over the tasks' means is zero.
 
     ``w = (mean G_i)^{-1} mean (G_i theta_i - o_i)``.
 
     Args:
-        means: of the n tasks.
+        means: the means of the n tasks.
         thetas: their optima, ``[n, d]``.
 
     Returns:
         w, ``[d]``, float64.
 
     Raises:
-        ValueError: for numbers of means and optima that differ.
+        ValueError: if the numbers of means and optima differ.
         torch.linalg.LinAlgError: if the mean gain is singular.
 
     Example:
@@ -87,10 +87,10 @@ def fixed_point(means: Sequence[AffineMean], thetas: Tensor) -> Tensor:
 
 
 def bias_floor(exact: Sequence[AffineMean], biased: Sequence[AffineMean], thetas: Tensor) -> Floor:
-    """The optimum, where a biased estimator ends instead, and the gradient that is left there.
+    """The optimum, the point where a biased estimator ends instead, and the remaining gradient there.
 
-    The mean of the estimates is affine in w, and so is the recursion of the mean weights: they go to ``end`` for every
-    beta and every stable gamma, noise or not. Average iterates, or many runs, to see it.
+    The mean estimate is affine in w, and so is the recursion of the mean weights. They converge to ``end`` for every
+    beta and every stable gamma, with or without noise. To see it, average iterates or many runs.
 
     Args:
         exact: the tasks' gradients, n of them (`regression.population`, `quadratic.population`).
@@ -98,7 +98,7 @@ def bias_floor(exact: Sequence[AffineMean], biased: Sequence[AffineMean], thetas
         thetas: the tasks' optima, ``[n, d]``.
 
     Raises:
-        ValueError: for numbers of tasks that differ.
+        ValueError: if the numbers of tasks differ.
         torch.linalg.LinAlgError: if a mean gain is singular.
 
     Example:
@@ -116,7 +116,7 @@ def bias_floor(exact: Sequence[AffineMean], biased: Sequence[AffineMean], thetas
     optimum = torch.linalg.solve(gain, pull)
     end = fixed_point(biased, thetas)
     biased_gain, biased_pull = _mean(biased, thetas)
-    bias = biased_gain @ optimum - biased_pull  # the gradient itself is zero there
+    bias = biased_gain @ optimum - biased_pull  # the gradient is zero at the optimum
     relative = torch.linalg.solve(gain, biased_gain - gain, left=False)  # R Q^{-1}
     each = [mean.at(optimum - theta) for mean, theta in zip(exact, thetas.to(gain.dtype), strict=True)]
     return Floor(

@@ -1,4 +1,4 @@
-"""Theorem 1A: momentum with biased gradients on a smooth function, the bound that the other files refine.
+"""Theorem 1A: momentum with biased gradients on a smooth function. The other files refine this bound.
 
 Legend: ``v <- (1 - beta) v + beta g``, ``x <- x - gamma v``, ``v_{-1} = 0``; ``g - grad f = bias + noise`` with
 ``||bias||^2 <= B ||grad f||^2 + b2`` and ``E ||noise||^2 <= M ||grad f||^2 + sigma2``.
@@ -13,12 +13,12 @@ from metamom.theory import checks
 
 
 class Terms(NamedTuple):
-    """What a bound on the mean of ``||grad f||^2`` consists of.
+    """The terms of a bound on the mean of ``||grad f||^2``.
 
     Attributes:
-        distance: what is left of the start; it falls as 1/K.
-        bias: what the bias may leave for ever, whatever K, gamma, beta and the number of workers.
-        noise: what the noise leaves; it falls with gamma and the number of workers.
+        distance: the term from the start; it decreases as 1/K.
+        bias: the term from the bias, which does not depend on K, gamma, beta or the number of workers.
+        noise: the term from the noise; it decreases with gamma and with the number of workers.
     """
 
     distance: float
@@ -63,8 +63,8 @@ def bound_1a(
     """The bound of Theorem 1A on ``1/K sum_{k<K} E ||grad f(x_k)||^2``.
 
     ``[2 delta0 / (gamma K) + b2 + (2 - beta) L gamma sigma2] / [1 - B - (2 - beta) L gamma M]``. Assumed: f is
-    L-smooth and bounded below, nothing else; the bias may be chosen by an adversary, the noise has mean zero given the
-    past. Without that last property (a "total" error), put all of the error into B and b2.
+    L-smooth and bounded below; the noise has mean zero given the past. An adversary may choose the bias. If the noise
+    does not have mean zero (a "total" error), put all of the error into B and b2.
 
     Args:
         L: smoothness of f, > 0.
@@ -97,7 +97,7 @@ def bound_1a(
 def terms_1a(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
 ) -> Terms:
-    """`bound_1a`, split into what the start, the bias and the noise contribute.
+    """Split `bound_1a` into the contributions of the start, the bias and the noise.
 
     Same assumptions, arguments and errors.
 
@@ -118,11 +118,11 @@ def terms_1a(
 
 @checks.as_stated
 def delta0_from(delta0: float, beta: float, gamma: float, start_error_sq: float, start_grad_sq: float) -> float:
-    """What stands for delta0 in Theorem 1A when momentum starts at some other ``v_{-1}``.
+    """The replacement of delta0 in Theorem 1A if momentum starts at another ``v_{-1}``.
 
-    ``delta0 + gamma (1 - beta) / (2 beta) (||v_{-1} - grad f(x_0)||^2 - ||grad f(x_0)||^2)``. Zero start: delta0.
-    A start at the gradient itself: less. The start ``v_{-1} = g_0`` (``first_step="gradient"``) is covered if all error
-    counts as bias (``sigma2 = M = 0``); with noise, ``v_{-1}`` must not depend on later noise.
+    ``delta0 + gamma (1 - beta) / (2 beta) (||v_{-1} - grad f(x_0)||^2 - ||grad f(x_0)||^2)``. For a zero start this is
+    delta0; for a start at the exact gradient it is less. The start ``v_{-1} = g_0`` (``first_step="gradient"``) is
+    covered if all error counts as bias (``sigma2 = M = 0``). With noise, ``v_{-1}`` must not depend on later noise.
 
     Args:
         delta0: ``f(x_0) - f*``, >= 0.
@@ -158,7 +158,7 @@ def best_step(
 
     Args:
         L, beta, delta0, b2, sigma2, B, M: as for `bound_1a`, delta0 > 0.
-        K: number of steps, finite: the best step for ever is none.
+        K: number of steps, finite (for K to infinity the best step size goes to 0).
 
     Raises:
         ValueError: for a number out of its range.

@@ -1,4 +1,4 @@
-"""Theorem 1C: normalised momentum, whose steps have length gamma whatever the gradient: no limit on gamma."""
+"""Theorem 1C: normalised momentum. Steps have length gamma whatever the gradient, so gamma has no limit."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def bound_1c(
     checks.weight(beta=beta)
     checks.not_negative(delta0=delta0, grad0=grad0, b=b, sigma2=sigma2)
     checks.horizon(K)
-    keep = (1 - beta) / beta  # how many steps the momentum lags behind
+    keep = (1 - beta) / beta  # the momentum's lag in steps
     deviation = keep * grad0 / K + keep * L * gamma + b + sqrt(sigma2 * beta / (2 - beta))
     return delta0 / (gamma * K) + L * gamma / 2 + 2 * deviation

@@ -15,9 +15,9 @@ class LinearRate(NamedTuple):
     """``E[f(x_K) - f*] <= (1 - rate)^K phi0 + floor``.
 
     Attributes:
-        rate: what is lost of the distance in each step.
-        floor: what bias and noise leave.
-        weight: of ``||v_{-1} - grad f(x_0)||^2`` in ``phi0 = f(x_0) - f* + weight * that``.
+        rate: the relative decrease of the distance in each step.
+        floor: the remainder due to bias and noise.
+        weight: the weight of ``||v_{-1} - grad f(x_0)||^2`` in ``phi0``, next to ``f(x_0) - f*``.
     """
 
     rate: float
@@ -26,7 +26,7 @@ class LinearRate(NamedTuple):
 
     @checks.as_stated
     def bound(self, phi0: float, K: float) -> float:
-        """After K steps from ``phi0``."""
+        """The bound after K steps from ``phi0``."""
         checks.not_negative(phi0=phi0)
         checks.horizon(K)
         return float((1 - self.rate) ** K * phi0 + self.floor)
@@ -105,12 +105,12 @@ def rate_2a_affine(
 
     Args:
         L, mu, beta, b2, sigma2: as for `rate_2a`.
-        gamma: step size, > 0, small enough for the condition.
+        gamma: step size, > 0, small enough for this condition.
         B, M: as for `bound_1a`, ``B + beta M < 1``.
         theta: in (0, 1 - B - beta M); smaller for a lower floor, larger for larger steps.
 
     Raises:
-        ValueError: for a number out of its range, or a step size that breaks the condition.
+        ValueError: for a number out of its range, or a step size that violates the condition.
 
     Example:
         >>> rate = rate_2a_affine(2, 0.1, 0.2, 0.01, b2=0.04, sigma2=0.5, B=0.2, M=0.1, theta=0.4)
@@ -132,7 +132,7 @@ def rate_2a_affine(
     tau = 2 * product / (both + sqrt(both**2 - 4 * product))  # the smaller root, without cancellation
     A = gamma / (2 * (s - tau)) if s > tau else float("inf")
     C = (1 - beta) * (1 - beta + theta * beta) * L**2 / (theta * beta)
-    # for beta = 1 nothing lags behind (C = 0), but A must exist all the same
+    # for beta = 1 there is no lag (C = 0), but A must still exist
     if not (s > tau and 1 / gamma - L >= 2 * A * C * (1 - 1e-12)):
         raise ValueError(
             f"Theorem 2A (L={L}, beta={beta}, theta={theta}) needs 1/(2 gamma) - L/2 >= {A * C:.6g}, which "
@@ -145,7 +145,7 @@ def rate_2a_affine(
 def rate_2b(
     L: float, mu: float, beta: float, gamma: float, b2: float, sigma2: float, at: Literal["z", "x"] = "x"
 ) -> LinearRate:
-    """Theorem 2B: larger steps than 2A, and a floor of the noise that goes with gamma.
+    """Theorem 2B: larger steps than 2A, and a noise floor that vanishes with gamma.
 
     At ``z_K = x_K - gamma (1-beta)/beta v_{K-1}``:
     ``(1 - gamma mu)^K delta0 + b2/mu + gamma L sigma2 (1 + 2 (1-beta)^2) / (2 mu)``. At ``x_K``:
@@ -155,7 +155,7 @@ def rate_2b(
     Args:
         L, mu, beta, b2, sigma2: as for `rate_2a`.
         gamma: step size, in (0, beta / (2L)].
-        at: where f is taken.
+        at: the point at which f is evaluated, "z" or "x".
 
     Raises:
         ValueError: for a number out of its range.
@@ -210,7 +210,7 @@ def rate_2b_bias(L: float, mu: float, beta: float, gamma: float, b2: float) -> L
 
 
 def _check(L: float, mu: float, b2: float, sigma2: float) -> None:
-    """The ranges that the theorems share."""
+    """Check the ranges that the theorems share."""
     checks.positive(L=L, mu=mu)
     if mu > L:
         raise ValueError(f"mu cannot exceed L={L}; got mu={mu!r}.")

@@ -1,7 +1,7 @@
 """Quadratic tasks ``L_i = 1/2 (w - c_i)^T A_i (w - c_i)``, and a quartic one: exact means of noisy meta-gradients.
 
 Legend: ``delta = w - c_i``, ``M = I - alpha A``; stochastic gradients ``A delta + nu``, Hessians ``A + E``. With
-independent Hessian batches, or noise in the gradients only, no estimator but the first-order one is biased.
+independent Hessian batches, or noise in the gradients only, the first-order estimator is the only biased one.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def first_order(A: Tensor, alpha: float, steps: int = 1) -> AffineMean:
 def coupled(A: Tensor, alpha: float, hessian_var: float, m: int) -> AffineMean:
     """The usual one-step MAML under Gaussian Hessian noise: ``A M^2 delta + alpha^2 s^2/m (A + tr(A) I) delta``.
 
-    One sample's noise E is symmetric with variance s^2 off the diagonal and 2 s^2 on it, and enters its gradient as
-    ``nu = E delta`` plus something independent.
+    One sample's noise E is symmetric with variance s^2 off the diagonal and 2 s^2 on it. It enters the gradient as
+    ``nu = E delta`` plus an independent term.
 
     Args:
         A, alpha: as for `population`.
@@ -114,13 +114,13 @@ def variance_additive(A: Tensor, alpha: float, noise_var: float, *, m_in: int, m
 
 @checks.as_stated
 def quartic(a: float, c: float, w: float, alpha: float, noise_var: float, m: int) -> tuple[float, float]:
-    """Gradient and bias of one-step MAML on ``L(w) = a w^2/2 + c w^4/4``, with independent batches: bias by curvature.
+    """Gradient and (curvature) bias of one-step MAML on ``L(w) = a w^2/2 + c w^4/4``, with independent batches.
 
     With ``u = w - alpha (a w + c w^3)`` and ``H = a + 3 c w^2``: gradient ``(1 - alpha H)(a u + c u^3)``, bias
     ``(1 - alpha H) 3 c u alpha^2 noise_var / m``.
 
     Args:
-        a, c: of the loss.
+        a, c: coefficients of the loss.
         w: the weight.
         alpha: inner step size, >= 0.
         noise_var: variance of the Gaussian noise in one sample's gradient, >= 0.

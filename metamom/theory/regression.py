@@ -1,8 +1,8 @@
-"""Linear regression, where the mean of every meta-gradient estimator is known in closed form: the oracle of the tests.
+"""Closed forms for the mean of every meta-gradient estimator in linear regression. The tests use them as oracles.
 
-``y = phi^T theta + residual``, **loss 1/2 (phi^T w - y)^2**, ``delta = w - theta``. `torch.nn.MSELoss` has no 1/2: for
-it, pass 2 alpha as alpha and double the result. Outer batches are fresh, and steps deterministic given their batches.
-Means are `AffineMean`: ``coupled(design, alpha, m).at(delta)``.
+``y = phi^T theta + residual``, **loss 1/2 (phi^T w - y)^2**, ``delta = w - theta``. `torch.nn.MSELoss` lacks the 1/2:
+for it, pass 2 alpha as alpha and double the result. Outer batches are fresh, and steps are deterministic given their
+batches. Means are `AffineMean`: ``coupled(design, alpha, m).at(delta)``.
 
 Legend: Sigma, K as in designs.py; m inner batch, J steps; ``T(Q) = E[(I - alpha S) Q (I - alpha S)]``, S the mean of
 ``phi phi^T`` over a batch.
@@ -22,7 +22,8 @@ from metamom.theory.fixed_points import AffineMean, linear
 def population(design: Design, alpha: float, steps: int = 1) -> AffineMean:
     """The gradient of f itself, ``(I - alpha Sigma)^J Sigma (I - alpha Sigma)^J delta``.
 
-    Also the mean of the estimators that are unbiased here: an independent Hessian batch, cross-fit, Richardson (J = 1).
+    It is also the mean of the estimators that are unbiased here: independent Hessian batch, cross-fit, Richardson
+    (J = 1).
 
     Args:
         design: the inputs.
@@ -60,7 +61,7 @@ def coupled(
         m: inner batch.
         skew: ``c = E[(phi^T Sigma phi) phi residual]``, ``[d]`` (`Points.skew`); None if residuals do not
             depend on phi.
-        points: N, if batches are drawn without replacement from N points: the bias takes a factor (N-m)/(N-1).
+        points: N, if batches are drawn without replacement from N points: the bias gets a factor (N-m)/(N-1).
         share: a factor on the bias: b_u for MOML with the Hessian on the tracking batch, at frozen weights.
 
     Raises:
@@ -111,7 +112,7 @@ def first_order(design: Design, alpha: float, steps: int = 1) -> AffineMean:
 
 @checks.as_stated
 def fresh_batches(design: Design, alpha: float, m: int, steps: int) -> AffineMean:
-    """J steps, each on a batch of its own with its own Hessian: ``T^J(Sigma) delta``.
+    """J steps, each with its own batch for gradient and Hessian: ``T^J(Sigma) delta``.
 
     ``T(Q) = Q - alpha (Sigma Q + Q Sigma) + alpha^2 [Sigma Q Sigma + (K(Q) - Sigma Q Sigma)/m]``. Assumed: residuals
     that do not depend on phi.

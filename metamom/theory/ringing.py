@@ -1,8 +1,8 @@
-"""When momentum swings on a quadratic instead of settling, and what beta would stop it.
+"""When momentum oscillates on a quadratic instead of settling, and which beta stops it.
 
 Along an axis of curvature lam, with ``c = gamma lam``: ``x_{k+1} = (2 - beta - beta c) x_k - (1 - beta) x_{k-1}``. Its
-roots are complex, and x swings, for c between ``(1 - r)/(1 + r)`` and ``(1 + r)/(1 - r)``, ``r = sqrt(1 - beta)``; each
-swing dies as ``r^k``, whatever gamma.
+roots are complex, and x oscillates, for c between ``(1 - r)/(1 + r)`` and ``(1 + r)/(1 - r)``, ``r = sqrt(1 - beta)``.
+The oscillation decays as ``r^k``, whatever gamma.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from metamom.theory import checks
 
 @checks.as_stated
 def critical_beta(step: float) -> float:
-    """The smallest beta that does not swing at ``step = gamma lam <= 1``: ``4 step / (1 + step)^2``.
+    """The smallest beta that does not oscillate at ``step = gamma lam <= 1``: ``4 step / (1 + step)^2``.
 
     Args:
-        step: gamma times the largest curvature, in (0, 1]; beyond 1 even plain SGD goes past the minimum.
+        step: gamma times the largest curvature, in (0, 1]; beyond 1 even plain SGD overshoots the minimum.
 
     Raises:
         ValueError: for a step out of its range.
@@ -37,13 +37,14 @@ def critical_beta(step: float) -> float:
 
 @checks.as_stated
 def swinging_step(beta: float, period: float) -> float:
-    """``gamma lam`` of an axis along which x swings with a period: ``(2 - beta - 2 r cos(2 pi/period)) / beta``.
+    """``gamma lam`` of an axis with this period of oscillation: ``(2 - beta - 2 r cos(2 pi/period)) / beta``.
 
-    A loss with its minimum there swings twice as fast as x; off the minimum (bias, or other axes), as fast as x.
+    The loss oscillates twice as fast as x around its minimum. Off the minimum (bias, or other axes), it oscillates as
+    fast as x.
 
     Args:
         beta: in (0, 1).
-        period: of x in steps, >= 2.
+        period: the period of x in steps, >= 2.
 
     Raises:
         ValueError: for a number out of its range.

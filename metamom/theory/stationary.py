@@ -1,4 +1,4 @@
-"""Where momentum ends on a quadratic: the exact stationary law, the oracle of every noise and bias experiment."""
+"""The exact stationary law of momentum on a quadratic, the reference for every noise and bias experiment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Numbers = float | Sequence[float] | Tensor
 
 
 class Stationary(NamedTuple):
-    """The law of ``(x, v)`` after infinitely many steps.
+    """The law of ``(x, v)`` in the limit of many steps.
 
     Attributes:
         mean: ``E[x - x*]`` ``[d]``, where x* is the minimum.
@@ -41,15 +41,15 @@ def stationary(lam: Numbers, sigma2: Numbers, bias: Numbers, beta: float, gamma:
     ``D_j = 2 (2 - beta) - gamma beta lam_j``, ``E[x - x*] = -bias / lam`` and
     ``Var(x_j) = gamma sigma_j^2 (2 - beta) / (lam_j D_j)``. It is exact, for noise of any distribution.
 
-    At a fixed step size the noise in ``E ||grad f||^2`` hardly depends on beta (about ``gamma lam sigma^2 / 2``);
-    what shrinks with beta is ``deviation_sq``.
+    At a fixed step size the noise in ``E ||grad f||^2`` hardly depends on beta (about ``gamma lam sigma^2 / 2``), but
+    ``deviation_sq`` decreases with beta.
 
     Args:
-        lam: curvatures ``[d]``, > 0, along any orthogonal axes; a single number stands for all axes, here and below.
+        lam: curvatures ``[d]``, > 0, along any orthogonal axes. A single number means all axes, here and below.
         sigma2: variances of the noise along these axes ``[d]``, >= 0; independent from step to step.
         bias: constant bias along these axes ``[d]``.
         beta: in (0, 1].
-        gamma: step size, in ``(0, 2 (2 - beta) / (beta max lam))``, outside of which there is no stationary law.
+        gamma: step size, in ``(0, 2 (2 - beta) / (beta max lam))``; otherwise there is no stationary law.
 
     Returns:
         Means and expected squares, in float64.
@@ -110,7 +110,7 @@ def stable_limit(lam_max: float, beta: float) -> float:
 
 
 def _vectors(*numbers: Numbers) -> tuple[Tensor, ...]:
-    """All in float64 and of the same length ``[d]``."""
+    """Convert all to float64 vectors of the same length ``[d]``."""
     vectors = [torch.as_tensor(n, dtype=torch.float64).detach() for n in numbers]
     lengths = {v.shape for v in vectors if v.dim() > 0}
     if len(lengths) > 1 or any(len(shape) != 1 for shape in lengths):
@@ -121,7 +121,7 @@ def _vectors(*numbers: Numbers) -> tuple[Tensor, ...]:
 
 
 def _check(lam: Tensor, sigma2: Tensor, bias: Tensor, beta: float, gamma: float) -> None:
-    """Refuse what has no stationary law."""
+    """Refuse arguments without a stationary law."""
     if lam.numel() == 0 or not bool(((lam > 0) & lam.isfinite()).all()):
         raise ValueError(f"the curvatures lam must be > 0 and finite; got {lam.tolist()}. A flat axis has no limit.")
     if not bool(((sigma2 >= 0) & sigma2.isfinite()).all()):

@@ -1,4 +1,4 @@
-"""A step size and a plain-words reading of the bound, for those who want an answer and not a theorem."""
+"""Suggest a step size, and explain the bound in plain words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Part = Literal["distance", "bias", "noise"]
 
 
 class Explanation(NamedTuple):
-    """What dominates the error that is left. `print` it for the words.
+    """The dominant term of the remaining error. `print` it to read the text.
 
     Attributes:
-        terms: the bound's three parts.
+        terms: the bound's three terms.
         dominant: the name of the largest.
-        text: all of it in words.
+        text: the explanation in words.
     """
 
     terms: Terms
@@ -40,19 +40,19 @@ def suggest_step(
     B: float = 0,
     M: float = 0,
 ) -> float:
-    """A step size that the theory vouches for.
+    """Suggest a step size that the theory guarantees.
 
-    With ``delta0`` and ``K``, the one that minimises the bound of Theorem 1A; otherwise the largest that it allows
+    With ``delta0`` and ``K``, it minimises the bound of Theorem 1A. Otherwise it is the largest that the theorem allows
     (with relative noise M, at most the one at which noise takes half of ``1 - B``). It is safe for the worst function
-    and bias with this L; tuning often finds that several times as much works. L is that of the meta-objective, near the
-    weights that the run visits (`meta_smoothness`).
+    and bias with this L; tuning often finds that a several times larger one works. L is the smoothness of the
+    meta-objective near the weights that the run visits (`meta_smoothness`).
 
     Args:
         L: smoothness of f, > 0.
         beta: in (0, 1].
-        delta0: ``f(x_0) - f*``, > 0, if known; an upper bound will do.
-        K: number of steps to come, if known.
-        b2, sigma2, B, M: bias and noise as for `bound_1a`; ``operator.constants(d, ...)`` has them for bias operators.
+        delta0: ``f(x_0) - f*``, > 0, if known; an upper bound is enough.
+        K: number of steps of the run, if known.
+        b2, sigma2, B, M: bias and noise as for `bound_1a`; for bias operators, see ``operator.constants(d, ...)``.
 
     Returns:
         gamma, the ``lr`` of `CompositeMomentum`.
@@ -81,16 +81,15 @@ def suggest_step(
 def explain(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
 ) -> Explanation:
-    """Say which term of Theorem 1A's bound dominates, and which knob lowers it.
+    """Explain which term of Theorem 1A's bound dominates, and which parameter lowers it.
 
-    It speaks of the bound, a worst case: the error itself may be smaller, and which part of it is the largest may
-    differ.
+    The bound is a worst case. The error itself may be smaller, and its largest part may be a different one.
 
     Args:
         As for `bound_1a`.
 
     Returns:
-        The terms, the name of the largest, and the words.
+        The terms, the name of the largest, and the text.
 
     Raises:
         ValueError: as `bound_1a` does.
@@ -127,7 +126,7 @@ _NAMES: dict[Part, str] = {"distance": "initial distance", "bias": "bias", "nois
 
 
 def _bias(B: float) -> str:
-    """Nothing but another estimator."""
+    """Advice about the bias: only another estimator helps."""
     return (
         "Bias dominates: neither gamma, beta, more steps nor more workers lower it. Another estimator does: for inner "
         "mini-batches larger ones, independent Hessian batches, cross-fit, Richardson or tracking; for compression and "
@@ -138,7 +137,7 @@ def _bias(B: float) -> str:
 def _noise(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float, M: float
 ) -> str:
-    """A smaller step, or less noise."""
+    """Advice about the noise: a smaller step, or less noise."""
     text = "Noise dominates: it falls with gamma, and as 1/n with the number of workers or tasks in a step."
     if not isinf(K) and delta0 > 0:
         best = best_step(L, beta, delta0, int(K), b2, sigma2, B, M)
@@ -151,7 +150,7 @@ def _noise(
 
 
 def _distance(L: float, beta: float, gamma: float, terms: Terms, K: float) -> str:
-    """More steps, or longer ones."""
+    """Advice about the distance: more steps, or longer ones."""
     limit = max_step(L, beta)
     text = f"The initial distance dominates: more steps lower it (10 times as many: {terms.distance / 10:.3g})"
     text += ", and so does a larger gamma"

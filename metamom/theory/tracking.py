@@ -1,9 +1,9 @@
-"""Theorem M: tracked inner models (MOML, SCSC), whose inner bias falls with b_u although the batches stay small.
+"""Theorem M: tracked inner models (MOML, SCSC). Their inner bias decreases with b_u, even with small batches.
 
 Legend: each task keeps ``u_i``, an average with weight b_u of its noisy inner steps; ``Y = mean E ||u_i - (w - alpha
 grad L_i(w))||^2``; L is the smoothness of f, ``L_g >= ||I - alpha H_i||``, ``Lambda = (L_g times the smoothness of
 L_i)^2``; sigma_g2 and sigma_h2 are per-sample variances of gradient and Hessian, m the inner batch, sigma2 the variance
-of the mean meta-gradient given the u_i. All tasks move in each step; Hessian and outer batches are independent of the
+of the mean meta-gradient given the u_i. Every step updates all tasks; Hessian and outer batches are independent of the
 inner.
 """
 
@@ -19,7 +19,7 @@ Method = Literal["moml", "scsc"]
 
 @checks.as_stated
 def moml_kappa(Lambda: float, L_g: float, b_u: float) -> float:
-    """What the weights' motion costs MOML: ``Lambda L_g^2 (1 - b_u) / (1 - sqrt(1 - b_u))^2``.
+    """The cost of the weights' motion for MOML: ``Lambda L_g^2 (1 - b_u) / (1 - sqrt(1 - b_u))^2``.
 
     Args:
         Lambda: as in the legend, > 0.
@@ -42,7 +42,7 @@ def moml_kappa(Lambda: float, L_g: float, b_u: float) -> float:
 
 @checks.as_stated
 def scsc_kappa(Lambda: float, b_u: float, alpha: float, sigma_h2: float, m: int) -> float:
-    """What it costs SCSC: ``2 Lambda alpha^2 sigma_h2 (1 - b_u)^2 / (m b_u (2 - b_u))``; nothing without Hessian noise.
+    """The same cost for SCSC: ``2 Lambda alpha^2 sigma_h2 (1 - b_u)^2 / (m b_u (2 - b_u))``; 0 without Hessian noise.
 
     Args:
         Lambda: as in the legend, > 0.
@@ -98,7 +98,7 @@ def tracking_step(L: float, beta: float, kappa: float) -> float:
 def inner_floor(
     method: Method, Lambda: float, b_u: float, alpha: float, sigma_g2: float, m: int, *, additive: bool = False
 ) -> float:
-    """What the inner batches leave in the mean of ``||grad f||^2``; it vanishes with b_u.
+    """The floor of the inner batches in the mean of ``||grad f||^2``; it vanishes with b_u.
 
     MOML: ``Lambda (1 + sqrt(1-b_u)) b_u alpha^2 sigma_g2 / m``; SCSC: ``2 Lambda b_u/(2-b_u) alpha^2 sigma_g2 / m``, or
     half of that if the noise is additive (sigma_h2 = 0). Assumed: as for `bound_tracking`.
@@ -155,7 +155,7 @@ def bound_tracking(
         method: "moml" or "scsc".
         L, beta, delta0, sigma2: as for `bound_1a`.
         gamma: step size, in (0, `tracking_step`].
-        K: number of steps, >= 1; ``math.inf`` gives what is left in the end.
+        K: number of steps, >= 1; ``math.inf`` gives the limit.
         kappa: from `moml_kappa` or `scsc_kappa`; 0 for SCSC with additive noise.
         floor: from `inner_floor`.
         Lambda, b_u: as for `inner_floor`.

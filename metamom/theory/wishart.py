@@ -10,7 +10,7 @@ from math import comb
 
 from metamom.theory import checks
 
-# c_k m^(k-1), by falling powers of m; each a polynomial in d by falling powers
+# c_k m^(k-1), by decreasing powers of m; each is a polynomial in d by decreasing powers
 _POLYNOMIALS: tuple[tuple[tuple[int, ...], ...], ...] = (
     ((1,),),
     ((1,), (1, 1)),
@@ -50,7 +50,7 @@ def moment(k: int, d: int, m: int) -> float:
     if not 0 <= k <= len(_POLYNOMIALS) or k != int(k):
         raise ValueError(f"moments of the sample covariance are known here for k = 0 to 6; got k={k!r}.")
     total = 0
-    for row in _POLYNOMIALS[k - 1] if k else ((1,),):  # integers as long as possible
+    for row in _POLYNOMIALS[k - 1] if k else ((1,),):  # stay with integers as long as possible
         total = total * m + sum(c * d**i for i, c in enumerate(reversed(row)))
     return float(total / m ** max(k - 1, 0))
 
@@ -62,7 +62,7 @@ def _power(k: int, d: int, m: int, alpha: float) -> float:
 
 @checks.as_stated
 def same_batch(alpha: float, d: int, m: int, steps: int = 1) -> float:
-    """J steps, all on one batch, and a fresh outer batch: ``E[g] = p_{2J} delta``.
+    """J steps on one batch, and a fresh outer batch: ``E[g] = p_{2J} delta``.
 
     Args:
         alpha: inner step size, >= 0.
@@ -89,7 +89,7 @@ def same_batch(alpha: float, d: int, m: int, steps: int = 1) -> float:
 
 @checks.as_stated
 def full_reuse(alpha: float, d: int, m: int, steps: int = 1) -> float:
-    """J steps and the outer loss, all on one batch: ``E[S P^{2J}] delta``.
+    """J steps and the outer loss on one batch: ``E[S P^{2J}] delta``.
 
     For J = 1 the coefficient is ``1 - 2 alpha c_2 + alpha^2 c_3``.
 
@@ -118,13 +118,13 @@ def full_reuse(alpha: float, d: int, m: int, steps: int = 1) -> float:
 def variance_independent(
     alpha: float, d: int, delta_sq: float, sigma2: float, *, m_in: int, m_h: int, m_out: int
 ) -> float:
-    """``tr Cov g`` of one-step MAML whose Hessian, inner and outer batches are independent.
+    """``tr Cov g`` of one-step MAML with independent Hessian, inner and outer batches.
 
     Args:
         alpha: inner step size, >= 0.
         d: dimensions.
         delta_sq: ``||w - theta||^2``, >= 0.
-        sigma2: variance of the labels' noise, >= 0.
+        sigma2: variance of the label noise, >= 0.
         m_in, m_h, m_out: sizes of the batches.
 
     Raises:
@@ -145,7 +145,7 @@ def variance_independent(
 
 @checks.as_stated
 def variance_coupled(alpha: float, d: int, delta_sq: float, sigma2: float, *, m: int, m_out: int) -> float:
-    """``tr Cov g`` of the usual one-step MAML, Hessian on the inner batch.
+    """``tr Cov g`` of the usual one-step MAML, with the Hessian on the inner batch.
 
     Args:
         alpha, d, delta_sq, sigma2: as for `variance_independent`.

@@ -1,4 +1,4 @@
-"""Training runs: the loop, and what a run reads, writes and can be stopped by."""
+"""Training runs: the loop, run directories, checkpoints, and signals."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Whether a value that was saved can stand in the place of the one that is here."""
+"""Check whether a saved value can replace the current one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def check_kind(mine: Tensor, saved: Tensor, place: str) -> None:
-    """Floating point, complex, whole numbers or truth values, all of them or none; widths may differ."""
+    """Check that both tensors are floating-point, complex, integer or boolean. Widths may differ."""
     if _kind(mine) != _kind(saved):
         raise ValueError(f"{place} should be of {mine.dtype}; got a tensor of {saved.dtype}")
 
@@ -22,9 +22,9 @@ def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
 
 
 def check_alike(mine: Any, saved: Any, place: str) -> None:
-    """Refuse a saved value of another kind than the one that is here: type, shape, keys, length.
+    """Refuse a saved value that differs from the current one in type, shape, keys or length.
 
-    What is unset here may be anything. Flags that were not there in an earlier version of torch may be missing.
+    If the current value is unset, anything is accepted. Flags that an earlier version of torch lacked may be missing.
     """
     if mine is None or (isinstance(mine, bool) and (saved is None or isinstance(saved, bool))):
         return
@@ -52,7 +52,7 @@ def check_alike(mine: Any, saved: Any, place: str) -> None:
 
 
 def same(mine: Any, saved: Any) -> bool:
-    """Whether two values are equal; numbers of Python, NumPy and tensors of one element are compared as numbers."""
+    """Whether two values are equal. Numbers of Python and NumPy and tensors of one element compare as numbers."""
     if isinstance(mine, (list, tuple)) and isinstance(saved, (list, tuple)):
         return len(mine) == len(saved) and all(map(same, mine, saved))
     if isinstance(mine, Mapping) and isinstance(saved, Mapping):
@@ -65,7 +65,7 @@ def same(mine: Any, saved: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A real number of Python or NumPy, or a tensor without axes that holds one."""
+    """Whether a value is a real number of Python or NumPy, or a 0-d tensor that holds one."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.is_complex()
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -79,12 +79,12 @@ def _is_finite(value: Any) -> bool:
 
 
 def refuse(place: str, wanted: str, got: Any) -> NoReturn:
-    """Raise the error that says which place should hold what, and what it holds."""
+    """Raise an error with the entry, the wanted value and the actual value."""
     raise ValueError(f"{place} should be {wanted}; got {short(got)}")
 
 
 def short(value: Any) -> str:
-    """A value in an error: numbers and text as they are, tensors by their shape, others by their type."""
+    """A value for an error: numbers and text themselves, tensors by shape, others by type."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, int) and value.bit_length() > 256:

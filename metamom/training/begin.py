@@ -1,4 +1,4 @@
-"""The beginning of a training run: its options checked, agreed on by all processes, and put where it was left."""
+"""Start or resume a training run: check its options, let all processes agree on them, and restore its state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from metamom.training.session import Session
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The keywords of `metamom.train`, which explains them; ``world`` is an argument of its own here."""
+    """The keywords of `metamom.train`, which documents them. ``world`` is a separate argument here."""
 
     iterations: int
     meta_batch: int
@@ -58,11 +58,11 @@ class Options:
     label: str
 
     def checked(self, learner: MAML, optimizer: Optimizer, sampler: Sampler, world: World) -> Checked:
-        """The same with every option as the loop takes it.
+        """Check every option, and convert it for the loop.
 
         Raises:
-            TypeError: for an argument of the wrong kind.
-            ValueError: for one out of range, or that does not go with the others.
+            TypeError: for an argument of the wrong type.
+            ValueError: for one out of range, or in conflict with the others.
         """
         operator = as_operator(self.bias)
         check_plan(
@@ -96,7 +96,7 @@ class Options:
             check_track(learner, operator, self.track_bias)
         if self.tensorboard and world.first:
             board.find_writer()
-        whole = {  # numbers of NumPy are not JSON's
+        whole = {  # JSON does not accept NumPy's numbers
             name: int(getattr(self, name))
             for name in ("iterations", "meta_batch", "workers", "checkpoint_every", "evaluate_tasks")
         }
@@ -110,9 +110,9 @@ class Checked:
     """Options that have been checked.
 
     Attributes:
-        options: as given, whole numbers as Python's.
-        operator: of the workers' gradients.
-        schedulers: a list of them.
+        options: as given, with whole numbers converted to Python's.
+        operator: the operator on the workers' gradients.
+        schedulers: the schedulers as a list.
     """
 
     options: Options
@@ -120,13 +120,13 @@ class Checked:
     schedulers: list[Scheduler]
 
     def validates_after(self, done: int) -> bool:
-        """Whether there is a validation after so many steps."""
+        """Whether to validate after ``done`` steps."""
         options = self.options
         every = options.evaluate_every
         return options.validation is not None and (done == options.iterations or bool(every and done % every == 0))
 
     def length(self, world: World) -> dict[str, Any]:
-        """What may differ when a run goes on, for ``config.json``."""
+        """The options that may change when a run is resumed, for ``config.json``."""
         options = self.options
         tracked = options.track_bias
         return {
@@ -140,7 +140,7 @@ class Checked:
         }
 
     def described(self, learner: MAML, optimizer: Optimizer, sampler: Sampler) -> tuple[Mapping[str, Any], list[str]]:
-        """What decides the run, and the names of what does so only in part, and may differ when it goes on."""
+        """The settings that define the run, and the names of those that may still change when it is resumed."""
         options = self.options
         if options.settings is not None:
             return options.settings, [*options.free]
@@ -160,10 +160,10 @@ class Checked:
 
 @contextmanager
 def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checked, world: World) -> Iterator[Session]:
-    """Open a run's directory, put its newest checkpoint into the parts, and give the session of what is left.
+    """Open a run's directory, load its newest checkpoint, and yield the session for the remaining steps.
 
     Raises:
-        ValueError: for a directory in use or with another run, and for processes that differ.
+        ValueError: if the directory is in use or holds another run, or if processes differ.
         metamom.training.checkpoints.CheckpointError: if none of its checkpoints can be used.
     """
     options, operator = checked.options, checked.operator
@@ -216,13 +216,13 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         )
         if options.tensorboard and run is not None:
             session.log_to(stack.enter_context(board.writing_to(run.path / "tensorboard", progress.done)))
-        if world.size > 1:  # by a signal to any process, which the others know with the gradients
+        if world.size > 1:  # the signal may reach any process, and is shared along with the gradients
             session.stop = lambda: max(world.statuses)
         yield stack.enter_context(session)
 
 
 def _agree(learner: MAML, plan: Mapping[str, Any], checked: Checked, world: World) -> None:
-    """Refuse processes that would not do the same."""
+    """Refuse processes that differ in their run."""
     options = checked.options
     plan = {
         **plan,

@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard."""
+"""Write metrics for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SHOWN = ("loss", "accuracy", "grad_norm", "bias_error", "validation")
 
 
 def find_writer() -> Callable[..., Any]:
-    """TensorBoard's writer.
+    """Find TensorBoard's writer.
 
     Raises:
-        ValueError: where it is not installed.
+        ValueError: if it is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -25,7 +25,7 @@ def find_writer() -> Callable[..., Any]:
 
 @contextmanager
 def writing_to(folder: Path, done: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that writes a line of metrics to ``folder``, of a run that goes on after ``done`` steps."""
+    """Yield a function that writes a line of metrics to ``folder``, for a run that resumes after ``done`` steps."""
     board = find_writer()(str(folder), purge_step=done)
 
     def write(line: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, checked when read, the newest few and the best kept."""
+"""Checkpoints of a run: written atomically, checked when read; the newest few and the best are kept."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from metamom.common.files import replacing
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.pt")
-# what readers of a damaged zip archive and of the pickle in it have been seen to raise
+# errors seen when reading a damaged zip archive or the pickle in it
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
     TypeError, LookupError, AttributeError, OverflowError, RecursionError, MemoryError, AssertionError,
     NotImplementedError,
 )  # fmt: skip
-_DEEPEST = 100  # containers within containers; what `save` is given has about ten
+_DEEPEST = 100  # nesting of containers; real states have about ten levels
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+    """A checkpoint cannot be used; the message says which, why, and what to do."""
 
 
 class CheckpointFormatError(CheckpointError):
-    """A whole checkpoint, but written by another version of metamom."""
+    """The checkpoint is intact, but was written by another version of metamom."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (nested containers of tensors, numbers and strings) to ``path``, whole or not at all.
+    """Write ``state`` (nested containers of tensors, numbers and strings) to ``path`` atomically.
 
-    Tensors go straight from their memory to the file: none is copied.
+    Tensors are written without a copy in memory.
 
     Raises:
-        CheckpointError: for a state that `load` could not read again.
+        CheckpointError: for a state that `load` could not read.
         OSError: as `metamom.common.files.replacing`.
     """
     with replacing(path) as temporary:
         try:
             with temporary.open("wb") as file:
                 torch.save(_plain({"format": FORMAT, **state}), file)
-        except RuntimeError as error:  # torch's own, about a file cut short, where the disk is full
+        except RuntimeError as error:  # torch's error about a truncated file, if the disk is full
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        try:  # told now, not when a long run is to be resumed; mapped, so that no tensor is read
+        try:  # fail now rather than on resume; memory-mapped, so that no tensor is read
             written = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
             _check_size(written, temporary.stat().st_size)
         except pickle.UnpicklingError as error:
@@ -68,7 +68,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save` wrote. Never runs code from the file (``weights_only=True``).
+    """Read a checkpoint from `save`. This never runs code from the file (``weights_only=True``).
 
     Raises:
         CheckpointError: for a file that is missing, damaged, or of another format.
@@ -95,10 +95,10 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what `save` cannot have written, before anything is read into memory that its file does not hold.
+    """Refuse an archive that `save` cannot have written, before reading more into memory than the file holds.
 
     Raises:
-        zipfile.BadZipFile: for an archive that is damaged, or that claims to hold more than its file.
+        zipfile.BadZipFile: for a damaged archive, or one that claims to hold more than its file.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -112,16 +112,16 @@ def _check_archive(path: Path) -> None:
                 raise zipfile.BadZipFile(f"{record.filename} is compressed, which no checkpoint is")
         if sum(record.file_size for record in records) > size:
             raise zipfile.BadZipFile("it claims to hold more than its file")
-        broken = archive.testzip()  # torch.load itself would not notice a flipped bit
+        broken = archive.testzip()  # torch.load would not detect a flipped bit
     if broken is not None:
         raise zipfile.BadZipFile(f"wrong checksum in {broken}")
 
 
 def _check_size(state: Any, size: int) -> None:
-    """Refuse contents that take much more memory, or time to go through, than a file of so many bytes can hold.
+    """Refuse contents that need far more memory, or time to traverse, than a file of ``size`` bytes justifies.
 
     Raises:
-        ValueError: for tensors larger than the file, containers nested too deeply, or one repeated very often.
+        ValueError: for tensors larger than the file, containers nested too deeply, or one repeated too often.
     """
     storages: dict[int, int] = {}
     seen, waiting = 0, [(state, 0)]
@@ -150,7 +150,7 @@ class Checkpoints:
     """The checkpoints in one folder: ``step-00000500.pt`` after 500 steps, and ``best.pt``.
 
     Args:
-        folder: made when the first checkpoint is written.
+        folder: created with the first checkpoint.
         keep: how many of the newest to keep, >= 1.
     """
 
@@ -162,22 +162,22 @@ class Checkpoints:
 
     @property
     def best(self) -> Path:
-        """Where the best checkpoint is kept."""
+        """The path of the best checkpoint."""
         return self.folder / "best.pt"
 
     def sweep(self) -> None:
-        """Delete what a process that was killed has left half written; only for who alone may write here."""
+        """Delete unfinished files of a killed process. Only for the process with exclusive write access."""
         for half in self.folder.glob(".*.tmp"):
             half.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints present, ascending."""
+        """The steps of the existing checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
         return sorted(int(m.group(1)) for m in map(_NAME.fullmatch, (p.name for p in self.folder.iterdir())) if m)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint after ``step`` steps is kept."""
+        """The path of the checkpoint after ``step`` steps."""
         return self.folder / f"step-{step:08d}.pt"
 
     def beyond_start(self) -> list[Path]:
@@ -188,21 +188,21 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
         """Write the checkpoint, then remove the oldest beyond ``keep``; ``best=True`` writes ``best.pt`` too."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if best:  # first: a crash before the next line has this step done, and found best, once more
+        if best:  # first, since after a crash before the next line this step runs again and is found best again
             save(self.best, {"step": step, **state})
         save(self.path(step), {"step": step, **state})
-        # later ones are damaged, or `load_newest` had not gone back behind them: they count for nothing
+        # later ones are damaged, since `load_newest` has skipped them: do not count them
         for old in [there for there in self.steps() if there <= step][: -self.keep]:
             self.path(old).unlink(missing_ok=True)
 
     def load_newest(self, *, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The newest checkpoint that is whole; a warning names each damaged one passed over.
+        """Load the newest intact checkpoint, with a warning for each damaged one that is skipped.
 
         Returns:
-            Its state with ``"step"``, or ``None`` where there is no checkpoint at all.
+            Its state with ``"step"``, or ``None`` if there is no checkpoint at all.
 
         Raises:
-            CheckpointError: if there are some and none is usable, or the newest whole one has another format.
+            CheckpointError: if there are checkpoints but none is usable, or the newest intact one has another format.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -219,7 +219,7 @@ class Checkpoints:
                 warnings.warn(f"{error} Going back to the one before.", stacklevel=2)
             else:
                 found = state.get("step", step)
-                if type(found) is int and 0 <= found != step:  # other kinds of things are told where it is read
+                if type(found) is int and 0 <= found != step:  # other types are refused where it is used
                     raise CheckpointError(
                         f"checkpoint {self.path(step)} is of another step than its name says: it holds "
                         f"{found if found < 10**18 else 'a number of many digits'}. Put a copy of it back, or take it "
@@ -230,10 +230,10 @@ class Checkpoints:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with Python's numbers for NumPy's scalars, which cannot be read without running code."""
+    """Replace NumPy's scalars in ``value`` by Python's numbers; the former cannot be read without running code."""
     if isinstance(value, np.generic):
         return value.item()
-    if type(value) is dict:  # an OrderedDict, as a module's state is, carries attributes of its own: left as it is
+    if type(value) is dict:  # an OrderedDict (a module's state) has attributes, so keep it
         return {key: _plain(entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_plain(entry) for entry in value)
@@ -241,7 +241,7 @@ def _plain(value: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The one line of an error that tells its reason; torch puts pages of advice around it."""
+    """The line of an error that gives its reason, without torch's pages of advice."""
     text = str(error).split("WeightsUnpickler error:")[-1]
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     return lines[0].split(" Please use")[0]

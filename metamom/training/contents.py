@@ -1,4 +1,4 @@
-"""What functions that a user gives are made of, as JSON values: to tell two of one name from each other."""
+"""Describe the contents of user functions as JSON values, to distinguish functions of the same name."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from torch import Tensor, nn
 
 from metamom.distributed import digest
 
-_LONGEST = 200  # letters of a text, or entries of a list, that are told as they are
-_DEEPEST = 10  # objects within objects
+_LONGEST = 200  # characters of a text, or entries of a list, to include verbatim
+_DEEPEST = 10  # nesting of objects
 
 
 class Contents:
-    """What a function holds, and the code of those parts of it that no name leads to.
+    """The values in a function, and a hash of the code of its unnamed parts.
 
-    A function at the top of a module is its name, for its code may be improved. A lambda or a function within another
-    is its code, wherever it stands. Of both, defaults and closures count; of partial functions all arguments; of
-    modules their children, buffers and options, but not their parameters, which are trained; of other objects
-    that can be called, and of dataclasses, their attributes.
+    A module-level function is identified by its name, so its code may be improved. A lambda or nested function is
+    identified by its code, wherever it is defined. The contents include defaults and closures of both, all arguments of
+    partial functions, and the attributes of other callables and dataclasses. For modules they include children, buffers
+    and options, but not parameters, which are trained.
 
     Attributes:
         values: JSON values.
-        code: a few letters that differ where code differs, ``None`` where all parts have names. They are of one version
-            of Python.
+        code: a short hash of the code; ``None`` if all parts have names. It is only valid for one version of Python.
     """
 
     def __init__(self, *things: Any) -> None:
         self._code: list[str] = []
-        self._open: set[int] = set()  # objects that hold themselves would never end
+        self._open: set[int] = set()  # objects being described, to stop at cycles
         self.values = [self._of(thing) for thing in things]
         self.code = _letters(" ".join(self._code)) if self._code else None
 
@@ -93,7 +92,7 @@ class Contents:
             return {"kind": type(value).__qualname__, **{name: self._of(each) for name, each in parts.items()}}
         if isinstance(value, (BuiltinFunctionType, ModuleType)):
             return value.__name__
-        # of others (loggers, generators, open files), attributes change with the program around them
+        # attributes of other objects (loggers, generators, open files) depend on the surrounding program
         told = callable(value) or is_dataclass(value) or isinstance(value, SimpleNamespace)
         attributes = getattr(value, "__dict__", {}) if told and len(self._open) <= _DEEPEST else {}
         return {"kind": type(value).__qualname__, **{name: self._of(each) for name, each in attributes.items()}}
@@ -104,7 +103,7 @@ class Contents:
         if nested:
             self._code.append(_letters(repr(_of_code(function.__code__))))
         elif function.__module__.partition(".")[0] in ("torch", "metamom"):
-            return found  # whose arguments grow from version to version
+            return found  # their arguments change between versions
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(function, follow_wrapped=False).parameters.items()
@@ -114,7 +113,7 @@ class Contents:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 closure[name] = cell.cell_contents
-            except ValueError:  # a name that is not bound yet
+            except ValueError:  # the name is not bound yet
                 continue
         for name, part in (("defaults", defaults), ("closure", closure)):
             if part:
@@ -123,7 +122,7 @@ class Contents:
 
 
 def _of_code(code: CodeType) -> tuple[Any, ...]:
-    """What code does, without where it stands."""
+    """The code itself, without its location."""
     consts = [_of_const(const) for const in code.co_consts]
     return code.co_code, consts, code.co_names, code.co_freevars, code.co_varnames[: code.co_argcount]
 
@@ -131,7 +130,7 @@ def _of_code(code: CodeType) -> tuple[Any, ...]:
 def _of_const(const: Any) -> Any:
     if isinstance(const, CodeType):
         return _of_code(const)
-    # 'f.<locals>.<lambda>' stands where it does; a set has no order
+    # drop the location 'f.<locals>.<lambda>', and sort sets
     if isinstance(const, str) and "<locals>" in const:
         return None
     return sorted(map(repr, const)) if isinstance(const, frozenset) else (type(const).__name__, const)
@@ -144,7 +143,7 @@ def _of_tensor(tensor: Tensor) -> str:
 
 
 def _letters(value: str | bytes) -> str:
-    """A few letters that differ where the value does."""
+    """A short hash of the value."""
     return hashlib.blake2b(
         value.encode(errors="replace") if isinstance(value, str) else value, digest_size=8
     ).hexdigest()

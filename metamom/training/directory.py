@@ -1,9 +1,9 @@
-"""A run's directory: who may write to it, what is in it, and how it is read again.
+"""A run's directory: its lock, its files, and how to read them.
 
-``config.json``      everything needed to run it again: the ``settings``, of which those that decide the run may not
-                     change when it is resumed; its ``length`` and the like, which may; the ``environment``: versions,
-                     hardware and command; and the ``history``: length, environment and those settings that may change,
-                     of every start
+``config.json``      everything needed to repeat the run: the ``settings``, where those that define the run must not
+                     change when it is resumed; the ``length`` and similar options, which may; the ``environment``
+                     (versions, hardware, command); and the ``history`` of every start (length, environment, and
+                     settings that may change)
 ``metrics.jsonl``    one object a line, appended and flushed
 ``checkpoints/``     see `metamom.training.checkpoints`
 """
@@ -38,7 +38,7 @@ LONGEST = 300  # characters of a setting in an error
 
 @dataclass
 class Config:
-    """What ``config.json`` holds. Files of earlier versions have no history, and compare as a run of one start."""
+    """The contents of ``config.json``. Files of earlier versions have no history and count as a run with one start."""
 
     settings: dict[str, Any]
     length: dict[str, Any] = field(default_factory=dict)
@@ -49,21 +49,21 @@ class Config:
 class RunDirectory:
     """A run directory opened for writing; a context manager that holds its lock.
 
-    The lock is the operating system's, so a process that dies gives it back. Nothing that is there changes before
-    `write_config` and `forget_metrics_from`: a resume that is refused leaves all as it was.
+    The operating system releases the lock when the process dies. Existing files do not change before `write_config` and
+    `forget_metrics_from`, so a resume that is refused changes nothing.
 
     Args:
-        path: made if missing.
-        settings: what defines the run, as JSON values. A resumed run must have the same.
-        free: those of them, as ``"name"`` or ``"name.name"``, that say only where and how the run is computed.
-        later: those that earlier versions did not record, compared only where the record has them.
-        length: what may change when it is resumed, as JSON values; for the record.
-        resume: go on with the run that is there, if any.
+        path: created if missing.
+        settings: the settings that define the run, as JSON values. A resumed run must have the same.
+        free: settings, as ``"name"`` or ``"name.name"``, that only affect where and how the run is computed.
+        later: settings that earlier versions did not record; compared only if the record has them.
+        length: options that may change on resume, as JSON values; for the record.
+        resume: continue an existing run, if any.
         keep: how many of the newest checkpoints to keep.
 
     Raises:
-        ValueError: if another process writes there; if a run is there and ``resume`` is false; if the run there has
-            other settings (the message names them).
+        ValueError: if another process writes there; if it holds a run and ``resume`` is false; if that run has
+            different settings (the message names them).
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class RunDirectory:
     def _check(self, settings: dict[str, Any], free: Collection[str], later: Collection[str], resume: bool) -> None:
         there = [name for name in ("metrics.jsonl", "runs", "report.md") if (self.path / name).exists()]
         there += [str(path.relative_to(self.path)) for path in self.checkpoints.beyond_start()]
-        if not there:  # nothing, or a start that came to nothing: no step was done, so there is nothing to lose
+        if not there:  # empty, or a start without any step, so there is nothing to lose
             if (self.path / "config.json").exists():
-                read_config(self.path)  # refuses one that is no run's
+                read_config(self.path)  # refuses a file that is not a run's
             self._fresh = True
             return
         if not resume:
@@ -118,7 +118,7 @@ class RunDirectory:
         config = read_config(self.path)
         unrecorded = [name for name in later if name not in config["settings"]]
         if not str(config["environment"].get("python")).startswith("{}.{}.".format(*sys.version_info)):
-            unrecorded.append("code")  # is of one version of Python
+            unrecorded.append("code")  # only comparable within one version of Python
         differences = list(_differences(config["settings"], settings, {*free, *unrecorded}))
         if differences:
             raise ValueError(
@@ -135,16 +135,16 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         metrics, self._metrics = self._metrics, None
         try:
             if metrics is not None:
-                metrics.close()  # which fails again where a line could not be written
+                metrics.close()  # fails again if a line could not be written
         finally:
             self._lock.release()
 
     def write_config(self) -> None:
-        """Write ``config.json``; when a run is resumed, not before its checkpoint has proved to be usable."""
+        """Write ``config.json``. On resume, call this only after the checkpoint has been loaded."""
         self.checkpoints.sweep()
         start = {name: self._config[name] for name in ("length", "environment")}
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -152,7 +152,7 @@ class RunDirectory:
         write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def newest_state(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole, ``None`` in a directory where no run has begun.
+        """Load the newest intact checkpoint; ``None`` if no run has started in the directory.
 
         Raises:
             CheckpointError: if there are metrics but no checkpoint, or none that is usable.
@@ -168,23 +168,22 @@ class RunDirectory:
         return state
 
     def has_validated(self, step: int) -> bool:
-        """Whether the metrics before ``step`` hold a validation that is a number."""
+        """Whether the metrics before ``step`` contain a numeric validation."""
         values = [line.get("validation") for line in read_log(self.path).lines if line["step"] < step]
         return any(isinstance(value, (int, float)) and not math.isnan(value) for value in values)
 
     def forget_metrics_from(self, step: int, until: float = math.inf) -> None:
-        """Drop the metrics of steps that will be done again, and a last line cut short.
+        """Drop the metrics of steps that will run again, and a truncated last line.
 
-        Lines that cannot be read are left out with a warning, and the file as it was is kept beside the new one; steps
-        before ``step`` that have no line are named in a warning too. Lines of steps from ``until`` on, which will not
-        be done again, stay in a copy of the file, and so does a last line cut short of
-        a step before ``step`` or from ``until`` on.
+        Unreadable lines are dropped with a warning, and the original file is kept next to the new one. A warning also
+        names steps before ``step`` without a line. Lines of steps from ``until`` on will not run again, so they stay in
+        a copy of the file. So does a truncated last line of a step before ``step`` or from ``until`` on.
         """
         path = self.path / "metrics.jsonl"
         log = read_log(self.path)
         kept = [line for line in log.lines if line["step"] < step]
         beyond = [line["step"] for line in log.lines if line["step"] >= max(step, until)]
-        follows = log.lines[-1]["step"] + 1 if log.lines else 0  # the step that a line cut short is of
+        follows = log.lines[-1]["step"] + 1 if log.lines else 0  # the step of a truncated line
         lost = log.cut is not None and not step <= follows < max(until, step + 1)
         copy = _free_name(path, "longer" if beyond and not (log.damaged or lost) else "damaged")
         if log.damaged or beyond or lost:
@@ -214,7 +213,7 @@ class RunDirectory:
             warnings.warn(f"{path} has no metrics of step {_listed(gaps)}.", stacklevel=2)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl`` and hand it to the operating system."""
+        """Append one line to ``metrics.jsonl`` and flush it to the operating system."""
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._metrics.write(json.dumps(line) + "\n")
@@ -222,7 +221,7 @@ class RunDirectory:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """``config.json`` of the run in ``path``: ``{"settings", "length", "environment", "history"}``.
+    """Read ``config.json`` of the run in ``path``: ``{"settings", "length", "environment", "history"}``.
 
     Raises:
         ValueError: if there is no run, or its configuration cannot be read.
@@ -237,12 +236,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 class Log(NamedTuple):
-    """What ``metrics.jsonl`` holds.
+    """The contents of ``metrics.jsonl``.
 
     Attributes:
-        lines: that can be read, by rising steps.
-        damaged: the numbers of those that cannot.
-        cut: the number of a last line that was cut short, ``None`` where the last one is whole.
+        lines: the readable lines, by increasing step.
+        damaged: the line numbers of unreadable lines.
+        cut: the line number of a truncated last line; ``None`` if the last line is complete.
     """
 
     lines: list[dict[str, Any]]
@@ -251,7 +250,7 @@ class Log(NamedTuple):
 
 
 def read_log(path: str | Path) -> Log:
-    """The lines of ``metrics.jsonl``; a last one cut short counts for nothing, one out of order as damaged."""
+    """Read the lines of ``metrics.jsonl``. A truncated last line is ignored; a line out of order counts as damaged."""
     file = Path(path) / "metrics.jsonl"
     *whole, cut = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     found = {number: _line(text) for number, text in enumerate([*whole, cut] if cut else whole, 1)}
@@ -264,10 +263,10 @@ def read_log(path: str | Path) -> Log:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, without a last one that a crash cut short.
+    """Read the lines of ``metrics.jsonl``, without a last line that a crash truncated.
 
     Raises:
-        ValueError: if a line before the last is no JSON object with a step above those before it.
+        ValueError: if a line before the last is not a JSON object with a larger step than the lines before.
     """
     log = read_log(path)
     if log.damaged:
@@ -279,7 +278,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics, ``None`` if it is none."""
+    """Parse a line of metrics; ``None`` if it is not one."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -289,8 +288,8 @@ def _line(text: bytes) -> dict[str, Any] | None:
 
 
 def _longest_rising(steps: list[int]) -> list[int]:
-    """Places of the longest subsequence that rises: what damage has put elsewhere stands out of it."""
-    ends: list[int] = []  # ends[k]: the place at which a rising sequence of length k + 1 ends lowest
+    """Indices of the longest increasing subsequence. Lines that damage has misplaced are not in it."""
+    ends: list[int] = []  # ends[k]: the index of the smallest last element of an increasing sequence of length k + 1
     before: list[int] = []
     for place, step in enumerate(steps):
         length = bisect_left(ends, step, key=steps.__getitem__)
@@ -305,14 +304,14 @@ def _longest_rising(steps: list[int]) -> list[int]:
 
 
 def _listed(numbers: list[int]) -> str:
-    """``3, 12 to 19``; the first of them where they are many."""
+    """Format numbers as ``3, 12 to 19``; only the first ones if there are many."""
     groups = [[n for _, n in group] for _, group in itertools.groupby(enumerate(numbers), lambda at: at[1] - at[0])]
     names = [str(group[0]) if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in groups]
     return ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
 
 
 def _free_name(path: Path, kind: str) -> Path:
-    """A name for a copy of a file as it was, where there is none yet."""
+    """An unused name for a copy of a file."""
     names = itertools.chain([f"{path.name}.{kind}"], (f"{path.name}.{kind}-{n}" for n in itertools.count(2)))
     return next(copy for name in names if not (copy := path.with_name(name)).exists())
 
@@ -346,7 +345,7 @@ def _differences(there: Any, here: Any, free: Collection[str], place: str = "") 
         for number, (a, b) in enumerate(zip(there, here, strict=True)):
             yield from _differences(a, b, free, f"{place}[{number}]")
     elif there != there and here != here:
-        return  # NaN as before
+        return  # NaN in both
     elif there != here or isinstance(there, bool) != isinstance(here, bool):
         yield f"{place} is {_text(there)} there and {_text(here)} here"
 
@@ -357,7 +356,7 @@ def _text(value: Any) -> str:
 
 
 def _check_files(path: Path) -> None:
-    """Refuse to write where something other than a file stands in a file's place."""
+    """Refuse to write if anything but a file has the name of one of the files."""
     for name, links in ((".lock", False), ("config.json", True), ("metrics.jsonl", True)):
         file = path / name
         if os.path.lexists(file) and not (file.is_file() and (links or not file.is_symlink())):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a moment of our choosing."""
+"""Handle Ctrl-C and SIGTERM at the end of a step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NOTED = b"\ninterrupted: the step at hand is finished first; interrupt again to 
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training stopped by a signal, after the step at hand was finished and saved.
+    """Training was stopped by a signal, after the current step was finished and saved.
 
     Attributes:
         signal_number: ``signal.SIGINT`` (Ctrl-C) or ``signal.SIGTERM``.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message, signal_number)  # both, so that it survives the way between processes
+        super().__init__(message, signal_number)  # both, so that it can be pickled between processes
         self.signal_number = signal_number
 
     def __str__(self) -> str:
@@ -27,11 +27,11 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, the first Ctrl-C or SIGTERM is only noted in `caught`; a second one acts at once.
+    """Inside this context, the first Ctrl-C or SIGTERM is only recorded in `caught`; a second one acts at once.
 
-    Which is said at once on standard error: the step at hand may take long, above all where it is being compiled.
-    A signal that is ignored stays ignored. Handlers can be set in the main thread alone; elsewhere nothing is caught
-    and signals act as ever.
+    A message on standard error says so immediately, since the current step may take long, especially if it is being
+    compiled. An ignored signal stays ignored. Handlers can only be set in the main thread. In other threads nothing is
+    caught, and signals act as usual.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
         self._restore()
-        os.write(2, NOTED)  # no print: the signal may have come in the middle of one
+        os.write(2, NOTED)  # not print, since the signal may have interrupted one
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

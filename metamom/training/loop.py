@@ -24,19 +24,19 @@ from metamom.training.plan import Scheduler, check_momentum
 from metamom.training.session import Session
 from metamom.training.stall import StallMonitor
 
-# Steps between measurements of the bias error over several processes, which exchange whole gradients for it.
+# Steps between measurements of the bias error with several processes, which have to exchange whole gradients.
 MEASURE_EVERY = 50
 
 
 class TrainResult(NamedTuple):
-    """What `train` returns.
+    """The result of `train`.
 
     Attributes:
-        metrics: one entry for each step that this call did: ``step, loss, accuracy, grad_norm, bias_error,
-            wire_bytes, sent_bytes, seconds, world_size``, and ``validation`` with ``validation_halfwidth``, and
-            ``measured_bias`` (`metamom.diagnostics.track`), where they were measured.
+        metrics: one entry for each step of this call: ``step, loss, accuracy, grad_norm, bias_error, wire_bytes,
+            sent_bytes, seconds, world_size``; if measured, also ``validation`` with ``validation_halfwidth``, and
+            ``measured_bias`` (`metamom.diagnostics.track`).
         validation: the last validation, if any.
-        resumed_from: number of steps that were done before this call.
+        resumed_from: number of steps before this call.
     """
 
     metrics: list[dict[str, Any]]
@@ -71,56 +71,56 @@ def train(
 ) -> TrainResult:
     """Train a meta-learner: sample, composite meta-gradients, bias, aggregate, optimizer step.
 
-    Step k draws the tasks of step k, so a run depends on its seeds alone, and a resumed one ends with the same
-    weights as one never interrupted, bit for bit. Ctrl-C and SIGTERM finish the step at hand, save and raise. A loss
-    that stalls or swings draws one `metamom.training.stall.StallWarning`, which guesses whether gamma, beta or bias is
-    at fault.
+    Step k uses the tasks of step k. So a run depends only on its seeds, and a resumed run ends with the same weights as
+    an uninterrupted one, bit for bit. On Ctrl-C or SIGTERM the current step finishes and is saved, and an error is
+    raised. If the loss stalls or oscillates, one `metamom.training.stall.StallWarning` suggests whether gamma, beta or
+    bias is the cause.
 
     Args:
-        learner: whose ``.grad`` each step sets; batches go to its device and dtype.
+        learner: the learner to train; batches are moved to its device and dtype.
         optimizer: any torch optimizer over ``learner.parameters()``, or some of them.
         sampler: the tasks.
         iterations: total number of steps, including those done before a resume.
         meta_batch: tasks a step.
         workers: n, must divide ``meta_batch``.
-        bias: the operator on each worker's gradient, its SPEC (``"topk:5%"``), or a function ``[d] -> [d]``. What it
-            carries from step to step starts afresh with the run, and is saved with it.
-        aggregate: what the server takes of the workers' gradients: `metamom.server.robust.robust_mean`.
-        schedulers: one or several, of this optimizer; each goes on by one after every step.
+        bias: the operator on each worker's gradient, its SPEC (``"topk:5%"``), or a function ``[d] -> [d]``. Its state
+            is reset at the start of the run, and saved with it.
+        aggregate: how the server combines the workers' gradients; see `metamom.server.robust.robust_mean`.
+        schedulers: one or several schedulers of this optimizer; each advances after every step.
         validation: tasks for validation, drawn from stream ``"validation"``.
         evaluate_every: steps between validations; only after the last step if ``None``.
         evaluate_tasks: tasks for each validation.
-        run_dir: where configuration, metrics and checkpoints go; nothing is written if ``None``.
-        resume: go on from the newest good checkpoint in ``run_dir``, or start afresh where there is none.
+        run_dir: the directory for configuration, metrics and checkpoints; nothing is written if ``None``.
+        resume: continue from the newest good checkpoint in ``run_dir``, or start a new run if there is none.
         checkpoint_every: steps between checkpoints; there is always one at the start and one at the end.
-        keep_checkpoints: how many of the newest to keep, beside the best (by validation).
-        settings: what defines the run, as JSON values; made from the arguments if ``None``. A resumed run must have
-            the same.
-        free: names of those settings that say only where and how the run is computed: another value may go on with it.
-        tensorboard: write losses for TensorBoard into ``run_dir`` too.
-        track_bias: measure the bias every so many steps, at the weights that the step's gradient is taken at, into the
-            metrics' ``measured_bias``. Training goes as without it, bit for bit.
-        world: the processes that train together (`metamom.distributed.start`), each of which calls this with the same
-            arguments; one alone by default. What is trained does not depend on how many they are, so a run may go on
-            with another number of them; only a compiled model that draws at random (dropout) draws otherwise. Process
-            0 alone reads and writes ``run_dir``, and shows progress.
-        label: what the progress bar says.
+        keep_checkpoints: how many of the newest to keep, in addition to the best (by validation).
+        settings: the settings that define the run, as JSON values; derived from the arguments if ``None``. A resumed
+            run must have the same.
+        free: names of settings that only affect where and how the run is computed, and so may change on resume.
+        tensorboard: also write losses for TensorBoard into ``run_dir``.
+        track_bias: measure the bias at intervals, at the weights of the step's gradient, and add it to the metrics as
+            ``measured_bias``. Training does not change, bit for bit.
+        world: the processes that train together (`metamom.distributed.start`); one by default. Each calls this with the
+            same arguments. The result does not depend on their number, so a run can resume with a different number.
+            The only exception is a compiled model with random draws (dropout). Only process 0 reads and writes
+            ``run_dir`` and shows progress.
+        label: label of the progress bar.
 
     Returns:
-        A `TrainResult`, the same on all processes but for the seconds.
+        A `TrainResult`, the same on all processes except for the seconds.
 
     Raises:
-        TypeError: for what is no learner, optimizer, sampler, scheduler or operator; for an optimizer that needs a
-            closure or sparse gradients; for settings that are no JSON values.
-        ValueError: for an argument out of range; for an optimizer over other parameters than the learner's, or without
-            its learned step sizes; for a ``run_dir`` in use, with a run in it while ``resume`` is false, with a run of
-            other settings, or with one that has done more iterations already. A run that is refused is left as it was.
+        TypeError: for anything but a learner, optimizer, sampler, scheduler or operator; for an optimizer that needs a
+            closure or sparse gradients; for settings that are not JSON values.
+        ValueError: for an argument out of range; for an optimizer over parameters that are not the learner's, or
+            without its learned step sizes; for a ``run_dir`` in use, with an existing run if ``resume`` is false, with
+            a run of different settings, or with a run of more iterations. A refused run does not change.
         metamom.training.checkpoints.CheckpointError: if none of its checkpoints can be used.
         DivergedError: at the first loss, gradient or weight that is not finite.
-        metamom.maml.batch_checks.NonFiniteDataError: instead of it, where the data of that step is not finite.
-        TrainingInterrupted: by a signal to any process, after saving.
-        metamom.distributed.ProcessError: if another process is gone, or hangs. Any other failure of one process is
-            raised by all.
+        metamom.maml.batch_checks.NonFiniteDataError: instead, if the data of that step is not finite.
+        TrainingInterrupted: after a signal to any process, once the state is saved.
+        metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other failure
+            of one process.
 
     Example:
         >>> from torch.nn import functional as F
@@ -162,14 +162,14 @@ def train(
 def _steps(
     session: Session, learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checked, world: World
 ) -> TrainResult:
-    """The algorithm: sample, meta-gradient, bias and aggregate, momentum; and what is looked at on the way."""
+    """The algorithm (sample, meta-gradient, bias and aggregate, momentum), with checks and measurements."""
     options, operator, like = checked.options, checked.operator, next(learner.model.parameters())
     monitor = StallMonitor(optimizer, operator, learner.estimator) if world.first else None
     resumed_from, metrics = session.progress.done, []
     validation: Evaluation | None = None
     for step in session:
         measured = _tracked(learner, operator, options.track_bias, step, session)
-        check_momentum(optimizer, operator)  # a schedule may have moved beta
+        check_momentum(optimizer, operator)  # a schedule may have changed beta
 
         batch = world.sample(sampler, step, options.meta_batch).to(like.device, like.dtype)
         optimizer.zero_grad()
@@ -193,11 +193,11 @@ def _steps(
 
 
 def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:
-    """The server's gradient in ``.grad``; a signal goes to all processes with it.
+    """Write the server's gradient to ``.grad``, and share a signal with all processes along with it.
 
     Raises:
-        DivergedError: for a loss or a gradient that is not finite.
-        NonFiniteDataError: where the batch is not.
+        DivergedError: for a loss or gradient that is not finite.
+        NonFiniteDataError: if the batch is not finite.
     """
     world.status = session.interrupts.caught or 0
     try:
@@ -233,7 +233,7 @@ def _validated(learner: MAML, options: Options, world: World) -> Evaluation:
 def _tracked(
     learner: MAML, operator: BiasOperator | None, plan: TrackBias | None, step: int, session: Session
 ) -> dict[str, dict[str, float]]:
-    """The measured bias, at the steps when it is due; the time that it takes is not the step's."""
+    """The measured bias, at steps when it is due. Its time does not count towards the step."""
     if plan is None or step % plan.every:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a checkpoint may hold of an optimizer: the options that it was made with, and a state of each parameter."""
+"""Check an optimizer's state in a checkpoint: its options, and the state of each parameter."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from metamom.optim import CompositeMomentum
 from metamom.training.alike import check_alike, check_kind, is_number, refuse, same, short
 
-_EXACT = 2**24  # a step that is counted in float32 stays there
-_LARGEST = 2**63  # torch takes no larger whole numbers
+_EXACT = 2**24  # a step counter in float32 stops here
+_LARGEST = 2**63  # torch does not accept larger whole numbers
 
 Group = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ def _of_rmsprop(group: Group) -> set[str]:
     return {"step", "square_avg", *buffers}
 
 
-# what these keep of each parameter, by the options of its group: tensors of its shape, and one number as "step"
+# the state that these keep for each parameter, by its group's options: tensors of its shape, and a number "step"
 _KEPT: dict[type[Optimizer], Callable[[Group], set[str]]] = {
     CompositeMomentum: lambda group: {"momentum"},
     SGD: lambda group: {"momentum_buffer"} if group["momentum"] else set(),
@@ -38,24 +38,24 @@ _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 
 class Moved(NamedTuple):
-    """The options that schedules move.
+    """The options that schedules change.
 
     Attributes:
         names: of the options.
-        others: whether every number may be moved besides, by a schedule of unknown kind.
+        others: whether any other number may change too, because of a schedule of unknown type.
     """
 
     names: frozenset[str] = frozenset()
     others: bool = False
 
     def may_move(self, name: str, value: Any) -> bool:
-        """Whether the option may have another value than the optimizer was made with."""
+        """Whether the option may differ from its value at construction."""
         numbers = value if isinstance(value, (list, tuple)) else [value]
         return name in self.names or (self.others and all(is_number(number) for number in numbers))
 
 
 def is_fixed(optimizer: Optimizer) -> bool:
-    """Whether the optimizer itself leaves the options of its groups alone: ours and torch's own do."""
+    """Whether the optimizer does not change its groups' options itself, as is true of ours and torch's own."""
     return type(optimizer) is CompositeMomentum or f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
@@ -63,10 +63,10 @@ def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved
     """Refuse a state that the optimizer cannot have had.
 
     Args:
-        optimizer: that is to take it.
+        optimizer: the optimizer to load it into.
         state: as saved.
-        step: steps that the run has done.
-        moved: options that schedules may have moved; all others are those that it was made with.
+        step: number of steps of the run.
+        moved: options that schedules may have changed; all others must have their values at construction.
 
     Raises:
         ValueError: naming the entry.
@@ -103,7 +103,7 @@ def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved
 
 
 def check_loaded(before: Group, after: Group, *, moved: Moved) -> None:
-    """Refuse options that loading has filled in otherwise than they were: those that an earlier version did not save.
+    """Refuse options that loading has filled in with new values, because an earlier version did not save them.
 
     Args:
         before: the optimizer's state before it was loaded.
@@ -120,7 +120,7 @@ def check_loaded(before: Group, after: Group, *, moved: Moved) -> None:
 
 
 def _check_group(here: dict[str, Any], there: Any, place: str, moved: Moved) -> None:
-    """Refuse options of another kind, or with values that nothing can have moved them to."""
+    """Refuse options of the wrong type, or with values that nothing can have changed them to."""
     if not isinstance(there, dict) or not isinstance(there.get("params"), list):
         raise ValueError(f"{place} should be a dict with a list 'params'; got {short(there)}")
     if len(there["params"]) != len(here["params"]):
@@ -139,7 +139,7 @@ def _check_group(here: dict[str, Any], there: Any, place: str, moved: Moved) -> 
 
 
 def _check_numbers(mine: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Refuse numbers of parameters other than those that every optimizer gives them."""
+    """Refuse parameter indices other than those that every optimizer assigns."""
     numbers = [n for group in saved for n in group["params"]]
     if not all(type(n) is int for n in numbers) or len(set(numbers)) < len(numbers):
         raise ValueError("'params' should be whole numbers that differ")
@@ -149,7 +149,7 @@ def _check_numbers(mine: list[dict[str, Any]], saved: list[dict[str, Any]]) -> N
 
 
 def _check_complete(state: Mapping[int, Any], wanted: Mapping[int, set[str]]) -> None:
-    """Refuse a state that lacks a trained parameter; `backward` gives a gradient to those that are unused too."""
+    """Refuse a state without all trained parameters; `backward` gives a gradient even to unused ones."""
     missing = [number for number, names in wanted.items() if names and number not in state]
     if not missing:
         return
@@ -160,7 +160,7 @@ def _check_complete(state: Mapping[int, Any], wanted: Mapping[int, set[str]]) ->
 
 
 def _check_kept(kept: dict[str, Any], wanted: set[str], parameter: Tensor, place: str, step: int) -> None:
-    """What an optimizer that works entry by entry keeps of a parameter."""
+    """Check the state that an elementwise optimizer keeps for a parameter."""
     if missing := sorted(wanted - set(kept)):
         raise ValueError(f"{place} has no {', '.join(missing)}")
     for name, value in kept.items():
@@ -170,7 +170,7 @@ def _check_kept(kept: dict[str, Any], wanted: set[str], parameter: Tensor, place
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 refuse(f"{place}.{name}", f"a tensor of shape {tuple(parameter.shape)}", value)
             check_kind(parameter, value, f"{place}.{name}")
-            squares = name in _SQUARES  # which may overflow: that parameter does not move
+            squares = name in _SQUARES  # squares may overflow; the parameter then does not move
             if bool(value.isnan().any()) or not (squares or bool(value.isfinite().all())):
                 raise ValueError(f"{place}.{name} is not finite in all of its entries")
             if squares and bool((value < 0).any()):
@@ -178,7 +178,7 @@ def _check_kept(kept: dict[str, Any], wanted: set[str], parameter: Tensor, place
 
 
 def _check_others(kept: dict[str, Any], place: str, step: int) -> None:
-    """What another optimizer of torch keeps of a parameter: numbers and tensors, all of them there."""
+    """Check the state that another torch optimizer keeps for a parameter: numbers and tensors, all present."""
     for name, value in kept.items():
         if name == "step":
             _check_step(value, f"{place}.{name}", step)
@@ -189,7 +189,7 @@ def _check_others(kept: dict[str, Any], place: str, step: int) -> None:
 
 
 def _check_step(value: Any, place: str, step: int) -> None:
-    """Refuse fewer steps of a parameter than the run has done, each of which moves all of them."""
+    """Refuse a parameter with fewer steps than the run, since each step updates all parameters."""
     check_alike(0, value, place)
     if value < min(step, _EXACT) or value != int(value):
         refuse(place, f"a whole number >= {step}, the steps done", _number(value))

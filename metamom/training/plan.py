@@ -1,4 +1,4 @@
-"""What a training run is to do: told in JSON values, and refused where it cannot be done."""
+"""Validate a run's arguments before it starts, and describe them as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from metamom.training.contents import Contents
 
 @runtime_checkable
 class Scheduler(Protocol):
-    """What goes on by one after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
+    """Anything that advances after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
 
     def step(self) -> None: ...
 
@@ -52,11 +52,11 @@ def check_plan(
     checkpoint_every: int = 1,
     world: World | None = None,
 ) -> None:
-    """Refuse what `train` could only refuse after it had begun; the arguments are `train`'s.
+    """Check arguments of `train` that would otherwise fail only after the run has started.
 
     Raises:
-        TypeError: for what is no learner or no sampler.
-        ValueError: for an argument out of range, or arguments that do not fit each other.
+        TypeError: for anything but a learner or a sampler.
+        ValueError: for an argument out of range, or arguments in conflict.
     """
     if not isinstance(learner, MAML):
         raise TypeError(f"train takes a metamom.MAML learner; got a {type(learner).__name__}. Wrap the model in MAML.")
@@ -77,16 +77,16 @@ def check_plan(
     if world is not None:
         block(meta_batch, world.rank, world.size)
     sizes = [p.numel() for p in learner.meta_parameters().values()]
-    server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world)  # refuses what does not go together
+    server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world)  # checks that they fit together
     if server.operator is not None:
-        server.operator.wire_bytes(sum(sizes), sizes=sizes)  # an operator too large says so
+        server.operator.wire_bytes(sum(sizes), sizes=sizes)  # raises an error if K is too large
 
 
 def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
-    """Refuse momentum on the server where the workers have it: averaged twice, it is another method.
+    """Refuse momentum on the server if the workers have it: averaging twice is a different method.
 
     Raises:
-        ValueError: saying what to set.
+        ValueError: with what to set.
     """
     if operator is None or not operator.carries_momentum:
         return
@@ -102,13 +102,13 @@ def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
 
 
 def check_optimizer(learner: MAML, optimizer: object) -> None:
-    """Refuse an optimizer that would leave standing what it is to move.
+    """Refuse an optimizer that does not update the learner's parameters.
 
-    Parameters of the model may be left out of it, or frozen.
+    Some of the model's parameters may be left out or frozen.
 
     Raises:
-        TypeError: for what is no optimizer, or one that needs more than one dense gradient a step.
-        ValueError: for one over none of the learner's parameters, over others too, or without its step sizes.
+        TypeError: for anything but an optimizer, or one that needs more than one dense gradient a step.
+        ValueError: if it has none of the learner's parameters, has others too, or lacks the learned step sizes.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {_kind(optimizer)}.")
@@ -142,10 +142,10 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
 def _steps_alone(optimizer: Optimizer) -> bool:
     """Whether its method ``step`` can be called without a closure."""
     try:
-        signature(type(optimizer).step).bind(optimizer)  # of the class: schedulers wrap that of the object
+        signature(type(optimizer).step).bind(optimizer)  # the class's method, since schedulers wrap the object's
     except TypeError:
         return False
-    except ValueError:  # made without Python, so there is nothing to read
+    except ValueError:  # not written in Python, so it has no signature
         return True
     return True
 
@@ -160,11 +160,11 @@ def check_record(
     free: object,
     label: object,
 ) -> None:
-    """Refuse what cannot be written, or where; the arguments are `train`'s.
+    """Check the arguments of `train` about what to write, and where.
 
     Raises:
-        TypeError: for an argument of another kind, and for settings that are no JSON values.
-        ValueError: for an argument out of range, or without the directory that it needs.
+        TypeError: for an argument of the wrong type, and for settings that are not JSON values.
+        ValueError: for an argument out of range, or one that needs a ``run_dir``.
     """
     if not (run_dir is None or isinstance(run_dir, (str, Path))):
         raise TypeError(f"run_dir is the path of a directory, or None; got {run_dir!r:.80}.")
@@ -195,11 +195,11 @@ def check_record(
 
 
 def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimizer) -> list[Scheduler]:
-    """One scheduler or several, as a list.
+    """Convert one scheduler or several to a list.
 
     Raises:
-        TypeError: for what is no scheduler, or one that wants a number at each step.
-        ValueError: for one of another optimizer, which would change nothing here.
+        TypeError: for anything but a scheduler, or one that needs a metric at each step.
+        ValueError: for a scheduler of another optimizer, which would have no effect.
     """
     if not isinstance(schedulers, (Scheduler, Iterable)):
         raise TypeError(f"schedulers are one or a list of them, such as LambdaLR(optimizer, ...); got {schedulers!r}.")
@@ -220,11 +220,11 @@ def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimi
 
 
 def _kind(thing: object) -> str:
-    """What came, in words."""
+    """Describe an object, for errors."""
     return f"the class {thing.__name__} itself" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
-# of what `describe` gives: earlier versions did not record it
+# entries of `describe` that earlier versions did not record
 LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code")
 
 
@@ -240,9 +240,9 @@ def describe(
     schedulers: Sequence[Any] = (),
     validation: Sampler | None = None,
 ) -> dict[str, Any]:
-    """What decides a run made from these parts, as JSON values: the default of ``train(settings=...)``.
+    """Describe the settings that define a run, as JSON values. This is the default of ``train(settings=...)``.
 
-    How it is computed (chunks, compilation, device) is left out, and so are its length and what is only measured.
+    It leaves out how the run is computed (chunks, compilation, device), its length, and what is only measured.
     """
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     operator = as_operator(bias)
@@ -264,13 +264,13 @@ def describe(
         "workers": workers,
         "bias": "none" if operator is None else operator.spec,
         "aggregate": aggregate,
-        # decides what the best checkpoint is; a run without one has none
+        # validation determines the best checkpoint, so it is only recorded if there is one
         **({} if validation is None else {"validation": described(validation)}),
     }
 
 
 def _of_function(function: Any) -> dict[str, Any]:
-    """A loss: its name and, of a module or a partial function, the numbers and words that it was made with."""
+    """Describe a loss: its name, and the numbers and strings in a module or partial function."""
     if isinstance(function, nn.Module):
         return {"name": str(function), **_numbers(vars(function))}
     if isinstance(function, functools.partial):
@@ -279,7 +279,7 @@ def _of_function(function: Any) -> dict[str, Any]:
 
 
 def _functions(operator: BiasOperator | None) -> list[Any]:
-    """The user's own functions in an operator."""
+    """The user functions in an operator."""
     if isinstance(operator, Function):
         return [operator.function]
     within = [] if operator is None else list(vars(operator).values())
@@ -288,7 +288,7 @@ def _functions(operator: BiasOperator | None) -> list[Any]:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a dict, what JSON can hold, without private entries and those that count steps."""
+    """The entries of a dict that JSON can hold, without private ones and step counters."""
     kept = {}
     for name, value in values.items():
         if not name.startswith("_") and name not in ("last_epoch", "last_step"):

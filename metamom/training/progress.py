@@ -1,4 +1,4 @@
-"""How far a run has come, and its state in checkpoints."""
+"""The progress of a run, and its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from metamom.training.restore import checked_generators, checked_head, load_part
 
 
 class DivergedError(ArithmeticError):
-    """A loss, a gradient or a weight is no longer finite.
+    """A loss, a gradient or a weight is not finite.
 
     Args:
-        what: is not finite.
-        step: at which it was seen.
-        remedies: what else there is to try, beside a smaller lr and clipped gradients.
+        what: the value that is not finite.
+        step: the step at which it occurred.
+        remedies: further advice, besides a smaller lr and clipped gradients.
 
     Attributes:
         step: as given.
@@ -36,7 +36,7 @@ class DivergedError(ArithmeticError):
 
 
 class Progress(NamedTuple):
-    """How far a run has come: steps done, seconds they took, best validation."""
+    """The progress of a run: completed steps, their seconds, best validation."""
 
     done: int
     seconds: float
@@ -44,7 +44,7 @@ class Progress(NamedTuple):
 
 
 class Saved:
-    """A run's state in its checkpoints: the parts by name, of all processes, which process 0 reads and writes."""
+    """A run's state in its checkpoints: the parts of all processes, by name. Process 0 reads and writes them."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class Saved:
         self.workers = workers
 
     def restored(self, iterations: int) -> Progress | None:
-        """Put the newest good checkpoint into the parts; all of it, or nothing.
+        """Load the newest good checkpoint into the parts: all of it, or nothing.
 
         Raises:
-            ValueError: if the run has done more iterations than that.
-            CheckpointError: for one that is not a run's of these parts, naming what is wrong with it.
+            ValueError: if the run has already done more than ``iterations``.
+            CheckpointError: for a checkpoint that does not match these parts, naming what is wrong.
         """
         state = self.world.broadcast_object(lambda: None if self.run is None else self.run.newest_state())
         if state is None:
@@ -96,7 +96,7 @@ class Saved:
         return Progress(step, seconds, best)
 
     def save(self, progress: Progress, is_best: bool = False) -> None:
-        """Save the state after ``progress.done`` steps, unless its weights are not good."""
+        """Save the state after ``progress.done`` steps, unless its weights are invalid."""
         weights = self.parts["learner"].state_dict()
         if not all(bool(p.isfinite().all()) for p in self.parts["learner"].parameters()):
             raise DivergedError("a weight", progress.done)
@@ -110,7 +110,7 @@ class Saved:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if "bias" in state:
             state["bias"] = self.parts["bias"].gather(self.world.gather_objects(state["bias"]))
-        # a model's own random layers (dropout) draw from torch's generators
+        # a model's random layers (dropout) draw from torch's generators
         rng = {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

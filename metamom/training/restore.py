@@ -1,7 +1,7 @@
-"""A checkpoint's contents into the parts of a run: looked at first, then all of them or none.
+"""Load a checkpoint into the parts of a run: check everything first, then load all of it or nothing.
 
-Files are checked where they are read (`metamom.training.checkpoints`). Here it is whether what they hold fits: a part
-is the schema of its own state.
+Files are checked when they are read (`metamom.training.checkpoints`). Here their contents are checked against the
+run's parts: a part's current state is the schema.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from metamom.training.checkpoints import CheckpointError
 from metamom.training.optimizer_state import check_loaded, check_optimizer, is_fixed
 from metamom.training.schedule_state import check_rates, check_schedule, moved_by
 
-# what `load_state_dict` of modules, optimizers, schedulers and operators raises for states of another kind
+# errors of `load_state_dict` in modules, optimizers, schedulers and operators for a state that does not fit
 _MISFITS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError,
 )  # fmt: skip
 
 
 class Generators(NamedTuple):
-    """States of torch's global generators, of the CPU and of each GPU."""
+    """States of torch's global generators, for the CPU and each GPU."""
 
     cpu: Tensor
     cuda: list[Tensor]
@@ -50,17 +50,17 @@ def load_parts(
     calls: int | None = None,
     misfit: str = "are of another model or optimizer",
 ) -> None:
-    """Load each part's state; where one does not fit, all are as they were before.
+    """Load each part's state. If one does not fit, all keep their previous state.
 
     Args:
-        parts: by name; each has ``state_dict`` and ``load_state_dict``.
-        state: by the same names.
-        where: it comes from, for the error: "the checkpoints in RUN".
-        entries: of the gradients that bias operators keep something of.
-        workers: n, each of which has a state of error feedback after the first step.
-        step: steps that were done, after which an optimizer has a state.
-        calls: that random operators have counted; any number if ``None``.
-        misfit: what is said of a state that does not fit.
+        parts: the parts by name; each has ``state_dict`` and ``load_state_dict``.
+        state: their states, with the same names.
+        where: the origin of the state, for the error: "the checkpoints in RUN".
+        entries: length of the gradients that bias operators keep.
+        workers: n; each has a state of error feedback after the first step.
+        step: number of completed steps; after one, an optimizer has a state.
+        calls: the call count of random operators; any number if ``None``.
+        misfit: the message for a state that does not fit.
 
     Raises:
         CheckpointError: naming the part, and what is wrong.
@@ -99,14 +99,14 @@ def load_parts(
         raise CheckpointError(f"{where} {misfit}: {name}: {kind}{why}") from error
 
 
-MOST = {"step": math.inf, "seconds": 2**53}  # what a float still tells apart
+MOST = {"step": math.inf, "seconds": 2**53}  # the range in which a float is exact for integers
 
 
 def checked_head(state: Mapping[str, Any], where: str) -> tuple[int, float]:
-    """``"step"`` and ``"seconds"`` of a checkpoint.
+    """Check and return ``"step"`` and ``"seconds"`` of a checkpoint.
 
     Raises:
-        CheckpointError: for anything but a whole number and a number, >= 0.
+        CheckpointError: unless they are a whole number and a number, both >= 0.
     """
     for name, kinds in (("step", (int,)), ("seconds", (int, float))):
         value = state.get(name)
@@ -117,10 +117,10 @@ def checked_head(state: Mapping[str, Any], where: str) -> tuple[int, float]:
 
 
 def checked_generators(state: Any, where: str) -> Generators:
-    """The states of torch's generators, each proved on a generator that nobody uses.
+    """Check and return the states of torch's generators. Each is tried on a temporary generator.
 
     Raises:
-        CheckpointError: if they are none.
+        CheckpointError: if they are not generator states.
     """
     if not isinstance(state, Mapping) or not isinstance(state.get("cpu"), Tensor):
         raise CheckpointError(
@@ -144,7 +144,7 @@ def checked_generators(state: Any, where: str) -> Generators:
 
 
 def _check_operator(operator: BiasOperator, entries: int, workers: int | None, calls: int | None) -> None:
-    """Refuse what an operator cannot carry after steps with so many workers, or after so many calls, where known."""
+    """Refuse a state that an operator cannot have after steps with this many workers, or this many calls, if known."""
     state = operator.state_dict()
     _check_entries(state, entries, "its state", finite=isinstance(operator, ErrorFeedback))
     if isinstance(operator, ErrorFeedback) and workers is not None:
@@ -161,7 +161,7 @@ def _check_operator(operator: BiasOperator, entries: int, workers: int | None, c
 
 
 def _random(operator: BiasOperator) -> Iterator[Draws]:
-    """The operators within one that count their calls, of which `train` makes one a step."""
+    """The random operators inside an operator, which count calls. `train` makes one call a step."""
     if isinstance(operator, Draws):
         yield operator
     elif isinstance(operator, ErrorFeedback):
@@ -172,7 +172,7 @@ def _random(operator: BiasOperator) -> Iterator[Draws]:
 
 
 def _check_entries(state: dict[str, Any], entries: int, place: str, *, finite: bool) -> None:
-    """Of what operators keep of workers' gradients, all is ``[d]``, or ``[n, d]``."""
+    """Check that all tensors that operators keep of workers' gradients are ``[d]`` or ``[n, d]``."""
     for name, value in state.items():
         if isinstance(value, dict):
             _check_entries(value, entries, f"{place}.{name}", finite=finite)
@@ -184,7 +184,7 @@ def _check_entries(state: dict[str, Any], entries: int, place: str, *, finite: b
 
 
 def _check_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse weights that would be cast in silence from another kind of number, or that are not finite."""
+    """Refuse weights that would be cast silently from another kind of number, or that are not finite."""
     parameters = dict(module.named_parameters())
     for name, mine in module.state_dict().items():
         saved = state.get(name)

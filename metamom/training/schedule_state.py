@@ -1,4 +1,4 @@
-"""What a checkpoint may hold of a schedule: the numbers that it was made with, and how far it has come."""
+"""Check a schedule's state in a checkpoint: the numbers it was created with, and its progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metamom.optim import LambdaBeta
 from metamom.training.alike import check_alike, refuse, same, short
 from metamom.training.optimizer_state import Moved, is_fixed
 
-# what the steps of LambdaBeta and torch's own schedules change; all else is as they were made
+# the attributes that steps of LambdaBeta and torch's schedules change; all others stay as constructed
 _COUNTED = {
     "last_epoch",
     "_step_count",
@@ -28,7 +28,7 @@ _MOMENTA = frozenset({"momentum", "betas"})
 
 
 def moved_by(schedules: Iterable[Any]) -> Moved:
-    """The options of an optimizer that these schedules may move."""
+    """The optimizer options that these schedules may change."""
     moved = Moved()
     for schedule in schedules:
         if isinstance(schedule, LambdaBeta):
@@ -44,7 +44,7 @@ def moved_by(schedules: Iterable[Any]) -> Moved:
 
 
 def check_schedule(schedule: LRScheduler | LambdaBeta, state: Any, *, step: int) -> None:
-    """Refuse a state that the schedule cannot have had after so many steps.
+    """Refuse a state that the schedule cannot have had after ``step`` steps.
 
     Raises:
         ValueError: naming the entry.
@@ -52,7 +52,7 @@ def check_schedule(schedule: LRScheduler | LambdaBeta, state: Any, *, step: int)
     mine = schedule.state_dict()
     check_alike(mine, state, "its state")
     odd = [n for n in state if n not in mine and (not isinstance(n, str) or n == "optimizer" or hasattr(schedule, n))]
-    if odd:  # torch's would put them in place of its methods
+    if odd:  # torch would replace methods by them
         raise ValueError(f"its state holds {', '.join(map(str, odd))}, which no {type(schedule).__name__} saves")
     if isinstance(schedule, LambdaBeta):
         _check_count("its state.last_step", state["last_step"], step)
@@ -64,11 +64,11 @@ def check_schedule(schedule: LRScheduler | LambdaBeta, state: Any, *, step: int)
 
 
 def check_rates(optimizer: Optimizer, schedules: Iterable[Any]) -> None:
-    """Refuse step sizes other than the last of torch's schedules has left, where nothing else moves them.
+    """Refuse step sizes other than those that the last of torch's schedules has set, if nothing else changes them.
 
     Args:
-        optimizer: with the state that was saved.
-        schedules: the same, in the order of their steps, of which at least one was done.
+        optimizer: with the saved state.
+        schedules: with the saved states, in the order of their steps; at least one step was done.
 
     Raises:
         ValueError: naming the step size.
@@ -87,14 +87,12 @@ def _is_torchs(schedule: Any) -> bool:
 
 
 def _check_made(mine: dict[str, Any], saved: dict[str, Any], place: str, least: int) -> None:
-    """Refuse another value of anything but what the steps count, and a count below the least."""
+    """Refuse changed values, except for counters of steps, and counters below ``least``."""
     for name in (name for name in mine if name in saved):
         here, there, where = mine[name], saved[name], f"{place}.{name}"
         if name == "last_epoch":
             _check_count(where, there, least)
-        elif (
-            name == "_schedulers"
-        ):  # in turn, so that some have not begun, or (without a count around them) all at once
+        elif name == "_schedulers":  # sequential (some have not started) or, without an outer counter, simultaneous
             for i, (inner, kept) in enumerate(zip(here, there, strict=True)):
                 _check_made(inner, kept, f"{where}[{i}]", -1 if "last_epoch" in mine else least)
         elif name in ("T_cur", "T_i"):

@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: where it goes on from, its record, checkpoints, signals and progress bar."""
+"""Everything around the steps of a run: resuming, metrics, checkpoints, signals and the progress bar."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from metamom.training.progress import DivergedError, Progress
 
 
 class Store(Protocol):
-    """Where the state of a run is kept."""
+    """The storage of a run's state."""
 
     def save(self, progress: Progress, is_best: bool = False) -> None:
         """Write a checkpoint after ``progress.done`` steps."""
 
 
 class Session:
-    """The steps that are left of a run, one after the other; a context manager.
+    """Iterates over the remaining steps of a run; a context manager.
 
-    Each step ends with `finish`, which logs it, saves when it is due, and stops the run where a signal has come.
+    Each step ends with `finish`, which logs it, saves a checkpoint if one is due, and stops the run after a signal.
 
     Args:
-        progress: how far the run has come; 0 steps write a checkpoint at once.
-        total: number of steps in all.
-        store: where checkpoints go.
-        run: the directory that metrics go to, held until the session ends; ``None`` for none.
-        path: of that directory, for messages; ``None`` where nothing is saved.
-        label: in front of the progress bar.
-        unit: of its steps: ``"it"``, ``"epoch"``.
-        hidden: show no bar; ``None`` shows it in a terminal only.
-        due: whether to save after that many steps and seconds of work since the last checkpoint.
-        remedies: for divergence, see `DivergedError`.
+        progress: the run's progress so far; at 0 steps, a checkpoint is written at once.
+        total: total number of steps.
+        store: writes checkpoints.
+        run: the directory for metrics, held until the session ends; ``None`` for none.
+        path: of that directory, for messages; ``None`` if nothing is saved.
+        label: label of the progress bar.
+        unit: unit of the steps: ``"it"``, ``"epoch"``.
+        hidden: hide the bar; ``None`` shows it only in a terminal.
+        due: whether to save, given the steps and seconds of work since the last checkpoint.
+        remedies: advice after divergence, see `DivergedError`.
 
     Attributes:
-        progress: how far the run has come by now.
-        interrupts: signals that have come.
+        progress: the current progress of the run.
+        interrupts: the signals received.
         stop: the signal that ends the run after this step, or 0; several processes decide it together.
     """
 
@@ -78,7 +78,7 @@ class Session:
         self._stack = ExitStack()
 
     def log_to(self, sink: Callable[[Mapping[str, Any]], None]) -> None:
-        """Give every line of metrics to a function too."""
+        """Also pass every line of metrics to a function."""
         self._sinks.append(sink)
 
     def __enter__(self) -> Session:
@@ -92,33 +92,33 @@ class Session:
         self._stack.__exit__(*exception)
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of the steps that are left."""
+        """Iterate over the numbers of the remaining steps."""
         while self.progress.done < self.total:
             self._took = None
             self._began = time.perf_counter()
             yield self.progress.done
 
     def restart_clock(self) -> None:
-        """Do not count what has been done of this step so far: it was no training."""
+        """Restart the step's clock, to leave out time that was not spent on training."""
         self._began = time.perf_counter()
 
     def stepped(self) -> float:
-        """The step has been taken; what follows, such as a validation, does not count. Its seconds."""
+        """Stop the step's clock and return its seconds. What follows, such as validation, does not count."""
         self._took = time.perf_counter() - self._began
         done, seconds = self.progress.done + 1, self.progress.seconds + self._took
         self.progress = self.progress._replace(done=done, seconds=seconds)
         return self._took
 
     def finish(self, line: dict[str, Any], shown: Mapping[str, str], best: float | None = None) -> None:
-        """End a step that `stepped`.
+        """End a step after `stepped`.
 
         Args:
-            line: of ``metrics.jsonl``; gets ``"seconds"``.
-            shown: beside the bar.
-            best: the validation, where it is the best so far.
+            line: the line for ``metrics.jsonl``; gets ``"seconds"``.
+            shown: values to show next to the bar.
+            best: the validation, if it is the best so far.
 
         Raises:
-            TrainingInterrupted: after saving, where a signal has come.
+            TrainingInterrupted: after saving, if a signal has been received.
         """
         if best is not None:
             self.progress = self.progress._replace(best=best)
@@ -139,16 +139,16 @@ class Session:
             raise TrainingInterrupted(f"stopped after {self._unit} {done} of {self.total}; {kept}.", stopped)
 
     def check_finite(self, values: Mapping[str, float]) -> None:
-        """Stop a run in which a number is not finite, by what each is: ``{"the loss": loss}``.
+        """Stop the run if a number is not finite. Values have names for the error: ``{"the loss": loss}``.
 
         Raises:
-            DivergedError: naming the first that is not, at this step.
+            DivergedError: naming the first one that is not finite, and this step.
         """
         for what, value in values.items():
             if not math.isfinite(value):
                 raise self.diverged(what)
 
     def diverged(self, what: str) -> DivergedError:
-        """The error about something that is not finite at this step."""
+        """The error for a value that is not finite at this step."""
         remedies = () if self.remedies is None else (self.remedies,)
         return DivergedError(what, self.progress.done, *remedies)

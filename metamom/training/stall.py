@@ -1,4 +1,4 @@
-"""Watches a run's losses, and says once what is likely to hold it up."""
+"""Watch a run's losses, and warn once with the likely cause if they stall."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from metamom.maml.estimators import ESTIMATORS, Estimator
 from metamom.optim import CompositeMomentum
 from metamom.theory import diagnose
 
-FIRST = 400  # steps before the first look; the next ones at twice as many
+FIRST = 400  # steps before the first check; each further check at twice as many
 EVERY = 8  # steps between two measurements of the momentum
-FADING = 0.5  # of ||v||^2 in the second half of what is looked at, by the first: less is a run that still converges
+FADING = 0.5  # ratio of ||v||^2 in the second half to the first; a run below it is still converging
 
 
 class StallWarning(UserWarning):
-    """A loss that stalls or swings, and the likely cause."""
+    """The loss stalls or oscillates; the message names the likely cause."""
 
 
 class StallMonitor:
-    """Looks at the second half of the losses after 400, 800, 1,600, ... steps, by `metamom.theory.diagnose`.
+    """Checks the second half of the losses after 400, 800, 1,600, ... steps with `metamom.theory.diagnose`.
 
-    It changes nothing in the run and costs a norm of v in every eighth step; with beta = 1, where v says no more than
-    g, it keeps a gradient from there to the next, whose product with it tells the noise. Runs of another optimizer than
-    `CompositeMomentum`, of several groups, or with normalised steps are not judged.
+    It does not change the run, and costs one norm of v every eighth step. With beta = 1, v equals g. Then it also keeps
+    the gradient until the next measurement, and estimates the noise from the product of the two. It skips runs with
+    another optimizer than `CompositeMomentum`, with several parameter groups, or with normalised steps.
 
     Args:
-        optimizer: of the run.
-        operator: of the workers' gradients.
-        estimator: of these; ``"exact"`` is unbiased for the loss that a run reports, the one after a step on its own
-            inner batch.
+        optimizer: the run's optimizer.
+        operator: the operator on the workers' gradients.
+        estimator: the meta-gradient estimator; ``"exact"`` is unbiased for the loss that a run reports (the loss after
+            a step on its own inner batch).
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class StallMonitor:
         self.biased = _biased(operator, estimator, sizes)
         self.cure = _cure(operator, estimator)
         self.losses: list[float] = []
-        self.squares: list[tuple[int, float, float, float | None]] = []  # step, ||g||^2, ||v||^2, <g, an earlier g>
+        self.squares: list[tuple[int, float, float, float | None]] = []  # step, ||g||^2, ||v||^2, <g, earlier g>
         self.earlier: list[Tensor] | None = None
         self.next = FIRST
         groups = optimizer.param_groups
         self.judges = isinstance(optimizer, CompositeMomentum) and len(groups) == 1 and not groups[0]["normalize"]
 
     def update(self, loss: float, grad_norm: float) -> None:
-        """Take in a step that is done; may warn, once."""
+        """Record a completed step. Warns at most once."""
         if not self.judges:
             return
         self.losses.append(loss)
@@ -77,13 +77,13 @@ class StallMonitor:
         half = len(late) // 2
         converging = sum(v for _, v, _ in late[half:]) < FADING * sum(v for _, v, _ in late[:half])
         if found.state == "stalled" and converging:
-            return  # slowly, or towards a loss that is not zero
+            return  # it converges slowly, or to a nonzero loss
         if found.state in ("stalled", "oscillating") and found.cause not in ("none", "unknown"):
             self.judges = False
             warnings.warn(f"after {done} steps: {found} (likely cause: {found.cause})", StallWarning, stacklevel=2)
 
     def _product(self, gradients: list[Tensor]) -> float | None:
-        """Of these gradients with those of the last time: their noise is independent."""
+        """The product of these gradients with those of the last measurement, which have independent noise."""
         earlier, self.earlier = self.earlier, [g.clone() for g in gradients]
         if earlier is None or len(earlier) != len(gradients):
             return None
@@ -95,7 +95,7 @@ def _is_biased(estimator: Estimator | None) -> bool:
 
 
 def _cure(operator: BiasOperator | None, estimator: Estimator | None) -> str:
-    """What lowers the bias that is known, or might."""
+    """Advice that lowers the known bias, or may lower it."""
     cures = ['the estimator "exact"'] * _is_biased(estimator)
     if operator is not None and not operator.feeds_back:
         cures.append(operator.remedy)
@@ -103,7 +103,7 @@ def _cure(operator: BiasOperator | None, estimator: Estimator | None) -> str:
 
 
 def _biased(operator: BiasOperator | None, estimator: Estimator | None, sizes: Sequence[int]) -> bool | None:
-    """Whether the gradients are known to be biased or not; error feedback takes an operator's bias away in time."""
+    """Whether the gradients are biased, if known. Error feedback removes an operator's bias over time."""
     if _is_biased(estimator):
         return True
     if operator is None:
@@ -112,6 +112,6 @@ def _biased(operator: BiasOperator | None, estimator: Estimator | None, sizes: S
         return None
     try:
         constants = operator.constants(sum(sizes), zeta2=1.0, sizes=sizes)
-    except ValueError:  # none are known
+    except ValueError:  # no constants are known
         return True
     return None if constants.B == constants.b2 == 0 else True

@@ -1,6 +1,6 @@
-"""Patches, and normalisation with ReLU, each with its first and second derivative, by the fastest code at hand.
+"""Patches, and normalisation with ReLU, each with first and second derivatives, in the fastest available code.
 
-Inside `native` the operators of kernels.cpp run on a CPU (float32 and float64); everywhere else reference.py does.
+Inside `native`, the operators of kernels.cpp run on a CPU (float32 and float64). Otherwise reference.py is used.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ for _schema in _SCHEMAS:
 
 @contextmanager
 def native(device: torch.device) -> Iterator[None]:
-    """Use the compiled operators inside, if ``device`` is a CPU; they are built at the first use.
+    """Use the compiled operators in this context if ``device`` is a CPU. They are built on first use.
 
     Raises:
-        metamom.nets.kernels.build.CompilerError: where there is no C++ compiler, or it cannot build them.
+        metamom.nets.kernels.build.CompilerError: if there is no C++ compiler, or it cannot build them.
     """
     if device.type != "cpu":
         yield
@@ -57,7 +57,7 @@ def native(device: torch.device) -> Iterator[None]:
 
 
 def _by_device(plain: Callable[P, R]) -> Callable[P, R]:
-    """The same operator: compiled where `native` asks for it and has it, in plain PyTorch elsewhere."""
+    """Dispatch an operator: to the compiled one inside `native` if there is one, else to plain PyTorch."""
 
     @wraps(plain)
     def operator(*args: P.args, **kwargs: P.kwargs) -> R:

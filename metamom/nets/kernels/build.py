@@ -1,9 +1,9 @@
-"""Building kernels.cpp with the machine's own C++ compiler, once for each user, machine and version.
+"""Build kernels.cpp with the local C++ compiler, once for each user, machine and version.
 
-The library is native code, so it is loaded only if it is a regular file that belongs to this user, that nobody else may
-write to, and whose contents have the SHA-256 in its name. Otherwise it is built again. Users who share a folder have a
-library each. A folder in which every user may replace files is refused: somebody could do so between the check and the
-loading. The members of the folder's group are trusted not to.
+The library is native code. So it is loaded only if it is a regular file that belongs to this user, is not writable by
+others, and matches the SHA-256 in its name. Otherwise it is rebuilt. Users who share a folder get separate libraries. A
+folder in which every user may replace files is refused, since a file could be replaced between check and load. Members
+of the folder's group are trusted.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 
 
 class CompilerError(ValueError):
-    """There is no C++ compiler, or it or TorchInductor could not build, or there is no place for what it builds."""
+    """There is no C++ compiler, a build failed (in it or in TorchInductor), or its output cannot be stored."""
 
 
 def find_compiler() -> str:
-    """The C++ compiler that TorchInductor takes too: ``$CXX``, else clang++ on macOS and g++ elsewhere.
+    """Find the C++ compiler that TorchInductor uses: ``$CXX``, else clang++ on macOS and g++ elsewhere.
 
     Raises:
-        CompilerError: where there is none.
+        CompilerError: if there is none.
     """
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if (path := shutil.which(name)) is None:
@@ -49,10 +49,10 @@ def find_compiler() -> str:
 
 @cache
 def load() -> None:
-    """Build kernels.cpp if this machine has not yet, and load its operators.
+    """Build kernels.cpp if necessary, and load its operators.
 
     Raises:
-        CompilerError: where there is no compiler, or it fails, or the cache folder can't be written or trusted.
+        CompilerError: if there is no compiler, it fails, or the cache folder is not writable or not trusted.
     """
     compiler = find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
@@ -68,24 +68,24 @@ def load() -> None:
 
 
 def _library(compiler: str, name: str) -> Path:
-    """The library of this name from the cache folder; it is built if it isn't there or can't be trusted.
+    """The library of this name in the cache folder. It is built if it is missing or not trusted.
 
     Raises:
-        CompilerError: where the compiler fails, or every user can replace the folder's files.
-        OSError: where the folder can't be written.
+        CompilerError: if the compiler fails, or every user can replace the folder's files.
+        OSError: if the folder is not writable.
     """
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder)
     if (path := _trusted(folder, name)) is None:
-        with FileLock(folder / f"{name}.lock"):  # its holder builds; the others wait, then find it built
+        with FileLock(folder / f"{name}.lock"):  # one process builds; the others wait and then use its result
             if (path := _trusted(folder, name)) is None:
                 path = _build(compiler, folder, name)
     return path
 
 
 def _trusted(folder: Path, name: str) -> Path | None:
-    """The library of this name that this user has built, if it is whole."""
+    """The library of this name that this user has built, if it is intact."""
     for path in folder.glob(f"{name}-*.so"):
         found = path.lstat()
         private = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == 0
@@ -106,7 +106,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _user() -> int | None:
-    return os.getuid() if hasattr(os, "getuid") else None  # Windows has none
+    return os.getuid() if hasattr(os, "getuid") else None  # Windows does not have it
 
 
 def _sha256(data: bytes) -> str:
@@ -117,7 +117,7 @@ def _build(compiler: str, folder: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         out = Path(scratch) / f"{name}.so"
         command = [compiler, str(SOURCE), "-o", str(out), *_flags()]
-        # a session of its own: Ctrl-C is for this process to act on, not for the compiler to die of
+        # a new session, so that Ctrl-C reaches this process but does not kill the compiler
         done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
         if done.returncode != 0:
             said = gist(done.stderr or done.stdout) or f"it ended with status {done.returncode}"
@@ -132,7 +132,7 @@ def _build(compiler: str, folder: Path, name: str) -> Path:
 
 
 def gist(said: str) -> str:
-    """Of what a compiler said, three lines that name an error, or else its first three."""
+    """Three lines of a compiler's output that name an error, or its first three lines."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line.lower()] or lines
     return "; ".join(line[:300].rstrip(".") for line in errors[:3])
@@ -141,7 +141,7 @@ def gist(said: str) -> str:
 def _flags() -> list[str]:
     flags = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    # not from torch.utils.cpp_extension: a CUDA build of torch says on stderr, at its import, that there is no GPU
+    # avoid torch.utils.cpp_extension: importing it in a CUDA build of torch prints to stderr if there is no GPU
     include = Path(torch.__file__).with_name("include")
     flags += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
     libraries = Path(torch.__file__).with_name("lib")
@@ -152,7 +152,7 @@ def _flags() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native stands for here: a cache on a shared disk may be read by machines of several kinds."""
+    """Identify the processor that -march=native targets, since machines of several kinds may share a cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next(

@@ -1,4 +1,4 @@
-"""The operators of `metamom.nets.layers` in plain PyTorch: for every device and dtype, and the twins of kernels.cpp.
+"""The operators of `metamom.nets.layers` in plain PyTorch, for every device and dtype. They match kernels.cpp.
 
 Legend: B images of height H, width W and C channels; G groups (tasks) of M positions with C channels.
 """
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 
 def unfold(images: Tensor) -> Tensor:
-    """Patches that a 3x3 window sees at stride 2 and padding 1: ``[B, H, W, C] -> [B, (H+1)//2, (W+1)//2, 9 C]``.
+    """Extract 3x3 patches with stride 2 and padding 1: ``[B, H, W, C] -> [B, (H+1)//2, (W+1)//2, 9 C]``.
 
-    The last axis runs over rows of the window, its columns, and channels.
+    The last axis runs over the window's rows, its columns, and channels.
     """
     B, H, W, C = images.shape
     padded = F.pad(images, (0, 0, 1, 1, 1, 1)).contiguous()
@@ -24,12 +24,12 @@ def unfold(images: Tensor) -> Tensor:
 
 
 def fold(patches: Tensor, H: int, W: int) -> Tensor:
-    """The adjoint of `unfold`, patches added where they overlap: ``[B, (H+1)//2, (W+1)//2, 9 C] -> [B, H, W, C]``."""
+    """The adjoint of `unfold`, which adds overlapping patches: ``[B, (H+1)//2, (W+1)//2, 9 C] -> [B, H, W, C]``."""
     B, high, wide, _ = patches.shape
     taps = patches.view(B, high, wide, 3, 3, -1)
 
     def columns(row: int) -> Tensor:
-        """Row ``row`` of the windows added up along the image's columns: ``[B, high, W, C]``."""
+        """Sum row ``row`` of the windows along the image's columns: ``[B, high, W, C]``."""
         even, odd = taps[:, :, :, row, 1], taps[:, :, :, row, 2]
         odd = odd + F.pad(taps[:, :, 1:, row, 0], (0, 0, 0, 1))
         return torch.stack([even, odd], 3).view(B, high, 2 * wide, -1)[:, :, :W]
@@ -62,7 +62,7 @@ def norm_relu(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tenso
 
 
 def _passed(cotangent: Tensor, z: Tensor) -> Tensor:
-    """What ReLU lets through to where its output z is positive, in one pass over memory."""
+    """Pass a cotangent through ReLU (where its output z is positive) in one pass over memory."""
     passed: Tensor = torch.ops.aten.threshold_backward(cotangent, z, 0)
     return passed
 
@@ -96,9 +96,9 @@ def norm_relu_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of dz, ``y`` and gain from those (v, a, s) of `norm_relu_backward`'s results.
 
-    What is differentiated is ``<v, gain rstd P(e)> + <a, sum(e x)> + <s, sum(e)>``. P is symmetric, so e receives
-    ``gain rstd P(v) + a x + s``. x receives ``h = -gain rstd (mean(e x) v + mean(v x) e) + a e`` and rstd receives
-    ``gain <v, P(e)>``; through ``x = (y - mean) rstd``, y receives ``rstd (P(h) - x gain rstd <v, P(e)> / M)``.
+    The function to differentiate is ``<v, gain rstd P(e)> + <a, sum(e x)> + <s, sum(e)>``. P is symmetric, so e gets
+    ``gain rstd P(v) + a x + s``, x gets ``h = -gain rstd (mean(e x) v + mean(v x) e) + a e`` and rstd gets
+    ``gain <v, P(e)>``. Through ``x = (y - mean) rstd``, y gets ``rstd (P(h) - x gain rstd <v, P(e)> / M)``.
     """
     M = y.shape[1]
     e = _passed(dz, z)
