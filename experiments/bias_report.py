@@ -18,8 +18,9 @@ from metamom.common import tables
 from metamom.common.checks import AT_ONCE, check_whole
 from metamom.common.files import write_atomically
 from metamom.common.intervals import Interval
-from metamom.diagnostics.bias_meter import AtSize, Measured, Part, TrackBias, measure
+from metamom.diagnostics.bias_meter import AtSize, Measured, Part, measure
 from metamom.diagnostics.power_law import Slope
+from metamom.diagnostics.while_training import TrackBias
 from metamom.experiments.recipes import DTYPES, Recipe
 from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.maml.learner import MAML

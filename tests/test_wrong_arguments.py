@@ -31,7 +31,7 @@ from metamom import (
     evaluate,
     train,
 )
-from metamom.diagnostics.bias_meter import TrackBias, measure
+from metamom.diagnostics import TrackBias, measure
 from metamom.distributed import World
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, PerWorker, Sinusoid

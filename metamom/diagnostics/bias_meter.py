@@ -9,8 +9,8 @@ bias operator, n workers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,23 +19,21 @@ from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream
 from metamom.bias import Bias, BiasOperator, as_operator
-from metamom.common.checks import AT_ONCE, MOST, check_number, check_whole
+from metamom.common.checks import check_whole
 from metamom.common.intervals import Interval, Jackknife, norm, squared_norm, total_variance
+from metamom.diagnostics.checks import check_plan, check_pool
 from metamom.diagnostics.power_law import Slope, fit_slope
 from metamom.diagnostics.sources import (
     estimator_parts,
     half_points,
-    pairs,
     points_per_shot,
     population_gradients,
     reference,
     single_gradients,
 )
-from metamom.maml.estimators import memoryless_estimators
 from metamom.maml.learner import MAML
 
 STREAM = "bias"  # a stream of the sampler's seed that training, validation and test do not use
-TRACKED_PAIRS = 4  # pairs to cut out of a pool during training
 POINTS = 60_000  # rough number of query points to compute together
 
 
@@ -179,35 +177,15 @@ def measure(
         check_whole("most_pairs", most_pairs, 1)
     if population is not None:
         check_sampler(population, "population is a sampler, which")
-    _check_plan(learner, operator, sizes, draws, tasks_per_worker, queries, confidence)
+    check_plan(learner, operator, sizes, draws, tasks_per_worker, queries, confidence)
     like = next(learner.model.parameters())
     check_sampler(sampler, "measure takes a sampler, which")
     first = drawn(of_stream(sampler, STREAM), 0, tasks_per_worker)
-    _check_pool(learner, first, sizes, queries)
+    check_pool(learner, first, sizes, queries)
     shot = points_per_shot(first)
-    devices = [like.device] if like.device.type == "cuda" else []
-    found = _Found()
-    # random layers of a model (dropout) draw from torch's generators: restore them, so that training is unaffected
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed every GPU, which is not restored
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        widest = first.support_x.shape[1] // (2 * half_points(learner, min(sizes), first))
-        widest = widest if most_pairs is None else min(widest, most_pairs)
-        at_once = max(1, POINTS // (2 * widest * first.query_x.shape[1] * tasks_per_worker))
-        starts = range(0, draws, at_once)
-        with tqdm(total=draws * len(sizes), desc=label, unit="draw", leave=False, disable=None) as bar:
-            for start in starts:
-                steps = range(start, min(start + at_once, draws))
-                pool = _all_drawn(sampler, steps, tasks_per_worker).to(like.device, like.dtype)
-                whole = None
-                if population is not None:
-                    whole = _all_drawn(population, steps, tasks_per_worker).to(like.device, like.dtype)
-                found.add_reference(learner, pool, whole, tasks_per_worker)
-                for m in sizes:
-                    found.add(learner, pool, whole, m, operator, tasks_per_worker, queries, most_pairs, steps)
-                    bar.update(len(steps))
+    plan = _Plan(learner, sampler, population, operator, sizes, draws, tasks_per_worker, queries, most_pairs)
+    with _generators_of_ones_own(like.device):
+        found = _draw(plan, first, label)
     return Measured(
         tuple(found.at(m, confidence) for m in sizes),
         found.slopes(confidence),
@@ -223,114 +201,90 @@ def measure(
     )
 
 
-class TrackBias(NamedTuple):
-    """Settings of ``train(track_bias=...)``, which measures the bias at one inner batch size from a few draws.
+class _Plan(NamedTuple):
+    """The checked arguments of `measure`, which explains them."""
 
-    Attributes:
-        every: steps between measurements, from step 0 on, >= 1.
-        pools: a sampler, as for `measure`.
-        inner_batch: m, as in training.
-        draws: R.
-        tasks_per_worker: as in training.
-        queries: as in training.
+    learner: MAML
+    sampler: Sampler
+    population: Sampler | None
+    operator: BiasOperator | None
+    inner_batches: tuple[int, ...]
+    draws: int
+    tasks_per_worker: int
+    queries: int | None
+    most_pairs: int | None
+
+
+def _draw(plan: _Plan, first: TaskBatch, label: str) -> _Found:
+    """Draw all messages, as many at a time as `POINTS` allows.
+
+    Args:
+        plan: what to measure.
+        first: the first draw, for its sizes.
+        label: label of the progress bar.
     """
-
-    every: int
-    pools: Sampler
-    inner_batch: int
-    draws: int = 16
-    tasks_per_worker: int = 1
-    queries: int | None = None
-
-
-def check_track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> None:
-    """Check the arguments of `track`.
-
-    Raises:
-        TypeError: for anything but a `TrackBias`, or fields of the wrong type.
-        ValueError: with what to change.
-    """
-    if not isinstance(plan, TrackBias):
-        raise TypeError(
-            f"track_bias takes a metamom.diagnostics.TrackBias(every, pools, inner_batch), or None; got {plan!r:.80}."
-        )
-    check_sampler(plan.pools, "TrackBias takes pools, a sampler, which")
-    if check_whole("every", plan.every, -math.inf, MOST) < 1:
-        raise ValueError(f"track_bias measures every N >= 1 steps; got every={plan.every}.")
-    _check_plan(learner, operator, (plan.inner_batch,), plan.draws, plan.tasks_per_worker, plan.queries, 0.95)
-    _check_pool(
-        learner, drawn(of_stream(plan.pools, STREAM), 0, plan.tasks_per_worker), (plan.inner_batch,), plan.queries
-    )
+    found, like = _Found(plan), next(plan.learner.model.parameters())
+    widest = first.support_x.shape[1] // (2 * half_points(plan.learner, min(plan.inner_batches), first))
+    widest = widest if plan.most_pairs is None else min(widest, plan.most_pairs)
+    at_once = max(1, POINTS // (2 * widest * first.query_x.shape[1] * plan.tasks_per_worker))
+    total = plan.draws * len(plan.inner_batches)
+    with tqdm(total=total, desc=label, unit="draw", leave=False, disable=None) as bar:
+        for start in range(0, plan.draws, at_once):
+            steps = range(start, min(start + at_once, plan.draws))
+            pool = _all_drawn(plan.sampler, steps, plan.tasks_per_worker).to(like.device, like.dtype)
+            whole = None
+            if plan.population is not None:
+                whole = _all_drawn(plan.population, steps, plan.tasks_per_worker).to(like.device, like.dtype)
+            found.add_reference(pool, whole)
+            for m in plan.inner_batches:
+                found.add(pool, whole, m, steps)
+                bar.update(len(steps))
+    return found
 
 
-def track(learner: MAML, operator: BiasOperator | None, plan: TrackBias) -> dict[str, float]:
-    """Take a measurement, in the form of a line of metrics.
-
-    Returns:
-        ``{"norm": ..., "low": ..., "high": ..., "gradient": ..., "variance": ...}``: the bias with its 95 % interval,
-        the gradient's norm, and the variance of one worker's message.
-    """
-    found = measure(
-        learner,
-        plan.pools,
-        inner_batches=(plan.inner_batch,),
-        bias=operator,
-        draws=plan.draws,
-        tasks_per_worker=plan.tasks_per_worker,
-        queries=plan.queries,
-        most_pairs=TRACKED_PAIRS,
-        label="track bias",
-    )
-    at = found.sizes[0]
-    bias = at.bias.norm
-    return {
-        "norm": bias.value,
-        "low": bias.low,
-        "high": bias.high,
-        "gradient": found.gradient.value,
-        "variance": at.variance.value,
-    }
+@contextmanager
+def _generators_of_ones_own(device: torch.device) -> Iterator[None]:
+    """Seed torch's generators, from which random layers (dropout) draw, and restore them afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every GPU's, which nobody restores
+        for each in devices:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 class _Found:
     """The results of the draws so far, rows ``[R, d]`` in blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
         self.targets: list[Tensor] = []
         self.corrections: list[Tensor] = []
         self.parts: dict[int, dict[str, list[Tensor]]] = {}
         self.messages: dict[int, list[Tensor]] = {}
         self._of_tasks: Tensor | None = None
 
-    def add_reference(self, learner: MAML, pool: TaskBatch, whole: TaskBatch | None, each: int) -> None:
+    def add_reference(self, pool: TaskBatch, whole: TaskBatch | None) -> None:
+        each = self.plan.tasks_per_worker
         if whole is None:
-            target, correction = reference(learner, pool)
+            target, correction = reference(self.plan.learner, pool)
             self.corrections.append(_means(correction, each))
         else:
-            target = population_gradients(learner, whole)
+            target = population_gradients(self.plan.learner, whole)
         self._of_tasks = target
         self.targets.append(_means(target, each))
 
-    def add(
-        self,
-        learner: MAML,
-        pool: TaskBatch,
-        whole: TaskBatch | None,
-        m: int,
-        operator: BiasOperator | None,
-        each: int,
-        queries: int | None,
-        most: int | None,
-        steps: range,
-    ) -> None:
+    def add(self, pool: TaskBatch, whole: TaskBatch | None, m: int, steps: range) -> None:
+        plan = self.plan
         assert self._of_tasks is not None
         # the query batch is independent of the inner one, so its mean (the population) can be taken first
         judged = pool if whole is None else pool._replace(query_x=whole.query_x, query_y=whole.query_y)
-        parts = estimator_parts(learner, judged, m, self._of_tasks, most)
-        rows = {name: _means(part, each) for name, part in parts.items()}
-        message, sizes = single_gradients(learner, pool, m, queries, each)
-        if operator is not None:
-            sent = operator(message, step=0, workers=steps, sizes=sizes)
+        parts = estimator_parts(plan.learner, judged, m, self._of_tasks, plan.most_pairs)
+        rows = {name: _means(part, plan.tasks_per_worker) for name, part in parts.items()}
+        message, sizes = single_gradients(plan.learner, pool, m, plan.queries, plan.tasks_per_worker)
+        if plan.operator is not None:
+            sent = plan.operator(message, step=0, workers=steps, sizes=sizes)
             rows["operator"] = sent.double() - message.double()
             message = sent
         kept = self.parts.setdefault(m, {})
@@ -372,49 +326,3 @@ def _all_drawn(sampler: Sampler, steps: range, each: int) -> TaskBatch:
     source = of_stream(sampler, STREAM)
     batches = [drawn(source, step, each) for step in steps]
     return TaskBatch(*(torch.cat(fields) for fields in zip(*(batch[:4] for batch in batches), strict=True)))
-
-
-def _check_plan(
-    learner: MAML,
-    operator: BiasOperator | None,
-    sizes: tuple[int, ...],
-    draws: int,
-    each: int,
-    queries: int | None,
-    confidence: float,
-) -> None:
-    if not isinstance(learner, MAML):
-        raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
-    if learner.estimator not in memoryless_estimators():
-        raise ValueError(
-            f"the estimators that a draw by itself shows the bias of are {', '.join(memoryless_estimators())}; got "
-            f"{learner.estimator!r}, which remembers earlier steps. Measure one of these (--estimator) at its weights."
-        )
-    for size in sizes:
-        check_whole("an inner batch", size, -math.inf, AT_ONCE)
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise ValueError(f"inner_batches are numbers of shots >= 1 that differ, at least one; got {sizes}.")
-    if check_whole("draws", draws, -math.inf, AT_ONCE) < 3:
-        raise ValueError(f"an interval needs at least 3 draws; got draws={draws}.")
-    for name, value in (("tasks_per_worker", each), ("queries", queries)):
-        if value is not None or name == "tasks_per_worker":
-            check_whole(name, value, 1, AT_ONCE)
-    check_number("confidence", confidence)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
-    if operator is not None and operator.feeds_back:
-        raise ValueError(
-            f"{operator.spec} feeds errors back: its bias depends on all that it was fed before, which no draw of it "
-            "alone shows. Measure the operator within it, such as topk:5%."
-        )
-
-
-def _check_pool(learner: MAML, pool: TaskBatch, sizes: tuple[int, ...], queries: int | None) -> None:
-    """Check the pool before anything is computed."""
-    shot = points_per_shot(pool)
-    if queries is not None and queries * shot > pool.query_x.shape[1]:
-        raise ValueError(
-            f"queries={queries} shots are more than the {pool.query_x.shape[1] // shot} that the sampler draws."
-        )
-    for m in sizes:
-        pairs(pool, half_points(learner, m, pool))

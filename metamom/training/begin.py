@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from metamom.batch import Sampler, check_sampler
 from metamom.bias import Bias, BiasOperator, as_operator
-from metamom.diagnostics.bias_meter import TrackBias, check_track
+from metamom.diagnostics.while_training import TrackBias, check_track
 from metamom.distributed import SAME, World, digest
 from metamom.maml.learner import MAML
 from metamom.server.robust import Aggregate

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from metamom.batch import Sampler, TaskBatch
 from metamom.bias import Bias, BiasOperator, NonFiniteError
-from metamom.diagnostics.bias_meter import TrackBias, track
+from metamom.diagnostics.while_training import TrackBias, track
 from metamom.distributed import World, as_world
 from metamom.evaluation import Evaluation, evaluate
 from metamom.maml.batch_checks import NonFiniteDataError

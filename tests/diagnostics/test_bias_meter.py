@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from metamom import MAML, CompositeMomentum, TaskBatch, TopK, cli, nets, train
 from metamom.bias import EF21
 from metamom.common.intervals import Jackknife, squared_norm, total_variance
-from metamom.diagnostics.bias_meter import TrackBias, measure
+from metamom.diagnostics import TrackBias, measure
 from metamom.diagnostics.power_law import fit_slope
 from metamom.experiments.bias_report import PLANS
 from metamom.maml.estimators import memoryless_estimators

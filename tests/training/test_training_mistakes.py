@@ -26,7 +26,7 @@ from metamom import (
     train,
 )  # fmt: skip
 from metamom.batch import drawn
-from metamom.diagnostics.bias_meter import TrackBias, measure
+from metamom.diagnostics import TrackBias, measure
 from metamom.distributed import World
 from metamom.interop.learn2learn import AsTaskset
 from metamom.tasks import FixedTasks, PerWorker, Sinusoid

@@ -1,0 +1,64 @@
+"""Checks of the arguments of the bias meter, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+
+from metamom.batch import TaskBatch
+from metamom.bias import BiasOperator
+from metamom.common.checks import AT_ONCE, check_number, check_whole
+from metamom.diagnostics.sources import half_points, pairs, points_per_shot
+from metamom.maml.estimators import memoryless_estimators
+from metamom.maml.learner import MAML
+
+
+def check_plan(
+    learner: MAML,
+    operator: BiasOperator | None,
+    sizes: tuple[int, ...],
+    draws: int,
+    each: int,
+    queries: int | None,
+    confidence: float,
+) -> None:
+    """Check the arguments of `metamom.diagnostics.measure`.
+
+    Raises:
+        TypeError: for an argument of another kind.
+        ValueError: for one that is out of range, an estimator with a memory, or an operator with error feedback.
+    """
+    if not isinstance(learner, MAML):
+        raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
+    if learner.estimator not in memoryless_estimators():
+        raise ValueError(
+            f"the estimators that a draw by itself shows the bias of are {', '.join(memoryless_estimators())}; got "
+            f"{learner.estimator!r}, which remembers earlier steps. Measure one of these (--estimator) at its weights."
+        )
+    for size in sizes:
+        check_whole("an inner batch", size, -math.inf, AT_ONCE)
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise ValueError(f"inner_batches are numbers of shots >= 1 that differ, at least one; got {sizes}.")
+    if check_whole("draws", draws, -math.inf, AT_ONCE) < 3:
+        raise ValueError(f"an interval needs at least 3 draws; got draws={draws}.")
+    for name, value in (("tasks_per_worker", each), ("queries", queries)):
+        if value is not None or name == "tasks_per_worker":
+            check_whole(name, value, 1, AT_ONCE)
+    check_number("confidence", confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
+    if operator is not None and operator.feeds_back:
+        raise ValueError(
+            f"{operator.spec} feeds errors back: its bias depends on all that it was fed before, which no draw of it "
+            "alone shows. Measure the operator within it, such as topk:5%."
+        )
+
+
+def check_pool(learner: MAML, pool: TaskBatch, sizes: tuple[int, ...], queries: int | None) -> None:
+    """Check the pool before anything is computed."""
+    shot = points_per_shot(pool)
+    if queries is not None and queries * shot > pool.query_x.shape[1]:
+        raise ValueError(
+            f"queries={queries} shots are more than the {pool.query_x.shape[1] // shot} that the sampler draws."
+        )
+    for m in sizes:
+        pairs(pool, half_points(learner, m, pool))
