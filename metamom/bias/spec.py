@@ -12,6 +12,8 @@ from metamom.bias.compose import Compose
 from metamom.bias.random import check_seed
 from metamom.bias.spelling import AROUND, JOINED, SPELLINGS, Around, Spelling, load_all, single_spellings
 from metamom.common.numbers import real, shown, whole
+from metamom.common.spec_table import around_spelling, spec_table
+from metamom.common.spec_table import single_spellings as spellings_of
 
 N = TypeVar("N", int, float)
 
@@ -79,18 +81,15 @@ def spec_help() -> str:
     """A table of operators and options, at most 100 columns wide."""
     rows = [("  ".join(_spelled(each)), each.meaning, _options(each.options)) for each in single_spellings()]
     rows += [(JOINED.spelling, JOINED.meaning, ""), *((_around(each), each.meaning, "") for each in AROUND.values())]
-    lines = ["SPEC, an operator on each worker's gradient, and its options:"]
-    lines += [f"  {spelling:<20} {meaning:<35} {options}".rstrip() for spelling, meaning, options in rows]
-    lines += ["options, in any number behind the operator, as in topk:5%:tensor:all:"]
-    return "\n".join(lines + [f"  {_options((name,)):<20} {option.meaning}" for name, option in OPTIONS.items()])
+    return spec_table(rows, [(_options((name,)), option.meaning) for name, option in OPTIONS.items()])
 
 
 def _spelled(each: Spelling) -> list[str]:
-    return [each.name + (f":{each.argument}" if each.argument else "")] + [f"{each.name}:P%"] * each.share
+    return spellings_of(each.name, each.argument, each.share)
 
 
 def _around(each: Around) -> str:
-    return each.name + (f"({each.argument})" if each.argument else "") + ":A"
+    return around_spelling(each.name, each.argument)
 
 
 def _options(names: tuple[str, ...]) -> str:

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metamom.common.spec_table import around_spelling, single_spellings
+from metamom.common.spec_table import spec_table as table
+
 BIAS = Path(__file__).parents[1] / "bias"
 
 
@@ -66,18 +69,12 @@ def _render(records: list[_Record]) -> str:
     def option(name: str) -> str:
         return f":{name}=N" if options[name][1] == "int" else f":{name}"
 
-    lines = ["SPEC, an operator on each worker's gradient, and its options:"]
+    rows = []
     singles = [each for each in records if each.called == "spelled"]
     for _, (name, meaning), more in sorted(singles, key=lambda each: (each.words[0] != "none", each.words[0])):
-        spelling = (
-            name + (f":{more['argument']}" if "argument" in more else "") + f"  {name}:P%" * more.get("share", False)
-        )
-        lines.append(f"  {spelling:<20} {meaning:<35} {' '.join(map(option, more.get('options', ())))}".rstrip())
-    for _, (name, meaning), _ in [each for each in records if each.called == "Joined"]:
-        lines.append(f"  {name:<20} {meaning:<35}".rstrip())
+        spelling = "  ".join(single_spellings(name, more.get("argument", ""), more.get("share", False)))
+        rows.append((spelling, meaning, " ".join(map(option, more.get("options", ())))))
+    rows += [(*each.words, "") for each in records if each.called == "Joined"]
     for _, (name, meaning), more in [each for each in records if each.called == "spelled_around"]:
-        spelling = name + (f"({more['argument']})" if "argument" in more else "") + ":A"
-        lines.append(f"  {spelling:<20} {meaning:<35}".rstrip())
-    lines += ["options, in any number behind the operator, as in topk:5%:tensor:all:"]
-    lines += [f"  {option(name):<20} {words[2]}" for name, words in options.items()]
-    return "\n".join(lines)
+        rows.append((around_spelling(name, more.get("argument", "")), meaning, ""))
+    return table(rows, [(option(name), words[2]) for name, words in options.items()])

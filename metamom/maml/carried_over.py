@@ -36,12 +36,12 @@ def refused(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"the forward of the model reads and replaces {', '.join(carried)}, as a running statistic or a count "
             "does: tasks would pass it on to each other, and every call of a meta-gradient would start from the same "
-            "value. Compute it from the batch at hand, or update it outside of the forward."
+            "value. Compute it from the current batch, or update it outside of the forward."
         )
 
 
 @contextmanager
-def draws_told() -> Iterator[None]:
+def warn_of_draws() -> Iterator[None]:
     """Warn if the model draws from Python's or NumPy's generator, which `torch.func.vmap` does not see."""
     before = _states()
     yield

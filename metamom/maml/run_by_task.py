@@ -81,7 +81,7 @@ class RunByTask:
                 autocast(x.device, dtype),
                 self._functions(model),
                 self._attributes(model),
-                carried_over.draws_told() if new and draws else nullcontext(),
+                carried_over.warn_of_draws() if new and draws else nullcontext(),
                 inputs_explained(model, x, watched),
             ):
                 return self._over_tasks(one_task, own, start.kept, x, model.training, draws)

@@ -90,7 +90,7 @@ def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved
     wanted = _KEPT.get(type(optimizer))
     for number, kept in state["state"].items():
         if type(number) is not int or number not in parameters:
-            raise ValueError(f"'state' has an entry {short(number)}, which is no parameter's")
+            raise ValueError(f"'state' has an entry {short(number)}, which belongs to no parameter")
         if not isinstance(kept, dict):
             raise ValueError(f"state[{number}] should be a dict; got {short(kept)}")
         if wanted is not None:
@@ -116,7 +116,7 @@ def check_loaded(before: Group, after: Group, *, moved: Moved) -> None:
     for i, (here, there) in enumerate(zip(before["param_groups"], after["param_groups"], strict=True)):
         for name, value in here.items():
             if not same(value, there.get(name)) and not moved.may_move(name, value):
-                refuse(f"param_groups[{i}].{name}", f"{_told(value)}, as the optimizer is made", there.get(name))
+                refuse(f"param_groups[{i}].{name}", f"{_described(value)}, as the optimizer is made", there.get(name))
 
 
 def _check_group(here: dict[str, Any], there: Any, place: str, moved: Moved) -> None:
@@ -133,7 +133,7 @@ def _check_group(here: dict[str, Any], there: Any, place: str, moved: Moved) -> 
         if not moved.may_move(name, here[name]):
             if not same(here[name], value):
                 why = "for no schedule moved it" if is_number(here[name]) else "as the optimizer is made"
-                refuse(f"{place}.{name}", f"{_told(here[name])}, {why}", value)
+                refuse(f"{place}.{name}", f"{_described(here[name])}, {why}", value)
         elif is_number(value) and not isinstance(value, Tensor) and abs(value) >= _LARGEST:
             refuse(f"{place}.{name}", "a number below 2^63", value)
 
@@ -199,7 +199,7 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     """An option's value for an error: numbers as Python's own."""
     if is_number(value):
         return repr(float(value))

@@ -132,7 +132,7 @@ def checked_generators(state: Any, where: str) -> Generators:
         torch.Generator().set_state(found.cpu)
         for number, each in enumerate(found.cuda):
             if not isinstance(each, Tensor) or each.dtype != torch.uint8:
-                raise TypeError(f"the state of GPU {number} is no tensor of bytes")
+                raise TypeError(f"the state of GPU {number} is not a tensor of bytes")
             if torch.cuda.is_available():
                 torch.Generator(device="cuda").set_state(each)
     except _MISFITS as error:

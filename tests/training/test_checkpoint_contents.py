@@ -120,7 +120,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "momentum of another shape": (in_state({"momentum": torch.zeros(3)}), r"got a tensor of shape \(3,\)"),
     "state of nobody": (
         lambda s: {**s, "optimizer": {**s["optimizer"], "state": {9: {"momentum": torch.zeros(1)}}}},
-        "an entry 9, which is no parameter's",
+        "an entry 9, which belongs to no parameter",
     ),
 }
 
