@@ -153,9 +153,9 @@ def from_outside(names: Sequence[str]) -> ValueError:
     """The error for parameters that the loss reads directly, bypassing the tasks' own weights."""
     return ValueError(
         f"the loss depends on {', '.join(names)} as they stand outside the model's call, and not on each task's "
-        "adapted weights: loss_fn, a hook, or a plain list (not a ModuleList or ParameterList) keeps "
-        "a reference of its own. Read them from the model's registered parameters inside its forward, or make the loss an nn.Module that "
-        "has the model as a part."
+        "adapted weights: loss_fn, a hook, or a plain list (not a ModuleList or ParameterList) keeps a reference of "
+        "its own. Read them from the model's registered parameters inside its forward, or make the loss an nn.Module "
+        "that has the model as a part."
     )
 
 
