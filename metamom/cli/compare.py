@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from metamom.cli.facts import COMPARED
 from metamom.cli.flags import add_learner, add_operators, add_run, add_schedule, add_steps, add_task, flag, given_flags
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count, names, number, numbers, run_count, task_count
-from metamom.experiments.defaults import TASKS
+from metamom.experiments.defaults import COMPARED, ITERATIONS, TASKS
 
 EXAMPLES = {
     "sinusoid": (
@@ -59,8 +58,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
-    from metamom.experiments.compare import DEFAULTS, Comparison, compare
-    from metamom.experiments.defaults import ITERATIONS
+    from metamom.experiments.compare import Comparison, compare
     from metamom.experiments.recipes import Recipe
 
     task = arguments.task
@@ -68,14 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
         base=Recipe(task=task, **given_flags(arguments)),
         betas=arguments.betas,
         first_steps=arguments.first_steps,
-        lrs=arguments.lrs or DEFAULTS[task].lrs,
+        lrs=arguments.lrs or COMPARED[task].lrs,
         seeds=arguments.seeds,
         iterations=ITERATIONS[task] if arguments.iterations is None else arguments.iterations,
         evaluate_every=arguments.evaluate_every,
         validation_tasks=arguments.evaluate_tasks,
         test_tasks=arguments.tasks,
         steps=arguments.steps,
-        target=DEFAULTS[task].target if arguments.target is None else arguments.target,
+        target=COMPARED[task].target if arguments.target is None else arguments.target,
     )
     run_dir = arguments.run_dir or f"runs/compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
     report = compare(comparison, run_dir, root=arguments.data_root, resume=arguments.resume, jobs=arguments.jobs)

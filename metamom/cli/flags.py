@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any, Protocol
 
-from metamom.cli.facts import FIRST_STEPS, ORDERS, SERVERS, TIMEOUT
+from metamom.common.choices import FIRST_STEPS, ORDERS, SERVERS, TIMEOUT
 from metamom.common.flag_types import counts, long_count, names, number, path, point_count, seed, step_count, task_count
 from metamom.common.numbers import shown
 from metamom.experiments.defaults import ADAPTIVE_LR, DEFAULTS, DTYPE_NAMES, ITERATIONS, OPTIMIZERS, WAYS
