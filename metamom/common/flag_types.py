@@ -103,6 +103,17 @@ def count_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto: {error}") from None
 
 
+def auto(flag: str) -> Callable[[str], str]:
+    """Only ``auto``, for a flag that may also stand alone."""
+
+    def parse(text: str) -> str:
+        if text != "auto":
+            raise argparse.ArgumentTypeError(f"wanted auto, or nothing after {flag}; got {shown(text)}")
+        return text
+
+    return parse
+
+
 def every(text: str) -> int:
     """N of ``every=N``."""
     name, _, number = text.partition("=")

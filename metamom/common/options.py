@@ -28,13 +28,12 @@ class Flag:
     Attributes:
         group: of the help.
         meaning: its help, without the default. This and ``shows`` may be functions of the task.
-        shows: the default in the help; derived from the option's default if ``None``.
+        shows: the default in the help. If ``None``, it is the option's default, or the task's if that is ``None``.
         default: of the commands, if it differs from the option's.
         type: parses the value.
         choices: the accepted values.
         metavar: the value in the help.
         bare: the value of a flag that is given without one; if ``None``, it needs one.
-        tasks: the tasks whose commands have it; all if ``None``.
         commands: the commands that have it.
         before: the flag that follows it in the help, if that is not in the order of the fields.
     """
@@ -47,7 +46,6 @@ class Flag:
     choices: Collection[str] | None = None
     metavar: str | None = None
     bare: Any = None
-    tasks: Collection[str] | None = None
     commands: Collection[str] = ("train", "compare")
     before: str | None = None
 
