@@ -133,8 +133,11 @@ def train(
         >>> len(result.metrics)
         3
     """
-    options = Options.of(locals())  # before there is any variable but the arguments
-    world = as_world(world)
+    return run(Options.of(locals()), learner, optimizer, sampler, as_world(world))
+
+
+def run(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sampler, world: World) -> TrainResult:
+    """`train`, with its keywords as a record."""
     with world.together(), ExitStack() as stack:
         checked = check(options, learner, optimizer, sampler, world)
         session = stack.enter_context(begin(learner, optimizer, sampler, checked, world))
