@@ -130,6 +130,7 @@ def test_an_option_of_a_run(monkeypatch, tmp_path, capsys):
         assert read_config(run)["length"]["patience"] == (3 if value else 7)
         again = parsed(parser(), ["train", "sinusoid", "--config", str(run / "config.json")])
         assert again.patience == (3 if value else 7)
+        assert parsed(parser(), ["compare", "sinusoid", "--config", str(run / "config.json")]).iterations == 2
     capsys.readouterr()
     assert cli.main([*SMALL, "--patience", "0", "--run-dir", str(tmp_path / "refused")]) == 2
     assert "error: patience must be >= 1; got 0." in capsys.readouterr().err
