@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metamom.compile.tracing import is_tracing
+from metamom.nets.functions import FastFunctions
 
 
 class FunctionsByTask(TorchFunctionMode):
@@ -49,6 +50,7 @@ class FunctionsByTask(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
+        self._fast = FastFunctions()
 
     def __torch_function__(
         self,
@@ -57,6 +59,11 @@ class FunctionsByTask(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        fast = self._fast.get(func)
+        if fast is not None:
+            found = fast(*args, **(kwargs or {}))
+            self.seen = self.seen or self._fast.seen
+            return found
         other = by_task(func)
         if other is None:
             return func(*args, **(kwargs or {}))

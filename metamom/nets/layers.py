@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from metamom.nets import kernels
+from metamom.nets.grouped import Grouped, OfTwo
 
 
 class StridedConv(nn.Conv2d):
@@ -84,33 +84,7 @@ class BatchNormReLU(nn.Module):
         return out
 
 
-class _Grouped(Function):
-    """An operator with independent groups along its first axis. Batching over tasks adds groups."""
-
-    @classmethod
-    def run(cls, *args: Any) -> Any:
-        """``apply``, which is not typed in torch."""
-        return cls.apply(*args)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Merge the tasks' axis into the groups'."""
-        tasks = info.batch_size
-
-        def merged(x: Any, dim: int | None) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            x = x.unsqueeze(0).expand(tasks, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.reshape(tasks * x.shape[1], *x.shape[2:])
-
-        def cut(x: Tensor) -> Tensor:
-            return x.view(tasks, x.shape[0] // tasks, *x.shape[1:])
-
-        out = cls.run(*(merged(x, dim) for x, dim in zip(args, in_dims, strict=True)))
-        return (cut(out), 0) if isinstance(out, Tensor) else (tuple(map(cut, out)), (0,) * len(out))
-
-
-class _Unfold(_Grouped):
+class _Unfold(Grouped):
     @staticmethod
     def forward(images: Tensor) -> Tensor:
         return kernels.unfold(images)
@@ -125,7 +99,7 @@ class _Unfold(_Grouped):
         return to_images
 
 
-class _Fold(_Grouped):
+class _Fold(Grouped):
     @staticmethod
     def forward(patches: Tensor, H: int, W: int) -> Tensor:
         return kernels.fold(patches, H, W)
@@ -139,15 +113,7 @@ class _Fold(_Grouped):
         return _Unfold.run(cotangent), None, None
 
 
-class _OfTwo(_Grouped):
-    """An operator with derivatives that need both of its arguments."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-
-class _Product(_OfTwo):
+class _Product(OfTwo):
     """``a @ b``: ``[G, M, K], [G, K, N] -> [G, M, N]``.
 
     Its first and second derivatives are products of the same three kinds, each with a contiguous result.
@@ -165,7 +131,7 @@ class _Product(_OfTwo):
         return to_a, to_b
 
 
-class _ProductWithTransposed(_OfTwo):
+class _ProductWithTransposed(OfTwo):
     """``c @ bᵀ``: ``[G, M, N], [G, K, N] -> [G, M, K]``."""
 
     @staticmethod
@@ -180,7 +146,7 @@ class _ProductWithTransposed(_OfTwo):
         return to_c, to_b
 
 
-class _ProductOfTransposed(_OfTwo):
+class _ProductOfTransposed(OfTwo):
     """``aᵀ @ c``: ``[G, M, K], [G, M, N] -> [G, K, N]``."""
 
     @staticmethod
@@ -195,7 +161,7 @@ class _ProductOfTransposed(_OfTwo):
         return to_a, to_c
 
 
-class _NormReLU(_Grouped):
+class _NormReLU(Grouped):
     """``(z, mean, rstd)`` of `kernels.norm_relu`; mean and rstd are for the derivatives of z alone."""
 
     @staticmethod
@@ -213,7 +179,7 @@ class _NormReLU(_Grouped):
         return *_NormReLUBackward.run(dz, *ctx.saved_tensors, ctx.eps), None
 
 
-class _NormReLUBackward(_Grouped):
+class _NormReLUBackward(Grouped):
     @staticmethod
     def forward(
         dz: Tensor, y: Tensor, gain: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, eps: float

@@ -1,0 +1,189 @@
+"""Replacements for functions of `torch.nn.functional` that are slow with separate weights for each task.
+
+They are called under `torch.func.vmap` in place of PyTorch's, on a CPU. Convolutions and normalisations become the
+operators of `metamom.nets.convolution` and `metamom.nets.normalisation`. A ReLU or max-pooling of normalised
+activations becomes part of the normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metamom.nets.convolution import Geometry, convolve
+from metamom.nets.normalisation import Normalised, Pooling, normalise
+
+DTYPES = (torch.float32, torch.float64)
+
+
+class _Made(NamedTuple):
+    """Normalised activations that a tensor holds, as long as nothing changes it in place."""
+
+    normalised: Normalised
+    version: int
+
+
+class FastFunctions:
+    """The replacements during one call of a model.
+
+    Attributes:
+        seen: whether a call has been replaced.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._made = WeakIdKeyDictionary()  # tensors that hold normalised activations
+        self._table: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.conv2d: self.conv2d,
+            F.batch_norm: self.batch_norm,
+            F.relu: self.relu,
+            torch.relu: self.relu,
+            torch.Tensor.relu: self.relu,
+            F.leaky_relu: self.leaky_relu,
+            F.max_pool2d: self.max_pool2d,
+            torch.max_pool2d: self.max_pool2d,
+        }
+
+    def get(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The replacement of a function, if there is one."""
+        return self._table.get(func)
+
+    def conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """`torch.nn.functional.conv2d`."""
+        geometry = _geometry(input, weight, bias, stride, padding, dilation, groups)
+        if geometry is None:
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        self.seen = True
+        own_bias = None if bias is None else bias.unsqueeze(0)
+        return convolve(input.unsqueeze(0), weight.unsqueeze(0), own_bias, geometry).squeeze(0)
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.batch_norm`."""
+        plain = running_mean is None and running_var is None and training and weight is not None and bias is not None
+        if not (plain and input.dim() == 4 and _suitable(input, weight, bias) and input.numel() > input.shape[1]):
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        assert weight is not None
+        assert bias is not None
+        self.seen = True
+        return self._keep(normalise(input.unsqueeze(0), weight.unsqueeze(0), bias.unsqueeze(0), eps))
+
+    def relu(self, input: Tensor, inplace: bool = False) -> Tensor:
+        """`torch.nn.functional.relu`."""
+        found = self._activate(input, 0.0, inplace)
+        return F.relu(input, inplace) if found is None else found
+
+    def leaky_relu(self, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+        """`torch.nn.functional.leaky_relu`."""
+        found = self._activate(input, negative_slope, inplace)
+        return F.leaky_relu(input, negative_slope, inplace) if found is None else found
+
+    def max_pool2d(
+        self,
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        """`torch.nn.functional.max_pool2d`."""
+        made = self._normalised(input)
+        if made is None or return_indices:
+            return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        windows = Pooling(
+            _pair(kernel_size),
+            _pair(kernel_size if stride is None or stride == [] else stride),
+            _pair(padding),
+            _pair(dilation),
+            ceil_mode,
+        )
+        return made.pooled(windows).squeeze(0)
+
+    def _activate(self, input: Tensor, slope: float, inplace: bool) -> Tensor | None:
+        made = self._normalised(input)
+        if made is None or made.slope != 1 or not 0 <= slope < 1:
+            return None
+        if inplace:  # PyTorch's own, but a pooling of it is still part of the normalisation
+            out = F.leaky_relu(input, slope, inplace=True) if slope else F.relu(input, inplace=True)
+            self._made[out] = _Made(made._replace(value=out.unsqueeze(0), slope=slope), _version(out))
+            return out
+        return self._keep(made.activated(slope))
+
+    def _keep(self, normalised: Normalised) -> Tensor:
+        out = normalised.value.squeeze(0)
+        self._made[out] = _Made(normalised, _version(out))
+        return out
+
+    def _normalised(self, tensor: Any) -> Normalised | None:
+        """The normalised activations that a tensor holds."""
+        made: _Made | None = self._made.get(tensor) if isinstance(tensor, Tensor) else None
+        return made.normalised if made is not None and made.version == _version(tensor) else None
+
+
+def _geometry(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Geometry | None:
+    """How the kernel moves, or ``None`` if PyTorch must do it (or raise its error)."""
+    given = (input, weight) if bias is None else (input, weight, bias)
+    if input.dim() != 4 or weight.dim() != 4 or not _suitable(*given) or input.numel() == 0:
+        return None
+    if input.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    steps, dilations, kernel = _pair(stride), _pair(dilation), weight.shape[2:]
+    if padding == "valid":
+        padding = 0
+    elif isinstance(padding, str):
+        spans = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        if padding != "same" or any(span % 2 for span in spans) or steps != (1, 1):
+            return None
+        padding = tuple(span // 2 for span in spans)
+    geometry = Geometry(steps, _pair(padding), dilations, groups)
+    valid = min(*steps, *dilations) >= 1 and min(geometry.padding) >= 0
+    return geometry if valid and min(geometry.size(input.shape[2:], kernel)) >= 1 else None
+
+
+def _suitable(*tensors: Tensor) -> bool:
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in DTYPES
+        and not torch.is_autocast_enabled("cpu")
+        and all(x.dtype is first.dtype and x.device == first.device for x in tensors)
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
+    return int(first), int(second)
+
+
+def _version(tensor: Tensor) -> int:
+    """The number of changes in place so far, of the tensor or of any view of it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor._version
