@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metamom.nets.convolution import Geometry, convolve
+from metamom.nets.convolution import convolve
+from metamom.nets.kernels.convolutions import Geometry
 from metamom.nets.normalisation import Normalised, Pooling, normalise
 
 DTYPES = (torch.float32, torch.float64)
@@ -69,7 +70,7 @@ class FastFunctions:
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         self.seen = True
         own_bias = None if bias is None else bias.unsqueeze(0)
-        return convolve(input.unsqueeze(0), weight.unsqueeze(0), own_bias, geometry).squeeze(0)
+        return _images(convolve(_group(input), weight.unsqueeze(0), own_bias, geometry))
 
     def batch_norm(
         self,
@@ -89,7 +90,7 @@ class FastFunctions:
         assert weight is not None
         assert bias is not None
         self.seen = True
-        return self._keep(normalise(input.unsqueeze(0), weight.unsqueeze(0), bias.unsqueeze(0), eps))
+        return self._keep(normalise(_group(input), weight.unsqueeze(0), bias.unsqueeze(0), eps))
 
     def relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         """`torch.nn.functional.relu`."""
@@ -115,14 +116,9 @@ class FastFunctions:
         made = self._normalised(input)
         if made is None or return_indices:
             return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-        windows = Pooling(
-            _pair(kernel_size),
-            _pair(kernel_size if stride is None or stride == [] else stride),
-            _pair(padding),
-            _pair(dilation),
-            ceil_mode,
-        )
-        return made.pooled(windows).squeeze(0)
+        steps = kernel_size if stride is None or stride == [] else stride
+        windows = [n for each in (kernel_size, steps, padding, dilation) for n in _pair(each)]
+        return _images(made.pooled(Pooling(windows, ceil_mode)))
 
     def _activate(self, input: Tensor, slope: float, inplace: bool) -> Tensor | None:
         made = self._normalised(input)
@@ -130,12 +126,12 @@ class FastFunctions:
             return None
         if inplace:  # PyTorch's own, but a pooling of it is still part of the normalisation
             out = F.leaky_relu(input, slope, inplace=True) if slope else F.relu(input, inplace=True)
-            self._made[out] = _Made(made._replace(value=out.unsqueeze(0), slope=slope), _version(out))
+            self._made[out] = _Made(made._replace(value=_group(out), slope=slope), _version(out))
             return out
         return self._keep(made.activated(slope))
 
     def _keep(self, normalised: Normalised) -> Tensor:
-        out = normalised.value.squeeze(0)
+        out = _images(normalised.value)
         self._made[out] = _Made(normalised, _version(out))
         return out
 
@@ -143,6 +139,16 @@ class FastFunctions:
         """The normalised activations that a tensor holds."""
         made: _Made | None = self._made.get(tensor) if isinstance(tensor, Tensor) else None
         return made.normalised if made is not None and made.version == _version(tensor) else None
+
+
+def _group(images: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as one group, ``[1, N, H, W, C]``."""
+    return images.permute(0, 2, 3, 1).unsqueeze(0)
+
+
+def _images(group: Tensor) -> Tensor:
+    """``[1, N, H, W, C]`` as ``[N, C, H, W]``."""
+    return group.squeeze(0).permute(0, 3, 1, 2)
 
 
 def _geometry(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -28,7 +29,9 @@ class Grouped(Function):
             return x.reshape(tasks * x.shape[1], *x.shape[2:])
 
         def cut(x: Tensor) -> Tensor:
-            return x.view(tasks, x.shape[0] // tasks, *x.shape[1:])
+            # not a view for autograd, which forbids in-place changes of views that a custom function returns
+            own: Tensor = torch.ops.aten._unsafe_view(x, (tasks, x.shape[0] // tasks, *x.shape[1:]))
+            return own
 
         out = cls.run(*(merged(x, dim) for x, dim in zip(args, in_dims, strict=True)))
         return (cut(out), 0) if isinstance(out, Tensor) else (tuple(map(cut, out)), (0,) * len(out))

@@ -1,0 +1,143 @@
+"""Convolutions with separate kernels for each group, and their two derivatives.
+
+Legend: G groups, N images of each, C channels in, K channels out, kernels of height and width kh, kw.
+
+Images are channels-last, ``[G, N, H, W, C]``, and kernels ``[G, K, C / groups, kh, kw]``. Large convolutions are
+computed group by group with PyTorch's own, small ones as patches and one batched matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Patches up to this size stay in the cache: one batched product on them beats a convolution for each group.
+SMALL = 6 * 2**20  # bytes
+
+
+class Geometry(NamedTuple):
+    """How the kernel moves over an image, as in `torch.nn.functional.conv2d`."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def numbers(self) -> list[int]:
+        """All numbers in a row, as operators take them."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """The inverse of `numbers`."""
+        a, b, c, d, e, f, groups = numbers
+        return cls((a, b), (c, d), (e, f), groups)
+
+    def size(self, image: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the output."""
+        high, wide = (
+            (image[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in (0, 1)
+        )
+        return high, wide
+
+    def patches_fit(self, images: int, out: Sequence[int], kernel: Tensor) -> bool:
+        """Whether the patches of so many images are small. ``kernel``: ``[..., C, kh, kw]``."""
+        entries = images * out[0] * out[1] * kernel.shape[-3] * kernel.shape[-2] * kernel.shape[-1]
+        return self.groups == 1 and entries * kernel.element_size() <= SMALL
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int]) -> Tensor:
+    """``[G, N, H, W, C]``, kernels and biases ``[G, K]`` to ``[G, N, H', W', K]``."""
+    geometry, kernel = Geometry.of(numbers), weight.shape[3:]
+    out = geometry.size(x.shape[2:], kernel)
+    if geometry.patches_fit(x.shape[0] * x.shape[1], out, weight):
+        patches, matrix = _patches(x, kernel, geometry), _matrix(weight)
+        product = torch.bmm(patches, matrix) if bias is None else torch.baddbmm(bias[:, None], patches, matrix)
+        return product.view(*x.shape[:2], *out, -1)
+    stride, padding, dilation, groups = geometry
+    biases = [None] * len(x) if bias is None else list(bias)
+    return _stack(
+        [
+            F.conv2d(images.permute(0, 3, 1, 2), own, b, stride, padding, dilation, groups)
+            for images, own, b in zip(x, weight, biases, strict=True)
+        ]
+    )
+
+
+def convolve_to_images(c: Tensor, weight: Tensor, numbers: Sequence[int], H: int, W: int) -> Tensor:
+    """The cotangent of the images, from that of the result: ``[G, N, H', W', K]`` to ``[G, N, H, W, C]``."""
+    geometry = Geometry.of(numbers)
+    if geometry.patches_fit(c.shape[0] * c.shape[1], c.shape[2:], weight):
+        taps = torch.bmm(c.flatten(1, 3), _matrix(weight).mT)
+        return _fold(taps.view(*c.shape[:4], *weight.shape[3:], -1), geometry, H, W)
+    shape = (c.shape[1], weight.shape[2] * geometry.groups, H, W)
+    like = torch.empty(
+        shape, dtype=c.dtype, device=c.device, memory_format=torch.channels_last
+    )  # only its shape is used
+    return _stack([_derivative(each, like, own, geometry, 0) for each, own in zip(c, weight, strict=True)])
+
+
+def convolve_to_kernels(x: Tensor, c: Tensor, numbers: Sequence[int], kh: int, kw: int) -> Tensor:
+    """The kernels' cotangent, from that of the result: ``[G, N, H', W', K]`` to ``[G, K, C / groups, kh, kw]``."""
+    geometry = Geometry.of(numbers)
+    K, C = c.shape[4], x.shape[4] // geometry.groups
+    like = c.new_empty(K, C, kh, kw)  # only its shape is used
+    if geometry.patches_fit(c.shape[0] * c.shape[1], c.shape[2:], like):
+        product = torch.bmm(c.flatten(1, 3).mT, _patches(x, (kh, kw), geometry))
+        return product.view(-1, K, kh, kw, C).permute(0, 1, 4, 2, 3).contiguous()
+    return torch.stack(
+        [_derivative(each, images.permute(0, 3, 1, 2), like, geometry, 1) for each, images in zip(c, x, strict=True)]
+    )
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Kernels as the matrix that multiplies patches: ``[G, K, C, kh, kw]`` to ``[G, kh kw C, K]``."""
+    return weight.permute(0, 3, 4, 2, 1).flatten(1, 3)
+
+
+def _derivative(c: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
+    """PyTorch's derivative of a convolution: the images' (``which=0``) or the kernels' (``which=1``)."""
+    stride, padding, dilation, groups = geometry
+    wanted = [which == 0, which == 1, False]
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        c.permute(0, 3, 1, 2), x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
+    )
+    return found[which].contiguous() if which else found[which]
+
+
+def _stack(groups: list[Tensor]) -> Tensor:
+    """Stack images ``[N, C, H, W]`` of all groups."""
+    last = [x.permute(0, 2, 3, 1).contiguous() for x in groups]
+    return last[0].unsqueeze(0) if len(groups) == 1 else torch.stack(last)
+
+
+def _patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
+    """Patches ``[G, N H' W', kh kw C]`` of images."""
+    (top, left), (down, right) = geometry.padding, geometry.stride
+    high, wide = geometry.size(x.shape[2:], kernel)
+    padded = F.pad(x, (0, 0, left, left, top, top)).contiguous()
+    group, image, row, column, channel = padded.stride()
+    below, beside = geometry.dilation[0] * row, geometry.dilation[1] * column
+    windows = padded.as_strided(
+        (*x.shape[:2], high, wide, *kernel, x.shape[4]),
+        (group, image, down * row, right * column, below, beside, channel),
+    )
+    return windows.reshape(x.shape[0], -1, kernel[0] * kernel[1] * x.shape[4])
+
+
+def _fold(taps: Tensor, geometry: Geometry, H: int, W: int) -> Tensor:
+    """The adjoint of `_patches`: add ``[G, N, H', W', kh, kw, C]`` where the kernel read them, ``[G, N, H, W, C]``."""
+    (top, left), (down, right), (below, beside) = geometry.padding, geometry.stride, geometry.dilation
+    G, N, high, wide, kh, kw, C = taps.shape
+    out = taps.new_zeros(G, N, H + 2 * top, W + 2 * left, C)
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * below, i * below + down * (high - 1) + 1, down)
+            columns = slice(j * beside, j * beside + right * (wide - 1) + 1, right)
+            out[:, :, rows, columns] += taps[:, :, :, :, i, j]
+    return out[:, :, top : top + H, left : left + W].contiguous()

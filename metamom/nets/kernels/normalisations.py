@@ -1,0 +1,201 @@
+"""Batch normalisation of each group, with activation function and pooling, and two derivatives, in plain PyTorch.
+
+Legend: G groups (tasks), N images of each, C channels, M = N H W positions with common statistics, P pooled positions.
+
+Images are channels-last, ``[G, N, H, W, C]``. They match kernels.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Groups of at least so many entries are normalised one by one, with PyTorch's operator.
+LARGE = 2**14
+
+
+def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each group.
+
+    Args:
+        y: ``[G, N, H, W, C]``.
+        gain: ``[G, C]``.
+        shift: ``[G, C]``.
+        eps: added to the variance.
+
+    Returns:
+        ``(gain x + shift, mean [G, C], rstd [G, C])`` for ``x = (y - mean) rstd``.
+    """
+    if y[0].numel() >= LARGE:
+        each = [
+            torch.native_batch_norm(own.permute(0, 3, 1, 2), g, s, None, None, True, 0.0, eps)
+            for own, g, s in zip(y, gain, shift, strict=True)
+        ]
+        images = [one[0].permute(0, 2, 3, 1).contiguous() for one in each]
+        z = torch.stack(images) if len(each) > 1 else images[0].unsqueeze(0)
+        return z, torch.stack([one[1] for one in each]), torch.stack([one[2] for one in each])
+    rows = _rows(y)
+    mean, rstd = moments(rows, eps)
+    scale = gain * rstd
+    return torch.addcmul(_over(shift - mean * scale), rows, _over(scale)).view(y.shape), mean, rstd
+
+
+def activate(
+    y: Tensor, gain: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, before: Tensor, slope: float
+) -> Tensor:
+    """``z if z > 0 else slope * z`` of the normalised activations z, which are ``before``."""
+    return F.relu(before) if slope == 0 else F.leaky_relu(before, slope)
+
+
+def pool(
+    y: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    before: Tensor,
+    slope: float,
+    windows: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pool normalised activations by their maximum.
+
+    Args:
+        y: before the normalisation, with gain, shift, mean, rstd and slope of what was done to it.
+        gain: ``[G, C]``.
+        shift: ``[G, C]``.
+        mean: ``[G, C]``.
+        rstd: ``[G, C]``.
+        before: the result of that, ``[G, N, H, W, C]``.
+        slope: of the activation function below 0; 1 for none.
+        windows: kernel, stride, padding and dilation, two numbers each.
+        ceil_mode: as in `torch.nn.functional.max_pool2d`.
+
+    Returns:
+        ``(maxima, places)``, ``[G, N, H', W', C]``; places are numbers in 0..HW-1.
+    """
+    images = before.flatten(0, 1).permute(0, 3, 1, 2)
+    pairs = [list(windows[i : i + 2]) for i in (0, 2, 4, 6)]
+    found = torch.ops.aten.max_pool2d_with_indices(images, *pairs, ceil_mode)
+    z, places = (x.permute(0, 2, 3, 1).contiguous().unflatten(0, y.shape[:2]) for x in found)
+    return z, places
+
+
+def norm_backward(
+    dz: Tensor,
+    y: Tensor,
+    gain: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    z: Tensor | None,
+    places: Tensor | None,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of ``y``, gain and shift from that of the result ``z``.
+
+    With ``x = (y - mean) rstd``, the cotangent e of ``gain x + shift``, and the projection
+    ``P(e) = e - mean(e) - x mean(e x)``: ``dy = gain rstd P(e), dgain = sum(e x), dshift = sum(e)``. If there is a
+    pooling, e is 0 except at the P ``places`` that it chose, so it is kept and summed as ``[G, P, C]``.
+    """
+    rows = _rows(y)
+    M = rows.shape[1]
+    e, there = _passed(dz, z, slope), _chosen(rows, y, places)
+    dshift = e.sum(1)
+    dgain = rstd * ((e * there).sum(1) - mean * dshift)
+    scale = gain * rstd
+    on_y = -scale * rstd * dgain / M
+    dy = torch.addcmul(_over(-scale * dshift / M - on_y * mean), rows, _over(on_y))
+    return _add(dy, e, scale, y, places).view(y.shape), dgain, dshift
+
+
+def norm_double_backward(
+    v: Tensor,
+    a: Tensor,
+    s: Tensor,
+    dz: Tensor,
+    y: Tensor,
+    gain: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    z: Tensor | None,
+    places: Tensor | None,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of dz, ``y`` and gain from those (v, a, s) of `norm_backward`'s results.
+
+    The derivation is that of `metamom.nets.kernels.reference.norm_relu_double_backward`: e gets
+    ``gain rstd P(v) + a x + s``, and y gets ``rstd (P(h) - x gain rstd <v, P(e)> / M)`` with
+    ``h = -gain rstd (mean(e x) v + mean(v x) e) + a e``.
+    """
+    rows, V = _rows(y), _rows(v)
+    M = rows.shape[1]
+    e, there = _passed(dz, z, slope), _chosen(rows, y, places)
+    v_mean = V.sum(1) / M
+    vx_mean = rstd * ((V * rows).sum(1) / M - mean * v_mean)
+    v_there, e_mean = _chosen(V, y, places), e.sum(1) / M
+    ex_mean = rstd * ((e * there).sum(1) / M - mean * e_mean)
+    scale = gain * rstd
+    on_there = (a - scale * vx_mean) * rstd
+    to_e = torch.addcmul(_over(s - scale * v_mean - on_there * mean), there, _over(on_there))
+    to_e = to_e.addcmul_(v_there, _over(scale))
+    to_dz = _masked(to_e, None if z is None else _rows(z), slope).view(dz.shape)
+    inner = (v_there * e).sum(1) - M * (v_mean * e_mean + vx_mean * ex_mean)  # <v, P(e)>
+    on_v, on_e = -scale * ex_mean, a - scale * vx_mean
+    level, on_x = on_v * v_mean + on_e * e_mean, on_v * vx_mean + on_e * ex_mean + scale * inner / M
+    on_y = -rstd * rstd * on_x
+    to_y = torch.addcmul(_over(-rstd * level - on_y * mean), rows, _over(on_y))
+    to_y = to_y.addcmul_(V, _over(rstd * on_v))
+    return to_dz, _add(to_y, e, rstd * on_e, y, places).view(y.shape), rstd * inner
+
+
+def moments(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and ``1 / sqrt(variance + eps)`` over positions: ``[G, M, C] -> [G, C]`` each."""
+    mean = rows.mean(1)
+    centred = rows - _over(mean)
+    return mean, torch.rsqrt((centred * centred).mean(1) + eps)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[G, N, H, W, C]`` as ``[G, M, C]``."""
+    return x.flatten(1, 3)
+
+
+def _over(of_channels: Tensor) -> Tensor:
+    """``[G, C]`` as ``[G, 1, C]``."""
+    return of_channels.unsqueeze(1)
+
+
+def _masked(e: Tensor, z: Tensor | None, slope: float) -> Tensor:
+    """Multiply rows by the derivative of the activation function, given its output."""
+    if z is None or slope == 1:
+        return e
+    if slope == 0:
+        relu: Tensor = torch.ops.aten.threshold_backward(e, z, 0)
+        return relu
+    leaky: Tensor = torch.ops.aten.leaky_relu_backward(e, z, slope, True)
+    return leaky
+
+
+def _passed(dz: Tensor, z: Tensor | None, slope: float) -> Tensor:
+    """The cotangent before the activation function, as rows."""
+    return _masked(_rows(dz), None if z is None else _rows(z), slope)
+
+
+def _chosen(rows: Tensor, y: Tensor, places: Tensor | None) -> Tensor:
+    """Rows ``[G, P, C]`` at the places that a pooling chose; all rows without one."""
+    if places is None:
+        return rows
+    G, N, H, W, C = y.shape
+    return rows.view(G * N, H * W, C).gather(1, places.view(G * N, -1, C)).view(G, -1, C)
+
+
+def _add(rows: Tensor, e: Tensor, factor: Tensor, y: Tensor, places: Tensor | None) -> Tensor:
+    """Add ``factor * e`` to rows in place, at the places that a pooling chose."""
+    if places is None:
+        return rows.addcmul_(e, _over(factor))
+    G, N, H, W, C = y.shape
+    added = (e * _over(factor)).view(G * N, -1, C)
+    return rows.view(G * N, H * W, C).scatter_add_(1, places.view(G * N, -1, C), added).view(rows.shape)
