@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metamom.compile.tracing import is_tracing
-from metamom.nets.functions import FastFunctions
+from metamom.nets.functions import FastFunctions, on_any_layout
 
 
 class FunctionsByTask(TorchFunctionMode):
@@ -66,7 +66,7 @@ class FunctionsByTask(TorchFunctionMode):
             return found
         other = by_task(func)
         if other is None:
-            return func(*args, **(kwargs or {}))
+            return on_any_layout(func, args, kwargs or {})
         self.seen = True
         return other(*args, **(kwargs or {}))
 

@@ -7,7 +7,7 @@ activations becomes part of the normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class FastFunctions:
             F.leaky_relu: self.leaky_relu,
             F.max_pool2d: self.max_pool2d,
             torch.max_pool2d: self.max_pool2d,
+            F.adaptive_avg_pool2d: adaptive_avg_pool2d,
         }
 
     def get(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -139,6 +140,24 @@ class FastFunctions:
         """The normalised activations that a tensor holds."""
         made: _Made | None = self._made.get(tensor) if isinstance(tensor, Tensor) else None
         return made.normalised if made is not None and made.version == _version(tensor) else None
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
+    """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images and size 1."""
+    if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
+        return input.mean((-2, -1), keepdim=True)
+    return on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
+
+
+def on_any_layout(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function of PyTorch. Some do not take the channels-last images of the functions above under vmap."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if "querying is_contiguous inside of vmap" not in str(error):
+            raise
+    plain = [x.contiguous() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
+    return func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
 
 
 def _group(images: Tensor) -> Tensor:
