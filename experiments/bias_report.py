@@ -11,7 +11,7 @@ import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metamom.batch import Sampler
 from metamom.common import tables
@@ -33,24 +33,6 @@ WORDS = {
     "hessian": "Hessian: dropped, or by differences",
     "extrapolation": "extrapolation of Richardson",
     "operator": "operator: C(g) - g",
-}
-
-
-class Plan(NamedTuple):
-    """What a task's measurement takes where nothing is said."""
-
-    inner_batches: tuple[int, ...]
-    pool: int
-    queries: int
-    tasks: int
-    pairs: int
-    dtype: str
-
-
-# Omniglot has 20 drawings of a character in all; float64 where a bias is as small as float32's rounding may be
-PLANS = {
-    "sinusoid": Plan((1, 2, 5, 10, 20), pool=480, queries=20, tasks=300, pairs=12, dtype="float64"),
-    "omniglot": Plan((1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32"),
 }
 FEWEST = 12  # workers, of several tasks each, that an interval is made from
 
@@ -75,7 +57,7 @@ def measure_recipe(
     Raises:
         ValueError: see `measure`.
     """
-    plan = PLANS[recipe.task]
+    plan = recipe.family.bias
     sizes = plan.inner_batches if inner_batches is None else inner_batches
     count = plan.tasks if tasks is None else tasks
     if check_whole("tasks", count, -math.inf, AT_ONCE) < 3:
@@ -103,7 +85,7 @@ def tracking(recipe: Recipe, every: int, *, root: str | None = None) -> TrackBia
         root: of the data.
     """
     assert recipe.shots is not None
-    plan = PLANS[recipe.task]
+    plan = recipe.family.bias
     pool = min(plan.pool, 8 * recipe.shots * (recipe.inner_steps if recipe.inner_batches == "fresh" else 1))
     return TrackBias(
         every,

@@ -31,16 +31,6 @@ from metamom.training.plan import check_momentum, check_plan
 from metamom.training.progress import DivergedError
 
 
-class Default(NamedTuple):
-    """What a comparison takes where nothing is said: the grid of step sizes, and the target on validation."""
-
-    lrs: tuple[float, ...]
-    target: float
-
-
-DEFAULTS = {"sinusoid": Default((0.01, 0.03), 1.0), "omniglot": Default((0.1, 0.3, 1.0), 0.85)}
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What is compared, and how it is judged.

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from metamom.cli.facts import FIRST_STEPS, ORDERS, SERVERS, TIMEOUT
 from metamom.common.flag_types import counts, long_count, names, number, path, point_count, seed, step_count, task_count
 from metamom.common.numbers import shown
-from metamom.experiments.defaults import ADAPTIVE_LR, DEFAULTS, DTYPE_NAMES, ITERATIONS, OPTIMIZERS, WAYS
+from metamom.experiments.defaults import ADAPTIVE_LR, DTYPE_NAMES, OPTIMIZERS
+from metamom.experiments.families import FAMILIES
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -40,10 +41,9 @@ def switch(group: Group, name: str, meaning: str, **settings: Any) -> None:
 
 def add_task(group: Group, task: str) -> None:
     """Flags of the tasks."""
-    default = DEFAULTS[task]
-    each = "a class" if task == "omniglot" else "a task"
-    if task == "omniglot":
-        flag(group, "--ways", "classes a task", WAYS, type=task_count)
+    default, each = FAMILIES[task].defaults, FAMILIES[task].unit
+    if default.ways is not None:
+        flag(group, "--ways", "classes a task", default.ways, type=task_count)
     flag(group, "--shots", f"support points {each}, in each inner batch", default.shots, type=point_count)
     flag(group, "--queries", f"query points {each}", default.queries, type=point_count)
     flag(group, "--meta-batch", "tasks an iteration", default.meta_batch, type=task_count)
@@ -67,7 +67,7 @@ def add_data_root(group: Group, name: str = "--data-root") -> None:
 
 def add_learner(group: Group, task: str) -> None:
     """Flags of the learner."""
-    flag(group, "--inner-lr", "inner step size", DEFAULTS[task].inner_lr, type=number)
+    flag(group, "--inner-lr", "inner step size", FAMILIES[task].defaults.inner_lr, type=number)
     flag(group, "--inner-steps", "inner steps in training", 1, type=step_count)
     alone = [name for name in memoryless_estimators() if support_parts(name, 1) == 1]
     halved = [name for name in memoryless_estimators() if name not in alone]
@@ -160,7 +160,7 @@ def add_optimizer(group: Group, task: str) -> None:
         group,
         "--lr",
         "step size γ",
-        f"{DEFAULTS[task].lr}; {ADAPTIVE_LR} with adam and rmsprop",
+        f"{FAMILIES[task].defaults.lr}; {ADAPTIVE_LR} with adam and rmsprop",
         type=number,
     )
     flag(group, "--beta", "weight of the new gradient, 0 < β <= 1; 1 is plain SGD", 0.1, type=number)
@@ -180,7 +180,7 @@ def add_run(group: Group, task: str) -> None:
         group,
         "--iterations",
         "total number, including those before a resume",
-        ITERATIONS[task],
+        FAMILIES[task].iterations,
         type=long_count,
     )
     flag(group, "--evaluate-tasks", "tasks for each validation", type=task_count, default=200)

@@ -23,29 +23,18 @@ from metamom.cli.flags import (
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count
 from metamom.common.numbers import shown
-from metamom.experiments.defaults import TASKS
+from metamom.experiments.families import FAMILIES
 
 if TYPE_CHECKING:
     from metamom.distributed import World
-
-EXAMPLES = {
-    "sinusoid": (
-        "metamom train sinusoid --iterations 2000 --lr 0.03 --beta 0.1 --run-dir runs/sine",
-        "metamom train sinusoid --workers 4 --bias topk:5% --aggregate median",
-    ),
-    "omniglot": (
-        "metamom train omniglot --ways 5 --shots 1 --lr 0.3 --run-dir runs/omni",
-        "metamom train omniglot --iterations 2000 --run-dir runs/omni --resume",
-    ),
-}
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
     training = kinds.add_parser("train", help="train a meta-learner").add_subparsers(required=True, metavar="TASK")
-    for task in TASKS:
+    for task, family in FAMILIES.items():
         leaf = training.add_parser(
-            task, help=f"on {task} tasks", usage="%(prog)s [options]", specs=True, examples=EXAMPLES[task]
+            task, help=family.help, usage="%(prog)s [options]", specs=True, examples=family.train_examples
         )
         leaf.set_defaults(run=run, task=task, leaf=leaf)
         add_task(leaf.add_argument_group("task"), task)
@@ -73,7 +62,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
-    from metamom.experiments.recipes import ITERATIONS, Recipe
+    from metamom.experiments.recipes import Recipe
     from metamom.training.loop import train
 
     keep_freed_memory()
@@ -91,7 +80,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     )
     _warn_of_restarts(arguments, world)
     assert recipe.meta_batch is not None
-    iterations = ITERATIONS[recipe.task] if arguments.iterations is None else arguments.iterations
+    iterations = recipe.family.iterations if arguments.iterations is None else arguments.iterations
     tracking = None
     if arguments.track_bias is not None:
         from metamom.experiments.bias_report import tracking as tracking_of

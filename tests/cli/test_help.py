@@ -19,11 +19,13 @@ from metamom.cli import facts, spec_table
 from metamom.cli.app import parsed, parser
 from metamom.cli.parser import did_you_mean
 from metamom.distributed import SERVERS, TIMEOUT
-from metamom.experiments import compare, defaults
+from metamom.experiments import defaults
+from metamom.experiments.families import FAMILIES
 from metamom.experiments.paper.run import EPOCHS
 from metamom.experiments.recipes import DTYPES, Recipe
 from metamom.optim import FirstStep
 from metamom.tasks.fixed import ORDERS
+from metamom.tasks.locate import LAYOUTS
 
 GROUPS = ["task", "learner", "bias", "optimizer", "run", "processes"]
 SLOW = ("torch", "scipy", "matplotlib", "pydantic", "PIL", "requests")  # to import
@@ -70,11 +72,12 @@ def test_facts():
     assert get_args(FirstStep) == facts.FIRST_STEPS
     assert (facts.SERVERS, facts.TIMEOUT) == (SERVERS, TIMEOUT)
     assert facts.EPOCHS == EPOCHS
-    assert {task: tuple(each) for task, each in compare.DEFAULTS.items()} == facts.COMPARED
+    assert tuple(LAYOUTS) == facts.DATA_SETS
+    assert {family.data for family in FAMILIES.values()} <= {None, *LAYOUTS}
     assert tuple(DTYPES) == defaults.DTYPE_NAMES
 
 
-@pytest.mark.parametrize("task", defaults.TASKS)
+@pytest.mark.parametrize("task", FAMILIES)
 @pytest.mark.parametrize("optimizer", defaults.OPTIMIZERS)
 def test_defaults_of_a_recipe(task, optimizer, capsys):
     """Every number that the help shows is the recipe's."""
