@@ -9,3 +9,4 @@ DtypeName = Literal["float32", "float64", "bfloat16"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 DTYPE_NAMES: tuple[DtypeName, ...] = get_args(DtypeName)
 ADAPTIVE_LR = 0.001  # of Adam and RMSprop
+EPOCHS = {"mnist": 200, "fashion": 300}  # of the paper's experiments

@@ -19,7 +19,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, block, drawn
 from metamom.common.checks import check_whole, check_word
+from metamom.common.choices import SERVERS as SERVERS
+from metamom.common.choices import TIMEOUT as TIMEOUT
+from metamom.common.choices import Server as Server
 
-Server = Literal["replicated", "rank0"]
-SERVERS: tuple[Server, ...] = ("replicated", "rank0")
-TIMEOUT = 600.0  # default, in seconds; a first compiled step takes minutes
 SAME = "Give all of them the same arguments and weights: make models after the same torch.manual_seed, or load them."
 WEIGHTS_EVERY = 50  # steps between comparisons of the weights, to detect processes that diverge
 T = TypeVar("T")

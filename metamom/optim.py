@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import compress
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from metamom.common.averaged import averaged_by, forget
 from metamom.common.checks import check_number, is_word
-
-FirstStep = Literal["zero", "gradient"]
+from metamom.common.choices import FirstStep as FirstStep
 
 # Option names of other optimizers, and what to use instead.
 INSTEAD = {

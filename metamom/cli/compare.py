@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from metamom.cli.flags import add_learner, add_operators, add_run, add_schedule, add_steps, add_task, flag, given_flags
+from metamom.cli.flags import add_options, add_steps, flag, given_flags
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count, names, number, numbers, run_count, task_count
 from metamom.experiments.families import FAMILIES
@@ -21,17 +21,16 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
             task, help=family.help, usage="%(prog)s [options]", specs=True, examples=family.compare_examples
         )
         leaf.set_defaults(run=run, task=task, leaf=leaf)
-        add_task(leaf.add_argument_group("task"), task)
-        add_learner(leaf.add_argument_group("learner"), task)
-        add_operators(leaf.add_argument_group("bias"))
+        for title in ("task", "learner", "bias"):
+            add_options(leaf.add_argument_group(title), task, "compare")
         optimizer = leaf.add_argument_group("optimizer")
         flag(optimizer, "--betas", "the methods: 1 is plain meta-SGD", "1,0.1", type=numbers, default=(1.0, 0.1))
         flag(optimizer, "--first-steps", "of momentum: zero, gradient or both", "zero", type=names, default=("zero",))
         grid = ",".join(map(str, family.comparison.lrs))
         flag(optimizer, "--lrs", "the grid of step sizes, for every method", grid, type=numbers, metavar="γ,γ,...")
-        add_schedule(optimizer)
+        add_options(optimizer, task, "compare")
         own = leaf.add_argument_group("run")
-        add_run(own, task)
+        add_options(own, task, "compare")
         flag(own, "--seeds", "runs of each method", type=run_count, default=3)
         flag(
             own, "--evaluate-every", "iterations between points of the curves", type=long_count, default=50, metavar="N"
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         first_steps=arguments.first_steps,
         lrs=arguments.lrs or family.comparison.lrs,
         seeds=arguments.seeds,
-        iterations=family.iterations if arguments.iterations is None else arguments.iterations,
+        iterations=arguments.iterations,
         evaluate_every=arguments.evaluate_every,
         validation_tasks=arguments.evaluate_tasks,
         test_tasks=arguments.tasks,

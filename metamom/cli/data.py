@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from metamom.cli.facts import DATA_SETS
 from metamom.cli.flags import add_data_root
 from metamom.cli.parser import Parser
+from metamom.common.choices import DATA_SETS
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -21,7 +21,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     task = leaf.add_argument_group("task")
     task.add_argument("action", choices=("fetch", "check"), help="what to do")
     task.add_argument("dataset", choices=DATA_SETS, help="the data set")
-    add_data_root(task, "--root")
+    add_data_root(task, "root")
 
 
 def run(arguments: argparse.Namespace) -> int:
