@@ -227,7 +227,7 @@ def write(found: Measured, folder: Path, title: str) -> Path:
     lines = [f"# Bias of the meta-gradient: {title}", "", f"`{command}`", ""]
     lines += [f"- {line}" for line in [*summary(found), *slopes(found)]]
     lines += ["", "![bias over the inner batch size](figures/bias.png)", ""]
-    lines += [tables.row("m", "", "norm", f"{level} interval", "of gradient", "zero"), "|---:|---|---:|---|---:|---|"]
+    lines += tables.head("m", "", "norm", f"{level} interval", "of gradient", "zero", right=(0, 2, 4))
     for at in found.sizes:
         for name, part in _parts(at):
             low, high = (_number(end) for end in (part.norm.low, part.norm.high))

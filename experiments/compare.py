@@ -27,18 +27,9 @@ from metamom.experiments.shared.processes import run_in_processes
 from metamom.optim import FirstStep
 from metamom.training.directory import RunDirectory, read_log
 from metamom.training.loop import train
+from metamom.training.options import Options
 from metamom.training.plan import check_momentum, check_plan
 from metamom.training.progress import DivergedError
-
-
-class Default(NamedTuple):
-    """What a comparison takes where nothing is said: the grid of step sizes, and the target on validation."""
-
-    lrs: tuple[float, ...]
-    target: float
-
-
-DEFAULTS = {"sinusoid": Default((0.01, 0.03), 1.0), "omniglot": Default((0.1, 0.3, 1.0), 0.85)}
 
 
 @dataclass(frozen=True)
@@ -175,13 +166,15 @@ def compare(
         check_plan(
             base.learner(),
             sampler,
-            iterations=comparison.iterations,
-            meta_batch=base.meta_batch or 1,
-            workers=base.workers,
-            bias=base.operator(),
-            aggregate=base.aggregate,
-            evaluate_every=comparison.evaluate_every,
-            evaluate_tasks=comparison.validation_tasks,
+            Options(
+                iterations=comparison.iterations,
+                meta_batch=base.meta_batch or 1,
+                workers=base.workers,
+                bias=base.operator(),
+                aggregate=base.aggregate,
+                evaluate_every=comparison.evaluate_every,
+                evaluate_tasks=comparison.validation_tasks,
+            ),
         )
     for arm in comparison.arms():
         check_momentum(arm.make_optimizer(arm.learner()), arm.operator())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Task = Literal["sinusoid", "omniglot"]
 OptimizerName = Literal["momentum", "sgd", "adam", "rmsprop"]
@@ -24,6 +24,13 @@ class Defaults:
     meta_batch: int
 
 
+class Compared(NamedTuple):
+    """What a comparison takes where nothing is said: the grid of step sizes, and the target on validation."""
+
+    lrs: tuple[float, ...]
+    target: float
+
+
 ITERATIONS = {"sinusoid": 2000, "omniglot": 1000}
 DEFAULTS = {
     "sinusoid": Defaults(shots=10, queries=10, inner_lr=0.01, lr=0.03, meta_batch=8),
@@ -31,3 +38,5 @@ DEFAULTS = {
 }
 WAYS = 5  # of Omniglot
 ADAPTIVE_LR = 0.001  # of Adam and RMSprop
+COMPARED = {"sinusoid": Compared((0.01, 0.03), 1.0), "omniglot": Compared((0.1, 0.3, 1.0), 0.85)}
+EPOCHS = {"mnist": 200, "fashion": 300}  # of the paper's experiments

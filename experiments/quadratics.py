@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator
-from metamom.common.intervals import normal_halfwidth
+from metamom.common.intervals import normal_halfwidth, standard_error
 from metamom.optim import CompositeMomentum
 
 
@@ -108,7 +107,7 @@ class Measured(NamedTuple):
 
 def measured(values: Tensor) -> Measured:
     """Of one value for each of two runs or more."""
-    return Measured(float(values.mean()), normal_halfwidth(float(values.std()) / math.sqrt(len(values))))
+    return Measured(float(values.mean()), normal_halfwidth(float(standard_error(values))))
 
 
 def steps_to(values: Tensor, target: float) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -15,68 +15,37 @@ from torch.optim.lr_scheduler import LambdaLR
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.common.checks import MOST, check_whole
 from metamom.common.numbers import shown, whole
+from metamom.common.options import declared
 from metamom.common.schema import as_record
-from metamom.compile.graph import CompileMode
-from metamom.experiments.defaults import ADAPTIVE_LR, WAYS, OptimizerName, Task
+from metamom.experiments.defaults import ADAPTIVE_LR
 from metamom.experiments.defaults import DEFAULTS as DEFAULTS
 from metamom.experiments.defaults import ITERATIONS as ITERATIONS
 from metamom.experiments.defaults import OPTIMIZERS as OPTIMIZERS
 from metamom.experiments.defaults import TASKS as TASKS
-from metamom.maml.chunking import ChunkSize
-from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
-from metamom.maml.inner_lr import LearnInnerLR
+from metamom.experiments.options import RecipeOptions, task_defaults
+from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.learner import MAML
 from metamom.nets.models import Conv4, SinusoidMLP
-from metamom.optim import CompositeMomentum, FirstStep
-from metamom.server.robust import Aggregate, check_aggregate
+from metamom.optim import CompositeMomentum
+from metamom.server.robust import check_aggregate
 from metamom.tasks import FixedTasks, Omniglot, Sinusoid
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
-from metamom.tasks.fixed import ORDERS, Order
+from metamom.tasks.fixed import ORDERS
 
 # of the weights; bfloat16 is for matrix products alone, and leaves the weights in float32
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 MOST_WAYS = 10_000  # a model has a row of weights for each; Omniglot has 6,492 classes, turned ones among them
-HOW = {"how": True}  # metadata of a field that says only where and how a run is computed, not what comes of it
-ADDED = {"added": True}  # metadata of a field that runs of the first version do not have
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(RecipeOptions):
     """Everything that decides how a run goes, but for its length; equal recipes give equal runs.
 
-    ``None`` stands for the task's default and is replaced by it. Ranges are checked by what takes the values. Fields
-    marked `HOW` may differ when a run goes on; those marked `ADDED` may be missing in a run of an earlier version.
+    ``None`` stands for the task's default and is replaced by it. Ranges are checked by what takes the values. Options
+    that are ``free`` may differ when a run goes on; those that came ``later`` may be missing in a run of an earlier
+    version.
     """
-
-    task: Task
-    ways: int | None = None
-    shots: int | None = None
-    queries: int | None = None
-    inner_lr: float | None = None
-    inner_steps: int = 1
-    estimator: Estimator = "exact"
-    inner_batches: InnerBatches = field(default="same", metadata=ADDED)
-    tracking: float | None = field(default=None, metadata=ADDED)
-    learn_inner_lr: LearnInnerLR = False
-    adapt: tuple[str, ...] | None = None
-    chunk_size: ChunkSize = field(default=None, metadata=HOW)
-    compile: CompileMode = field(default=False, metadata=HOW)
-    optimizer: OptimizerName = "momentum"
-    lr: float | None = None
-    beta: float = 0.1
-    first_step: FirstStep = "zero"
-    normalize: bool = field(default=False, metadata=ADDED)
-    schedule: str = field(default="constant", metadata=ADDED)
-    meta_batch: int | None = None
-    workers: int = 1
-    bias: str = "none"
-    aggregate: Aggregate = "mean"
-    fixed_tasks: int | None = field(default=None, metadata=ADDED)
-    order: Order = field(default="replacement", metadata=ADDED)
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = field(default="cpu", metadata=HOW)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -87,14 +56,12 @@ class Recipe:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
         if self.task == "sinusoid" and self.ways is not None:
             raise ValueError(f"sinusoids have no classes, so no ways; got ways={self.ways}.")
-        filled = asdict(DEFAULTS[self.task])
+        filled = task_defaults(self.task)
         if self.optimizer in ("adam", "rmsprop"):
             filled["lr"] = ADAPTIVE_LR
-        if self.task == "omniglot":
-            filled["ways"] = WAYS
-        for name, value in filled.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        for each in fields(self):
+            if getattr(self, each.name) is None and each.name in filled:
+                object.__setattr__(self, each.name, filled[each.name])
         for each in fields(self):
             value = getattr(self, each.name)
             if each.name != "seed" and isinstance(value, int) and value > MOST:
@@ -131,7 +98,7 @@ class Recipe:
     @classmethod
     def free(cls) -> tuple[str, ...]:
         """Names of the settings that say only where and how a run is computed: these may differ when it goes on."""
-        return tuple(each.name for each in fields(cls) if each.metadata.get("how"))
+        return tuple(each.name for each in declared(cls) if each.option.free)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], run: str = "the run") -> Recipe:
@@ -150,7 +117,7 @@ class Recipe:
                 f"{run} is no run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
                 "Use the version that wrote it (config.json names it)."
             )
-        missing = [f.name for f in fields(cls) if "added" not in f.metadata and f.name not in settings]
+        missing = [each.name for each in declared(cls) if not each.option.later and each.name not in settings]
         if missing:
             raise ValueError(
                 f"the settings of {run} lack {', '.join(missing)}, which every version of `metamom train` writes: its "

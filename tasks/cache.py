@@ -2,7 +2,7 @@
 
 A file starts with a checksum over its key and contents, followed by an ``.npz`` archive. The checksum detects damage,
 files of another origin and files under a wrong name. It is not a signature, so anyone who can write to the cache could
-forge one.
+forge one. So nothing is unpickled, unlike in joblib.Memory and diskcache.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ class ResumingDownloader:
     ``part`` outlives the process, so another process can resume too. Once complete, it becomes pooch's temporary file.
     Pooch then checks the digest, and removes the file if it is wrong.
 
+    Pooch's own downloader starts over when a connection breaks, and so does requests beneath it.
+
     Args:
         part: the partial file, in the folder of the target.
         limit: most bytes to accept.

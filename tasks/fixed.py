@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.common.checks import check_flag, check_word
+from metamom.common.choices import ORDERS as ORDERS
+from metamom.common.choices import Order as Order
 from metamom.rng import Floats, Ints, Places, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_step, check_stream
 from metamom.tasks.family import TaskFamily
@@ -17,9 +19,7 @@ from metamom.tasks.family import TaskFamily
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Order = Literal["replacement", "reshuffle"]
 MOST_TASKS = 2**62
-ORDERS: tuple[Order, ...] = ("replacement", "reshuffle")
 
 
 class FixedTasks(TaskSampler):

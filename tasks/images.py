@@ -1,7 +1,8 @@
 """MNIST and Fashion-MNIST as published: eight IDX files, gzipped or not, which are checked whenever they are read.
 
 An IDX file has a magic number (two zero bytes, 8 for unsigned bytes, the number of axes), the length of each axis, and
-the entries. Numbers have 4 bytes, big-endian.
+the entries. Numbers have 4 bytes, big-endian. torchvision reads it too, but it is a large dependency, and it unpacks
+archives of any size.
 """
 
 from __future__ import annotations

@@ -130,7 +130,10 @@ def _members(source: Path, archive: zipfile.ZipFile, top: str) -> Iterator[tuple
 
 
 def _check_apart(source: Path, infos: Sequence[zipfile.ZipInfo], end: int) -> None:
-    """Check that no two members share bytes. Zip bombs use overlapping members to grow a million fold."""
+    """Check that no two members share bytes. Zip bombs use overlapping members to grow a million fold.
+
+    zipfile refuses them itself in newer versions of Python, but not in all that are supported.
+    """
     before = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         if info.header_offset < before:

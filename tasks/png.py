@@ -1,4 +1,8 @@
-"""Read the grey values of a small PNG image, and verify every checksum."""
+"""Read the grey values of a small PNG image, and verify every checksum.
+
+Pillow decodes the image. The checks come before, because Pillow decodes damaged files too: it skips the checksums of
+pixels, and fills in missing pixels.
+"""
 
 from __future__ import annotations
 

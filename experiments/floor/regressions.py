@@ -7,7 +7,6 @@ for Top-K and its error feedback it is measured alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from metamom.batch import Sampler
 from metamom.bias.spec import parse
 from metamom.common import tables
-from metamom.common.intervals import normal_halfwidth, squared_norm
+from metamom.common.intervals import normal_halfwidth, squared_norm, standard_error
 from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
 from metamom.experiments.shared.numerals import shortest
 from metamom.maml.estimators import Estimator
@@ -131,9 +130,12 @@ def run(config: RegressionFloor, arm: Arm, beta: float, *, seed: int = 0) -> End
         deviations[k] = (v - slope @ (iterates[k] - optimum)).square().sum()
     blocks = torch.stack([block.mean(0) for block in iterates[-config.last :].tensor_split(config.blocks)])
     floor = squared_norm((blocks - optimum) @ slope.T)
-    error = blocks.std(0) / math.sqrt(config.blocks)
     return Ended(
-        blocks.mean(0), error, floor.value, normal_halfwidth(floor.error), float(deviations[-config.last :].mean())
+        blocks.mean(0),
+        standard_error(blocks),
+        floor.value,
+        normal_halfwidth(floor.error),
+        float(deviations[-config.last :].mean()),
     )
 
 

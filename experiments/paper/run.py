@@ -9,6 +9,7 @@ from typing import Any
 from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
 from metamom.common.checks import MOST, check_whole
 from metamom.common.files import write_atomically
+from metamom.experiments.defaults import EPOCHS as EPOCHS
 from metamom.experiments.paper.protocol import Protocol, protocol
 from metamom.experiments.paper.training import Row, Training
 from metamom.experiments.recipes import find_device
@@ -139,9 +140,6 @@ def _as_the_authors(operator: BiasOperator) -> BiasOperator:
     if not isinstance(operator, TopK):
         return operator
     return TopK(operator.k, ratio=operator.ratio, per_tensor=operator.per_tensor, ties="all")
-
-
-EPOCHS = {"mnist": 200, "fashion": 300}
 
 
 def _settings(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ def on_processes(n: int, plan: Mapping[str, Any], timeout: float = 1800.0) -> An
         said.write_text(json.dumps(plan), encoding="utf-8")
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)),
-            *("--master-addr", "127.0.0.1", "--master-port", str(_free_port())),
+            *("--standalone", "--local-addr", "127.0.0.1"),  # on a free port
             *("-m", "metamom.experiments.scaling.step", str(said), str(found)),
         ]
         kept = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
@@ -50,10 +49,3 @@ def on_processes(n: int, plan: Mapping[str, Any], timeout: float = 1800.0) -> An
         if status:
             raise ChildProcessError(f"scaling: {n} processes ended with status {status}, see above.")
         return json.loads(found.read_text(encoding="utf-8"))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

@@ -14,7 +14,10 @@ from metamom.common.allocator import keep_freed_memory
 
 
 def peak_mib() -> float:
-    """The largest resident set of this process so far, in MiB."""
+    """The largest resident set of this process so far, in MiB.
+
+    psutil 7.2 reports the peak on Windows only; elsewhere it has the current resident set.
+    """
     status = Path("/proc/self/status")
     if status.exists():  # Linux: there ru_maxrss begins at that of the process which started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -1,4 +1,9 @@
-"""Calls of one function side by side, each in a process of its own."""
+"""Calls of one function side by side, each in a process of its own.
+
+This uses multiprocessing's processes and not a pool. An interrupted run has to save before it ends:
+`ProcessPoolExecutor` cannot signal its workers before Python 3.14, and joblib kills them. `multiprocessing.Pool` waits
+forever for a worker that the system has killed, for lack of memory say.
+"""
 
 from __future__ import annotations
 

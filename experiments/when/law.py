@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates
+from metamom.common.intervals import standard_error
 from metamom.experiments.quadratics import Quadratics, descend
 from metamom.experiments.when.transient import moments
 from metamom.theory import stable_limit, stationary
@@ -136,4 +137,4 @@ def points(config: LawCheck) -> list[Point]:
 
 
 def _compared(values: Tensor, exact: float) -> Compared:
-    return Compared(float(values.mean()), float(values.std()) / math.sqrt(len(values)), exact)
+    return Compared(float(values.mean()), float(standard_error(values)), exact)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from metamom.cli.facts import COMPARED
-from metamom.cli.flags import add_learner, add_operators, add_run, add_schedule, add_steps, add_task, flag, given_flags
+from metamom.cli.flags import add_options, add_steps, flag, given_flags
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count, names, number, numbers, run_count, task_count
-from metamom.experiments.defaults import TASKS
+from metamom.experiments.defaults import COMPARED, TASKS
 
 EXAMPLES = {
     "sinusoid": (
@@ -33,18 +32,17 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
             task, help=f"on {task} tasks", usage="%(prog)s [options]", specs=True, examples=EXAMPLES[task]
         )
         leaf.set_defaults(run=run, task=task, leaf=leaf)
-        add_task(leaf.add_argument_group("task"), task)
-        add_learner(leaf.add_argument_group("learner"), task)
-        add_operators(leaf.add_argument_group("bias"))
+        for title in ("task", "learner", "bias"):
+            add_options(leaf.add_argument_group(title), task, "compare")
         optimizer = leaf.add_argument_group("optimizer")
         lrs, target = COMPARED[task]
         flag(optimizer, "--betas", "the methods: 1 is plain meta-SGD", "1,0.1", type=numbers, default=(1.0, 0.1))
         flag(optimizer, "--first-steps", "of momentum: zero, gradient or both", "zero", type=names, default=("zero",))
         grid = ",".join(map(str, lrs))
         flag(optimizer, "--lrs", "the grid of step sizes, for every method", grid, type=numbers, metavar="γ,γ,...")
-        add_schedule(optimizer)
+        add_options(optimizer, task, "compare")
         own = leaf.add_argument_group("run")
-        add_run(own, task)
+        add_options(own, task, "compare")
         flag(own, "--seeds", "runs of each method", type=run_count, default=3)
         flag(
             own, "--evaluate-every", "iterations between points of the curves", type=long_count, default=50, metavar="N"
@@ -59,8 +57,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
-    from metamom.experiments.compare import DEFAULTS, Comparison, compare
-    from metamom.experiments.defaults import ITERATIONS
+    from metamom.experiments.compare import Comparison, compare
     from metamom.experiments.recipes import Recipe
 
     task = arguments.task
@@ -68,14 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
         base=Recipe(task=task, **given_flags(arguments)),
         betas=arguments.betas,
         first_steps=arguments.first_steps,
-        lrs=arguments.lrs or DEFAULTS[task].lrs,
+        lrs=arguments.lrs or COMPARED[task].lrs,
         seeds=arguments.seeds,
-        iterations=ITERATIONS[task] if arguments.iterations is None else arguments.iterations,
+        iterations=arguments.iterations,
         evaluate_every=arguments.evaluate_every,
         validation_tasks=arguments.evaluate_tasks,
         test_tasks=arguments.tasks,
         steps=arguments.steps,
-        target=DEFAULTS[task].target if arguments.target is None else arguments.target,
+        target=COMPARED[task].target if arguments.target is None else arguments.target,
     )
     run_dir = arguments.run_dir or f"runs/compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
     report = compare(comparison, run_dir, root=arguments.data_root, resume=arguments.resume, jobs=arguments.jobs)

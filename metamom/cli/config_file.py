@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from metamom.cli.flags import flagged
 from metamom.cli.parser import Parser, did_you_mean
 from metamom.common.flag_types import Listed
 from metamom.common.numbers import shown
 
 LARGEST = 1 << 20  # bytes
 NAMES_OF_A_COMPARISON = {"validation_tasks": "evaluate_tasks", "test_tasks": "tasks"}
-# what a run records, but not every command has a flag for
-RECORDED = {"ways", "lr", "beta", "first_step", "normalize", "optimizer", "seed", "checkpoint_every", "server"}
 OF_MOMENTUM = {"beta", "first_step", "normalize"}
 
 
@@ -100,12 +99,16 @@ def _yaml(text: str) -> Any:
 def _of_run(content: dict[Any, Any], known: set[str]) -> dict[str, Any]:
     """The flags that repeat a run: its settings and its length."""
     settings, length = dict(content["settings"]), content.get("length")
+    options = flagged()
     if isinstance(base := settings.pop("base", None), dict):
         own = {NAMES_OF_A_COMPARISON.get(name, name): value for name, value in settings.items()}
-        settings = {name: value for name, value in base.items() if name not in RECORDED} | own
+        replaced = {name for name, each in options.items() if "compare" not in each.flag.commands}
+        settings = {name: value for name, value in base.items() if name not in replaced} | own
     elif isinstance(length, dict):
         settings = length | settings
-    left_out = (RECORDED - known) | {"processes"}
+    if isinstance(tracked := settings.get("track_bias"), list) and tracked:  # [every, draws]
+        settings["track_bias"] = f"every={tracked[0]}"
+    left_out = ({*options, "server"} - known) | {"processes"}  # a run records options that not every command has
     if settings.get("optimizer", "momentum") != "momentum":
         left_out |= OF_MOMENTUM
     return {name: value for name, value in settings.items() if name not in left_out}

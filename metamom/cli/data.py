@@ -20,7 +20,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     task = leaf.add_argument_group("task")
     task.add_argument("action", choices=("fetch", "check"), help="what to do")
     task.add_argument("dataset", choices=("omniglot", "mnist", "fashion"), help="the data set")
-    add_data_root(task, "--root")
+    add_data_root(task, "root")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,22 +1,16 @@
-"""Flags that several commands have, in the groups of the help: task, learner, bias, optimizer, run, processes."""
+"""Flags that several commands have: those of the options of a run, which declare them, and a few more."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
-from typing import Any, Protocol
+from dataclasses import MISSING
+from typing import Any, NamedTuple, Protocol
 
-from metamom.cli.facts import FIRST_STEPS, ORDERS, SERVERS, TIMEOUT
-from metamom.common.flag_types import counts, long_count, names, number, path, point_count, seed, step_count, task_count
-from metamom.common.numbers import shown
-from metamom.experiments.defaults import ADAPTIVE_LR, DEFAULTS, DTYPE_NAMES, ITERATIONS, OPTIMIZERS, WAYS
-from metamom.maml.estimators import (
-    ESTIMATORS,
-    INNER_BATCHES,
-    memoryless_estimators,
-    support_parts,
-    tracked_estimators,
-)
+from metamom.common.choices import SERVERS, TIMEOUT
+from metamom.common.flag_types import counts, number, path, step_count
+from metamom.common.options import Flag, declared
+from metamom.experiments.options import RecipeOptions, task_defaults
+from metamom.training.options import Options
 
 
 class Group(Protocol):
@@ -24,6 +18,21 @@ class Group(Protocol):
 
     def add_argument(self, *name_or_flags: str, **settings: Any) -> argparse.Action:
         """As argparse's."""
+
+
+OWN = {  # of a run's commands, but not among its options
+    "data_root": Flag(
+        "task", "where the data is", "$METAMOM_DATA, else the user's data folder", type=path, metavar="DIR"
+    ),
+    "config": Flag(
+        "run",
+        "read flags from a YAML or JSON file, or a run's config.json; the command line overrides them",
+        "none",
+        type=path,
+        metavar="FILE",
+        before="seed",
+    ),
+}
 
 
 def flag(group: Group, name: str, meaning: str, shows: object = None, **settings: Any) -> None:
@@ -38,168 +47,82 @@ def switch(group: Group, name: str, meaning: str, **settings: Any) -> None:
     flag(group, name, meaning, "off", action="store_true", **settings)
 
 
-def add_task(group: Group, task: str) -> None:
-    """Flags of the tasks."""
-    default = DEFAULTS[task]
-    each = "a class" if task == "omniglot" else "a task"
-    if task == "omniglot":
-        flag(group, "--ways", "classes a task", WAYS, type=task_count)
-    flag(group, "--shots", f"support points {each}, in each inner batch", default.shots, type=point_count)
-    flag(group, "--queries", f"query points {each}", default.queries, type=point_count)
-    flag(group, "--meta-batch", "tasks an iteration", default.meta_batch, type=task_count)
-    flag(
-        group, "--fixed-tasks", "train on the same N tasks", "new tasks in each iteration", type=task_count, metavar="N"
-    )
-    flag(
-        group,
-        "--order",
-        "with --fixed-tasks: sample tasks independently, or reshuffle every epoch",
-        ORDERS[0],
-        choices=ORDERS,
-    )
-    add_data_root(group)
+class Flagged(NamedTuple):
+    """An option with a flag.
+
+    Attributes:
+        name: of the option.
+        default: of the option; ``None`` or ``MISSING`` if the task decides it, unless the flag says otherwise.
+        flag: as declared.
+        filled: whether the parser fills in the default. A recipe fills in its own, and has to know what was given.
+    """
+
+    name: str
+    default: Any
+    flag: Flag
+    filled: bool = False
+
+    def value(self, task: str) -> Any:
+        """The default of the flag."""
+        default = self.default if self.flag.default is None else self.flag.default
+        undecided = default is MISSING or (default is None and self.flag.shows is None)
+        return task_defaults(task)[self.name] if undecided else default
+
+    def shown(self, task: str) -> object:
+        """The default in the help; ``None`` if the task does not have the option."""
+        shows = self.flag.shows
+        if shows is None:
+            value = self.value(task)
+            return "off" if value is False else value
+        return shows if isinstance(shows, str) else shows(task)
+
+    def add(self, group: Group, shown: object, default: Any, task: str = "") -> None:
+        """Add the flag to a group of the help."""
+        settings = {name: getattr(self.flag, name) for name in ("type", "choices", "metavar")}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if self.flag.bare is not None:
+            settings |= {"nargs": "?", "const": self.flag.bare}
+        elif self.default is False:
+            settings["action"] = "store_true"
+        meaning = self.flag.meaning if isinstance(self.flag.meaning, str) else self.flag.meaning(task)
+        flag(group, f"--{self.name.replace('_', '-')}", meaning, shown, default=default, **settings)
 
 
-def add_data_root(group: Group, name: str = "--data-root") -> None:
+def flagged() -> dict[str, Flagged]:
+    """The options of a run that have flags, in the order of the help. A recipe's come before those of `train`."""
+    found: dict[str, Flagged] = {}
+    for kind in (RecipeOptions, Options):
+        for each in declared(kind):
+            if each.option.flag is not None:
+                found[each.name] = Flagged(each.name, each.default, each.option.flag, filled=kind is Options)
+    found |= {name: Flagged(name, None, own) for name, own in OWN.items()}
+    names = list(found)
+    for name, entry in found.items():
+        if entry.flag.before is not None:
+            names.remove(name)
+            names.insert(names.index(entry.flag.before), name)
+    return {name: found[name] for name in names}
+
+
+def add_options(group: argparse._ArgumentGroup, task: str, command: str) -> None:
+    """Add the options that the command has for the task and that belong to the group of this title."""
+    for each in flagged().values():
+        if each.flag.group == group.title and command in each.flag.commands:
+            shown = each.shown(task)
+            if shown is not None:
+                each.add(group, shown, each.value(task) if each.filled else None, task)
+
+
+def add_data_root(group: Group, name: str = "data_root") -> None:
     """Where the data is."""
-    flag(group, name, "where the data is", "$METAMOM_DATA, else the user's data folder", type=path, metavar="DIR")
+    own = OWN["data_root"]
+    Flagged(name, None, own).add(group, own.shows, None)
 
 
-def add_learner(group: Group, task: str) -> None:
-    """Flags of the learner."""
-    flag(group, "--inner-lr", "inner step size", DEFAULTS[task].inner_lr, type=number)
-    flag(group, "--inner-steps", "inner steps in training", 1, type=step_count)
-    alone = [name for name in memoryless_estimators() if support_parts(name, 1) == 1]
-    halved = [name for name in memoryless_estimators() if name not in alone]
-    flag(
-        group,
-        "--estimator",
-        f"of the meta-gradient. On support sets of --shots: {', '.join(alone)}. On support sets of twice the --shots, "
-        f"in two halves: {', '.join(halved)}. With --fixed-tasks, with a moving average for each task: "
-        f"{', '.join(tracked_estimators())}",
-        "exact",
-        choices=list(ESTIMATORS),
-        metavar="NAME",
-    )
-    flag(
-        group,
-        "--tracking",
-        "weight of a new inner step in the moving averages of moml, moml-coupled and scsc, 0 < B <= 1",
-        0.2,
-        type=number,
-        metavar="B",
-    )
-    flag(
-        group,
-        "--inner-batches",
-        "same or fresh support points for each inner step in training; fresh takes --shots for each",
-        INNER_BATCHES[0],
-        choices=INNER_BATCHES,
-    )
-    flag(
-        group,
-        "--learn-inner-lr",
-        "learn the inner step sizes: one for each entry (Meta-SGD) if no value follows",
-        "off",
-        nargs="?",
-        const="entry",
-        choices=("scalar", "tensor", "entry"),
-    )
-    flag(
-        group,
-        "--adapt",
-        "parameters or modules that adapt, such as head for ANIL",
-        "all",
-        type=names,
-        metavar="NAMES",
-    )
-    flag(
-        group,
-        "--chunk-size",
-        "tasks computed at a time, or auto: as many as fit into 512 MiB",
-        "all",
-        type=_chunk_size,
-        metavar="N",
-    )
-    flag(
-        group,
-        "--compile",
-        "compile the meta-gradient; with auto, only in runs long enough to gain time",
-        "off",
-        nargs="?",
-        const=True,
-        type=_compile_mode,
-        metavar="auto",
-    )
-    flag(
-        group,
-        "--dtype",
-        "bfloat16 is for matrix products only, summed in float32",
-        DTYPE_NAMES[0],
-        choices=DTYPE_NAMES,
-    )
-
-
-def add_operators(group: Group) -> None:
-    """Flags of the workers, of their bias and of the server's aggregation."""
-    flag(group, "--workers", "workers that share the tasks", 1, type=task_count)
-    flag(group, "--bias", "operator on each worker's gradient, see below", "none", metavar="SPEC")
-    flag(
-        group,
-        "--aggregate",
-        "how the server aggregates the workers' gradients: mean, median, trimmed:SHARE, geomedian",
-        "mean",
-        metavar="SPEC",
-    )
-
-
-def add_optimizer(group: Group, task: str) -> None:
-    """Flags of the outer optimizer."""
-    flag(group, "--optimizer", "outer optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])
-    flag(
-        group,
-        "--lr",
-        "step size γ",
-        f"{DEFAULTS[task].lr}; {ADAPTIVE_LR} with adam and rmsprop",
-        type=number,
-    )
-    flag(group, "--beta", "weight of the new gradient, 0 < β <= 1; 1 is plain SGD", 0.1, type=number)
-    flag(group, "--first-step", "start from v_{-1} = 0 or v_0 = g_0", FIRST_STEPS[0], choices=FIRST_STEPS)
-    switch(group, "--normalize", "move by γ v/‖v‖, so that every step has length γ", default=None)
-    add_schedule(group)
-
-
-def add_schedule(group: Group) -> None:
-    """The schedule of the step size."""
-    flag(group, "--schedule", "of γ: constant, or cosine:N, from γ to 0 in N iterations", "constant", metavar="SPEC")
-
-
-def add_run(group: Group, task: str) -> None:
-    """Flags of a run: how long it is, where it is computed, and where it goes."""
-    flag(
-        group,
-        "--iterations",
-        "total number, including those before a resume",
-        ITERATIONS[task],
-        type=long_count,
-    )
-    flag(group, "--evaluate-tasks", "tasks for each validation", type=task_count, default=200)
-    add_device(group)
-    flag(group, "--run-dir", "where the run goes", "a new folder in runs/", type=path, metavar="RUN")
-    switch(group, "--resume", "continue the run in --run-dir, or start it")
-    flag(
-        group,
-        "--config",
-        "read flags from a YAML or JSON file, or a run's config.json; the command line overrides them",
-        "none",
-        type=path,
-        metavar="FILE",
-    )
-
-
-def add_device(group: Group, **settings: Any) -> None:
+def add_device(group: Group, default: str | None = None) -> None:
     """The device."""
-    flag(group, "--device", "cpu or cuda", "cpu", **settings)
+    each = flagged()["device"]
+    each.add(group, each.default, default)
 
 
 def add_checkpoint(group: Group) -> None:
@@ -218,11 +141,6 @@ def add_steps(group: Group) -> None:
         default=(0, 1, 5, 10),
         metavar="J,J,...",
     )
-
-
-def add_seed(group: Group, meaning: str = "of the initial weights and of the tasks") -> None:
-    """The seed."""
-    flag(group, "--seed", meaning, 0, type=seed)
 
 
 def add_processes(group: Group) -> None:
@@ -247,22 +165,10 @@ def add_processes(group: Group) -> None:
 
 def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags of a recipe that were given; the recipe knows the defaults of the others."""
-    from metamom.experiments.recipes import Recipe
-
-    known = [field.name for field in fields(Recipe) if field.name != "task"]
+    known = [each.name for each in declared(RecipeOptions) if each.option.flag is not None]
     return {name: value for name in known if (value := getattr(arguments, name, None)) is not None}
 
 
-def _chunk_size(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return task_count(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto: {error}") from None
-
-
-def _compile_mode(text: str) -> str:
-    if text != "auto":
-        raise argparse.ArgumentTypeError(f"wanted auto, or nothing after --compile; got {shown(text)}")
-    return text
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `metamom.train` that have flags."""
+    return {each.name: getattr(arguments, each.name) for each in declared(Options) if each.option.flag is not None}

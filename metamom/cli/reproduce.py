@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from metamom.cli.facts import EPOCHS
 from metamom.cli.flags import add_data_root, add_device, flag, switch
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count, number, path, seed, task_count
+from metamom.experiments.defaults import EPOCHS
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:

@@ -1,4 +1,7 @@
-"""Per-user folders, and atomic writes: a reader sees the old file or the new one, never a part."""
+"""Per-user folders, and atomic writes: a reader sees the old file or the new one, never a part.
+
+The atomic write is written here, since the library for it (atomicwrites) is no longer maintained.
+"""
 
 from __future__ import annotations
 

@@ -93,6 +93,35 @@ def path(text: str) -> str:
     return text
 
 
+def count_or_auto(text: str) -> int | str:
+    """A number of tasks, or ``auto``."""
+    if text == "auto":
+        return text
+    try:
+        return task_count(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"wanted a number of tasks, or auto: {error}") from None
+
+
+def auto(flag: str) -> Callable[[str], str]:
+    """Only ``auto``, for a flag that may also stand alone."""
+
+    def parse(text: str) -> str:
+        if text != "auto":
+            raise argparse.ArgumentTypeError(f"wanted auto, or nothing after {flag}; got {shown(text)}")
+        return text
+
+    return parse
+
+
+def every(text: str) -> int:
+    """N of ``every=N``."""
+    name, _, number = text.partition("=")
+    if name != "every" or long_count(number) < 1:
+        raise argparse.ArgumentTypeError(f"wanted every=N with N iterations >= 1, such as every=200; got {shown(text)}")
+    return long_count(number)
+
+
 def _or_argument_error(parse: Callable[[str], T], text: str) -> T:
     """Raise parse errors as ArgumentTypeError, since argparse hides the message of a ValueError."""
     try:

@@ -6,6 +6,9 @@ The squared norm of a mean of R draws is too large by (their variance)/R, which 
 The mean of the products of *different* draws is unbiased: ``U = sum_{i != j} <x_i, x_j> / (R (R - 1))``. It can be
 negative if the mean is zero. Both estimates here are U-statistics. Each comes with its leave-one-out values, which give
 intervals for it and for anything computed from several estimates.
+
+Student's interval is SciPy's. The jackknife is written here: SciPy has none, and a generic one would compute each
+estimate R times, where these sums over pairs give all leave-one-out values at once.
 """
 
 from __future__ import annotations
@@ -55,7 +58,12 @@ class Jackknife(NamedTuple):
 
 def normal_halfwidth(error: float, confidence: float = 0.95) -> float:
     """Half the normal interval of an estimate with this standard error: 1.96 of it for 95 %."""
-    return NormalDist().inv_cdf((1 + confidence) / 2) * error
+    return NormalDist().inv_cdf((1 + confidence) / 2) * error  # the standard library's: SciPy is slow to import
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """The standard error of a mean over the first axis, ``[n, ...] -> [...]``; n >= 2."""
+    return values.std(0) / math.sqrt(len(values))
 
 
 def student_halfwidth(values: Sequence[float], confidence: float = 0.95) -> float:
@@ -71,9 +79,7 @@ def student_halfwidth(values: Sequence[float], confidence: float = 0.95) -> floa
     """
     from scipy import stats  # takes a second to import
 
-    n = len(values)
-    error = math.sqrt(sum((value - sum(values) / n) ** 2 for value in values) / (n - 1) / n)
-    return float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    return float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
 
 
 def squared_norm(rows: Tensor) -> Jackknife:

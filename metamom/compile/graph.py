@@ -10,18 +10,17 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from metamom.common.choices import CompileMode as CompileMode
 from metamom.compile.tracing import tracing
 from metamom.nets import kernels
 from metamom.nets.kernels.build import CompilerError, find_compiler, gist
 from metamom.nets.products import enlarge_products
-
-CompileMode = bool | Literal["auto"]
 
 # Assumed speed-up for "auto". On two cores a compiled meta-gradient was 2.6 times (Conv4) to 10 times (an MLP) as fast
 # as an eager one; see docs/performance.md.

@@ -10,7 +10,8 @@ rule keeps the others from waiting forever if one process fails: before they exc
 (`World.agree`) that none has failed, and a process that fails anywhere joins that same agreement.
 """
 
-from metamom.distributed.collectives import SERVERS, TIMEOUT, ProcessError, Server
+from metamom.common.choices import SERVERS, TIMEOUT, Server
+from metamom.distributed.collectives import ProcessError
 from metamom.distributed.messages import digest
 from metamom.distributed.torchrun import start
 from metamom.distributed.world import SAME, WEIGHTS_EVERY, World, as_world

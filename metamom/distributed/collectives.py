@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from metamom.common.checks import check_word
+from metamom.common.choices import SERVERS, Server
 
-Server = Literal["replicated", "rank0"]
-SERVERS: tuple[Server, ...] = ("replicated", "rank0")
-TIMEOUT = 600.0  # default, in seconds; a first compiled step takes minutes
 T = TypeVar("T")
 
 

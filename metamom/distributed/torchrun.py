@@ -9,7 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from metamom.distributed.collectives import TIMEOUT, ProcessError, Server
+from metamom.common.choices import TIMEOUT, Server
+from metamom.distributed.collectives import ProcessError
 from metamom.distributed.world import World
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, block, drawn
 from metamom.common.checks import check_whole
-from metamom.distributed.collectives import TIMEOUT, Collectives, ProcessError, Server
+from metamom.common.choices import TIMEOUT, Server
+from metamom.distributed.collectives import Collectives, ProcessError
 from metamom.distributed.messages import digest, pack_error, unpack_error
 
 SAME = "Give all of them the same arguments and weights: make models after the same torch.manual_seed, or load them."

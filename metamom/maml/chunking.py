@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-
-ChunkSize = int | Literal["auto"] | None
+from metamom.common.choices import ChunkSize as ChunkSize
 
 BUDGET = 512 * 2**20  # bytes, on a CPU
 # At the peak of a backward pass, saved activations and their cotangents are both alive.

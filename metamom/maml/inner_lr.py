@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metamom.common.checks import check_number
-
-LearnInnerLR = bool | Literal["scalar", "tensor", "entry"]
+from metamom.common.choices import LearnInnerLR as LearnInnerLR
 
 
 class StepSizes(nn.Module):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from metamom.common.averaged import forget
+from metamom.common.choices import FirstStep
 from metamom.optim.checks import (
     as_parameters,
     check_beta,
@@ -20,8 +21,6 @@ from metamom.optim.checks import (
     check_options,
 )
 from metamom.optim.update import momentum_update_, momentum_updates_, move_, together, total_norm
-
-FirstStep = Literal["zero", "gradient"]
 
 
 class CompositeMomentum(Optimizer):

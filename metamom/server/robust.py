@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from metamom.bias.norms import scaled_norm
+from metamom.common.choices import Aggregate as Aggregate
 from metamom.common.numbers import real, shown
-
-Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian"
 
 # Limits of Weiszfeld's iteration for the geometric median, and its tolerance: the step relative to the spread.
 ITERATIONS = 1000  # starting close to a vector is slow: seven points in four dimensions needed 200

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from metamom.batch import Sampler, check_sampler
-from metamom.bias import Bias, BiasOperator, as_operator
-from metamom.diagnostics.while_training import TrackBias, check_track
+from metamom.bias import BiasOperator, as_operator
+from metamom.diagnostics.while_training import check_track
 from metamom.distributed import SAME, World, digest
 from metamom.maml.learner import MAML
-from metamom.server.robust import Aggregate
 from metamom.training import board
 from metamom.training.directory import RunDirectory
+from metamom.training.options import Options
 from metamom.training.plan import (
     LATER,
     Scheduler,
@@ -27,82 +26,10 @@ from metamom.training.plan import (
     check_momentum,
     check_optimizer,
     check_plan,
-    check_record,
     describe,
 )
 from metamom.training.progress import Progress, Saved
 from metamom.training.session import Session
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The keywords of `metamom.train`, which documents them. ``world`` is a separate argument here."""
-
-    iterations: int
-    meta_batch: int
-    workers: int
-    bias: Bias
-    aggregate: Aggregate
-    schedulers: Scheduler | Sequence[Scheduler]
-    validation: Sampler | None
-    evaluate_every: int | None
-    evaluate_tasks: int
-    run_dir: str | Path | None
-    resume: bool
-    checkpoint_every: int
-    keep_checkpoints: int
-    settings: Mapping[str, Any] | None
-    free: Collection[str]
-    tensorboard: bool
-    track_bias: TrackBias | None
-    label: str
-
-    def checked(self, learner: MAML, optimizer: Optimizer, sampler: Sampler, world: World) -> Checked:
-        """Check every option, and convert it for the loop.
-
-        Raises:
-            TypeError: for an argument of the wrong type.
-            ValueError: for one out of range, or in conflict with the others.
-        """
-        operator = as_operator(self.bias)
-        check_plan(
-            learner,
-            sampler,
-            iterations=self.iterations,
-            meta_batch=self.meta_batch,
-            workers=self.workers,
-            bias=operator,
-            aggregate=self.aggregate,
-            evaluate_every=self.evaluate_every,
-            evaluate_tasks=self.evaluate_tasks,
-            checkpoint_every=self.checkpoint_every,
-            world=world,
-        )
-        check_record(
-            run_dir=self.run_dir,
-            resume=self.resume,
-            tensorboard=self.tensorboard,
-            keep_checkpoints=self.keep_checkpoints,
-            settings=self.settings,
-            free=self.free,
-            label=self.label,
-        )
-        check_optimizer(learner, optimizer)
-        check_momentum(optimizer, operator)
-        schedulers = as_schedulers(self.schedulers, optimizer)
-        if self.validation is not None:
-            check_sampler(self.validation, "validation is a sampler, which")
-        if self.track_bias is not None:
-            check_track(learner, operator, self.track_bias)
-        if self.tensorboard and world.first:
-            board.find_writer()
-        whole = {  # JSON does not accept NumPy's numbers
-            name: int(getattr(self, name))
-            for name in ("iterations", "meta_batch", "workers", "checkpoint_every", "evaluate_tasks")
-        }
-        every = None if self.evaluate_every is None else int(self.evaluate_every)
-        plain = replace(self, **whole, evaluate_every=every)  # type: ignore[arg-type]  # a dict of one kind
-        return Checked(plain, operator, schedulers)
 
 
 @dataclass(frozen=True)
@@ -110,7 +37,7 @@ class Checked:
     """Options that have been checked.
 
     Attributes:
-        options: as given, with whole numbers converted to Python's.
+        options: as given, with NumPy's numbers converted to Python's.
         operator: the operator on the workers' gradients.
         schedulers: the schedulers as a list.
     """
@@ -127,35 +54,37 @@ class Checked:
 
     def length(self, world: World) -> dict[str, Any]:
         """The options that may change when a run is resumed, for ``config.json``."""
-        options = self.options
-        tracked = options.track_bias
-        return {
-            "iterations": options.iterations,
-            "checkpoint_every": options.checkpoint_every,
-            "evaluate_every": options.evaluate_every,
-            "evaluate_tasks": options.evaluate_tasks,
-            "processes": world.size,
-            "server": world.server,
-            **({} if tracked is None else {"track_bias": [int(tracked.every), int(tracked.draws)]}),
-        }
+        return {**self.options.recorded("length"), "processes": world.size, "server": world.server}
 
     def described(self, learner: MAML, optimizer: Optimizer, sampler: Sampler) -> tuple[Mapping[str, Any], list[str]]:
         """The settings that define the run, and the names of those that may still change when it is resumed."""
         options = self.options
         if options.settings is not None:
             return options.settings, [*options.free]
-        settings = describe(
-            learner,
-            optimizer,
-            sampler,
-            meta_batch=options.meta_batch,
-            workers=options.workers,
-            bias=self.operator,
-            aggregate=options.aggregate,
-            schedulers=self.schedulers,
-            validation=options.validation,
-        )
+        decided = {**options.recorded("settings"), "bias": self.operator, "schedulers": self.schedulers}
+        settings = describe(learner, optimizer, sampler, **decided)
         return settings, [*options.free, *(["validation"] if options.validation is None else [])]
+
+
+def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sampler, world: World) -> Checked:
+    """Check the arguments of `metamom.train`, and convert the options for the loop.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for one out of range, or in conflict with the others.
+    """
+    operator = as_operator(options.bias)
+    options = check_plan(learner, sampler, replace(options, bias=operator), world)
+    check_optimizer(learner, optimizer)
+    check_momentum(optimizer, operator)
+    schedulers = as_schedulers(options.schedulers, optimizer)
+    if options.validation is not None:
+        check_sampler(options.validation, "validation is a sampler, which")
+    if options.track_bias is not None:
+        check_track(learner, operator, options.track_bias)
+    if options.tensorboard and world.first:
+        board.find_writer()
+    return Checked(options, operator, schedulers)
 
 
 @contextmanager
@@ -223,13 +152,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
 
 def _agree(learner: MAML, plan: Mapping[str, Any], checked: Checked, world: World) -> None:
     """Refuse processes that differ in their run."""
-    options = checked.options
-    plan = {
-        **plan,
-        "evaluate_every": options.evaluate_every if options.validation is not None else 0,
-        "run_dir": options.run_dir is not None,
-        "resume": options.resume,
-    }
+    plan = {**plan, **checked.options.compared()}
     alike = "Start all of them by the same command."
     world.check_same("the names of their settings", sorted(plan), alike)
     for name in sorted(plan) if world.size > 1 else ():

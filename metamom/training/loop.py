@@ -19,7 +19,8 @@ from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.maml.learner import MAML
 from metamom.maml.server_step import Backward
 from metamom.server.robust import Aggregate
-from metamom.training.begin import Checked, Options, begin
+from metamom.training.begin import Checked, begin, check
+from metamom.training.options import Options
 from metamom.training.plan import Scheduler, check_momentum
 from metamom.training.session import Session
 from metamom.training.stall import StallMonitor
@@ -132,29 +133,13 @@ def train(
         >>> len(result.metrics)
         3
     """
-    world = as_world(world)
-    options = Options(
-        iterations=iterations,
-        meta_batch=meta_batch,
-        workers=workers,
-        bias=bias,
-        aggregate=aggregate,
-        schedulers=schedulers,
-        validation=validation,
-        evaluate_every=evaluate_every,
-        evaluate_tasks=evaluate_tasks,
-        run_dir=run_dir,
-        resume=resume,
-        checkpoint_every=checkpoint_every,
-        keep_checkpoints=keep_checkpoints,
-        settings=settings,
-        free=free,
-        tensorboard=tensorboard,
-        track_bias=track_bias,
-        label=label,
-    )
+    return run(Options.of(locals()), learner, optimizer, sampler, as_world(world))
+
+
+def run(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sampler, world: World) -> TrainResult:
+    """`train`, with its keywords as a record."""
     with world.together(), ExitStack() as stack:
-        checked = options.checked(learner, optimizer, sampler, world)
+        checked = check(options, learner, optimizer, sampler, world)
         session = stack.enter_context(begin(learner, optimizer, sampler, checked, world))
         return _steps(session, learner, optimizer, sampler, checked, world)
 

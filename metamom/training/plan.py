@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -18,13 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.bias.function import Function, function_name
-from metamom.common.checks import AT_ONCE, MOST, check_flag, check_whole
 from metamom.distributed import World
 from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum, LambdaBeta
 from metamom.server.aggregate import Aggregation
 from metamom.server.robust import Aggregate
 from metamom.training.contents import Contents
+from metamom.training.options import Options
 
 
 @runtime_checkable
@@ -38,48 +36,34 @@ class Scheduler(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-def check_plan(
-    learner: MAML,
-    sampler: Sampler,
-    *,
-    iterations: int,
-    meta_batch: int,
-    workers: int,
-    bias: Bias,
-    aggregate: Aggregate,
-    evaluate_every: int | None,
-    evaluate_tasks: int,
-    checkpoint_every: int = 1,
-    world: World | None = None,
-) -> None:
+def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World | None = None) -> Options:
     """Check arguments of `train` that would otherwise fail only after the run has started.
 
+    Returns:
+        The options, with NumPy's numbers converted to Python's.
+
     Raises:
-        TypeError: for anything but a learner or a sampler.
-        ValueError: for an argument out of range, or arguments in conflict.
+        TypeError: for anything but a learner or a sampler, or for an option of the wrong type.
+        ValueError: for an option out of range, or options in conflict.
     """
     if not isinstance(learner, MAML):
         raise TypeError(f"train takes a metamom.MAML learner; got a {type(learner).__name__}. Wrap the model in MAML.")
     check_sampler(sampler, "train takes a sampler, which")
-    for name, value in (("iterations", iterations), ("meta_batch", meta_batch), ("checkpoint_every", checkpoint_every)):
-        check_whole(name, value, 1, AT_ONCE if name == "meta_batch" else MOST)
-    if evaluate_every is not None and check_whole("evaluate_every", evaluate_every, -math.inf, MOST) < 1:
-        raise ValueError(f"evaluate_every must be >= 1, or None for the end alone; got {evaluate_every}.")
-    if check_whole("evaluate_tasks", evaluate_tasks, -math.inf, AT_ONCE) < 2:
-        raise ValueError(f"a validation needs at least 2 tasks; got evaluate_tasks={evaluate_tasks}.")
-    if check_whole("workers", workers, -math.inf) < 1 or meta_batch % workers:
-        raise ValueError(f"the number of workers must divide the meta-batch of {meta_batch} tasks; got {workers}.")
+    options = options.in_range()
+    workers = options.workers
     families = sampler.workers if isinstance(sampler, TaskSampler) else None
     if families not in (None, workers):
         raise ValueError(
             f"the sampler has a family for each of {families} workers: pass workers={families}; got {workers}."
         )
     if world is not None:
-        block(meta_batch, world.rank, world.size)
+        block(options.meta_batch, world.rank, world.size)
     sizes = [p.numel() for p in learner.meta_parameters().values()]
-    server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world)  # checks that they fit together
+    # checks that they fit together
+    server = Aggregation(workers, options.bias, options.aggregate, sizes=sizes, world=world)
     if server.operator is not None:
         server.operator.wire_bytes(sum(sizes), sizes=sizes)  # raises an error if K is too large
+    return options
 
 
 def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:
@@ -150,50 +134,6 @@ def _steps_alone(optimizer: Optimizer) -> bool:
     return True
 
 
-def check_record(
-    *,
-    run_dir: object,
-    resume: bool,
-    tensorboard: bool,
-    keep_checkpoints: int,
-    settings: object,
-    free: object,
-    label: object,
-) -> None:
-    """Check the arguments of `train` about what to write, and where.
-
-    Raises:
-        TypeError: for an argument of the wrong type, and for settings that are not JSON values.
-        ValueError: for an argument out of range, or one that needs a ``run_dir``.
-    """
-    if not (run_dir is None or isinstance(run_dir, (str, Path))):
-        raise TypeError(f"run_dir is the path of a directory, or None; got {run_dir!r:.80}.")
-    check_flag("resume", resume)
-    check_flag("tensorboard", tensorboard)
-    if (resume or tensorboard) and run_dir is None:
-        raise ValueError("resume and tensorboard need a run_dir to read from and write to.")
-    if check_whole("keep_checkpoints", keep_checkpoints, -math.inf) < 1:
-        raise ValueError(f"the newest checkpoint must be kept: keep_checkpoints must be >= 1; got {keep_checkpoints}.")
-    if not isinstance(label, str):
-        raise TypeError(f"label is what the progress bar says, a text; got {label!r:.80}.")
-    if isinstance(free, str) or not isinstance(free, Collection) or not all(isinstance(name, str) for name in free):
-        raise TypeError(f'free are names of settings, such as free=("device",); got {free!r:.80}.')
-    if settings is None:
-        return
-    if not isinstance(settings, Mapping):
-        raise TypeError(f'settings are JSON values by name, such as {{"lr": 0.1}}, or None; got {settings!r:.80}.')
-    for name, value in settings.items():
-        if not isinstance(name, str):
-            raise TypeError(f'settings are JSON values by name, such as {{"lr": 0.1}}; got the name {name!r:.80}.')
-        try:
-            json.dumps(value, sort_keys=True)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise TypeError(
-                f"settings must hold JSON values: None, truth values, numbers, text, lists and dicts of them; got "
-                f"{_kind(value)} as {name!r} ({error}). Leave it out, or put a number or a text in its place."
-            ) from error
-
-
 def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimizer) -> list[Scheduler]:
     """Convert one scheduler or several to a list.
 
@@ -239,10 +179,12 @@ def describe(
     aggregate: Aggregate = "mean",
     schedulers: Sequence[Any] = (),
     validation: Sampler | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Describe the settings that define a run, as JSON values. This is the default of ``train(settings=...)``.
 
-    It leaves out how the run is computed (chunks, compilation, device), its length, and what is only measured.
+    It leaves out how the run is computed (chunks, compilation, device), its length, and what is only measured. Further
+    ``options`` are JSON values already.
     """
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     operator = as_operator(bias)
@@ -264,6 +206,7 @@ def describe(
         "workers": workers,
         "bias": "none" if operator is None else operator.spec,
         "aggregate": aggregate,
+        **options,
         # validation determines the best checkpoint, so it is only recorded if there is one
         **({} if validation is None else {"validation": described(validation)}),
     }

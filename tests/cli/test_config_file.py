@@ -156,6 +156,14 @@ def test_a_run_again(tmp_path, capsys):
     assert "is for task 'sinusoid'" in capsys.readouterr().err
 
 
+def test_a_run_that_tracks_its_bias_again(tmp_path):
+    flags = ["--track-bias", "every=2", "--run-dir", str(tmp_path / "run")]
+    assert cli.main(["train", "sinusoid", *SMALL, *flags]) == 0
+    text = (tmp_path / "run" / "config.json").read_text(encoding="utf-8")
+    assert arguments(tmp_path / "config.json", text)["track_bias"] == 2
+    assert "track_bias" not in arguments(tmp_path / "config.json", text, command="compare sinusoid")
+
+
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 @pytest.mark.parametrize("command", ["train", "compare"])
 @pytest.mark.parametrize("task", ["sinusoid", "omniglot"])
@@ -182,5 +190,7 @@ def test_a_comparison_again(tmp_path):
     found = arguments(file, json.dumps({"settings": settings}), command="compare sinusoid")
     assert (found["workers"], found["betas"], found["lrs"], found["seeds"]) == (2, (1.0, 0.5), (0.1,), 2)
     assert (found["evaluate_tasks"], found["tasks"], found["steps"], found["target"]) == (11, 12, (0, 1), 0.5)
+    of_images = json.dumps({"settings": {**settings, "base": Recipe("omniglot", ways=20).settings()}})
+    assert arguments(file, of_images, command="compare omniglot")["ways"] == 20
     with pytest.raises(SystemExit, match="2"):
         arguments(file, json.dumps({"settings": settings}), command="train sinusoid")

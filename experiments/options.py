@@ -1,0 +1,213 @@
+"""The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
+
+To add one, add a field to `RecipeOptions`; `metamom.experiments.recipes.Recipe` is where it takes effect.
+"""
+
+# The annotations are objects and not text, since pydantic reads them for `Recipe`, in another module.
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from metamom.common.choices import (
+    FIRST_STEPS,
+    LEARNED_STEP_SIZES,
+    ORDERS,
+    Aggregate,
+    ChunkSize,
+    CompileMode,
+    FirstStep,
+    LearnInnerLR,
+    Order,
+)
+from metamom.common.flag_types import auto, count_or_auto, names, number, point_count, seed, step_count, task_count
+from metamom.common.options import Flag, option
+from metamom.experiments.defaults import (
+    ADAPTIVE_LR,
+    DEFAULTS,
+    DTYPE_NAMES,
+    ITERATIONS,
+    OPTIMIZERS,
+    WAYS,
+    OptimizerName,
+    Task,
+)
+from metamom.maml.estimators import (
+    ESTIMATORS,
+    INNER_BATCHES,
+    Estimator,
+    InnerBatches,
+    memoryless_estimators,
+    support_parts,
+    tracked_estimators,
+)
+
+TRAIN = ("train",)
+
+
+def task_defaults(task: str) -> dict[str, Any]:
+    """The defaults of the options that have none of their own. ``None`` stands for an option that the task lacks."""
+    ways = WAYS if task == "omniglot" else None
+    return {**asdict(DEFAULTS[task]), "ways": ways, "iterations": ITERATIONS[task]}
+
+
+def _points(text: str) -> Callable[[str], str]:
+    """A text with the unit that a task counts its points by."""
+    return lambda task: text.format("a class" if task == "omniglot" else "a task")
+
+
+def _estimators(task: str) -> str:
+    alone = [name for name in memoryless_estimators() if support_parts(name, 1) == 1]
+    halved = [name for name in memoryless_estimators() if name not in alone]
+    return (
+        f"of the meta-gradient. On support sets of --shots: {', '.join(alone)}. On support sets of twice the --shots, "
+        f"in two halves: {', '.join(halved)}. With --fixed-tasks, with a moving average for each task: "
+        f"{', '.join(tracked_estimators())}"
+    )
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """The options that decide how a run goes, but for its length.
+
+    ``None`` stands for the task's default, unless the help says otherwise.
+    """
+
+    task: Task
+    ways: int | None = option(None, flag=Flag("task", "classes a task", type=task_count))
+    shots: int | None = option(
+        None, flag=Flag("task", _points("support points {}, in each inner batch"), type=point_count)
+    )
+    queries: int | None = option(None, flag=Flag("task", _points("query points {}"), type=point_count))
+    inner_lr: float | None = option(None, flag=Flag("learner", "inner step size", type=number))
+    inner_steps: int = option(1, flag=Flag("learner", "inner steps in training", type=step_count))
+    estimator: Estimator = option("exact", flag=Flag("learner", _estimators, choices=ESTIMATORS, metavar="NAME"))
+    inner_batches: InnerBatches = option(
+        "same",
+        later=True,
+        flag=Flag(
+            "learner",
+            "same or fresh support points for each inner step in training; fresh takes --shots for each",
+            choices=INNER_BATCHES,
+        ),
+    )
+    tracking: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "weight of a new inner step in the moving averages of moml, moml-coupled and scsc, 0 < B <= 1",
+            "0.2",
+            type=number,
+            metavar="B",
+            before="inner_batches",
+        ),
+    )
+    learn_inner_lr: LearnInnerLR = option(
+        False,
+        flag=Flag(
+            "learner",
+            "learn the inner step sizes: one for each entry (Meta-SGD) if no value follows",
+            choices=LEARNED_STEP_SIZES,
+            bare="entry",
+        ),
+    )
+    adapt: tuple[str, ...] | None = option(
+        None,
+        flag=Flag(
+            "learner", "parameters or modules that adapt, such as head for ANIL", "all", type=names, metavar="NAMES"
+        ),
+    )
+    chunk_size: ChunkSize = option(
+        None,
+        free=True,
+        flag=Flag(
+            "learner",
+            "tasks computed at a time, or auto: as many as fit into 512 MiB",
+            "all",
+            type=count_or_auto,
+            metavar="N",
+        ),
+    )
+    compile: CompileMode = option(
+        False,
+        free=True,
+        flag=Flag(
+            "learner",
+            "compile the meta-gradient; with auto, only in runs long enough to gain time",
+            type=auto("--compile"),
+            metavar="auto",
+            bare=True,
+        ),
+    )
+    optimizer: OptimizerName = option(
+        "momentum", flag=Flag("optimizer", "outer optimizer", choices=OPTIMIZERS, commands=TRAIN)
+    )
+    lr: float | None = option(
+        None,
+        flag=Flag(
+            "optimizer",
+            "step size γ",
+            lambda task: f"{task_defaults(task)['lr']}; {ADAPTIVE_LR} with adam and rmsprop",
+            type=number,
+            commands=TRAIN,
+        ),
+    )
+    beta: float = option(
+        0.1,
+        flag=Flag("optimizer", "weight of the new gradient, 0 < β <= 1; 1 is plain SGD", type=number, commands=TRAIN),
+    )
+    first_step: FirstStep = option(
+        "zero",
+        flag=Flag("optimizer", "start from v_{-1} = 0 or v_0 = g_0", choices=FIRST_STEPS, commands=TRAIN),
+    )
+    normalize: bool = option(
+        False,
+        later=True,
+        flag=Flag("optimizer", "move by γ v/‖v‖, so that every step has length γ", commands=TRAIN),
+    )
+    schedule: str = option(
+        "constant",
+        later=True,
+        flag=Flag("optimizer", "of γ: constant, or cosine:N, from γ to 0 in N iterations", metavar="SPEC"),
+    )
+    meta_batch: int | None = option(None, flag=Flag("task", "tasks an iteration", type=task_count))
+    workers: int = option(1, flag=Flag("bias", "workers that share the tasks", type=task_count))
+    bias: str = option("none", flag=Flag("bias", "operator on each worker's gradient, see below", metavar="SPEC"))
+    aggregate: Aggregate = option(
+        "mean",
+        flag=Flag(
+            "bias",
+            "how the server aggregates the workers' gradients: mean, median, trimmed:SHARE, geomedian",
+            metavar="SPEC",
+        ),
+    )
+    fixed_tasks: int | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "task",
+            "train on the same N tasks",
+            "new tasks in each iteration",
+            type=task_count,
+            metavar="N",
+        ),
+    )
+    order: Order = option(
+        "replacement",
+        later=True,
+        flag=Flag(
+            "task",
+            "with --fixed-tasks: sample tasks independently, or reshuffle every epoch",
+            choices=ORDERS,
+        ),
+    )
+    seed: int = option(
+        0,
+        flag=Flag("run", "of the initial weights and of the tasks", type=seed, commands=TRAIN, before="evaluate_every"),
+    )
+    dtype: str = option(
+        "float32",
+        flag=Flag("learner", "bfloat16 is for matrix products only, summed in float32", choices=DTYPE_NAMES),
+    )
+    device: str = option("cpu", free=True, flag=Flag("run", "cpu or cuda", before="run_dir"))

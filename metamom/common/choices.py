@@ -1,0 +1,23 @@
+"""What options choose from, by name: shared by the library, which imports torch, and the help, which must not."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+FirstStep = Literal["zero", "gradient"]  # of `metamom.CompositeMomentum`
+FIRST_STEPS: tuple[FirstStep, ...] = get_args(FirstStep)
+
+Order = Literal["replacement", "reshuffle"]  # of `metamom.tasks.FixedTasks`
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+Server = Literal["replicated", "rank0"]  # of `metamom.distributed`
+SERVERS: tuple[Server, ...] = get_args(Server)
+TIMEOUT = 600.0  # of `metamom.distributed`, in seconds; a first compiled step takes minutes
+
+LearnedStepSizes = Literal["scalar", "tensor", "entry"]
+LEARNED_STEP_SIZES: tuple[LearnedStepSizes, ...] = get_args(LearnedStepSizes)
+LearnInnerLR = bool | LearnedStepSizes  # of `metamom.MAML`
+
+ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
+CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
+Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian": `metamom.server.robust.robust_mean`
