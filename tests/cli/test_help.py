@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 from test_command_lines import leaves
@@ -146,3 +147,26 @@ def test_what_comes_close():
     assert did_you_mean(["--lrr"], ["--lr", "--beta", "-h"]) == "; did you mean --lr?"
     assert did_you_mean(["--zzz"], ["--lr", "--beta", "-h"]) == ""
     assert did_you_mean(["--beat", "--lrs"], ["--lr", "--beta"]) == "; did you mean --beta, --lr?"
+
+
+def test_version(metamom):
+    assert metamom("--version") == (0, f"metamom {metadata.version('metamom')}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["train", "sinusoid"], ["evaluate"], ["compare", "omniglot"], ["data"]]
+)
+def test_help(command, metamom):
+    said = metamom(*command, "--help")
+    assert said.code == 0
+    assert said.out.startswith(" ".join(["usage: metamom", *command]))
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "sinusoid"], ["compare", "omniglot"], ["reproduce", "mnist"], ["reproduce", "fashion"]]
+)
+def test_help_on_specs(command, metamom, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = metamom(*command, "--help").out
+    assert spec_help() in said
+    assert max(map(len, said.splitlines())) <= 100

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import loop_over
 from fuzzing import bounded, campaign, damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,9 +164,8 @@ def test_a_large_mean_costs_no_more_than_the_rounding_of_the_input(name, M):
     assert_near(compiled(name, *arguments(name, narrow)), plain(name, *arguments(name, wide)), 2e-3)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("where", ["y", "gain", "shift", "dz", "v", "a", "s"])
 @of_norm
+@loop_over(where=("y", "gain", "shift", "dz", "v", "a", "s"), bad=(float("nan"), float("inf"), -float("inf")))
 def test_nan_and_infinity_go_where_they_go_in_plain_pytorch(name, where, bad):
     given = values(2, 33, 65, torch.float64)
     given[where].view(2, -1)[1, 3] = bad  # channel 3 of the second group

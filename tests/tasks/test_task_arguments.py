@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import loop_over
 from torch import Tensor
 
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Omniglot, PerWorker, Quadratic, Sinusoid
@@ -95,23 +96,24 @@ def test_wrong_arguments(make, name, value, error, message):
         make(**{name: value})
 
 
+WRONG_PLACES = [
+    ({"step": "0"}, "step must be an integer >= 0; got '0'"),
+    ({"step": 0.5}, "step must be an integer >= 0; got 0.5"),
+    ({"num_tasks": 4.0}, "the number of tasks must be a whole number; got 4.0"),
+    ({"num_tasks": "4"}, "the number of tasks must be a whole number; got '4'"),
+    ({"rank": "0"}, "rank must be a whole number; got '0'"),
+    ({"rank": 0.5, "world_size": 2}, "rank must be a whole number; got 0.5"),
+    ({"world_size": 2.0}, r"the number of workers \(or processes\) must be a whole number; got 2.0"),
+]
+
+
 @pytest.mark.parametrize(
     "sampler", [Sinusoid(), linear(), quadratic(), episodes(), fixed(), PerWorker([Sinusoid()] * 2)],
     ids=lambda sampler: type(sampler).__name__,
 )  # fmt: skip
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"step": "0"}, "step must be an integer >= 0; got '0'"),
-        ({"step": 0.5}, "step must be an integer >= 0; got 0.5"),
-        ({"num_tasks": 4.0}, "the number of tasks must be a whole number; got 4.0"),
-        ({"num_tasks": "4"}, "the number of tasks must be a whole number; got '4'"),
-        ({"rank": "0"}, "rank must be a whole number; got '0'"),
-        ({"rank": 0.5, "world_size": 2}, "rank must be a whole number; got 0.5"),
-        ({"world_size": 2.0}, r"the number of workers \(or processes\) must be a whole number; got 2.0"),
-    ],
-)
-def test_wrong_places(sampler, change, message):
+@loop_over(place=WRONG_PLACES)
+def test_wrong_places(sampler, place):
+    change, message = place
     assert isinstance(sampler.sample(np.int64(0), np.int32(4), rank=np.int8(0), world_size=1).query_x, Tensor)
     with pytest.raises(TypeError, match=message):
         sampler.sample(**{"step": 0, "num_tasks": 4} | change)

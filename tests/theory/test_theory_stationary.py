@@ -4,6 +4,7 @@ from math import inf, nan, sqrt
 
 import pytest
 import torch
+from cases import loop_over
 from scipy.linalg import solve_discrete_lyapunov
 
 from metamom import CompositeMomentum
@@ -21,9 +22,7 @@ def test_reference_values():
     assert torch.equal(stationary(torch.tensor([1.0, 1.0]), 0.3, 0.1, 0.2, 0.5).variance, LAW.variance[0].expand(2))
 
 
-@pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.95])
-@pytest.mark.parametrize("lam", [0.01, 1.0, 30.0])
-@pytest.mark.parametrize("beta", [0.02, 0.1, 0.5, 0.9, 1.0])
+@loop_over(beta=(0.02, 0.1, 0.5, 0.9, 1.0), lam=(0.01, 1.0, 30.0), part=(0.001, 0.1, 0.5, 0.95))
 def test_lyapunov_equation(beta, lam, part):
     """State (x_k, gamma v_{k-1}) = F state + G xi, covariance P = F P F^T + sigma2 G G^T."""
     gamma, sigma2, bias = part * stable_limit(lam, beta), 0.7, 0.3
