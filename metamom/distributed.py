@@ -31,7 +31,7 @@ from metamom.common.checks import check_whole, check_word
 Server = Literal["replicated", "rank0"]
 SERVERS: tuple[Server, ...] = ("replicated", "rank0")
 TIMEOUT = 600.0  # default, in seconds; a first compiled step takes minutes
-SAME = "Give all of them the same arguments and weights: make models after the same torch.manual_seed, or load them."
+SAME = "Give every process the same arguments and weights: make models after the same torch.manual_seed, or load them."
 WEIGHTS_EVERY = 50  # steps between comparisons of the weights, to detect processes that diverge
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class World:
         if n % self.size and self.size % n:
             raise ValueError(
                 f"workers are dealt to {self.size} processes: their number must be a multiple of {self.size}, or "
-                f"divide it (several processes then carry one together); got {n}."
+                f"divide it (several processes then share one worker); got {n}."
             )
         if n < self.size:
             shared = self.rank * n // self.size
@@ -287,9 +287,9 @@ class World:
         except RuntimeError as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ProcessError(
-                f"process {self.rank} of {self.size} could not exchange {what} with the others: one of them is gone, "
-                f"or has not come within the time-out of {self.timeout:g} s (timeout=, --timeout). Look at what the "
-                f"others say; start them again from the last checkpoint ({reason})."
+                f"process {self.rank} of {self.size} could not exchange {what} with the others: one of them has "
+                f"exited, or did not arrive within the time-out of {self.timeout:g} s (timeout=, --timeout). Check "
+                f"the output of the others, and restart all of them from the last checkpoint ({reason})."
             ) from error
 
 
@@ -329,7 +329,7 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
         1
     """
     if not 0 < timeout <= 1e9:
-        raise ValueError(f"the time-out is a number of seconds > 0, at most 10^9; got {timeout}.")
+        raise ValueError(f"the time-out must be > 0 and at most 10^9 seconds; got {timeout}.")
     given = dist.is_available() and dist.is_initialized()
     if not given and "RANK" not in os.environ:
         return World(server=server, timeout=timeout)

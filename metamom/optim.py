@@ -145,7 +145,9 @@ class CompositeMomentum(Optimizer):
         """
         for group in state["param_groups"]:
             if missing := {"lr", "beta", "first_step", "weight_decay", "maximize", "foreach"} - set(group):
-                raise ValueError(f"the state of CompositeMomentum has no {', '.join(sorted(missing))} in a group.")
+                raise ValueError(
+                    f"the state of CompositeMomentum lacks {', '.join(sorted(missing))} in a parameter group."
+                )
             _check_options({**group, "lr": 1.0})  # except lr, which a schedule may have taken to 0
         super().__setstate__(state)
         for group in self.param_groups:
@@ -268,7 +270,7 @@ class LambdaBeta:
             raise TypeError(f"LambdaBeta needs an optimizer with a beta; got {type(optimizer).__name__}.")
         factors = [factor] * len(groups) if callable(factor) else list(factor)
         if len(factors) != len(groups):
-            raise ValueError(f"wanted one function or one for each of {len(groups)} groups; got {len(factors)}.")
+            raise ValueError(f"wanted one function, or one for each of the {len(groups)} groups; got {len(factors)}.")
         self.optimizer = optimizer
         self.factors = factors
         self.base_betas = [float(group["beta"]) for group in groups]
