@@ -1,4 +1,4 @@
-"""A comparison as a page to read: tables and figures."""
+"""The report of a comparison: tables and figures."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Arm(NamedTuple):
 
     @property
     def finished(self) -> list[Outcome]:
-        """Those that did not diverge."""
+        """The seeds that did not diverge."""
         return [o for o in self.outcomes if o.diverged is None]
 
     @property
     def whole(self) -> bool:
-        """Whether none diverged."""
+        """Whether no seed diverged."""
         return len(self.finished) == len(self.outcomes)
 
     def validation(self) -> float:
@@ -46,14 +46,14 @@ class Arm(NamedTuple):
         return float(np.mean([o.curve[-1][1] for o in self.finished])) if self.finished else math.nan
 
     def of_seeds(self) -> str:
-        """``" (2 of 3 seeds)"`` where some diverged, and not all."""
+        """``" (2 of 3 seeds)"`` if some seeds diverged, but not all."""
         if self.whole or not self.finished:
             return ""
         return f" ({len(self.finished)} of {len(self.outcomes)} seeds)"
 
 
 def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Path, reused: int = 0) -> Path:
-    """Write ``report.md`` and ``figures/*.png``; ``reused`` of the runs were finished before this call.
+    """Write ``report.md`` and ``figures/*.png``; ``reused`` runs were finished before this call.
 
     Returns:
         The path of ``report.md``.
@@ -90,8 +90,8 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
             "",
             "## Each method at its own best step size",
             "",
-            f"Best by final validation over the grid γ ∈ {{{', '.join(map(shortest, comparison.lrs))}}}, "
-            f"the same for every method; a step size at which a seed diverged is out{_but(best)}.",
+            f"Best by final validation over the grid γ ∈ {{{', '.join(map(shortest, comparison.lrs))}}}, the same "
+            f"for every method; step sizes at which a seed diverged are left out{_but(best)}.",
             "",
             *_table(best, comparison, metric),
         ]
@@ -99,7 +99,7 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
     lines += [f"![{caption}](figures/{name}.png)\n\n{caption}\n" for name, caption in pictures]
     if reused:
         lines += [
-            f"{reused} of {len(outcomes)} runs were finished before, and not done again.",
+            f"{reused} of {len(outcomes)} runs were already finished, and not repeated.",
             "",
         ]
     env = environment()
@@ -129,10 +129,10 @@ _FIRST = {"zero": "v₋₁ = 0", "gradient": "v₀ = g₀"}
 
 
 def best_learners(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, MAML]:
-    """Of each method at its best step size, the learner of the first run that did not diverge, if the report draws it.
+    """The learner of each method's first run at its best step size that did not diverge, if the report draws it.
 
     Returns:
-        By the method's label.
+        The learners by the method's label.
 
     Raises:
         ValueError: if one of them cannot be read.
@@ -181,7 +181,8 @@ def _tests(arm: Arm, comparison: Comparison, metric: Metric) -> list[str]:
         mean = float(np.mean(means))
         if len(arm.outcomes) == 1:
             cells.append(metric.with_interval(mean, widths[0]))
-        elif len(means) == 1:  # of several seeds one is left: an interval over its test tasks would be of another kind
+        elif len(means) == 1:
+            # a single seed is left of several: an interval over its test tasks would mean something else
             cells.append(f"{metric.show(mean)}{metric.unit}{arm.of_seeds()}")
         else:
             cells.append(f"{metric.with_interval(mean, student_halfwidth(means))}{arm.of_seeds()}")
@@ -200,7 +201,7 @@ def _speed(arm: Arm, comparison: Comparison, metric: Metric) -> list[str]:
 
 
 def _differences(best: Sequence[Arm], comparison: Comparison, metric: Metric) -> list[str]:
-    """Each method against plain meta-SGD, seed by seed: what the seeds' tasks have in common cancels."""
+    """Each method against plain meta-SGD, seed by seed, so that what the seeds' tasks have in common cancels."""
     plain = next((arm for arm in best if arm.outcomes[0].recipe.beta == 1), None)
     others = [arm for arm in best if arm is not plain]
     if plain is None or comparison.seeds < 2 or not others:
@@ -211,7 +212,7 @@ def _differences(best: Sequence[Arm], comparison: Comparison, metric: Metric) ->
     lines = [head, ""]
     for arm in others:
         if not arm.whole:
-            lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: none, for seeds diverged.")
+            lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: none, because seeds diverged.")
             continue
         cells = []
         for number, steps in enumerate(comparison.steps):
@@ -228,7 +229,9 @@ def _draw(
     comparison: Comparison, arms: Sequence[Arm], best: Sequence[Arm], metric: Metric, folder: Path
 ) -> list[tuple[str, str]]:
     """Draw the figures; returns their names and captions."""
-    found = best_learners(comparison, [outcome for arm in arms for outcome in arm.outcomes])  # before a figure is drawn
+    found = best_learners(
+        comparison, [outcome for arm in arms for outcome in arm.outcomes]
+    )  # before any figure is drawn
     single = len(comparison.lrs) == 1
     labels = {arm.label: arm.label if single else f"{arm.label}, γ = {shortest(arm.lr)}" for arm in best}
     band = "" if comparison.seeds == 1 else f", mean and range of {comparison.seeds} seeds"
@@ -271,16 +274,16 @@ def _draw(
 
 def _interval_of(seeds: int) -> str:
     if seeds == 1:
-        return "over the test tasks of the one seed; how much another seed would differ is not in it"
+        return "over the test tasks of the single seed; it does not include the variation between seeds"
     return f"of the mean over {seeds} seeds (Student's t)"
 
 
 def _of_diverged(arms: Sequence[Arm]) -> str:
-    """What the numbers of arms with diverged seeds are, if there are some."""
+    """A note on the numbers of arms with diverged seeds, if there are any."""
     if not any(arm.of_seeds() for arm in arms):
         return ""
     return (
-        "Where seeds diverged, mean and interval are of the others alone, which flatters the method: their number is "
+        "Where seeds diverged, mean and interval cover only the others, which flatters the method: their number is "
         "in brackets, and a single one has no interval. "
     )
 
@@ -288,7 +291,7 @@ def _of_diverged(arms: Sequence[Arm]) -> str:
 def _but(best: Sequence[Arm]) -> str:
     if all(arm.whole for arm in best):
         return ""
-    return ", but where there is one at all of them: then the best of those with the fewest"
+    return ", unless a seed diverged at all of them: then the best of those with the fewest"
 
 
 def _plural(n: int, one: str, many: str | None = None) -> str:

@@ -250,7 +250,7 @@ def test_processes_that_do_not_fit_are_told_what_to_do():
         BiasedAccumulator([torch.nn.Parameter(torch.ones(2))], world=world)
     with pytest.raises(ValueError, match="replicated, rank0; got 'rank1'"):
         start(server="rank1")
-    with pytest.raises(ValueError, match=r"seconds > 0, .*; got 0"):
+    with pytest.raises(ValueError, match=r"must be > 0 .* seconds; got 0"):
         start(timeout=0)
 
 

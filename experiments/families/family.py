@@ -72,7 +72,7 @@ class Metric(NamedTuple):
         return f"{self.show(value)} ± {self.show(halfwidth)}{self.unit}"
 
     def exactly(self, value: float) -> str:
-        """A value with its unit and all of its digits, for a value that the user gave."""
+        """A value with its unit and all of its digits, as the user gave it."""
         text, scaled = self.show(value), self.factor * value
         return f"{text if math.isclose(float(text), scaled) else f'{scaled:.12g}'}{self.unit}"
 

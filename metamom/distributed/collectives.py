@@ -101,7 +101,7 @@ class Collectives:
         except RuntimeError as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ProcessError(
-                f"process {self.rank} of {self.size} could not exchange {what} with the others: one of them is gone, "
-                f"or has not come within the time-out of {self.timeout:g} s (timeout=, --timeout). Look at what the "
-                f"others say; start them again from the last checkpoint ({reason})."
+                f"process {self.rank} of {self.size} could not exchange {what} with the others: one of them has "
+                f"exited, or did not arrive within the time-out of {self.timeout:g} s (timeout=, --timeout). Check "
+                f"the output of the others, and restart all of them from the last checkpoint ({reason})."
             ) from error

@@ -37,7 +37,7 @@ def start(*, server: Server = "replicated", timeout: float = TIMEOUT) -> World:
         1
     """
     if not 0 < timeout <= 1e9:
-        raise ValueError(f"the time-out is a number of seconds > 0, at most 10^9; got {timeout}.")
+        raise ValueError(f"the time-out must be > 0 and at most 10^9 seconds; got {timeout}.")
     given = dist.is_available() and dist.is_initialized()
     if not given and "RANK" not in os.environ:
         return World(server=server, timeout=timeout)

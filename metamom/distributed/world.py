@@ -17,7 +17,7 @@ from metamom.common.choices import TIMEOUT, Server
 from metamom.distributed.collectives import Collectives, ProcessError
 from metamom.distributed.messages import digest, pack_error, unpack_error
 
-SAME = "Give all of them the same arguments and weights: make models after the same torch.manual_seed, or load them."
+SAME = "Give every process the same arguments and weights: make models after the same torch.manual_seed, or load them."
 WEIGHTS_EVERY = 50  # steps between comparisons of the weights, to detect processes that diverge
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class World(Collectives):
         if n % self.size and self.size % n:
             raise ValueError(
                 f"workers are dealt to {self.size} processes: their number must be a multiple of {self.size}, or "
-                f"divide it (several processes then carry one together); got {n}."
+                f"divide it (several processes then share one worker); got {n}."
             )
         if n < self.size:
             shared = self.rank * n // self.size

@@ -39,8 +39,8 @@ def gaussian_nll_loss(
             var = var.unsqueeze(-1)
         elif input.dim() != var.dim() or sum(v for n, v in zip(input.shape, var.shape, strict=True) if n != v) != 1:
             raise ValueError(
-                f"gaussian_nll_loss takes a variance for each prediction {list(input.shape)}, or one in place of an "
-                f"axis; got {list(var.shape)}."
+                f"gaussian_nll_loss needs a variance for each prediction {list(input.shape)}, or that shape with an "
+                f"axis of size 1; got {list(var.shape)}."
             )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"the reduction of gaussian_nll_loss must be none, mean or sum; got {reduction!r}.")
@@ -64,8 +64,8 @@ def _not_negative(var: Tensor) -> Tensor:
         negative = torch._C._functorch.get_unwrapped(negative)
     if negative.any():
         raise ValueError(
-            "gaussian_nll_loss needs variances >= 0; got negative ones. Make them positive, such as by exp() or "
-            "F.softplus() of what the model returns."
+            "gaussian_nll_loss needs variances >= 0; got negative ones. Make them positive, for example by exp() or "
+            "F.softplus() of the model's output."
         )
     return var
 

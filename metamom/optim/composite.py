@@ -103,7 +103,9 @@ class CompositeMomentum(Optimizer):
         """
         for group in state["param_groups"]:
             if missing := {"lr", "beta", "first_step", "weight_decay", "maximize", "foreach"} - set(group):
-                raise ValueError(f"the state of CompositeMomentum has no {', '.join(sorted(missing))} in a group.")
+                raise ValueError(
+                    f"the state of CompositeMomentum lacks {', '.join(sorted(missing))} in a parameter group."
+                )
             check_options({**group, "lr": 1.0})  # except lr, which a schedule may have taken to 0
         super().__setstate__(state)
         for group in self.param_groups:

@@ -40,7 +40,7 @@ class LambdaBeta:
             raise TypeError(f"LambdaBeta needs an optimizer with a beta; got {type(optimizer).__name__}.")
         factors = [factor] * len(groups) if callable(factor) else list(factor)
         if len(factors) != len(groups):
-            raise ValueError(f"wanted one function or one for each of {len(groups)} groups; got {len(factors)}.")
+            raise ValueError(f"wanted one function, or one for each of the {len(groups)} groups; got {len(factors)}.")
         self.optimizer = optimizer
         self.factors = factors
         self.base_betas = [float(group["beta"]) for group in groups]

@@ -123,7 +123,7 @@ def test_critical_beta(step):
     assert swinging.abs().tolist() == pytest.approx([sqrt(1 - 0.7 * critical)] * 2)
 
 
-# What a loss history tells
+# Diagnosis from a loss history
 
 
 def run(gamma, beta, *, lam=1.0, sigma=0.0, bias=0.0, least=0.0, steps=400, x0=3.0, seed=0, d=20, loss_noise=0.0):
@@ -157,7 +157,7 @@ def test_a_long_memory_is_beta():
     told = diagnose(losses, 0.01, 0.3)
     assert (told.state, told.cause) == ("oscillating", "beta")
     assert swinging_step(0.01, 2 * told.period) == pytest.approx(0.3, rel=0.2)
-    assert "stops the swings at this gamma" in str(told)
+    assert "stops this at the same gamma" in str(told)
     losses, _ = run(0.3, critical_beta(0.3), steps=500)
     assert diagnose(losses, critical_beta(0.3), 0.3).state != "oscillating"
 
