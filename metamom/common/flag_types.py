@@ -69,7 +69,7 @@ class Listed(Generic[T]):
         if not entries or not all(entries):
             raise argparse.ArgumentTypeError(f"wanted {self.what}; got {shown(','.join(entries))}")
         if len(entries) > ENTRIES:
-            raise argparse.ArgumentTypeError(f"wanted at most {ENTRIES} entries; got {len(entries)}")
+            raise argparse.ArgumentTypeError(f"wanted at most {ENTRIES} of them; got {len(entries)}")
         return tuple(map(self.each, entries))
 
 

@@ -63,7 +63,7 @@ def test_checkpoint_of_another_model(tmp_path):
     go(momentum(), tmp_path, iterations=4, settings={"name": "mine"})
     before = contents(tmp_path / "checkpoints")
     made = learner(9)
-    with pytest.raises(CheckpointError, match=r"belong to another model or optimizer: .*size mismatch"):
+    with pytest.raises(CheckpointError, match=r"are of another model or optimizer: .*size mismatch"):
         go(
             Parts(made, CompositeMomentum(made.parameters(), lr=0.02)),
             tmp_path,
