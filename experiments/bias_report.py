@@ -11,7 +11,7 @@ import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metamom.batch import Sampler
 from metamom.common import tables
@@ -33,24 +33,6 @@ WORDS = {
     "hessian": "Hessian: dropped, or from finite differences",
     "extrapolation": "extrapolation of Richardson",
     "operator": "operator: C(g) - g",
-}
-
-
-class Plan(NamedTuple):
-    """A task family's default settings of the measurement."""
-
-    inner_batches: tuple[int, ...]
-    pool: int
-    queries: int
-    tasks: int
-    pairs: int
-    dtype: str
-
-
-# Omniglot has only 20 drawings of each character; float64 where the bias may be as small as float32's rounding
-PLANS = {
-    "sinusoid": Plan((1, 2, 5, 10, 20), pool=480, queries=20, tasks=300, pairs=12, dtype="float64"),
-    "omniglot": Plan((1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32"),
 }
 FEWEST = 12  # number of workers, of several tasks each, behind an interval
 
@@ -75,7 +57,7 @@ def measure_recipe(
     Raises:
         ValueError: see `measure`.
     """
-    plan = PLANS[recipe.task]
+    plan = recipe.family.bias
     sizes = plan.inner_batches if inner_batches is None else inner_batches
     count = plan.tasks if tasks is None else tasks
     if check_whole("tasks", count, -math.inf, AT_ONCE) < 3:
@@ -103,7 +85,7 @@ def tracking(recipe: Recipe, every: int, *, root: str | None = None) -> TrackBia
         root: the folder of the data.
     """
     assert recipe.shots is not None
-    plan = PLANS[recipe.task]
+    plan = recipe.family.bias
     pool = min(plan.pool, 8 * recipe.shots * (recipe.inner_steps if recipe.inner_batches == "fresh" else 1))
     return TrackBias(
         every,

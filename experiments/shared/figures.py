@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from metamom.batch import TaskBatch
 from metamom.experiments.shared.numerals import shortest, told_apart
 from metamom.maml.learner import MAML
-from metamom.rng import Places
-from metamom.tasks import Sinusoid
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; lines also differ in dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -87,21 +86,26 @@ def step_sizes(path: Path, arms: Mapping[str, Mapping[float, Sequence[float]]], 
     save(figure, path)
 
 
-def adaptation(path: Path, learners: Mapping[str, MAML], family: Sinusoid, steps: Sequence[int]) -> None:
-    """Plot one test task: each learner's curve before and after adaptation, against the truth.
+def adaptation(
+    path: Path,
+    learners: Mapping[str, MAML],
+    batch: TaskBatch,
+    truth: tuple[torch.Tensor, torch.Tensor],
+    steps: Sequence[int],
+) -> None:
+    """Plot one task: each learner's curve before and after adaptation, against the truth.
 
     Args:
         path: the PNG.
         learners: by label, one panel each.
-        family: the sampler; its first test task is shown.
+        batch: the task, alone in its batch.
+        truth: points of its true function, ``x [N]`` and ``y [N]``.
         steps: numbers of inner steps, one line each.
     """
-    batch = family.with_stream("test").sample(0, 1)
-    amplitude, phase = (float(value[0]) for value in family.parameters(Places("test", 0, np.array([0]))))
-    x = torch.linspace(*family.x_range, 200, dtype=batch.support_x.dtype)
+    x, truth_y = truth
     figure, axes = row_of_panels(len(learners))
     for panel, (label, learner) in zip(axes, learners.items(), strict=True):
-        panel.plot(x, amplitude * torch.sin(x + phase), color="black", linewidth=2, label="truth")
+        panel.plot(x, truth_y, color="black", linewidth=2, label="truth")
         shades = np.linspace(0.75, 0.0, len(steps))
         for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
             if step not in steps:

@@ -18,8 +18,11 @@ from metamom.bias.spec import spec_help
 from metamom.cli import spec_table
 from metamom.cli.app import parsed, parser
 from metamom.cli.parser import did_you_mean
+from metamom.common.choices import DATA_SETS
 from metamom.experiments import defaults
+from metamom.experiments.families import FAMILIES
 from metamom.experiments.recipes import DTYPES, Recipe
+from metamom.tasks.locate import LAYOUTS
 
 GROUPS = ["task", "learner", "bias", "optimizer", "run", "processes"]
 SLOW = ("torch", "scipy", "matplotlib", "pydantic", "PIL", "requests")  # to import
@@ -64,7 +67,12 @@ def test_every_dtype_of_the_help_is_known():
     assert tuple(DTYPES) == defaults.DTYPE_NAMES
 
 
-@pytest.mark.parametrize("task", defaults.TASKS)
+def test_every_data_set_of_the_help_is_known():
+    assert tuple(LAYOUTS) == DATA_SETS
+    assert {family.data for family in FAMILIES.values()} <= {None, *LAYOUTS}
+
+
+@pytest.mark.parametrize("task", FAMILIES)
 @pytest.mark.parametrize("optimizer", defaults.OPTIMIZERS)
 def test_defaults_of_a_recipe(task, optimizer, capsys):
     """Every number that the help shows is the recipe's."""

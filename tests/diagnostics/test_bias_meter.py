@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from metamom.bias import EF21
 from metamom.common.intervals import Jackknife, squared_norm, total_variance
 from metamom.diagnostics import TrackBias, measure
 from metamom.diagnostics.power_law import fit_slope
-from metamom.experiments.bias_report import PLANS
+from metamom.experiments.families import FAMILIES
 from metamom.maml.estimators import memoryless_estimators
 from metamom.rng import Places
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Quadratic, Sinusoid
@@ -349,7 +350,8 @@ def test_tracking_is_checked_before_the_run():
 
 
 def test_the_command_on_tasks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(PLANS, "sinusoid", PLANS["sinusoid"]._replace(pool=24, pairs=2))
+    family = FAMILIES["sinusoid"]
+    monkeypatch.setitem(FAMILIES, "sinusoid", replace(family, bias=family.bias._replace(pool=24, pairs=2)))
     out = tmp_path / "out"
     arguments = ["--inner-batch", "1,2", "--tasks", "16", "--estimator", "first-order", "--bias", "topk:10%"]
     assert cli.main(["bias", "sinusoid", *arguments, "--inner-lr", "0.05", "--out", str(out)]) == 0
