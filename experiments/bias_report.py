@@ -2,7 +2,7 @@
 
     metamom bias sinusoid --inner-batch 1,2,5,10,20 --out DIR
 
-writes ``DIR/bias.md`` and ``DIR/figures/bias.png``; a run directory takes the place of the task.
+writes ``DIR/bias.md`` and ``DIR/figures/bias.png``; a run directory can be given instead of the task.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metamom.batch import Sampler
 from metamom.common import tables
@@ -30,29 +30,11 @@ WORDS = {
     "bias": "bias",
     "curvature": "curvature: the inner batch in a non-linear gradient",
     "coupling": "coupling: the same inner batch in the Hessian",
-    "hessian": "Hessian: dropped, or by differences",
+    "hessian": "Hessian: dropped, or from finite differences",
     "extrapolation": "extrapolation of Richardson",
     "operator": "operator: C(g) - g",
 }
-
-
-class Plan(NamedTuple):
-    """What a task's measurement takes where nothing is said."""
-
-    inner_batches: tuple[int, ...]
-    pool: int
-    queries: int
-    tasks: int
-    pairs: int
-    dtype: str
-
-
-# Omniglot has 20 drawings of a character in all; float64 where a bias is as small as float32's rounding may be
-PLANS = {
-    "sinusoid": Plan((1, 2, 5, 10, 20), pool=480, queries=20, tasks=300, pairs=12, dtype="float64"),
-    "omniglot": Plan((1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32"),
-}
-FEWEST = 12  # workers, of several tasks each, that an interval is made from
+FEWEST = 12  # number of workers, of several tasks each, behind an interval
 
 
 def measure_recipe(
@@ -66,16 +48,16 @@ def measure_recipe(
     """The bias meter on a recipe's training tasks, with a pool for each.
 
     Args:
-        recipe: of the tasks, the bias operator and the tasks that a worker has.
-        learner: whose weights and estimator.
-        inner_batches: in shots; by task if ``None``.
-        tasks: in all; by task if ``None``. With an operator a worker's message is of several, at least 12 workers'.
+        recipe: the tasks, the bias operator and the number of tasks per worker.
+        learner: the weights and the estimator.
+        inner_batches: in shots; ``None`` for the family's default.
+        tasks: the total; ``None`` for the family's default. With an operator, at least 12 workers of several tasks.
         root: of the data.
 
     Raises:
         ValueError: see `measure`.
     """
-    plan = PLANS[recipe.task]
+    plan = recipe.family.bias
     sizes = plan.inner_batches if inner_batches is None else inner_batches
     count = plan.tasks if tasks is None else tasks
     if check_whole("tasks", count, -math.inf, AT_ONCE) < 3:
@@ -95,15 +77,15 @@ def measure_recipe(
 
 
 def tracking(recipe: Recipe, every: int, *, root: str | None = None) -> TrackBias:
-    """What ``train --track-bias every=N`` measures: at the --shots, by a few tasks.
+    """What ``train --track-bias every=N`` measures: a few tasks, with --shots points.
 
     Args:
-        recipe: of the run.
+        recipe: the run.
         every: N >= 1.
-        root: of the data.
+        root: the folder of the data.
     """
     assert recipe.shots is not None
-    plan = PLANS[recipe.task]
+    plan = recipe.family.bias
     pool = min(plan.pool, 8 * recipe.shots * (recipe.inner_steps if recipe.inner_batches == "fresh" else 1))
     return TrackBias(
         every,
@@ -132,7 +114,7 @@ def pools(
 
 
 def _tasks_per_worker(recipe: Recipe) -> int:
-    """Of one draw: as many as a worker has where an operator acts on their mean, else one."""
+    """The number of tasks in a draw: a worker's where an operator acts on their mean, else one."""
     assert recipe.meta_batch is not None
     return 1 if recipe.operator() is None else max(1, recipe.meta_batch // recipe.workers)
 
@@ -153,7 +135,7 @@ def table(found: Measured) -> str:
 
 
 def summary(found: Measured) -> list[str]:
-    """What the table's numbers are, in sentences."""
+    """Sentences that explain the table's numbers."""
     each = "one task" if found.tasks_per_worker == 1 else f"{found.tasks_per_worker} tasks"
     lines = [
         f"estimator {found.estimator}, operator {found.bias}; {found.draws} draws of {each}; m in shots",
@@ -162,20 +144,23 @@ def summary(found: Measured) -> list[str]:
     ]
     if found.correction is not None:
         lines.append(f"reference: inner batches of {found.pool // 2} shots, extrapolated")
-        lines.append(f"its correction by that: {_with_interval(found.correction)}; at most 1.4 times as much is left")
+        lines.append(
+            f"its correction by the extrapolation: {_with_interval(found.correction)}; at most 1.4 times as "
+            "much remains"
+        )
     else:
         lines.append("reference: the exact population")
     return lines
 
 
 def slopes(found: Measured) -> list[str]:
-    """How the bias and its sources fall with m, a sentence each."""
+    """How the bias and its sources decrease with m, one sentence each."""
     said = {"bias": "bias" if found.bias == "none" else "bias without the operator's"}
     return [f"{said.get(name, name)}: {_slope_words(slope)}" for name, slope in found.slopes.items()]
 
 
 def as_json(found: Measured) -> dict[str, Any]:
-    """The numbers as JSON values: intervals are ``{"value", "low", "high"}``, of norms but for the variance."""
+    """The numbers as JSON values: intervals are ``{"value", "low", "high"}``, of norms except for the variance."""
     return {
         "estimator": found.estimator,
         "operator": found.bias,
@@ -209,12 +194,12 @@ def as_json(found: Measured) -> dict[str, Any]:
 
 
 def write(found: Measured, folder: Path, title: str) -> Path:
-    """``bias.md`` and ``figures/bias.png`` in the folder.
+    """Write ``bias.md`` and ``figures/bias.png`` in the folder.
 
     Args:
         found: what was measured.
-        folder: is made if it is not there.
-        title: of what model and tasks.
+        folder: created if it does not exist.
+        title: the model and the tasks.
 
     Returns:
         The path of ``bias.md``.
@@ -239,8 +224,8 @@ def write(found: Measured, folder: Path, title: str) -> Path:
     lines += ["", *(f"- {WORDS[name]}" for name in names)]
     lines += [
         "",
-        "Squared norms are means of products of different draws, so that noise adds nothing to them; intervals are the "
-        "jackknife's. Where zero is not excluded the norm is shown as 0 if its square came out negative.",
+        "Squared norms are means of products of different draws, so that noise adds nothing to them; intervals are "
+        "the jackknife's. Where zero is not excluded, the norm is shown as 0 if its estimated square is negative.",
         "",
         ", ".join(f"{name} {value}" for name, value in about.items()),
         "",
@@ -251,9 +236,9 @@ def write(found: Measured, folder: Path, title: str) -> Path:
 
 
 def draw(found: Measured, path: Path, title: str) -> None:
-    """The norms with their intervals on logarithmic axes, and the fitted powers as lines.
+    """Plot the norms with their intervals on logarithmic axes, and the fitted powers as lines.
 
-    Where zero is not excluded there is the interval's upper end alone, with an arrow down.
+    Where zero is not excluded, only the interval's upper end is drawn, with a downward arrow.
     """
     figure, (panel,) = row_of_panels(1)
     sizes = [at.inner_batch for at in found.sizes]

@@ -1,9 +1,9 @@
-"""Momentum against plain meta-SGD: the same tasks and seeds, a grid of step sizes for both sides.
+"""Momentum against plain meta-SGD: the same tasks and seeds, a grid of step sizes for both.
 
     metamom compare sinusoid --seeds 3 --betas 1,0.1 --lrs 0.01,0.03 --run-dir RUN
 
-Every run stands in ``RUN/runs/ARM_lr_seed``; ``RUN/report.md`` sums them up. An interrupted comparison goes on with
-``--resume``; runs that are finished are not done again.
+Every run is stored in ``RUN/runs/ARM_lr_seed``; ``RUN/report.md`` sums them up. Continue an interrupted comparison with
+``--resume``; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Comparison:
     """What is compared, and how it is judged.
 
     Attributes:
-        base: what all runs share; its lr, beta, first step and seed are replaced.
+        base: the settings that all runs share; its lr, beta, first step and seed are replaced.
         betas: 1 is plain meta-SGD.
         first_steps: for each beta below 1.
         lrs: the grid of step sizes, the same for every arm.
@@ -67,18 +67,18 @@ class Comparison:
             raise ValueError("a comparison needs at least one seed, one beta, one first step and one lr.")
         for name, values in (("betas", self.betas), ("first_steps", self.first_steps), ("lrs", self.lrs)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} must differ from each other: a run counts once; got {values}.")
+                raise ValueError(f"{name} must differ from each other; got {values}.")
         check_whole("seeds", self.seeds, 1, RUNS)
         check_whole("iterations", self.iterations, 1, MOST)
         if self.test_tasks < 2:
             raise ValueError(f"an interval needs at least 2 test tasks; got {self.test_tasks}.")
         if not self.steps or min(self.steps) < 0:
-            raise ValueError(f"steps are numbers of inner steps >= 0, at least one of them; got {self.steps}.")
-        for arm in self.arms():  # so that a bad value is told before the first run, not after hours
+            raise ValueError(f"steps must be one or more numbers of inner steps >= 0; got {self.steps}.")
+        for arm in self.arms():  # so that a bad value is an error before the first run, not after hours
             arm.make_optimizer(arm.learner())
 
     def arms(self) -> Iterator[Recipe]:
-        """The recipes to compare, without seeds: every beta from every first step at every step size."""
+        """The recipes to compare, without seeds: every beta with every first step and every step size."""
         for beta in self.betas:
             for first_step in self.first_steps if beta < 1 else ("zero",):
                 for lr in self.lrs:
@@ -86,16 +86,16 @@ class Comparison:
 
 
 class Outcome(NamedTuple):
-    """How one run ended.
+    """The result of one run.
 
     Attributes:
-        recipe: of the run.
+        recipe: the run's settings.
         curve: validation ``[(steps done, mean)]``.
         steps: numbers of adaptation steps of the final evaluation.
         test: mean over the test tasks after each of them; ``None`` if the run diverged.
         halfwidth: of the 95 % interval over the test tasks; ``None`` if the run diverged.
         diverged: the step at which it diverged, if it did.
-        path: of the run.
+        path: the run directory.
     """
 
     recipe: Recipe
@@ -109,14 +109,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Ending:
-    """What ``outcome.json`` holds of a finished run: see `Outcome`."""
+    """The contents of a finished run's ``outcome.json``: see `Outcome`."""
 
     diverged: int | None
     test: tuple[float, ...] | None
     halfwidth: tuple[float, ...] | None
 
     def check(self, comparison: Comparison, path: Path) -> None:
-        """Refuse one that no run of the comparison has.
+        """Refuse values that no run of the comparison can have.
 
         Raises:
             ValueError: naming the file.
@@ -125,18 +125,18 @@ class Ending:
         if self.diverged is not None and not 0 <= self.diverged <= last:
             raise ValueError(
                 f"{path} is damaged: a run of {last} iterations diverges at a step from 0 to {last}; got "
-                f"{self.diverged!r:.80}. Remove it to have the run go on."
+                f"{self.diverged!r:.80}. Remove it, and the run continues."
             )
         if not _finite(self.test, self.halfwidth) or min(self.halfwidth or (), default=0.0) < 0:
             raise ValueError(
                 f"{path} is damaged: test results are finite numbers, and their intervals' half-widths >= 0; got "
-                f"{self.test!r:.80} and {self.halfwidth!r:.80}. Remove it to have the run evaluated again."
+                f"{self.test!r:.80} and {self.halfwidth!r:.80}. Remove it, and the run is evaluated again."
             )
         sizes = [0 if each is None else len(each) for each in (self.test, self.halfwidth)]
         if sizes != [len(comparison.steps) if self.diverged is None else 0] * 2:
             raise ValueError(
-                f"{path} is damaged: it should hold a test result after each of {comparison.steps} steps, or where the "
-                "run diverged. Remove it to have the run evaluated again."
+                f"{path} is damaged: it should hold a test result after each of {comparison.steps} steps, or where "
+                "the run diverged. Remove it, and the run is evaluated again."
             )
 
 
@@ -148,9 +148,9 @@ def compare(
     Args:
         comparison: what to compare.
         run_dir: where runs and report go.
-        root: of the data; found as `Omniglot` finds it if ``None``.
-        resume: go on with a comparison that was interrupted.
-        jobs: runs at a time, each in a process of its own with its share of the threads.
+        root: the folder of the data; ``None`` to look where `Omniglot` does.
+        resume: continue an interrupted comparison.
+        jobs: runs at a time, each in its own process with its share of the threads.
 
     Returns:
         The path of ``report.md``.
@@ -159,9 +159,9 @@ def compare(
         ValueError: for a ``run_dir`` that holds something else; see `RunDirectory`.
     """
     if jobs < 1:
-        raise ValueError(f"jobs is a number of processes >= 1; got {jobs}.")
+        raise ValueError(f"jobs must be a number of processes >= 1; got {jobs}.")
     base = comparison.base
-    for split in ("train", "validation", "test"):  # before anything is written: the data is there, and has enough
+    for split in ("train", "validation", "test"):  # before anything is written: the data exists and is large enough
         sampler = base.sampler(split, root=root)
         check_plan(
             base.learner(),
@@ -189,7 +189,7 @@ def compare(
         calls = [(comparison, recipe, run.path, root) for recipe in recipes]
         if jobs > 1:
             run_in_processes(_run, calls, jobs, "compare")
-        outcomes = [_run(*call) for call in calls]  # where processes did them, they are read from disk
+        outcomes = [_run(*call) for call in calls]  # runs of other processes are read from disk
         return write_report(comparison, outcomes, run.path, len(finished))
 
 
@@ -200,7 +200,7 @@ def _place(recipe: Recipe, run_dir: Path) -> Path:
 
 
 def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None) -> Outcome:
-    """One run and its final evaluation; read from disk where it is finished already."""
+    """Do one run and its final evaluation, or read it from disk if it is finished."""
     keep_freed_memory()
     path = _place(recipe, run_dir)
     ending = path / "outcome.json"
@@ -236,17 +236,17 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
                 learner, recipe.sampler("test", root=root), tasks=comparison.test_tasks, steps=comparison.steps
             )
             end = Ending(None, test.mean, test.halfwidth)
-            if not _finite(test.mean, test.halfwidth):  # on test tasks: no loss that means could be taken of
+            if not _finite(test.mean, test.halfwidth):  # on test tasks: the loss has no mean
                 end = Ending(comparison.iterations, None, None)
         write_atomically(ending, json.dumps(asdict(end)).encode())
     return _ended(comparison, recipe, run_dir)
 
 
 def _ended(comparison: Comparison, recipe: Recipe, run_dir: Path) -> Outcome:
-    """How a finished run ended, read from disk.
+    """Read the result of a finished run.
 
     Raises:
-        ValueError: naming the file that is damaged, and what to do.
+        ValueError: naming the damaged file, and what to do.
     """
     path = _place(recipe, run_dir)
     ending = path / "outcome.json"
@@ -255,8 +255,8 @@ def _ended(comparison: Comparison, recipe: Recipe, run_dir: Path) -> Outcome:
     curve = _curve(path)
     if ended.diverged is None and (not curve or curve[-1][0] != comparison.iterations):
         raise ValueError(
-            f"the run in {path} is finished, but its metrics.jsonl has no last validation: it is damaged. Put a copy "
-            "in its place, or remove the run's folder to have it done again."
+            f"the run in {path} is finished, but its metrics.jsonl has no last validation: it is damaged. Restore it "
+            "from a copy, or remove the run's folder to repeat the run."
         )
     return Outcome(recipe, curve, comparison.steps, ended.test, ended.halfwidth, ended.diverged, path)
 
@@ -269,10 +269,10 @@ def _curve(path: Path) -> list[tuple[int, float]]:
     """A run's validations ``[(steps done, mean)]``."""
     curve = []
     log = read_log(path)
-    if log.damaged:  # of a run that is finished, so that no resume of it will repair them
+    if log.damaged:  # the run is finished, so no resume will repair them
         raise ValueError(
-            f"{path / 'metrics.jsonl'}, line {log.damaged[0]} is no JSON object with a step above those before. Take "
-            "the line out, or remove the run's folder to have it done again."
+            f"{path / 'metrics.jsonl'}, line {log.damaged[0]} is not a JSON object with a step above the earlier "
+            "ones. Delete the line, or remove the run's folder to repeat the run."
         )
     for line in log.lines:
         if "validation" in line:

@@ -1,4 +1,4 @@
-"""learn2learn's training loop, as its published examples write it; what metamom is measured against."""
+"""learn2learn's training loop, as in its published examples: the baseline that metamom is measured against."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metamom.maml.learner import LossFn
 
 
 class Task(NamedTuple):
-    """A task as the loop uses it: ``[S, ...]`` to adapt on and ``[Q, ...]`` to be judged on."""
+    """A task as the loop uses it: ``[S, ...]`` to adapt on and ``[Q, ...]`` for the query loss."""
 
     support_x: Tensor
     support_y: Tensor
@@ -24,7 +24,7 @@ class Task(NamedTuple):
 
 
 def split_task(data: Tensor, labels: Tensor, shots: int, ways: int) -> Task:
-    """Cut a learn2learn task ``(data, labels)`` as its ``fast_adapt`` does: every second sample is support."""
+    """Split a learn2learn task ``(data, labels)`` as its ``fast_adapt`` does: every second sample is support."""
     support = np.zeros(len(data), dtype=bool)
     support[np.arange(shots * ways) * 2] = True
     mask = torch.from_numpy(support)
@@ -37,7 +37,7 @@ def tasks_of(batch: TaskBatch) -> list[Task]:
 
 
 def adapted_loss(learner: Any, task: Task, loss_fn: LossFn, inner_steps: int) -> Tensor:
-    """Adapt a clone of the learner to a task; its query loss, with the graph through the adaptation."""
+    """Adapt a clone of the learner to a task, and return its query loss, with the graph through the adaptation."""
     clone = learner.clone()
     for _ in range(inner_steps):
         clone.adapt(loss_fn(clone(task.support_x), task.support_y))

@@ -5,7 +5,7 @@
 The example is learn2learn's `maml_omniglot.py`: 5-way 1-shot, its fully connected network, one inner step of 0.5,
 32 tasks an iteration, Adam with 0.003. It runs on the real Omniglot in learn2learn's own loop and in metamom's, with
 Adam and with `CompositeMomentum`, from the same weights and on the same tasks; so whatever differs is rounding, which
-training amplifies, and the report says how much of it there is. The tasks are metamom's (`metamom.tasks.Omniglot`), not
+training amplifies, and the report says how large it is. The tasks are metamom's (`metamom.tasks.Omniglot`), not
 the example's: its test tasks are rotated at random too, and its split is another, so the accuracy published for it is
 not comparable.
 """
@@ -37,7 +37,7 @@ from metamom.training.directory import RunDirectory, environment
 
 @dataclass(frozen=True)
 class OmniglotExample:
-    """The example's settings, but for the number of iterations (60,000 there)."""
+    """The example's settings, except for the number of iterations (60,000 there)."""
 
     iterations: int
     ways: int = 5
@@ -64,7 +64,7 @@ Step = Callable[[int], object]
 
 
 def learner_and_optimizer(config: OmniglotExample, optimizer: str) -> tuple[Any, Optimizer]:
-    """The example's learner around its network, from the seed's weights, and one of the two optimizers."""
+    """The example's learner around its network, with weights from the seed, and one of the two optimizers."""
     l2l = import_learn2learn()
     with seeded(f"initial weights {config.seed}"):
         model = l2l.vision.models.OmniglotFC(28**2, config.ways).to(dtype=getattr(torch, config.dtype))
@@ -112,7 +112,7 @@ def _our_step(config: OmniglotExample, learner: Any, optimizer: Optimizer, sampl
 
 
 class _OneOf(NamedTuple):
-    """A sampler of one task only: the i-th of a meta-batch."""
+    """A sampler of a single task: the i-th of a meta-batch."""
 
     sampler: Omniglot
     step: int
@@ -124,7 +124,7 @@ class _OneOf(NamedTuple):
 
 
 def report(config: OmniglotExample, outcomes: dict[tuple[str, str], Outcome]) -> str:
-    """The page: accuracies side by side, and how far apart the weights are."""
+    """The report: accuracies side by side, and the distance between the weights."""
     rows = tables.head("optimizer", "loop", "test accuracy")
     for (optimizer, trainer), outcome in outcomes.items():
         accuracy = f"{100 * outcome.test.mean[-1]:.1f} ± {100 * outcome.test.halfwidth[-1]:.1f} %"
@@ -142,11 +142,11 @@ def report(config: OmniglotExample, outcomes: dict[tuple[str, str], Outcome]) ->
         f"{config.ways}-way {config.shots}-shot, {config.iterations:,} iterations of {config.meta_batch} tasks, "
         f"{config.inner_steps} inner step of {config.inner_lr}; Adam {config.adam_lr}, CompositeMomentum γ = "
         f"{config.momentum_lr}, β = {config.momentum_beta}; seed {config.seed}, {config.dtype}, "
-        f"{config.test_tasks:,} test tasks, ± is the 95 % interval over them; statistics of the batch at hand.",
+        f"{config.test_tasks:,} test tasks, ± is the 95 % interval over them; batch statistics.",
         "",
         *rows,
         "",
-        "Both loops start from the same weights and see the same tasks; sums are taken in another order, and training "
+        "Both loops start from the same weights and see the same tasks; they sum in a different order, and training "
         "amplifies the rounding:",
         "",
         *gaps,

@@ -61,7 +61,7 @@ def parity(name: str, steps: int, first_order: bool, inner_lr: float = 0.05) -> 
 
 
 def table() -> Iterator[str]:
-    """The comparisons as lines of Markdown."""
+    """The comparisons as a Markdown table."""
     yield from tables.head("model", "order", *(f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS))
     for name in MODELS:
         for first_order in (False, True):

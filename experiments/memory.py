@@ -1,8 +1,8 @@
-"""How much memory meta-gradients take: over thousands of iterations, and for a meta-batch of 1,000 tasks.
+"""How much memory meta-gradients need: over thousands of iterations, and for a meta-batch of 1,000 tasks.
 
     python -m metamom.experiments.memory [--iterations 2000] [--tasks 1000] [--eager] [--json]
 
-Each line is measured in a process of its own, by the largest resident set that the system saw: a leak of any kind
+Each line is measured in its own process, by the largest resident set that the system reports: any kind of leak
 raises it from one quarter of the iterations to the next. As in `metamom train`, the process keeps the memory that it
 frees (`metamom.common.allocator.keep_freed_memory`); the peaks without that differ by a few per cent. TorchInductor's
 own compiling processes are not counted.
@@ -32,17 +32,17 @@ from metamom.tasks.family import TaskFamily
 from metamom.training.directory import environment
 
 QUARTERS = 4
-TASKS = 8  # of an iteration; a run with more of them makes fewer iterations, of as many tasks in all
+TASKS = 8  # per iteration; a run with more of them has fewer iterations, with the same total of tasks
 
 
 class LongRun(NamedTuple):
-    """What is computed over and over.
+    """A meta-gradient that is computed over and over.
 
     Attributes:
         hidden: channels of the Conv4; ``None`` for the sinusoid MLP.
-        compile: the learner's.
-        tasks: of an iteration.
-        chunk_size: the learner's.
+        compile: the learner's option.
+        tasks: per iteration.
+        chunk_size: the learner's option.
     """
 
     hidden: int | None
@@ -69,18 +69,18 @@ class LargeBatch(NamedTuple):
 
 
 def long_runs(most_tasks: int) -> list[LongRun]:
-    """Those that are measured; with chunks, none has more than ``most_tasks`` tasks an iteration."""
+    """The measured cases; with chunks, none has more than ``most_tasks`` tasks per iteration."""
     in_chunks = LongRun(64, tasks=min(most_tasks, 64), chunk_size="auto")
     return [LongRun(None), LongRun(None, True), LongRun(16), LongRun(16, True), in_chunks]
 
 
 def large_batches(tasks: int) -> list[LargeBatch]:
-    """Those that are measured; without chunks, of no more tasks than fit anywhere."""
+    """The measured cases; without chunks, only as many tasks as fit on any machine."""
     return [LargeBatch(min(tasks, 64), None), LargeBatch(tasks, "auto"), LargeBatch(tasks, "auto", True)]
 
 
 def flatness(run: LongRun, iterations: int) -> list[float]:
-    """Peak MiB after each quarter of ``iterations`` iterations of `TASKS` tasks, or of fewer with more tasks each."""
+    """Peak MiB after each quarter of ``iterations`` iterations of `TASKS` tasks, or of fewer, larger iterations."""
     generator = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"compile": run.compile, "chunk_size": run.chunk_size}
     if run.hidden is None:
@@ -120,12 +120,16 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure and print.
 
     Args:
-        words: of the command line; the process's own by default.
+        words: the arguments of the command line; by default the process's.
     """
     parser = argparse.ArgumentParser(description="Measure the memory of meta-gradients.", allow_abbrev=False)
-    parser.add_argument("--iterations", type=count(MOST, 1), default=2000, help="of the long runs (default: 2000)")
-    parser.add_argument("--tasks", type=count(AT_ONCE, 1), default=1000, help="of the large meta-batch (default: 1000)")
-    parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
+    parser.add_argument(
+        "--iterations", type=count(MOST, 1), default=2000, help=("iterations of the long runs (default: 2000)")
+    )
+    parser.add_argument(
+        "--tasks", type=count(AT_ONCE, 1), default=1000, help=("tasks of the large meta-batch (default: 1000)")
+    )
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled cases")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args(words)
     if arguments.iterations < QUARTERS or arguments.tasks < 1:

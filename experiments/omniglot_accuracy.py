@@ -3,7 +3,7 @@
     python -m metamom.experiments.omniglot_accuracy [--iterations 15000] [--methods momentum,sgd,adam] [--run-dir DIR]
 
 All start from the same weights, see the same tasks, 16 an iteration, and lower their step size along half a cosine.
-An interrupted run goes on where it stood, and a finished one is only read. The report tells each method's test
+An interrupted run continues where it stopped, and a finished one is only read. The report shows each method's test
 accuracy on 1,000 tasks of characters never seen, the minutes its training took, and its curve.
 """
 
@@ -40,7 +40,7 @@ MARKS = (0.95, 0.97)
 
 
 def run(method: str, iterations: int, folder: Path, root: str | None) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Train, or go on, or read what is finished; the newest weights' test accuracy and the metrics."""
+    """Train, resume, or read a finished run; return the newest weights' test accuracy and the metrics."""
     recipe = Recipe(task="omniglot", compile=True, schedule=f"cosine:{iterations}", **METHODS[method])
     learner = recipe.learner()
     optimizer = recipe.make_optimizer(learner)
@@ -89,16 +89,20 @@ def report(results: dict[str, tuple[Evaluation, list[dict[str, Any]]]], iteratio
 
 
 def main() -> None:
-    """Run, or go on, and write the report."""
+    """Run or resume, and write the report."""
     parser = argparse.ArgumentParser(description="Train on Omniglot to high accuracy.", allow_abbrev=False)
-    parser.add_argument("--iterations", type=count(MOST, 1), default=15000, help="of each method (default: 15000)")
+    parser.add_argument(
+        "--iterations", type=count(MOST, 1), default=15000, help=("iterations of each method (default: 15000)")
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help=f"some of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is (default: as `metamom train` finds it)")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/omniglot-accuracy"), help="where it goes")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs/omniglot-accuracy"), help=("where to write the runs and the report")
+    )
     arguments = parser.parse_args()
     methods = [name.strip() for name in arguments.methods.split(",")]
     if unknown := [name for name in methods if name not in METHODS]:
-        parser.error(f"--methods: {', '.join(unknown)} not among {', '.join(METHODS)}.")
+        parser.error(f"--methods: unknown {', '.join(unknown)}; wanted some of {', '.join(METHODS)}.")
     if arguments.iterations < 1:
         parser.error(f"--iterations must be >= 1; got {arguments.iterations}.")
     keep_freed_memory()

@@ -6,7 +6,7 @@ To add one, add a field to `RecipeOptions`; `metamom.experiments.recipes.Recipe`
 # The annotations are objects and not text, since pydantic reads them for `Recipe`, in another module.
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from metamom.common.choices import (
@@ -22,16 +22,8 @@ from metamom.common.choices import (
 )
 from metamom.common.flag_types import auto, count_or_auto, names, number, point_count, seed, step_count, task_count
 from metamom.common.options import Flag, option
-from metamom.experiments.defaults import (
-    ADAPTIVE_LR,
-    DEFAULTS,
-    DTYPE_NAMES,
-    ITERATIONS,
-    OPTIMIZERS,
-    WAYS,
-    OptimizerName,
-    Task,
-)
+from metamom.experiments.defaults import ADAPTIVE_LR, DTYPE_NAMES, OPTIMIZERS, OptimizerName
+from metamom.experiments.families import FAMILIES
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -47,13 +39,13 @@ TRAIN = ("train",)
 
 def task_defaults(task: str) -> dict[str, Any]:
     """The defaults of the options that have none of their own. ``None`` stands for an option that the task lacks."""
-    ways = WAYS if task == "omniglot" else None
-    return {**asdict(DEFAULTS[task]), "ways": ways, "iterations": ITERATIONS[task]}
+    family = FAMILIES[task]
+    return {**family.defaults._asdict(), "iterations": family.iterations}
 
 
 def _points(text: str) -> Callable[[str], str]:
     """A text with the unit that a task counts its points by."""
-    return lambda task: text.format("a class" if task == "omniglot" else "a task")
+    return lambda task: text.format(FAMILIES[task].unit)
 
 
 def _estimators(task: str) -> str:
@@ -73,7 +65,7 @@ class RecipeOptions:
     ``None`` stands for the task's default, unless the help says otherwise.
     """
 
-    task: Task
+    task: str
     ways: int | None = option(None, flag=Flag("task", "classes a task", type=task_count))
     shots: int | None = option(
         None, flag=Flag("task", _points("support points {}, in each inner batch"), type=point_count)

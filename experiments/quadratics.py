@@ -1,4 +1,4 @@
-"""Workers' quadratics that differ, many momentum runs on them at once, and what is read off their course."""
+"""Workers with different quadratics, many momentum runs on them at once, and statistics of their trajectories."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Quadratics(NamedTuple):
 
     @property
     def curvature(self) -> Tensor:
-        """Of the mean, ``[d]``; the largest is its smoothness L."""
+        """The curvatures of the mean, ``[d]``; the largest is its smoothness L."""
         return self.curvatures.mean(0)
 
     @property
     def optimum(self) -> Tensor:
-        """Where the mean of the gradients is zero, ``[d]``."""
+        """The point where the mean of the gradients is zero, ``[d]``."""
         return (self.curvatures * self.minima).mean(0) / self.curvature
 
     @property
@@ -39,7 +39,7 @@ class Quadratics(NamedTuple):
 
 
 class Course(NamedTuple):
-    """What many runs went through, ``[steps, runs]`` each.
+    """The trajectories of many runs, ``[steps, runs]`` each.
 
     Attributes:
         grad_sq: ``||grad f(x_k)||^2``.
@@ -65,18 +65,18 @@ def descend(
     """Momentum from ``v_{-1} = 0`` on the mean of the workers' biased gradients, in float64.
 
     Args:
-        problem: whose gradients.
+        problem: the workers' quadratics.
         start: ``x_0 [d]`` of every run, or ``[runs, d]``.
-        lr: gamma.
+        lr: the step size gamma.
         beta: weight of the new gradient.
-        steps: how many updates.
+        steps: the number of updates.
         bias: each worker's operator.
         noise: standard deviation of the normal noise on each entry of each worker's gradient, a number or ``[d]``.
-        runs: how many, with noise of their own.
-        seed: of the noise; runs of equal seed have the same, whatever the rest.
+        runs: the number of runs, each with its own noise.
+        seed: of the noise; equal seeds give equal noise, whatever the other arguments.
 
     Returns:
-        Their course; entry k is that of ``x_k``, before its update.
+        Their trajectories; entry k belongs to ``x_k``, before its update.
     """
     generator = torch.Generator().manual_seed(seed)
     n, d = problem.minima.shape
@@ -106,7 +106,7 @@ class Measured(NamedTuple):
 
 
 def measured(values: Tensor) -> Measured:
-    """Of one value for each of two runs or more."""
+    """The estimate from one value per run, for at least two runs."""
     return Measured(float(values.mean()), normal_halfwidth(float(standard_error(values))))
 
 

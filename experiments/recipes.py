@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,17 +17,15 @@ from metamom.common.numbers import shown, whole
 from metamom.common.options import declared
 from metamom.common.schema import as_record
 from metamom.experiments.defaults import ADAPTIVE_LR
-from metamom.experiments.defaults import DEFAULTS as DEFAULTS
-from metamom.experiments.defaults import ITERATIONS as ITERATIONS
 from metamom.experiments.defaults import OPTIMIZERS as OPTIMIZERS
-from metamom.experiments.defaults import TASKS as TASKS
+from metamom.experiments.families import FAMILIES, Family
+from metamom.experiments.families.family import TaskSettings
 from metamom.experiments.options import RecipeOptions, task_defaults
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.learner import MAML
-from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum
 from metamom.server.robust import check_aggregate
-from metamom.tasks import FixedTasks, Omniglot, Sinusoid
+from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
@@ -48,14 +45,14 @@ class Recipe(RecipeOptions):
     """
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"the task must be one of {', '.join(TASKS)}; got {self.task!r}.")
+        if self.task not in list(FAMILIES):
+            raise ValueError(f"the task must be one of {', '.join(FAMILIES)}; got {self.task!r}.")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
-        if self.task == "sinusoid" and self.ways is not None:
-            raise ValueError(f"sinusoids have no classes, so no ways; got ways={self.ways}.")
+        if self.family.classes is None and self.ways is not None:
+            raise ValueError(f"{self.family.title} have no classes, so no ways; got ways={self.ways}.")
         filled = task_defaults(self.task)
         if self.optimizer in ("adam", "rmsprop"):
             filled["lr"] = ADAPTIVE_LR
@@ -91,6 +88,11 @@ class Recipe(RecipeOptions):
         self.operator()
         _cosine_length(self.schedule)
 
+    @property
+    def family(self) -> Family:
+        """The record of the task family."""
+        return FAMILIES[self.task]
+
     def settings(self) -> dict[str, Any]:
         """The recipe as JSON values."""
         return asdict(self)
@@ -123,6 +125,11 @@ class Recipe(RecipeOptions):
                 f"the settings of {run} lack {', '.join(missing)}, which every version of `metamom train` writes: its "
                 "config.json was changed. Put back what is missing, as the command in its history has it."
             )
+        if settings["task"] not in list(FAMILIES):
+            *others, last = map(repr, FAMILIES)
+            raise ValueError(
+                f"the settings of {run}: task should be {', '.join(others)} or {last}; got {settings['task']!r:.80}."
+            )
         return as_record(cls, dict(settings), f"the settings of {run}")
 
     def operator(self) -> BiasOperator | None:
@@ -131,7 +138,7 @@ class Recipe(RecipeOptions):
         return None if isinstance(operator, Identity) else operator
 
     def sampler(self, split: str = "train", *, root: str | None = None) -> TaskFamily | FixedTasks:
-        """The tasks of a split; sinusoids have a stream for each split.
+        """The tasks of a split.
 
         ``shots`` is the size of one inner batch: the support sets of split ``"train"`` have as many of them as the
         estimator takes, those of other splits one. Training tasks are fixed ones if so chosen.
@@ -141,30 +148,21 @@ class Recipe(RecipeOptions):
         if split == "train":
             shots *= support_parts(self.estimator, self.inner_steps, self.inner_batches)
         assert self.queries is not None
-        if self.task == "sinusoid":
-            if split not in ("train", "validation", "test"):
-                raise ValueError(f"sinusoids have the splits train, validation and test; got {split!r}.")
-            dtype = DTYPES[self.dtype]
-            family: TaskFamily = Sinusoid(shots, self.queries, seed=self.seed, dtype=dtype).with_stream(split)
-        else:
-            assert self.ways is not None
-            family = Omniglot(root, split=split, ways=self.ways, shots=shots, queries=self.queries, seed=self.seed)
+        tasks = self.family.tasks(
+            TaskSettings(split, self.ways, shots, self.queries, self.seed, DTYPES[self.dtype], root)
+        )
         if split == "train" and self.fixed_tasks is not None:
-            return FixedTasks(family, self.fixed_tasks, order=self.order)
-        return family
+            return FixedTasks(tasks, self.fixed_tasks, order=self.order)
+        return tasks
 
     def learner(self) -> MAML:
         """A learner with initial weights drawn from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
-        if self.task == "sinusoid":
-            model: torch.nn.Module = SinusoidMLP(generator=generator)
-        else:
-            assert self.ways is not None
-            model = Conv4(self.ways, generator=generator)
+        model = self.family.model(self.ways, generator)
         assert self.inner_lr is not None
         return MAML(
             model.to(device=find_device(self.device), dtype=DTYPES[self.dtype]),
-            F.mse_loss if self.task == "sinusoid" else F.cross_entropy,
+            self.family.loss(),
             inner_lr=self.inner_lr,
             inner_steps=self.inner_steps,
             estimator=self.estimator,

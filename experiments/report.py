@@ -1,10 +1,10 @@
-"""A comparison as a page to read: tables and figures."""
+"""The report of a comparison: tables and figures."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,44 +13,15 @@ import numpy as np
 from metamom.common import tables
 from metamom.common.files import write_atomically
 from metamom.common.intervals import student_halfwidth
+from metamom.experiments.families.family import Metric
 from metamom.experiments.saved import load_run
 from metamom.experiments.shared import figures
 from metamom.experiments.shared.numerals import shortest
 from metamom.maml.learner import MAML
-from metamom.tasks import Sinusoid
 from metamom.training.directory import environment
 
 if TYPE_CHECKING:
     from metamom.experiments.compare import Comparison, Outcome
-
-
-class Scale(NamedTuple):
-    """How a task's quality is told: an accuracy in per cent, or a loss."""
-
-    name: str
-    higher_is_better: bool
-    show: Callable[[float], str]
-    unit: str
-
-    def with_interval(self, value: float, halfwidth: float) -> str:
-        """A value and its interval, such as ``90.6 ± 1.1 %``."""
-        return f"{self.show(value)} ± {self.show(halfwidth)}{self.unit}"
-
-    def exactly(self, value: float) -> str:
-        """A value with its unit and all of its digits, for what was asked for."""
-        text = self.show(value)
-        scale = 100 if self.unit else 1
-        return f"{text if math.isclose(float(text), scale * value) else f'{scale * value:.12g}'}{self.unit}"
-
-    def reached(self, value: float, target: float) -> bool:
-        """Whether a value is at least as good as the target."""
-        return value >= target if self.higher_is_better else value <= target
-
-
-SCALES = {
-    "sinusoid": Scale("mean squared error", False, lambda v: f"{v:.3f}", ""),
-    "omniglot": Scale("accuracy", True, lambda v: f"{100 * v:.1f}", " %"),
-}
 
 
 class Arm(NamedTuple):
@@ -62,12 +33,12 @@ class Arm(NamedTuple):
 
     @property
     def finished(self) -> list[Outcome]:
-        """Those that did not diverge."""
+        """The seeds that did not diverge."""
         return [o for o in self.outcomes if o.diverged is None]
 
     @property
     def whole(self) -> bool:
-        """Whether none diverged."""
+        """Whether no seed diverged."""
         return len(self.finished) == len(self.outcomes)
 
     def validation(self) -> float:
@@ -75,26 +46,25 @@ class Arm(NamedTuple):
         return float(np.mean([o.curve[-1][1] for o in self.finished])) if self.finished else math.nan
 
     def of_seeds(self) -> str:
-        """``" (2 of 3 seeds)"`` where some diverged, and not all."""
+        """``" (2 of 3 seeds)"`` if some seeds diverged, but not all."""
         if self.whole or not self.finished:
             return ""
         return f" ({len(self.finished)} of {len(self.outcomes)} seeds)"
 
 
 def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Path, reused: int = 0) -> Path:
-    """Write ``report.md`` and ``figures/*.png``; ``reused`` of the runs were finished before this call.
+    """Write ``report.md`` and ``figures/*.png``; ``reused`` runs were finished before this call.
 
     Returns:
         The path of ``report.md``.
     """
-    scale = SCALES[comparison.base.task]
+    metric = comparison.base.family.metric
     arms = _arms(outcomes)
-    best = _best_of_each(arms, scale)
-    pictures = _draw(comparison, arms, best, scale, folder)
+    best = _best_of_each(arms, metric)
+    pictures = _draw(comparison, arms, best, metric, folder)
     base = comparison.base
-    what = "sinusoids" if base.task == "sinusoid" else f"Omniglot, {base.ways}-way {base.shots}-shot"
     lines = [
-        f"# Composite momentum and plain meta-SGD on {what}",
+        f"# Composite momentum and plain meta-SGD on {base.family.titled(base.ways, base.shots)}",
         "",
         f"`{_command()}`",
         "",
@@ -105,13 +75,13 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         f"{_plural(comparison.seeds, 'seed')}; {comparison.test_tasks} test tasks for each seed, the same for every "
         "method. β = 1 is plain meta-SGD.",
         "",
-        f"## {scale.name.capitalize()} on test tasks",
+        f"## {metric.name.capitalize()} on test tasks",
         "",
-        *_table(arms, comparison, scale),
+        *_table(arms, comparison, metric),
         "",
         f"± is the 95 % interval {_interval_of(comparison.seeds)}. {_of_diverged(arms)}"
-        f"Iterations to target: until validation {scale.name} "
-        f"{'is at least' if scale.higher_is_better else 'is at most'} {scale.exactly(comparison.target)}, "
+        f"Iterations to target: until validation {metric.name} "
+        f"{'is at least' if metric.higher_is_better else 'is at most'} {metric.exactly(comparison.target)}, "
         f"looked at every {comparison.evaluate_every} iterations and at the end: the median over the seeds that reach "
         "it, also where they diverge later.",
     ]
@@ -120,16 +90,16 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
             "",
             "## Each method at its own best step size",
             "",
-            f"Best by final validation over the grid γ ∈ {{{', '.join(map(shortest, comparison.lrs))}}}, "
-            f"the same for every method; a step size at which a seed diverged is out{_but(best)}.",
+            f"Best by final validation over the grid γ ∈ {{{', '.join(map(shortest, comparison.lrs))}}}, the same "
+            f"for every method; step sizes at which a seed diverged are left out{_but(best)}.",
             "",
-            *_table(best, comparison, scale),
+            *_table(best, comparison, metric),
         ]
-    lines += ["", *_differences(best, comparison, scale), "## Figures", ""]
+    lines += ["", *_differences(best, comparison, metric), "## Figures", ""]
     lines += [f"![{caption}](figures/{name}.png)\n\n{caption}\n" for name, caption in pictures]
     if reused:
         lines += [
-            f"{reused} of {len(outcomes)} runs were finished before, and not done again.",
+            f"{reused} of {len(outcomes)} runs were already finished, and not repeated.",
             "",
         ]
     env = environment()
@@ -159,45 +129,48 @@ _FIRST = {"zero": "v₋₁ = 0", "gradient": "v₀ = g₀"}
 
 
 def best_learners(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, MAML]:
-    """Of each method at its best step size, the learner of the first run that did not diverge, if the report draws it.
+    """The learner of each method's first run at its best step size that did not diverge, if the report draws it.
 
     Returns:
-        By the method's label.
+        The learners by the method's label.
 
     Raises:
         ValueError: if one of them cannot be read.
     """
-    if comparison.base.task != "sinusoid":
+    if comparison.base.family.curve is None:
         return {}
-    best = _best_of_each(_arms(outcomes), SCALES[comparison.base.task])
+    best = _best_of_each(_arms(outcomes), comparison.base.family.metric)
     return {arm.label: load_run(arm.finished[0].path, "newest").learner for arm in best if arm.finished}
 
 
-def _best_of_each(arms: list[Arm], scale: Scale) -> list[Arm]:
+def _best_of_each(arms: list[Arm], metric: Metric) -> list[Arm]:
     """Each method at its best step size."""
-    return [_best([arm for arm in arms if arm.label == label], scale) for label in dict.fromkeys(a.label for a in arms)]
+    return [
+        _best([arm for arm in arms if arm.label == label], metric) for label in dict.fromkeys(a.label for a in arms)
+    ]
 
 
-def _best(arms: list[Arm], scale: Scale) -> Arm:
+def _best(arms: list[Arm], metric: Metric) -> Arm:
     """The step size with the best final validation, among those at which the fewest seeds diverged."""
 
     def badness(arm: Arm) -> tuple[int, bool, float]:
         value = arm.validation()
-        return -len(arm.finished), math.isnan(value), -value if scale.higher_is_better else value
+        return -len(arm.finished), math.isnan(value), -value if metric.higher_is_better else value
 
     return min(arms, key=badness)
 
 
-def _table(arms: Sequence[Arm], comparison: Comparison, scale: Scale) -> list[str]:
+def _table(arms: Sequence[Arm], comparison: Comparison, metric: Metric) -> list[str]:
     names = ["before" if s == 0 else f"{s} step{'s' if s > 1 else ''}" for s in comparison.steps]
     head = ["method", "γ", *names, "iterations to target", "diverged"]
     rows = [
-        [arm.label, shortest(arm.lr), *_tests(arm, comparison, scale), *_speed(arm, comparison, scale)] for arm in arms
+        [arm.label, shortest(arm.lr), *_tests(arm, comparison, metric), *_speed(arm, comparison, metric)]
+        for arm in arms
     ]
     return [*tables.head(*head), *(tables.row(*row) for row in rows)]
 
 
-def _tests(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
+def _tests(arm: Arm, comparison: Comparison, metric: Metric) -> list[str]:
     cells = []
     for number in range(len(comparison.steps)):
         means = [o.test[number] for o in arm.finished if o.test is not None]
@@ -207,18 +180,19 @@ def _tests(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
             continue
         mean = float(np.mean(means))
         if len(arm.outcomes) == 1:
-            cells.append(scale.with_interval(mean, widths[0]))
-        elif len(means) == 1:  # of several seeds one is left: an interval over its test tasks would be of another kind
-            cells.append(f"{scale.show(mean)}{scale.unit}{arm.of_seeds()}")
+            cells.append(metric.with_interval(mean, widths[0]))
+        elif len(means) == 1:
+            # a single seed is left of several: an interval over its test tasks would mean something else
+            cells.append(f"{metric.show(mean)}{metric.unit}{arm.of_seeds()}")
         else:
-            cells.append(f"{scale.with_interval(mean, student_halfwidth(means))}{arm.of_seeds()}")
+            cells.append(f"{metric.with_interval(mean, student_halfwidth(means))}{arm.of_seeds()}")
     return cells
 
 
-def _speed(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
+def _speed(arm: Arm, comparison: Comparison, metric: Metric) -> list[str]:
     firsts = []
     for outcome in arm.outcomes:
-        reached = [iteration for iteration, value in outcome.curve if scale.reached(value, comparison.target)]
+        reached = [iteration for iteration, value in outcome.curve if metric.reached(value, comparison.target)]
         firsts += reached[:1]
     seeds = len(arm.outcomes)
     median = shortest(float(np.median(firsts))) if firsts else "never"
@@ -226,8 +200,8 @@ def _speed(arm: Arm, comparison: Comparison, scale: Scale) -> list[str]:
     return [median + share, f"{seeds - len(arm.finished)} of {seeds}"]
 
 
-def _differences(best: Sequence[Arm], comparison: Comparison, scale: Scale) -> list[str]:
-    """Each method against plain meta-SGD, seed by seed: what the seeds' tasks have in common cancels."""
+def _differences(best: Sequence[Arm], comparison: Comparison, metric: Metric) -> list[str]:
+    """Each method against plain meta-SGD, seed by seed, so that what the seeds' tasks have in common cancels."""
     plain = next((arm for arm in best if arm.outcomes[0].recipe.beta == 1), None)
     others = [arm for arm in best if arm is not plain]
     if plain is None or comparison.seeds < 2 or not others:
@@ -238,24 +212,26 @@ def _differences(best: Sequence[Arm], comparison: Comparison, scale: Scale) -> l
     lines = [head, ""]
     for arm in others:
         if not arm.whole:
-            lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: none, for seeds diverged.")
+            lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: none, because seeds diverged.")
             continue
         cells = []
         for number, steps in enumerate(comparison.steps):
             theirs = (outcome.test[number] for outcome in plain.outcomes if outcome.test is not None)
             ours = (outcome.test[number] for outcome in arm.outcomes if outcome.test is not None)
             gaps = np.array(list(ours)) - np.array(list(theirs))
-            interval = scale.with_interval(float(gaps.mean()), student_halfwidth(gaps.tolist()))
+            interval = metric.with_interval(float(gaps.mean()), student_halfwidth(gaps.tolist()))
             cells.append(f"{interval} after {_plural(steps, 'step')}")
         lines.append(f"- {arm.label}, γ = {shortest(arm.lr)}: {', '.join(cells)}.")
     return [*lines, ""]
 
 
 def _draw(
-    comparison: Comparison, arms: Sequence[Arm], best: Sequence[Arm], scale: Scale, folder: Path
+    comparison: Comparison, arms: Sequence[Arm], best: Sequence[Arm], metric: Metric, folder: Path
 ) -> list[tuple[str, str]]:
     """Draw the figures; returns their names and captions."""
-    found = best_learners(comparison, [outcome for arm in arms for outcome in arm.outcomes])  # before a figure is drawn
+    found = best_learners(
+        comparison, [outcome for arm in arms for outcome in arm.outcomes]
+    )  # before any figure is drawn
     single = len(comparison.lrs) == 1
     labels = {arm.label: arm.label if single else f"{arm.label}, γ = {shortest(arm.lr)}" for arm in best}
     band = "" if comparison.seeds == 1 else f", mean and range of {comparison.seeds} seeds"
@@ -264,10 +240,10 @@ def _draw(
     figures.learning_curves(
         folder / "figures" / "curves.png",
         {labels[arm.label] + arm.of_seeds(): [o.curve for o in arm.finished] for arm in best},
-        ylabel=f"validation {scale.name}",
+        ylabel=f"validation {metric.name}",
         title=f"Validation after {_plural(comparison.base.inner_steps, 'inner step')}",
         target=comparison.target,
-        log=not scale.higher_is_better,
+        log=not metric.higher_is_better,
     )
     at = "" if single else ", each method at its best step size"
     drawn = [("curves", f"Learning curves{at}{band}.")]
@@ -276,37 +252,38 @@ def _draw(
         figures.step_sizes(
             folder / "figures" / "step_sizes.png",
             {label: {a.lr: [o.curve[-1][1] for o in a.finished] for a in arms if a.label == label} for label in labels},
-            ylabel=f"final validation {scale.name}",
+            ylabel=f"final validation {metric.name}",
             title="The grid",
         )
         points = f"a point for each seed{kept}, a line through their means"
         drawn.append(("step_sizes", f"Final validation against the step size; {points}."))
-    if comparison.base.task == "sinusoid":
+    curve = comparison.base.family.curve
+    if curve is not None and found:
         learners = {labels[label]: learner for label, learner in found.items()}
-        family = comparison.base.sampler("test")
-        assert isinstance(family, Sinusoid)
-        if learners:
-            figures.adaptation(folder / "figures" / "adaptation.png", learners, family, comparison.steps)
-            seeds = dict.fromkeys(arm.finished[0].recipe.seed for arm in best if arm.finished)
-            of = f"the learner{'s' * (len(learners) > 1)} of seed {' and '.join(map(str, seeds))}"
-            if len(seeds) > 1:
-                of = "each method's learner of its first seed that did not diverge"
-            drawn.append(("adaptation", f"One test task (seed {family.seed}) before and after adaptation, by {of}."))
+        tasks = comparison.base.sampler("test")
+        path = folder / "figures" / "adaptation.png"
+        figures.adaptation(path, learners, tasks.sample(0, 1), curve(tasks), comparison.steps)
+        seeds = dict.fromkeys(arm.finished[0].recipe.seed for arm in best if arm.finished)
+        of = f"the learner{'s' * (len(learners) > 1)} of seed {' and '.join(map(str, seeds))}"
+        if len(seeds) > 1:
+            of = "each method's learner of its first seed that did not diverge"
+        seed = comparison.base.seed
+        drawn.append(("adaptation", f"One test task (seed {seed}) before and after adaptation, by {of}."))
     return drawn
 
 
 def _interval_of(seeds: int) -> str:
     if seeds == 1:
-        return "over the test tasks of the one seed; how much another seed would differ is not in it"
+        return "over the test tasks of the single seed; it does not include the variation between seeds"
     return f"of the mean over {seeds} seeds (Student's t)"
 
 
 def _of_diverged(arms: Sequence[Arm]) -> str:
-    """What the numbers of arms with diverged seeds are, if there are some."""
+    """A note on the numbers of arms with diverged seeds, if there are any."""
     if not any(arm.of_seeds() for arm in arms):
         return ""
     return (
-        "Where seeds diverged, mean and interval are of the others alone, which flatters the method: their number is "
+        "Where seeds diverged, mean and interval cover only the others, which flatters the method: their number is "
         "in brackets, and a single one has no interval. "
     )
 
@@ -314,7 +291,7 @@ def _of_diverged(arms: Sequence[Arm]) -> str:
 def _but(best: Sequence[Arm]) -> str:
     if all(arm.whole for arm in best):
         return ""
-    return ", but where there is one at all of them: then the best of those with the fewest"
+    return ", unless a seed diverged at all of them: then the best of those with the fewest"
 
 
 def _plural(n: int, one: str, many: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""A learner back from the run directory that it was trained in."""
+"""Load a learner from the run directory it was trained in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Which = Literal["best", "newest"]
 
 
 class SavedRun(NamedTuple):
-    """A run read from disk: its recipe, its learner, and how many steps that was trained for."""
+    """A run read from disk: its recipe, its learner, and the number of steps it was trained for."""
 
     recipe: Recipe
     learner: MAML
@@ -29,7 +29,7 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
     Args:
         path: the run directory.
         which: ``"best"`` by validation where there is one, else the newest; or ``"newest"``.
-        device: where the learner goes, whatever it was trained on.
+        device: the device to load the learner on, whatever it was trained on.
 
     Raises:
         ValueError: if there is no run, or it was made by another version or with another model.
@@ -44,7 +44,7 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
         except CheckpointFormatError:
             raise
         except CheckpointError as error:
-            raise CheckpointError(f"{error} The newest one may be whole: --checkpoint newest.") from error
+            raise CheckpointError(f"{error} The newest one may be intact: --checkpoint newest.") from error
     else:
         state = checkpoints.load_newest()
     if state is None:

@@ -1,11 +1,11 @@
-"""Bias and floor of a robust mean, and of tasks taken in turn, for several beta.
+"""Bias and floor of a robust mean, and of reshuffled tasks, for several beta.
 
     python -m metamom.experiments.two_biases [--run-dir DIR]
 
 Five workers' quadratics ``1/2 (x - c_i)^T A_i (x - c_i)`` of different curvature in two dimensions, float64, exact
-gradients. For each robust mean: the bias at the optimum, its bound (docs/theory.md), and where the squared gradient
-norm stops. For tasks one at a time: the bias of a step given those before it, at the optimum, and where the norm stops
-in the mean over rounds, at two step sizes.
+gradients. For each robust mean: the bias at the optimum, its bound (docs/theory.md), and the floor of the squared
+gradient norm. For one task per step: the bias of a step given the steps before it, at the optimum, and the floor of
+the norm averaged over rounds, at two step sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BETAS = (1.0, 0.3, 0.1)
 AGGREGATES = ("mean", "median", "trimmed:0.2", "geomedian")
 ORDERS = ("replacement", "reshuffle")
 AGGREGATE_STEPS = 1000
-ORDER_STEPS, LAST = 6000, 2000  # the floors of orders are means over the last ones
+ORDER_STEPS, LAST = 6000, 2000  # the floors of the orders are means over the last steps
 ORDER_LRS = (0.05, 0.025)
 
 
@@ -50,7 +50,7 @@ def floor_of_aggregate(problem: Quadratics, how: str, beta: float) -> float:
 
 def bias_of_order(problem: Quadratics, order: str) -> float:
     """Mean of ``||E[g | the steps before] - grad f||^2`` over a round at the optimum, by enumeration."""
-    gradients = problem.gradients(problem.optimum)  # of mean zero
+    gradients = problem.gradients(problem.optimum)  # their mean is zero
     n = len(gradients)
     if order == "replacement":
         return float(gradients.mean(0).square().sum())
@@ -107,7 +107,7 @@ def report() -> str:
 def main() -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description="Bias of robust means and of reshuffling.", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/two-biases"), help="where it goes")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/two-biases"), help="where to write the report")
     arguments = parser.parse_args()
     text = report()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)

@@ -85,9 +85,9 @@ def block(num_tasks: int, rank: int, world_size: int) -> range:
     rank = check_whole("rank", rank, -math.inf)
     if num_tasks % world_size:
         raise ValueError(
-            f"tasks are dealt in equal blocks: wanted a number of tasks that {world_size} divides, got {num_tasks}. "
-            f"Use a meta-batch of {-(-num_tasks // world_size) * world_size} tasks "
-            f"or a number of workers (or processes) that divides {num_tasks}."
+            f"tasks are dealt in equal blocks, so the number of tasks must be a multiple of {world_size}; got "
+            f"{num_tasks}. Use a meta-batch of {-(-num_tasks // world_size) * world_size} tasks or a number of "
+            f"workers (or processes) that divides {num_tasks}."
         )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1} (world_size={world_size}); got {rank}.")
@@ -167,21 +167,21 @@ def check_sampler(sampler: object, what: str = "a sampler") -> None:
             tasks before the step.
     """
     if isinstance(sampler, type):
-        raise TypeError(f"{what} gives tasks by sample(step, num_tasks); got the class {sampler.__name__} itself.")
+        raise TypeError(f"{what} must have a method sample(step, num_tasks); got the class {sampler.__name__} itself.")
     if not isinstance(sampler, Sampler):
         raise TypeError(
-            f"{what} gives tasks by sample(step, num_tasks), as metamom.tasks.Sinusoid() does; got a "
+            f"{what} must have a method sample(step, num_tasks), as metamom.tasks.Sinusoid() does; got a "
             f"{type(sampler).__name__}. For batches of your own, write a class with that method."
         )
     if not _binds(sampler, 0, 1):
         raise TypeError(
-            f"{what} gives tasks by sample(step, num_tasks); {type(sampler).__name__}.sample takes "
-            f"{signature(sampler.sample)}. Give it those two arguments, the step's number and that of the tasks."
+            f"{what} must have a method sample(step, num_tasks); {type(sampler).__name__}.sample takes "
+            f"{signature(sampler.sample)}. Give it these two arguments, the step and the number of tasks."
         )
     if _is_swapped(sampler):
         raise TypeError(
             f"{what} is called as sample(step, num_tasks), in this order; {type(sampler).__name__}.sample takes "
-            f"{signature(sampler.sample)}. Put the step's number first."
+            f"{signature(sampler.sample)}. Put the step first."
         )
 
 
@@ -278,22 +278,22 @@ def drawn(
         batch = sampler.sample(step, num_tasks)
     else:
         raise TypeError(
-            f"{type(sampler).__name__}.sample takes no rank and world_size, so it cannot be dealt to {world_size} "
-            "processes or workers: write sample(self, step, num_tasks, *, rank=0, world_size=1) and give the tasks of "
-            "metamom.batch.block(num_tasks, rank, world_size)."
+            f"{type(sampler).__name__}.sample takes no rank and world_size, so its tasks cannot be dealt to "
+            f"{world_size} processes or workers: write sample(self, step, num_tasks, *, rank=0, world_size=1) and "
+            "return the tasks of metamom.batch.block(num_tasks, rank, world_size)."
         )
     if not isinstance(batch, TaskBatch):
         raise TypeError(
-            f"{type(sampler).__name__}.sample must give a metamom.TaskBatch(support_x, support_y, query_x, query_y); "
-            f"got a {type(batch).__name__}."
+            f"{type(sampler).__name__}.sample must return a metamom.TaskBatch(support_x, support_y, query_x, "
+            f"query_y); got a {type(batch).__name__}."
         )
     for name, field in zip(batch._fields[:4], batch[:4], strict=True):
         check_points(f"{name} of {type(sampler).__name__}.sample", field)
     check_ids(f"task_ids of {type(sampler).__name__}.sample", batch.task_ids)
     if batch.num_tasks * world_size != num_tasks and not (or_all and batch.num_tasks == num_tasks):
         raise ValueError(
-            f"{type(sampler).__name__}.sample gave {batch.num_tasks} tasks for part {rank} of {world_size} of a "
-            f"meta-batch of {num_tasks}: wanted {num_tasks // world_size}, those of metamom.batch.block(num_tasks, "
+            f"{type(sampler).__name__}.sample returned {batch.num_tasks} tasks for part {rank} of {world_size} of a "
+            f"meta-batch of {num_tasks}; wanted {num_tasks // world_size}, those of metamom.batch.block(num_tasks, "
             "rank, world_size)."
         )
     return batch

@@ -88,7 +88,7 @@ def evaluate(
         raise TypeError(f"steps are numbers of inner steps, such as steps=(0, 1, 5); got {steps!r}.")
     steps = tuple(steps)
     if not steps or min(check_whole("a number of inner steps", step, -math.inf, INNER_STEPS) for step in steps) < 0:
-        raise ValueError(f"steps are numbers of inner steps >= 0, at least one of them; got {steps}.")
+        raise ValueError(f"steps must be one or more numbers of inner steps >= 0; got {steps}.")
     check_number("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
@@ -157,7 +157,7 @@ def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tup
                 whole = part  # the sampler accepts rank and world_size but ignores them
             check_batch(whole)
             if whole.num_tasks != tasks:
-                raise ValueError(f"the sampler was asked for {tasks} tasks; got a batch of {whole.num_tasks}.")
+                raise ValueError(f"the sampler must return {tasks} tasks; got a batch of {whole.num_tasks}.")
             yield first, whole.part(first, first + size)
 
     return len(mine), parts()

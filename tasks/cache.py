@@ -117,8 +117,8 @@ def _store(path: Path, identity: bytes, arrays: Arrays) -> None:
 
 def _warn(path: Path, error: Exception) -> None:
     warnings.warn(
-        f"can't write the cache {path.parent} ({error}); decoding in memory, again in every run. "
-        f"Set $METAMOM_CACHE to a folder that can be written.",
+        f"can't write the cache {path.parent} ({error}); decoding in memory in every run. Set $METAMOM_CACHE to a "
+        "folder that can be written.",
         RuntimeWarning,
         stacklevel=2,
     )

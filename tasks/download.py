@@ -55,8 +55,9 @@ class ResumingDownloader:
                 most = max(most, self._size())
                 if failures >= self.attempts:
                     raise DataError(
-                        f"the download of {url} broke off after {self._size()} bytes ({error}). What came is kept in "
-                        f"{self.part}: give the same command again to go on, or put the file in place by hand."
+                        f"the download of {url} broke off after {self._size()} bytes ({error}). The partial file is "
+                        f"kept in {self.part}: run the same command again to continue, or put the file in place by "
+                        "hand."
                     ) from error
                 time.sleep(self.pause)
             except requests.RequestException as error:
@@ -97,7 +98,7 @@ class ResumingDownloader:
                 have += len(chunk)
                 if have > self.limit:
                     self.part.unlink()
-                    raise DataError(f"{url} gives more than {self.limit} bytes: not the published file.")
+                    raise DataError(f"{url} sends more than {self.limit} bytes, so it is not the published file.")
                 file.write(chunk)
                 bar.update(len(chunk))
 

@@ -161,8 +161,8 @@ def _tensor(name: str, values: Any) -> Tensor:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{name} must be a tensor, an array or a list of numbers; got {type(values).__name__} ({error}). Join "
-            f"tensors with torch.stack; give classes that have names numbers."
+            f"{name} must be a tensor, an array or a list of numbers; got {type(values).__name__} ({error}). Join a "
+            "list of tensors with torch.stack; replace class names by numbers."
         ) from error
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got {tensor.layout}. Convert it with .to_dense().")

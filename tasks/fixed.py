@@ -112,8 +112,8 @@ class FixedTasks(TaskSampler):
         if self.order == "reshuffle":
             if self.n % num_tasks:
                 raise ValueError(
-                    f"a meta-batch must divide the n={self.n} fixed tasks to have each of them once in a shuffle; got "
-                    f'{num_tasks}. Use another number, or order="replacement".'
+                    f"a meta-batch must divide the n={self.n} fixed tasks, so that a shuffle has each of them once; "
+                    f'got {num_tasks}. Use another number, or order="replacement".'
                 )
             shuffle, turn = divmod(step, self.n // num_tasks)
             # sorting avoids a loop over all n tasks at every step

@@ -43,8 +43,8 @@ class GivenFamily(TaskFamily):
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
             raise ValueError(
-                f"what is given task by task must be given for the same n tasks; got {listed}. Give one for each task, "
-                f"or one for all."
+                f"arguments given per task must all have the same number n of tasks; got {listed}. Give one for each "
+                "task, or one for all."
             )
         self.given = next(iter(counts.values()), None)
 
@@ -53,8 +53,9 @@ class GivenFamily(TaskFamily):
         block(num_tasks, rank, world_size)
         if self.given is not None and num_tasks % self.given:
             raise ValueError(
-                f"a meta-batch has each of the {self.given} given tasks equally often; got {num_tasks} tasks. Use a "
-                f"multiple of {self.given}, or FixedTasks(..., n={self.given}), which chooses some at each step."
+                f"a meta-batch must have each of the {self.given} given tasks equally often; got {num_tasks} tasks. "
+                f"Use a multiple of {self.given}, or FixedTasks(..., n={self.given}), which chooses some at each "
+                "step."
             )
         return super().sample(step, num_tasks, rank=rank, world_size=world_size)
 

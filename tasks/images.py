@@ -131,7 +131,9 @@ def idx(
     data = _unpacked(path, dataset)
     axes = {b"\0\0\x08\x01": 1, b"\0\0\x08\x03": 3}.get(data[:4])
     if axes is None:
-        raise _bad(path, dataset, f"is no IDX file of images or labels: it begins with {data[:4].hex() or 'nothing'}")
+        raise _bad(
+            path, dataset, f"is not an IDX file of images or labels: it begins with {data[:4].hex() or 'nothing'}"
+        )
     head = 4 + 4 * axes
     if len(data) < head:
         raise _bad(path, dataset, f"ends inside its header, after {len(data)} bytes")
@@ -139,7 +141,7 @@ def idx(
     if shape is not None and found != shape:
         raise _bad(path, dataset, f"has the shape {_times(found)} instead of {_times(shape)}")
     if len(data) != head + math.prod(found):
-        raise _bad(path, dataset, f"has {len(data) - head} entries where its header tells {_times(found)}")
+        raise _bad(path, dataset, f"has {len(data) - head} entries, but its header says {_times(found)}")
     if md5 is not None and (digest := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:
         raise _bad(path, dataset, f"isn't the published file: unpacked, its MD5 is {digest} instead of {md5}")
     entries = np.frombuffer(data, dtype=np.uint8, offset=head)

@@ -128,7 +128,7 @@ class LinearRegression(GivenFamily):
         if data is not None:
             self.features, self.labels = _data_set(data, dim)
         elif not replacement:
-            raise ValueError("replacement=False is for points of a data set; give data=(features, labels) with it.")
+            raise ValueError("replacement=False needs a data set; pass data=(features, labels) with it.")
         self.replacement, self.dtype = check_flag("replacement", replacement), check_dtype(dtype)
         arrays = {"covariance": self.covariance, "theta": self.theta, "data": self.features}
         super().__init__(arrays, seed=seed)

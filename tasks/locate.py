@@ -90,11 +90,11 @@ def locate(dataset: str, name: str, root: PathLike | None = None) -> Path:
             raise DataError(f"{file} is {found}, where {dataset} data should be. Remove it, or name another folder.")
     if path.exists() and not path.is_dir():
         raise DataNotFoundError(
-            f"the data root {path} (from {origin}) is no folder. Name the folder that holds {dataset}'s."
+            f"the data root {path} (from {origin}) is not a folder. Name the folder that holds {dataset}."
         )
     command = f"metamom data fetch {dataset}"
     if root is None and not os.environ.get("METAMOM_DATA"):
-        remedy = f"Run `{command}`, or name the folder that has it: root=, or $METAMOM_DATA."
+        remedy = f"Run `{command}`, or name the folder that holds it: root=, or $METAMOM_DATA."
     else:
         remedy = f"Run `{command} --root {path}`, or name another folder."
     raise DataNotFoundError(

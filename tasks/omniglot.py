@@ -144,7 +144,7 @@ def _images(characters: Sequence[str], root: PathLike | None, image_size: int, d
         arrays = _decoded(source, part, image_size)
         rows = {name: row for row, name in enumerate(arrays["names"].tolist())}
         if strangers := [name for name in wanted if name not in rows]:
-            raise DataError(f"{source} lacks the character {strangers[0]}. Get the published data again.")
+            raise DataError(f"{source} lacks the character {strangers[0]}. Download the published data again.")
         chosen.append(torch.from_numpy(arrays["images"][[rows[name] for name in wanted]]))
     return torch.cat(chosen)  # in the order of `characters`, which is sorted and so grouped by part
 

@@ -124,7 +124,7 @@ def _members(source: Path, archive: zipfile.ZipFile, top: str) -> Iterator[tuple
             raise _bad(source, f"has a member {name!r} that is packed by method {info.compress_type}, not by deflate")
         kind = stat.S_IFMT(info.external_attr >> 16)
         if not name.startswith(top) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise _bad(source, f"has a member {name!r} that is no file or folder below {top}")
+            raise _bad(source, f"has a member {name!r} that is not a file or folder below {top}")
         if not info.is_dir():
             yield name.removeprefix(top), name, info.file_size
 
@@ -168,14 +168,14 @@ def files_below(source: Path) -> Iterator[tuple[str, os.stat_result]]:
         below = Path(folder).relative_to(source)
         for name in folders:
             if len(below.parts) == 2 or os.path.islink(os.path.join(folder, name)):
-                raise _bad(source, f"has a folder, or a link to one, {below / name} in the place of a drawing")
+                raise _bad(source, f"has a folder, or a link to one, {below / name} in place of a drawing")
         for name in sorted(files):
             if CLUTTER.fullmatch(name):
                 continue
             path = os.path.join(folder, name)
             found = _status(path)
             if found is None or not stat.S_ISREG(found.st_mode):
-                raise _bad(source, f"has {what_is_there(Path(path))} in the place of a drawing, {below / name}")
+                raise _bad(source, f"has {what_is_there(Path(path))} in place of a drawing, {below / name}")
             yield "/".join((*below.parts, name)), found
 
 

@@ -55,7 +55,7 @@ class PerWorker(TaskSampler):
             raise ValueError("PerWorker needs a sampler for each worker; got none.")
         for i, member in enumerate(members):
             if isinstance(member, PerWorker):
-                raise TypeError(f"samplers[{i}] of a PerWorker is one itself: name all workers' samplers in one list.")
+                raise TypeError(f"samplers[{i}] is itself a PerWorker: put all workers' samplers in one list.")
             check_sampler(member, f"PerWorker takes samplers; samplers[{i}]")
         fixed = [member for member in members if isinstance(member, FixedTasks)]
         if fixed and len(fixed) != len(members):

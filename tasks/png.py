@@ -63,7 +63,7 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
         raise ValueError(f"of {found_width}x{found_height} pixels instead of {width}x{height}")
     if depth not in DEPTHS.get(colour, ()) or method or filtering or interlaced > 1:
         raise DamagedError(
-            f"a header of no PNG: colour type {colour} of {depth} bits, methods {method}, {filtering} and {interlaced}"
+            f"an invalid header: colour type {colour} of {depth} bits, methods {method}, {filtering} and {interlaced}"
         )
     names = [name for name, _ in chunks]
     for name in names:
@@ -74,7 +74,7 @@ def read_grey(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
     if b"IDAT" in names and b"PLTE" in names[names.index(b"IDAT") :]:
         raise DamagedError("a palette after its pixels")
     if len(palette := dict(chunks).get(b"PLTE", b"")) % 3:
-        raise DamagedError(f"a palette of {len(palette)} bytes, which isn't three a colour")
+        raise DamagedError(f"a palette of {len(palette)} bytes, not 3 per colour")
     if colour in WITH_ALPHA:
         raise ValueError("with transparency")
     if colour == RGB and depth != 8:

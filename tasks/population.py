@@ -51,8 +51,8 @@ class Population(TaskSampler):
     def __init__(self, family: LinearRegression | Quadratic) -> None:
         if not isinstance(family, LinearRegression | Quadratic):
             raise TypeError(
-                f"the population is known of LinearRegression and Quadratic tasks; got {type(family).__name__}. "
-                "For others take many points."
+                "the population is known only for LinearRegression and Quadratic tasks; got "
+                f"{type(family).__name__}. For other tasks, use many points."
             )
         self.family = family
 

@@ -224,8 +224,8 @@ def test_works_where_gradients_are_off():
     ("arguments", "message"),
     [
         ({"tasks": 1}, "at least 2 tasks; got tasks=1"),
-        ({"steps": ()}, "at least one"),
-        ({"steps": (0, -1)}, "steps are numbers of inner steps >= 0"),
+        ({"steps": ()}, "one or more numbers"),
+        ({"steps": (0, -1)}, "steps must be one or more numbers of inner steps >= 0"),
         ({"confidence": 0.0}, "confidence must be in"),
         ({"confidence": 1.0}, "confidence must be in"),
         ({"confidence": 95}, r"95 % is 0\.95"),

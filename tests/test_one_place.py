@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
+import warnings
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from forked import run_forked
 from longer_options import LongerOptions, differ_in_patience, train_longer
 from problems import assert_close, mlp, randomised, regression_batch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, cli, train
@@ -24,14 +27,27 @@ from metamom.cli.app import parsed, parser
 from metamom.common.flag_types import long_count
 from metamom.common.options import Flag, declared, option
 from metamom.experiments import recipes, saved
+from metamom.experiments.families import FAMILIES
+from metamom.experiments.families.family import (
+    ACCURACY,
+    MEAN_SQUARED_ERROR,
+    BiasPlan,
+    Classes,
+    ComparisonPlan,
+    Defaults,
+    Family,
+    of_split,
+)
 from metamom.experiments.recipes import Recipe
 from metamom.maml import estimators
 from metamom.maml.estimators import ESTIMATORS, Record, memoryless_estimators
+from metamom.tasks import Episodes, LinearRegression
 from metamom.training import loop
 from metamom.training.directory import read_config
 from metamom.training.options import Options
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CHECKOUT = Path(__file__).parents[1]
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 SMALL = ["train", "sinusoid", "--iterations", "2", "--meta-batch", "2", "--evaluate-tasks", "4"]
 
 
@@ -169,3 +185,141 @@ def test_an_option_of_a_recipe(monkeypatch, tmp_path, capsys):
     assert "warmup is 3 there and 4 here" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--tasks", "4"]) == 0
     assert LongerRecipe.from_settings({name: value for name, value in settings.items() if name != "warmup"}).warmup == 0
+
+
+LINES = Family(
+    name="made-up",
+    title="lines through the origin",
+    help="on lines that were made up",
+    defaults=Defaults(shots=6, queries=3, inner_lr=0.05, lr=0.02, meta_batch=4),
+    iterations=7,
+    metric=MEAN_SQUARED_ERROR._replace(name="squared distance", digits=2),
+    comparison=ComparisonPlan(lrs=(0.04, 0.08), target=0.25),
+    tasks=lambda wanted: of_split(
+        LinearRegression(1, wanted.shots, wanted.queries, seed=wanted.seed, dtype=wanted.dtype), wanted.split, "lines"
+    ),
+    model=lambda ways, generator: randomised(nn.Linear(1, 1, bias=False)),
+    loss=lambda: F.mse_loss,
+    bias=BiasPlan((1, 3), pool=12, tasks=30, pairs=2, reason="which are straight"),
+    curve=lambda tasks: (torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 5)),
+    train_examples=("metamom train made-up --shots 3", "metamom train made-up --lr 0.1"),
+    compare_examples=("metamom compare made-up --seeds 2", "metamom compare made-up --lrs 0.1"),
+)
+
+
+def help_of(capsys, *command):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command, "--help"])
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_a_family_in_the_help(monkeypatch, capsys):
+    monkeypatch.setitem(FAMILIES, "made-up", LINES)
+    for command in ("train", "compare"):
+        assert "made-up on lines that were made up" in help_of(capsys, command)
+    said = help_of(capsys, "train", "made-up")
+    assert "--ways" not in said
+    for shown in (
+        "support points a task, in each inner batch (default: 6)",
+        "(default: 0.05)",
+        "metamom train made-up ",
+    ):
+        assert shown in said
+    assert "total number, including those before a resume (default: 7)" in said
+    said = help_of(capsys, "compare", "made-up")
+    assert "(default: 0.04,0.08)" in said
+    assert "validation error to count iterations to (default: 0.25)" in said
+    said = help_of(capsys, "bias")
+    assert "RUN|sinusoid|omniglot|made-up" in said
+    assert "; for made-up, which are straight, 1,3)" in said
+    assert "300; for omniglot 60; for made-up 30" in said
+
+
+def test_a_family_in_the_commands(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(FAMILIES, "made-up", LINES)
+    run, compared = tmp_path / "run", tmp_path / "compared"
+    assert cli.main(["train", "made-up", "--evaluate-tasks", "4", "--run-dir", str(run)]) == 0
+    assert "trained for 7 iterations" in capsys.readouterr().out
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings["task"], settings["shots"], settings["meta_batch"], settings["ways"]) == ("made-up", 6, 4, None)
+    assert cli.main(["evaluate", str(run), "--tasks", "4", "--steps", "1"]) == 0
+    assert capsys.readouterr().out.startswith("made-up 6-shot, split test, 4 tasks, trained for 7 iterations; ")
+    assert cli.main(["evaluate", str(run), "--split", "background"]) == 2
+    assert "lines have the splits train, validation and test; got 'background'" in capsys.readouterr().err
+    for what in ("made-up", str(run)):
+        assert cli.main(["bias", what, "--json"]) == 0
+        assert [at["inner_batch"] for at in json.loads(capsys.readouterr().out)["sizes"]] == [1, 3]
+    arguments = ["--seeds", "1", "--lrs", "0.04", "--evaluate-tasks", "4", "--tasks", "4", "--steps", "0,1"]
+    assert cli.main(["compare", "made-up", *arguments, "--run-dir", str(compared)]) == 0
+    report = (compared / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# Composite momentum and plain meta-SGD on lines through the origin\n")
+    assert "7 iterations of 4 tasks (6 shots, 3 queries), 1 inner step of 0.05" in report
+    assert "## Squared distance on test tasks" in report
+    assert "until validation squared distance is at most 0.25" in report
+    assert (compared / "figures" / "adaptation.png").exists()
+
+
+def test_a_family_with_classes(monkeypatch, tmp_path, capsys):
+    """Colours, each a constant image, with a split that shares them with training."""
+    images, labels = torch.arange(8.0).repeat_interleave(4)[:, None] / 8, torch.arange(8).repeat_interleave(4)
+    family = replace(
+        LINES,
+        title="Colours",
+        defaults=LINES.defaults._replace(shots=1, queries=2, ways=3),
+        metric=ACCURACY,
+        tasks=lambda wanted: Episodes(
+            images, labels, ways=wanted.ways, shots=wanted.shots, queries=wanted.queries, seed=wanted.seed
+        ),
+        model=lambda ways, generator: randomised(nn.Linear(1, ways)),
+        loss=lambda: F.cross_entropy,
+        classes=Classes("colours", seen_in=("train",)),
+        curve=None,
+    )
+    monkeypatch.setitem(FAMILIES, "made-up", family)
+    assert "classes a task (default: 3)" in help_of(capsys, "train", "made-up")
+    assert "validation accuracy to count iterations to" in help_of(capsys, "compare", "made-up")
+    run, compared = tmp_path / "run", tmp_path / "compared"
+    assert cli.main(["train", "made-up", "--ways", "4", "--evaluate-tasks", "4", "--run-dir", str(run)]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["evaluate", str(run), "--tasks", "4", "--split", "train"]) == 0
+    out, err = capsys.readouterr()
+    assert "made-up 4-way 1-shot, split train, 4 tasks" in out
+    assert "train shares colours with it: this is no accuracy on new colours. Use validation or test." in err
+    arguments = ["--seeds", "1", "--lrs", "0.04", "--evaluate-tasks", "4", "--tasks", "4", "--steps", "1"]
+    assert cli.main(["compare", "made-up", *arguments, "--run-dir", str(compared)]) == 0
+    report = (compared / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# Composite momentum and plain meta-SGD on Colours, 3-way 1-shot\n")
+    assert "until validation accuracy is at least 25.0 %" in report
+    assert not (compared / "figures" / "adaptation.png").exists()
+
+
+def test_a_family_has_classes_and_ways_or_neither():
+    with pytest.raises(ValueError, match="a family with classes has default ways"):
+        replace(LINES, classes=Classes("colours", seen_in=("train",)))
+
+
+def test_every_module_of_a_family_is_found():
+    folder = CHECKOUT / "experiments" / "families"
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "family"}
+    assert modules == set(FAMILIES)
+
+
+def test_commands_do_not_ask_for_a_family_by_name():
+    """What depends on the task is read from its record."""
+    names = "|".join(FAMILIES)
+    asked = re.compile(rf"""task\w*\b *(==|!=|in|not in) *[\[({{]?"({names})"|"({names})": """)
+    paths = [*(CHECKOUT / "metamom" / "cli").glob("*.py"), *(CHECKOUT / "experiments").glob("*.py")]
+    found = [path.name for path in paths if asked.search(path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_contributing_names_the_places():
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("| to add | change |")[2].partition("\n\n")[0]
+    rows = {cells[1].strip(): cells[2] for line in table.splitlines()[2:] if (cells := line.split("|"))}
+    assert {"a bias operator", "an estimator", "a task family", "an experiment"} <= set(rows)
+    for what, change in rows.items():
+        places = re.findall(r"`((?:metamom|experiments|tasks)/[\w/.]*)`", change)
+        assert places, what
+        assert all((CHECKOUT / place).exists() for place in places), places

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import loop_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import assert_same, make_params, run, scalar, set_gradients, step_once
@@ -16,9 +17,8 @@ from metamom import CompositeMomentum, momentum_update
 BETAS = [0.01, 0.1, 0.3, 0.5, 0.9]
 
 
-@pytest.mark.parametrize("foreach", [False, True, None])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.01}, {"maximize": True}], ids=["plain", "decay", "max"])
-@pytest.mark.parametrize("beta", BETAS)
+@loop_over(beta=BETAS, foreach=(False, True, None))
 def test_gradient_start_is_dampened_sgd_bit_for_bit(beta, options, foreach):
     lr = 0.02 if not options.get("maximize") else 0.001  # ascent on a convex function grows
     ours = run(lambda p: CompositeMomentum(p, lr, beta, first_step="gradient", foreach=foreach, **options))
@@ -36,9 +36,8 @@ def test_zero_start_is_undampened_sgd_with_a_smaller_step(beta, options):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-12)  # the scale is 1
 
 
-@pytest.mark.parametrize("first_step", ["zero", "gradient"])
-@pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.01}, {"maximize": True}], ids=["plain", "decay", "max"])
+@loop_over(first_step=("zero", "gradient"), foreach=(False, True))
 def test_beta_one_is_plain_sgd_bit_for_bit(first_step, foreach, options):
     ours = run(lambda p: CompositeMomentum(p, 0.003, 1.0, first_step=first_step, foreach=foreach, **options))
     assert_same(ours, run(lambda p: torch.optim.SGD(p, 0.003, **options)))
@@ -123,8 +122,7 @@ def test_beta_out_of_range(beta):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-@pytest.mark.parametrize("first_step", ["zero", "gradient"])
+@loop_over(beta=(0.1, 1.0), first_step=("zero", "gradient"))
 def test_together_and_one_by_one_agree_exactly(dtype, beta, first_step):
     options = {"lr": 0.02, "beta": beta, "first_step": first_step, "weight_decay": 0.01}
     single = run(lambda p: CompositeMomentum(p, foreach=False, **options), 20, dtype)

@@ -99,7 +99,7 @@ def test_lambda_beta_errors():
     with pytest.raises(TypeError, match="LambdaBeta needs an optimizer with a beta; got SGD"):
         LambdaBeta(torch.optim.SGD([scalar()], lr=0.1), lambda k: 1.0)
     optimizer = CompositeMomentum([scalar()], lr=0.1, beta=0.5)
-    with pytest.raises(ValueError, match="one for each of 1 groups; got 2"):
+    with pytest.raises(ValueError, match="one for each of the 1 groups; got 2"):
         LambdaBeta(optimizer, [lambda k: 1.0] * 2)
     for factor in (0.0, 3.0, math.nan):
         with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):

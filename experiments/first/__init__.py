@@ -1,1 +1,1 @@
-"""Three first experiments on quadratics: what momentum does to noise, to bias, and what tuning does about both."""
+"""Three first experiments on quadratics: momentum and noise, momentum and bias, and tuning under both."""

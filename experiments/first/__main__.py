@@ -19,8 +19,8 @@ EXPERIMENTS = {"law": law, "floors": floors, "tuned": tuned}
 def main() -> None:
     """Run, write and print."""
     parser = argparse.ArgumentParser(description="Three first experiments on quadratics.", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/first"), help="where the report goes")
-    parser.add_argument("--only", choices=EXPERIMENTS, help="one of them alone")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/first"), help="where to write the report")
+    parser.add_argument("--only", choices=EXPERIMENTS, help="run only this experiment")
     arguments = parser.parse_args()
     for name in [arguments.only] if arguments.only else EXPERIMENTS:
         experiment, figure = EXPERIMENTS[name], Path("figures") / f"first-{name}.png"

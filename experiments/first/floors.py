@@ -1,4 +1,4 @@
-"""Top-K and clipping on workers that differ: how fast, and where it stops, for every beta and with error feedback."""
+"""Top-K and clipping on different workers: the speed and the floor, for every beta and with error feedback."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class OperatorFloors:
     steps: int = 2000
     last: int = 500
     runs: int = 20
-    share: float = 0.05  # of the first squared gradient norm: the target
+    share: float = 0.05  # the target, as a fraction of the first squared gradient norm
 
 
 class Outcome(NamedTuple):
-    """One operator and beta: the mean ``||grad f||^2`` of every step, steps to the target, and the floor."""
+    """The results of one operator and beta: mean ``||grad f||^2`` at every step, steps to the target, and the floor."""
 
     course: Tensor
     steps: int | None
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 def measure(config: OperatorFloors, spec: str, beta: float) -> Outcome:
-    """Many runs of one operator and beta."""
+    """Run one operator and beta many times."""
     problem, start = workers_that_differ()
     values = descend(
         problem, start, lr=config.lr, beta=beta, steps=config.steps, bias=parse(spec), noise=config.noise,
@@ -53,7 +53,7 @@ def measure(config: OperatorFloors, spec: str, beta: float) -> Outcome:
 
 
 def show(figure_path: Path, config: OperatorFloors = OperatorFloors()) -> str:
-    """Measure all of it; draws the figure and returns the table, in Markdown."""
+    """Measure everything, draw the figure, and return the table in Markdown."""
     problem, _ = workers_that_differ()
     n, d = problem.minima.shape
     lines = [

@@ -40,12 +40,12 @@ class StationaryLaw:
 
     @property
     def step_rules(self) -> dict[str, Callable[[float], float]]:
-        """The step size for each beta: the same, or the largest of the worst-case theory."""
+        """The step size for each beta: the same, or the largest that the worst-case theory allows."""
         return {f"γ = {self.lr:g}": lambda beta: self.lr, "γ = β/(2 − β)": lambda beta: beta / (2 - beta)}
 
 
 class Point(NamedTuple):
-    """One step size and beta: what was measured over the last steps, and the mean ``||grad f||^2`` of every step."""
+    """The results of one step size and beta: means over the last steps, and the mean ``||grad f||^2`` at every step."""
 
     grad_sq: Measured
     deviation_sq: Measured
@@ -53,12 +53,12 @@ class Point(NamedTuple):
 
 
 def exact(config: StationaryLaw, lr: float, beta: float) -> Stationary:
-    """What the law says."""
+    """The law's prediction."""
     return stationary(config.curvatures, config.noise**2, 0.0, beta, lr)
 
 
 def measure(config: StationaryLaw, lr: float, beta: float) -> Point:
-    """Many runs of one step size and beta."""
+    """Run one step size and beta many times."""
     lam = config.curvatures
     problem = Quadratics(lam[None], torch.zeros_like(lam)[None])
     course = descend(
@@ -70,7 +70,7 @@ def measure(config: StationaryLaw, lr: float, beta: float) -> Point:
 
 
 def show(figure_path: Path, config: StationaryLaw = StationaryLaw()) -> str:
-    """Measure all of it; draws the figure and returns the table, in Markdown."""
+    """Measure everything, draw the figure, and return the table in Markdown."""
     lines = [
         f"A quadratic in {config.dimension} dimensions, curvatures 1 to 0.1, noise of variance",
         f"{config.noise**2:.2g} on each entry. {config.runs} runs of {config.steps} steps, means of the last",

@@ -1,4 +1,4 @@
-"""Step size and beta searched under bias, for plain SGD and momentum alike; the best of each runs again."""
+"""Tune step size and beta under bias, for plain SGD and for momentum, and run the best of each again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TITLE = "Step size and β under bias"
 
 @dataclass(frozen=True)
 class TunedMethods:
-    """The grid is the same for every operator; the best are measured with twice the runs, on other noise."""
+    """The grid is the same for every operator; the best are measured with twice the runs and different noise."""
 
     noise: float = 0.3
     lrs: tuple[float, ...] = tuple(2.0**power for power in range(-5, 6))
@@ -37,11 +37,11 @@ class TunedMethods:
     steps: int = 400
     last: int = 100
     runs: int = 10
-    share: float = 0.01  # of the first squared gradient norm: the target
+    share: float = 0.01  # the target, as a fraction of the first squared gradient norm
 
 
 class Grid(NamedTuple):
-    """``[lrs, betas]`` each: steps to the target, infinite if never; floors, infinite for runs that diverged."""
+    """``[lrs, betas]`` each: steps to the target (infinite if never), and floors (infinite for runs that diverged)."""
 
     steps: Values
     floors: Values
@@ -56,14 +56,14 @@ def run(config: TunedMethods, spec: str, lr: float, beta: float, *, seed: int, r
 
 
 def search(config: TunedMethods, spec: str) -> Grid:
-    """Every step size with every beta, on the same noise."""
+    """Run every step size with every beta, on the same noise."""
     grid = Grid(*(np.full((len(config.lrs), len(config.betas)), math.inf) for _ in Grid._fields))
     for i, lr in enumerate(config.lrs):
         for j, beta in enumerate(config.betas):
             try:
                 values = run(config, spec, lr, beta, seed=1, runs=config.runs)
             except NonFiniteError:
-                continue  # it diverged
+                continue  # the run diverged
             course, floor = values.mean(1), float(values[-config.last :].mean())
             if floor < float(course[0]):
                 grid.floors[i, j] = floor
@@ -72,13 +72,13 @@ def search(config: TunedMethods, spec: str) -> Grid:
 
 
 def best(values: Values, columns: list[int]) -> tuple[int, int]:
-    """Row and column of the smallest value in some of the columns."""
+    """Row and column of the smallest value among the given columns."""
     row, at = np.unravel_index(values[:, columns].argmin(), (len(values), len(columns)))
     return int(row), columns[int(at)]
 
 
 def show(figure_path: Path, config: TunedMethods = TunedMethods()) -> str:
-    """Search and run again; draws the heat maps and returns the table, in Markdown."""
+    """Search, run the best again, draw the heat maps, and return the table in Markdown."""
     lines = [
         f"The same workers with noise {config.noise}, {config.steps} steps, {config.runs} runs for every γ ∈",
         f"{{{_listed(config.lrs)}}} and β ∈ {{{_listed(config.betas)}}}.",
@@ -116,7 +116,7 @@ def show(figure_path: Path, config: TunedMethods = TunedMethods()) -> str:
 
 
 def _steps(values: Tensor, share: float) -> Measured | str:
-    """Steps to the target over runs; how many arrived where not all did."""
+    """Steps to the target over runs; the number of runs that reached it, if not all did."""
     target = share * float(values[0].mean())
     every = [steps_to(course, target) for course in values.T]
     arrived = values.new_tensor([k for k in every if k is not None])

@@ -14,7 +14,7 @@ OPERATORS = ("none", "topk:10%", "clip:1")
 
 
 def workers_that_differ() -> tuple[Quadratics, Tensor]:
-    """Ten workers' quadratics, and where every run starts, ``[20]``.
+    """Ten workers' quadratics, and the starting point of every run, ``[20]``.
 
     Curvatures fall from 1 to 1/20 and differ by up to 30 % between workers; so do the minima.
     """

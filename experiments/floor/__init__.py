@@ -1,1 +1,1 @@
-"""The bias floor is the same for every beta, momentum's own error shrinks with beta, and cures lower the floor."""
+"""The bias floor does not depend on beta, momentum's own error shrinks with beta, and remedies lower the floor."""

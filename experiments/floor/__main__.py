@@ -2,7 +2,7 @@
 
 python -m metamom.experiments.floor [--only regressions|sinusoids] [--run-dir runs/floor]
 
-``report.md`` holds what was run now and what an earlier run has left.
+``report.md`` holds the results of this run and those left by earlier runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ EXPERIMENTS = {"regressions": regressions, "sinusoids": sinusoids}
 
 def main() -> None:
     """Run, write and print."""
-    parser = argparse.ArgumentParser(description="Bias floors, for every beta and with each cure.", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/floor"), help="where the report goes")
-    parser.add_argument("--only", choices=EXPERIMENTS, help="one of them alone")
+    parser = argparse.ArgumentParser(description="Bias floors, for every beta and every remedy.", allow_abbrev=False)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/floor"), help="where to write the report")
+    parser.add_argument("--only", choices=EXPERIMENTS, help="run only this part")
     arguments = parser.parse_args()
     keep_freed_memory()
     for name in [arguments.only] if arguments.only else EXPERIMENTS:
@@ -29,7 +29,11 @@ def main() -> None:
         table = experiment.show(arguments.run_dir / figure)
         keep_part(arguments.run_dir, name, f"{table}\n\n![{experiment.TITLE}]({figure})")
     titles = {name: experiment.TITLE for name, experiment in EXPERIMENTS.items()}
-    print(assembled(arguments.run_dir, "The bias floor, every beta, and the cures", titles).read_text(encoding="utf-8"))
+    print(
+        assembled(arguments.run_dir, "The bias floor for every beta, and its remedies", titles).read_text(
+            encoding="utf-8"
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Two linear regressions of different covariance (I and I/4), where each estimator's floor is known.
 
-One inner step of 1/2 on m points, all of it through `MAML` and `CompositeMomentum`. Where the mean iterate ends is
+One inner step of 1/2 on m points, with `MAML` and `CompositeMomentum` throughout. The limit of the mean iterate is
 known exactly for the estimators that are affine in the weights (docs/theory.md, "Fixed points of tasks that differ");
-for Top-K and its error feedback it is measured alone.
+for Top-K and its error feedback it is only measured.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ COMPRESSED = (Arm("independent", 2, "topk:1"), Arm("independent", 2, "ef21-sgdm(
 
 
 class Ended(NamedTuple):
-    """What the last steps of a run say.
+    """Statistics of a run's last steps.
 
     Attributes:
         mean: of the iterates, ``[d]``.
         error: its standard error, ``[d]``.
-        floor: ``||grad f(E w)||^2``, estimated without the bias of a square: it may be below zero.
+        floor: ``||grad f(E w)||^2``, estimated without bias, so it may be negative.
         halfwidth: of its 95 % interval.
         deviation_sq: mean of ``||v_k - grad f(w_k)||^2``.
     """
@@ -85,7 +85,7 @@ class Ended(NamedTuple):
 
 
 def predicted(arm: Arm, alpha: float) -> Floor | None:
-    """Where the arm ends by theory; None where nothing is known in closed form."""
+    """The arm's limit by theory; ``None`` if there is no closed form."""
     if arm.bias != "none":
         return None
     exact = [regression.population(design, alpha) for design in DESIGNS]
@@ -100,7 +100,7 @@ def predicted(arm: Arm, alpha: float) -> Floor | None:
 
 
 def run(config: RegressionFloor, arm: Arm, beta: float, *, seed: int = 0) -> Ended:
-    """Train one arm and look at where it ends."""
+    """Train one arm and measure where it ends."""
     model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     learner = MAML(model, half_squared_error, inner_lr=config.alpha, estimator=arm.estimator)
@@ -140,7 +140,7 @@ def run(config: RegressionFloor, arm: Arm, beta: float, *, seed: int = 0) -> End
 
 
 def show(figure_path: Path, config: RegressionFloor = RegressionFloor()) -> str:
-    """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
+    """Run every arm with every beta, draw the figure, and return the table in Markdown."""
     figure, (plane, floors, errors) = row_of_panels(3, sharey=False)
     lines = [
         f"Two regressions, {config.tasks} tasks a step, γ = {config.lr}, {config.steps} steps, means of the last",

@@ -1,8 +1,8 @@
-"""Sinusoids, where nothing is closed form: which estimators stay near a solution of the true objective.
+"""Sinusoids, where nothing has a closed form: which estimators stay near a solution of the true objective.
 
 The true objective F is the loss after an inner step on the whole population of a task's points, here 1,000 of them. All
-arms start from the same weights, trained on inner batches of 100; on batches of m points each then goes where its own
-bias takes it.
+arms start from the same weights, trained on inner batches of 100. On batches of m points, each then drifts as far as
+its own bias takes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from metamom.nets.models import SinusoidMLP
 from metamom.optim import CompositeMomentum
 from metamom.tasks import FixedTasks, Sinusoid
 
-TITLE = "Sinusoids, where nothing is closed form"
+TITLE = "Sinusoids, where nothing has a closed form"
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class SinusoidFloor:
     betas: tuple[float, ...] = (1.0, 0.1)
     lr: float = 0.0005
     steps: int = 2000
-    every: int = 250  # steps between looks at F
-    last: int = 500  # whose mean iterate counts
+    every: int = 250  # steps between evaluations of F
+    last: int = 500  # last steps, for the mean iterate
     warm_steps: int = 2000
     warm_lr: float = 0.02
     warm_m: int = 100
-    population: int = 1000  # points that stand for all of a task
-    draws: int = 16  # of them
+    population: int = 1000  # points per task that stand for its whole population
+    draws: int = 16  # draws of the population
 
 
 class Arm(NamedTuple):
-    """An estimator, and by how much its inner batch is larger than m."""
+    """An estimator, and the factor by which its inner batch is larger than m."""
 
     estimator: Estimator
     times: int = 1
 
     def named(self, config: SinusoidFloor) -> str:
-        """Its inner points, those for the Hessian apart."""
+        """Its inner points, with those for the Hessian shown separately."""
         m = self.times * config.m
         whole = self.estimator in ("exact", "first-order", "moml-coupled")
         return f"{self.estimator}, m = {m}" + ("" if whole else f" + {m}")
@@ -71,11 +71,11 @@ ARMS = (
 
 
 class Ended(NamedTuple):
-    """What came of an arm.
+    """The result of an arm.
 
     Attributes:
-        course: F of the weights after every so many steps, from the start on; up to where it diverged.
-        floor: ``||grad F||^2`` at the mean of the last iterates, without the bias of a square; NaN if it diverged.
+        course: F along the run, every few steps from the start; ends where the run diverged.
+        floor: ``||grad F||^2`` at the mean of the last iterates, estimated without bias; NaN if it diverged.
         halfwidth: of its 95 % interval.
         value: F there.
     """
@@ -87,7 +87,7 @@ class Ended(NamedTuple):
 
 
 def start(config: SinusoidFloor) -> Tensor:
-    """Weights ``[d]`` that all arms begin from: trained on large inner batches."""
+    """The weights ``[d]`` that all arms start from: trained on large inner batches."""
     learner = _learner(config, "exact")
     optimizer = CompositeMomentum(learner.parameters(), lr=config.warm_lr, beta=0.1)
     sampler = _tasks(config, config.warm_m)
@@ -111,7 +111,7 @@ def true_gradients(config: SinusoidFloor, weights: Tensor, draws: int) -> tuple[
 
 
 def run(config: SinusoidFloor, arm: Arm, beta: float, weights: Tensor) -> Ended:
-    """Train one arm from these weights and look at where it ends."""
+    """Train one arm from these weights and measure where it ends."""
     learner = _learner(config, arm.estimator, weights)
     optimizer = CompositeMomentum(learner.parameters(), lr=config.lr, beta=beta)
     sampler = _tasks(config, arm.times * config.m * learner.support_parts)
@@ -123,7 +123,7 @@ def run(config: SinusoidFloor, arm: Arm, beta: float, weights: Tensor) -> Ended:
         now = parameters_to_vector(learner.model.parameters()).detach()
         if (k + 1) % config.every == 0:
             value = true_gradients(config, now, 2)[1]
-            if not value < 100 * course[0]:  # a NaN too
+            if not value < 100 * course[0]:  # also true for a NaN
                 return Ended(course, math.nan, math.nan, math.nan)
             course.append(value)
         if k >= config.steps - config.last:
@@ -134,7 +134,7 @@ def run(config: SinusoidFloor, arm: Arm, beta: float, weights: Tensor) -> Ended:
 
 
 def show(figure_path: Path, config: SinusoidFloor = SinusoidFloor()) -> str:
-    """Run every arm with every beta; draws the figure and returns the table, in Markdown."""
+    """Run every arm with every beta, draw the figure, and return the table in Markdown."""
     weights = start(config)
     gradients, value = true_gradients(config, weights, config.draws)
     floor = squared_norm(gradients)

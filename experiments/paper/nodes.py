@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class Seen(NamedTuple):
-    """What nodes report of their images before the update: mean loss ``[c]`` and number of hits ``[c]``."""
+    """The nodes' metrics before the update: mean loss ``[c]`` and number of correct predictions ``[c]``."""
 
     loss: Tensor
     hits: Tensor
@@ -23,12 +23,12 @@ class Gradients(Protocol):
     """Gradients of the nodes' mean cross-entropies at the model's parameters."""
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, out: Tensor) -> Seen:
-        """Images ``x [c, m, ...]`` and labels ``y [c, m]`` to gradients in ``out [c, d]``, which is overwritten."""
+        """Write the gradients for images ``x [c, m, ...]`` and labels ``y [c, m]`` to ``out [c, d]``."""
         ...
 
 
 def gradients_in_order(model: nn.Module, x: Tensor, y: Tensor, out: Tensor) -> Seen:
-    """One node after the other, so that the running statistics of any model in training mode follow the nodes."""
+    """Compute one node after the other, so that running statistics of a model in training mode follow the nodes."""
     parameters = list(model.parameters())
     losses, hits = [], []
     for images, labels, row in zip(x, y, out, strict=True):
@@ -42,10 +42,10 @@ def gradients_in_order(model: nn.Module, x: Tensor, y: Tensor, out: Tensor) -> S
 
 @torch.no_grad()
 def gradients_together(model: nn.Module, x: Tensor, y: Tensor, out: Tensor) -> Seen:
-    """All nodes at once, for a `Sequential` of a `Flatten` and linear layers with a `ReLU` between each two.
+    """Compute all nodes at once, for a `Sequential` of a `Flatten` and linear layers with a `ReLU` between each two.
 
-    All images go forward and back in the same matrix products; only the weights' gradients are products of each
-    node's own, ``D_i^T H_i``, and go straight to their place.
+    All images go forward and back in the same matrix products; only the weights' gradients are separate
+    products for each node, ``D_i^T H_i``, written straight to their place.
     """
     layers = _linear_layers(model)
     c, m = y.shape

@@ -1,4 +1,4 @@
-"""What the paper's two experiments are: data, model, and how the nodes' gradients are computed."""
+"""The paper's two experiments: data, model, and how the nodes' gradients are computed."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Protocol:
     Attributes:
         dataset: its name for ``metamom data``.
         title: its name in the authors' files.
-        mean: taken off pixels from 0 to 1.
-        std: which they are then divided by.
-        channels: equal ones, of every image.
-        flips: mirror each image with probability 1/2, test images too, drawn anew in each epoch.
-        model: makes it, drawing its weights from torch's global generator.
-        description: of the model, for the record.
-        gradients: of the nodes.
-        together: whether they compute a chunk's nodes in one.
-        activations: numbers kept for each image on the way back, about; bounds the chunk.
+        mean: subtracted from pixels in [0, 1].
+        std: the divisor after that.
+        channels: number of equal channels of every image.
+        flips: mirror each image with probability 1/2, test images too, with new draws in each epoch.
+        model: the factory, which draws the weights from torch's global generator.
+        description: the model in words, for the record.
+        gradients: the function for the nodes' gradients.
+        together: whether it computes a chunk's nodes at once.
+        activations: approximate count of numbers kept per image for the backward pass; bounds the chunk.
     """
 
     dataset: str
@@ -74,9 +74,9 @@ class Protocol:
         return LabelledImages(images.float().div_(255).sub_(self.mean).div_(self.std), labels)
 
     def initial(self, seed: int) -> Initial:
-        """The model as after ``torch.manual_seed(seed)``, and a generator that goes on where its draws ended.
+        """The model as after ``torch.manual_seed(seed)``, and a generator that continues where its draws ended.
 
-        Nothing else sees the global generator touched.
+        The global generator is restored afterwards.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -94,7 +94,7 @@ class Protocol:
 
 
 class Initial(NamedTuple):
-    """A model before its first step, and the generator of all that is drawn later."""
+    """A model before its first step, and the generator of all later draws."""
 
     model: nn.Module
     draws: torch.Generator

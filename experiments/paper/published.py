@@ -1,4 +1,4 @@
-"""Results as curves, the authors' and ours: what a run was is in the name of its file, or in its ``config.json``."""
+"""The authors' results and ours, as curves. A run's settings are in its file's name, or in its ``config.json``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ NAME = re.compile(
     r"(_(?P<operator>TopK|ClipNorm|ClipValue|Norm)(_(?P<argument>[\d.]+?))?)?(_seed_(?P<seed>\d+))?\.csv"
 )
 SPECS = {"TopK": "topk", "ClipNorm": "clip", "ClipValue": "clipvalue", "Norm": "normalize:tensor"}
-SEEDS = 5  # that a summary is the mean of
+SEEDS = 5  # number of seeds behind the authors' means
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the settings of a run of ours say of it."""
+    """The settings of one of our runs."""
 
     dataset: Literal["mnist", "fashion"]
     nodes: int
@@ -39,7 +39,7 @@ class Run:
 
 
 class Setting(NamedTuple):
-    """What a run was, but for its seed."""
+    """A run's settings, except for its seed."""
 
     dataset: str
     nodes: int
@@ -67,12 +67,12 @@ def authors_curves(folder: Path) -> list[Curve]:
         if (match := NAME.fullmatch(path.name)) and match["title"] in TITLES:
             rows = list(_rows(path, "" if match["seed"] else "_mean"))
             if not rows:
-                raise ValueError(f"{path} holds no epochs: it is cut short or damaged; put a whole copy in its place.")
+                raise ValueError(f"{path} holds no epochs: it is cut short or damaged. Replace it with an intact copy.")
             found.append(Curve(_named(match), int(match["seed"]) if match["seed"] else None, rows))
     if not found:
         raise ValueError(
             f"{folder} holds none of the authors' results, such as "
-            "MNIST_A_512512_penalty_0.0_e_200_N_100_SGD_lr_0.5_seed_0.csv; name the folder that has them (--paper)."
+            "MNIST_A_512512_penalty_0.0_e_200_N_100_SGD_lr_0.5_seed_0.csv; name the folder that holds them (--paper)."
         )
     return found
 
@@ -99,17 +99,17 @@ def our_curves(folder: Path) -> list[Curve]:
             other = places.setdefault((setting, run.seed), path.parent)
             if other != path.parent:
                 raise ValueError(
-                    f"{other} and {path.parent} are runs of one setting and seed, which would count twice: move one of "
-                    "them away."
+                    f"{other} and {path.parent} are runs with the same settings and seed, which would count twice: "
+                    "move one of them away."
                 )
             found.append(Curve(setting, run.seed, rows))
     if not found:
-        raise ValueError(f"{folder} holds no run of `metamom reproduce`; name a folder that has some (--run-dir).")
+        raise ValueError(f"{folder} holds no run of `metamom reproduce`; name a folder with some (--run-dir).")
     return found
 
 
 def mean_rows(curves: list[Curve]) -> list[Row]:
-    """The mean over runs, as many epochs as all of them have."""
+    """The mean over runs, for as many epochs as all of them have."""
     return [
         Row(*(sum(values) / len(values) for values in zip(*rows, strict=True)))
         for rows in zip(*(curve.rows for curve in curves), strict=False)
@@ -126,7 +126,7 @@ def _named(match: re.Match[str]) -> Setting:
 
 
 def _canonical(spec: str, parameters: int) -> str:
-    """Shares as numbers, and no word on ties: the authors' names have neither."""
+    """Write ratios as numbers, and drop the option for ties: the authors' names have neither."""
     operator = parse(spec)
     if isinstance(operator, TopK) and not operator.per_tensor:
         return f"topk:{operator.kept(parameters)}"
@@ -134,7 +134,7 @@ def _canonical(spec: str, parameters: int) -> str:
 
 
 def _rows(path: Path, suffix: str, *, running: bool = False) -> Iterator[Row]:
-    """The epochs of a file; of a run that may be under way, or was killed, without a last line cut short."""
+    """The epochs of a file. A truncated last line is dropped for a run that may be in progress or was killed."""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         lines = [line.replace("\0", "?") for line in file if line.endswith("\n") or not running]
         for number, line in enumerate(csv.DictReader(lines), 2):

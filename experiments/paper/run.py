@@ -20,8 +20,8 @@ from metamom.training.progress import Progress
 from metamom.training.session import Session
 
 HEADER = ",".join(("", *Row._fields))
-SAVE_AFTER = 10.0  # seconds of work that a crash may cost, or an epoch
-REMEDIES = ""  # for divergence: nothing but the step size and the operator is there to be changed
+SAVE_AFTER = 10.0  # seconds of work (or one epoch) that a crash may cost
+REMEDIES = ""  # for divergence: only the step size and the operator can be changed
 
 
 def reproduce(
@@ -41,24 +41,24 @@ def reproduce(
 ) -> list[Row]:
     """Run one of the paper's experiments as its authors ran it.
 
-    ``run_dir`` gets ``metrics.csv`` with the columns of the authors' files, a line as soon as its epoch is done, beside
-    what every run directory holds. Ctrl-C and SIGTERM finish the epoch at hand, save and raise.
+    Besides the usual files, ``run_dir`` gets ``metrics.csv`` with the columns of the authors' files, one line per
+    epoch. Ctrl-C and SIGTERM finish the current epoch, save and raise.
 
     Args:
         dataset: ``"mnist"`` or ``"fashion"``.
-        run_dir: where it goes.
-        nodes: n, must divide 60,000.
+        run_dir: the run's directory.
+        nodes: n; must divide 60,000.
         lr: gamma > 0.
         beta: weight of the new gradient, 0 < beta <= 1; 1 is SGD.
         bias: the operator on each node's gradient, or its SPEC (see `metamom.bias.parse`). Top-K keeps ties here, all
             entries of at least the K-th largest magnitude, as the authors' does.
         seed: of the weights and of the flips.
-        epochs: total number of updates, including those before a resume; the authors' (200, 300) if ``None``.
-        chunk: nodes computed at a time, which changes no result; if ``None``, as many as keep the run within 2 GB, its
+        epochs: total number of updates, including those before a resume; ``None`` for the authors' (200, 300).
+        chunk: nodes computed at a time, without effect on results; ``None`` for as many as fit the run in 2 GB, its
             data, the operator's state and checkpoints included.
         device: ``"cpu"``, ``"cuda"``.
         root: data root; else ``$METAMOM_DATA``, else the per-user data folder.
-        resume: go on from the newest good checkpoint, or start afresh where there is none.
+        resume: continue from the newest good checkpoint, or start from the beginning if there is none.
 
     Returns:
         All epochs' metrics, those before a resume included.
@@ -96,15 +96,15 @@ def reproduce(
 
 
 def _epochs(training: Training, epochs: int, run: RunDirectory, label: str) -> list[Row]:
-    """Do the epochs that are left, and give the metrics of all."""
+    """Do the remaining epochs, and return the metrics of all."""
     seconds = _restored(training, run)
     if epochs < training.epochs:
         raise ValueError(
-            f"the run in {run.path} has done {training.epochs} epochs, more than the {epochs} asked for in all. "
+            f"the run in {run.path} has done {training.epochs} epochs, more than the total of {epochs}. "
             f"Pass epochs (--epochs) above {training.epochs} to go on, or take another directory for a shorter run."
         )
     rows = _rows_before(training.epochs, run.path)
-    # first the copy: a crash behind it leaves the metrics that tell it from a stranger's
+    # the copy first: after a crash, metrics.jsonl still shows that the file is this run's
     write_atomically(run.path / "metrics.csv", "".join(f"{line}\n" for line in [HEADER, *_lines(rows)]).encode())
     run.forget_metrics_from(training.epochs)
     run.write_config()
@@ -161,7 +161,7 @@ def _settings(
 
 
 def _metrics(epoch: int, row: Row, training: Training) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``, but for its seconds: the names of every run's, and those of ``metrics.csv``."""
+    """A line of ``metrics.jsonl`` without its seconds: the names that every run has, and those of ``metrics.csv``."""
     wire = training.operator.wire_bytes(training.parameters, sizes=training.sizes)
     line = {"step": epoch, "loss": row.train_loss, "accuracy": row.train_acc, **row._asdict()}
     return {**line, "world_size": 1, "wire_bytes": training.nodes * wire}
@@ -172,9 +172,9 @@ def _lines(rows: list[Row], first: int = 0) -> list[str]:
 
 
 def _rows_before(epoch: int, folder: Path) -> list[Row]:
-    """Epochs 0 to ``epoch - 1`` of ``metrics.jsonl``; what damage has taken there is found in its copy, or NaN."""
+    """Epochs 0 to ``epoch - 1`` of ``metrics.jsonl``; damaged lines are taken from the copy, or are NaN."""
     copy = folder / "metrics.csv"
-    lines = copy.read_bytes().split(b"\n")[:-1] if copy.is_file() else []  # without one cut short
+    lines = copy.read_bytes().split(b"\n")[:-1] if copy.is_file() else []  # without a truncated line
     found: dict[str, list[Any]] = {}
     for number, *values in (line.decode(errors="replace").split(",") for line in lines):
         found[number] = values
@@ -191,13 +191,13 @@ def _row(values: list[Any]) -> Row:
 
 
 def _refuse_strangers(path: Path) -> None:
-    """What stands in ``metrics.csv`` without a run beside it, perhaps a copy of the authors', is not written over."""
+    """Refuse to overwrite a ``metrics.csv`` that has no run next to it: it may be a copy of the authors'."""
     if path.exists() and len(path.read_bytes().splitlines()) > 1:
-        raise ValueError(f"{path} holds results, but there is no run beside them; choose another directory.")
+        raise ValueError(f"{path} holds results, but no run; choose another directory.")
 
 
 def _restored(training: Training, run: RunDirectory) -> float:
-    """Put the newest good checkpoint into the training; the seconds that were spent before it."""
+    """Load the newest good checkpoint into the training, and return the seconds spent before it."""
     state = run.newest_state()
     if state is None:
         _refuse_strangers(run.path / "metrics.csv")
@@ -207,7 +207,7 @@ def _restored(training: Training, run: RunDirectory) -> float:
 
 
 class _Store:
-    """The checkpoints of a training; of epochs none is the best."""
+    """A training's checkpoints; there is no best epoch."""
 
     def __init__(self, training: Training, run: RunDirectory) -> None:
         self.training = training

@@ -1,4 +1,4 @@
-"""Our runs of the paper's experiments beside the authors', in a table and in figures."""
+"""Our runs of the paper's experiments next to the authors', in a table and in figures."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from metamom.experiments.shared.figures import COLOURS
 from metamom.experiments.shared.numerals import shortest
 from metamom.training.directory import environment
 
-TARGET = 0.9  # of the test accuracy
-LAST = 20  # epochs whose mean is the final accuracy
+TARGET = 0.9  # test accuracy
+LAST = 20  # last epochs, averaged to the final accuracy
 FIRST = (5, 10)  # epochs that must agree at beta = 1, and below
 
 
 class Line(NamedTuple):
-    """One setting: our mean over seeds, theirs, and how far the runs of the same seeds are apart.
+    """One setting: our mean over seeds, theirs, and the difference between runs of the same seed.
 
     Attributes:
-        setting: of both.
+        setting: the settings of both.
         ours: our runs.
-        theirs: the authors' runs, of our seeds where they published some, or the mean of five.
+        theirs: the authors' runs with our seeds where they published some, or their mean of five.
         apart: the largest ``|Δ train_loss|`` over as many epochs as `FIRST` says; ``None`` without a common seed that
             both ran for so many.
     """
@@ -60,7 +60,7 @@ def table(paper: str | Path, run_dir: str | Path) -> Path:
     for group in _groups(lines):
         if any(line.ours for line in group):
             drawn.append(name := _name(group[0].setting))
-            again = f"-{drawn.count(name)}" if drawn.count(name) > 1 else ""  # operators that differ in signs alone
+            again = f"-{drawn.count(name)}" if drawn.count(name) > 1 else ""  # operators that differ only in signs
             path = run_dir / "figures" / f"{name}{again}.png"
             _figure(path, group)
             text += f"\n![{_title(group[0].setting)}](figures/{path.name})\n"
@@ -70,7 +70,7 @@ def table(paper: str | Path, run_dir: str | Path) -> Path:
 
 
 def epochs_to(rows: Sequence[Row], target: float = TARGET) -> int | None:
-    """How many updates the test accuracy needs to reach the target; ``None`` if it never does."""
+    """The number of updates until the test accuracy reaches the target; ``None`` if it never does."""
     return next((epoch for epoch, row in enumerate(rows, 1) if row.test_acc >= target), None)
 
 
@@ -101,7 +101,7 @@ def _matched(ours: list[Curve], theirs: list[Curve]) -> list[Line]:
 
 
 def _groups(lines: list[Line]) -> list[list[Line]]:
-    """The lines that differ in beta alone."""
+    """The lines that differ only in beta."""
     groups: dict[Setting, list[Line]] = {}
     for line in lines:
         groups.setdefault(line.setting._replace(beta=0.0), []).append(line)
@@ -111,7 +111,7 @@ def _groups(lines: list[Line]) -> list[list[Line]]:
 def _report(lines: list[Line]) -> str:
     env = environment()
     text = [
-        "# The paper's experiments, ours beside the authors'",
+        "# The paper's experiments, ours next to the authors'",
         "",
         f"Updates until the test accuracy is {TARGET:.0%}; test accuracy, mean of the last {LAST} epochs; the largest",
         f"|Δ train_loss| of runs with the same seed, over the first {FIRST[0]} and {FIRST[1]} epochs. Curves are means",
@@ -161,11 +161,11 @@ def _honest(lines: list[Line]) -> list[str]:
                     )
     if found:
         return ["Where momentum does not win:", "", *found]
-    return ["Momentum wins wherever it was compared." if compared else "No runs to compare momentum with SGD by."]
+    return ["Momentum wins in every comparison." if compared else "There are no runs to compare momentum with SGD."]
 
 
 def _behind(momentum: list[Row], sgd: list[Row], epochs: int) -> list[str] | None:
-    """In what momentum does not win, judged over epochs that both have; ``None`` where these decide nothing."""
+    """The respects in which momentum does not win, over the epochs that both have; ``None`` if these decide nothing."""
     common = min(len(momentum), len(sgd))
     reached, sooner = epochs_to(momentum[:common]), epochs_to(sgd[:common])
     complete = common >= epochs
@@ -173,7 +173,7 @@ def _behind(momentum: list[Row], sgd: list[Row], epochs: int) -> list[str] | Non
         return None
     behind = []
     if sooner is not None and (reached is None or reached >= sooner):
-        behind.append(f"it is no sooner at {TARGET:.0%}")
+        behind.append(f"it reaches {TARGET:.0%} no sooner")
     if complete and final_accuracy(momentum) < final_accuracy(sgd):
         behind.append(f"it ends {100 * (final_accuracy(sgd) - final_accuracy(momentum)):.2f} points lower")
     return behind
@@ -211,7 +211,7 @@ def _name(setting: Setting) -> str:
 
 
 def _figure(path: Path, group: list[Line]) -> None:
-    """Training loss and test accuracy: ours as lines, the authors' as dots beneath them."""
+    """Plot training loss and test accuracy: ours as lines, the authors' as dots beneath them."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for number, line in enumerate(group):

@@ -20,7 +20,7 @@ from metamom.training.checkpoints import CheckpointError
 from metamom.training.plan import check_momentum
 from metamom.training.restore import checked_generators, checked_head, load_parts
 
-TEST_BATCH = 1000  # images
+TEST_BATCH = 1000  # images per forward pass
 
 
 class Row(NamedTuple):
@@ -41,13 +41,13 @@ class Training:
     Args:
         protocol: the experiment.
         train: normalised images ``[N, H, W]`` and labels ``[N]``; node i holds ``[i N/n, (i+1) N/n)``.
-        test: the same.
-        nodes: n, must divide N.
+        test: the same, for testing.
+        nodes: n; must divide N.
         lr: gamma.
         beta: weight of the new gradient.
-        bias: the operator on each node's gradient; what it carries from epoch to epoch starts afresh.
+        bias: the operator on each node's gradient; its state starts empty.
         seed: of the weights and of all later draws, as ``torch.manual_seed`` before the model is made.
-        chunk: nodes computed at a time; as many as `memory` allows if ``None``.
+        chunk: nodes computed at a time; ``None`` for as many as `memory` allows.
         device: of everything.
 
     Raises:
@@ -71,7 +71,7 @@ class Training:
         if nodes < 1 or len(train.labels) % nodes:
             raise ValueError(f"the number of nodes must divide the {len(train.labels)} images; got nodes={nodes}.")
         if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk is the number of nodes computed at a time and must be >= 1; got {chunk}.")
+            raise ValueError(f"chunk, the number of nodes computed at a time, must be >= 1; got {chunk}.")
         self.protocol = protocol
         self.nodes = nodes
         self.train = LabelledImages(*(t.to(device).view(nodes, -1, *t.shape[1:]) for t in train))
@@ -82,14 +82,14 @@ class Training:
         check_momentum(self.optimizer, bias)
         self.sizes = [p.numel() for p in self.model.parameters()]
         self.parameters = sum(self.sizes)
-        bias.wire_bytes(self.parameters, sizes=self.sizes)  # an operator too large says so
+        bias.wire_bytes(self.parameters, sizes=self.sizes)  # raises for an operator that is too large
         self.epochs = 0
         self.operator = bias
         self.operator.reset()
         self.chunk = largest_chunk(self._needs()) if chunk is None else min(nodes, chunk)
 
     def epoch(self) -> Row:
-        """One update, and the metrics around it."""
+        """Do one update, and return the metrics around it."""
         gradient, seen = self._mean_gradient()
         weights = dict(self.model.named_parameters())
         for name, g in unflatten(gradient, weights).items():
@@ -101,7 +101,7 @@ class Training:
         return Row(float(seen.loss.double().mean()), int(seen.hits.sum()) / images, *self._tested())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, for a checkpoint."""
+        """Everything that changes, for a checkpoint."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -111,18 +111,18 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str) -> None:
-        """Go on where a checkpoint stood.
+        """Continue from a checkpoint.
 
         Args:
-            state: of it.
-            where: it comes from, for the error.
+            state: the checkpoint's contents.
+            where: its origin, for the error.
 
         Raises:
-            CheckpointError: for one that does not fit; all is then as it was.
+            CheckpointError: for a checkpoint that does not fit; nothing is changed then.
         """
         epochs, _ = checked_head(state, where)
         if state.get("epochs") != epochs:
-            raise CheckpointError(f"{where} say that {epochs} epochs are done, and {state.get('epochs')!r:.80}.")
+            raise CheckpointError(f"{where} say both that {epochs} epochs are done, and {state.get('epochs')!r:.80}.")
         draws = checked_generators({"cpu": state.get("draws"), "cuda": []}, where).cpu
         parts = {"model": self.model, "optimizer": self.optimizer, "bias": self.operator}
         load_parts(parts, state, where, entries=self.parameters, workers=self.nodes, step=epochs)
@@ -130,7 +130,7 @@ class Training:
         self.epochs = epochs
 
     def _mean_gradient(self) -> tuple[Tensor, Seen]:
-        """The server's mean ``[d]``, added up chunk by chunk so that no more than a chunk's gradients ever exist."""
+        """The server's mean ``[d]``, summed chunk by chunk, so that only one chunk's gradients exist at a time."""
         self.model.train()
         images, labels = self.train
         rows = images.new_empty(self.chunk, self.parameters)
@@ -167,9 +167,9 @@ class Training:
             yield self.protocol.seen(images[part], None if flips is None else flips[part]), labels[part]
 
     def _flips(self, count: int) -> Tensor | None:
-        """Which images are mirrored, ``[count]``, drawn as a `DataLoader` over ``RandomHorizontalFlip`` draws.
+        """Which images are mirrored, ``[count]``, with the draws of a `DataLoader` over ``RandomHorizontalFlip``.
 
-        That is: a seed for workers whenever it is iterated over, then a number for each image in turn.
+        That is a seed for workers at each iteration over it, then a number for each image in turn.
         """
         if not self.protocol.flips:
             return None

@@ -1,1 +1,1 @@
-"""Time and bytes of a step over processes: measured here, a model fitted to that, and where compression pays by it."""
+"""Time and bytes of a step over processes: measurements, a model fitted to them, and where compression pays off."""

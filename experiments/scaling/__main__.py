@@ -1,10 +1,10 @@
-"""How long a step takes on many processes and what it sends: measured here, planned for elsewhere, and simulated.
+"""Time and bytes of a step on many processes: measured on this machine, predicted for others, and simulated.
 
     python -m metamom.experiments.scaling [--run-dir runs/scaling] [--only measure|model|simulate]
         [--processes 1,2,4] [--latency 50] [--quick]
 
-``report.md`` holds what was run now and what an earlier run has left; figures are in ``figures/``, all timings in
-``measured.json``, from which ``--only model`` plans anew. Ten minutes on two cores; nothing else should run meanwhile.
+``report.md`` holds the results of this run and those left by earlier runs; figures are in ``figures/``, all timings in
+``measured.json``, which ``--only model`` reads. It takes ten minutes on two cores; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run, write and print.
 
     Args:
-        words: of the command line; the process's own by default.
+        words: the arguments of the command line; by default the process's.
     """
     parser = argparse.ArgumentParser(description="Measure and plan steps over many processes.", allow_abbrev=False)
     add = parser.add_argument
-    add("--run-dir", type=Path, default=Path("runs/scaling"), help="where the report goes (default: runs/scaling)")
-    add("--only", choices=TITLES, help="one part alone")
+    add("--run-dir", type=Path, default=Path("runs/scaling"), help="where to write the report (default: runs/scaling)")
+    add("--only", choices=TITLES, help="run only this part")
     add(
         "--processes",
         type=counts(count(MOST_PROCESSES, 1)),
         default=(1, 2, 4),
-        help="how many are measured, with commas (default: 1,2,4)",
+        help="numbers of processes to measure, with commas (default: 1,2,4)",
     )
-    add("--latency", type=number, default=50.0, help="of the links that are planned for, μs (default: 50)")
-    add("--quick", action="store_true", help="little of everything, to see that it runs: its numbers say nothing")
+    add("--latency", type=number, default=50.0, help="latency of the planned links, μs (default: 50)")
+    add(
+        "--quick",
+        action="store_true",
+        help=("a short run of everything, to see that it works: its numbers mean nothing"),
+    )
     arguments = parser.parse_args(words)
     if arguments.latency < 0:
         parser.error(f"--latency is a number of microseconds >= 0; got {arguments.latency}.")

@@ -1,4 +1,4 @@
-"""Seconds of a step by what they go into: a world and operators that look at the clock."""
+"""Seconds of a step by part: a world and operators that time their own calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metamom.distributed import World
 
 
 class Clock:
-    """Seconds so far, by the names of parts; a part within another counts as the outer one."""
+    """Seconds so far by part; a part inside another counts towards the outer one."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
@@ -36,13 +36,13 @@ class Clock:
             self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """What was spent since the last time."""
+        """The seconds since the last call."""
         spent, self.spent = self.spent, {}
         return spent
 
 
 class TimedWorld(World):
-    """A world whose exchanges are timed, and apart from them its agreements, in which the fastest wait for all."""
+    """A world that times its exchanges and, separately, its agreements, in which the fastest wait for all."""
 
     clock: Clock
 
@@ -57,7 +57,7 @@ class TimedWorld(World):
 
 
 class TimedOperator(BiasOperator):
-    """Another operator, with the time that its messages take to make and to read."""
+    """Wrap an operator, to time the encoding and decoding of its messages."""
 
     def __init__(self, operator: BiasOperator, clock: Clock) -> None:
         self.operator = operator

@@ -1,7 +1,7 @@
-"""Seconds of the collectives that steps are made of, by size.
+"""Seconds of a step's collectives, by size.
 
-Each is called as a step calls it. What ends at process 0 or begins there would not wait for the others; so gathering
-and broadcasting are timed as one, as a step with a server does them.
+Each is called as in a step. A collective that ends or begins at process 0 does not wait for the other processes, so
+gather and broadcast are timed together, as in a step with a server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = ("all-reduce", "all-gather", "gather and broadcast", "reduce and broadca
 
 
 def cost(kind: str, n: int, size: int) -> Exchange:
-    """What the model says that a kind costs, of ``size`` bytes from each of n processes."""
+    """The model's cost of a collective with ``size`` bytes from each of n processes."""
     if kind == "all-reduce":
         return model.all_reduce(n, size)
     if kind == "all-gather":
@@ -41,11 +41,11 @@ def measure(sizes: Sequence[int], repeats: int, world: World) -> list[dict[str, 
         "reduce and broadcast": lambda x: (server.reduce(x), server.broadcast(x)),
     }
     found: dict[tuple[str, int], list[float]] = {}
-    rounds = range(-1, repeats)  # the first is not counted
+    rounds = range(-1, repeats)  # the first call is not counted
     for number in tqdm(rounds, desc="collectives", leave=False, disable=None if world.first else True):
         for size in sizes:
             for kind in KINDS:
-                tensor = torch.zeros(size // 4)  # sums of others would overflow
+                tensor = torch.zeros(size // 4)  # other values would overflow in sums
                 world.agree()
                 begin = time.perf_counter()
                 calls[kind](tensor)

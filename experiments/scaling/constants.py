@@ -1,4 +1,4 @@
-"""The constants of the model, measured in this process: compute by tasks, and operators by the length of gradients."""
+"""The model's constants, measured in this process: compute by number of tasks, operators by length of gradients."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from metamom.experiments.scaling.model import Kind, Line
 from metamom.experiments.scaling.problems import Problem, ScalingPlan, make, operator
 from metamom.optim import CompositeMomentum
 
-MANY = 9  # messages that are decoded, beside one
+MANY = 9  # number of messages to decode, besides one
 
 
 def median(seconds: Sequence[float]) -> float:
-    """The middle of timings."""
+    """The median of timings."""
     return float(np.median(seconds))
 
 
@@ -43,7 +43,7 @@ def of_compute(problem: Problem, config: ScalingPlan) -> list[dict[str, Any]]:
 
 
 def of_operators(config: ScalingPlan) -> list[dict[str, Any]]:
-    """Seconds of a call, of a message, of decoding one and of decoding some, as JSON values."""
+    """Seconds of a call, of encoding a message, of decoding one and several, as JSON values."""
     specs = [spec for spec in config.planned if operator(spec) is not None]
     found = []
     for d in tqdm(config.entries, desc="operators", leave=False, disable=None):
@@ -83,7 +83,7 @@ def compute_line(timings: Sequence[dict[str, Any]], problem: str) -> Line:
 
 
 def kind_of(timings: Sequence[dict[str, Any]], spec: str, d: int) -> Kind:
-    """An operator on gradients of d float32 entries: its own bytes, and seconds by a line through what was timed."""
+    """An operator on gradients of d float32 entries: its own bytes, and seconds from a line through the timings."""
     made = operator(spec)
     if made is None:
         return Kind(message=4 * d, dense=True)

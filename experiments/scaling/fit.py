@@ -1,6 +1,6 @@
-"""Constants of the model from timings: least squares of relative errors, and no constant below zero.
+"""Fit the model's constants to timings: least squares of relative errors, with constants >= 0.
 
-Timings go over four orders of magnitude: plain least squares would see the longest ones alone.
+Timings span four orders of magnitude: plain least squares would fit only the longest.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from metamom.experiments.scaling.model import Exchange, Line, Link
 
 
 def line(points: Sequence[tuple[float, float]]) -> Line:
-    """``fixed + each * x`` through ``(x, seconds)``, both >= 0.
+    """Fit ``fixed + each * x`` to ``(x, seconds)``, with both constants >= 0.
 
     Raises:
         ValueError: for fewer than two different x.
     """
     if len({x for x, _ in points}) < 2:
-        raise ValueError(f"a line needs timings at two sizes or more; got {list(points)}.")
+        raise ValueError(f"a line needs timings at two or more sizes; got {list(points)}.")
     fixed, each = _relative([[1.0, x] for x, _ in points], [y for _, y in points])
     return Line(fixed, each)
 
 
 def link(timings: Sequence[tuple[Exchange, float]]) -> Link:
-    """Latency and bandwidth through what collectives cost and the seconds that they took.
+    """Fit latency and bandwidth to the costs of collectives and the seconds they took.
 
     Raises:
-        ValueError: if the timings cannot tell the two apart, or show no bandwidth.
+        ValueError: if the timings cannot separate the two, or show no bandwidth.
     """
     if len({(each.hops, each.path) for each, _ in timings}) < 2:
-        raise ValueError(f"latency and bandwidth need two different exchanges or more; got {list(timings)}.")
+        raise ValueError(f"latency and bandwidth need two or more different exchanges; got {list(timings)}.")
     latency, per_byte = _relative([[each.hops, each.path] for each, _ in timings], [y for _, y in timings])
     if per_byte <= 0:
-        raise ValueError("the timings do not grow with the bytes: no bandwidth can be told. Time larger messages.")
+        raise ValueError(
+            "the timings do not grow with the bytes, so the bandwidth cannot be estimated. Time larger messages."
+        )
     return Link(latency, 1 / per_byte)
 
 

@@ -1,4 +1,4 @@
-"""Starts `step` on several processes, by torchrun, and reads what process 0 has found."""
+"""Start `step` on several processes with torchrun, and read process 0's results."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # an outer one's
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by an outer torchrun
 
 
 def on_processes(n: int, plan: Mapping[str, Any], timeout: float = 1800.0) -> Any:
-    """What `step` measures on n processes of one thread each.
+    """Run `step` on n processes of one thread each.
 
     Args:
         n: number of processes.
-        plan: what they read.
-        timeout: seconds after which they are taken to hang.
+        plan: the plan that they read.
+        timeout: seconds after which they count as hung.
 
     Returns:
-        What process 0 has written.
+        The results that process 0 wrote.
 
     Raises:
-        ChildProcessError: if they fail, having said why on stderr, or hang.
+        ChildProcessError: if they hang or fail; the reason is on stderr.
     """
     with TemporaryDirectory(prefix="metamom-scaling-") as folder:
         said, found = Path(folder) / "plan.json", Path(folder) / "found.json"
@@ -41,7 +41,7 @@ def on_processes(n: int, plan: Mapping[str, Any], timeout: float = 1800.0) -> An
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired as error:
-            raise ChildProcessError(f"scaling: {n} processes had not ended after {timeout:g} s.") from error
+            raise ChildProcessError(f"scaling: {n} processes had not finished after {timeout:g} s.") from error
         finally:
             if process.poll() is None:
                 process.terminate()  # torchrun then ends its processes

@@ -1,15 +1,15 @@
-"""What the kernel has counted on the loopback interface."""
+"""The kernel's byte counter of the loopback interface."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 COUNTERS = Path("/proc/net/dev")
-QUIET = 0.02  # others' share of what is counted, at most, for a count to say something
+QUIET = 0.02  # largest share of other traffic for a count to be meaningful
 
 
 def loopback_bytes(counters: Path = COUNTERS) -> int | None:
-    """Bytes that went over ``lo`` so far, headers included; ``None`` where there is no such counter (not Linux)."""
+    """Bytes sent over ``lo`` so far, headers included; ``None`` on systems without such a counter (not Linux)."""
     if not counters.exists():
         return None
     for line in counters.read_text().splitlines():

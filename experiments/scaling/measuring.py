@@ -1,4 +1,4 @@
-"""Steps, collectives and operators on this machine: timed, kept as JSON values, and told in tables."""
+"""Time steps, collectives and operators on this machine, as JSON values and as tables."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from metamom.experiments.scaling.loopback import QUIET
 from metamom.experiments.scaling.problems import ScalingPlan
 from metamom.training.directory import environment
 
-Measured = dict[str, Any]  # what `measure` returns
+Measured = dict[str, Any]  # the JSON values that `measure` returns
 TITLE = "Measured on this machine"
 PARTS = ("compute", "encode", "exchange", "decode", "wait")
 
 
 def measure(config: ScalingPlan, processes: Sequence[int]) -> Measured:
-    """All timings that tables and the model are made of.
+    """All timings behind the tables and the model.
 
     Returns:
-        ``cells`` and ``collectives`` of processes started by torchrun; ``compute`` and ``operators`` of this one.
+        ``cells`` and ``collectives`` from processes started by torchrun; ``compute`` and ``operators`` from this one.
 
     Raises:
         ChildProcessError: if the processes fail.
@@ -48,16 +48,16 @@ def measure(config: ScalingPlan, processes: Sequence[int]) -> Measured:
 
 
 def told(measured: Measured) -> str:
-    """The measurements as Markdown: steps by processes, what they are made of, and bytes by the kernel's counter."""
+    """The measurements as Markdown: steps by number of processes, their parts, and bytes by the kernel's counter."""
     cores = measured["cores"]
     many = [str(n) for n in measured["processes"] if n > cores]
     lines = [
         f"Processes of one thread each, started by torchrun, on {cores} cores"
         + (f": {' and '.join(many)} of them take turns, and cannot be faster than {cores}." if many else ".")
-        + f" {measured['busy']:.1f} other processes were at work in the minute before."
-        + " A step is `MAML.backward(measure=False)`, eager, and an optimizer step; ms, medians and quartiles. Strong "
-        "scaling has the same tasks and workers for all numbers of processes, weak scaling a worker with its tasks in "
-        "each process. `none` is dense, by an all-reduce.",
+        + f" {measured['busy']:.1f} other processes were running in the minute before."
+        + " A step is `MAML.backward(measure=False)`, eager, and an optimizer step; ms, medians and quartiles. "
+        "Strong scaling has the same tasks and workers for all numbers of processes, weak scaling a worker with "
+        "its tasks in each process. `none` is a dense all-reduce.",
     ]
     names = dict.fromkeys(cell["problem"] for cell in measured["cells"])
     for name in names:
@@ -68,7 +68,7 @@ def told(measured: Measured) -> str:
 
 
 def _steps(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """Milliseconds of a step by processes: a row for each operator and server."""
+    """Milliseconds of a step by number of processes: a row for each operator and server."""
     first = cells[0]
     processes = list(dict.fromkeys(cell["processes"] for cell in cells))
     tasks = (
@@ -91,11 +91,11 @@ def _steps(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _parts(measured: Measured) -> list[str]:
-    """Where the time of a step goes, on the most processes that have a core each."""
+    """The parts of a step's time, on the largest number of processes with one core each."""
     n = max((n for n in measured["processes"] if 1 < n <= measured["cores"]), default=max(measured["processes"]))
     lines = [
-        f"Where it goes: medians of the parts of a step on process 0 of {n}, weak scaling, ms. Waiting is for the "
-        "slower processes (and, with a server, for what it does).",
+        f"Where the time goes: medians of the parts of a step on process 0 of {n}, weak scaling, ms. Waiting is for "
+        "the slower processes (and, with a server, for what it does).",
         "",
         *tables.head("problem, operator, server", *PARTS),
     ]
@@ -108,13 +108,13 @@ def _parts(measured: Measured) -> list[str]:
 
 
 def _kernel(measured: Measured) -> list[str]:
-    """`World.sent` against what the kernel saw."""
+    """`World.sent` against the kernel's counter."""
     counted = [cell for cell in measured["cells"] if cell["kernel"] is not None]
     if not counted:
-        return ["The kernel has no counter of loopback bytes here."]
+        return ["This kernel has no counter of loopback bytes."]
     lines = [
         "Bytes of a step by `sent_bytes`, and by the kernel's counter of the loopback interface over some steps, "
-        f"headers and all. In brackets what others sent in as long a time, where that is over {QUIET:.0%} of it:",
+        f"headers and all. In brackets other traffic in an equal time, where that is over {QUIET:.0%} of it:",
         "",
         *tables.head("problem, processes, operator, server", "sent_bytes", "kernel", "ratio"),
     ]

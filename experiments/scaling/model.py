@@ -1,11 +1,11 @@
-"""What a step over many processes costs: bytes by the operators' own count, seconds by latency and bandwidth.
+"""The cost of a step over many processes: bytes by the operators' own count, seconds by latency and bandwidth.
 
     step = compute + encode + exchange + decode,    exchange = hops * latency + path / bandwidth
 
 Legend: n processes; D bytes of a gradient, m of a message. Collectives go the way gloo sends them: in a ring
 (all-reduce, all-gather, reduce), straight to process 0 (gather), or along a binary tree (broadcast). A process sends
 and receives at once, each at the link's bandwidth; nothing overlaps computation. With ``tree=True`` the first three
-go by recursive halving and doubling, with as many bytes on as few as 2 log2 n hops: what other libraries do.
+use recursive halving and doubling, as other libraries do: the same bytes in only 2 log2 n hops.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from metamom.distributed import Server
 
-AGREEMENT = 24  # bytes that each process says in `World.agree`
+AGREEMENT = 24  # bytes that each process sends in `World.agree`
 
 
 class Exchange(NamedTuple):
-    """What collectives cost; they add up.
+    """The cost of collectives; costs add up.
 
     Attributes:
         hops: messages one after the other, each of which takes a latency.
@@ -35,19 +35,19 @@ class Exchange(NamedTuple):
         return Exchange(self.hops + other.hops, self.path + other.path, self.sent + other.sent)
 
     def seconds(self, link: Link) -> float:
-        """On links of this kind."""
+        """The time on such a link."""
         return self.hops * link.latency + self.path / link.bandwidth
 
 
 class Link(NamedTuple):
-    """Seconds that a message takes beside its bytes, and bytes per second."""
+    """Seconds per message, on top of its bytes, and bytes per second."""
 
     latency: float
     bandwidth: float
 
 
 class Line(NamedTuple):
-    """``fixed + each * x``: seconds of something, by how much there is of it."""
+    """``fixed + each * x``: seconds as a function of an amount x."""
 
     fixed: float
     each: float
@@ -57,14 +57,14 @@ class Line(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """An operator on gradients of one length, as the model sees it.
+    """An operator on gradients of a fixed length, as the model sees it.
 
     Attributes:
         message: bytes that one worker sends, by `BiasOperator.wire_bytes`.
-        dense: whether messages are whole gradients, that a sum on the way joins.
-        apply: seconds for one worker's gradient where nothing is sent.
+        dense: whether messages are whole gradients, which an all-reduce can sum.
+        apply: seconds for one worker's gradient if nothing is sent.
         encode: seconds for one worker's message.
-        decode: seconds for messages, by their number.
+        decode: seconds to decode messages, by their number.
     """
 
     message: int
@@ -82,8 +82,8 @@ class Plan(NamedTuple):
         workers: of each process, >= 1.
         tasks: of each process.
         gradient: bytes D of a gradient.
-        outcome: bytes that each process says of its tasks: losses, and whether right.
-        server: who aggregates.
+        outcome: bytes that each process reports on its tasks: losses, and correct predictions.
+        server: which processes aggregate.
     """
 
     processes: int
@@ -95,7 +95,7 @@ class Plan(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of a step, by what they go into."""
+    """Seconds of a step, by part."""
 
     compute: float
     encode: float
@@ -104,7 +104,7 @@ class Seconds(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all parts."""
         return sum(self)
 
 
@@ -116,21 +116,21 @@ def all_reduce(n: int, size: float, *, tree: bool = False) -> Exchange:
 
 
 def all_gather(n: int, size: float, *, tree: bool = False) -> Exchange:
-    """Everybody's ``size`` bytes to everybody: ``(n-1) size`` through each link, which grows with n."""
+    """Send every process's ``size`` bytes to all: ``(n-1) size`` through each link, which grows with n."""
     if n == 1:
         return Exchange()
     return Exchange(_hops(n, tree), (n - 1) * size, int(n * (n - 1) * size))
 
 
 def gather(n: int, size: float) -> Exchange:
-    """Everybody's ``size`` bytes to process 0, whose link they share."""
+    """Send every process's ``size`` bytes to process 0, over its one link."""
     if n == 1:
         return Exchange()
     return Exchange(1, (n - 1) * size, int((n - 1) * size))
 
 
 def broadcast(n: int, size: float) -> Exchange:
-    """``size`` bytes of process 0 to everybody, along a tree."""
+    """Send ``size`` bytes of process 0 to all, along a tree."""
     if n == 1:
         return Exchange()
     depth = math.ceil(math.log2(n))
@@ -138,7 +138,7 @@ def broadcast(n: int, size: float) -> Exchange:
 
 
 def reduce(n: int, size: float, *, tree: bool = False) -> Exchange:
-    """The sum of ``size`` bytes to process 0: reduce-scatter, then gather; `World` counts the least, ``(n-1) size``."""
+    """Send the sum of ``size`` bytes to process 0: reduce-scatter and gather; `World` counts ``(n-1) size``."""
     if n == 1:
         return Exchange()
     return Exchange(_hops(n, tree) + 1, 2 * (n - 1) / n * size, int((n - 1) * size))
@@ -149,7 +149,7 @@ def _hops(n: int, tree: bool) -> float:
 
 
 def exchange(plan: Plan, kind: Kind, *, tree: bool = False) -> Exchange:
-    """All that `MAML.backward` makes processes send each other in a step."""
+    """Everything that processes send each other in a step of `MAML.backward`."""
     n = plan.processes
     agreement = all_gather(n, AGREEMENT, tree=tree)
     total = agreement + all_gather(n, plan.outcome, tree=tree)
@@ -164,15 +164,15 @@ def exchange(plan: Plan, kind: Kind, *, tree: bool = False) -> Exchange:
 def seconds(
     plan: Plan, kind: Kind, compute: Line, link: Link, *, cores: float = math.inf, tree: bool = False
 ) -> Seconds:
-    """How long a step takes.
+    """The time of a step.
 
     Args:
         plan: the step.
-        kind: of operator.
-        compute: seconds of a process by its number of tasks.
-        link: between processes.
-        cores: that all processes share, where they are on one machine; more processes than cores take turns.
-        tree: how collectives go: see above.
+        kind: the operator.
+        compute: a process's seconds by its number of tasks.
+        link: the link between processes.
+        cores: the cores that all processes share if they are on one machine; more processes than cores take turns.
+        tree: the collectives' algorithm: see above.
 
     Example:
         >>> plan = Plan(processes=1, workers=1, tasks=4, gradient=400, outcome=16)
@@ -182,7 +182,7 @@ def seconds(
     busy = max(1.0, plan.processes / cores)
     alone = plan.processes == 1
     encode = plan.workers * (kind.apply if alone else kind.encode)
-    server = busy if plan.server == "replicated" else 1.0  # who else decodes at the same time
+    server = busy if plan.server == "replicated" else 1.0  # processes that decode at the same time
     return Seconds(
         compute=busy * compute(plan.tasks),
         encode=busy * encode,
@@ -197,5 +197,5 @@ def wire_bytes(plan: Plan, kind: Kind) -> int:
 
 
 def bytes_of_a_process(plan: Plan, kind: Kind) -> float:
-    """What a process sends in a step, on average over all of them; it receives as much."""
+    """Bytes that a process sends in a step, on average over processes; it receives as many."""
     return exchange(plan, kind).sent / plan.processes

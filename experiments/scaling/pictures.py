@@ -1,4 +1,4 @@
-"""Two figures: what was measured against processes, and where compression pays by the model."""
+"""Two figures: measured steps against the number of processes, and where compression pays off by the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAYS: dict[str, tuple[Server, bool]] = {  # server, and whether collectives go a
 
 
 def measured(path: Path, cells: Sequence[dict[str, Any]]) -> None:
-    """Milliseconds of a step against processes, with quartiles: problems in rows, scaling in columns."""
+    """Plot milliseconds of a step against processes, with quartiles: problems in rows, scaling in columns."""
     problems = list(dict.fromkeys(cell["problem"] for cell in cells))
     figure, panels = _grid(len(problems), 2)
     for row, problem in zip(panels, problems, strict=True):
@@ -51,7 +51,7 @@ def _scaling(panel: Axes, cells: Sequence[dict[str, Any]]) -> None:
             if cell["operator"] == spec and (cell["server"] == server or cell["processes"] == 1)
         }
         low, middle, high = np.array([found[n] for n in processes]).T
-        beside = np.array(processes) * 1.015 ** (number - len(specs))  # bars that stand behind each other say little
+        beside = np.array(processes) * 1.015 ** (number - len(specs))  # overlapping error bars would be unreadable
         colour, dash = COLOURS[number % len(specs) % 6], DASHES[number // len(specs)]
         panel.plot(beside, middle, dash, color=colour, marker="o", markersize=3, label=f"{spec}, {SAID[server]}")
         panel.vlines(beside, low, high, color=colour, linewidth=0.8)
@@ -66,7 +66,7 @@ def _scaling(panel: Axes, cells: Sequence[dict[str, Any]]) -> None:
 
 
 def pays(path: Path, case: Case, latency: float) -> None:
-    """A step's speed against a dense one's by an all-reduce: who aggregates and how in rows, links in columns."""
+    """Plot a step's speed relative to a dense all-reduce: servers and collectives in rows, links in columns."""
     figure, panels = _grid(len(WAYS), len(LINKS))
     for row, (way, (server, tree)) in zip(panels, WAYS.items(), strict=True):
         for panel, gigabits in zip(row, LINKS, strict=True):
@@ -76,7 +76,7 @@ def pays(path: Path, case: Case, latency: float) -> None:
                     continue
                 colour = "0.45" if spec == "none" else COLOURS[(number - 1) % 6]
                 values = [case.speedup(n, spec, server, link, tree=tree) for n in WORKERS[1:]]
-                # where curves lie on each other, the first ones are thin and on top
+                # thin curves on top, so that all show where they overlap
                 (curve,) = panel.plot(WORKERS[1:], values, DASHES[number % 4], color=colour, label=spec)
                 curve.set(linewidth=1 + 0.4 * number, zorder=3 - 0.1 * number)
             panel.axhline(1.0, color="black", linewidth=0.8)
@@ -94,7 +94,7 @@ def pays(path: Path, case: Case, latency: float) -> None:
 
 
 def _same_scale(row: Sequence[Axes]) -> None:
-    """The same speeds in all panels, and marks at powers of ten, or of two where they are near."""
+    """Use the same scale in all panels, with ticks at powers of ten, or of two for a small range."""
     low = min(panel.get_ylim()[0] for panel in row)
     high = max(panel.get_ylim()[1] for panel in row)
     base = 10.0 if high / low >= 50 else 2.0
@@ -107,7 +107,7 @@ def _same_scale(row: Sequence[Axes]) -> None:
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    """As `figures.row_of_panels`, in rows."""
+    """Like `figures.row_of_panels`, in several rows."""
     figure = Figure(figsize=(3.6 * columns + 2.2, 2.7 * rows + 0.5), layout="constrained")
     panels = [[figure.add_subplot(rows, columns, columns * i + j + 1) for j in range(columns)] for i in range(rows)]
     for row in panels:

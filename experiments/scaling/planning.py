@@ -1,4 +1,4 @@
-"""The model with this machine's constants: how far it is from what was measured, and what it says of other networks."""
+"""The model with this machine's constants: its error on the measurements, and predictions for other networks."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from metamom.experiments.scaling.model import Kind, Line, Link, Plan
 from metamom.experiments.scaling.problems import ScalingPlan
 
 LINKS = (1, 10, 100)  # Gbit/s
-FASTER = 100.0  # a planned worker, against a thread of this machine
+FASTER = 100.0  # speed of a planned worker relative to a thread of this machine
 WORKERS = tuple(int(n) for n in np.unique(np.geomspace(1, 10_000, 121).round()))
 SHOWN = (1, 10, 100, 1000, 10_000)
 
 
 class Case(NamedTuple):
-    """Something to plan for: one worker a process.
+    """A case to plan: one worker per process.
 
     Attributes:
-        name: what it is.
+        name: of the case.
         entries: d.
-        tasks: of each worker.
-        outcome: bytes that it says of them.
-        compute: seconds by tasks.
-        kinds: of operators, by their spelling.
-        faster: how many times as fast as a thread of this machine a worker computes and encodes.
+        tasks: per worker.
+        outcome: bytes that a worker reports on its tasks.
+        compute: seconds by number of tasks.
+        kinds: the operators, by their spelling.
+        faster: a worker's speed in computing and encoding, relative to a thread of this machine.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Case(NamedTuple):
         return Plan(n, 1, self.tasks, 4 * self.entries, self.outcome, server)
 
     def seconds(self, n: int, spec: str, server: Server, link: Link, *, tree: bool = False) -> float:
-        """Of that step."""
+        """The seconds of that step."""
         found = model.seconds(self.plan(n, server), self.kinds[spec], self.compute, link, tree=tree)
         return found.exchange + (found.total - found.exchange) / self.faster
 
     def speedup(self, n: int, spec: str, server: Server, link: Link, *, tree: bool = False) -> float:
-        """Against dense gradients by an all-reduce."""
+        """The speed relative to a dense all-reduce."""
         dense = self.seconds(n, "none", "replicated", link, tree=tree)
         return dense / self.seconds(n, spec, server, link, tree=tree)
 
@@ -64,7 +64,7 @@ def network(gigabits: float, latency: float) -> Link:
 
 
 def cases(measured: Measured, config: ScalingPlan) -> list[Case]:
-    """The problems that were timed, and a large network that was not: its task takes as long, by its parameters."""
+    """The timed problems, and a large network that was not timed: its time per task scales with its parameters."""
     found = []
     for problem in config.problems:
         d = next(cell["entries"] for cell in measured["cells"] if cell["problem"] == problem.name)
@@ -86,7 +86,7 @@ def loopback(measured: Measured, n: int) -> Link:
 
 
 def loopback_errors(measured: Measured, n: int) -> dict[str, float]:
-    """By kind of collective, the median error of its seconds by that link, relative to those measured."""
+    """For each kind of collective, the median error of the predicted seconds, relative to the measured ones."""
     link, found = loopback(measured, n), {}
     for kind in dict.fromkeys(each["kind"] for each in measured["collectives"]):
         those = [each for each in measured["collectives"] if (each["processes"], each["kind"]) == (n, kind)]
@@ -96,7 +96,7 @@ def loopback_errors(measured: Measured, n: int) -> dict[str, float]:
 
 
 class Miss(NamedTuple):
-    """A measured step and what the model says of it."""
+    """A measured step and the model's prediction."""
 
     problem: str
     processes: int
@@ -108,12 +108,12 @@ class Miss(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Relative to what was measured."""
+        """The error relative to the measurement."""
         return self.predicted / self.seconds - 1
 
 
 def misses(measured: Measured, config: ScalingPlan) -> list[Miss]:
-    """Every measured step beside the model's, which has seen none of them: its constants were timed by themselves."""
+    """Every measured step with the model's prediction; the model was not fitted to any of them."""
     problems = {problem.name: problem for problem in config.problems}
     links = {n: loopback(measured, n) for n in measured["processes"] if n > 1}
     found = []
@@ -140,13 +140,13 @@ def misses(measured: Measured, config: ScalingPlan) -> list[Miss]:
 
 
 def ranges(numbers: Sequence[int], holds: Callable[[int], bool]) -> list[tuple[int, int]]:
-    """From where to where it holds, of ascending numbers."""
+    """The ranges of ascending numbers where a condition holds."""
     runs = [(yes, list(run)) for yes, run in groupby(numbers, holds)]
     return [(run[0], run[-1]) for yes, run in runs if yes]
 
 
 def pays(case: Case, spec: str, server: Server, link: Link, *, tree: bool = False, gain: float = 1.0) -> str:
-    """For which numbers of workers a step is more than ``gain`` times as fast as a dense one."""
+    """The numbers of workers for which a step is more than ``gain`` times as fast as a dense one."""
     found = ranges(WORKERS[1:], lambda n: case.speedup(n, spec, server, link, tree=tree) > gain)
     return ", ".join(f"{a:,} to {b:,}" if a < b else f"{a:,}" for a, b in found) or "never"
 
@@ -191,7 +191,7 @@ def rows_of_constants(measured: Measured, case: Case) -> list[list[str]]:
 
 
 def summary(found: Sequence[Miss]) -> list[list[Any]]:
-    """By problem and number of processes: the median error, the median of its size, and the worst."""
+    """For each problem and number of processes: the median error, the median absolute error, and the worst."""
     rows: list[list[Any]] = []
     for problem, n in dict.fromkeys((miss.problem, miss.processes) for miss in found):
         those = [miss for miss in found if (miss.problem, miss.processes) == (problem, n)]

@@ -1,4 +1,4 @@
-"""What is timed: two learners and their tasks, in two sizes."""
+"""The timed problems: two learners and their tasks, in two sizes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Problem:
     Attributes:
         name: of the problem.
         hidden: channels of the Conv4, on 5-way 1-shot tasks of Omniglot; ``None`` for the sinusoid MLP.
-        strong: tasks of all processes together, or a few more so that they can be dealt.
-        weak: tasks of each process.
+        strong: tasks of all processes together, rounded up so that they can be dealt.
+        weak: tasks per process.
     """
 
     name: str
@@ -44,28 +44,36 @@ class Problem:
 
     @property
     def outcomes(self) -> int:
-        """Bytes that a process says of each task: its loss and, of a classification, whether it was right."""
+        """Bytes that a process reports on each task: its loss and, for classification, the correct predictions."""
         return 4 if self.hidden is None else 8
 
 
 @dataclass(frozen=True)
 class ScalingPlan:
-    """What is measured; the quick one shows that it runs, and no more."""
+    """The measurements to make; the quick plan only shows that everything runs."""
 
     problems: tuple[Problem, ...] = (Problem("sinusoid MLP", None, 64, 16), Problem("Conv4", 64, 16, 4))
     operators: tuple[str, ...] = ("none", "topk:1%", "qsgd:4", "sign", "ef21:topk:1%")
     planned: tuple[str, ...] = ("none", "topk:1%", "topk:0.1%", "randk:1%", "qsgd:4", "sign", "ef21:topk:1%")
-    seconds: float = 25.0  # of the steps that are timed in each start of processes
-    counted: float = 0.5  # seconds of those that the kernel's counter is read around
-    attempts: int = 5  # to find it in a quiet moment
-    entries: tuple[int, ...] = (1_761, 20_000, 112_517, 1_000_000)  # d that operators are timed with
-    sizes: tuple[int, ...] = (16, 1024, 16_384, 131_072, 450_068, 1_048_576, 4_194_304)  # bytes that are exchanged
-    compute: tuple[int, ...] = (1, 2, 4, 8, 16)  # multiples of a worker's tasks over four
+    seconds: float = 25.0  # of timed steps, in each start of the processes
+    counted: float = 0.5  # seconds of the steps between readings of the kernel's counter
+    attempts: int = 5  # attempts to find a quiet moment
+    entries: tuple[int, ...] = (1_761, 20_000, 112_517, 1_000_000)  # gradient lengths d for timing operators
+    sizes: tuple[int, ...] = (
+        16,
+        1024,
+        16_384,
+        131_072,
+        450_068,
+        1_048_576,
+        4_194_304,
+    )  # bytes exchanged in timed collectives
+    compute: tuple[int, ...] = (1, 2, 4, 8, 16)  # multiples of a quarter of a worker's tasks
     repeats: int = 15
-    largest: int = 10_000_000  # parameters of a network that is planned and was not timed
-    workers: tuple[int, ...] = (10, 100, 1000)  # simulated with sinusoids
-    convolved: int = 200  # simulated with Conv4
-    hidden: int = 64  # channels of that
+    largest: int = 10_000_000  # parameters of a network that is planned but not timed
+    workers: tuple[int, ...] = (10, 100, 1000)  # numbers of workers simulated on sinusoids
+    convolved: int = 200  # numbers of workers simulated on Conv4
+    hidden: int = 64  # channels of that Conv4
     chunk: int = 20  # tasks at a time
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +100,7 @@ QUICK = ScalingPlan(
 
 
 class Made(NamedTuple):
-    """A learner, and where its tasks come from."""
+    """A learner and its sampler."""
 
     learner: MAML
     tasks: TaskFamily
@@ -104,7 +112,7 @@ class Made(NamedTuple):
 
 
 def make(hidden: int | None, chunk_size: int | None = None, *, real: bool = True) -> Made:
-    """The problem of `Problem.hidden`, eager; without Omniglot's images, noise stands for them and costs as much."""
+    """The problem of `Problem.hidden`, eager; without Omniglot, noise images take its place at the same cost."""
     generator = torch.Generator().manual_seed(0)
     if hidden is None:
         model = SinusoidMLP(generator=generator)
@@ -117,7 +125,7 @@ def make(hidden: int | None, chunk_size: int | None = None, *, real: bool = True
 
 
 def operator(spec: str) -> BiasOperator | None:
-    """The operator of that name; ``None`` for none."""
+    """The operator with that spelling; ``None`` for none."""
     made = parse(spec)
     return None if isinstance(made, Identity) else made
 

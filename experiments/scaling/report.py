@@ -1,4 +1,4 @@
-"""The report: parts that are run one at a time, and kept."""
+"""The report: parts that are run one at a time and stored."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TITLES = {"measure": measuring.TITLE, "model": "Planned: up to 10,000 workers", 
 
 
 def report(run_dir: Path, parts: Sequence[str], config: ScalingPlan, processes: Sequence[int], latency: float) -> Path:
-    """Run some parts; ``report.md`` holds them and those that an earlier run has left in ``parts/``.
+    """Run some parts; ``report.md`` holds them and those that earlier runs left in ``parts/``.
 
     Raises:
-        FileNotFoundError: for the model where nothing has been measured.
-        ValueError: if what was measured is not of this config.
+        FileNotFoundError: for the model without measurements.
+        ValueError: if the measurements belong to another config.
         ChildProcessError: if processes fail.
     """
     kept = run_dir / "measured.json"
@@ -45,7 +45,7 @@ def report(run_dir: Path, parts: Sequence[str], config: ScalingPlan, processes: 
 
 def _read(kept: Path, config: ScalingPlan) -> Measured:
     if not kept.exists():
-        raise FileNotFoundError(f"the model is fitted to measurements, and {kept} is not there: run --only measure.")
+        raise FileNotFoundError(f"the model is fitted to measurements, and {kept} does not exist: run --only measure.")
     try:
         measured: Measured = json.loads(kept.read_text(encoding="utf-8"))
         there = {timing["problem"] for timing in measured["compute"]}
@@ -53,13 +53,13 @@ def _read(kept: Path, config: ScalingPlan) -> Measured:
         raise ValueError(f"{kept} is damaged ({error!r}): run --only measure again.") from error
     if there != {problem.name for problem in config.problems}:
         raise ValueError(
-            f"{kept} holds measurements of {', '.join(sorted(there))}: quick ones or not, as now asked for?"
+            f"{kept} holds measurements of {', '.join(sorted(there))}, which do not match this run: check --quick."
         )
     return measured
 
 
 def planned(run_dir: Path, measured: Measured, config: ScalingPlan, latency: float) -> str:
-    """The model's part, in Markdown; draws its figures."""
+    """Draw the model's figures, and return its part in Markdown."""
     cases = planning.cases(measured, config)
     lines = [*_constants(measured, cases), "", *_errors(measured, config)]
     for number, case in enumerate(cases):
@@ -71,7 +71,7 @@ def planned(run_dir: Path, measured: Measured, config: ScalingPlan, latency: flo
 
 
 def _constants(measured: Measured, cases: Sequence[Case]) -> list[str]:
-    lines = ["Constants, each from timings of its own:", ""]
+    lines = ["Constants, each from its own timings:", ""]
     lines += [
         f"- compute, {case.name}: {1e3 * case.compute.fixed:.3g} ms and {1e3 * case.compute.each:.3g} ms a task"
         for case in cases
@@ -82,8 +82,8 @@ def _constants(measured: Measured, cases: Sequence[Case]) -> list[str]:
         errors = planning.loopback_errors(measured, n)
         said = ", ".join(f"{kind} {error:+.0%}" for kind, error in errors.items())
         lines.append(
-            f"- loopback between {n} processes: {1e6 * link.latency:.0f} µs a hop, {gigabits:.3g} Gbit/s; by these, "
-            f"collectives take, against what was measured, in the median over sizes: {said}"
+            f"- loopback between {n} processes: {1e6 * link.latency:.0f} µs a hop, {gigabits:.3g} Gbit/s; predicted "
+            f"against measured collectives, median over sizes: {said}"
         )
     head = ["operator", "no message", "encode", "decode one", "each more"]
     for case in cases:
@@ -98,7 +98,7 @@ def _errors(measured: Measured, config: ScalingPlan) -> list[str]:
         for problem, n, middle, size, worst, name in planning.summary(planning.misses(measured, config))
     ]
     return [
-        "The model against the measured steps, none of which it has seen: predicted / measured − 1.",
+        "The model against the measured steps, to which it was not fitted: predicted / measured − 1.",
         "",
         *_table(["problem", "processes", "median", "median size", "worst"], rows),
     ]

@@ -1,4 +1,4 @@
-"""Many logical workers in one process: their time, their memory, and whether their bytes are the model's."""
+"""Many logical workers in one process: their time, their memory, and whether their bytes match the model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from metamom.experiments.scaling.problems import ScalingPlan, make, operator
 from metamom.experiments.shared.peak import alone, peak_mib
 
 TITLE = "Simulated: workers of one process"
-STEPS = 3  # timed, after one
+STEPS = 3  # timed steps, after a first one
 
 
 class Run(NamedTuple):
-    """Workers with a task each.
+    """Workers with one task each.
 
     Attributes:
-        hidden: of the problem.
-        workers: n.
-        spec: of the operator.
+        hidden: `Problem.hidden`.
+        workers: their number n.
+        spec: the operator.
         chunk_size: tasks at a time.
     """
 
@@ -34,14 +34,14 @@ class Run(NamedTuple):
 
 
 class Simulated(NamedTuple):
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        seconds: of the fastest step.
+        seconds: the time of the fastest step.
         before: peak MiB without the steps.
-        peak: MiB with them.
-        logged: ``wire_bytes`` of a step.
-        predicted: the model's.
+        peak: peak MiB with them.
+        logged: a step's ``wire_bytes``.
+        predicted: the model's bytes.
     """
 
     seconds: float
@@ -52,7 +52,7 @@ class Simulated(NamedTuple):
 
 
 def simulate(run: Run) -> list[float]:
-    """A `Simulated` of this process, which should do nothing else."""
+    """Simulate in this process, which should do nothing else."""
     made, bias = make(run.hidden, run.chunk_size, real=False), operator(run.spec)
     batch, d = made.tasks.sample(0, run.workers), made.entries
     before, seconds, logged = peak_mib(), [], 0
@@ -68,23 +68,23 @@ def simulate(run: Run) -> list[float]:
 
 
 def runs(config: ScalingPlan) -> list[Run]:
-    """Those that are done: sinusoids by the number of workers, Conv4 where ``[n, d]`` is large."""
+    """The simulations: sinusoids for several numbers of workers, Conv4 where ``[n, d]`` is large."""
     found = [Run(None, workers, "topk:1%", chunk) for chunk in (None, config.chunk) for workers in config.workers]
     of_conv4 = [("topk:1%", None), ("topk:1%", config.chunk), ("ef21:topk:1%", config.chunk)]
     return found + [Run(config.hidden, config.convolved, spec, chunk) for spec, chunk in of_conv4]
 
 
 def answer(config: ScalingPlan) -> str:
-    """Do all of them, each in a process of its own, and tell of them in Markdown.
+    """Run all simulations, each in its own process, and return the results in Markdown.
 
     Raises:
-        RuntimeError: if a run's bytes are not the model's.
+        RuntimeError: if a run's bytes differ from the model's.
     """
     found = {run: _done(run) for run in tqdm(runs(config), desc="simulated", disable=None)}
     lines = [
-        f"`MAML.backward` with a task for each worker, one thread, in a process of its own; the fastest of {STEPS} "
-        "steps. What memory a run has added stands beside the peak; the gradients of all workers at once would take "
-        "n · d · 4 bytes.",
+        f"`MAML.backward` with a task for each worker, one thread, in its own process; the fastest of {STEPS} steps. "
+        "The memory that a run has added is next to the peak; the gradients of all workers at once would take n · d "
+        "· 4 bytes.",
         "",
         *tables.head(
             "workers, operator, chunk_size",
@@ -121,12 +121,12 @@ def _growth(found: dict[Run, Simulated], config: ScalingPlan) -> list[str]:
         said.append(f"{last.seconds / first.seconds:.3g} times with chunk_size={chunk}")
     return [
         f"From {few} to {many:,} workers, {many / few:g} times as many, a step of the sinusoid MLP takes "
-        f"{' and '.join(said)}. Logged bytes are the model's in all {len(found)} runs."
+        f"{' and '.join(said)}. Logged bytes match the model in all {len(found)} runs."
     ]
 
 
 def _done(run: Run) -> Simulated:
     seconds, before, peak, logged, predicted = alone(simulate, run)
     if logged != predicted:
-        raise RuntimeError(f"{run} logged {logged:.0f} bytes where the model predicts {predicted:.0f}.")
+        raise RuntimeError(f"{run} logged {logged:.0f} bytes, but the model predicts {predicted:.0f}.")
     return Simulated(seconds, before, peak, int(logged), int(predicted))

@@ -1,10 +1,10 @@
-"""Times whole steps, and collectives, on the processes that torchrun has started; `launch` starts it.
+"""Time whole steps and collectives on the processes that torchrun has started; `launch` starts it.
 
     torchrun --nproc-per-node 2 -m metamom.experiments.scaling.step PLAN.json FOUND.json
 
-PLAN.json holds a `problems.ScalingPlan`'s settings, and ``processes``: all the numbers of them that are measured. A
+PLAN.json holds a `problems.ScalingPlan`'s settings, and ``processes``: all measured numbers of processes. A
 step is `MAML.backward` and an optimizer step. Operators and servers take turns, so that a machine that slows down
-slows all of them; process 0 writes what it has measured. Tasks are drawn before, for that is no part of a step.
+slows all of them; process 0 writes the measurements. Tasks are drawn beforehand: that is not part of a step.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from metamom.experiments.scaling.problems import Made, Problem, Scaling, make, o
 from metamom.optim import CompositeMomentum
 
 LEAST_ROUNDS = 3
-COUNTED = 20  # steps that the kernel's counter is read around, at most
+COUNTED = 20  # at most that many steps between readings of the kernel's counter
 
 
 class Cell:
-    """One way of doing a step, on the processes there are, and the seconds of those that were done."""
+    """One variant of a step on the running processes, and the seconds of the steps done."""
 
     def __init__(
         self, made: Made, batch: TaskBatch, world: TimedWorld, scaling: Scaling, spec: str, workers: int
@@ -48,7 +48,7 @@ class Cell:
         self.metrics: dict[str, Any] = {}
 
     def step(self, *, keep: bool = True) -> None:
-        """Do one, once all processes are here."""
+        """Do one step, once all processes have arrived."""
         self.optimizer.zero_grad()
         self.world.agree()
         self.world.clock.read()
@@ -71,7 +71,7 @@ class Cell:
             "server": self.world.server,
             "processes": self.world.size,
             "workers": self.workers,
-            "tasks": self.batch.num_tasks,  # of each process
+            "tasks": self.batch.num_tasks,  # per process
             "entries": self.made.entries,
             "wire_bytes": self.metrics["wire_bytes"],
             "sent_bytes": self.metrics["sent_bytes"],
@@ -81,16 +81,16 @@ class Cell:
 
 
 def measure(problem: Problem, plan: dict[str, Any], world: World) -> list[dict[str, Any]]:
-    """All cells of a problem, as JSON values."""
+    """Measure all cells of a problem, as JSON values."""
     cells = _cells(problem, plan, world)
-    for cell in cells:  # first steps make what later ones find
+    for cell in cells:  # first steps allocate what later ones reuse
         cell.step(keep=False)
     begin = time.perf_counter()
     for cell in cells:
         cell.step(keep=False)
     a_round = time.perf_counter() - begin
     rounds = world.broadcast_object(lambda: max(LEAST_ROUNDS, int(plan["seconds"] / a_round)))
-    shown = None if world.first else True  # the progress bar
+    shown = None if world.first else True  # only process 0 shows the progress bar
     label = f"{problem.name}, processes: {world.size}"
     for number in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=shown):
         first = number % len(cells)
@@ -114,7 +114,7 @@ def _cells(problem: Problem, plan: dict[str, Any], world: World) -> list[Cell]:
 
 
 def _by_the_kernel(cell: Cell, attempts: int, seconds: float) -> dict[str, float] | None:
-    """Bytes of some steps by the kernel's counter, by our own, and of as long a time in which nothing is done."""
+    """Bytes of some steps by the kernel's counter and by ours, and the kernel's over an equally long idle time."""
     world = cell.world
     if world.size == 1 or cell.scaling == "weak" or loopback_bytes() is None:
         return None
@@ -141,7 +141,7 @@ def _read() -> int:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Read a plan, measure, and write what was found."""
+    """Read a plan, measure, and write the results."""
     said, found = map(Path, sys.argv[1:] if words is None else words)
     keep_freed_memory()
     with start() as world:

@@ -1,1 +1,1 @@
-"""How sensitive training is to gamma and beta: whole grids for every optimizer, at several levels of bias."""
+"""How sensitive training is to gamma and beta: full grids for every optimizer, at several levels of bias."""

@@ -2,8 +2,8 @@
 
     python -m metamom.experiments.sensitivity [--only sinusoid,omniglot,anil,fashion,mlp] [--run-dir runs/sensitivity]
 
-Every run's outcome is kept in ``RUN/outcomes``; an interrupted search goes on where it stood. The tables go into
-``RUN/report.md``, beside those of earlier runs, the heat maps into ``RUN/figures``.
+Every run's outcome is stored in ``RUN/outcomes``; an interrupted search continues where it stopped. The tables go into
+``RUN/report.md``, next to those of earlier runs, the heat maps into ``RUN/figures``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from metamom.experiments.shared.parts import assembled, keep_part
 
 
 def main() -> None:
-    """Run, or go on, and write the report."""
+    """Run or resume, and write the report."""
     parser = argparse.ArgumentParser(description="Grids over γ and β at several levels of bias.", allow_abbrev=False)
     parser.add_argument("--only", default=",".join(SETTINGS), help=f"some of {', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is (default: as `metamom train` finds it)")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/sensitivity"), help="where it goes")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs/sensitivity"), help=("where to write the outcomes and the report")
+    )
     arguments = parser.parse_args()
     names = [name.strip() for name in arguments.only.split(",")]
     if unknown := [name for name in names if name not in SETTINGS]:
@@ -36,7 +38,7 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
         except KeyboardInterrupt:
-            sys.exit("interrupted; every run that was finished is kept: the same command goes on.")
+            sys.exit("interrupted; finished runs are kept: run the same command again to continue.")
         text = table(outcomes, name)
         for level in SETTINGS[name].levels:
             path = Path("figures") / f"{name}-{level.replace(':', '').replace('%', '')}.png"

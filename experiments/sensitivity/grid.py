@@ -1,4 +1,4 @@
-"""One field of a grid after the other: training runs, each outcome kept on disk as soon as it is known."""
+"""Run the fields of a grid one after the other, and store each outcome as soon as it is known."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAN = ("iterations", "evaluate_every", "validation_tasks", "meta_batch", "worke
 
 
 class Field(NamedTuple):
-    """Where one run stands: a setting, a level of bias, a method, its step size, beta and seed."""
+    """The coordinates of a run: a setting, a level of bias, a method, its step size, beta and seed."""
 
     setting: str
     level: str
@@ -37,23 +37,23 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run went.
+    """The outcome of a run.
 
     Attributes:
-        errors: of each validation, the first of the weights that it began from; up to the last that was finite.
-        diverged: whether a gradient or an error was not finite, or the last error is above the first.
+        errors: at each validation, the first for the initial weights; up to the last that was finite.
+        diverged: whether a gradient or an error was not finite, or the last error exceeds the first.
     """
 
     errors: tuple[float, ...]
     diverged: bool
 
     def steps_to(self, target: float, every: int) -> float:
-        """Iterations until a validation was at or below the target; infinite if none was."""
+        """Iterations until a validation was at or below the target; infinite if never."""
         return next((every * i for i, error in enumerate(self.errors) if error <= target), math.inf)
 
 
 def fields(name: str) -> Iterator[Field]:
-    """All of a setting's grids, seed by seed: whoever uses a learner anew compiles it once."""
+    """All of a setting's grids, seed by seed; a seed's learner is compiled once and reused."""
     setting = SETTINGS[name]
     for seed in range(setting.seeds):
         for level in setting.levels:
@@ -64,11 +64,11 @@ def fields(name: str) -> Iterator[Field]:
 
 
 class Trainer:
-    """Runs of one setting with one learner, whose weights go back to where they began before each.
+    """Runs of one setting with one learner, reset to its initial weights before each run.
 
     Args:
         setting: what to train.
-        root: of the data; found as the samplers find it if None.
+        root: the folder of the data; ``None`` to look where the samplers do.
     """
 
     def __init__(self, setting: Setting, root: str | None = None) -> None:
@@ -77,7 +77,7 @@ class Trainer:
         self._seed: int | None = None
 
     def run(self, field: Field) -> Outcome:
-        """Train once, from the weights of the field's seed."""
+        """Train once, from the initial weights of the field's seed."""
         setting, method = self._setting, METHODS[field.method]
         self._begin(field.seed)
         spec = method.bias(field.level, field.beta)
@@ -101,7 +101,7 @@ class Trainer:
         return Outcome(tuple(errors), errors[-1] > errors[0])
 
     def _begin(self, seed: int) -> None:
-        """The weights and the tasks of a seed."""
+        """The initial weights and the tasks of a seed."""
         if seed != self._seed:
             self._seed = seed
             self._training, self._validation = self._setting.tasks(seed, self._root)
@@ -133,22 +133,22 @@ class KeptRun(Outcome):
 
 @dataclass(frozen=True)
 class Kept:
-    """What the file of outcomes holds."""
+    """The contents of the file of outcomes."""
 
     plan: dict[str, int | float]
     runs: list[KeptRun]
 
 
 def search(name: str, path: Path, *, root: str | None = None) -> dict[Field, Outcome]:
-    """Every field of a setting; those in the file already are not run again.
+    """Run every field of a setting that is not in the file yet.
 
     Args:
-        name: of the setting.
-        path: of the file of outcomes, rewritten after each run.
-        root: of the data.
+        name: the setting's name.
+        path: the file of outcomes, rewritten after each run.
+        root: the folder of the data.
 
     Raises:
-        ValueError: if the file is damaged, or holds outcomes of other lengths or batches than the setting's.
+        ValueError: if the file is damaged, or its runs have other lengths or batches than the setting.
     """
     setting = SETTINGS[name]
     plan = {key: getattr(setting, key) for key in PLAN}
@@ -172,7 +172,7 @@ def _read(path: Path, plan: dict[str, float]) -> dict[Field, Outcome]:
     there = read_record(Kept, path)
     if there.plan != plan:
         raise ValueError(
-            f"{path} holds runs of another plan: {there.plan} there, {plan} here. Move it away, or choose another "
+            f"{path} holds runs of another plan: wanted {plan}; got {there.plan}. Move it away, or choose another "
             "--run-dir."
         )
     return {

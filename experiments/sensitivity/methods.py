@@ -1,4 +1,4 @@
-"""The optimizers whose grids are compared: each makes gamma, beta and a level of bias into a way to train."""
+"""The compared optimizers: each turns gamma, beta and a level of bias into a way to train."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Method(NamedTuple):
 
     Attributes:
         title: for tables and figures.
-        optimizer: of parameters, gamma and beta (1 for no momentum).
+        optimizer: made from parameters, gamma and beta (1 for no momentum).
         lrs: its grid of step sizes, before a setting's scale.
-        bias: what it makes of a level of bias and of beta; None where the method is none of that level.
-        scaled: whether the setting's scale goes for its step sizes.
+        bias: the operator for a level of bias and beta; ``None`` if the method does not apply at that level.
+        scaled: whether the setting's scale applies to its step sizes.
     """
 
     title: str
@@ -31,12 +31,12 @@ class Method(NamedTuple):
     scaled: bool = True
 
     def grid(self, scale: float, count: int) -> tuple[float, ...]:
-        """Its ``count`` smallest step sizes."""
+        """The ``count`` smallest step sizes."""
         return tuple(round(lr * (scale if self.scaled else 1), 12) for lr in self.lrs[:count])
 
 
 def _around(kind: str) -> Callable[[str, float], str | None]:
-    """Error feedback around a level's operator; none without one."""
+    """Error feedback around a level's operator, if it has one."""
     return lambda level, beta: None if level == "none" else f"{kind.format(beta=beta)}:{level}"
 
 
@@ -53,7 +53,7 @@ def _adam(params: Params, lr: float, beta: float) -> Optimizer:
 
 
 def _rmsprop(params: Params, lr: float, beta: float) -> Optimizer:
-    """Torch adds up what momentum keeps; times beta it is an average, and gamma means the same for every beta."""
+    """Torch's momentum is a sum; times beta it is an average, and gamma means the same for every beta."""
     return RMSprop(params, lr=lr * beta, momentum=1 - beta)
 
 
@@ -75,5 +75,5 @@ METHODS = {
 
 
 def methods_at(names: Iterable[str], level: str) -> dict[str, Method]:
-    """Those of them that there are at a level of bias: error feedback needs an operator."""
+    """The methods that apply at a level of bias: error feedback needs an operator."""
     return {name: METHODS[name] for name in names if METHODS[name].bias(level, 1.0) is not None}

@@ -1,4 +1,4 @@
-"""Grids as heat maps, and a table of each method's best fields."""
+"""Heat maps of the grids, and a table of each method's best fields."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from metamom.experiments.shared.figures import heat_map, save
 
 Values = npt.NDArray[np.float64]
 
-NEAR = 1.5  # times the fewest steps
+NEAR = 1.5  # fields within this factor of the fewest steps count as near
 
 
 class Grid(NamedTuple):
     """One method at one level of bias, ``[lrs, betas]`` each.
 
     Attributes:
-        lrs: step sizes of the rows.
-        betas: of the columns.
+        lrs: the step sizes of the rows.
+        betas: the betas of the columns.
         steps: the upper median over the seeds of the iterations to the target, infinite where one diverged or never
-            got there.
-        error: mean of the seeds' last validation errors; infinite if one diverged.
-        diverged: share of the seeds.
+            reached it.
+        error: the mean of the seeds' last validation errors; infinite if one diverged.
+        diverged: the fraction of seeds that diverged.
     """
 
     lrs: tuple[float, ...]
@@ -42,7 +42,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(outcomes: Mapping[Field, Outcome], setting: str, level: str, method: str) -> Grid:
-    """The seeds' outcomes, put together."""
+    """Combine the seeds' outcomes."""
     chosen = SETTINGS[setting]
     lrs, betas = METHODS[method].grid(chosen.lr_scale, chosen.lr_count), chosen.betas
     grid = Grid(lrs, betas, *(np.full((len(lrs), len(betas)), math.inf) for _ in range(3)))
@@ -59,13 +59,13 @@ def grid_of(outcomes: Mapping[Field, Outcome], setting: str, level: str, method:
 
 
 def table(outcomes: Mapping[Field, Outcome], setting: str) -> str:
-    """Each method's best at each level, in Markdown: momentum and plain SGD apart, by the columns of one grid."""
+    """Each method's best at each level, in Markdown; momentum and plain SGD are columns of the same grid."""
     chosen = SETTINGS[setting]
     lines = [
         f"{chosen.iterations} iterations of {chosen.meta_batch} tasks on {chosen.workers} workers, seeds below",
         f"{chosen.seeds}; target: validation error {chosen.target:g} on {chosen.validation_tasks} tasks, looked at",
         f"every {chosen.evaluate_every} iterations. Steps are medians over the seeds, errors means. Fields near:",
-        f"share of the grid that is there in at most {NEAR:g} times the method's fewest steps.",
+        f"share of the grid that gets there in at most {NEAR:g} times the method's fewest steps.",
         "",
         *tables.head("bias", "method", "fewest steps (γ, β)", "last error (γ, β)", "diverged", "fields near"),
     ]
@@ -82,7 +82,7 @@ def table(outcomes: Mapping[Field, Outcome], setting: str) -> str:
 
 
 def figure(outcomes: Mapping[Field, Outcome], setting: str, level: str, path: Path) -> None:
-    """Heat maps of every method at one level: steps to the target, last error, and, if any diverged, how many did."""
+    """Draw heat maps of every method at one level: steps to the target, last error, and the share of diverged seeds."""
     chosen = SETTINGS[setting]
     methods = methods_at(chosen.methods, level)
     grids = {key: grid_of(outcomes, setting, level, key) for key in methods}
@@ -119,12 +119,12 @@ def _row(level: str, title: str, grid: Grid) -> str:
 
 
 def _columns(grid: Grid, columns: list[int]) -> Grid:
-    """Some of the betas alone."""
+    """The columns of the given betas."""
     betas = tuple(grid.betas[j] for j in columns)
     return Grid(grid.lrs, betas, grid.steps[:, columns], grid.error[:, columns], grid.diverged[:, columns])
 
 
 def _best(values: Values) -> tuple[int, int]:
-    """Row and column of the smallest."""
+    """Row and column of the smallest value."""
     row, column = np.unravel_index(int(values.argmin()), values.shape)
     return int(row), int(column)

@@ -1,4 +1,4 @@
-"""What is trained: a task family and a model each, with its grids, its length and its target."""
+"""The settings: a task family and a model each, with its grids, its length and its target."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Omniglot, Sinusoid
 from metamom.tasks.images import labelled_images
 
-FASHION_TRAINING_CLASSES = 6  # of ten; the other four are for validation
+FASHION_TRAINING_CLASSES = 6  # training classes of ten; the other four are for validation
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A task family and a model, and how the grid over them is searched.
+    """A task family and a model, and the grid to search over them.
 
     Attributes:
         title: for tables and figures.
-        learner: with weights drawn from a seed, compiled or not.
-        tasks: to train on and to validate on, from a seed and the root of the data.
+        learner: makes a learner with weights drawn from a seed, compiled or not.
+        tasks: makes the samplers for training and validation from a seed and the folder of the data.
         iterations: of every run.
         evaluate_every: iterations between validations.
-        validation_tasks: of each; the same ones every time.
+        validation_tasks: tasks per validation, the same every time.
         target: validation error to reach; an error rate for classification.
-        levels: bias of each worker's gradient, as the command line spells it.
+        levels: the bias on each worker's gradient, as on the command line.
         methods: some of `metamom.experiments.sensitivity.methods.METHODS`.
-        lr_scale: what a method's grid of step sizes is multiplied by.
-        lr_count: how many step sizes of it, from the smallest on.
+        lr_scale: the factor on a method's grid of step sizes.
+        lr_count: the number of step sizes of it, from the smallest.
         betas: weight of the new gradient; 1 is no momentum.
-        seeds: 0, 1, ..., seeds - 1: of weights and tasks.
-        meta_batch: tasks an iteration.
-        workers: which these are dealt to.
-        compiled: whether the learner is.
+        seeds: 0, 1, ..., seeds - 1, for weights and tasks.
+        meta_batch: tasks per iteration.
+        workers: number of workers that share them.
+        compiled: whether the learner is compiled.
     """
 
     title: str
@@ -141,7 +141,7 @@ SETTINGS = {
     ),
     "fashion": replace(
         OMNIGLOT,
-        title="Fashion-MNIST 3-way 1-shot on classes not seen, Conv4 of 32 channels",
+        title="Fashion-MNIST 3-way 1-shot on unseen classes, Conv4 of 32 channels",
         learner=lambda seed, compiled: _classifier(Conv4(3, hidden=32, generator=_draws(seed)), compiled),
         tasks=_fashion,
         target=0.22,

@@ -1,1 +1,1 @@
-"""What several experiments need."""
+"""Helpers shared by several experiments."""

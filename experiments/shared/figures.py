@@ -13,12 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from metamom.batch import TaskBatch
 from metamom.experiments.shared.numerals import shortest, told_apart
 from metamom.maml.learner import MAML
-from metamom.rng import Places
-from metamom.tasks import Sinusoid
 
-# Okabe and Ito's colours, told apart by colour-blind readers; lines differ in dashes too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; lines also differ in dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 
@@ -28,15 +27,15 @@ Curve = list[tuple[int, float]]
 def learning_curves(
     path: Path, arms: Mapping[str, Sequence[Curve]], *, ylabel: str, title: str, target: float, log: bool
 ) -> None:
-    """Validation against iterations, a line for each arm: the mean over its seeds in a band from lowest to highest.
+    """Plot validation against iterations: for each arm the mean over its seeds, in a band from lowest to highest.
 
     Args:
-        path: of the PNG.
-        arms: for each label its seeds' curves ``[(iteration, value)]``; iterations that one lacks are left out.
-        ylabel: what the values are.
+        path: the PNG.
+        arms: for each label its seeds' curves ``[(iteration, value)]``; iterations missing in one are left out.
+        ylabel: label of the values.
         title: of the figure.
         target: marked by a thin line.
-        log: logarithmic values.
+        log: whether the value axis is logarithmic.
     """
     figure, axes = row_of_panels(1)
     for number, (label, curves) in enumerate(arms.items()):
@@ -66,12 +65,12 @@ def learning_curves(
 
 
 def step_sizes(path: Path, arms: Mapping[str, Mapping[float, Sequence[float]]], *, ylabel: str, title: str) -> None:
-    """Final validation against the step size, a point for each seed and a line through their means.
+    """Plot final validation against the step size, a point for each seed and a line through their means.
 
     Args:
-        path: of the PNG.
+        path: the PNG.
         arms: for each label and step size, the values of the runs that did not diverge.
-        ylabel: what the values are.
+        ylabel: label of the values.
         title: of the figure.
     """
     figure, axes = row_of_panels(1)
@@ -87,21 +86,26 @@ def step_sizes(path: Path, arms: Mapping[str, Mapping[float, Sequence[float]]], 
     save(figure, path)
 
 
-def adaptation(path: Path, learners: Mapping[str, MAML], family: Sinusoid, steps: Sequence[int]) -> None:
-    """One test task: the curve of each learner before and after adaptation, against the truth.
+def adaptation(
+    path: Path,
+    learners: Mapping[str, MAML],
+    batch: TaskBatch,
+    truth: tuple[torch.Tensor, torch.Tensor],
+    steps: Sequence[int],
+) -> None:
+    """Plot one task: each learner's curve before and after adaptation, against the truth.
 
     Args:
-        path: of the PNG.
-        learners: by label, a panel each.
-        family: whose first test task is shown.
-        steps: numbers of inner steps, a line each.
+        path: the PNG.
+        learners: by label, one panel each.
+        batch: the task, alone in its batch.
+        truth: points of its true function, ``x [N]`` and ``y [N]``.
+        steps: numbers of inner steps, one line each.
     """
-    batch = family.with_stream("test").sample(0, 1)
-    amplitude, phase = (float(value[0]) for value in family.parameters(Places("test", 0, np.array([0]))))
-    x = torch.linspace(*family.x_range, 200, dtype=batch.support_x.dtype)
+    x, truth_y = truth
     figure, axes = row_of_panels(len(learners))
     for panel, (label, learner) in zip(axes, learners.items(), strict=True):
-        panel.plot(x, amplitude * torch.sin(x + phase), color="black", linewidth=2, label="truth")
+        panel.plot(x, truth_y, color="black", linewidth=2, label="truth")
         shades = np.linspace(0.75, 0.0, len(steps))
         for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
             if step not in steps:
@@ -128,15 +132,15 @@ def heat_map(
     best: Sequence[tuple[int, int]] = (),
     log: bool = True,
 ) -> None:
-    """Values by row and column: each written into its field, infinite ones as a dash.
+    """Draw a heat map of values, with each value written into its field, infinite ones as a dash.
 
     Args:
-        panel: to draw in.
+        panel: the axes to draw in.
         rows: labels of the rows.
         columns: labels of the columns.
-        values: ``[rows, columns]``; small is good, and dark.
-        best: fields ``(row, column)`` to frame.
-        log: colours go by the logarithm, of values > 0; else they go from 0 to 1, as shares do.
+        values: ``[rows, columns]``; small values are good, and dark.
+        best: the fields ``(row, column)`` to frame.
+        log: whether colours follow the logarithm, for values > 0; else they span 0 to 1, for fractions.
     """
     shown = np.where(np.isfinite(values), values, np.nan)
     shade = np.log10(shown) if log else shown
@@ -154,7 +158,7 @@ def heat_map(
 
 
 def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure without pyplot: no window system is touched and no global state kept."""
+    """A figure without pyplot, which needs no window system and keeps no global state."""
     figure = Figure(figsize=(7 if count == 1 else 4.2 * count + 1.6, 4.2), layout="constrained")
     axes = [figure.add_subplot(1, count, 1)]
     axes += [figure.add_subplot(1, count, i + 1, sharey=axes[0] if sharey else None) for i in range(1, count)]
@@ -165,6 +169,6 @@ def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG; its folder is made."""
+    """Write a PNG, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

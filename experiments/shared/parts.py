@@ -1,4 +1,4 @@
-"""A report whose parts are run one at a time: each is kept, and the report is put together of all that there are."""
+"""A report in parts that are run one at a time: each part is stored, and the report joins all stored parts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from metamom.common.files import write_atomically
 
 
 def keep_part(run_dir: Path, name: str, text: str) -> None:
-    """Keep a part's text, in Markdown, in ``parts/NAME.md``."""
+    """Store a part's Markdown in ``parts/NAME.md``."""
     (run_dir / "parts").mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "parts" / f"{name}.md", text.encode())
 
 
 def assembled(run_dir: Path, heading: str, titles: Mapping[str, str]) -> Path:
-    """Write ``report.md`` of the parts that there are, in the order of their titles; an empty title is not shown."""
+    """Write ``report.md`` from the stored parts, in the order of their titles; an empty title is not shown."""
     sections = [f"# {heading}"]
     for name, title in titles.items():
         path = run_dir / "parts" / f"{name}.md"

@@ -1,4 +1,4 @@
-"""How much memory a process has needed, which tells of a computation where nothing else was in that process."""
+"""A process's peak memory, which is a computation's own if the process did nothing else."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def peak_mib() -> float:
 
 
 def alone(function: Callable[..., list[float]], *args: Any) -> list[float]:
-    """The function's value, computed in a fresh process that keeps its freed memory."""
+    """Call the function in a new process that keeps its freed memory, and return its value."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as pool:
         return pool.submit(function, *args).result()

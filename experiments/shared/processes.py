@@ -1,4 +1,4 @@
-"""Calls of one function side by side, each in a process of its own.
+"""Call one function in parallel, each call in its own process.
 
 This uses multiprocessing's processes and not a pool. An interrupted run has to save before it ends:
 `ProcessPoolExecutor` cannot signal its workers before Python 3.14, and joblib kills them. `multiprocessing.Pool` waits
@@ -23,17 +23,17 @@ from tqdm import tqdm
 def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int, label: str) -> None:
     """Call ``function(*call)`` for each call, ``jobs`` at a time, sharing torch's threads between them.
 
-    What a call makes must be on disk: nothing comes back. When this process is interrupted, Ctrl-C or SIGTERM reaches
-    those at work too and they are waited for; when it is killed, they end with it.
+    Nothing is returned: calls must write their results to disk. When this process is interrupted, Ctrl-C or SIGTERM
+    reaches the running calls too, and they are waited for; when it is killed, they end with it.
 
     Args:
-        function: importable by name.
-        calls: its arguments, picklable.
-        jobs: >= 1.
-        label: what the progress bar says.
+        function: a function that can be imported by name.
+        calls: its arguments for each call; must be picklable.
+        jobs: number of processes at a time, >= 1.
+        label: text of the progress bar.
 
     Raises:
-        ChildProcessError: if a call failed; it has said why on stderr. The ones at work are ended then.
+        ChildProcessError: if a call failed; the reason is on stderr. The others are stopped.
     """
     context = get_context("spawn")  # a forked copy of torch's thread pool hangs
     threads = max(1, torch.get_num_threads() // jobs)
@@ -60,7 +60,9 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
 
 
 def _child(function: Callable[..., object], call: tuple[Any, ...], threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent passes it on, once
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends Ctrl-C to all processes; the parent passes it on, once
     torch.set_num_threads(threads)
     Thread(target=_end_with_parent, daemon=True).start()
     try:

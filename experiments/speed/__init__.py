@@ -1,1 +1,1 @@
-"""How long a meta-iteration takes: metamom, eager and compiled, beside its peers."""
+"""How long a meta-iteration takes: metamom, eager and compiled, and its peers."""

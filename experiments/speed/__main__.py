@@ -2,21 +2,20 @@
 
     python -m metamom.experiments.speed [--rows sinusoid,omniglot] [--contenders learn2learn,metamom] [--json]
 
-All contenders of a row have the same weights and the same tasks, and compute the same meta-gradient: that is checked
-first, in float64 (``--check`` does nothing else), and who computes something else is not timed. Then they take turns in
-float32, so that a machine that slows down slows all of them; a turn is one iteration, or as many as fill 50 ms. Times
-are medians and quartiles of turns; speeds are quotients of times of the same round. GFLOP/s count the matrix products
-that metamom's meta-gradient needs, for every contender the same number.
+All contenders of a row have the same weights and the same tasks, and compute the same meta-gradient. This is
+checked first, in float64 (``--check`` does nothing else); a contender that computes something else is not timed. Then
+they take turns in float32, so that a machine that slows down slows all of them. A turn is one iteration, or as many as
+fill 50 ms. Times are medians and quartiles of turns; speeds are ratios of times in the same round. GFLOP/s count the
+matrix products that metamom's meta-gradient needs, the same number for every contender.
 
 "off by" is how far a contender's float32 meta-gradient is from the first contender's, relative to its norm.
-``metamom-bfloat16``, which takes part where it is asked for (``--contenders metamom,metamom-bfloat16``), multiplies in
-bfloat16: it is timed although it is off, and that column says what it costs in accuracy.
+``metamom-bfloat16``, which has to be requested (``--contenders metamom,metamom-bfloat16``), multiplies in bfloat16: it
+is timed although it is off, and that column shows its cost in accuracy.
 
-"1st call" is the time of making a contender and of its first iteration where TorchInductor's cache is empty (unless
-$TORCHINDUCTOR_CACHE_DIR names one), as for a program that was never run before; the kernels that metamom builds once a
-machine are built already. ``--alone`` adds "2nd run": the same in a new process, which finds the cache filled. With
-``--cold`` both caches are empty, and the time of building the kernels is told by itself. float32 is float32: TF32 is
-off for everybody.
+"1st call" is the time to make a contender and run its first iteration with an empty TorchInductor cache (unless
+$TORCHINDUCTOR_CACHE_DIR names one), as in a program that has never run before; the kernels that metamom builds once per
+machine are already built. ``--alone`` adds "2nd run": the same in a new process, with the cache filled. With ``--cold``
+both caches are empty, and the time to build the kernels is shown separately. TF32 is off for all contenders.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure and print.
 
     Args:
-        words: of the command line; the process's own by default.
+        words: the arguments of the command line; by default the process's.
 
     Returns:
         The exit status: 1 if some contender disagrees.
     """
     arguments = parse(words)
     device = torch.device(arguments.device)
-    keep_freed_memory()  # for everybody, as `metamom train` does
+    keep_freed_memory()  # for all contenders, as `metamom train` does
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -78,7 +77,7 @@ def _all_rows(arguments: argparse.Namespace, device: torch.device) -> int:
         for name, why in skipped.items():
             print(f"skipped: {name}: {' '.join(why.split())[:200]}")
         if arguments.cold:
-            print(f"metamom's kernels, built once a machine: {building:.1f} s")
+            print(f"metamom's kernels, built once per machine: {building:.1f} s")
     results = {}
     for row in tqdm(arguments.rows, desc="rows", disable=None):
         if (measured := run(row, present, device, arguments)) is None:
@@ -98,7 +97,7 @@ def _all_rows(arguments: argparse.Namespace, device: torch.device) -> int:
 
 
 def run(row: str, present: Sequence[str], device: torch.device, arguments: argparse.Namespace) -> Measured | None:
-    """One row, or ``None`` if none of those present takes part in it."""
+    """Measure one row; ``None`` if no available contender takes part in it."""
     made = ROWS[row]().to(device, torch.float32)
     names = [name for name in makers(made) if name in present]
     if not names:
@@ -116,24 +115,33 @@ def run(row: str, present: Sequence[str], device: torch.device, arguments: argpa
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse and check the options."""
     parser = argparse.ArgumentParser(description="Time meta-iterations.", allow_abbrev=False)
     add = parser.add_argument
     add("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)} (default: all)")
     usual = ",".join(name for name in NAMES if name not in ROUGH)
     add("--contenders", default=usual, help=f"some of {', '.join(NAMES)} (default: all but {', '.join(ROUGH)})")
-    add("--seconds", type=number, default=20.0, help="time for a row, after its first calls (default: 20)")
-    add("--rounds", type=count(MOST, 1), default=200, help="timed iterations of each at most (default: 200)")
+    add("--seconds", type=number, default=20.0, help="seconds for each row, after its first calls (default: 20)")
+    add("--rounds", type=count(MOST, 1), default=200, help="most timed iterations of each contender (default: 200)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     add("--threads", type=count(10_000, 1), help="CPU threads (default: PyTorch's and JAX's own choice)")
-    add("--alone", "--memory", action="store_true", help="peak memory and a second run's first call too: each alone")
-    add("--cold", action="store_true", help="time the building of metamom's kernels too, in an empty cache")
-    add("--check", action="store_true", help="only check that all compute the same; the exit status is 1 if not")
+    add(
+        "--alone",
+        "--memory",
+        action="store_true",
+        help=("measure peak memory and a second run's first call too, each in its own process"),
+    )
+    add("--cold", action="store_true", help="also time the build of metamom's kernels, in an empty cache")
+    add(
+        "--check",
+        action="store_true",
+        help=("only check that all contenders compute the same; the exit status is 1 if not"),
+    )
     add("--json", action="store_true", help="print one JSON object and nothing else")
-    add("--one", nargs=2, help=argparse.SUPPRESS)  # row and contender: print the peak memory of this process
+    add("--one", nargs=2, help=argparse.SUPPRESS)  # row and contender: print this process's peak memory
     arguments = parser.parse_args(words)
     if arguments.one and (arguments.one[0] not in ROWS or arguments.one[1] not in makers(ROWS[arguments.one[0]]())):
-        parser.error(f"--one wants a row and a contender that takes part in it; got {' '.join(arguments.one)}.")
+        parser.error(f"--one needs a row and a contender that takes part in it; got {' '.join(arguments.one)}.")
     arguments.rows = _chosen(parser, "--rows", arguments.rows, ROWS)
     arguments.contenders = _chosen(parser, "--contenders", arguments.contenders, NAMES)
     if arguments.seconds < 0:
@@ -146,7 +154,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(parser: argparse.ArgumentParser, option: str, text: str, known: Any) -> list[str]:
-    """The names in a comma-separated list, in the order of those known."""
+    """The names in a comma-separated list, in the order of the known names."""
     names = {name.strip() for name in text.split(",")}
     if unknown := sorted(names - set(known)):
         parser.error(f"{option}: {', '.join(map(repr, unknown))} not among {', '.join(known)}.")

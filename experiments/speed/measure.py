@@ -1,4 +1,4 @@
-"""Measuring a row of the speed benchmark: agreement first, then times taken in turn, work and memory."""
+"""Measure a row of the speed benchmark: agreement first, then times in turns, work and memory."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from metamom.experiments.speed import with_jax
 from metamom.experiments.speed.peers import META, ROUGH, Contender, makers, prepare
 from metamom.experiments.speed.rows import MetaRow, OptimizerRow, Row
 
-TOLERANCE = 1e-8  # of float64 results, relative to their norm
-ROUGH_TOLERANCE = 1.0  # of those who round to few digits on purpose: it only tells numbers from garbage
+TOLERANCE = 1e-8  # between float64 results, relative to their norm
+ROUGH_TOLERANCE = 1.0  # for contenders that round to few digits on purpose: only catches garbage
 WARM_UP = 2  # rounds, after the first call
 LEAST_ROUNDS = 5
 GEMM_SIZES = (1024, 2048)
-TURN_SECONDS = 0.05  # at least: training repeats one thing, and finds its code and data in the caches
-STEPS = 100  # of an optimizer that are timed as one: a single one is too short for the clock
+TURN_SECONDS = 0.05  # minimum length of a turn: training repeats the same work, with its code and data in the caches
+STEPS = 100  # optimizer steps timed as one: a single step is too short for the clock
 
 
 @dataclass
 class Measured:
-    """What is known of a row.
+    """The measurements of a row.
 
     Attributes:
-        row: what was computed.
-        flops: useful work of one iteration, ``None`` where it is no matter of products.
-        differences: how far each contender's float64 outcome is from the reference's, relative to its norm.
+        row: the computation.
+        flops: useful work of one iteration; ``None`` if it has no matrix products.
+        differences: the distance of each contender's float64 outcome from the reference's, relative to its norm.
         float32_differences: the same in float32.
-        first_calls: seconds of making a contender and its first iteration, compiling included, which finds
+        first_calls: seconds to make a contender and run its first iteration, including compiling, with
             TorchInductor's cache empty.
-        milliseconds: of one iteration, round by round; of contenders that agree.
+        milliseconds: of one iteration, round by round, for contenders that agree.
         gemm: milliseconds of a float32 product of square matrices, by size, in the same rounds.
-        alone: see `alone`; empty unless asked for.
+        alone: see `alone`; empty by default.
     """
 
     row: Row
@@ -60,7 +60,7 @@ class Measured:
 
     @property
     def refused(self) -> list[str]:
-        """Who computes something else, and is not timed."""
+        """The contenders that compute something else, and are not timed."""
         checks = ((self.differences, TOLERANCE), (self.float32_differences, self.row.tolerance))
         found = {
             name
@@ -72,17 +72,17 @@ class Measured:
 
 
 def steps_of(row: Row) -> int:
-    """How many iterations are timed as one."""
+    """The number of iterations timed as one."""
     return STEPS if isinstance(row, OptimizerRow) else 1
 
 
 def check(row: Row, names: list[str], device: torch.device) -> Measured:
-    """Compare what the contenders compute in float64, where rounding decides no ReLU."""
+    """Compare the contenders' results in float64, where rounding does not decide any ReLU."""
     measured = Measured(row)
     exact = row.to(device, torch.float64)
     reference = None
     for name in names:
-        # bfloat16 is for float32 alone
+        # bfloat16 applies to float32 only
         contender = makers(row.to(device, torch.float32) if name in ROUGH else exact)[name]()
         for _ in range(steps_of(row)):
             contender.iterate()
@@ -93,10 +93,10 @@ def check(row: Row, names: list[str], device: torch.device) -> Measured:
 
 
 def begin(measured: Measured, device: torch.device) -> dict[str, Contender]:
-    """Make the contenders that agree, and let each iterate for the first time, which is timed and compared once more.
+    """Make the contenders that agree, and time and compare their first iterations.
 
     Returns:
-        Those that agree still, by name.
+        Those that still agree, by name.
     """
     row, contenders, reference = measured.row, {}, None
     for name, make in makers(row).items():
@@ -115,10 +115,10 @@ def begin(measured: Measured, device: torch.device) -> dict[str, Contender]:
 
 
 def measure(row: Row, names: list[str], device: torch.device, seconds: float, most_rounds: int) -> Measured:
-    """Check a row, then time those that agree and two matrix products, one after another, round by round.
+    """Check a row, then time the contenders that agree and two matrix products, one after another, round by round.
 
-    A turn is as many iterations as fill `TURN_SECONDS`, and gives their mean. Who begins moves on by one each round.
-    It ends when ``seconds`` are over, but not before 5 rounds, or after ``most_rounds``.
+    A turn is as many iterations as fill `TURN_SECONDS`, and gives their mean. Each round starts with the next
+    contender. Timing ends after ``seconds`` and at least 5 rounds, or after ``most_rounds``.
     """
     measured = check(row, names, device)
     measured.flops = flops(row) if isinstance(row, MetaRow) else None
@@ -152,7 +152,7 @@ def measure(row: Row, names: list[str], device: torch.device, seconds: float, mo
 
 @dataclass
 class _Turn:
-    """What is timed in a turn, how many times in a row, and the milliseconds of one, turn by turn."""
+    """A timed call, its repetitions in a turn, and the milliseconds of one call, turn by turn."""
 
     iterate: Callable[[], Any]
     repeat: int
@@ -160,24 +160,24 @@ class _Turn:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once everything asked of ``device`` is done."""
+    """Seconds, once all work queued on ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def flops(row: MetaRow) -> int:
-    """Floating-point operations of the matrix products in metamom's meta-gradient, which is not compiled for this."""
+    """Floating-point operations of the matrix products in metamom's meta-gradient, computed without compiling."""
     contender = META["metamom"](row)
     if row.chunk_size == "auto":
-        contender.iterate()  # it measures what a task needs, at the first call only
+        contender.iterate()  # it measures a task's memory, at the first call only
     with FlopCounterMode(display=False) as counter:
         contender.iterate()
     return int(counter.get_total_flops())
 
 
 def _flat(row: Row, contender: Contender) -> Tensor:
-    """What a contender computed, as one vector in the order of the model's parameters."""
+    """A contender's result, as one vector in the order of the model's parameters."""
     outcome = contender.outcome()
     return torch.cat([outcome[name].double().cpu().flatten() for name, _ in row.model.named_parameters()])
 
@@ -195,10 +195,10 @@ def _product(size: int, device: torch.device) -> Callable[[], Tensor]:
 
 @contextmanager
 def empty_caches(kernels: bool = False) -> Iterator[None]:
-    """An empty cache for TorchInductor, so that first calls compile; one that the environment names is left in use.
+    """An empty cache for TorchInductor, so that first calls compile; a cache named by the environment stays in use.
 
     Args:
-        kernels: make both caches empty, whatever the environment names, so that metamom's kernels are built again.
+        kernels: empty both caches, even those named by the environment, so that metamom's kernels are built again.
     """
     names = ["TORCHINDUCTOR_CACHE_DIR"] if kernels or "TORCHINDUCTOR_CACHE_DIR" not in os.environ else []
     names += ["METAMOM_CACHE"] if kernels else []
@@ -216,11 +216,11 @@ def empty_caches(kernels: bool = False) -> Iterator[None]:
 
 
 def alone(row: Row, name: str, device: torch.device) -> dict[str, float]:
-    """What one contender takes in this process, which should do nothing else: three iterations.
+    """Measure one contender in this process, which should do nothing else: three iterations.
 
     Returns:
         ``peak``, MiB; ``imports``, MiB, the peak before the contender was made; and ``first_call``, the seconds of
-        making it and of its first iteration, with what the caches hold. Memory on a CPU is the process's resident
+        making it and of its first iteration, with the caches as they are. Memory on a CPU is the process's resident
         set, compiling included; on CUDA what PyTorch (or JAX) allocated there.
     """
     prepare(name, device)
@@ -235,12 +235,12 @@ def alone(row: Row, name: str, device: torch.device) -> dict[str, float]:
 
 
 def alone_elsewhere(row: str, name: str, options: list[str]) -> dict[str, float]:
-    """`alone` in a process of its own, which finds what this one has compiled in the caches.
+    """Run `alone` in its own process, which finds this process's compiled code in the caches.
 
     Args:
-        row: its name.
-        name: the contender's.
-        options: of the command line, which the process shall have too.
+        row: the row's name.
+        name: the contender's name.
+        options: the command line's options, passed on to the process.
     """
     command = [sys.executable, "-m", "metamom.experiments.speed", "--one", row, name, *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The contenders of the speed benchmark: whole meta-iterations, each as its library's own examples write them."""
+"""The contenders of the speed benchmark: whole meta-iterations, each written as in its library's own examples."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ META_LR = 1e-3
 
 
 class Contender(NamedTuple):
-    """What is timed.
+    """A timed computation.
 
     Attributes:
         iterate: one whole iteration, from ``zero_grad`` to the optimizer's step.
-        outcome: by parameter name, what all contenders must agree on: the meta-gradient that the last iteration
-            took; where the optimizer step alone is timed, the weights.
+        outcome: the values that all contenders must agree on, by parameter name: the last iteration's meta-gradient,
+            or the weights where only the optimizer step is timed.
     """
 
     iterate: Callable[[], Any]
@@ -93,7 +93,7 @@ def _learn2learn(row: MetaRow) -> Contender:
 
 
 def _higher(row: MetaRow) -> Contender:
-    """`higher.innerloop_ctx`, as in its Omniglot example; in first order no graph leads to the start, so copied."""
+    """`higher.innerloop_ctx`, as in its Omniglot example; in first order no graph connects, so gradients are copied."""
     higher: Any = importlib.import_module("higher")
     model = copy.deepcopy(row.plain)
     weights = list(model.parameters())
@@ -169,7 +169,7 @@ def _sgd(model: nn.Module, beta: float) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), META_LR, momentum=1 - beta, dampening=1 - beta, foreach=True)
 
 
-# The first of each, where it takes part, is what the others are compared with.
+# The first contender that takes part is the reference for the others.
 META: dict[str, Callable[[MetaRow], Contender]] = {
     "learn2learn": _learn2learn,
     "higher": _higher,
@@ -185,24 +185,24 @@ OPTIMIZERS: dict[str, Callable[[OptimizerRow], Contender]] = {
     "metamom": _stepping(_composite),
 }
 NAMES = tuple(dict.fromkeys([*META, *OPTIMIZERS]))
-# They do not compute the same, on purpose: how far they are off is told beside their times, where they are asked for.
+# Off by default, since they compute something else on purpose; their error is shown next to their times.
 ROUGH = ("metamom-bfloat16",)
 
 
 def makers(row: Row) -> dict[str, Callable[[], Contender]]:
-    """Everybody who can take part in a row, by name; the reference first."""
+    """All contenders that can take part in a row, by name; the reference first."""
     if isinstance(row, OptimizerRow):
         return {name: partial(make, row) for name, make in OPTIMIZERS.items()}
     unable = set()
     if row.bias is not None:
-        unable = {"higher", "torchopt", "jax", "jax-map"}  # no counterpart; learn2learn's loop stands for them
+        unable = {"higher", "torchopt", "jax", "jax-map"}  # no counterpart; learn2learn's loop represents them
     elif not row.has_convolutions:
         unable = {"jax-map"}
     return {name: partial(make, row) for name, make in META.items() if name not in unable}
 
 
 def prepare(name: str, device: torch.device) -> None:
-    """Import what a contender needs, so that no timing contains it. metamom's kernels are built once a machine, here.
+    """Import a contender's libraries outside of all timings. Also builds metamom's kernels, once per machine.
 
     Raises:
         ImportError: if its library is not installed, or not for ``device``.

@@ -1,4 +1,4 @@
-"""What the speed benchmark found, as JSON values and as tables."""
+"""The results of the speed benchmark, as JSON values and as tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metamom.experiments.speed.peers import ROUGH
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
-    """A row's results; every time that was taken is among them.
+    """A row's results, including every measured time.
 
     ``speed`` is a contender's against the reference's, the first contender's: the quotient of their times in the
     same round.
@@ -52,7 +52,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
 def gemm_rate(measured: Measured) -> tuple[int, float] | None:
     """Size and GFLOP/s of the product that ran at the higher rate, by its median time.
 
-    The higher one: a size that the machine happens to do badly would flatter everybody.
+    A size that the machine happens to compute slowly would flatter all contenders.
     """
     rates = [(2e-6 * size**3 / float(np.median(times)), size) for size, times in measured.gemm.items() if times]
     if not rates:
@@ -62,7 +62,7 @@ def gemm_rate(measured: Measured) -> tuple[int, float] | None:
 
 
 def timed(measured: Measured) -> Iterator[str]:
-    """Lines of a row's table."""
+    """The lines of a row's table."""
     values = as_json(measured)
     yield measured.row.title
     rounds = max(map(len, measured.milliseconds.values()), default=0)
@@ -94,11 +94,11 @@ def timed(measured: Measured) -> Iterator[str]:
 
 
 def checked(measured: Measured) -> Iterator[str]:
-    """Lines of a row's check."""
+    """The lines of a row's check."""
     reference, *others = measured.differences
     yield measured.row.title
     if not others:
-        yield f"{reference} alone: nobody to compare it with"
+        yield f"{reference} alone: there is nothing to compare it with"
         return
     yield f"distance from {reference}'s, relative to its norm; in float64; up to {TOLERANCE:g} agrees"
     for name in others:
@@ -117,5 +117,5 @@ def _shown(spread: dict[str, float]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Three digits, or all digits before the decimal point."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"

@@ -1,4 +1,4 @@
-"""The rows of the speed benchmark: what a contender has to compute in each of them."""
+"""The rows of the speed benchmark: the computation of each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from metamom.maml.learner import LossFn
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
 
-# Of the float32 results, relative to the norm. A ReLU whose input is zero up to rounding may fall on either side, and a
-# Conv4 has millions: there it only tells numbers from garbage, and the check in float64 has to do the rest.
+# Between float32 results, relative to the norm. A ReLU with an input of zero up to rounding may fall on either side,
+# and a Conv4 has millions of them: there the tolerance only catches garbage, and the check in float64 does the rest.
 MLP_TOLERANCE, CONV4_TOLERANCE = 1e-4, 0.5
 
 
 class PlainConv4(nn.Module):
-    """`metamom.nets.Conv4` in PyTorch's own layers; it loads that one's ``state_dict``.
+    """`metamom.nets.Conv4` in PyTorch's own layers; it can load a Conv4's ``state_dict``.
 
     Args:
         ways: number of classes.
@@ -55,8 +55,8 @@ class MetaRow(NamedTuple):
     """One meta-iteration: a meta-gradient of a batch of tasks and an optimizer step.
 
     Attributes:
-        title: what is computed, in words.
-        model: metamom's.
+        title: the computation in words.
+        model: metamom's model.
         plain: the same network with the same weights in PyTorch's own layers, for the others.
         loss_fn: of a task.
         batch: the tasks.
@@ -64,9 +64,9 @@ class MetaRow(NamedTuple):
         tolerance: how far two contenders' float32 meta-gradients may be apart, relative to their norm.
         inner_steps: number of inner steps.
         estimator: second or first order.
-        workers: who share the tasks.
+        workers: number of workers that share the tasks.
         bias: their operator.
-        chunk_size: metamom's.
+        chunk_size: metamom's option.
     """
 
     title: str
@@ -84,7 +84,7 @@ class MetaRow(NamedTuple):
 
     @property
     def has_convolutions(self) -> bool:
-        """Whether the model is a Conv4, not the MLP."""
+        """Whether the model is a Conv4 rather than the MLP."""
         return isinstance(self.plain, PlainConv4)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MetaRow:
@@ -94,11 +94,11 @@ class MetaRow(NamedTuple):
 
 
 class OptimizerRow(NamedTuple):
-    """The optimizer step alone, for the parameters of a model and gradients that stay as they are.
+    """Only the optimizer step, for the parameters of a model and constant gradients.
 
     Attributes:
-        title: what is computed, in words.
-        model: whose parameters are stepped.
+        title: the computation in words.
+        model: the model whose parameters are updated.
         beta: weight of the new gradient.
         tolerance: how far two contenders' float32 weights may be apart after some steps, relative to their norm.
     """
@@ -188,7 +188,7 @@ def _optimizer(name: str, model: nn.Module, beta: float) -> OptimizerRow:
     return OptimizerRow(f"optimizer step alone, beta = {shortest(beta)}, the {d} parameters of {name}", model, beta)
 
 
-# By the name that --rows knows; made when asked for.
+# By the name for --rows; made when needed.
 ROWS: dict[str, Callable[[], Row]] = {
     "sinusoid": _sinusoid,
     "omniglot": _omniglot,

@@ -1,7 +1,7 @@
-"""The speed benchmark's meta-iteration in JAX: ``jit``, ``grad``, and ``vmap`` or ``lax.map``, written plainly.
+"""The speed benchmark's meta-iteration in plain JAX: ``jit``, ``grad``, and ``vmap`` or ``lax.map``.
 
-With ``vmap`` the convolutions of per-task weights become grouped ones, which XLA does slowly on a CPU, so that going
-through the tasks one by one, with ``lax.map``, can be faster there.
+With ``vmap``, convolutions with per-task weights become grouped ones, which XLA computes slowly on a CPU. A loop over
+the tasks with ``lax.map`` can be faster there.
 
 Images are channels-last and kernels ``[H, W, C, C']``, JAX's own preference.
 """
@@ -22,7 +22,7 @@ KERNEL_AXES, WEIGHT_AXES = (2, 3, 1, 0), (3, 2, 0, 1)  # torch's [C', C, H, W] t
 
 
 def prepare(device: torch.device) -> Any:
-    """Import JAX for ``device``, with float32 meaning float32 and no memory taken in advance.
+    """Import JAX for ``device``, with true float32 and without preallocated memory.
 
     Raises:
         ImportError: if it is not installed, or not for ``device``.
@@ -40,7 +40,7 @@ def prepare(device: torch.device) -> Any:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """What JAX's allocator on ``device``, a GPU, has held at most."""
+    """The peak memory of JAX's allocator on ``device``, a GPU."""
     statistics = prepare(device).devices("gpu")[0].memory_stats() or {}
     return int(statistics.get("peak_bytes_in_use", 0))
 
@@ -48,12 +48,12 @@ def peak_bytes(device: torch.device) -> int:
 def contender(
     row: MetaRow, meta_lr: float, one_by_one: bool = False
 ) -> tuple[Callable[[], None], Callable[[], dict[str, Tensor]]]:
-    """One meta-iteration, and the meta-gradient that the last one took.
+    """One meta-iteration, and the last one's meta-gradient.
 
     Args:
-        row: what to compute.
+        row: the computation.
         meta_lr: step size of the plain gradient step.
-        one_by_one: go through the tasks with ``lax.map`` instead of ``vmap``.
+        one_by_one: loop over the tasks with ``lax.map`` instead of ``vmap``.
     """
     jax = prepare(row.batch.support_x.device)
     predict, loss_fn = (_conv4, _cross_entropy) if row.has_convolutions else (_mlp, _mse)

@@ -1,1 +1,1 @@
-"""When does momentum beat plain SGD under biased gradients? A map of quadratics, and two checks of it on networks."""
+"""When does momentum beat plain SGD under biased gradients? A map of quadratics, and two checks on networks."""

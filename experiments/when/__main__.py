@@ -1,4 +1,4 @@
-"""When does momentum beat SGD under biased gradients? A map on quadratics, and two checks of it on networks.
+"""When does momentum beat SGD under biased gradients? A map of quadratics, and two checks on networks.
 
     python -m metamom.experiments.when [--run-dir runs/when] [--only map|sinusoids|mnist]
 
@@ -20,8 +20,8 @@ PARTS = {"map": quadratics.TITLE, "sinusoids": sinusoids.TITLE, "mnist": mnist.T
 def main() -> None:
     """Run, write and print."""
     parser = argparse.ArgumentParser(description="When does momentum beat SGD?", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/when"), help="where the report goes")
-    parser.add_argument("--only", choices=PARTS, help="one part alone")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/when"), help="where to write the report")
+    parser.add_argument("--only", choices=PARTS, help="run only this part")
     arguments = parser.parse_args()
     parts = [arguments.only] if arguments.only else list(PARTS)
     print(report(arguments.run_dir, parts, WhenMomentumWins()).read_text(encoding="utf-8"))

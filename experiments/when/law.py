@@ -1,4 +1,4 @@
-"""The exact law and its course from the first step on, against runs of `CompositeMomentum` on random quadratics."""
+"""The exact law, stationary and at every step, against runs of `CompositeMomentum` on random quadratics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LawCheck:
     runs: int = 60
     steps: int = 800
     last: int = 300
-    looks: tuple[int, ...] = (1, 2, 5, 10, 20, 50)  # steps at which the course is compared
+    looks: tuple[int, ...] = (1, 2, 5, 10, 20, 50)  # steps at which the trajectory is compared
     seed: int = 0
 
     @property
@@ -48,7 +48,7 @@ class Shift(BiasOperator):
 
     @property
     def spec(self) -> str:
-        """No command line spells it."""
+        """There is no spelling for the command line."""
         return "shift"
 
 
@@ -76,7 +76,7 @@ class Compared(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One design's stationary gradient and deviation, and its gradient on the way there."""
+    """One design's stationary gradient and deviation, and its gradient along the trajectory."""
 
     design: Design
     grad_sq: Compared
@@ -113,7 +113,7 @@ def exact_course(config: LawCheck, design: Design, steps: int) -> list[float]:
 
 
 def compare(config: LawCheck, design: Design, *, seed: int) -> Point:
-    """Many runs of one design."""
+    """Run one design many times."""
     lam = config.curvatures
     problem = Quadratics(lam.repeat(design.workers, 1), torch.zeros(design.workers, len(lam), dtype=torch.float64))
     course = descend(
@@ -131,7 +131,7 @@ def compare(config: LawCheck, design: Design, *, seed: int) -> Point:
 
 
 def points(config: LawCheck) -> list[Point]:
-    """All designs."""
+    """Check all designs."""
     bar = tqdm(designs(config), desc="law", disable=None)
     return [compare(config, design, seed=config.seed + 1 + number) for number, design in enumerate(bar)]
 

@@ -1,4 +1,4 @@
-"""The map: how many times fewer steps momentum takes than SGD, for bias, noise, workers and conditioning."""
+"""The map: SGD's steps relative to momentum's, over bias, noise, workers and conditioning."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ LENGTH_BINS = (0.0, 8.0, 16.0, 32.0, 128.0, math.inf)
 
 @dataclass(frozen=True)
 class QuadraticMap:
-    """What each part of the map is drawn from; curvatures 1 to 1/kappa, as many in each octave."""
+    """The ranges of each part of the map; curvatures go from 1 to 1/kappa, evenly in the logarithm."""
 
     law: law.LawCheck = field(default_factory=law.LawCheck)
     rule: rule.WhenRule = field(default_factory=rule.WhenRule)
     relative: relative.RelativeBias = field(default_factory=relative.RelativeBias)
     conditions: tuple[float, ...] = (10.0, 100.0)
     dimension: int = 12
-    target: float = 1e-3  # of the first ||grad f||^2
-    shares: tuple[float, ...] = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # of the target, that bias takes
+    target: float = 1e-3  # target, as a fraction of the first ||grad f||^2
+    shares: tuple[float, ...] = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # fractions of the target that the bias takes
     rooms: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # R without bias
     workers: tuple[int, ...] = tuple(2**power for power in range(13))
-    one_worker: float = 0.3  # R of a single one without bias
+    one_worker: float = 0.3  # R of a single worker without bias
 
 
 def speedups(config: QuadraticMap, condition: float) -> rule.Case:
-    """Every share of bias with every size of noise, row by row."""
+    """Every fraction of bias with every noise level, row by row."""
     axes = rule.spectrum(condition, config.dimension)
     pairs = torch.tensor([(share, room) for share in config.shares for room in config.rooms], dtype=torch.float64)
     target = torch.full((len(pairs),), config.target, dtype=torch.float64)
@@ -51,7 +51,7 @@ def speedups(config: QuadraticMap, condition: float) -> rule.Case:
 
 
 def with_workers(config: QuadraticMap, share: float) -> rule.Case:
-    """The largest condition with more and more workers."""
+    """The largest condition number with increasing numbers of workers."""
     axes = rule.spectrum(config.conditions[-1], config.dimension)
     target = torch.full((len(config.workers),), config.target, dtype=torch.float64)
     n = torch.tensor(config.workers, dtype=torch.float64)
@@ -60,7 +60,7 @@ def with_workers(config: QuadraticMap, share: float) -> rule.Case:
 
 
 class Answer(NamedTuple):
-    """The text, and what it rests on."""
+    """The text, and the numbers behind it."""
 
     text: str
     rule: Rule
@@ -71,7 +71,7 @@ class Answer(NamedTuple):
 
 
 def answer(figures: Path, config: QuadraticMap = QuadraticMap()) -> Answer:
-    """Measure all of it; draws ``when-map.png`` and ``when-bias.png``; the text is Markdown."""
+    """Measure everything, draw ``when-map.png`` and ``when-bias.png``, and return the text in Markdown."""
     points = law.points(config.law)
     cases = rule.cases(config.rule)
     half = len(cases) // 2
@@ -104,10 +104,10 @@ def answer(figures: Path, config: QuadraticMap = QuadraticMap()) -> Answer:
         "![Speed-up on the map](figures/when-map.png)",
         "### The rule on random quadratics",
         *_on_the_rule(config.rule, found, fitted, judged),
-        "### Bias that goes with the gradient",
+        "### Bias proportional to the gradient",
         *_on_turns(config.relative, turned),
         *_on_compression(config.relative, compressed),
-        "![The law; biases that go with the gradient](figures/when-bias.png)",
+        "![The law; biases proportional to the gradient](figures/when-bias.png)",
     ]
     return found._replace(text="\n\n".join(text))
 
@@ -116,7 +116,7 @@ def _on_the_law(config: law.LawCheck, points: Sequence[Point]) -> list[str]:
     groups = {
         "E‖∇f‖² in the end": [point.grad_sq for point in points],
         "E‖v − ∇f‖² in the end": [point.deviation_sq for point in points],
-        "E‖∇f‖² on the way": [value for point in points for value in point.course],
+        "E‖∇f‖² along the trajectory": [value for point in points for value in point.course],
     }
     rows = []
     for name, values in groups.items():
@@ -235,7 +235,7 @@ def _on_compression(config: relative.RelativeBias, compressed: Sequence[Compress
         share, room = f"{at.share:.2f}", f"{at.room:.3g}"
         lines.append(tables.row(at.operator, share, room, plain, _steps(momentum, 0), ratio))
     return [
-        f"{config.workers} workers that differ, curvatures 1 to 1/{config.condition:g}; steps until the mean ‖∇f‖² of "
+        f"{config.workers} different workers, curvatures 1 to 1/{config.condition:g}; steps until the mean ‖∇f‖² of "
         f"{config.runs} runs is at {config.share:.0%} of its first value and stays there; b² is the floor of exact "
         "gradients at a small step.",
         "\n".join(lines),

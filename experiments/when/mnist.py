@@ -25,27 +25,27 @@ TITLE = "Compressed MNIST"
 
 @dataclass(frozen=True)
 class CompressedMnist:
-    """Full gradients of some of the paper's 100 nodes, an epoch a step."""
+    """Full gradients of some of the paper's 100 nodes; a step is an epoch."""
 
-    nodes: int = 20  # the first ones, of 600 images each: a fifth of the time
+    nodes: int = 20  # the first nodes, with 600 images each, in a fifth of the time
     operators: tuple[str, ...] = ("none", "topk:33500:all")
     lrs: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     first: float = 0.5
     betas: tuple[float, ...] = (1.0, 0.3, 0.1)
-    target: float = 0.9  # test accuracy
+    target: float = 0.9  # target test accuracy
     epochs: int = 60
     seed: int = 0
 
 
 class Bench:
-    """The paper's model and data, read once."""
+    """The paper's model and data, loaded once."""
 
     def __init__(self, config: CompressedMnist, root: Path | None = None) -> None:
         self.config, self.kind = config, protocol("mnist")
         self.train, self.test = self.kind.data("train", root), self.kind.data("test", root)
 
     def full(self, operator: str, lr: float, beta: float, seed: int, cap: int) -> float:
-        """Epochs of the paper's training, an update each, until the target; infinite beyond the cap."""
+        """Train as in the paper until the target; return the epochs (one update each), infinite beyond the cap."""
         images = len(self.train.labels) // 100 * self.config.nodes
         training = Training(
             self.kind, LabelledImages(*(part[:images] for part in self.train)), self.test, nodes=self.config.nodes,
@@ -64,14 +64,14 @@ class Bench:
 
 
 class Answer(NamedTuple):
-    """The text, and what was found for each operator."""
+    """The text, and the results for each operator."""
 
     text: str
     full: dict[str, Tuned]
 
 
 def answer(figures: Path, config: CompressedMnist = CompressedMnist()) -> Answer:
-    """Search both sides of everything; draws ``when-mnist.png``; the text is Markdown."""
+    """Search both sides for every operator, draw ``when-mnist.png``, and return the text in Markdown."""
     bench = Bench(config)
     full: dict[str, Tuned] = {}
     with tqdm(desc="mnist, full gradients", unit="run", disable=None) as bar:

@@ -26,15 +26,15 @@ def draw_map(
     workers: Sequence[int],
     by_share: dict[float, Case],
 ) -> None:
-    """Speed-up by bias and noise; by R on random quadratics; steps by the number of workers."""
+    """Plot the speed-up by bias and noise, and by R on random quadratics, and the steps by number of workers."""
     figure, (heat, scatter, steps) = row_of_panels(3, sharey=False)
     values = grid.found.speedup.reshape(len(shares), len(rooms)).numpy()
     heat_map(heat, shares, rooms, values, best=[])
     heat.grid(visible=False)
-    needed = [rule.room / (1 - share) for share in shares]  # R without bias that leaves as much as the rule wants
+    needed = [rule.room / (1 - share) for share in shares]  # R without bias at the rule's threshold
     border = np.interp(np.log(needed), np.log(rooms), range(len(rooms)))
     heat.plot(border, range(len(shares)), color="#D55E00", linewidth=2)
-    heat.set(xlabel="2Lεn / Σλσ²  (less noise →)", ylabel="share of the target that bias takes, b²/ε")
+    heat.set(xlabel="2Lεn / Σλσ²  (less noise →)", ylabel="fraction of the target that bias takes, b²/ε")
     heat.set(title=f"steps of SGD / of momentum (line: R = {rule.room:.1f})", xlim=(-0.5, len(rooms) - 0.5))
     for number, (low, high) in enumerate(LENGTHS):
         chosen = (random.length >= low) & (random.length < high)
@@ -69,12 +69,12 @@ def draw_map(
 
 
 def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], compressed: Sequence[Compressed]) -> None:
-    """Runs against the law; the turning bias and its bound; Top-K."""
+    """Plot runs against the law, the turning bias with its bound, and Top-K."""
     figure, (law, turn, top) = row_of_panels(3, sharey=False)
     kinds: dict[str, list[Compared]] = {
         "E‖∇f‖², in the end": [point.grad_sq for point in points],
         "E‖v − ∇f‖², in the end": [point.deviation_sq for point in points],
-        "E‖∇f‖², on the way": [value for point in points for value in point.course],
+        "E‖∇f‖², along the trajectory": [value for point in points for value in point.course],
     }
     for number, (label, values) in enumerate(kinds.items()):
         exact, mean = [value.exact for value in values], [value.mean for value in values]
@@ -104,7 +104,7 @@ def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], com
         xscale="log",
         xlabel="R",
         ylabel="steps of SGD / steps of momentum",
-        title="Top-K, workers that differ",
+        title="Top-K, different workers",
         ylim=(0, None),
     )
     top.legend(frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""Two biases that go with the gradient: one that turns it, exactly, and Top-K on workers that differ, by simulation."""
+"""Two biases proportional to the gradient: a rotation, computed exactly, and Top-K on different workers, simulated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metamom.experiments.when.search import Found, Quadratics, best, search
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """Turns without noise; Top-K at one target and several sizes of noise."""
+    """Rotations without noise; Top-K at one target and several noise levels."""
 
     condition: float = 100.0
     dimension: int = 12
@@ -31,13 +31,13 @@ class RelativeBias:
     rooms: tuple[float, ...] = (1.0, 10.0, 100.0)  # R without an operator
     lrs: tuple[float, ...] = tuple(1.9 * 2.0**power for power in range(-5, 5))
     betas: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1)
-    share: float = 0.02  # of the first squared gradient norm: the target under Top-K
+    share: float = 0.02  # the target under Top-K, as a fraction of the first squared gradient norm
     steps: int = 400
     runs: int = 4
 
 
 class Turned(NamedTuple):
-    """Speed-up of momentum at one B, and the bound on how much longer its steps can be."""
+    """Momentum's speed-up at one B, and the bound on how much longer its steps can be."""
 
     B: float
     found: Found
@@ -57,7 +57,7 @@ def turned(config: RelativeBias) -> list[Turned]:
 
 
 class Compressed(NamedTuple):
-    """Top-K or none at one size of noise: the share of the target that bias takes, R, and steps of both sides."""
+    """Top-K or none at one noise level: the fraction of the target that the bias takes, R, and both sides' steps."""
 
     operator: str
     share: float
@@ -66,7 +66,7 @@ class Compressed(NamedTuple):
 
 
 def stays_below(course: Tensor, target: float) -> float:
-    """The first step from which a course is at or below the target to its end; infinite if it ends above."""
+    """The first step after which a trajectory stays at or below the target; infinite if it ends above."""
     above = (~(course <= target)).nonzero()
     first = 0 if len(above) == 0 else int(above[-1]) + 1
     return math.inf if first >= len(course) else float(first)
@@ -93,7 +93,7 @@ def compressed(config: RelativeBias) -> list[Compressed]:
         floor = quadratics.descend(problem, start, lr=0.2 / L, beta=1.0, steps=2000, bias=parse(operator)).grad_sq
         bias = float(floor[-500:].mean())
         for room in tqdm(config.rooms, desc=operator, disable=None):
-            variance = 2 * L * target / (room * float(lam.sum()))  # of each entry of the mean of the workers
+            variance = 2 * L * target / (room * float(lam.sum()))  # of each entry of the workers' mean
             noise = math.sqrt(variance * config.workers)
             steps = torch.full((1, len(config.lrs), len(config.betas)), math.inf, dtype=torch.float64)
             for i, lr in enumerate(config.lrs):

@@ -14,7 +14,7 @@ from metamom.experiments.when.rule import WINS
 
 @dataclass(frozen=True)
 class WhenMomentumWins:
-    """Of each part."""
+    """The configs of all parts."""
 
     map: quadratics.QuadraticMap = field(default_factory=quadratics.QuadraticMap)
     sinusoids: sinusoids.SinusoidSearch = field(default_factory=sinusoids.SinusoidSearch)
@@ -25,7 +25,7 @@ TITLES = {"rule": "", "map": quadratics.TITLE, "sinusoids": sinusoids.TITLE, "mn
 
 
 def report(run_dir: Path, parts: Sequence[str], configs: WhenMomentumWins) -> Path:
-    """Run some parts; ``report.md`` holds them and those that an earlier run has left in ``parts/``."""
+    """Run some parts; ``report.md`` holds them and those that earlier runs left in ``parts/``."""
     figures = run_dir / "figures"
     for part in parts:
         if part == "map":
@@ -41,7 +41,7 @@ def report(run_dir: Path, parts: Sequence[str], configs: WhenMomentumWins) -> Pa
 
 
 def the_rule(found: quadratics.Answer) -> str:
-    """In one sentence, and where it fails."""
+    """The rule in one sentence, and where it fails."""
     rule = found.rule
     return (
         f"**The rule:** with γ and β searched for both, momentum needs at most 1/{WINS:g} of SGD's steps to E‖∇f‖² ≤ ε "

@@ -1,4 +1,4 @@
-"""The rule: when momentum beats SGD, from two numbers that are known before any search; and how often it is right."""
+"""The rule: when momentum beats SGD, by two numbers that are known before any search, and its accuracy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from metamom.experiments.when.search import Found, Quadratics, Spectrum, best, search
 
-WINS = 1.5  # times as fast: what counts as beating
+WINS = 1.5  # momentum beats SGD if it is this many times as fast
 
 
 @dataclass(frozen=True)
 class WhenRule:
-    """Random spectra with random targets, biases and noise on each; half of the spectra fit, the others judge."""
+    """Random spectra with random targets, biases and noise; half of the spectra fit the rule, the others test it."""
 
     spectra: int = 40
     each: int = 24
@@ -35,12 +35,12 @@ class Rule(NamedTuple):
     length: float
 
     def __call__(self, room: Tensor, length: Tensor) -> Tensor:
-        """What it says, ``[M]``."""
+        """The rule's prediction, ``[M]``."""
         return (room > self.room) & (length > self.length)
 
 
 class Case(NamedTuple):
-    """All that is known of the quadratics of one spectrum, ``[M]`` each but for the spectrum."""
+    """The quadratics of one spectrum and their results; all fields except the spectrum are ``[M]``."""
 
     spectrum: Spectrum
     quadratics: Quadratics
@@ -84,7 +84,7 @@ def spectrum(condition: float, dimension: int, shape: str = "even", start: float
 
 
 def cases(config: WhenRule) -> list[Case]:
-    """Draw and search them all."""
+    """Draw and search all quadratics."""
     draws = torch.Generator().manual_seed(config.seed)
 
     def log_uniform(low: float, high: float, count: int) -> Tensor:
@@ -115,16 +115,16 @@ def case(axes: Spectrum, quadratics: Quadratics) -> Case:
 
 
 class Flat(NamedTuple):
-    """Of many quadratics, ``[N]`` each."""
+    """The numbers of many quadratics, ``[N]`` each."""
 
     room: Tensor
     length: Tensor
     speedup: Tensor
-    lr: Tensor  # SGD's best gamma L
+    lr: Tensor  # gamma L of SGD's best
 
 
 def flat(found: list[Case]) -> Flat:
-    """Where SGD arrives at all."""
+    """The quadratics on which SGD reaches the target."""
     columns = [(c.room, c.length, c.found.speedup, c.found.sgd.lr) for c in found]
     joined = [torch.cat(column) for column in zip(*columns, strict=True)]
     arrives = joined[2].isfinite()
@@ -132,18 +132,18 @@ def flat(found: list[Case]) -> Flat:
 
 
 def accuracy(rule: Rule, of: Flat, wins: float = WINS) -> float:
-    """The share of quadratics on which the rule is right."""
+    """The fraction of quadratics on which the rule is right."""
     return float((rule(of.room, of.length) == (of.speedup >= wins)).double().mean())
 
 
 def fit(of: Flat, wins: float = WINS) -> Rule:
-    """The thresholds that are right most often, of a grid."""
+    """The thresholds of a grid that are right most often."""
     grid = [Rule(float(room), float(long)) for room in torch.logspace(0, 2, 41) for long in torch.logspace(0, 2, 41)]
     return max(grid, key=lambda rule: accuracy(rule, of, wins))
 
 
 def clear_of(rule: Rule, of: Flat, factor: float = 2.0) -> Flat:
-    """Those quadratics whose R and T are both at least this factor away from the thresholds."""
+    """The quadratics with both R and T at least this factor away from the thresholds."""
     chosen = (of.room / rule.room).log().abs() >= math.log(factor)
     chosen &= (of.length / rule.length).clamp(min=1e-9).log().abs() >= math.log(factor)
     return Flat(*(column[chosen] for column in of))

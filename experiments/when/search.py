@@ -17,7 +17,7 @@ CHECK_EVERY = 32
 
 
 class Spectrum(NamedTuple):
-    """What a group of quadratics shares, ``[d]`` each; scale is free, so curvatures are at most 1 and L = 1.
+    """The properties that a group of quadratics shares, ``[d]`` each; the scale is free, so that L = 1.
 
     Attributes:
         curvatures: lam.
@@ -36,7 +36,7 @@ class Spectrum(NamedTuple):
 
 
 class Quadratics(NamedTuple):
-    """M targets with the bias and noise they are to be reached under, ``[M]`` each.
+    """M targets, with the bias and noise of each, ``[M]`` each.
 
     Attributes:
         target: eps, of ``E ||grad f||^2``; the first one is 1.
@@ -49,12 +49,12 @@ class Quadratics(NamedTuple):
     noise: Tensor
 
     def room(self, spectrum: Spectrum) -> Tensor:
-        """``R = 2 L (eps - b^2) n / sum_j lam_j sigma_j^2``, the rule's number: gamma L at which noise takes all."""
+        """The rule's number ``R = 2 L (eps - b^2) n / sum_j lam_j sigma_j^2``: gamma L where noise takes the rest."""
         return 2 * (self.target - self.bias) / (self.noise * spectrum.noise_curvature)
 
 
 class Best(NamedTuple):
-    """The fastest of a method, ``[M]`` each: steps (infinite if it never arrives), and the gamma L and beta."""
+    """A method's fastest choices, ``[M]`` each: steps (infinite if it never arrives), and their gamma L and beta."""
 
     steps: Tensor
     lr: Tensor
@@ -62,14 +62,14 @@ class Best(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of SGD (beta = 1) and of momentum (beta < 1)."""
+    """The fastest of SGD (beta = 1) and of momentum (beta < 1)."""
 
     sgd: Best
     momentum: Best
 
     @property
     def speedup(self) -> Tensor:
-        """Steps of SGD by steps of momentum, ``[M]``."""
+        """SGD's steps divided by momentum's, ``[M]``."""
         return self.sgd.steps / self.momentum.steps
 
 
@@ -104,7 +104,7 @@ def search(
             (1 - now.left).abs().square().mean(-1),
             (spectrum.noise * now.variance).sum(-1),
         )
-        above = ~(errors(spectrum, quadratics, at, turn) <= target)  # NaN of what diverged is above
+        above = ~(errors(spectrum, quadratics, at, turn) <= target)  # a NaN, after divergence, counts as above
         since.masked_fill_(above, k + 1)
         if k % CHECK_EVERY == 0:
             arrived = since.masked_fill(above, math.inf)
@@ -115,7 +115,7 @@ def search(
 
 
 def best(steps: Tensor, lrs: tuple[float, ...] = STEPS, betas: tuple[float, ...] = BETAS) -> Found:
-    """Each side's fastest, of `search`'s answer."""
+    """Each side's fastest, from `search`'s result."""
     sides = []
     for wanted in (True, False):
         columns = [j for j, value in enumerate(betas) if (value == 1) == wanted]

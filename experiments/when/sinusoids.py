@@ -29,17 +29,17 @@ TITLE = "Sinusoid MAML"
 
 @dataclass(frozen=True)
 class SinusoidSearch:
-    """The same gammas for both sides, a factor of two apart; pairs of an operator and the tasks of a step."""
+    """The same gammas for both sides, a factor of two apart; pairs of an operator and the tasks per step."""
 
     cases: tuple[tuple[str, int], ...] = (
         ("none", 1), ("none", 8), ("none", 64), ("topk:5%", 8), ("topk:5%", 64),
     )  # fmt: skip
-    workers: int = 4  # under an operator
+    workers: int = 4  # with an operator
     lrs: tuple[float, ...] = tuple(2.0**power for power in range(-8, 2))
     first: float = 2.0**-5
     betas: tuple[float, ...] = (1.0, 0.3, 0.1)
     inner_lr: float = 0.01
-    target: float = 1.0  # mean squared error after one inner step
+    target: float = 1.0  # target mean squared error after one inner step
     every: int = 20
     cap: int = 2500
     validation: int = 100
@@ -49,7 +49,7 @@ class SinusoidSearch:
 
 
 class Problem(NamedTuple):
-    """What R is made of, at weights on SGD's way."""
+    """The constants of R, at weights along SGD's trajectory."""
 
     smoothness: float
     variance: float  # trace of the covariance of one task's meta-gradient
@@ -60,7 +60,7 @@ class Problem(NamedTuple):
 
 
 class Bench:
-    """A learner that is trained again and again from weights drawn anew, so that it is compiled once."""
+    """A learner that is reused for all runs with new weights, so that it is compiled only once."""
 
     def __init__(self, config: SinusoidSearch) -> None:
         self.config = config
@@ -78,7 +78,7 @@ class Bench:
         return float(self.learner.losses(self.validation).mean())
 
     def run(self, tasks: int, operator: str, lr: float, beta: float, seed: int, cap: int) -> float:
-        """Iterations to the target."""
+        """Train, and return the iterations to the target."""
         self.start(seed)
         family, bias = Sinusoid(seed=seed), parse(operator)
         workers = 1 if operator == "none" else self.config.workers
@@ -97,13 +97,13 @@ class Bench:
         return math.inf
 
     def gradients(self, batch: TaskBatch, workers: int) -> Tensor:
-        """``[workers, d]``, of blocks of tasks; not compiled, for it is not asked often."""
+        """Meta-gradients ``[workers, d]`` of blocks of tasks; not compiled, since there are only a few calls."""
         plain = MAML(self.learner.model, F.mse_loss, inner_lr=self.config.inner_lr)
         grads = plain.meta_gradient(batch, workers=workers).grads.values()
         return torch.cat([g.flatten(1) for g in grads], 1).double()
 
     def measure(self, tasks: int = 200, iterations: int = 10, h: float = 1e-2) -> Problem:
-        """L by power iteration on differences of the meta-gradient of many tasks; the variance over single tasks."""
+        """Estimate L by power iteration on meta-gradient differences of many tasks, and the variance over tasks."""
         batch = Sinusoid(seed=2000).sample(0, tasks)
         rows = self.gradients(batch, tasks)
         parameters = list(self.learner.parameters())
@@ -123,14 +123,14 @@ class Bench:
 
 
 class Answer(NamedTuple):
-    """The text, and what was found for each operator and meta-batch."""
+    """The text, and the results for each operator and meta-batch."""
 
     text: str
     found: dict[tuple[str, int], Tuned]
 
 
 def answer(figures: Path, config: SinusoidSearch = SinusoidSearch()) -> Answer:
-    """Search both sides at every meta-batch; draws ``when-sinusoids.png``; the text is Markdown."""
+    """Search both sides at every meta-batch, draw ``when-sinusoids.png``, and return the text in Markdown."""
     bench = Bench(config)
     found: dict[tuple[str, int], Tuned] = {}
     with tqdm(desc="sinusoids", unit="run", disable=None) as bar:
@@ -158,11 +158,11 @@ def text_of(figures: Path, config: SinusoidSearch, found: dict[tuple[str, int], 
     grid = ", ".join(f"{lr:g}" for lr in sorted(config.lrs))
     text = [
         f"Iterations until the error on {config.validation} validation tasks after one inner step is "
-        f"{config.target:g}, looked at every {config.every}, at most {config.cap}. Searched for both sides: "
-        f"γ ∈ {{{grid}}}, momentum β ∈ {{{', '.join(f'{b:g}' for b in config.betas if b < 1)}}}, v₋₁ = 0, seed "
-        f"{listed(config.seeds)}; the best of each again on seeds {listed(config.again)}: median and all of them. R is "
-        "estimated at half of SGD's steps of the largest batch, with all of the target as what noise may take: an "
-        "upper end.",
+        f"{config.target:g}, looked at every {config.every}, at most {config.cap}. Searched for both sides: γ ∈ "
+        f"{{{grid}}}, momentum β ∈ {{{', '.join(f'{b:g}' for b in config.betas if b < 1)}}}, v₋₁ = 0, seed "
+        f"{listed(config.seeds)}; the best of each again on seeds {listed(config.again)}: median and all of them. R "
+        "is estimated at half of SGD's steps of the largest batch, as if noise could take the whole target: an upper "
+        "bound.",
         "\n".join(lines),
         "![Steps and speed-up against the meta-batch](figures/when-sinusoids.png)",
     ]
@@ -170,7 +170,7 @@ def text_of(figures: Path, config: SinusoidSearch, found: dict[tuple[str, int], 
 
 
 def _rooms(bench: Bench, found: dict[tuple[str, int], Tuned], config: SinusoidSearch) -> dict[int, float]:
-    """R for each meta-batch, at weights half way of the longest SGD run that arrived without an operator."""
+    """R for each meta-batch, at weights halfway along the longest SGD run without an operator that arrived."""
     tasks, side = max(((tasks, at.sgd) for (operator, tasks), at in found.items() if operator == "none"))
     if math.isfinite(side.best.steps):
         bench.run(tasks, "none", side.best.lr, 1.0, config.seeds[0], max(1, int(side.best.steps) // 2))

@@ -4,10 +4,10 @@ Along an axis of curvature lam, in units of the gradient, u = lam x, with c = ga
 
     v <- (1 - beta) v + beta (h u + b + xi),    u <- u - c v,    v_{-1} = 0.
 
-Both are linear, so that the mean of u is ``u_0 p - b/h (1 - p)``, with p the course from 1 without bias and noise, and
-the variance is that of the noise times a course of its own. A turn is a bias that goes with the gradient and stands at
-right angles to it, ``turn J grad f`` with J a quarter turn in a plane of two equal curvatures: u is a complex number,
-the two entries of the gradient in that plane, and ``B = turn^2``.
+Both are linear. The mean of u is ``u_0 p - b/h (1 - p)``, with p the trajectory from 1 without bias and noise; the
+variance is the noise's variance times another such sequence. A turn is a bias proportional to the gradient and
+orthogonal to it, ``turn J grad f`` with J a quarter turn in a plane of two equal curvatures: u is a complex number, the
+two entries of the gradient in that plane, and ``B = turn^2``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Of u_k and v_k at one step, for a first gradient of 1 and noise of variance 1.
+    """Moments of u_k and v_k at one step, for a first gradient of 1 and noise of variance 1.
 
     Attributes:
-        left: p_k, what is left of the first gradient.
-        momentum: q_k, what v_k holds of it.
+        left: p_k, the factor on the first gradient in u_k.
+        momentum: q_k, the factor on it in v_k.
         variance: of u_k.
         deviation: variance of ``v_k - u_k``.
     """
@@ -36,12 +36,12 @@ class Moments(NamedTuple):
 
 
 def moments(step: Tensor, beta: Tensor, turn: float = 0.0) -> Iterator[Moments]:
-    """The moments at k = 0, 1, 2, ... without end, in float64.
+    """Yield the moments at k = 0, 1, 2, ..., in float64.
 
     Args:
         step: c = gamma lam of each axis, > 0.
         beta: in (0, 1]; the two broadcast against each other.
-        turn: of the bias that goes with the gradient.
+        turn: of the bias proportional to the gradient.
 
     Returns:
         `Moments` of the broadcast shape; complex where there is a turn.

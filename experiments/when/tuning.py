@@ -1,4 +1,4 @@
-"""One protocol for both networks: gamma and beta searched on the same grid, the best of each side run again."""
+"""The tuning protocol for both networks: gamma and beta on the same grid, and the best of each side run again."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Cell(NamedTuple):
 
 
 class Side(NamedTuple):
-    """SGD or momentum: its best cell and that cell's steps on seeds that the search has not seen."""
+    """SGD or momentum: its best cell, and that cell's steps on seeds outside the search."""
 
     best: Cell
     again: list[float]
 
     @property
     def steps(self) -> float:
-        """Their median."""
+        """The median of these steps."""
         return median(self.again)
 
 
 class Tuned(NamedTuple):
-    """Every cell of the search, and both sides."""
+    """Every cell of the search, and the two sides."""
 
     cells: list[Cell]
     sgd: Side
@@ -42,12 +42,12 @@ class Tuned(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """Steps of SGD by steps of momentum."""
+        """SGD's steps divided by momentum's."""
         return self.sgd.steps / self.momentum.steps
 
 
 def counted(run: Run, bar: tqdm[Any]) -> Run:
-    """The same, moving a bar on."""
+    """The same, and advance a progress bar."""
 
     def and_count(lr: float, beta: float, seed: int, cap: int) -> float:
         steps = run(lr, beta, seed, cap)
@@ -70,14 +70,14 @@ def cells(tuned: Tuned) -> tuple[str, ...]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and all of them."""
+    """The median, and all values."""
     if not any(math.isfinite(value) for value in values):
         return "never"
     return f"{median(values):g} ({listed(sorted(values))})" if len(values) > 1 else f"{values[0]:g}"
 
 
 def listed(values: Sequence[float]) -> str:
-    """With commas."""
+    """Numbers separated by commas."""
     return ", ".join(f"{value:g}" if math.isfinite(value) else "never" for value in values)
 
 
@@ -93,11 +93,10 @@ def tune(
     patience: float = 1.25,
     tries: int = 2,
 ) -> Tuned:
-    """Search, then run the best of each side on other seeds (none: the search's own steps stand).
+    """Search, then run the best of each side on other seeds (without any, use the search's own steps).
 
-    For each beta the step sizes are gone through from ``first`` upwards, then downwards; a direction is left after
-    ``tries`` in a row that are slower than the best so far, or do not arrive. A run is given up at ``patience`` times
-    the best so far.
+    For each beta, step sizes are tried from ``first`` upwards, then downwards; a direction ends after ``tries`` in a
+    row that are slower than the best so far or do not arrive. A run is stopped at ``patience`` times the best so far.
     """
     cells = [cell for beta in betas for cell in _search(run, sorted(lrs), beta, first, seeds, cap, patience, tries)]
     sides = []

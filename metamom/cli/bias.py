@@ -11,16 +11,18 @@ from pathlib import Path
 from metamom.cli.flags import add_checkpoint, add_data_root, add_device, flag, given_flags, switch
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import counts, number, path, point_count, seed, step_count, task_count
-from metamom.experiments.defaults import DEFAULTS
+from metamom.experiments.families import FAMILIES
+from metamom.experiments.families.family import USUAL_BIAS_PLAN
 from metamom.maml.estimators import memoryless_estimators
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
+    what = "|".join(["RUN", *FAMILIES])
     leaf = kinds.add_parser(
         "bias",
         help="measure a meta-gradient's bias",
-        usage="%(prog)s RUN|sinusoid|omniglot [options]",
+        usage=f"%(prog)s {what} [options]",
         specs=True,
         examples=(
             "metamom bias sinusoid --inner-batch 1,2,5,10,20 --out runs/bias",
@@ -32,18 +34,18 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     task.add_argument(
         "what",
         type=path,
-        metavar="RUN|sinusoid|omniglot",
+        metavar=what,
         help="a run directory, or tasks, with a learner as training starts with",
     )
     flag(
         task,
         "--inner-batch",
         "inner batch sizes in shots",
-        "1,2,5,10,20; for omniglot, which has 20 drawings a class, 1,2,4",
+        _sizes(),
         type=counts(point_count),
         metavar="M,M,...",
     )
-    flag(task, "--tasks", "number of tasks in all", "300; for omniglot 60", type=task_count)
+    flag(task, "--tasks", "number of tasks in all", _tasks(), type=task_count)
     add_data_root(task)
     learner = leaf.add_argument_group("learner")
     flag(
@@ -54,7 +56,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         choices=memoryless_estimators(),
         metavar="NAME",
     )
-    inner = "; ".join(f"{each.inner_lr} for {name}" for name, each in DEFAULTS.items())
+    inner = "; ".join(f"{family.defaults.inner_lr} for {name}" for name, family in FAMILIES.items())
     flag(learner, "--inner-lr", "inner step size, without a RUN", inner, type=number)
     flag(learner, "--inner-steps", "inner steps, without a RUN", 1, type=step_count)
     add_checkpoint(learner)
@@ -78,12 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
     from metamom.experiments import bias_report
-    from metamom.experiments.recipes import TASKS, Recipe
+    from metamom.experiments.recipes import Recipe
     from metamom.experiments.saved import load_run
 
     keep_freed_memory()
     what = arguments.what
-    if what in TASKS:
+    if what in FAMILIES:
         recipe = Recipe(task=what, **given_flags(arguments))
         learner = recipe.learner()
         title = f"{what}, weights as drawn"
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         if fixed:
             raise ValueError(
                 f"--{fixed[0].replace('_', '-')} belongs to the learner that the run trained; give it with a task "
-                f"({', '.join(TASKS)}) in place of a run."
+                f"({', '.join(FAMILIES)}) in place of a run."
             )
         saved = load_run(what, arguments.checkpoint, device=arguments.device or "cpu")
         asked = {
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         title = f"{recipe.task}, after {saved.step} iterations"
     where = arguments.out
     if where is None and not arguments.json:
-        where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in TASKS else what
+        where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in FAMILIES else what
     if where is not None and Path(where).exists() and not Path(where).is_dir():
         raise ValueError(f"{where} is a file; the report needs a directory (--out).")
     found = bias_report.measure_recipe(
@@ -116,3 +118,22 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n".join([title, *bias_report.summary(found), "", bias_report.table(found), "", *bias_report.slopes(found)]))
     print(f"report: {report}")
     return 0
+
+
+def _sizes() -> str:
+    """The inner batches where none are given, for the help."""
+    usual = USUAL_BIAS_PLAN.inner_batches
+    parts = [",".join(map(str, usual))]
+    for name, family in FAMILIES.items():
+        plan = family.bias
+        if plan.inner_batches != usual:
+            reason = f", {plan.reason}," if plan.reason else ""
+            parts.append(f"for {name}{reason} {','.join(map(str, plan.inner_batches))}")
+    return "; ".join(parts)
+
+
+def _tasks() -> str:
+    """The number of tasks where none is given, for the help."""
+    usual = USUAL_BIAS_PLAN.tasks
+    others = [f"for {name} {each.bias.tasks}" for name, each in FAMILIES.items() if each.bias.tasks != usual]
+    return "; ".join([str(usual), *others])

@@ -6,6 +6,7 @@ import argparse
 
 from metamom.cli.flags import add_data_root
 from metamom.cli.parser import Parser
+from metamom.common.choices import DATA_SETS
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -13,13 +14,13 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     leaf = kinds.add_parser(
         "data",
         help="fetch or check data sets",
-        usage="%(prog)s fetch|check omniglot|mnist|fashion [--root DIR]",
+        usage=f"%(prog)s fetch|check {'|'.join(DATA_SETS)} [--root DIR]",
         examples=("metamom data fetch omniglot", "metamom data check mnist --root data"),
     )
     leaf.set_defaults(run=run, leaf=leaf)
     task = leaf.add_argument_group("task")
     task.add_argument("action", choices=("fetch", "check"), help="what to do")
-    task.add_argument("dataset", choices=("omniglot", "mnist", "fashion"), help="the data set")
+    task.add_argument("dataset", choices=DATA_SETS, help="the data set")
     add_data_root(task, "root")
 
 

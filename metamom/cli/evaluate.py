@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_processes, add_steps, flag, switch
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import path, point_count, seed, task_count
+from metamom.experiments.families import FAMILIES
 
 if TYPE_CHECKING:
     from metamom.distributed import World
@@ -27,7 +28,8 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     leaf.set_defaults(run=run, leaf=leaf)
     task = leaf.add_argument_group("task")
     flag(task, "--tasks", "number of tasks", type=task_count, default=600)
-    flag(task, "--split", "train, validation, test, background or evaluation", default="test")
+    *splits, last = dict.fromkeys(split for family in FAMILIES.values() for split in family.splits)
+    flag(task, "--split", f"{', '.join(splits)} or {last}", default="test")
     flag(task, "--ways", "classes a task", "as in training", type=task_count)
     flag(task, "--shots", "support points, a class or task", "as in training", type=point_count)
     flag(task, "--queries", "query points, a class or task", "as in training", type=point_count)
@@ -58,10 +60,12 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         )
     # tasks of --shots support points, whatever the estimator trained on
     recipe = replace(saved.recipe, **asked, estimator="exact", inner_batches="same")
-    if recipe.task == "omniglot" and arguments.split in ("train", "background", "evaluation"):
+    classes = recipe.family.classes
+    if classes is not None and arguments.split in classes.seen_in:
+        unseen = " or ".join(split for split in recipe.family.splits if split not in classes.seen_in)
         warnings.warn(
-            f"the learner was trained on split train, and {arguments.split} shares characters with it: this is no "
-            "accuracy on new characters. Use validation or test.",
+            f"the learner was trained on split train, and {arguments.split} shares {classes.noun} with it: this is no "
+            f"accuracy on new {classes.noun}. Use {unseen}.",
             stacklevel=1,
         )
     sampler = recipe.sampler(arguments.split, root=arguments.data_root)

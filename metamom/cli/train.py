@@ -10,30 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from metamom.cli.flags import add_options, add_processes, given_flags, run_options
 from metamom.cli.parser import Parser
-from metamom.experiments.defaults import TASKS
+from metamom.experiments.families import FAMILIES
 
 if TYPE_CHECKING:
     from metamom.distributed import World
     from metamom.training.loop import TrainResult
 
-EXAMPLES = {
-    "sinusoid": (
-        "metamom train sinusoid --iterations 2000 --lr 0.03 --beta 0.1 --run-dir runs/sine",
-        "metamom train sinusoid --workers 4 --bias topk:5% --aggregate median",
-    ),
-    "omniglot": (
-        "metamom train omniglot --ways 5 --shots 1 --lr 0.3 --run-dir runs/omni",
-        "metamom train omniglot --iterations 2000 --run-dir runs/omni --resume",
-    ),
-}
-
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
     training = kinds.add_parser("train", help="train a meta-learner").add_subparsers(required=True, metavar="TASK")
-    for task in TASKS:
+    for task, family in FAMILIES.items():
         leaf = training.add_parser(
-            task, help=f"on {task} tasks", usage="%(prog)s [options]", specs=True, examples=EXAMPLES[task]
+            task, help=family.help, usage="%(prog)s [options]", specs=True, examples=family.train_examples
         )
         leaf.set_defaults(run=run, task=task, leaf=leaf)
         for title in ("task", "learner", "bias", "optimizer", "run"):

@@ -21,3 +21,5 @@ LearnInnerLR = bool | LearnedStepSizes  # of `metamom.MAML`
 ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
 CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
 Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian": `metamom.server.robust.robust_mean`
+
+DATA_SETS = ("omniglot", "mnist", "fashion")  # of `metamom.tasks.fetch`

@@ -39,11 +39,13 @@ def named_folder(named: str | os.PathLike[str], origin: str) -> Path:
         raise TypeError(f"{origin} must be the path of a folder; got {named!r}.")
     path = Path(named)
     if "\0" in str(path):
-        raise ValueError(f"{origin} must be the path of a folder; {str(path)!r} has a null character in it.")
+        raise ValueError(f"{origin} must be the path of a folder; {str(path)!r} contains a null character.")
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{origin} is {path}, and there is no such user's home folder. Write the path out.") from error
+        raise ValueError(
+            f"{origin} is {path}, but that user's home folder is unknown. Write out the whole path."
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

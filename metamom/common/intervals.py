@@ -139,5 +139,5 @@ def norm(squared: Interval) -> Interval:
 
 def _draws(rows: Tensor) -> int:
     if rows.dim() != 2 or len(rows) < 3:
-        raise ValueError(f"an interval needs draws [R, d], at least R=3 of them; got shape {list(rows.shape)}.")
+        raise ValueError(f"an interval needs draws [R, d] with R >= 3; got shape {list(rows.shape)}.")
     return len(rows)

@@ -28,7 +28,7 @@ def read_record(kind: type[T], path: Path) -> T:
     if not path.is_file():
         raise ValueError(f"{path} is not a file.")
     if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} that are read.")
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read.")
     record: T = _checked(kind, path.read_bytes(), str(path))
     return record
 

@@ -14,7 +14,7 @@ def spec_table(operators: Iterable[tuple[str, str, str]], options: Iterable[tupl
     """
     lines = ["SPEC, an operator on each worker's gradient, and its options:"]
     lines += [f"  {spelling:<20} {meaning:<35} {own}".rstrip() for spelling, meaning, own in operators]
-    lines += ["options, in any number behind the operator, as in topk:5%:tensor:all:"]
+    lines += ["options, any number of them after the operator, as in topk:5%:tensor:all:"]
     return "\n".join(lines + [f"  {spelling:<20} {meaning}" for spelling, meaning in options])
 
 

@@ -39,7 +39,9 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu":
         find_compiler()
     elif importlib.util.find_spec("triton") is None:
-        raise CompilerError(f"compiling for {device.type} needs Triton (pip install triton), or run without compiling.")
+        raise CompilerError(
+            f"compiling for {device.type} needs Triton. Install it (pip install triton), or run without compiling."
+        )
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Compiled:
                 if self.mode != "auto":
                     raise
                 said = error if isinstance(error, CompilerError) else f"{type(error).__name__}: {error}"
-                warnings.warn(f'compile="auto" goes on without compiling: {said}', stacklevel=2)
+                warnings.warn(f'compile="auto" continues without compiling: {said}', stacklevel=2)
                 self.cost = math.inf
                 return self._timed(key, args)
             self._count()
@@ -127,10 +129,10 @@ class Compiled:
         self.compiled += 1
         if self.compiled == GRAPHS_TO_WONDER_AT:
             warnings.warn(
-                f"a meta-gradient has been compiled {self.compiled} times, which takes seconds each time: something "
-                "that it is compiled for changes from call to call. Keep batches of one shape; change buffers and "
-                "frozen parameters in place (buffer.copy_(...)) and do not replace them, nor the loss, a module or "
-                "a hook; or run without compiling.",
+                f"the meta-gradient has been compiled {self.compiled} times, which takes seconds each time: "
+                "something that it depends on changes from call to call. Keep the shape of the batches fixed; change "
+                "buffers and frozen parameters in place (buffer.copy_(...)); do not replace them, the loss, a module "
+                "or a hook; or run without compiling.",
                 stacklevel=2,
             )
 
@@ -187,8 +189,9 @@ class Compiled:
                 if not _forget_damaged(error):
                     cause = getattr(error, "inner_exception", error)
                     raise CompilerError(
-                        f"TorchInductor cannot compile this meta-gradient: {type(cause).__name__}: {gist(str(cause))}. "
-                        "See whether the compiler works and the disk has room, or run without compiling."
+                        f"TorchInductor cannot compile this meta-gradient: {type(cause).__name__}: "
+                        f"{gist(str(cause))}. Check that the compiler works and the disk has space, or run without "
+                        "compiling."
                     ) from error
             else:
                 return compiled

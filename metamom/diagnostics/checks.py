@@ -31,13 +31,14 @@ def check_plan(
         raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
     if learner.estimator not in memoryless_estimators():
         raise ValueError(
-            f"the estimators that a draw by itself shows the bias of are {', '.join(memoryless_estimators())}; got "
-            f"{learner.estimator!r}, which remembers earlier steps. Measure one of these (--estimator) at its weights."
+            f"the bias is measured for estimators without memory: {', '.join(memoryless_estimators())}; got "
+            f"{learner.estimator!r}, which remembers earlier steps. Measure one of these at the same weights "
+            "(--estimator)."
         )
     for size in sizes:
         check_whole("an inner batch", size, -math.inf, AT_ONCE)
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise ValueError(f"inner_batches are numbers of shots >= 1 that differ, at least one; got {sizes}.")
+        raise ValueError(f"inner_batches must be one or more different numbers of shots >= 1; got {sizes}.")
     if check_whole("draws", draws, -math.inf, AT_ONCE) < 3:
         raise ValueError(f"an interval needs at least 3 draws; got draws={draws}.")
     for name, value in (("tasks_per_worker", each), ("queries", queries)):
@@ -48,8 +49,8 @@ def check_plan(
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
     if operator is not None and operator.feeds_back:
         raise ValueError(
-            f"{operator.spec} feeds errors back: its bias depends on all that it was fed before, which no draw of it "
-            "alone shows. Measure the operator within it, such as topk:5%."
+            f"{operator.spec} has error feedback: its bias depends on all earlier gradients, which a single draw "
+            "does not show. Measure the operator inside it, such as topk:5%."
         )
 
 

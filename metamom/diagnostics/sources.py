@@ -44,7 +44,7 @@ def pairs(pool: TaskBatch, half: int, most: int | None = None) -> tuple[TaskBatc
     count = points // (2 * half)
     if not count:
         raise ValueError(
-            f"two inner batches of {half} points do not fit into a pool of {points} support points: use a sampler of "
+            f"two inner batches of {half} points do not fit in a pool of {points} support points: use a sampler with "
             "more shots, or smaller inner batches."
         )
     count = count if most is None else min(count, most)
@@ -72,8 +72,8 @@ def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
     quarter = pool.support_x.shape[1] // (4 * shot) * shot
     if not quarter:
         raise ValueError(
-            f"the reference cuts a pool into quarters of a shot or more; got {pool.support_x.shape[1]} support points, "
-            f"{shot} a shot. Use a sampler of more shots."
+            f"the reference splits a pool into quarters of at least one shot; got {pool.support_x.shape[1]} support "
+            f"points, {shot} per shot. Use a sampler with more shots."
         )
     T = pool.num_tasks
     whole = pool._replace(support_x=pool.support_x[:, : 4 * quarter], support_y=pool.support_y[:, : 4 * quarter])

@@ -71,7 +71,8 @@ def import_learn2learn() -> ModuleType:
             return importlib.import_module("learn2learn")
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"this needs learn2learn, but there is no module {error.name}. Install it with: {install_command()}"
+            f"this needs learn2learn, but the module {error.name} is not installed. Install it with: "
+            f"{install_command()}"
         ) from error
 
 

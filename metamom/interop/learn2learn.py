@@ -99,7 +99,7 @@ class FromTaskset(TaskSampler):
                 task = self.taskset[which]
         if not isinstance(task, (tuple, list)) or len(task) != 2:
             raise ValueError(
-                f"a task must be (data, labels); got a {type(task).__name__}. Put LoadData among the transforms."
+                f"a task must be (data, labels); got a {type(task).__name__}. Add LoadData to the transforms."
             )
         return self._split(task[0], torch.as_tensor(task[1]))
 
@@ -146,7 +146,7 @@ class AsTaskset:
 
     def __init__(self, sampler: Sampler, num_tasks: int = -1) -> None:
         if num_tasks < 1 and num_tasks != -1:
-            raise ValueError(f"num_tasks must be >= 1, or -1 for no end; got {num_tasks}.")
+            raise ValueError(f"num_tasks must be >= 1, or -1 for no limit; got {num_tasks}.")
         check_sampler(sampler, "AsTaskset takes a sampler, which")
         self.sampler = sampler
         self.num_tasks = num_tasks
@@ -166,7 +166,7 @@ class AsTaskset:
             TypeError: if it is infinite.
         """
         if self.num_tasks == -1:
-            raise TypeError("these tasks have no end: pass num_tasks= for a length.")
+            raise TypeError("the number of tasks is unlimited: pass num_tasks= for a length.")
         return self.num_tasks
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,8 +187,8 @@ def _alternate(support: Tensor, query: Tensor) -> Tensor:
     shots, queries = len(support), len(query)
     if queries < shots - 1:
         raise ValueError(
-            f"every second sample is support, so there must be as many query as support points; "
-            f"got {shots} and {queries}. Use more queries."
+            "every second sample is a support point, which needs as many query points as support points; got "
+            f"{shots} and {queries}. Use more queries."
         )
     is_support = torch.zeros(shots + queries, dtype=torch.bool)
     is_support[torch.arange(shots) * 2] = True

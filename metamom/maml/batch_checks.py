@@ -30,9 +30,7 @@ def check_batch(batch: object) -> None:
         ValueError: for tensors that disagree on the number of tasks or points, or are empty.
     """
     if not isinstance(batch, TaskBatch):
-        cure = (
-            " Make one of it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
-        )
+        cure = " Convert it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
         raise TypeError(
             f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {kind_of(batch)}.{cure}"
         )
@@ -44,8 +42,8 @@ def check_batch(batch: object) -> None:
     if len({*tasks, *([] if ids is None else [len(ids)])}) > 1:
         also = "" if ids is None else f", task_ids {len(ids)}"
         raise ValueError(
-            "all tensors of a batch hold the same tasks [T, ...]; "
-            f"got support sets of {tasks[0]} tasks, query sets of {tasks[1]}{also}."
+            f"all tensors of a batch must hold the same tasks [T, ...]; got support sets of {tasks[0]} tasks, query "
+            f"sets of {tasks[1]}{also}."
         )
     if tasks[0] == 0:
         raise ValueError("a batch needs at least one task; got tensors [0, ...].")
@@ -70,13 +68,13 @@ def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
     assert isinstance(y, Tensor)
     if x.shape[:2] != y.shape[:2]:
         raise ValueError(
-            f"{name}_x and {name}_y hold the same points of the same tasks, [T, {name[0].upper()}, ...]; "
-            f"got {list(x.shape)} and {list(y.shape)}."
+            f"{name}_x and {name}_y must hold the same points of the same tasks, [T, {name[0].upper()}, ...]; got "
+            f"{list(x.shape)} and {list(y.shape)}."
         )
     if x.shape[1] == 0 and not empty:
         raise ValueError(
-            f"a {name} set needs at least one point a task, for the loss is a mean over its points; "
-            f"got {name}_x {list(x.shape)}."
+            f"a {name} set needs at least one point per task, since the loss is a mean over its points; got {name}_x "
+            f"{list(x.shape)}."
         )
 
 
@@ -129,10 +127,10 @@ def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
         count = int(bad.sum())
         if count:
             task = int(bad.flatten(1).any(1).nonzero()[0])
-            said.append(f"{name} holds {count} of {bad.numel()}, the first in task {first + task}")
+            said.append(f"{name} holds {count} of {bad.numel()}, first in task {first + task}")
     if said:
         raise NonFiniteDataError(
-            f"the result is not finite, and neither is the data: of NaN or infinite values, {'; '.join(said)}. Clean "
+            f"the result is not finite, and neither is the data. NaN or infinite values: {'; '.join(said)}. Clean "
             "the data, or mask those points in the loss."
         )
     for name, y in (("query_y", batch.query_y), ("support_y", batch.support_y)):
@@ -141,6 +139,6 @@ def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
             if len(nothing):
                 raise NonFiniteDataError(
                     f"the result is not finite: all labels of {name} are {IGNORED} in {len(nothing)} of {len(y)} "
-                    f"tasks, the first is task {first + int(nothing[0])}. Torch's losses do not count such labels, "
-                    "and have nothing left to average. Give each task a label that counts."
+                    f"tasks, first in task {first + int(nothing[0])}. Torch's losses ignore such labels, which "
+                    "leaves nothing to average. Give each task at least one other label."
                 )

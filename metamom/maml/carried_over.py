@@ -34,9 +34,9 @@ def refused(model: nn.Module) -> Iterator[None]:
     )
     if carried:
         raise ValueError(
-            f"the forward of the model reads and replaces {', '.join(carried)}, as a running statistic or a count "
-            "does: tasks would pass it on to each other, and every call of a meta-gradient would start from the same "
-            "value. Compute it from the current batch, or update it outside of the forward."
+            f"the model's forward reads and replaces {', '.join(carried)}, as a running statistic or a counter does: "
+            "tasks would pass it on to each other, and every meta-gradient would start from the same value. Compute "
+            "it from the current batch, or update it outside the forward."
         )
 
 
@@ -49,7 +49,7 @@ def warn_of_draws() -> Iterator[None]:
     if moved:
         warnings.warn(
             f"the model draws from {' and '.join(moved)} generator, once for all tasks that are computed together, "
-            "where a loop would draw for each task. Draw by torch instead: torch.where(torch.rand(()) < 0.5, a, b).",
+            "where a loop would draw for each task. Draw with torch instead: torch.where(torch.rand(()) < 0.5, a, b).",
             stacklevel=2,
         )
 

@@ -137,9 +137,9 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fresh = torch.Generator(given.device).manual_seed(given.initial_seed())
             if not torch.equal(fresh.get_state(), given.get_state()):
                 raise ValueError(
-                    "the model draws from a torch.Generator that goes on from call to call, so that a task's draws "
-                    "would depend on the tasks before it. Seed it in the forward (generator.manual_seed(...)), or draw "
-                    "without generator=: metamom then gives each task draws of its own."
+                    "the model draws from a torch.Generator that keeps its state from call to call, so a task's "
+                    "draws would depend on earlier tasks. Seed it in the forward (generator.manual_seed(...)), or "
+                    "draw without generator=: metamom then gives each task its own draws."
                 )
         return given
 

@@ -68,35 +68,33 @@ _COUPLED = (_Term(1.0, (_Adaptation(_A, _A),)),)  # with only half A in use, the
 _INDEPENDENT = (_Term(1.0, (_Adaptation(_A, _B),)),)
 ESTIMATORS: dict[Estimator, Record] = {
     "exact": Record(_COUPLED, "differentiates through the adaptation (MAML)", biased=False),
-    "independent": Record(_INDEPENDENT, "goes along half A of the support set, with the Hessians of half B"),
-    "first-order": Record(_COUPLED, "the adapted weights' gradient itself (FO-MAML)", derivatives="none", biased=True),
+    "independent": Record(_INDEPENDENT, "adapts on half A of the support set, with the Hessians of half B"),
+    "first-order": Record(_COUPLED, "the gradient at the adapted weights (FO-MAML)", derivatives="none", biased=True),
     "hessian-free": Record(
         _INDEPENDENT,
-        "independent, by differences of gradients (HF-MAML); for smooth models, the kinks of many ReLUs make it noisy",
+        "independent, with finite differences of gradients (HF-MAML); for smooth models: ReLU kinks make it noisy",
         derivatives="differences",
     ),
     "cross-fit": Record(
         (_Term(0.5, (_Adaptation(_A, _B), _Adaptation(_B, _A))),),
-        "the mean of independent and of the same with A and B swapped",
+        "independent, averaged over both roles of A and B",
     ),
     "richardson": Record(
         (
             _Term(2.0, (_Adaptation(_WHOLE, _WHOLE),)),
             _Term(-0.5, (_Adaptation(_A, _A), _Adaptation(_B, _B))),
         ),
-        "2 g(all) - [g(A) + g(B)]/2, with g the exact one",
+        "2 g(all) - [g(A) + g(B)]/2, where g is the exact estimator",
     ),
     "moml": Record(
         _INDEPENDENT, "independent, at a moving average of each task's adapted weights (MOML)", averages="moml"
     ),
     "moml-coupled": Record(
         _COUPLED,
-        "moml with all points for both, as MOML's public code, but without its factor b_u on the meta-gradient",
+        "moml with all points in both roles, as in MOML's public code, but without its factor b_u on the meta-gradient",
         averages="moml",
     ),
-    "scsc": Record(
-        _INDEPENDENT, "as moml, with an average that first moves along with the weights (SCSC)", averages="scsc"
-    ),
+    "scsc": Record(_INDEPENDENT, "as moml, but the average first moves along with the weights (SCSC)", averages="scsc"),
 }
 
 
@@ -192,8 +190,8 @@ def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batc
         wanted = f"estimator {estimator!r} with {steps} fresh inner batches takes them from {parts} equal parts"
     if points % parts or not points:
         raise ValueError(
-            f"{wanted}; got {points} support points. Use shots={_multiple(points, parts)}, or another number that "
-            f"{parts} divides (learner.support_parts)."
+            f"{wanted}; got {points} support points. Use shots={_multiple(points, parts)}, or another multiple of "
+            f"{parts} (learner.support_parts)."
         )
     labels = batch.support_y
     if labels.dim() > 2 or labels.is_floating_point():
@@ -204,8 +202,8 @@ def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batc
         each = shots.pop()
         raise ValueError(
             f"{wanted}, with every class in each; got {each} shots of {len(set(first))} classes, some of which are "
-            f"missing in a part. Use shots={_multiple(each, parts)}, or another number that {parts} divides, ordered "
-            "shot by shot."
+            f"missing from a part. Use shots={_multiple(each, parts)}, or another multiple of {parts}, ordered shot "
+            "by shot."
         )
 
 

@@ -126,8 +126,8 @@ def drawing_refused() -> Iterator[None]:
         if "randomness" not in str(error):
             raise
         raise ValueError(
-            "estimator 'hessian-free' takes differences between two calls of the model, so it must draw nothing at "
-            "random, such as a mask of dropout. Call model.eval(), or take estimator 'independent'."
+            "estimator 'hessian-free' takes differences between two calls of the model, so the model must not draw "
+            "random numbers, such as dropout masks. Call model.eval(), or use estimator 'independent'."
         ) from error
 
 

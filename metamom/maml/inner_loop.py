@@ -137,8 +137,8 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
             found = _with_parameters(problem.loss_fn, one_task, names, start, own, predicted, y)
     if found.dim() != 1:
         raise ValueError(
-            "loss_fn must return one number a task, as reduction='mean' does; "
-            f"got shape {tuple(found.shape[1:])} for each."
+            f"loss_fn must return one number per task, as reduction='mean' does; got shape {tuple(found.shape[1:])} "
+            "for each."
         )
     return found
 

@@ -59,9 +59,9 @@ class StepSizes(nn.Module):
             if isinstance(value, Tensor) and value.requires_grad:
                 if self.kind is not False or not value.is_leaf:
                     raise ValueError(
-                        f"the inner step size of {name} requires a gradient and gets it in its own .grad, so it must "
-                        "be a leaf, such as an nn.Parameter, and goes without learn_inner_lr. Pass it detached, with "
-                        'learn_inner_lr="scalar", "tensor" or "entry" to learn a copy.'
+                        f"the inner step size of {name} requires a gradient, so it must be a leaf tensor, such as an "
+                        "nn.Parameter, and learn_inner_lr must be left out. To learn a copy of it instead, pass it "
+                        'detached, with learn_inner_lr="scalar", "tensor" or "entry".'
                     )
                 if value.dtype != parameter.dtype:
                     raise ValueError(
@@ -78,7 +78,7 @@ class StepSizes(nn.Module):
                 size = parameter.shape if self.kind == "entry" else ()
                 start = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
                 if self.kind == "tensor" and start.dim():
-                    raise ValueError(f'learn_inner_lr="tensor" learns one number a tensor; got a tensor for {name}.')
+                    raise ValueError(f'learn_inner_lr="tensor" learns one number per tensor; got a tensor for {name}.')
                 self._register(place, nn.Parameter(start.expand(size).clone()))
 
     def assign(self, inner_lr: float | Tensor | Mapping[str, float | Tensor], adapted: Mapping[str, Tensor]) -> None:
@@ -94,10 +94,12 @@ class StepSizes(nn.Module):
         other = StepSizes(inner_lr, adapted, self.kind)
         if other.kind is False and other.learned():
             raise ValueError(
-                "an inner_lr that requires a gradient is given when the learner is made: MAML(..., inner_lr=...)."
+                "an inner_lr that requires a gradient must be given when the learner is made: MAML(..., inner_lr=...)."
             )
         if self.shared and isinstance(inner_lr, Mapping):
-            raise ValueError(f"all parameters share one learned inner step size; got one each for {sorted(inner_lr)}.")
+            raise ValueError(
+                f"all parameters share one learned inner step size; got one per parameter for {sorted(inner_lr)}."
+            )
         for name, place in self._attributes.items():
             mine, new = self._registered(place), other.fixed.get(name, other._registered(other._attributes[name]))
             assert new is not None
@@ -125,9 +127,8 @@ class StepSizes(nn.Module):
         values = set(self.fixed.values())
         if new and (len(values) != 1 or len(self.fixed) != len(self._attributes)):
             raise ValueError(
-                f"the model has trainable parameters that it did not have when the learner was made, {', '.join(new)}, "
-                "and their inner step sizes are not known, since parameters have step sizes of their own. Make another "
-                "learner around this model, with inner_lr for each."
+                f"the model has new trainable parameters without an inner step size: {', '.join(new)}. Make another "
+                "learner around this model, with an inner_lr for each parameter."
             )
         for name in new:
             self._attributes[name] = f"alpha:{name.replace('.', ':')}"
@@ -196,7 +197,7 @@ def _checked(name: str, value: float | Tensor, parameter: Tensor) -> float | Ten
                 f"got {tuple(value.shape)}."
             )
         if not bool((value > 0).all() and value.isfinite().all()):
-            raise ValueError(f"inner step sizes must be > 0 and finite; {name} has others.")
+            raise ValueError(f"inner step sizes must be > 0 and finite; some of {name} are not.")
         return value if value.requires_grad else value.to(parameter.dtype)
     check_number(f"inner_lr of {name}", value)
     if not 0 < float(value) < math.inf:

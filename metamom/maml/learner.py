@@ -241,7 +241,7 @@ class MAML(nn.Module):
             ValueError: for a number below 0.
         """
         if iterations < 0:
-            raise ValueError(f"iterations to come must be >= 0; got {iterations}.")
+            raise ValueError(f"the number of remaining iterations must be >= 0; got {iterations}.")
         self._gradients.expected = iterations
 
     def meta_parameters(self) -> Params:
@@ -408,8 +408,9 @@ class MAML(nn.Module):
             self.step_sizes.follow({name: parameters[name] for name in adapted})
             if self.memory is not None:
                 raise ValueError(
-                    "the trainable parameters of the model have changed, and this learner remembers adapted weights of "
-                    f"each task: {', '.join(set(adapted) ^ set(self.adapted))}. Make another learner around the model."
+                    "the trainable parameters of the model have changed, but this learner remembers each task's "
+                    f"adapted weights: {', '.join(set(adapted) ^ set(self.adapted))}. Make another learner around "
+                    "the model."
                 )
             self.adapted = adapted
         self._run, self._structure = RunByTask(), now

@@ -94,9 +94,9 @@ def asserts_explained() -> Iterator[None]:
         if DEVICE_ASSERT not in str(error):
             raise
         raise ValueError(
-            "an index was out of range on the GPU, which this process cannot use any more. Of a model of C outputs, "
-            "labels must be in 0..C-1, and words must be in an embedding's range: run this batch on the CPU to see "
-            f"which are not. ({str(error).splitlines()[0]})"
+            "an index was out of range on the GPU, and this process can no longer use the GPU. Labels must be in "
+            "0..C-1 for a model with C outputs, and indices of an embedding must be in its range. Run this batch on "
+            f"the CPU to see which are not. ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -131,8 +131,8 @@ def check_loss(value: object) -> None:
     """
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"loss_fn must return a 0-d tensor that gradients can be taken of; got {_kind(value)}. Return the loss "
-            "itself, without float() or .item()."
+            f"loss_fn must return a differentiable 0-d tensor; got {_kind(value)}. Return the loss itself, without "
+            "float() or .item()."
         )
 
 
@@ -168,7 +168,7 @@ def _where(model: nn.Module, trace: TracebackType | None) -> str:
 
 def _cure_of_inputs(x: Tensor, weights: Mapping[str, Tensor], said: str) -> str:
     if any(sign in said for sign in LOOKUPS):
-        return "Numbers that are looked up, as in an embedding, must be in 0..n-1 for a table of n rows."
+        return "Indices into a table of n rows, such as an embedding, must be in 0..n-1."
     devices = sorted({str(w.device) for w in weights.values()})
     kinds = {w.dtype for w in weights.values() if w.is_floating_point() or w.is_complex()}
     if str(x.device) not in devices:
@@ -180,7 +180,7 @@ def _cure_of_inputs(x: Tensor, weights: Mapping[str, Tensor], said: str) -> str:
         if x.is_floating_point():
             return f"The weights are {dtype}: use batch.to(dtype={dtype}), or convert the model."
         return f"The weights are {dtype}: convert the inputs, x.to({dtype})."
-    return "Give support_x and query_x the shape [T, N, ...] whose [N, ...] that module takes, or change the module."
+    return "Give support_x and query_x the shape [T, N, ...], where that module takes [N, ...], or change the module."
 
 
 def _cure_of_targets(predictions: Tensor, targets: Tensor, said: str) -> str:
@@ -188,16 +188,16 @@ def _cure_of_targets(predictions: Tensor, targets: Tensor, said: str) -> str:
         return f"Targets are on {targets.device}, predictions on {predictions.device}: move the batch, batch.to(...)."
     if predictions.is_complex() or targets.is_complex():
         return (
-            "Torch's losses take real numbers. Give them p.abs() or torch.view_as_real(p), or write the loss out: "
-            "(p - y).abs().square().mean()."
+            "Torch's losses take real numbers. Give them p.abs() or torch.view_as_real(p), or write out the loss: (p "
+            "- y).abs().square().mean()."
         )
     one_fewer = predictions.dim() == targets.dim() + 1
     if targets.is_floating_point():
         if one_fewer and predictions.shape[2] > 1:
             return "If targets are class indices, make them integers: y.long()."
         if predictions.shape == targets.shape and predictions.dtype == targets.dtype:
-            return "Both have one shape and dtype: look at what else the loss takes, such as its weight."
-        return "Give both one shape and dtype."
+            return "Both have the same shape and dtype: check what else the loss takes, such as its weight."
+        return "Give both the same shape and dtype."
     axes = class_axes(predictions.shape[1:], targets.shape[1:])
     if axes:
         return _cure_of_labels(targets, predictions.shape[1 + axes[0]], said)
@@ -213,12 +213,12 @@ def _cure_of_labels(targets: Tensor, classes: int, said: str) -> str:
     if bool(((labels < 0) | (labels >= classes)).any()):
         lowest, highest = int(labels.min()), int(labels.max())
         return (
-            f"The model has {classes} outputs (ways), so labels must be in 0..{classes - 1}; they are "
+            f"The model has {classes} outputs (ways), so labels must be in 0..{classes - 1}; got "
             f"{lowest}..{highest}. Number the classes of each task from 0, or give the model more outputs."
         )
     if targets.dtype == torch.int64:
-        return "The labels fit the predictions: look at what else the loss takes, or does with them."
-    return "Make labels of classes 64-bit integers: y.long()."
+        return "The labels match the predictions: check what else the loss takes, or does with them."
+    return "Make class labels 64-bit integers: y.long()."
 
 
 def _not_one_tensor(predictions: object) -> str:

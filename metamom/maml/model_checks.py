@@ -41,33 +41,38 @@ def check_kind(model: object) -> None:
     wrapped += [n for n, p in model.named_parameters() if isinstance(p, sharded)]
     if wrapped:
         raise ValueError(
-            "MAML takes derivatives of the model itself, past wrappers that exchange gradients or split weights and "
-            f"batches between processes or devices; found {', '.join(wrapped)}. Pass the plain model (a wrapper's "
-            ".module, or one that was never sharded), and let metamom share the tasks: learner.backward(batch, "
-            "world=world), or train(..., world=world), with world = metamom.distributed.start() in each process."
+            "MAML needs the plain model, without wrappers that exchange gradients or split weights and batches "
+            f"between processes or devices; found {', '.join(wrapped)}. Pass the wrapper's .module, or a model that "
+            "was never sharded, and let metamom share the tasks: learner.backward(batch, world=world), or train(..., "
+            "world=world), with world = metamom.distributed.start() in each process."
         )
     scripted = sorted({call for module in model.modules() for call in _scripted_calls(module)})
     if scripted:
         raise ValueError(
-            f"scripted code of the model calls {', '.join(scripted)}, which all tasks at once must do in another way, "
-            "and scripted code cannot. Pass the model that torch.jit.script or torch.jit.trace was given."
+            f"scripted code in the model calls {', '.join(scripted)}, which must be replaced to run all tasks at "
+            "once, and cannot be replaced in scripted code. Pass the original model, before torch.jit.script or "
+            "torch.jit.trace."
         )
     check_hooks(model)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(
-            f"parameters without a shape yet: {', '.join(lazy)}. Call the model once on inputs [N, ...] before."
+            f"parameters without a shape yet: {', '.join(lazy)}. Call the model once on inputs [N, ...] first."
         )
     frozen_forever = [name for name, p in model.named_parameters() if p.is_inference()]
     if frozen_forever:
         raise ValueError(
             f"parameters made under torch.inference_mode() cannot be trained: {', '.join(frozen_forever)}. Build the "
-            "model outside of it, or copy the weights: parameter.data = parameter.data.clone()."
+            "model outside it, or copy the weights: parameter.data = parameter.data.clone()."
         )
     if not any(p.requires_grad for p in model.parameters()):
         frozen = sum(1 for _ in model.parameters())
-        why = f"all of its {frozen} are frozen (requires_grad=False)" if frozen else "it has no parameters at all"
-        raise ValueError(f"MAML needs a model with trainable parameters; of {type(model).__name__}, {why}.")
+        why = (
+            (f"all {frozen} of its parameters are frozen (requires_grad=False)")
+            if frozen
+            else "it has no parameters at all"
+        )
+        raise ValueError(f"MAML needs a model with trainable parameters; got {type(model).__name__}: {why}.")
 
 
 def structure(model: nn.Module) -> tuple[Hashable, ...]:
@@ -89,7 +94,7 @@ def check_hooks(model: nn.Module) -> None:
     ]
     if hooked:
         raise ValueError(
-            f"backward hooks of modules do not run under MAML, and would be left out in silence: {', '.join(hooked)}. "
+            f"backward hooks of modules do not run under MAML, and would be silently ignored: {', '.join(hooked)}. "
             "Remove them; to change a gradient, use a torch.autograd.Function in the forward."
         )
 

@@ -29,21 +29,23 @@ def check_option(name: str, value: Any) -> None:
     """
     if name in BUILT_IN:
         raise AttributeError(
-            f"{name} is settled when a learner is made; got {name}={value!r} afterwards. Make another one around the "
-            f"same model: MAML(learner.model, learner.loss_fn, {name}=...)."
+            f"{name} is fixed when a learner is made; got {name}={value!r} afterwards. Make another learner around "
+            f"the same model: MAML(learner.model, learner.loss_fn, {name}=...)."
         )
     if name == "inner_steps":
         check_whole("inner_steps", value, 1, INNER_STEPS)
     elif name == "chunk_size":
         counted = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not (counted or value is None or (isinstance(value, str) and value == "auto")):
-            raise ValueError(f'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {value!r}.')
+            raise ValueError(
+                f'chunk_size must be a number of tasks >= 1, "auto", or None for all at once; got {value!r}.'
+            )
     elif name == "autocast":
         if value not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be torch.bfloat16 or None; got {value!r}.")
     elif name == "loss_fn" and (not callable(value) or isinstance(value, type)):
         raise TypeError(
-            "loss_fn is a function (predictions, targets) -> loss, such as torch.nn.functional.mse_loss, or a "
+            "loss_fn must be a function (predictions, targets) -> loss, such as torch.nn.functional.mse_loss, or a "
             f"loss module such as nn.MSELoss(); got {value!r}."
         )
 
@@ -62,8 +64,8 @@ def check_loss_owner(loss_fn: Any) -> None:
         loss_fn = getattr(loss_fn, "__self__", None)
     if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
         raise ValueError(
-            f"loss_fn calls a {type(loss_fn).__name__} that has parameters of its own, which would get no gradients: "
-            "pass a module whose forward(predictions, targets) is the loss."
+            f"loss_fn calls a {type(loss_fn).__name__} with parameters, which would get no gradients: pass a module "
+            "whose forward(predictions, targets) is the loss."
         )
 
 
@@ -119,6 +121,6 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
         before = learner.estimator
         if name == "estimator" and value != before and {value, before} & set(tracked_estimators()):
             raise ValueError(
-                f"a learner with estimator {before!r} cannot go on with {value!r}, which remembers other "
-                "things of the tasks: make another learner around the same model."
+                f"a learner with estimator {before!r} cannot switch to {value!r}, which remembers other values for "
+                "each task: make another learner around the same model."
             )

@@ -199,7 +199,7 @@ def _all_pairs(a: _Entries, b: _Entries) -> bool:
 
 def _refusal(what: str, a: _Entries, b: _Entries, meant: str) -> str:
     p, y = (tuple(x.root.shape) for x in ((a, b) if a.predicted else (b, a)))
-    cure = f"Give both one shape{meant}"
+    cure = f"Give both the same shape{meant}"
     if p == (*y, 1):
         cure = "Give targets their last axis, y.unsqueeze(-1), or let the model drop its own, out.squeeze(-1)"
     elif y == (*p, 1):

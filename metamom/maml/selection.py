@@ -16,14 +16,14 @@ def selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Map
     else:
         if not isinstance(adapt, Iterable):
             raise TypeError(
-                "adapt names parameters or modules, as in ['head'], or is a function of a parameter's name; "
+                "adapt must be names of parameters or modules, as in ['head'], or a function of a parameter's name; "
                 f"got {adapt!r}."
             )
         wanted = [adapt] if isinstance(adapt, str) else list(adapt)
         unknown = [w for w in wanted if not any(_within(name, w) for name in trainable)]
         if unknown:
             raise ValueError(
-                f"adapt names trainable parameters, or modules that hold some; {unknown} is none of "
+                f"adapt must name trainable parameters, or modules that hold some; {unknown} is none of "
                 f"{', '.join(trainable)}."
             )
         names = tuple(name for name in trainable if any(_within(name, w) for w in wanted))

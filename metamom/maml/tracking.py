@@ -69,20 +69,20 @@ def check_tracking(estimator: Estimator, tracking: float | None, inner_steps: in
         if tracking is not None:
             raise ValueError(
                 f"tracking is the weight of a new inner step in estimators {', '.join(tracked_estimators())}; got "
-                f"tracking={tracking!r} with estimator {estimator!r}. Leave it out, or name one of these."
+                f"tracking={tracking!r} with estimator {estimator!r}. Leave it out, or use one of these."
             )
         return
     if tracking is not None and not 0 < tracking <= 1:
         raise ValueError(f"tracking is the weight of a new inner step, 0 < tracking <= 1; got {tracking!r}.")
     if inner_steps != 1:
         raise ValueError(
-            f"estimator {estimator!r} tracks the result of one inner step; got inner_steps={inner_steps}. Use "
+            f"estimator {estimator!r} averages the results of one inner step; got inner_steps={inner_steps}. Use "
             "inner_steps=1, or estimator 'independent'."
         )
     if learn_inner_lr:
         raise ValueError(
-            f"estimator {estimator!r} averages inner steps of one size; got learn_inner_lr={learn_inner_lr!r}. Leave "
-            "it out, or use estimator 'independent'."
+            f"estimator {estimator!r} averages inner steps of a fixed size; got learn_inner_lr={learn_inner_lr!r}. "
+            "Leave it out, or use estimator 'independent'."
         )
 
 
@@ -187,9 +187,9 @@ class Memory(nn.Module):
         if wanted != found:
             odd = sorted(key for key in {**wanted, **found} if wanted.get(key) != found.get(key))
             raise ValueError(
-                f"this memory of {len(ids)} tasks is of another estimator, or of other adapted weights: "
-                f"{', '.join(odd)} should be {[wanted.get(key) for key in odd]}, and is "
-                f"{[found.get(key) for key in odd]}. Load it into the learner that it was saved from."
+                f"this memory of {len(ids)} tasks belongs to another estimator, or to other adapted weights: "
+                f"{', '.join(odd)} should be {[wanted.get(key) for key in odd]}, but is "
+                f"{[found.get(key) for key in odd]}. Load it into a learner like the one that saved it."
             )
         self.rows = {i: row for row, i in enumerate(ids)}
         self.tensors = {key: tensors[key].to(kept, copy=True) for key, kept in self.tensors.items()}
@@ -231,10 +231,13 @@ def distinct_ids(task_ids: Tensor | None) -> list[int]:
     if task_ids is None:
         raise ValueError(
             f"estimators {', '.join(tracked_estimators())} remember each task by its id; got a batch without "
-            "task_ids. Take tasks that stay: metamom.tasks.FixedTasks(sampler, n) (--fixed-tasks N)."
+            "task_ids. Use a fixed set of tasks: metamom.tasks.FixedTasks(sampler, n) (--fixed-tasks N)."
         )
     ids: list[int] = task_ids.tolist()
     if len(set(ids)) != len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
-        raise ValueError(f"a task can be visited once in a batch where it is tracked; got task_ids with {twice} twice.")
+        raise ValueError(
+            "an estimator that remembers tasks needs each of them at most once in a batch; got task_ids "
+            f"with {twice} twice."
+        )
     return ids

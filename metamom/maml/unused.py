@@ -134,9 +134,9 @@ def _drawing_alike(output: Callable[[Params], Tensor]) -> Callable[[Params], Ten
 def cut_off(names: Sequence[str]) -> ValueError:
     """The error for parameters that the model uses but that no gradient reaches."""
     return ValueError(
-        f"the loss depends on {', '.join(names)}, but no gradient comes back: somewhere between, the graph is cut, as "
-        "by .detach(), .data, torch.no_grad(), .item(), or an autograd.Function without a derivative. Let the gradient "
-        "through, or freeze what is not to be trained (parameter.requires_grad_(False))."
+        f"the loss depends on {', '.join(names)}, but no gradient reaches them: something in between cuts the graph, "
+        "such as .detach(), .data, torch.no_grad(), .item(), or an autograd.Function without a derivative. Let the "
+        "gradient through, or freeze what should not be trained (parameter.requires_grad_(False))."
     )
 
 
@@ -152,10 +152,9 @@ def differentiable_once(names: Sequence[str]) -> ValueError:
 def from_outside(names: Sequence[str]) -> ValueError:
     """The error for parameters that the loss reads directly, bypassing the tasks' own weights."""
     return ValueError(
-        f"the loss depends on {', '.join(names)} as they stand outside the model's call, and not on each task's "
-        "adapted weights: loss_fn, a hook, or a plain list (not a ModuleList or ParameterList) keeps a reference of "
-        "its own. Read them from the model's registered parameters inside its forward, or make the loss an nn.Module "
-        "that has the model as a part."
+        f"the loss depends on the original {', '.join(names)}, and not on each task's adapted weights: loss_fn, a "
+        "hook, or a plain list (not a ModuleList or ParameterList) keeps its own reference to them. Read them from "
+        "the model's registered parameters inside its forward, or make the loss an nn.Module that contains the model."
     )
 
 

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 REMEDY = (
-    "MAML runs the model on all tasks at once (torch.func.vmap), each with weights of its own. Write the forward "
-    "without in-place operations on parameters, buffers or inputs, and choose with torch.where instead of if."
+    "MAML runs the model on all tasks at once (torch.func.vmap), each with its own weights. Write the forward "
+    "without in-place operations on parameters, buffers or inputs, and use torch.where instead of if."
 )
 OF_LOSSES = (
-    "The loss is taken of all tasks at once (torch.func.vmap). Write it without in-place operations and draws, and "
-    "choose with torch.where instead of if or a mask as an index."
+    "The loss is computed for all tasks at once (torch.func.vmap). Write it without in-place operations and random "
+    "draws, and use torch.where instead of if or a mask as an index."
 )
 # Found in torch's messages about draws that it cannot make per task.
 DRAWS = ("randomness error mode", "inplace randomness on an unbatched tensor")
-OF_DRAWS = "Draw in the model's forward by functions that return a new tensor, such as torch.randn_like or F.dropout."
+OF_DRAWS = (
+    "In the model's forward, draw with functions that return a new tensor, such as torch.randn_like or F.dropout."
+)
 
 NO_BACKEND = ". This could be because the operator doesn't exist for this backend"  # followed by a list of all backends
 
@@ -45,7 +47,7 @@ def check_model(model: nn.Module) -> None:
     running = [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     if running:
         raise ValueError(
-            "MAML needs normalisation by the statistics of the batch at hand; these modules keep running statistics, "
+            "MAML needs normalisation by the statistics of the current batch; these modules keep running statistics, "
             f"which tasks would overwrite for each other: {', '.join(n or type(model).__name__ for n in running)}. "
             "Call metamom.nets.use_batch_statistics(model) first, or build them with track_running_stats=False."
         )
@@ -68,9 +70,9 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
         text = str(error).partition(NO_BACKEND)[0]
         if any(sign in text for sign in SIGNS) and _in_checkpoint(error.__traceback__):
             raise ValueError(
-                "torch.utils.checkpoint runs a part of the model or of the loss again in the backward pass, where the "
-                "weights are not the tasks' any more. Remove checkpoint(); chunk_size= of the learner bounds the "
-                "memory instead."
+                "torch.utils.checkpoint runs a part of the model or of the loss again in the backward pass, which no "
+                "longer has the tasks' weights. Remove checkpoint(); chunk_size= of the learner bounds the memory "
+                "instead."
             ) from error
         if "'Sparse" in text:
             raise ValueError(
@@ -80,7 +82,7 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
         if "derivative for" in text and "is not implemented" in text:
             raise ValueError(
                 f"the meta-gradient needs derivatives that PyTorch does not have: {text.rstrip('.')}. Use "
-                'estimator="first-order", or write that part of the model in other operations.'
+                'estimator="first-order", or write that part of the model with other operations.'
             ) from error
         if not any(sign in text for sign in SIGNS):
             raise

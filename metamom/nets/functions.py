@@ -85,8 +85,9 @@ class FastFunctions:
         eps: float = 1e-5,
     ) -> Tensor:
         """`torch.nn.functional.batch_norm`."""
-        plain = running_mean is None and running_var is None and training and weight is not None and bias is not None
-        if not (plain and input.dim() == 4 and _suitable(input, weight, bias) and input.numel() > input.shape[1]):
+        own = weight is not None and bias is not None and _suitable(input, weight, bias)
+        statistics = training and running_mean is None and running_var is None  # of this batch
+        if not (own and statistics and input.dim() == 4 and input.numel() > input.shape[1]):
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         assert weight is not None
         assert bias is not None
@@ -116,7 +117,8 @@ class FastFunctions:
         """`torch.nn.functional.max_pool2d`."""
         made = self._normalised(input)
         if made is None or return_indices:
-            return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+            pool = F.max_pool2d_with_indices if return_indices else F.max_pool2d
+            return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
         steps = kernel_size if stride is None or stride == [] else stride
         windows = [n for each in (kernel_size, steps, padding, dilation) for n in _pair(each)]
         return _images(made.pooled(Pooling(windows, ceil_mode)))
@@ -127,7 +129,7 @@ class FastFunctions:
             return None
         if inplace:  # PyTorch's own, but a pooling of it is still part of the normalisation
             out = F.leaky_relu(input, slope, inplace=True) if slope else F.relu(input, inplace=True)
-            self._made[out] = _Made(made._replace(value=_group(out), slope=slope), _version(out))
+            self._made[out] = _Made(made._replace(value=_group(out.detach()), slope=slope), _version(out))
             return out
         return self._keep(made.activated(slope))
 
@@ -138,7 +140,7 @@ class FastFunctions:
 
     def _normalised(self, tensor: Any) -> Normalised | None:
         """The normalised activations that a tensor holds."""
-        made: _Made | None = self._made.get(tensor) if isinstance(tensor, Tensor) else None
+        made: _Made | None = self._made[tensor] if isinstance(tensor, Tensor) and tensor in self._made else None
         return made.normalised if made is not None and made.version == _version(tensor) else None
 
 
@@ -146,7 +148,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images and size 1."""
     if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
         return input.mean((-2, -1), keepdim=True)
-    return on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
+    pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
+    return pooled
 
 
 def on_any_layout(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -36,7 +36,7 @@ class StridedConv(nn.Conv2d):
         """Channels-last in, channels-last out."""
         if images.dim() != 4 or images.shape[-1] != self.in_channels:
             raise ValueError(
-                f"StridedConv wants images [N, H, W, {self.in_channels}], the channels last; got {tuple(images.shape)}."
+                f"StridedConv wants images [N, H, W, {self.in_channels}], channels last; got {tuple(images.shape)}."
             )
         images, weight = self._cast(images), self._cast(self.weight)
         patches: Tensor = _Unfold.run(images)
@@ -74,9 +74,7 @@ class BatchNormReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Statistics are taken over all axes but the last."""
         if x.dim() < 2 or x.shape[-1] != len(self.weight):
-            raise ValueError(
-                f"BatchNormReLU wants [N, ..., {len(self.weight)}], the channels last; got {tuple(x.shape)}."
-            )
+            raise ValueError(f"BatchNormReLU wants [N, ..., {len(self.weight)}], channels last; got {tuple(x.shape)}.")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for statistics
         y = wide.reshape(1, -1, x.shape[-1])
         z, _, _ = _NormReLU.run(y, self.weight.to(y.dtype).unsqueeze(0), self.bias.to(y.dtype).unsqueeze(0), self.eps)

@@ -43,7 +43,7 @@ def as_stated(function: Callable[P, R]) -> Callable[P, R]:
             raise ValueError(_out_of_floats(function, str(error))) from error
         numbers = result if isinstance(result, tuple) else (result,)
         if any(isinstance(number, float) and isnan(number) for number in numbers):
-            raise ValueError(_out_of_floats(function, "it comes out as NaN"))
+            raise ValueError(_out_of_floats(function, "the result is NaN"))
         return result
 
     return stated
@@ -51,8 +51,8 @@ def as_stated(function: Callable[P, R]) -> Callable[P, R]:
 
 def _out_of_floats(function: Callable[..., Any], what: str) -> str:
     return (
-        f"{function.__name__} leaves the range of floating-point numbers with these arguments ({what}): take numbers "
-        "nearer 1, in other units."
+        f"{function.__name__} leaves the floating-point range with these arguments ({what}). Change the units, so "
+        "that the arguments are closer to 1."
     )
 
 
@@ -102,7 +102,7 @@ def weight(**numbers: float) -> None:
     """Refuse numbers outside (0, 1]: momentum weights and contractions."""
     for name, value in numbers.items():
         if not 0 < value <= 1:
-            raise ValueError(f"{name} must be in (0, 1]; got {value!r}. 1 forgets the past, or compresses nothing.")
+            raise ValueError(f"{name} must be in (0, 1]; got {value!r}. 1 means no memory, or no compression.")
 
 
 def share(**numbers: float) -> None:
@@ -131,13 +131,15 @@ def finite(**numbers: Any) -> None:
 def horizon(K: float) -> None:
     """Refuse anything but a number of steps; infinity is allowed."""
     if not K >= 1:
-        raise ValueError(f"K must be >= 1 steps, or math.inf for what is left in the end; got {K!r}.")
+        raise ValueError(f"K must be a number of steps >= 1, or math.inf for the limit; got {K!r}.")
 
 
 def step(gamma: float, limit: float, why: str) -> None:
     """Refuse a step size outside (0, limit]. The limit itself is accepted, whatever its rounding."""
     if not 0 < gamma <= limit * (1 + 1e-12):
-        raise ValueError(f"{why} needs 0 < gamma <= {limit:.6g}; got gamma={gamma!r}. Take a step in that range.")
+        raise ValueError(
+            f"{why} needs 0 < gamma <= {limit:.6g}; got gamma={gamma!r}. Choose a step size in that range."
+        )
 
 
 def room(left: float, used: str, cure: str) -> float:

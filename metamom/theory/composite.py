@@ -188,7 +188,9 @@ def first_order_constants(L: float, alpha: float, zeta2: float) -> Constants:
     checks.positive(L=L, alpha=alpha)
     checks.not_negative(zeta2=zeta2)
     if alpha * L >= 0.5:
-        raise ValueError(f"first-order MAML needs alpha < 1/(2L) = {0.5 / L:.6g}; got alpha={alpha!r}: else B >= 1.")
+        raise ValueError(
+            f"first-order MAML needs alpha < 1/(2L) = {0.5 / L:.6g}; got alpha={alpha!r}, which makes B >= 1."
+        )
     kappa2 = (alpha * L / (1 - alpha * L)) ** 2
     return Constants(kappa2, kappa2 * zeta2, 0.0, 0.0)
 

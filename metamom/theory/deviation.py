@@ -139,7 +139,7 @@ def bound_1b(
     checks.horizon(K)
     checks.step(gamma, max_step_1b(L, beta, theta=theta), f"Theorem 1B (L={L}, beta={beta})")
     theta = _theta(beta, theta)
-    cure = "Take theta=theta_star(...), a smaller beta (M), or an estimator of smaller relative bias (B)."
+    cure = "Use theta=theta_star(...), a smaller beta (M), or an estimator with a smaller relative bias (B)."
     room = checks.room(1 - theta - B - beta * M, "theta + B + beta M", cure)
     return (2 * (1 - theta) * phi0 / (gamma * K) + b2 + beta * sigma2) / room
 
@@ -181,7 +181,7 @@ def bound_1b_schedule(
     checks.positive(L=L)
     checks.not_negative(phi0=phi0, b2=b2, sigma2=sigma2, B=B, M=M)
     if not 0 < len(betas) == len(gammas):
-        raise ValueError(f"a schedule needs as many betas as gammas, 1 or more; got {len(betas)} and {len(gammas)}.")
+        raise ValueError(f"a schedule needs as many betas as gammas, at least one; got {len(betas)} and {len(gammas)}.")
     roots = []
     for beta, gamma in zip(betas, gammas, strict=True):
         checks.weight(beta=beta)
@@ -193,14 +193,14 @@ def bound_1b_schedule(
         last = k + 1 == len(gammas)
         if not last and lags[k + 1] > lags[k] * (1 + 1e-12):
             raise ValueError(
-                f"(S1) gamma r / (1 - r), r = sqrt(1 - beta), must not grow; at step {k + 1} it does, from "
-                f"{lags[k]:.6g} to {lags[k + 1]:.6g}. Let gamma fall with beta."
+                f"(S1) gamma r / (1 - r), r = sqrt(1 - beta), must not grow; at step {k + 1} it grows from "
+                f"{lags[k]:.6g} to {lags[k + 1]:.6g}. Decrease gamma together with beta."
             )
         _check_s2(L, k, gamma, 0.0 if last else pulls[k + 1])
     weights, errors = 0.0, 0.0
     for beta, gamma, r in zip(betas, gammas, roots, strict=True):
         room = 1 - (1 + r) * (B + beta * M)
-        weights += gamma * checks.room(room, "(1 + r)(B + beta M)", "Take an estimator of smaller relative bias.")
+        weights += gamma * checks.room(room, "(1 + r)(B + beta M)", "Use an estimator with a smaller relative bias.")
         errors += gamma * (1 + r) * (b2 + beta * sigma2)
     return (2 * phi0 + errors) / weights
 
@@ -209,7 +209,7 @@ def _check_s2(L: float, k: int, gamma: float, pull: float) -> None:
     """Check ``1/gamma - L >= pull``, where pull belongs to the next step."""
     limit = 1 / (L + pull)
     if gamma > limit * (1 + 1e-12):
-        raise ValueError(f"(S2) asks for gamma <= {limit:.6g} at step {k}; got gamma={gamma!r}. Take smaller steps.")
+        raise ValueError(f"(S2) needs gamma <= {limit:.6g} at step {k}; got gamma={gamma!r}. Use smaller steps.")
 
 
 def _theta(beta: float, theta: float | None) -> float:

@@ -86,7 +86,7 @@ def diagnose(
         >>> diagnose([2.0**k for k in range(40)], beta=0.1).cause
         'gamma'
 
-    Reference: docs/theory.md, "What a loss history tells".
+    Reference: docs/theory.md, "Diagnosis from a loss history".
     """
     checks.weight(beta=beta)
     checks.positive(tolerance=tolerance)
@@ -103,7 +103,7 @@ def diagnose(
     if not bool(history.isfinite().all()):
         return Diagnosis("diverging", "gamma", "The loss became infinite or NaN: lower gamma (or clip the gradients).")
     if len(history) < window:
-        return Diagnosis("short", "unknown", f"{len(history)} losses are too few to judge {window} steps by.")
+        return Diagnosis("short", "unknown", f"{len(history)} losses are too few for a window of {window} steps.")
     tail = history[-window:]
     change, error, sure, rest = _trend(tail)
     size = max(float(tail.mean()) - least, 1e-300)
@@ -114,8 +114,8 @@ def diagnose(
         return _swings(period, beta)
     fall = -change
     if sure and fall > tolerance * size:
-        return Diagnosis("descending", "none", f"The loss still falls, by {fall:.3g} in the last {window} steps.")
-    said = f"The losses are too noisy to judge {window} steps by: a change of {change:.3g} may be chance."
+        return Diagnosis("descending", "none", f"The loss is still falling, by {fall:.3g} in the last {window} steps.")
+    said = f"The losses are too noisy over {window} steps: a change of {change:.3g} may be chance."
     noisy = Diagnosis("short", "unknown", said)
     likely = fall > max(_ERRORS * error, _SLOW * size)  # a weaker criterion than the test over pairs of blocks
     if 2 * error > size or likely or fall > _FLAT * size or change > max(2 * error, _FLAT * size):
@@ -168,10 +168,11 @@ def _period(rest: Tensor) -> float | None:
 
 def _swings(period: float, beta: float) -> Diagnosis:
     """Decide which parameter stops the oscillation."""
-    text = f"The loss swings with a period of {period:.3g} steps."
+    text = f"The loss oscillates with a period of {period:.3g} steps."
     if beta == 1:
         cure = (
-            " Plain SGD does so where gamma times the curvature exceeds 1: lower gamma, if the data do not repeat so."
+            " Plain SGD oscillates where gamma times the curvature exceeds 1: lower gamma, unless the data have this "
+            "period."
         )
         return Diagnosis("oscillating", "gamma", text + cure, period)
     step = swinging_step(beta, 2 * period)  # the loss oscillates twice as fast as the weights around their minimum
@@ -179,14 +180,19 @@ def _swings(period: float, beta: float) -> Diagnosis:
     factor = step * (1 + r) / (1 - r)
     text += f" On a quadratic that is gamma times curvature = {step:.3g} at beta={beta:g}."
     if step > 1:
-        text += " Even plain SGD would step past the minimum there: lower gamma"
-        return Diagnosis("oscillating", "gamma", f"{text}, {factor:.3g} times for no swings at all.", period)
+        text += " Even plain SGD would overshoot the minimum there: lower gamma"
+        return Diagnosis(
+            "oscillating", "gamma", f"{text}, by a factor of {factor:.3g} to stop the oscillation.", period
+        )
     text += (
-        f" The momentum outlasts the way to the minimum: beta >= {critical_beta(step):.2g} stops the swings at "
-        f"this gamma (so would a gamma {factor:.3g} times smaller, which is slower)."
+        f" The momentum carries the weights past the minimum: beta >= {critical_beta(step):.2g} stops this at the "
+        f"same gamma (a gamma {factor:.3g} times smaller would too, but it is slower)."
     )
     if period >= 2 and swinging_step(beta, max(period, 2)) > 1:
-        text += " If the weights swing as slowly as the loss does (off their minimum), gamma is too large instead."
+        text += (
+            " If the weights oscillate with the same period as the loss (away from a minimum), gamma is too "
+            "large instead."
+        )
     return Diagnosis("oscillating", "beta", text, period)
 
 
@@ -220,16 +226,16 @@ def _flat(
     cure: str,
 ) -> Diagnosis:
     """Diagnose a flat loss: gamma, bias, or the minimum."""
-    head = f"The loss has stalled: it changed by {-fall:.3g} in {window} steps, from a size of {size:.3g}."
+    head = f"The loss has stalled: it changed by {-fall:.3g} in {window} steps, from a level of {size:.3g}."
     if gamma is None or parts is None:
         wanted = "gamma, grad_sq and v_sq" if beta < 1 else "gamma, grad_sq and sigma2 (for beta=1)"
-        suspect = f" The gradients are known to be biased, the first suspect: try {cure}." if biased else ""
+        suspect = f" The gradients are known to be biased, so suspect the bias first: try {cure}." if biased else ""
         ask = f" Losses alone cannot tell noise, bias and the minimum apart: pass {wanted}."
         return Diagnosis("stalled", "bias" if biased else "unknown", head + suspect + ask)
     noise, kept = parts
     expected = gamma * kept * window  # the decrease from steps along a gradient with this square
     if kept > beta / (2 - beta) * noise:
-        head += f" The gradients keep a direction (squared mean about {kept:.3g})"
+        head += f" The gradients have a persistent direction (squared mean about {kept:.3g})"
         if expected > 4 * max(fall, 0.0) + 0.1 * size:
             why = f" that should have lowered the loss by {expected:.3g}: it does not point downhill."
             if biased is False:
@@ -237,9 +243,9 @@ def _flat(
                 return Diagnosis("stalled", "gamma", head + why + smaller)
             likely = f" Likely bias: try {cure}. Or the valley is narrow: try a smaller gamma."
             return Diagnosis("stalled", "bias", head + why + likely)
-        return Diagnosis("stalled", "gamma", f"{head}, and the steps are short: raise gamma.")
+        return Diagnosis("stalled", "gamma", f"{head}, and the steps are small: raise gamma.")
     explained = gamma * noise / 4
-    head += f" The gradients keep no direction; their noise explains about {explained:.3g} of the loss."
+    head += f" The gradients have no persistent direction; their noise explains about {explained:.3g} of the loss."
     if _made_by_noise(size, beta, gamma, parts):
         lower = " Likely noise at this gamma: lower gamma, or average over more tasks or workers. Beta will not help."
         return Diagnosis("stalled", "gamma", head + lower)
@@ -247,5 +253,7 @@ def _flat(
         return Diagnosis("stalled", "unknown", head + " Without bias, that looks like the best this model can do here.")
     if biased:
         return Diagnosis("stalled", "bias", f"{head} Likely bias, or the best that this model can do: try {cure}.")
-    either = " It is bias, or the best that this model can do: a larger inner batch or another estimator would tell."
+    either = (
+        " It is bias, or the best that this model can do: a larger inner batch or another estimator would show which."
+    )
     return Diagnosis("stalled", "unknown", head + either)

@@ -111,7 +111,7 @@ def terms_1a(
     checks.horizon(K)
     checks.step(gamma, max_step(L, beta), f"Theorem 1A (L={L}, beta={beta})")
     drift = (2 - beta) * L * gamma
-    cure = "Lower gamma, average over more workers (M), or take an estimator of smaller relative bias (B)."
+    cure = "Lower gamma, average over more workers (M), or use an estimator with a smaller relative bias (B)."
     room = checks.room(1 - B - drift * M, "B + (2-beta) L gamma M", cure)
     return Terms(2 * delta0 / (gamma * K) / room, b2 / room, drift * sigma2 / room)
 
@@ -173,7 +173,7 @@ def best_step(
     checks.positive(delta0=delta0, K=K)
     checks.not_negative(b2=b2, sigma2=sigma2, B=B, M=M)
     checks.horizon(K)
-    left = checks.room(1 - B, "B", "No step size helps: take an estimator of smaller relative bias.")
+    left = checks.room(1 - B, "B", "No step size helps: use an estimator with a smaller relative bias.")
     a, c = 2 * delta0 / K, (2 - beta) * L
     slope = a * c * M
     below = slope + sqrt(slope**2 + a * c * left * (sigma2 * left + M * b2))

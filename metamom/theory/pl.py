@@ -136,7 +136,7 @@ def rate_2a_affine(
     if not (s > tau and 1 / gamma - L >= 2 * A * C * (1 - 1e-12)):
         raise ValueError(
             f"Theorem 2A (L={L}, beta={beta}, theta={theta}) needs 1/(2 gamma) - L/2 >= {A * C:.6g}, which "
-            f"gamma={gamma} breaks. Take a smaller step, or a theta nearer 1/2."
+            f"gamma={gamma} violates. Use a smaller step, or a theta closer to 1/2."
         )
     return LinearRate(tau, (1 - tau) * A * beta * (b2 + beta * sigma2) / tau, A * (1 - s))
 
@@ -204,7 +204,7 @@ def rate_2b_bias(L: float, mu: float, beta: float, gamma: float, b2: float) -> L
     X = max(1 - L * gamma, 0.0) * max(1 - gamma * mu / beta, 0.0)
     if q2 >= X:
         raise ValueError(
-            f"this form needs (1 - L gamma)(1 - gamma mu/beta) > {q2:.6g}; got {X:.6g}. Take a smaller step."
+            f"this form needs (1 - L gamma)(1 - gamma mu/beta) > {q2:.6g}; got {X:.6g}. Use a smaller step."
         )
     return LinearRate(gamma * mu, (1 + q2 / (X - q2)) * b2 / (2 * mu), 0.0)
 

@@ -57,5 +57,5 @@ def swinging_step(beta: float, period: float) -> float:
     """
     checks.share(beta=beta)
     if not period >= 2:
-        raise ValueError(f"a swing takes 2 steps or more; got period={period!r}.")
+        raise ValueError(f"an oscillation takes 2 steps or more; got period={period!r}.")
     return (2 - beta - 2 * sqrt(1 - beta) * cos(2 * pi / period)) / beta

@@ -73,7 +73,7 @@ def suggest_step(
     if delta0 is not None and K is not None:
         return best_step(L, beta, delta0, K, b2, sigma2, B, M)
     checks.not_negative(b2=b2, sigma2=sigma2, B=B, M=M)
-    left = checks.room(1 - B, "B", "No step size helps: take an estimator of smaller relative bias.")
+    left = checks.room(1 - B, "B", "No step size helps: use an estimator with a smaller relative bias.")
     return min(max_step(L, beta), left / (2 * (2 - beta) * L * M) if M > 0 else inf)
 
 
@@ -103,11 +103,11 @@ def explain(
     terms = terms_1a(L, beta, gamma, delta0, K, b2, sigma2, B, M)
     parts: dict[Part, float] = {"distance": terms.distance, "bias": terms.bias, "noise": terms.noise}
     dominant: Part = max(parts, key=lambda name: parts[name])
-    steps = "In the end" if isinf(K) else f"After {K} steps"
+    steps = "In the limit" if isinf(K) else f"After {K} steps"
     total = terms.total
     if total == 0:
         return Explanation(
-            terms, dominant, f"{steps} the bound on the mean of ||grad f||^2 is 0: nothing is in the way."
+            terms, dominant, f"{steps} the bound on the mean of ||grad f||^2 is 0: nothing limits convergence."
         )
     shares = ", ".join(f"{_NAMES[name]} {part:.3g} ({part / total:.0%})" for name, part in parts.items())
     lines = [f"{steps} the mean of ||grad f||^2 is at most {total:.3g}: {shares}."]
@@ -128,9 +128,10 @@ _NAMES: dict[Part, str] = {"distance": "initial distance", "bias": "bias", "nois
 def _bias(B: float) -> str:
     """Advice about the bias: only another estimator helps."""
     return (
-        "Bias dominates: neither gamma, beta, more steps nor more workers lower it. Another estimator does: for inner "
-        "mini-batches larger ones, independent Hessian batches, cross-fit, Richardson or tracking; for compression and "
-        "clipping error feedback (EF21, EF21-SGDM, Clip21), or a weaker operator."
+        "Bias dominates: gamma, beta, more steps and more workers do not lower it. Another estimator does. For inner "
+        "mini-batches, use larger ones, independent Hessian batches, cross-fit, Richardson or a moving average "
+        "(MOML, SCSC); for compression and clipping, use error feedback (EF21, EF21-SGDM, Clip21) or a weaker "
+        "operator."
     )
 
 
@@ -138,14 +139,14 @@ def _noise(
     L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float, M: float
 ) -> str:
     """Advice about the noise: a smaller step, or less noise."""
-    text = "Noise dominates: it falls with gamma, and as 1/n with the number of workers or tasks in a step."
+    text = "Noise dominates: it falls with gamma, and as 1/n with the number of workers or tasks per step."
     if not isinf(K) and delta0 > 0:
         best = best_step(L, beta, delta0, int(K), b2, sigma2, B, M)
         bound = terms_1a(L, beta, best, delta0, K, b2, sigma2, B, M).total
         if best < 0.99 * gamma:
             text += f" The best gamma for this K is {best:.3g}, with a bound of {bound:.3g}."
         else:
-            text += " A smaller gamma would cost more in the initial distance than it gains: raise K with it."
+            text += " A smaller gamma would cost more in the initial distance than it gains, unless K is raised too."
     return text + " A smaller beta alone does not lower it at this gamma; it lowers the largest gamma."
 
 

@@ -109,7 +109,7 @@ def _check_archive(path: Path) -> None:
             raise zipfile.BadZipFile("it does not begin with its first record")
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-                raise zipfile.BadZipFile(f"{record.filename} is compressed, which no checkpoint is")
+                raise zipfile.BadZipFile(f"{record.filename} is compressed, but checkpoints never are")
         if sum(record.file_size for record in records) > size:
             raise zipfile.BadZipFile("it claims to hold more than its file")
         broken = archive.testzip()  # torch.load would not detect a flipped bit
@@ -221,9 +221,9 @@ class Checkpoints:
                 found = state.get("step", step)
                 if type(found) is int and 0 <= found != step:  # other types are refused where it is used
                     raise CheckpointError(
-                        f"checkpoint {self.path(step)} is of another step than its name says: it holds "
-                        f"{found if found < 10**18 else 'a number of many digits'}. Put a copy of it back, or take it "
-                        "away."
+                        f"checkpoint {self.path(step)} holds another step than its name says: "
+                        f"{found if found < 10**18 else 'a number of many digits'}. Restore it from a copy, or "
+                        "remove it."
                     )
                 return state
         return None

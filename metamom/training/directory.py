@@ -112,8 +112,8 @@ class RunDirectory:
             return
         if not resume:
             raise ValueError(
-                f"{self.path} holds a run already ({', '.join(there)}); resume it (--resume, or resume=True), "
-                "or choose another directory."
+                f"{self.path} holds a run already ({', '.join(there)}); resume it (--resume, or resume=True), or "
+                "choose another directory."
             )
         config = read_config(self.path)
         unrecorded = [name for name in later if name not in config["settings"]]
@@ -162,7 +162,7 @@ class RunDirectory:
         state = self.checkpoints.load_newest()
         if state is None and read_log(self.path).lines:
             raise CheckpointError(
-                f"{self.path} holds the metrics of a run but none of its checkpoints, so it cannot go on. "
+                f"{self.path} holds the metrics of a run but none of its checkpoints, so the run cannot be resumed. "
                 "Put a checkpoint back, or start a new run in another directory."
             )
         return state
@@ -198,14 +198,14 @@ class RunDirectory:
             )
         if lost:
             warnings.warn(
-                f"{path} was cut short in line {log.cut}, of a step that will not be done again: a copy of the file as "
-                f"it was is {copy.name}.",
+                f"{path} was cut short in line {log.cut}, and that step will not be repeated: a copy of the original "
+                f"file is {copy.name}.",
                 stacklevel=2,
             )
         if beyond:
             warnings.warn(
-                f"{path} held metrics of step {_listed(beyond)}, which this run goes back behind and will not do "
-                f"again: they are kept in {copy.name}.",
+                f"{path} held metrics of step {_listed(beyond)}, after the checkpoint, that this run will not "
+                f"repeat: they are kept in {copy.name}.",
                 stacklevel=2,
             )
         steps = [-1, *(line["step"] for line in kept), step]
@@ -271,8 +271,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     log = read_log(path)
     if log.damaged:
         raise ValueError(
-            f"{Path(path) / 'metrics.jsonl'}, line {log.damaged[0]} is no JSON object with a step above those before. "
-            "Resume the run, which keeps all that can be read, or take the line out."
+            f"{Path(path) / 'metrics.jsonl'}, line {log.damaged[0]} is not a JSON object with a step above the "
+            "earlier ones. Resume the run, which keeps all that can be read, or delete the line."
         )
     return log.lines
 
@@ -360,5 +360,5 @@ def _check_files(path: Path) -> None:
     for name, links in ((".lock", False), ("config.json", True), ("metrics.jsonl", True)):
         file = path / name
         if os.path.lexists(file) and not (file.is_file() and (links or not file.is_symlink())):
-            kind = "a link" if file.is_symlink() else "a folder" if file.is_dir() else "no regular file"
+            kind = "a link" if file.is_symlink() else "a folder" if file.is_dir() else "not a regular file"
             raise ValueError(f"{file} is {kind}, where a run keeps a file of its own. Move it away.")

@@ -116,7 +116,7 @@ def check_loaded(before: Group, after: Group, *, moved: Moved) -> None:
     for i, (here, there) in enumerate(zip(before["param_groups"], after["param_groups"], strict=True)):
         for name, value in here.items():
             if not same(value, there.get(name)) and not moved.may_move(name, value):
-                refuse(f"param_groups[{i}].{name}", f"{_described(value)}, as the optimizer is made", there.get(name))
+                refuse(f"param_groups[{i}].{name}", f"{_described(value)}, as in this optimizer", there.get(name))
 
 
 def _check_group(here: dict[str, Any], there: Any, place: str, moved: Moved) -> None:
@@ -132,7 +132,7 @@ def _check_group(here: dict[str, Any], there: Any, place: str, moved: Moved) -> 
         value = there[name]
         if not moved.may_move(name, here[name]):
             if not same(here[name], value):
-                why = "for no schedule moved it" if is_number(here[name]) else "as the optimizer is made"
+                why = "since no schedule changes it" if is_number(here[name]) else "as in this optimizer"
                 refuse(f"{place}.{name}", f"{_described(here[name])}, {why}", value)
         elif is_number(value) and not isinstance(value, Tensor) and abs(value) >= _LARGEST:
             refuse(f"{place}.{name}", "a number below 2^63", value)
@@ -155,8 +155,8 @@ def _check_complete(state: Mapping[int, Any], wanted: Mapping[int, set[str]]) ->
         return
     names = ", ".join(sorted(wanted[missing[0]]))
     if not state:
-        raise ValueError(f"'state' holds nothing, but after its first step there is {names} of each parameter")
-    raise ValueError(f"'state' has no entry {missing[0]}, but after its first step there is {names} of each parameter")
+        raise ValueError(f"'state' is empty, but after the first step it has {names} of each parameter")
+    raise ValueError(f"'state' has no entry {missing[0]}, but after the first step there is {names} of each parameter")
 
 
 def _check_kept(kept: dict[str, Any], wanted: set[str], parameter: Tensor, place: str, step: int) -> None:

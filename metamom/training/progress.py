@@ -30,7 +30,7 @@ class DivergedError(ArithmeticError):
     def __init__(self, what: str, step: int, remedies: str = ", a smaller inner_lr, or float64") -> None:
         super().__init__(
             f"{what} is not finite at step {step}. Try a smaller lr, clipped gradients (bias=Clip(1.0), --bias "
-            f"clip:1){remedies}; the last good checkpoint, if the run has a directory, is as it was."
+            f"clip:1){remedies}; the last good checkpoint, if the run has a directory, is unchanged."
         )
         self.step = step
 
@@ -84,7 +84,7 @@ class Saved:
             )
         if iterations < step:
             raise ValueError(
-                f"the run in {self.path} has done {step} iterations, more than the {iterations} asked for in all. Pass "
+                f"the run in {self.path} has done {step} iterations, more than the total of {iterations}. Pass "
                 f"iterations (--iterations) above {step} to go on, or take another directory for a shorter run."
             )
         generators = checked_generators(state.get("rng"), where)
@@ -103,7 +103,7 @@ class Saved:
         self.world.check_same(
             f"the weights after {progress.done} steps",
             lambda: digest(w for w in weights.values() if isinstance(w, Tensor)),
-            "Machines of different kinds round differently: take processes of one kind.",
+            "Machines of different kinds round differently: use machines of one kind.",
         )
         if self.path is None:
             return

@@ -53,7 +53,7 @@ def check_schedule(schedule: LRScheduler | LambdaBeta, state: Any, *, step: int)
     check_alike(mine, state, "its state")
     odd = [n for n in state if n not in mine and (not isinstance(n, str) or n == "optimizer" or hasattr(schedule, n))]
     if odd:  # torch would replace methods by them
-        raise ValueError(f"its state holds {', '.join(map(str, odd))}, which no {type(schedule).__name__} saves")
+        raise ValueError(f"its state holds {', '.join(map(str, odd))}, which {type(schedule).__name__} does not save")
     if isinstance(schedule, LambdaBeta):
         _check_count("its state.last_step", state["last_step"], step)
         _check_made(mine, state, "its state", step)
@@ -79,7 +79,7 @@ def check_rates(optimizer: Optimizer, schedules: Iterable[Any]) -> None:
         return
     for i, (group, left) in enumerate(zip(optimizer.param_groups, rates[-1].get_last_lr(), strict=True)):
         if float(group["lr"]) != float(left):
-            refuse(f"param_groups[{i}].lr", f"{float(left)!r}, which {type(rates[-1]).__name__} left", group["lr"])
+            refuse(f"param_groups[{i}].lr", f"{float(left)!r}, as {type(rates[-1]).__name__} set it", group["lr"])
 
 
 def _is_torchs(schedule: Any) -> bool:
@@ -99,7 +99,7 @@ def _check_made(mine: dict[str, Any], saved: dict[str, Any], place: str, least: 
             if there < (0 if name == "T_cur" else mine["T_0"]):
                 refuse(where, f"a number >= {0 if name == 'T_cur' else mine['T_0']}", there)
         elif name not in _COUNTED and name != "lr_lambdas" and _is_data(here) and not same(here, there):
-            refuse(where, f"{short(here) if not isinstance(here, list) else here}, as the schedule is made", there)
+            refuse(where, f"{short(here) if not isinstance(here, list) else here}, as in this schedule", there)
 
 
 def _is_data(value: Any) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import loop_over
 from fuzzing import bounded, campaign
 from torch.nn import functional as F
 
@@ -30,8 +31,7 @@ from metamom.tasks import FixedTasks, LinearRegression, Sinusoid
 SAID_TO_BE_A_NUMBER = ("1_000", "١٢", "１２", "²", "0x10", "", " ", "1e3x", "--", "1\u2028", "9" * 5000)
 
 
-@pytest.mark.parametrize("text", SAID_TO_BE_A_NUMBER, ids=lambda text: ascii(text)[:20])
-@pytest.mark.parametrize("kind", [long_count, task_count, number, counts(task_count), numbers, seed])
+@loop_over(text=SAID_TO_BE_A_NUMBER, kind=(long_count, task_count, number, counts(task_count), numbers, seed))
 def test_what_only_python_takes_for_a_number(kind, text):
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         kind(text)

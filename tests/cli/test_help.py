@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 from test_command_lines import leaves
@@ -17,8 +18,11 @@ from metamom.bias.spec import spec_help
 from metamom.cli import spec_table
 from metamom.cli.app import parsed, parser
 from metamom.cli.parser import did_you_mean
+from metamom.common.choices import DATA_SETS
 from metamom.experiments import defaults
+from metamom.experiments.families import FAMILIES
 from metamom.experiments.recipes import DTYPES, Recipe
+from metamom.tasks.locate import LAYOUTS
 
 GROUPS = ["task", "learner", "bias", "optimizer", "run", "processes"]
 SLOW = ("torch", "scipy", "matplotlib", "pydantic", "PIL", "requests")  # to import
@@ -63,7 +67,12 @@ def test_every_dtype_of_the_help_is_known():
     assert tuple(DTYPES) == defaults.DTYPE_NAMES
 
 
-@pytest.mark.parametrize("task", defaults.TASKS)
+def test_every_data_set_of_the_help_is_known():
+    assert tuple(LAYOUTS) == DATA_SETS
+    assert {family.data for family in FAMILIES.values()} <= {None, *LAYOUTS}
+
+
+@pytest.mark.parametrize("task", FAMILIES)
 @pytest.mark.parametrize("optimizer", defaults.OPTIMIZERS)
 def test_defaults_of_a_recipe(task, optimizer, capsys):
     """Every number that the help shows is the recipe's."""
@@ -138,3 +147,26 @@ def test_what_comes_close():
     assert did_you_mean(["--lrr"], ["--lr", "--beta", "-h"]) == "; did you mean --lr?"
     assert did_you_mean(["--zzz"], ["--lr", "--beta", "-h"]) == ""
     assert did_you_mean(["--beat", "--lrs"], ["--lr", "--beta"]) == "; did you mean --beta, --lr?"
+
+
+def test_version(metamom):
+    assert metamom("--version") == (0, f"metamom {metadata.version('metamom')}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["train", "sinusoid"], ["evaluate"], ["compare", "omniglot"], ["data"]]
+)
+def test_help(command, metamom):
+    said = metamom(*command, "--help")
+    assert said.code == 0
+    assert said.out.startswith(" ".join(["usage: metamom", *command]))
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "sinusoid"], ["compare", "omniglot"], ["reproduce", "mnist"], ["reproduce", "fashion"]]
+)
+def test_help_on_specs(command, metamom, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = metamom(*command, "--help").out
+    assert spec_help() in said
+    assert max(map(len, said.splitlines())) <= 100

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from cases import loop_over
 
 from metamom.common.numbers import real, shown, whole
 
@@ -37,13 +40,12 @@ def test_real_numbers(text: str, value: float) -> None:
     assert real(text) == value
 
 
-@pytest.mark.parametrize("text", NEITHER, ids=lambda text: ascii(text)[:20])
-def test_what_is_no_plain_number_is_refused_in_few_words(text: str) -> None:
-    for parse in (whole, real):
-        with pytest.raises(ValueError, match="digits 0 to 9") as caught:
-            parse(text)
-        assert len(str(caught.value)) < 250
-        assert str(caught.value).isprintable()
+@loop_over(text=NEITHER, parse=(whole, real))
+def test_what_is_no_plain_number_is_refused_in_few_words(text: str, parse: Callable[[str], float]) -> None:
+    with pytest.raises(ValueError, match="digits 0 to 9") as caught:
+        parse(text)
+    assert len(str(caught.value)) < 250
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("text", ["1.0", "1e3", ".5"])

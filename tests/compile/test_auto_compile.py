@@ -117,7 +117,7 @@ def test_auto_goes_on_without_a_compiler_and_warns_once(clock, traced, no_compil
             grads = learner.meta_gradient(small_batch(tasks=tasks)).grads
             assert tasks != 2 or relative_error(grads, expected) < 1e-15
     (warning,) = caught
-    with pytest.raises(UserWarning, match=rf'compile="auto" goes on without compiling: .*{no_compiler}'):
+    with pytest.raises(UserWarning, match=rf'compile="auto" continues without compiling: .*{no_compiler}'):
         raise warning.message
     assert traced == []
 
@@ -182,10 +182,10 @@ def test_a_compiler_that_breaks_after_the_kernels_were_built(tmp_path):
     assert done.returncode == 0, done.stderr
     error, warned, raised, cause = json.loads(done.stdout)
     assert error < 1e-15
-    assert warned == [f'compile="auto" goes on without compiling: {raised}']
+    assert warned == [f'compile="auto" continues without compiling: {raised}']
     assert raised == (
         "TorchInductor cannot compile this meta-gradient: CppCompileError: kernel.cpp:7: error: no space left on "
-        "device. See whether the compiler works and the disk has room, or run without compiling."
+        "device. Check that the compiler works and the disk has space, or run without compiling."
     )
     assert cause in ("InductorError", "CppCompileError")
 
@@ -238,5 +238,5 @@ def test_compile_is_a_bool_or_auto(mode):
 
 
 def test_a_negative_number_of_iterations_to_come():
-    with pytest.raises(ValueError, match=r"iterations to come must be >= 0; got -1\."):
+    with pytest.raises(ValueError, match=r"the number of remaining iterations must be >= 0; got -1\."):
         small().expect(-1)

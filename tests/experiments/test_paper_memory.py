@@ -43,7 +43,7 @@ def test_what_cannot_fit_is_said_and_can_be_had(monkeypatch):
         memory.largest_chunk(FULL._replace(parameters=11_181_642, kept=1))
     monkeypatch.setattr(memory, "LIMIT", 0)
     keys = {"nodes": 6, "lr": 0.1, "beta": 0.5, "bias": parse("ef21:topk:20"), "seed": 0}
-    with pytest.raises(ValueError, match=r"taken unasked\. Pass chunk=1"):
+    with pytest.raises(ValueError, match=r"limit for an automatic chunk\. Pass chunk=1"):
         Training(SMALL, made(24, 1), made(6, 2), **keys)
     assert Training(SMALL, made(24, 1), made(6, 2), chunk=1, **keys).epoch().train_loss > 0
 

@@ -122,7 +122,7 @@ def test_wrong_arguments(tmp_path):
     for keys, message in (
         ({"nodes": 7}, "must divide the 24 images; got nodes=7"),
         ({"nodes": 0}, "got nodes=0"),
-        ({"chunk": 0}, "chunk is the number of nodes"),
+        ({"chunk": 0}, "chunk, the number of nodes"),
         ({"epochs": 0}, "epochs must be >= 1"),
         ({"beta": 0.0}, "beta is the weight"),
         ({"lr": -1.0}, "lr is the step size"),
@@ -141,7 +141,7 @@ def test_wrong_arguments(tmp_path):
 def test_fewer_epochs_than_are_done(tmp_path):
     reproduce("mnist", run_dir=tmp_path, **KEYS)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"has done 6 epochs, more than the 4 asked for in all\. Pass epochs"):
+    with pytest.raises(ValueError, match=r"has done 6 epochs, more than the total of 4\. Pass epochs"):
         reproduce("mnist", run_dir=tmp_path, resume=True, **{**KEYS, "epochs": 4})
     assert contents(tmp_path) == before
 
@@ -191,19 +191,19 @@ def test_settings_of_the_wrong_type_in_the_table(place, value, message, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {**s, "step": 5}, "of another step than its name says: it holds 5"),
-        (lambda s: {**s, "epochs": 5}, "say that 6 epochs are done, and 5"),
+        (lambda s: {**s, "step": 5}, "holds another step than its name says: 5"),
+        (lambda s: {**s, "epochs": 5}, "say both that 6 epochs are done, and 5"),
         (lambda s: {**s, "seconds": "x"}, "should hold a number >= 0 as 'seconds'; got 'x'"),
         (lambda s: {**s, "draws": torch.zeros(3)}, "hold no states of generators"),
         (lambda s: {**s, "optimizer": []}, "optimizer: its state should be a dict of 'state' and 'param_groups'"),
         (lambda s: {name: value for name, value in s.items() if name != "bias"}, "there is no bias in"),
         (
             lambda s: (s["optimizer"]["state"].pop(0), s)[1],
-            "optimizer: 'state' has no entry 0, but after its first step",
+            "optimizer: 'state' has no entry 0, but after the first step",
         ),
         (
             lambda s: (s["optimizer"]["param_groups"][0].update(maximize=True), s)[1],
-            r"optimizer: param_groups\[0\]\.maximize should be False, as the optimizer is made; got True",
+            r"optimizer: param_groups\[0\]\.maximize should be False, as in this optimizer; got True",
         ),
     ],
 )

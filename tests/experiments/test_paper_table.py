@@ -53,12 +53,12 @@ def test_where_momentum_wins_is_judged_over_common_epochs():
         return tables._honest(tables._matched(curves, []))
 
     slow = [0.5] * 30 + [0.95] * 170  # 90 % after 31 epochs
-    nothing, wins = ["No runs to compare momentum with SGD by."], ["Momentum wins wherever it was compared."]
+    nothing, wins = ["There are no runs to compare momentum with SGD."], ["Momentum wins in every comparison."]
     assert said(slow, [0.5] * 10) == nothing
     assert said([0.5] * 10, slow) == nothing
     assert said(slow[:40], [0.5] * 20 + [0.95]) == wins
     assert said(slow, [0.5] * 20 + [0.95] * 180) == wins
-    assert "it is no sooner at 90%" in said(slow, [0.5] * 35)[-1]
+    assert "it reaches 90% no sooner" in said(slow, [0.5] * 35)[-1]
     assert "ours): it ends 1.00 points lower." in said(slow, [0.95] * 20 + [0.94] * 180)[-1]
     assert said(slow[:100], [0.95] * 20 + [0.94] * 80) == wins  # who ends lower is open
 
@@ -78,14 +78,14 @@ def test_the_table(tmp_path, capsys):
     lines = [line for line in text.splitlines() if line.startswith("| mnist")]
     assert len(lines) == 2
     assert all("| 0.0e+00 | — | 0 | 0 |" in line for line in lines)  # of 6 epochs, not of 10
-    assert "No runs to compare momentum with SGD by." in text
+    assert "There are no runs to compare momentum with SGD." in text
     assert "not in 6" in lines[0]
     assert (ours / "figures" / "mnist-n6-lr0.1-topk-20.png").stat().st_size > 10_000
     metrics = ours / "beta0.5" / "metrics.csv"
     metrics.write_text(metrics.read_text() + "6,2.1,0.")  # a run under way
     assert table(theirs, ours).read_text(encoding="utf-8") == text
     shutil.copytree(ours / "beta0.5", ours / "copy")
-    with pytest.raises(ValueError, match=r"beta0\.5 and .*copy are runs of one setting and seed"):
+    with pytest.raises(ValueError, match=r"beta0\.5 and .*copy are runs with the same settings and seed"):
         table(theirs, ours)
     shutil.rmtree(ours / "copy")
     next(theirs.iterdir()).write_text("x")

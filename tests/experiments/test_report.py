@@ -80,9 +80,9 @@ def test_seeds_that_diverged_are_told_where_their_mean_stands(tmp_path):
     report = reported(tmp_path, {0.1: [0.5, 0.6, 0.7]}, {0.1: [None, 0.65, 0.8]})
     (table,) = tables(report)
     assert [row[2] for row in table] == [interval([0.5, 0.6, 0.7]), interval([0.65, 0.8]) + " (2 of 3 seeds)"]
-    assert "Where seeds diverged, mean and interval are of the others alone" in report
+    assert "Where seeds diverged, mean and interval cover only the others" in report
     assert "mean and range of the seeds that did not diverge" in report
-    assert "- momentum, β = 0.1, v₋₁ = 0, γ = 0.1: none, for seeds diverged." in report
+    assert "- momentum, β = 0.1, v₋₁ = 0, γ = 0.1: none, because seeds diverged." in report
 
 
 def test_of_several_seeds_one_is_left(tmp_path):
@@ -98,7 +98,7 @@ def test_one_seed(tmp_path):
     report = reported(tmp_path, {0.1: [0.5]}, {0.1: [None]})
     (table,) = tables(report)
     assert [row[2] for row in table] == ["50.0 ± 3.0 %", "—"]
-    assert "± is the 95 % interval over the test tasks of the one seed" in report
+    assert "± is the 95 % interval over the test tasks of the single seed" in report
     assert "Where seeds diverged" not in report
     assert "Difference" not in report
 
@@ -107,7 +107,7 @@ def test_all_diverged(tmp_path):
     report = reported(tmp_path, {0.1: [None, None], 0.3: [None, None]}, {0.1: [None, None], 0.3: [None, None]})
     first, best = tables(report)
     assert [row[2] for row in first + best] == ["—"] * 6
-    assert "a step size at which a seed diverged is out, but where there is one at all of them" in report
+    assert "step sizes at which a seed diverged are left out, unless a seed diverged at all of them" in report
 
 
 def test_the_best_step_size_is_the_best_of_those_with_the_fewest_diverged_seeds(tmp_path):
@@ -117,7 +117,7 @@ def test_the_best_step_size_is_the_best_of_those_with_the_fewest_diverged_seeds(
         {0.1: [0.5, None], 0.3: [0.7, None], 1.0: [None, None]},
     )
     assert [row[1] for row in tables(report)[1]] == ["0.3", "0.3"]
-    assert "but where there is one at all of them: then the best of those with the fewest." in report
+    assert "unless a seed diverged at all of them: then the best of those with the fewest." in report
 
 
 def test_iterations_to_a_target(tmp_path):
@@ -178,7 +178,7 @@ def lose_checkpoints(run: Path) -> None:
     ("spoil", "message"),
     [
         (spoil_outcome, "outcome"),
-        (spoil_metrics, "line 2 is no JSON.* or remove the run's folder to have it done again"),
+        (spoil_metrics, "line 2 is not a JSON.* or remove the run's folder to repeat the run"),
         (lose_checkpoints, "has no checkpoint yet"),
     ],
 )

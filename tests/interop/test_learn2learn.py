@@ -200,7 +200,7 @@ def test_tasks_in_any_order_with_other_counts():
         FromTaskset([], shots=1, queries=1)
     data = l2l.data.MetaDataset(TensorDataset(*images(classes=4, each=2, side=2)))
     bare = l2l.data.Taskset(data, task_transforms=[l2l.data.transforms.NWays(data, n=2)])
-    with pytest.raises(ValueError, match="Put LoadData among"):
+    with pytest.raises(ValueError, match="Add LoadData to"):
         FromTaskset(bare, shots=1, queries=1).sample(0, 1)
 
 
@@ -232,7 +232,7 @@ def test_a_sampler_as_tasks_and_back():
     assert torch.equal(drawn[1], tasks[1][0])
     with pytest.raises(IndexError):
         tasks[4]
-    with pytest.raises(TypeError, match="no end"):
+    with pytest.raises(TypeError, match="unlimited"):
         len(AsTaskset(sampler))
     with pytest.raises(ValueError, match="Use more queries"):
         AsTaskset(Episodes(*images(), ways=3, shots=3, queries=1))[0]

@@ -164,7 +164,7 @@ def test_more_inner_steps_leave_room_for_fewer_tasks(monkeypatch):
 
 @pytest.mark.parametrize("chunk_size", ["many", "", 0, -1], ids=repr)
 def test_bad_chunk_sizes(chunk_size):
-    message = rf'chunk_size is a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}\.'
+    message = rf'chunk_size must be a number of tasks >= 1, "auto", or None for all at once; got {chunk_size!r}\.'
     with pytest.raises(ValueError, match=message):
         learner(chunk_size=chunk_size)
 

@@ -196,5 +196,7 @@ def test_what_is_seeded_in_the_forward_is_the_same_for_all_tasks(numbers, chunk_
 def test_a_generator_that_goes_on_from_call_to_call_is_refused():
     generator = torch.Generator().manual_seed(1)
     model = Seeded(lambda: torch.randn(6, generator=generator).double()).double()
-    with pytest.raises(ValueError, match=r"a torch\.Generator that goes on from call to call.*Seed it in the forward"):
+    with pytest.raises(
+        ValueError, match=r"a torch\.Generator that keeps its state from call to call.*Seed it in the forward"
+    ):
         MAML(model, F.mse_loss).backward(problem("Dropout")[1])

@@ -369,7 +369,7 @@ def test_bfloat16(estimator):
             {"estimator": "independent"},
             5,
             r"estimator 'independent' takes its inner batches from 2 equal parts of the support set; got 5 support "
-            r"points\. Use shots=6, or another number that 2 divides",
+            r"points\. Use shots=6, or another multiple of 2",
         ),
         ({"estimator": "richardson"}, 1, r"2 equal parts of the support set; got 1 support points\. Use shots=2"),
         (
@@ -413,7 +413,7 @@ def test_differences_of_a_model_that_draws():
     model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
     batch = regression_batch(support=4)
     learner = MAML(model, F.mse_loss, estimator="hessian-free")
-    with pytest.raises(ValueError, match=r"draw nothing at random.*Call model\.eval\(\), or take"):
+    with pytest.raises(ValueError, match=r"must not draw random numbers.*Call model\.eval\(\), or use"):
         learner.meta_gradient(batch)
     MAML(model, F.mse_loss, estimator="independent").meta_gradient(batch)
     model.eval()

@@ -154,7 +154,9 @@ def test_scripted_code_that_calls_it_is_refused(write):
     model, batch = problem(Words, {"padding_idx": 0})
     words = model.words
     model.words = torch.jit.script(words) if write == "script" else torch.jit.trace(words, batch.support_x[0])
-    with pytest.raises(ValueError, match=r"scripted code of the model calls embedding.*Pass the model that torch.jit"):
+    with pytest.raises(
+        ValueError, match=r"scripted code in the model calls embedding.*Pass the original model, before torch.jit"
+    ):
         MAML(model, F.mse_loss)
 
 

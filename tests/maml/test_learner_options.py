@@ -124,7 +124,7 @@ def test_some_step_sizes_may_be_learned():
     ("alpha", "options", "said"),
     [
         (lambda: nn.Parameter(torch.tensor(0.1)).exp(), {}, "must be a leaf"),
-        (lambda: nn.Parameter(torch.tensor(0.1)), {"learn_inner_lr": True}, "goes without learn_inner_lr"),
+        (lambda: nn.Parameter(torch.tensor(0.1)), {"learn_inner_lr": True}, "learn_inner_lr must be left out"),
         (lambda: nn.Parameter(torch.tensor(0.1, dtype=torch.float32)), {}, "dtype"),
     ],
 )
@@ -160,14 +160,14 @@ def test_an_option_set_later_is_as_if_made_with(name, value):
         ("estimator", "second-order", ValueError, "estimator must be one of"),
         ("estimator", "moml", ValueError, "make another learner"),
         ("inner_batches", "old", ValueError, "inner_batches must be one of"),
-        ("chunk_size", 0, ValueError, "chunk_size is a number of tasks"),
+        ("chunk_size", 0, ValueError, "chunk_size must be a number of tasks"),
         ("autocast", torch.float16, ValueError, "autocast must be"),
-        ("loss_fn", "mse", TypeError, "loss_fn is a function"),
-        ("loss_fn", nn.MSELoss, TypeError, "loss_fn is a function"),
-        ("learn_inner_lr", True, AttributeError, "learn_inner_lr is settled"),
-        ("tracking", 0.1, AttributeError, "tracking is settled"),
-        ("compile", True, AttributeError, "compile is settled"),
-        ("adapt", ["2"], AttributeError, "adapt is settled"),
+        ("loss_fn", "mse", TypeError, "loss_fn must be a function"),
+        ("loss_fn", nn.MSELoss, TypeError, "loss_fn must be a function"),
+        ("learn_inner_lr", True, AttributeError, "learn_inner_lr is fixed when"),
+        ("tracking", 0.1, AttributeError, "tracking is fixed when"),
+        ("compile", True, AttributeError, "compile is fixed when"),
+        ("adapt", ["2"], AttributeError, "adapt is fixed when"),
         ("model", Conv4(5), ValueError, "same trainable parameters"),
     ],
 )
@@ -189,5 +189,5 @@ def test_a_model_of_the_same_parameters_may_take_its_place():
 
 def test_a_tracked_learner_keeps_to_one_step():
     learner = MAML(net(), F.mse_loss, estimator="moml")
-    with pytest.raises(ValueError, match="tracks the result of one inner step"):
+    with pytest.raises(ValueError, match="averages the results of one inner step"):
         learner.inner_steps = 2

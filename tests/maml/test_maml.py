@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from cases import loop_over
 from problems import (
     MODELS,
     assert_close,
@@ -63,8 +64,7 @@ def test_each_worker_has_the_mean_over_its_own_tasks(name, workers):
 @pytest.mark.parametrize(
     "options", [{}, {"adapt": ["3"]}, {"learn_inner_lr": "tensor"}], ids=["all", "ANIL", "learned"]
 )
-@pytest.mark.parametrize("workers", [1, 2, 6])
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5, 6, 7])
+@loop_over(workers=(1, 2, 6), chunk_size=range(1, 8))
 def test_chunks_change_nothing(chunk_size, workers, options):
     model, loss_fn, _ = problem("MLP with LayerNorm")
     batch = regression_batch(tasks=6)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import loop_over
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
@@ -144,7 +145,6 @@ def bce(p: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(p, y)
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool])
 @pytest.mark.parametrize(
     "loss_fn",
     [
@@ -157,6 +157,7 @@ def bce(p: Tensor, y: Tensor) -> Tensor:
         lambda p, y: F.binary_cross_entropy(p.squeeze(-1).sigmoid(), y.float()),
     ],
 )
+@loop_over(kind=(torch.int64, torch.int32, torch.uint8, torch.bool))
 def test_one_logit(loss_fn, kind):
     assert_accuracy(loss_fn, LOGITS[:, None], ONES.to(kind), 4 / 5)
 

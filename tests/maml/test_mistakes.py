@@ -57,7 +57,7 @@ LINEAR = "in module '0', Linear(in_features=1, out_features=8, bias=True), which
 UNSQUEEZE = ("shape [6, 1] and targets of shape [6] for each task", "y.unsqueeze(-1)", "out.squeeze(-1)")
 
 
-ONE_LOSS = ("loss_fn must return a 0-d tensor", "without float() or .item()")
+ONE_LOSS = ("loss_fn must return a differentiable 0-d tensor", "without float() or .item()")
 
 
 A_TENSOR = "where one tensor of predictions [N, ...] is wanted. Wrap it in a module that returns that tensor alone"
@@ -66,22 +66,22 @@ A_TENSOR = "where one tensor of predictions [N, ...] is wanted. Wrap it in a mod
 MISTAKES = {
     # labels and targets
     "labels too large": Mistake(
-        labels(lambda y: y + 4), ValueError, ("3 outputs (ways)", "must be in 0..2; they are 4..6", "from 0")
+        labels(lambda y: y + 4), ValueError, ("3 outputs (ways)", "must be in 0..2; got 4..6", "from 0")
     ),
-    "labels from 1": Mistake(labels(lambda y: y + 1), ValueError, ("labels must be in 0..2; they are 1..3",)),
-    "labels below 0": Mistake(labels(lambda y: y - 1), ValueError, ("labels must be in 0..2; they are -1..1",)),
+    "labels from 1": Mistake(labels(lambda y: y + 1), ValueError, ("labels must be in 0..2; got 1..3",)),
+    "labels below 0": Mistake(labels(lambda y: y - 1), ValueError, ("labels must be in 0..2; got -1..1",)),
     "more ways than outputs": Mistake(
-        whole(classifier(2), classes()), ValueError, ("2 outputs (ways)", "0..1; they are 0..2", "more outputs")
+        whole(classifier(2), classes()), ValueError, ("2 outputs (ways)", "0..1; got 0..2", "more outputs")
     ),
     "labels too large for one-hot vectors": Mistake(
         labels(lambda y: y + 1, loss_fn=lambda p, y: F.mse_loss(p, F.one_hot(y, p.shape[1]).to(p.dtype))),
         ValueError,
-        ("index 3 is out of bounds", "labels must be in 0..2; they are 1..3"),
+        ("index 3 is out of bounds", "labels must be in 0..2; got 1..3"),
     ),
     **{
         f"labels too large, {name}": Mistake(
             labels(lambda y: y + 1, loss_fn=loss), ValueError,
-            ("loss_fn cannot take", "index 3 is out of bounds", "labels must be in 0..2; they are 1..3"),
+            ("loss_fn cannot take", "index 3 is out of bounds", "labels must be in 0..2; got 1..3"),
         )
         for name, loss in (
             ("as an index", lambda p, y: -F.log_softmax(p, 1)[torch.arange(len(y)), y].mean()),
@@ -103,7 +103,7 @@ MISTAKES = {
     },
     "weights of other logits": Mistake(
         whole(regressor(nn.BCEWithLogitsLoss(pos_weight=torch.ones(4, 1))), V),
-        ValueError, ("of tensor", "Both have one shape and dtype", "its weight"),
+        ValueError, ("of tensor", "Both have the same shape and dtype", "its weight"),
     ),
     **{
         f"complex numbers, {name}": Mistake(
@@ -184,7 +184,7 @@ MISTAKES = {
             ("variances", 2, "[6]", lambda p, y: F.gaussian_nll_loss(p[:, :1], y, p[:, 1:].exp()),
              "gaussian_nll_loss of", "as [6, 1] and [6]"),
             ("by name", 1, "[6]", lambda p, y: F.huber_loss(target=y, input=p), "huber_loss of", "y.unsqueeze(-1)"),
-            ("several outputs", 3, "[6, 1]", F.mse_loss, "mse_loss of", "Give both one shape, if need be by expand_as"),
+            ("several outputs", 3, "[6, 1]", F.mse_loss, "mse_loss of", "the same shape, if need be by expand_as"),
         )
     },
     "several targets": Mistake(
@@ -197,7 +197,7 @@ MISTAKES = {
     ),
     "logits and targets without an axis": Mistake(
         whole(regressor(F.binary_cross_entropy_with_logits), flat(V)),
-        ValueError, ("[6, 1]", "[6]", "Give both one shape"),
+        ValueError, ("[6, 1]", "[6]", "Give both the same shape"),
     ),
     "predictions without an axis": Mistake(
         whole(MAML(nn.Sequential(nn.Linear(1, 1), nn.Flatten(0)), F.mse_loss), V),
@@ -340,7 +340,7 @@ MISTAKES = {
     "fewer workers than none": Mistake(lambda: V.split(-2), ValueError, ("must be >= 1; got -2",)),
     "parts of a worker": Mistake(lambda: V.split(1.5), TypeError, ("workers (or processes) must be a whole number",)),
     "workers that do not divide": Mistake(
-        lambda: regressor().backward(V, workers=3), ValueError, ("equal blocks", "that 3 divides, got 4", "6 tasks")
+        lambda: regressor().backward(V, workers=3), ValueError, ("equal blocks", "a multiple of 3; got 4", "6 tasks")
     ),
     "half steps": Mistake(
         lambda: regressor().adapt(V.support_x, V.support_y, steps=2.5),
@@ -359,7 +359,7 @@ MISTAKES = {
     "no step size": Mistake(lambda: regressor(inner_lr=None), TypeError, ("inner_lr of 0.", "got None")),
     "a step size that is true": Mistake(lambda: regressor(inner_lr=True), TypeError, ("inner_lr of 0.", "got True")),
     "an empty set to adapt to": Mistake(
-        lambda: regressor().adapt(V.support_x[:, :0], V.support_y[:, :0]), ValueError, ("at least one point a task",)
+        lambda: regressor().adapt(V.support_x[:, :0], V.support_y[:, :0]), ValueError, ("at least one point per task",)
     ),
     # models, losses, aggregates
     "a class of models": Mistake(
@@ -367,23 +367,23 @@ MISTAKES = {
         TypeError, ("Linear(...)", "class Linear itself"),
     ),
     "a function": Mistake(lambda: MAML(torch.tanh, F.mse_loss), TypeError, ("torch.nn.Module", "builtin_function")),
-    "no parameters": Mistake(lambda: MAML(nn.Tanh(), F.mse_loss), ValueError, ("trainable", "Tanh, it has no param")),
+    "no parameters": Mistake(lambda: MAML(nn.Tanh(), F.mse_loss), ValueError, ("trainable", "Tanh: it has no param")),
     "frozen parameters": Mistake(
         lambda: MAML(nn.Linear(1, 1).requires_grad_(False), F.mse_loss),
-        ValueError, ("trainable", "all of its 2 are frozen"),
+        ValueError, ("trainable", "all 2 of its parameters are frozen"),
     ),
     "parameters to come": Mistake(
         lambda: MAML(nn.LazyLinear(1), F.mse_loss),
         ValueError, ("without a shape yet: weight, bias", "Call the model once"),
     ),
-    "no loss": Mistake(lambda: regressor(None), TypeError, ("loss_fn is a function", "mse_loss", "got None")),
-    "the name of a loss": Mistake(lambda: regressor("mse"), TypeError, ("loss_fn is a function", "'mse'")),
+    "no loss": Mistake(lambda: regressor(None), TypeError, ("loss_fn must be a function", "mse_loss", "got None")),
+    "the name of a loss": Mistake(lambda: regressor("mse"), TypeError, ("loss_fn must be a function", "'mse'")),
     "a class of losses": Mistake(lambda: regressor(nn.MSELoss), TypeError, ("nn.MSELoss()", "MSELoss'>")),
     "a loss that is a number": Mistake(whole(regressor(lambda p, y: 1.5), V), TypeError, (*ONE_LOSS[:1], "a float")),
     "no loss at all": Mistake(whole(regressor(lambda p, y: None), V), TypeError, ONE_LOSS),
     "several losses": Mistake(whole(regressor(lambda p, y: (p.mean(), 1)), V), TypeError, ("0-d tensor", "a tuple")),
     "a loss of each point": Mistake(
-        whole(regressor(nn.MSELoss(reduction="none")), V), ValueError, ("one number a task", "(6, 1)")
+        whole(regressor(nn.MSELoss(reduction="none")), V), ValueError, ("one number per task", "(6, 1)")
     ),
     "two outputs": Mistake(
         whole(MAML(Returns(lambda out: (out, out)), F.mse_loss), V), TypeError, ("returns a tuple", A_TENSOR)
@@ -440,26 +440,26 @@ MISTAKES = {
         lambda: evaluate(regressor(), Batches(tuple(V)), tasks=T), TypeError, ("TaskBatch", "tuple")
     ),
     "fewer tasks than asked for": Mistake(
-        lambda: evaluate(regressor(), Batches(V), tasks=7), ValueError, ("gave 4 tasks", "wanted 7")
+        lambda: evaluate(regressor(), Batches(V), tasks=7), ValueError, ("returned 4 tasks", "wanted 7")
     ),
     "a loss that draws": Mistake(
         whole(regressor(lambda p, y: F.mse_loss(F.dropout(p, 0.5), y)), V),
-        ValueError, ("loss_fn cannot run on all tasks at once", "Draw in the model's forward"),
+        ValueError, ("loss_fn cannot run on all tasks at once", "In the model's forward, draw"),
     ),
     "a model that draws in place": Mistake(
         whole(MAML(Returns(lambda out: out + torch.empty(len(out), 1).normal_()), F.mse_loss), V),
-        ValueError, ("in Returns itself", ". Draw in the model's forward by functions that return a new tensor"),
+        ValueError, ("in Returns itself", ". In the model's forward, draw with functions that return a new tensor"),
     ),
     "a loss that looks at values": Mistake(
         whole(regressor(lambda p, y: p.mean() if (p > y).all() else y.mean() - p.mean()), V),
-        ValueError, ("loss_fn cannot run on all tasks at once", ". The loss is taken of all tasks at once"),
+        ValueError, ("loss_fn cannot run on all tasks at once", ". The loss is computed for all tasks at once"),
     ),
     "targets without an axis in an evaluation": Mistake(
         lambda: evaluate(regressor(), Batches(flat(V)), tasks=T),
         ValueError, ("predictions of shape [3, 1] and targets of shape [3]", "y.unsqueeze(-1)"),
     ),
     "labels out of range in an evaluation": Mistake(
-        lambda: evaluate(classifier(2), Batches(classes()), tasks=T), ValueError, ("2 outputs (ways)", "they are 0..2")
+        lambda: evaluate(classifier(2), Batches(classes()), tasks=T), ValueError, ("2 outputs (ways)", "got 0..2")
     ),
 }  # fmt: skip
 

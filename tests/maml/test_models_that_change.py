@@ -79,10 +79,14 @@ def test_parameters_that_are_named_stay_the_only_ones():
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
-        ({}, lambda model: model.requires_grad_(False), "all of its 4 are frozen"),
+        ({}, lambda model: model.requires_grad_(False), "all 4 of its parameters are frozen"),
         ({"adapt": ["2"]}, freeze, r"\['2'\] is none of 0\.weight, 0\.bias"),
         ({"adapt": ["2"]}, remove, r"\['2'\] is none of 0\.weight, 0\.bias, 1\.weight"),
-        ({"learn_inner_lr": "tensor"}, append, r"3\.weight, 3\.bias, and their inner step sizes are not known"),
+        (
+            {"learn_inner_lr": "tensor"},
+            append,
+            r"new trainable parameters without an inner step size: 3\.weight, 3\.bias",
+        ),
         ({}, lambda model: model.append(nn.BatchNorm1d(1)), "use_batch_statistics"),
         ({}, lambda model: model.append(nn.BatchNorm1d(1, affine=False)), "use_batch_statistics"),
         (
@@ -126,7 +130,7 @@ def test_a_parameter_that_was_not_used_may_be_cut_off_later():
     learner = MAML(model, F.mse_loss)
     learner.backward(BATCH)
     model.phase = 1
-    with pytest.raises(ValueError, match=r"depends on second\.weight, second\.bias, but no gradient comes back"):
+    with pytest.raises(ValueError, match=r"depends on second\.weight, second\.bias, but no gradient reaches them"):
         learner.backward(BATCH)
 
 
@@ -153,7 +157,7 @@ class Average(nn.Module):
 
 @pytest.mark.parametrize("buffer", [True, False])
 def test_a_running_statistic_is_refused(buffer):
-    with pytest.raises(ValueError, match="the forward of the model reads and replaces mean"):
+    with pytest.raises(ValueError, match="the model's forward reads and replaces mean"):
         MAML(Average(buffer, running=True).double(), F.mse_loss).backward(BATCH)
 
 

@@ -25,7 +25,7 @@ def nan_in(field: str, batch: TaskBatch = V) -> TaskBatch:
 def test_data_that_is_not_finite_is_named(field, bias):
     points = S if field.startswith("support") else Q
     learner = regressor()
-    with pytest.raises(NonFiniteDataError, match=rf"{field} holds 2 of {4 * points}, the first in task 2\. Clean"):
+    with pytest.raises(NonFiniteDataError, match=rf"{field} holds 2 of {4 * points}, first in task 2\. Clean"):
         learner.backward(nan_in(field), bias=bias)
     assert all(p.grad is None for p in learner.parameters())
 
@@ -42,9 +42,7 @@ def test_a_step_with_such_data_is_named_in_training():
 
     learner = regressor()
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.01)
-    with pytest.raises(
-        NonFiniteDataError, match=r"step 3: the result is not finite, and neither is the data: .*query_x"
-    ):
+    with pytest.raises(NonFiniteDataError, match=r"step 3: the result is not finite, and neither is the data.*query_x"):
         train(learner, optimizer, FromStep3(), iterations=5, meta_batch=T)
 
 
@@ -59,10 +57,10 @@ def test_nan_that_training_made_is_not_blamed_on_the_data():
 
 
 def test_an_evaluation_names_the_data_too():
-    with pytest.raises(NonFiniteDataError, match="query_x holds 2 of 12, the first in task 2"):
+    with pytest.raises(NonFiniteDataError, match="query_x holds 2 of 12, first in task 2"):
         evaluate(regressor(), Batches(nan_in("query_x")), tasks=T)
     bad = nan_in("query_x", classes())
-    with pytest.raises(NonFiniteDataError, match="query_x holds 4 of 48, the first in task 2"):
+    with pytest.raises(NonFiniteDataError, match="query_x holds 4 of 48, first in task 2"):
         evaluate(classifier(), Batches(bad), tasks=T)
 
 
@@ -71,7 +69,7 @@ def test_labels_of_which_none_counts_are_named():
     y = batch.query_y.clone()
     y[2] = -100
     bad = batch._replace(query_y=y)
-    said = r"not finite: all labels of query_y are -100 in 1 of 4 tasks, the first is task 2\. .* nothing left"
+    said = r"not finite: all labels of query_y are -100 in 1 of 4 tasks, first in task 2\. .* nothing to average"
     for call in (lambda: classifier().backward(bad), lambda: evaluate(classifier(), Batches(bad), tasks=T)):
         with pytest.raises(NonFiniteDataError, match=said):
             call()

@@ -300,7 +300,9 @@ def test_the_memory_of_another_learner():
     one = learner_of("moml")
     one.meta_gradient(visits(1)[0])
     for other in (learner_of("scsc"), learner_of("moml", adapt=["2"])):
-        with pytest.raises(ValueError, match=r"memory of 3 tasks is of another estimator, or of other adapted weights"):
+        with pytest.raises(
+            ValueError, match=r"memory of 3 tasks belongs to another estimator, or to other adapted weights"
+        ):
             other.load_state_dict(one.state_dict())
     with pytest.raises(RuntimeError, match="memory"):
         learner_of("moml").load_state_dict(learner_of("independent", tracking=None).state_dict())
@@ -403,8 +405,11 @@ def test_the_ends_are_those_of_theory():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "moml", "inner_steps": 2}, r"'moml' tracks the result of one inner step; got inner_steps=2"),
-        ({"estimator": "scsc", "learn_inner_lr": True}, r"'scsc' averages inner steps of one size; got learn_inner_lr"),
+        ({"estimator": "moml", "inner_steps": 2}, r"'moml' averages the results of one inner step; got inner_steps=2"),
+        (
+            {"estimator": "scsc", "learn_inner_lr": True},
+            r"'scsc' averages inner steps of a fixed size; got learn_inner_lr",
+        ),
         ({"estimator": "moml", "tracking": 0}, r"0 < tracking <= 1; got 0\."),
         ({"estimator": "scsc", "tracking": 1.5}, r"0 < tracking <= 1; got 1\.5"),
         ({"estimator": "moml", "tracking": float("nan")}, r"0 < tracking <= 1; got nan"),
@@ -423,7 +428,7 @@ def test_batches_that_cannot_be_tracked(estimator, chunk_size):
     for call in (learner.meta_gradient, learner.backward, learner.losses):
         with pytest.raises(ValueError, match=r"remember each task by its id; got a batch without task_ids.*FixedTasks"):
             call(batch._replace(task_ids=None))
-        with pytest.raises(ValueError, match=r"visited once in a batch.*got task_ids with 4 twice"):
+        with pytest.raises(ValueError, match=r"at most once in a batch.*got task_ids with 4 twice"):
             call(batch._replace(task_ids=torch.tensor([4, 1, 4])))
     assert len(state(learner)["ids"]) == 0
 

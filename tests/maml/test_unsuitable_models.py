@@ -143,7 +143,7 @@ def test_running_statistics_are_refused_by_name_and_left_alone(norm):
 def test_loss_functions():
     batch = regression_batch()
     model = mlp().double()
-    with pytest.raises(ValueError, match=r"one number a task, as reduction='mean' does; got shape \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"one number per task, as reduction='mean' does; got shape \(5, 1\)"):
         MAML(model, nn.MSELoss(reduction="none")).meta_gradient(batch)
     with pytest.raises(ValueError, match=r"loss_fn cannot run on all tasks at once: vmap"):
         MAML(model, lambda p, y: F.mse_loss(p, y) if p.sum() > 0 else p.sum()).meta_gradient(batch)
@@ -154,7 +154,7 @@ def test_loss_functions():
     [
         ({"inner_steps": 0}, "inner_steps must be >= 1; got 0"),
         ({"estimator": "fo"}, "estimator must be one of exact, .*; got 'fo'"),
-        ({"chunk_size": 0}, "chunk_size is a number of tasks"),
+        ({"chunk_size": 0}, "chunk_size must be a number of tasks"),
         ({"inner_lr": 0.0}, "inner_lr must be > 0 and finite; got 0.0"),
         ({"inner_lr": -1.0}, "inner_lr must be > 0 and finite"),
         ({"inner_lr": math.nan}, "inner_lr must be > 0 and finite"),
@@ -162,7 +162,7 @@ def test_loss_functions():
         ({"inner_lr": {"weight": 0.1}}, r"missing \['bias'\], unknown \[\]"),
         ({"inner_lr": {"weight": 0.1, "bias": 0.1, "other": 0.1}}, r"missing \[\], unknown \['other'\]"),
         ({"inner_lr": {"weight": torch.ones(2, 1), "bias": 0.1}}, r"its shape \(1, 2\); got \(2, 1\)"),
-        ({"inner_lr": {"weight": torch.zeros(1, 2), "bias": 0.1}}, "must be > 0 and finite; weight has others"),
+        ({"inner_lr": {"weight": torch.zeros(1, 2), "bias": 0.1}}, "must be > 0 and finite; some of weight are not"),
         ({"inner_lr": {"weight": 0.1, "bias": 0.1}, "learn_inner_lr": "scalar"}, "pass inner_lr as one number"),
         ({"learn_inner_lr": "each"}, "learn_inner_lr must be a bool"),
         ({"adapt": ["head"]}, r"\['head'\] is none of weight, bias"),

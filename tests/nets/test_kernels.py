@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import loop_over
 from fuzzing import bounded, campaign, damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,9 +164,8 @@ def test_a_large_mean_costs_no_more_than_the_rounding_of_the_input(name, M):
     assert_near(compiled(name, *arguments(name, narrow)), plain(name, *arguments(name, wide)), 2e-3)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("where", ["y", "gain", "shift", "dz", "v", "a", "s"])
 @of_norm
+@loop_over(where=("y", "gain", "shift", "dz", "v", "a", "s"), bad=(float("nan"), float("inf"), -float("inf")))
 def test_nan_and_infinity_go_where_they_go_in_plain_pytorch(name, where, bad):
     given = values(2, 33, 65, torch.float64)
     given[where].view(2, -1)[1, 3] = bad  # channel 3 of the second group
@@ -185,10 +185,48 @@ def test_nan_and_infinity_in_images(bad):
         torch.testing.assert_close(*compiled(name, *args), *plain(name, *args), equal_nan=True)
 
 
+GEOMETRY = [2, 1, 1, 0, 1, 2, 1]  # stride, padding, dilation, groups
+OF_IMAGES = (
+    "convolve",
+    "convolve_to_images",
+    "convolve_to_kernels",
+    "norm",
+    "activate",
+    "pool",
+    "norm_backward",
+    "norm_double_backward",
+)
+
+
+def of_images(name: str) -> tuple[object, ...]:
+    """Arguments of an operator on images ``[G, N, H, W, C]``."""
+    x, weight, bias = draw(2, 3, 7, 6, 5), draw(2, 4, 5, 3, 2), draw(2, 4)
+    out = kernels.convolve(x, weight, bias, GEOMETRY)
+    if name.startswith("convolve"):
+        return {
+            "convolve": (x, weight, bias, GEOMETRY),
+            "convolve_to_images": (out, weight, GEOMETRY, 7, 6),
+            "convolve_to_kernels": (x, out, GEOMETRY, 3, 2),
+        }[name]
+    gain, shift = draw(2, 5, seed=1), draw(2, 5, seed=2)
+    z, mean, rstd = kernels.norm(x, gain, shift, EPS)
+    windows = (z, 0.1, [2, 3, 2, 1, 1, 0, 1, 1], True)
+    pooled, places = kernels.pool(x, gain, shift, mean, rstd, *windows)
+    after = (pooled, x, gain, mean, rstd, pooled, places, 0.1)
+    return {
+        "norm": (x, gain, shift, EPS),
+        "activate": (x, gain, shift, mean, rstd, z, 0.1),
+        "pool": (x, gain, shift, mean, rstd, *windows),
+        "norm_backward": after,
+        "norm_double_backward": (x + 1, gain + 1, shift + 1, *after),
+    }[name]
+
+
 OPCHECKS = {
     "unfold": lambda: (draw(2, 5, 4, 3),),
     "fold": lambda: (draw(2, 3, 2, 27), 5, 4),
     **{name: lambda name=name: tuple(arguments(name, values(2, 33, 65, torch.float32))) for name in ARGUMENTS},
+    **{name: lambda name=name: of_images(name) for name in OF_IMAGES},
 }
 
 

@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 import torch
+from cases import loop_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -54,9 +55,7 @@ def plain_norm_relu(layer: BatchNormReLU, x: Tensor) -> Tensor:
     return F.relu(pre_activation(layer, x)).movedim(1, -1)
 
 
-@pytest.mark.parametrize("channels", [(1, 1), (1, 4), (3, 2)])
-@pytest.mark.parametrize("width", [1, 2, 7, 28])
-@pytest.mark.parametrize("height", [1, 2, 7, 28])
+@loop_over(height=(1, 2, 7, 28), width=(1, 2, 7, 28), channels=((1, 1), (1, 4), (3, 2)))
 def test_strided_conv_is_conv2d(height, width, channels):
     layer = randomised(StridedConv(*channels))
     images = draw(2, height, width, channels[0], seed=7).requires_grad_()
@@ -79,8 +78,7 @@ def test_strided_conv_has_the_weights_of_conv2d():
     torch.testing.assert_close(layer(images), twin(images.movedim(-1, 1)).movedim(1, -1))
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 1), (2, 3, 3, 5), (1, 1, 1, 2), (2, 7, 7, 65)])
-@pytest.mark.parametrize("eps", [1e-5, 0.1])
+@loop_over(shape=((5, 3), (2, 4, 1), (2, 3, 3, 5), (1, 1, 1, 2), (2, 7, 7, 65)), eps=(1e-5, 0.1))
 def test_batch_norm_relu_is_batch_norm_and_relu(shape, eps):
     layer = randomised(BatchNormReLU(shape[-1], eps))
     x = 3 * draw(*shape, seed=7) + 5

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor
+from cases import loop_over
 from problems import generator, regression_batch, relative_error
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -124,7 +125,6 @@ def matrices(*shape: int, seed: int = 0) -> Tensor:
 X, D = matrices(6, 5, 3), matrices(6, 5, 4, seed=1)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize(
     ("function", "sums", "left"),
     [
@@ -150,6 +150,7 @@ X, D = matrices(6, 5, 3), matrices(6, 5, 4, seed=1)
         "one of them used",
     ],
 )
+@loop_over(workers=(1, 2, 3))
 def test_the_sum_of_the_tasks_products_is_one_product(function, sums, left, workers):
     args = [X, D]
     check(sum_products, lambda x, d: function(x, d, workers), args, changes=sums, products=left + sums * (workers > 1))

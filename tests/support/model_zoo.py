@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[Callable[[], Problem], str]] = {
         "checkpointed": (checkpointed, V4, 0, "Remove checkpoint\\(\\)"),
         "scripted embedding": (
             lambda: torch.jit.script(nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(15, WAYS))),
-            words(5), WAYS, "scripted code of the model calls embedding",
+            words(5), WAYS, "scripted code in the model calls embedding",
         ),
         "nothing to train": (lambda: nn.Sequential(nn.Tanh()), V4, 0, "trainable parameters"),
         "a branch on the data": (

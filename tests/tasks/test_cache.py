@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("named", ["~nobody-of-this-name/cache"])
 def test_a_cache_that_cannot_be_named(monkeypatch, named):
     monkeypatch.setenv("METAMOM_CACHE", named)
-    with pytest.raises(ValueError, match=r"\$METAMOM_CACHE is .*no such user's home folder"):
+    with pytest.raises(ValueError, match=r"\$METAMOM_CACHE is .*that user's home folder is unknown"):
         cached("test", {}, numbers)
 
 

@@ -352,7 +352,7 @@ def test_a_damaged_idx_file(tmp_path, seeds):
 def test_a_header_that_tells_more_than_there_is(tmp_path, lengths, pack):
     path = tmp_path / "file"
     path.write_bytes(pack(struct.pack(">HBB3I", 0, 8, 3, *lengths) + bytes(100)))
-    with bounded(10, 200), pytest.raises(DataError, match="has 100 entries where its header tells"):
+    with bounded(10, 200), pytest.raises(DataError, match="has 100 entries, but its header says"):
         idx(path)
 
 
@@ -373,9 +373,9 @@ def test_an_archive_of_gigabytes(tmp_path):
     [
         (5, TypeError, "root= must be the path of a folder; got 5"),
         (b"data", TypeError, "root= must be the path of a folder; got b'data'"),
-        ("a\0b", ValueError, "has a null character"),
-        ("~nobody-of-this-name/data", ValueError, "no such user's home folder"),
-        (__file__, FileNotFoundError, "is no folder. Name the folder that holds"),
+        ("a\0b", ValueError, "contains a null character"),
+        ("~nobody-of-this-name/data", ValueError, "that user's home folder is unknown"),
+        (__file__, FileNotFoundError, "is not a folder. Name the folder that holds"),
     ],
 )
 def test_roots_that_are_no_folders(root, error, message):

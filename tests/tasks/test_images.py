@@ -37,12 +37,12 @@ def test_what_was_written_is_read(array, pack, tmp_path):
 
 WRONG = {
     "empty": (b"", "begins with nothing"),
-    "a web page": (b"<html>404</html>", "is no IDX file of images or labels: it begins with 3c68746d"),
-    "another type": (struct.pack(">HBBI", 0, 9, 1, 6) + bytes(6), "is no IDX file"),
-    "two axes": (packed(PIXELS[0]), "is no IDX file"),
+    "a web page": (b"<html>404</html>", "is not an IDX file of images or labels: it begins with 3c68746d"),
+    "another type": (struct.pack(">HBBI", 0, 9, 1, 6) + bytes(6), "is not an IDX file"),
+    "two axes": (packed(PIXELS[0]), "is not an IDX file"),
     "half a header": (packed(PIXELS)[:9], "ends inside its header, after 9 bytes"),
-    "cut short": (packed(PIXELS)[:-1], "has 71 entries where its header tells 6x4x3"),
-    "too long": (packed(LABELS) + b"\0", "has 7 entries where its header tells 6"),
+    "cut short": (packed(PIXELS)[:-1], "has 71 entries, but its header says 6x4x3"),
+    "too long": (packed(LABELS) + b"\0", "has 7 entries, but its header says 6"),
     "a label too large": (packed(np.array([0, 10])), "has the label 10 at place 1; labels go from 0 to 9"),
     "half an archive": (gzip.compress(packed(PIXELS))[:-20], "is damaged"),
     "a flipped bit": (gzip.compress(packed(PIXELS))[:-8] + bytes(8), "is damaged"),

@@ -439,7 +439,7 @@ TWO, THREE = np.stack([np.eye(2)] * 2), np.zeros((3, 2))
         ({"data": (X[:0], Y[:0, 0])}, "data must have points"),
         ({"data": (X, Y[:, 0]), "noise": 0.1, "theta": [1, 2]}, "got data and theta, noise"),
         ({"data": (X, Y[:, 0]), "replacement": False, "shots": 5}, "at most the data's N=4 points; got 5"),
-        ({"replacement": False}, "give data="),
+        ({"replacement": False}, "pass data="),
         ({"seed": -1}, "0 <= seed"),
     ],
 )

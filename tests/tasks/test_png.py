@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+from cases import loop_over
 from fuzzing import bounded, campaign, damaged
 from tiny_png import SIDE, chunk, picture
 
@@ -197,10 +198,10 @@ def test_parts_that_do_not_fit_are_refused(parts):
         read_grey(made_of(*parts), 9, 5)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 9), (9, 1), (3, 5), (17, 4)])
-def test_interlaced_pictures_of_every_size(width, height, depth):
+@loop_over(depth=(1, 2, 4, 8, 16), size=((1, 1), (1, 9), (9, 1), (3, 5), (17, 4)))
+def test_interlaced_pictures_of_every_size(size, depth):
     """Narrow ones lack some of the seven passes."""
+    width, height = size
     samples = np.random.default_rng(depth).integers(0, 2**depth, (height, width))
     data = picture(samples, depth, interlaced=True)
     header = chunk(b"IHDR", struct.pack(">II", width, height) + data[24:29])

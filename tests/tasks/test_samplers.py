@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import loop_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,16 +191,17 @@ def test_sets_are_ordered_shot_by_shot_and_disjoint(make):
         assert len(images.unique(dim=0)) == len(images)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"step": -1, "num_tasks": 6}, "step"),
-        ({"step": 0, "num_tasks": 0}, "the number of tasks must be >= 1; got 0"),
-        ({"step": 0, "num_tasks": 6, "world_size": 5}, "equal blocks"),
-        ({"step": 0, "num_tasks": 6, "world_size": 2, "rank": 2}, "rank must be in 0..1"),
-    ],
-)
-def test_bad_places(make, arguments, message):
+BAD_PLACES = [
+    ({"step": -1, "num_tasks": 6}, "step"),
+    ({"step": 0, "num_tasks": 0}, "the number of tasks must be >= 1; got 0"),
+    ({"step": 0, "num_tasks": 6, "world_size": 5}, "equal blocks"),
+    ({"step": 0, "num_tasks": 6, "world_size": 2, "rank": 2}, "rank must be in 0..1"),
+]
+
+
+@loop_over(place=BAD_PLACES)
+def test_bad_places(make, place):
+    arguments, message = place
     with pytest.raises(ValueError, match=message):
         make(0).sample(**arguments)
 

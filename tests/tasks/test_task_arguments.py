@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import loop_over
 from torch import Tensor
 
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Omniglot, PerWorker, Quadratic, Sinusoid
@@ -69,14 +70,14 @@ REFUSED = [
     (episodes, "labels", LABELS.to_sparse(), TypeError, r"labels must be a dense tensor; .* \.to_dense\(\)"),
     (episodes, "images", IMAGES.to_sparse(), TypeError, "images must be a dense tensor"),
     (episodes, "images", None, TypeError, "images must be a tensor, an array or a list of numbers; got NoneType"),
-    (episodes, "images", [*IMAGES], TypeError, "Join tensors with torch.stack"),
+    (episodes, "images", [*IMAGES], TypeError, "Join a list of tensors with torch.stack"),
     (episodes, "augment", 5, TypeError, "augment must be a function of images and a generator, or None; got 5"),
     (episodes, "rotations", "all", TypeError, "rotations must be True or False; got 'all'"),
     (fixed, "n", 2**70, ValueError, "n must be at most 4,611,686,018,427,387,904"),
     (fixed, "fresh_data", "no", TypeError, "fresh_data must be True or False; got 'no'"),
     (PerWorker, "samplers", None, TypeError, "PerWorker needs a list of samplers, one for each worker; got NoneType"),
     (PerWorker, "samplers", Sinusoid(), TypeError, "PerWorker needs a list of samplers, .*; got Sinusoid"),
-    (PerWorker, "samplers", [Sinusoid], TypeError, r"samplers\[0\] gives tasks by .* the class Sinusoid itself"),
+    (PerWorker, "samplers", [Sinusoid], TypeError, r"samplers\[0\] must have a method .* the class Sinusoid itself"),
     (omniglot, "split", [], ValueError, r"Omniglot has the splits .*; got \[\]"),
     (omniglot, "rotations", torch.ones(2), ValueError, "rotations must be True, False or 'all'"),
     (omniglot, "alphabets", 5, ValueError, "alphabets must be a list of names"),
@@ -95,23 +96,24 @@ def test_wrong_arguments(make, name, value, error, message):
         make(**{name: value})
 
 
+WRONG_PLACES = [
+    ({"step": "0"}, "step must be an integer >= 0; got '0'"),
+    ({"step": 0.5}, "step must be an integer >= 0; got 0.5"),
+    ({"num_tasks": 4.0}, "the number of tasks must be a whole number; got 4.0"),
+    ({"num_tasks": "4"}, "the number of tasks must be a whole number; got '4'"),
+    ({"rank": "0"}, "rank must be a whole number; got '0'"),
+    ({"rank": 0.5, "world_size": 2}, "rank must be a whole number; got 0.5"),
+    ({"world_size": 2.0}, r"the number of workers \(or processes\) must be a whole number; got 2.0"),
+]
+
+
 @pytest.mark.parametrize(
     "sampler", [Sinusoid(), linear(), quadratic(), episodes(), fixed(), PerWorker([Sinusoid()] * 2)],
     ids=lambda sampler: type(sampler).__name__,
 )  # fmt: skip
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"step": "0"}, "step must be an integer >= 0; got '0'"),
-        ({"step": 0.5}, "step must be an integer >= 0; got 0.5"),
-        ({"num_tasks": 4.0}, "the number of tasks must be a whole number; got 4.0"),
-        ({"num_tasks": "4"}, "the number of tasks must be a whole number; got '4'"),
-        ({"rank": "0"}, "rank must be a whole number; got '0'"),
-        ({"rank": 0.5, "world_size": 2}, "rank must be a whole number; got 0.5"),
-        ({"world_size": 2.0}, r"the number of workers \(or processes\) must be a whole number; got 2.0"),
-    ],
-)
-def test_wrong_places(sampler, change, message):
+@loop_over(place=WRONG_PLACES)
+def test_wrong_places(sampler, place):
+    change, message = place
     assert isinstance(sampler.sample(np.int64(0), np.int32(4), rank=np.int8(0), world_size=1).query_x, Tensor)
     with pytest.raises(TypeError, match=message):
         sampler.sample(**{"step": 0, "num_tasks": 4} | change)

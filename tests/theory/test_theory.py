@@ -168,7 +168,7 @@ def test_suggest_step():
         (
             {"b2": 3.0},
             "bias",
-            ["neither gamma, beta, more steps nor more workers", "error feedback", "Another estimator"],
+            ["gamma, beta, more steps and more workers do not", "error feedback", "Another estimator"],
         ),
         ({"sigma2": 30.0}, "noise", ["number of workers", "The best gamma for this K is"]),
         ({"sigma2": 30.0, "delta0": 0.0}, "noise", ["falls with gamma"]),
@@ -184,7 +184,7 @@ def test_explain(change, dominant, words):
 
 
 def test_explain_in_the_end_and_without_error():
-    assert str(explain(1, 1, 0.5, 1, inf, b2=0.2, sigma2=0.1)).startswith("In the end")
+    assert str(explain(1, 1, 0.5, 1, inf, b2=0.2, sigma2=0.1)).startswith("In the limit")
     assert "is 0" in str(explain(1, 1, 0.5, 1, inf, b2=0, sigma2=0))
 
 
@@ -193,7 +193,7 @@ RANGES = [
     (lambda: max_step(1, 0), r"beta must be in \(0, 1\]; got 0"),
     (lambda: max_step(1, float("nan")), "beta must be in"),
     (lambda: bound_1a(1, 0.1, 0.06, 1, 1, 0, 0), r"Theorem 1A .* needs 0 < gamma <= 0.0526316; got gamma=0.06"),
-    (lambda: bound_1a(1, 0.1, 0.05, 1, 0, 0, 0), "K must be >= 1 steps"),
+    (lambda: bound_1a(1, 0.1, 0.05, 1, 0, 0, 0), "K must be a number of steps >= 1"),
     (lambda: bound_1a(1, 0.1, 0.05, -1, 1, 0, 0), "delta0 must be >= 0"),
     (lambda: bound_1a(1, 0.1, 0.05, 1, 1, 0, 0, B=1), "nothing is guaranteed. Lower gamma"),
     (lambda: bound_1b(1, 0.1, 0.05, 1, 1, 0, 0, B=0.6), "theta_star"),
@@ -203,7 +203,7 @@ RANGES = [
     (lambda: rate_2a(1, 2, 0.1, 0.01, 0, 0), "mu cannot exceed L"),
     (lambda: rate_2a(1, 0.5, 0.1, 0.05, 0, 0), "Theorem 2A"),
     (lambda: rate_2a_affine(1, 0.5, 0.1, 0.05, 0, 0, 0.5, 0, 0.5), "theta must be in"),
-    (lambda: rate_2a_affine(1, 0.5, 0.1, 0.9, 0, 0, 0.1, 0, 0.5), "Take a smaller step"),
+    (lambda: rate_2a_affine(1, 0.5, 0.1, 0.9, 0, 0, 0.1, 0, 0.5), "Use a smaller step"),
     (lambda: rate_2b(1, 0.5, 0.1, 0.06, 0, 0), "Theorem 2B"),
     (lambda: rate_2b_bias(1, 0.9, 0.1, 0.09, 1), "smaller step"),
     (lambda: bound_ef21(0.5, 1, 1, 0.9, 1, 1, 1), "EF21"),

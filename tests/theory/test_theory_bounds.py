@@ -8,6 +8,7 @@ from math import inf, sqrt
 
 import pytest
 import torch
+from cases import loop_over
 
 from metamom import theory
 
@@ -108,9 +109,8 @@ def worst(measured, bounds):
     return max(float(m) / b for m, b in zip(measured, bounds, strict=True))
 
 
-@pytest.mark.parametrize("B", [0.0, 0.6])
-@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("kind", KINDS)
+@loop_over(bias=BIASES, B=(0.0, 0.6))
 def test_1a(kind, bias, B):
     problem = Problem(kind, torch.Generator().manual_seed(1))
     beta, gamma, generator = draws(2, problem, lambda L, beta, i: theory.max_step(L, beta))
@@ -124,8 +124,8 @@ def test_1a(kind, bias, B):
         assert worst(runs.sums[K - 1] / K, bounds) <= SLACK
 
 
-@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("kind", KINDS)
+@loop_over(bias=BIASES)
 def test_1a_from_the_first_gradient(kind, bias):
     problem = Problem(kind, torch.Generator().manual_seed(3))
     beta, gamma, generator = draws(4, problem, lambda L, beta, i: theory.max_step(L, beta))
@@ -158,8 +158,7 @@ def test_1a_with_noise(kind):
         assert float(runs.sums[-1].mean()) / 80 <= bound
 
 
-@pytest.mark.parametrize("B", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.1, 0.02])
+@loop_over(beta=(1.0, 0.5, 0.1, 0.02), B=(0.0, 0.5, 0.9))
 def test_the_floor_of_the_bias_is_reached_for_every_beta(beta, B):
     """Proposition 1: where ||grad f||^2 = b2/(1-B), the bias -grad f stops every run for ever."""
     x, v, b2, steps = 1.0, 0.0, 1 - B, 50  # f = x^2 / 2
@@ -174,8 +173,8 @@ def test_the_floor_of_the_bias_is_reached_for_every_beta(beta, B):
 
 
 @pytest.mark.parametrize("member", ["default", "smallest", "half"])
-@pytest.mark.parametrize("bias", ["constant", "against the gradient", "against the momentum", "random"])
 @pytest.mark.parametrize("kind", KINDS)
+@loop_over(bias=("constant", "against the gradient", "against the momentum", "random"))
 def test_1b(kind, bias, member):
     problem = Problem(kind, torch.Generator().manual_seed(5))
     theta = 0.5 if member == "half" else None
@@ -198,8 +197,8 @@ def test_1b(kind, bias, member):
 
 
 @pytest.mark.parametrize("shape", ["1/sqrt", "1/k", "both fall", "warm beta"])
-@pytest.mark.parametrize("bias", ["constant", "against the gradient", "random"])
 @pytest.mark.parametrize("kind", KINDS)
+@loop_over(bias=("constant", "against the gradient", "random"))
 def test_1b_schedules(kind, bias, shape):
     problem = Problem(kind, torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(8)
@@ -229,8 +228,8 @@ def test_1b_schedules(kind, bias, shape):
     assert worst(measured, bounds) <= SLACK
 
 
-@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("kind", KINDS)
+@loop_over(bias=BIASES)
 def test_1c(kind, bias):
     problem = Problem(kind, torch.Generator().manual_seed(9))
     beta, gamma, generator = draws(10, problem, lambda L, beta, i: 0.3)
@@ -247,8 +246,8 @@ def test_1c(kind, bias):
 
 
 @pytest.mark.parametrize("form", ["sharp", "simple", "affine"])
-@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("kind", ["quadratic", "PL"])
+@loop_over(bias=BIASES)
 def test_2a(kind, bias, form):
     problem = Problem(kind, torch.Generator().manual_seed(11))
     part = (0.02, 0.5) if form == "affine" else (0.1, 1.0)
@@ -275,8 +274,8 @@ def test_2a(kind, bias, form):
 
 
 @pytest.mark.parametrize("at", ["z", "x", "bias"])
-@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("kind", ["quadratic", "PL"])
+@loop_over(bias=BIASES)
 def test_2b(kind, bias, at):
     problem = Problem(kind, torch.Generator().manual_seed(13))
     beta, gamma, generator = draws(14, problem, lambda L, beta, i: beta / (2 * L))
@@ -320,8 +319,7 @@ def top(g, k):
     return g * (g.abs() >= g.abs().topk(k, -1).values[..., -1:])
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(5))
+@loop_over(seed=range(5), k=(1, 2, 3))
 def test_ef21(seed, k):
     a, c, L, L_tilde, gap = workers(seed)
     alpha_c, x = k / 4, torch.full((4,), 2.0, dtype=F64)
@@ -335,8 +333,7 @@ def test_ef21(seed, k):
         sent = sent + top(a * (x - c) - sent, k)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(5))
+@loop_over(seed=range(5), k=(1, 2, 3))
 def test_ef14(seed, k):
     a, c, L, _, _ = workers(seed)
     a = a.mean(0).expand_as(a)  # heterogeneity that is the same everywhere

@@ -4,6 +4,7 @@ from math import inf, nan, sqrt
 
 import pytest
 import torch
+from cases import loop_over
 from scipy.linalg import solve_discrete_lyapunov
 
 from metamom import CompositeMomentum
@@ -21,9 +22,7 @@ def test_reference_values():
     assert torch.equal(stationary(torch.tensor([1.0, 1.0]), 0.3, 0.1, 0.2, 0.5).variance, LAW.variance[0].expand(2))
 
 
-@pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.95])
-@pytest.mark.parametrize("lam", [0.01, 1.0, 30.0])
-@pytest.mark.parametrize("beta", [0.02, 0.1, 0.5, 0.9, 1.0])
+@loop_over(beta=(0.02, 0.1, 0.5, 0.9, 1.0), lam=(0.01, 1.0, 30.0), part=(0.001, 0.1, 0.5, 0.95))
 def test_lyapunov_equation(beta, lam, part):
     """State (x_k, gamma v_{k-1}) = F state + G xi, covariance P = F P F^T + sigma2 G G^T."""
     gamma, sigma2, bias = part * stable_limit(lam, beta), 0.7, 0.3
@@ -124,7 +123,7 @@ def test_critical_beta(step):
     assert swinging.abs().tolist() == pytest.approx([sqrt(1 - 0.7 * critical)] * 2)
 
 
-# What a loss history tells
+# Diagnosis from a loss history
 
 
 def run(gamma, beta, *, lam=1.0, sigma=0.0, bias=0.0, least=0.0, steps=400, x0=3.0, seed=0, d=20, loss_noise=0.0):
@@ -158,7 +157,7 @@ def test_a_long_memory_is_beta():
     told = diagnose(losses, 0.01, 0.3)
     assert (told.state, told.cause) == ("oscillating", "beta")
     assert swinging_step(0.01, 2 * told.period) == pytest.approx(0.3, rel=0.2)
-    assert "stops the swings at this gamma" in str(told)
+    assert "stops this at the same gamma" in str(told)
     losses, _ = run(0.3, critical_beta(0.3), steps=500)
     assert diagnose(losses, critical_beta(0.3), 0.3).state != "oscillating"
 

@@ -46,8 +46,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "no learner": (without("learner"), "there is no learner in the checkpoints"),
     "step of text": (with_("step", "4"), "'step'; got '4'"),
     "step below zero": (with_("step", -1), "'step'; got -1"),
-    "step beyond all": (with_("step", 2**70), "of another step than its name says: it holds a number of many digits"),
-    "another step": (with_("step", 3), r"step-00000004\.pt is of another step than its name says: it holds 3\."),
+    "step beyond all": (with_("step", 2**70), "holds another step than its name says: a number of many digits"),
+    "another step": (with_("step", 3), r"step-00000004\.pt holds another step than its name says: 3\."),
     "weights NaN": (
         lambda s: {**s, "learner": {k: v * math.nan for k, v in s["learner"].items()}},
         "learner: .* is not finite in all of its entries",
@@ -66,11 +66,11 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     ),
     "momentum lost": (
         lambda s: {**s, "optimizer": {**s["optimizer"], "state": {}}},
-        "'state' holds nothing, but after its first step there is momentum of each parameter",
+        "'state' is empty, but after the first step it has momentum of each parameter",
     ),
     "one momentum lost": (
         lambda s: (s["optimizer"]["state"].pop(2), s)[1],
-        "'state' has no entry 2, but after its first step there is momentum of each parameter",
+        "'state' has no entry 2, but after the first step there is momentum of each parameter",
     ),
     "momentum None": (
         in_state({"momentum": None}),
@@ -78,17 +78,20 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     ),
     "maximize": (
         in_group(maximize=True),
-        r"param_groups\[0\]\.maximize should be False, as the optimizer is made; got T",
+        r"param_groups\[0\]\.maximize should be False, as in this optimizer; got T",
     ),
     "normalize": (in_group(normalize=True), r"param_groups\[0\]\.normalize should be False, .*; got True"),
-    "another beta": (in_group(beta=0.4), r"param_groups\[0\]\.beta should be 0\.3, for no schedule moved it; got 0\.4"),
+    "another beta": (
+        in_group(beta=0.4),
+        r"param_groups\[0\]\.beta should be 0\.3, since no schedule changes it; got 0\.4",
+    ),
     "another first step": (in_group(first_step="gradient"), r"param_groups\[0\]\.first_step should be 'zero'"),
     "weight decay beyond all": (in_group(weight_decay=2**70), r"param_groups\[0\]\.weight_decay should be 0\.0"),
     "weight decay beyond a float": (in_group(weight_decay=10**400), r"weight_decay should be a number; got a whole"),
     "foreach a tensor": (in_group(foreach=torch.zeros(3)), r"param_groups\[0\]\.foreach should be None"),
     "parameters in another order": (in_group(params=[1, 0, 2, 3]), r"param_groups\[0\]\.params should number"),
     "lr below zero": (in_group(lr=-0.5), r"param_groups\[0\]\.lr should be a number >= 0; got -0\.5"),
-    "another lr": (in_group(lr=0.5), r"param_groups\[0\]\.lr should be 0\.02, for no schedule moved it; got 0\.5"),
+    "another lr": (in_group(lr=0.5), r"param_groups\[0\]\.lr should be 0\.02, since no schedule changes it; got 0\.5"),
     "more seconds than a float has": (
         with_("seconds", 10**400),
         "'seconds'; got a whole number of 1,329 bits",
@@ -185,7 +188,7 @@ def test_states_of_schedules_of_the_wrong_type(change, message, tmp_path):
     schedulers = [lambda o: StepLR(o, 3, 0.5)]
     go(tmp_path, schedulers=schedulers)
     edited(tmp_path, lambda state: {**state, "scheduler0": change(state["scheduler0"])})
-    message = message or "holds step, which no StepLR saves"
+    message = message or "holds step, which StepLR does not save"
     refused(tmp_path, message, lambda: go(tmp_path, schedulers=schedulers, resume=True, iterations=6))
 
 

@@ -32,7 +32,7 @@ def test_a_hole_in_the_metrics_is_told_and_what_can_be_read_is_kept(uninterrupte
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\0\xff\n", lines[3], b"[" * 5000 + b"\n", *lines[5:]]))
     damaged = path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3 is no JSON object with a step"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3 is not a JSON object with a step"):
         read_metrics(tmp_path)
     with pytest.warns(UserWarning, match="metrics") as told:
         go(momentum(), tmp_path, resume=True)
@@ -56,7 +56,7 @@ def test_metrics_lost_at_the_end_are_told(tmp_path):
     with pytest.warns(UserWarning, match=r"metrics\.jsonl") as told:
         go(momentum(), tmp_path, resume=True)
     assert [re.sub(r".*metrics\.jsonl ", "", str(each.message)) for each in told] == [
-        "was cut short in line 4, of a step that will not be done again: a copy of the file as it was is "
+        "was cut short in line 4, and that step will not be repeated: a copy of the original file is "
         "metrics.jsonl.damaged.",
         "has no metrics of step 3 to 7.",
     ]

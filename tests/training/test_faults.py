@@ -180,7 +180,7 @@ def test_killed_again_and_again_ends_as_undisturbed_on_any_number_of_processes(t
             for rank in ranks:
                 status, said = rank.ended()
                 assert status == (-signal.SIGKILL if rank is victim else 3), said
-                assert rank is victim or re.search(r"could not exchange .*: one of them is gone", said), said
+                assert rank is victim or re.search(r"could not exchange .*: one of them has exited", said), said
     whole = tmp_path / "whole"
     for folder in (run, whole):
         arguments = command(folder, 40, "--resume", "--beta", "1", bias=bias)
@@ -203,7 +203,7 @@ def test_hung_rank_is_an_error_within_the_time_out(hung, tmp_path):
         for rank in ranks[:hung] + ranks[hung + 1 :]:
             status, said = rank.ended(timeout=5 + PATIENCE)
             assert status == 3, said
-            assert "one of them is gone, or has not come within the time-out of 5 s (timeout=, --timeout)" in said
+            assert "one of them has exited, or did not arrive within the time-out of 5 s (timeout=, --timeout)" in said
             assert "Traceback" not in said
         assert time.monotonic() - began < 5 + 10, "they took their time"
         os.kill(ranks[hung].pid, signal.SIGCONT)  # and it finds itself alone
@@ -379,9 +379,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 
 SAID = {
-    "NaN": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data: of NaN",
-    "NaN, compressed": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data: of NaN",
-    "NaN, fed back": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data: of NaN",
+    "NaN": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data. NaN",
+    "NaN, compressed": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data. NaN",
+    "NaN, fed back": f"NonFiniteDataError: step {AT}: the result is not finite, and neither is the data. NaN",
     "value": "ValueError: no such task",
     "value on process 0": "ValueError: no such task",
     "key": "KeyError: 'letter'",

@@ -27,7 +27,7 @@ from metamom.training.plan import describe
 def test_fewer_iterations_than_are_done(run, commanded, capsys):
     refused(
         run,
-        r"has done 4 iterations, more than the 3 asked for in all\. Pass iterations \(--iterations\) above 4 to go on",
+        r"has done 4 iterations, more than the total of 3\. Pass iterations \(--iterations\) above 4 to go on",
         lambda: go(run, iterations=3, resume=True),
     )
     before = contents(commanded)
@@ -143,7 +143,7 @@ def test_metrics_of_steps_that_will_not_be_done_again_are_kept(run):
     """The newest checkpoint is damaged, and the run is to end before where it was."""
     before = (run / "metrics.jsonl").read_bytes()
     Checkpoints(run / "checkpoints").path(4).write_bytes(b"damaged")
-    held = "held metrics of step 3, which this run goes back behind"
+    held = "held metrics of step 3, after the checkpoint, that this run will not repeat"
     with pytest.warns(UserWarning, match="Going back to the one before"), pytest.warns(UserWarning, match=held):
         go(run, resume=True, iterations=3)
     assert (run / "metrics.jsonl.longer").read_bytes() == before

@@ -62,7 +62,7 @@ def test_bad_flags_make_no_directory(wrong, tmp_path, capsys):
 def test_what_a_killed_process_has_left_goes_once_the_run_goes_on(run):
     half = run / "checkpoints" / ".step-00000004.pt.abc.tmp"
     half.write_bytes(b"half")
-    refused(run, "more than the 1 asked for", lambda: go(run, iterations=1, resume=True))
+    refused(run, "more than the total of 1", lambda: go(run, iterations=1, resume=True))
     assert half.exists()
     go(run, iterations=5, resume=True)
     assert not half.exists()

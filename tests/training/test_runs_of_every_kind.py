@@ -124,7 +124,7 @@ STATE, GROUP, SCHEDULE = ("optimizer", "state"), ("optimizer", "param_groups", 0
 
 
 OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
-    ("adam", lost(*STATE, 1), "'state' has no entry 1, but after its first step there is exp_avg, exp_avg_sq, step of"),
+    ("adam", lost(*STATE, 1), "'state' has no entry 1, but after the first step there is exp_avg, exp_avg_sq, step of"),
     (
         "adam",
         at(*STATE, 0, "exp_avg", value=None),
@@ -154,7 +154,7 @@ OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (
         "adam",
         at(*GROUP, "eps", value=2**70),
-        r"param_groups\[0\]\.eps should be 1e-08, for no schedule moved it; got 11805",
+        r"param_groups\[0\]\.eps should be 1e-08, since no schedule changes it; got 11805",
     ),
     ("adam", at(*GROUP, "weight_decay", value=2**70), r"param_groups\[0\]\.weight_decay should be 0\.0, .*; got 11805"),
     (
@@ -172,18 +172,18 @@ OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (
         "amsgrad",
         lost(*GROUP, "amsgrad"),
-        r"param_groups\[0\]\.amsgrad should be True, as the optimizer is made; got False",
+        r"param_groups\[0\]\.amsgrad should be True, as in this optimizer; got False",
     ),
     ("rmsprop", lost(*STATE, 0, "grad_avg"), r"state\[0\] has no grad_avg"),
     ("rmsprop", lost(*STATE, 0, "momentum_buffer"), r"state\[0\] has no momentum_buffer"),
-    ("nadam", lost(*STATE, 1), "'state' has no entry 1, but after its first step there is a state of each parameter"),
-    ("nadam", at(*STATE, value={}), "'state' holds nothing, but after its first step there is a state of each"),
+    ("nadam", lost(*STATE, 1), "'state' has no entry 1, but after the first step there is a state of each parameter"),
+    ("nadam", at(*STATE, value={}), "'state' is empty, but after the first step it has a state of each"),
     ("adagrad", at(*STATE, 0, "sum", value=None), r"state\[0\]\.sum should be a tensor or a number; got None"),
     ("rprop", at(*STATE, 0, "prev", value=lambda x: x * math.nan), r"state\[0\]\.prev is not finite"),
     ("adafactor", at(*STATE, 0, "step", value=-1), r"state\[0\]\.step should be a whole number >= 4, .*; got -1"),
     ("adafactor", at(*GROUP, "maximize", value=True), r"param_groups\[0\]\.maximize should be False, .*; got True"),
-    ("sgd", at(*STATE, value={}), "'state' holds nothing, but after its first step there is momentum_buffer of each"),
-    ("sgd", lost(*STATE, 1), "'state' has no entry 1, but after its first step there is momentum_buffer of each"),
+    ("sgd", at(*STATE, value={}), "'state' is empty, but after the first step it has momentum_buffer of each"),
+    ("sgd", lost(*STATE, 1), "'state' has no entry 1, but after the first step there is momentum_buffer of each"),
     (
         "sgd",
         at(*STATE, 1, "momentum_buffer", value=None),
@@ -197,14 +197,14 @@ OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (
         "sgd",
         at(*GROUP, "lr", value=2**70),
-        r"param_groups\[0\]\.lr should be 0\.01, for no schedule moved it; got 11805",
+        r"param_groups\[0\]\.lr should be 0\.01, since no schedule changes it; got 11805",
     ),
-    ("normalized", lost(*GROUP, "normalize"), r"\.normalize should be True, as the optimizer is made; got False"),
+    ("normalized", lost(*GROUP, "normalize"), r"\.normalize should be True, as in this optimizer; got False"),
     ("sgd, StepLR", at(*GROUP, "lr", value=2**70), r"param_groups\[0\]\.lr should be a number below 2\^63; got 11805"),
     (
         "sgd, StepLR",
         at(*GROUP, "lr", value=0.25),
-        r"param_groups\[0\]\.lr should be 0\.005, which StepLR left; got 0\.25",
+        r"param_groups\[0\]\.lr should be 0\.005, as StepLR set it; got 0\.25",
     ),
     ("sgd, StepLR", at(*GROUP, "momentum", value=0.9), r"param_groups\[0\]\.momentum should be 0\.0"),
     ("sgd, StepLR", at(*SCHEDULE, "gamma", value=-1), r"scheduler0: its state\.gamma should be 0\.5, as .*; got -1"),
@@ -219,7 +219,7 @@ OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     ("sgd, StepLR", at(*SCHEDULE, "last_epoch", value=4.5), r"last_epoch should be a whole number >= 4, .*; got 4\.5"),
     ("CyclicLR", at(*GROUP, "dampening", value=0.5), r"param_groups\[0\]\.dampening should be 0\.0"),
     ("CyclicLR", at(*SCHEDULE, "base_momentums", value=[-1]), r"base_momentums should be \[0\.8\]"),
-    ("OneCycleLR", at(*SCHEDULE, "total_steps", value=9), r"total_steps should be 8, as the schedule is made; got 9"),
+    ("OneCycleLR", at(*SCHEDULE, "total_steps", value=9), r"total_steps should be 8, as in this schedule; got 9"),
     ("restarts", at(*SCHEDULE, "T_cur", value=-1), r"T_cur should be a number >= 0; got -1"),
     ("restarts", at(*SCHEDULE, "T_i", value=0), r"T_i should be a number >= 3; got 0"),
     ("SequentialLR", at(*SCHEDULE, "_schedulers", 1, "gamma", value=-1), r"_schedulers\[1\]\.gamma should be 0\.9"),

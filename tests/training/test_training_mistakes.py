@@ -281,9 +281,9 @@ def test_a_sampler_that_knows_nothing_of_processes_serves_one(sampler):
 
 @pytest.mark.parametrize("sampler", OWN[1:], ids=lambda sampler: type(sampler).__name__)
 def test_a_sampler_that_ignores_its_part_is_told_where_there_are_several(sampler):
-    with pytest.raises(ValueError, match=r"gave 4 tasks for part 1 of 2 of a meta-batch of 4: wanted 2"):
+    with pytest.raises(ValueError, match=r"returned 4 tasks for part 1 of 2 of a meta-batch of 4; wanted 2"):
         World(1, 2).sample(sampler, 0, 4)
-    with pytest.raises(ValueError, match="gave 4 tasks for part 0 of 2"):
+    with pytest.raises(ValueError, match="returned 4 tasks for part 0 of 2"):
         PerWorker([sampler, TASKS]).sample(0, 4)
 
 
@@ -322,7 +322,7 @@ class WithOtherNames:
 def test_a_sampler_that_takes_the_number_of_tasks_first():
     made, sampler = learner(), TheOtherWayRound()
     message = (
-        r"is called as sample\(step, num_tasks\), in this order; TheOtherWayRound\.sample takes .*the step.s number"
+        r"is called as sample\(step, num_tasks\), in this order; TheOtherWayRound\.sample takes .*Put the step first"
     )
     takers: list[Callable[[], Any]] = [
         lambda: go(made, over(made.parameters()), sampler),
@@ -412,7 +412,7 @@ def test_what_is_no_sampler(sampler):
     for name, take in takers.items():
         if name == "validation" and sampler is None:
             continue
-        with pytest.raises(TypeError, match=r"gives tasks by sample\(step, num_tasks\).*got (a|the class) \w+"):
+        with pytest.raises(TypeError, match=r"must have a method sample\(step, num_tasks\).*got (a|the class) \w+"):
             take()
 
 
@@ -423,7 +423,7 @@ def test_a_sampler_of_something_else_than_batches(kind):
             return kind(BATCH[:4])
 
     made = learner()
-    with pytest.raises(TypeError, match=rf"Other\.sample must give a metamom\.TaskBatch\(.*got a {kind.__name__}"):
+    with pytest.raises(TypeError, match=rf"Other\.sample must return a metamom\.TaskBatch\(.*got a {kind.__name__}"):
         go(made, over(made.parameters()), Other())
 
 

@@ -5,6 +5,7 @@ Inside `native`, the operators of kernels.cpp run on a CPU (float32 and float64)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -95,9 +96,8 @@ def _by_device(plain: Callable[P, R]) -> Callable[P, R]:
     def operator(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        if not are_native(first):
-            return plain(*args, **kwargs)
-        out: R = getattr(torch.ops.metamom, plain.__name__)(*args, **kwargs)
+        home = torch.ops.metamom if are_native(first) else sys.modules[plain.__module__]
+        out: R = getattr(home, plain.__name__)(*args, **kwargs)
         return out
 
     return operator

@@ -100,8 +100,9 @@ def _check_folder(folder: Path) -> None:
     found = folder.stat()
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX and _user() is not None:
         raise CompilerError(
-            f"metamom's kernels are native code, and every user can replace files in the cache folder {folder}. Forbid "
-            f"it (chmod o-w {folder}), name another folder in $METAMOM_CACHE, or run without compiling."
+            f"metamom's kernels are native code, and every user can replace files in the cache folder {folder}. "
+            f"Remove that permission (chmod o-w {folder}), name another folder in $METAMOM_CACHE, or run without "
+            "compiling."
         )
 
 
@@ -120,7 +121,7 @@ def _build(compiler: str, folder: Path, name: str) -> Path:
         # a new session, so that Ctrl-C reaches this process but does not kill the compiler
         done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
         if done.returncode != 0:
-            said = gist(done.stderr or done.stdout) or f"it ended with status {done.returncode}"
+            said = gist(done.stderr or done.stdout) or f"it exited with status {done.returncode}"
             raise CompilerError(f"{compiler} cannot build metamom's kernels: {said}")
         out.chmod(0o700)
         for other in folder.glob(f"{name}-*.so"):

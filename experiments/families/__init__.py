@@ -1,0 +1,25 @@
+"""Task families that the commands train on: a module with a `Family` record each.
+
+Importing them needs no torch, so that help is fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from metamom.experiments.families.family import Family
+
+__all__ = ["FAMILIES", "Family"]
+
+
+def _load_all() -> dict[str, Family]:
+    """The records of all modules, by name: families without data on disk first."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    records: list[Family] = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {
+        record.name: record for record in sorted(records, key=lambda record: (record.data is not None, record.name))
+    }
+
+
+FAMILIES = _load_all()

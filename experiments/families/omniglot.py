@@ -1,0 +1,78 @@
+"""Omniglot: characters of 50 alphabets, classified with a Conv4."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from metamom.experiments.families.family import (
+    ACCURACY,
+    SPLITS,
+    BiasPlan,
+    Classes,
+    ComparisonPlan,
+    Defaults,
+    Family,
+    TaskSettings,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from metamom.maml.loss_readings import LossFn
+    from metamom.tasks.family import TaskFamily
+
+
+def _tasks(wanted: TaskSettings) -> TaskFamily:
+    from metamom.tasks import Omniglot
+
+    assert wanted.ways is not None
+    return Omniglot(
+        wanted.root,
+        split=wanted.split,
+        ways=wanted.ways,
+        shots=wanted.shots,
+        queries=wanted.queries,
+        seed=wanted.seed,
+    )
+
+
+def _model(ways: int | None, generator: torch.Generator) -> nn.Module:
+    from metamom.nets.models import Conv4
+
+    assert ways is not None
+    return Conv4(ways, generator=generator)
+
+
+def _loss() -> LossFn:
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy
+
+
+FAMILY = Family(
+    name="omniglot",
+    title="Omniglot",
+    help="on omniglot tasks",
+    defaults=Defaults(shots=1, queries=1, inner_lr=0.4, lr=0.3, meta_batch=16, ways=5),
+    iterations=1000,
+    metric=ACCURACY,
+    comparison=ComparisonPlan(lrs=(0.1, 0.3, 1.0), target=0.85),
+    tasks=_tasks,
+    model=_model,
+    loss=_loss,
+    bias=BiasPlan(
+        (1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32", reason="which has 20 drawings a class"
+    ),
+    classes=Classes("characters", seen_in=("train", "background", "evaluation")),
+    splits=(*SPLITS, "background", "evaluation"),
+    data="omniglot",
+    train_examples=(
+        "metamom train omniglot --ways 5 --shots 1 --lr 0.3 --run-dir runs/omni",
+        "metamom train omniglot --iterations 2000 --run-dir runs/omni --resume",
+    ),
+    compare_examples=(
+        "metamom compare omniglot --seeds 3 --lrs 0.1,0.3 --run-dir runs/compare",
+        "metamom compare omniglot --iterations 200 --first-steps zero,gradient",
+    ),
+)

@@ -1,0 +1,107 @@
+"""Exchanges of tensors and objects between processes, and the bytes that they send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metamom.common.checks import check_word
+from metamom.common.choices import SERVERS, Server
+
+T = TypeVar("T")
+
+
+class ProcessError(RuntimeError):
+    """An exchange between processes failed: one of them has died, hangs, or is out of step with the others."""
+
+
+class Collectives:
+    """What the processes exchange. One process exchanges nothing.
+
+    Args:
+        rank: this process's number, 0 <= rank < size.
+        size: number of processes.
+        server: who aggregates (see `World`).
+        timeout: seconds > 0 after which waiting for another process is an error.
+
+    Raises:
+        ProcessError: in every method, if a process has died or does not arrive within the time-out.
+    """
+
+    def __init__(self, rank: int, size: int, server: Server, timeout: float) -> None:
+        check_word("the server", server, SERVERS)
+        self.rank = rank
+        self.size = size
+        self.server = server
+        self.timeout = timeout
+        self.sent = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0, which writes files and shows progress."""
+        return self.rank == 0
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Gather every process's ``[*shape]`` (the same shape on all) into ``[size, *shape]``."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        everyones = tensor.new_empty(self.size, *tensor.shape)
+        self._call("tensors of all processes", lambda: dist.all_gather([*everyones], tensor.contiguous()))
+        self.sent += self.size * (self.size - 1) * tensor.nbytes
+        return everyones
+
+    def gather_to_server(self, tensor: Tensor) -> Tensor:
+        """`gather` on the server. The result on other processes is meaningless."""
+        if self.size == 1 or self.server == "replicated":
+            return self.gather(tensor)
+        out = [torch.empty_like(tensor) for _ in range(self.size)] if self.first else None
+        self._call("tensors for process 0", lambda: dist.gather(tensor.contiguous(), out, dst=0))
+        self.sent += (self.size - 1) * tensor.nbytes
+        return torch.stack([tensor] if out is None else out)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes in place, on the server (on every process if the server is replicated)."""
+        if self.size == 1:
+            return tensor
+        if self.server == "replicated":
+            return self.all_reduce(tensor)
+        self._call("a sum", lambda: dist.reduce(tensor, dst=0))
+        self.sent += (self.size - 1) * tensor.nbytes
+        return tensor
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes in place, on every process."""
+        if self.size > 1:
+            self._call("a sum", lambda: dist.all_reduce(tensor))
+            self.sent += 2 * (self.size - 1) * tensor.nbytes
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Copy process 0's tensor to every process, in place."""
+        if self.size > 1:
+            self._call("the server's result", lambda: dist.broadcast(tensor, src=0))
+            self.sent += (self.size - 1) * tensor.nbytes
+        return tensor
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Gather every process's object. These bytes are not counted in `sent`."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        self._call("objects of all processes", lambda: dist.all_gather_object(out, value))
+        return out
+
+    def _call(self, what: str, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ProcessError(
+                f"process {self.rank} of {self.size} could not exchange {what} with the others: one of them has "
+                f"exited, or did not arrive within the time-out of {self.timeout:g} s (timeout=, --timeout). Check "
+                f"the output of the others, and restart all of them from the last checkpoint ({reason})."
+            ) from error

@@ -1,0 +1,104 @@
+"""Checks of an optimizer's parameters, options and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metamom.common.averaged import averaged_by
+from metamom.common.checks import check_number, is_word
+
+# Option names of other optimizers, and what to use instead.
+INSTEAD = {
+    "momentum": "a momentum of 0.9 elsewhere is beta=0.1 here, the weight of the new gradient",
+    "dampening": 'first_step="gradient" is SGD with dampening = momentum, first_step="zero" the form of the analysis',
+    "nesterov": "there is no Nesterov form; leave it out",
+    "betas": "betas=(0.9, ...) is beta=0.1 here, the weight of the new gradient, and there is no second moment",
+    "eps": "there is no second moment to keep away from zero; leave it out",
+    "amsgrad": "there is no second moment; leave it out",
+    "learning_rate": "the step size is lr",
+    "gamma": "the step size is lr",
+    "alpha": "the step size is lr, and the weight of the new gradient beta",
+}
+
+
+def as_parameters(params: Any) -> list[Any]:
+    """Parameters, pairs of names and parameters, or groups, as a list.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for none.
+    """
+    if isinstance(params, (torch.nn.Module, Tensor, str, Mapping)) or not isinstance(params, Iterable):
+        raise TypeError(f"wanted parameters, such as model.parameters(); got {params!r:.80}.")
+    found = list(params)
+    if not found:
+        raise ValueError("wanted parameters, such as model.parameters(); got none.")
+    for each in found:
+        if not isinstance(each, (Tensor, dict, tuple)):
+            raise TypeError(f"wanted parameters, such as model.parameters(); got a {type(each).__name__} among them.")
+    return found
+
+
+def check_names(options: Mapping[str, Any], *, strict: bool) -> None:
+    """Refuse other optimizers' options; if strict, all unknown ones. Groups may hold keys of schedulers or users."""
+    for name, value in options.items():
+        if name in INSTEAD:
+            cure = INSTEAD[name]
+            if name == "momentum" and isinstance(value, (int, float)) and 0 <= value < 1:
+                cure = f"momentum={value} is beta={1 - value:.12g} here"
+            raise TypeError(f"CompositeMomentum has no option {name!r}: {cure}.")
+        if strict:
+            raise TypeError(
+                f"CompositeMomentum has no option {name!r}; its options are lr, beta, first_step, weight_decay, "
+                "maximize, foreach and normalize."
+            )
+
+
+def check_options(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    for name in ("lr", "beta", "weight_decay"):
+        if not isinstance(options[name], Tensor):
+            check_number(name, options[name])
+        elif options[name].numel() != 1:
+            shape = tuple(options[name].shape)
+            raise ValueError(f"{name} must be a number or a tensor with one element; got shape {shape}.")
+    if not 0 < float(lr) < math.inf:
+        raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
+    check_beta(options["beta"])
+    if not is_word(options["first_step"], ("zero", "gradient")):
+        raise ValueError(f'first_step must be "zero" or "gradient"; got {options["first_step"]!r}.')
+    if not 0 <= options["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay must be >= 0 and finite; got {options['weight_decay']}.")
+
+
+def check_beta(beta: float) -> float:
+    if not 0 < beta <= 1:
+        raise ValueError(
+            f"beta is the weight of the new gradient and must be in (0, 1]; got {beta}. "
+            "A momentum of 0.9 elsewhere is beta=0.1 here; plain SGD is beta=1."
+        )
+    return beta
+
+
+def check_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for p, g in pairs:
+        if g.layout is not torch.strided:
+            raise TypeError(
+                f"CompositeMomentum needs dense gradients; got one with layout {g.layout} for a parameter of shape "
+                f"{tuple(p.shape)}. Its average would be dense after one step: use sparse=False in the embedding."
+            )
+
+
+def check_not_averaged(pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
+    """Refuse to average gradients that the workers have averaged (`metamom.server.aggregate.deliver` notes these)."""
+    spec = averaged_by(p for p, _ in pairs)
+    if spec is not None:
+        raise ValueError(
+            f"{spec} carries the momentum on the workers, so the server must have none: use "
+            f"CompositeMomentum(beta=1), and no schedule of beta; got beta={beta}."
+        )

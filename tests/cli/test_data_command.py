@@ -1,0 +1,66 @@
+"""`metamom data check`, and archives that are damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command import the_error
+from endings import contents
+from tiny_omniglot import TINY, members, pixels, png, write_zip
+
+from metamom.tasks import fetch
+
+
+@pytest.fixture
+def tiny_root(tmp_path, monkeypatch) -> Path:
+    """A root with small archives, and the command believing that Omniglot is that small."""
+    for part in ("background", "evaluation"):
+        monkeypatch.setitem(fetch.PUBLISHED, part, TINY)
+        write_zip(tmp_path / "root" / "omniglot" / f"images_{part}.zip", members(part))
+    return tmp_path / "root"
+
+
+def test_data_check_of_sound_archives(metamom, tiny_root):
+    said = metamom("data", "check", "omniglot", "--root", tiny_root)
+    assert said.code == 0
+    assert said.out.count("6 characters, 24 drawings, all sound") == 2
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, -1, -30])
+def test_truncated_archive(kept, metamom, tiny_root):
+    archive = tiny_root / "omniglot" / "images_evaluation.zip"
+    archive.write_bytes(archive.read_bytes()[:kept])
+    before = contents(tiny_root)
+    message = the_error(metamom("data", "check", "omniglot", "--root", tiny_root))
+    assert str(archive) in message
+    assert "no whole zip archive" in message
+    assert contents(tiny_root) == before
+
+
+def test_drawing_of_the_wrong_size(metamom, tiny_root):
+    wrong = members("evaluation")
+    name = sorted(wrong)[5]
+    wrong[name] = png(pixels(0, 0, 14))
+    archive = write_zip(tiny_root / "omniglot" / "images_evaluation.zip", wrong)
+    message = the_error(metamom("data", "check", "omniglot", "--root", tiny_root))
+    assert str(archive) in message
+    assert f"{name} of 14x14 pixels instead of 12x12" in message
+
+
+def test_data_check_of_the_real_data(metamom, data_root):
+    said = metamom("data", "check", "omniglot", "--root", data_root)
+    assert (said.code, said.err) == (0, "")
+    background, evaluation = said.out.splitlines()
+    assert "images_background.zip: 964 characters, 19,280 drawings, all sound" in background
+    assert "images_evaluation.zip: 659 characters, 13,180 drawings, all sound" in evaluation
+
+
+def test_truncated_real_archive_in_training(metamom, data_root, tmp_path):
+    folder = tmp_path / "root" / "omniglot"
+    folder.mkdir(parents=True)
+    for archive in (data_root / "omniglot").glob("*.zip"):
+        (folder / archive.name).write_bytes(archive.read_bytes()[:100_000])
+    said = metamom("train", "omniglot", "--data-root", tmp_path / "root", "--run-dir", tmp_path / "run")
+    assert "images_background.zip" in the_error(said)
+    assert not (tmp_path / "run").exists()
