@@ -111,12 +111,12 @@ class RecipeOptions:
         ),
     )
     chunk_size: ChunkSize = option(
-        None,
+        "auto",
         free=True,
         flag=Flag(
             "learner",
             "tasks computed at a time, or auto: as many as fit into 512 MiB",
-            "all",
+            "auto",
             type=count_or_auto,
             metavar="N",
         ),

@@ -196,6 +196,8 @@ def makers(row: Row) -> dict[str, Callable[[], Contender]]:
     unable = set()
     if row.bias is not None:
         unable = {"higher", "torchopt", "jax", "jax-map"}  # no counterpart; learn2learn's loop represents them
+    elif not row.in_jax:
+        unable = {"jax", "jax-map"}
     elif not row.has_convolutions:
         unable = {"jax-map"}
     return {name: partial(make, row) for name, make in META.items() if name not in unable}

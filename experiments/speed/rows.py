@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator, TopK
 from metamom.experiments.shared.numerals import shortest
+from metamom.experiments.speed.networks import Encoder, conv_net, mlp, resnet12
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Estimator
 from metamom.maml.learner import LossFn
@@ -67,6 +69,7 @@ class MetaRow(NamedTuple):
         workers: number of workers that share the tasks.
         bias: their operator.
         chunk_size: metamom's option.
+        in_jax: whether the network is written in JAX too.
     """
 
     title: str
@@ -80,7 +83,8 @@ class MetaRow(NamedTuple):
     estimator: Estimator = "exact"
     workers: int = 1
     bias: BiasOperator | None = None
-    chunk_size: ChunkSize = None
+    chunk_size: ChunkSize = "auto"
+    in_jax: bool = True
 
     @property
     def has_convolutions(self) -> bool:
@@ -155,7 +159,7 @@ def _omniglot(
     shots: int = 1,
     inner_steps: int = 1,
     estimator: Estimator = "exact",
-    chunk_size: ChunkSize = None,
+    chunk_size: ChunkSize = "auto",
 ) -> MetaRow:
     """Images are noise, which costs as much as characters do."""
     generator = torch.Generator().manual_seed(0)
@@ -176,6 +180,45 @@ def _omniglot(
         estimator=estimator,
         chunk_size=chunk_size,
     )
+
+
+def _images(
+    model: Callable[[], nn.Module],
+    name: str,
+    shape: tuple[int, ...],
+    tasks: int = 4,
+    *,
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 1,
+    inner_steps: int = 1,
+    estimator: Estimator = "exact",
+) -> MetaRow:
+    """A network that is not metamom's, on inputs of noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = model()
+    per_class = shots + queries + 1
+    inputs = torch.randn(ways * per_class, *shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(ways * per_class) // per_class
+    episodes = Episodes(inputs, labels, ways=ways, shots=shots, queries=queries)
+    return MetaRow(
+        f"{name}, {tasks} tasks, {ways}-way {shots}-shot {queries}-query, {_course(inner_steps, estimator)}",
+        network,
+        network,
+        F.cross_entropy,
+        episodes.sample(0, tasks),
+        inner_lr=0.01,
+        tolerance=CONV4_TOLERANCE,
+        inner_steps=inner_steps,
+        estimator=estimator,
+        in_jax=False,
+    )
+
+
+_plain_28 = partial(_images, partial(conv_net, 64, 28, 1, 5), "28x28 Conv-BN-ReLU-pool, 64 channels", (1, 28, 28), 16)
+_plain_84 = partial(_images, partial(conv_net, 32, 84, 3, 5), "84x84 Conv-BN-ReLU-pool, 32 channels", (3, 84, 84))
+_resnet12 = partial(_images, partial(resnet12, (64, 128, 256, 512), 5), "84x84 ResNet-12", (3, 84, 84), 2)
 
 
 def _course(inner_steps: int, estimator: Estimator) -> str:
@@ -199,8 +242,22 @@ ROWS: dict[str, Callable[[], Row]] = {
     "omniglot-20-way": lambda: _omniglot(4, ways=20),
     "omniglot-5-shot": lambda: _omniglot(shots=5),
     "omniglot-5-steps": lambda: _omniglot(inner_steps=5),
-    "omniglot-128-tasks": lambda: _omniglot(128, chunk_size="auto"),
+    "omniglot-128-tasks": lambda: _omniglot(128),
     "omniglot-first-order": lambda: _omniglot(estimator="first-order"),
+    "plain-28": _plain_28,
+    "plain-28-5-shot": lambda: _plain_28(shots=5),
+    "plain-28-15-query": lambda: _plain_28(queries=15),
+    "plain-28-first-order": lambda: _plain_28(estimator="first-order"),
+    "plain-28-5-steps": lambda: _plain_28(inner_steps=5),
+    "plain-84": lambda: _plain_84(queries=5),
+    "plain-84-first-order": lambda: _plain_84(queries=5, estimator="first-order"),
+    "plain-84-5-shot": lambda: _plain_84(shots=5),
+    "plain-84-15-query": lambda: _plain_84(queries=15),
+    "plain-84-5-steps": lambda: _plain_84(inner_steps=5),
+    "resnet12": _resnet12,
+    "resnet12-5-shot": lambda: _resnet12(shots=5),
+    "mlp": lambda: _images(partial(mlp, (784, 256, 128, 64), 5), "MLP 784-256-128-64", (784,), 32, queries=5),
+    "transformer": lambda: _images(partial(Encoder, 64, 2, 5), "transformer, 2 layers, d = 64, 32 tokens", (32, 64), 8),
     "optimizer-mlp": lambda: _optimizer("the MLP", _mlp(), 0.1),
     "optimizer-mlp-sgd": lambda: _optimizer("the MLP", _mlp(), 1.0),
     "optimizer-conv4": lambda: _optimizer("Conv4", Conv4(5, generator=torch.Generator().manual_seed(0)), 0.1),

@@ -72,9 +72,9 @@ class MAML(nn.Module):
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters inner steps move: names of parameters or modules, or a predicate on a parameter's
             name; all trainable ones by default. ANIL is ``adapt=["head"]``.
-        chunk_size: compute at most this many tasks at a time. This bounds memory and does not change the result
-            (except for a compiled model's random draws). ``"auto"`` measures the memory of one task and uses about
-            512 MiB on a CPU, or half of the free memory on a GPU.
+        chunk_size: compute at most this many tasks at a time, or ``None`` for all. This bounds memory and does not
+            change the result (except for a compiled model's random draws). ``"auto"`` measures the memory of one task,
+            once for each shape of batch, and uses about 512 MiB on a CPU, or half of the free memory on a GPU.
         compile: compile the whole meta-gradient, once for each batch shape, and again when the loss, a module, a
             hook, a buffer or a frozen parameter is replaced. Everything else that the model or loss reads (a dropout
             rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
@@ -121,7 +121,7 @@ class MAML(nn.Module):
         tracking: float | None = None,
         learn_inner_lr: LearnInnerLR = False,
         adapt: Iterable[str] | Callable[[str], bool] | None = None,
-        chunk_size: ChunkSize = None,
+        chunk_size: ChunkSize = "auto",
         compile: CompileMode = False,
         autocast: torch.dtype | None = None,
     ) -> None:

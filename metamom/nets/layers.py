@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from metamom.nets import kernels
+from metamom.nets.convolution import convolve
 from metamom.nets.grouped import Grouped, OfTwo
+from metamom.nets.kernels.convolutions import Geometry
+from metamom.nets.normalisation import normalise
+
+_STRIDED = Geometry(stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1)
 
 
 class StridedConv(nn.Conv2d):
@@ -39,6 +44,9 @@ class StridedConv(nn.Conv2d):
                 f"StridedConv wants images [N, H, W, {self.in_channels}], channels last; got {tuple(images.shape)}."
             )
         images, weight = self._cast(images), self._cast(self.weight)
+        if not kernels.are_native(images):
+            return convolve(images.unsqueeze(0), weight.unsqueeze(0), None, _STRIDED).squeeze(0)
+        # in a compiled graph, products of patches can be joined (metamom.nets.products)
         patches: Tensor = _Unfold.run(images)
         # [9 C, C'] with rows in the order of the patches' last axis; a view
         weight = weight.permute(2, 3, 1, 0).reshape(-1, self.out_channels)
@@ -76,8 +84,11 @@ class BatchNormReLU(nn.Module):
         if x.dim() < 2 or x.shape[-1] != len(self.weight):
             raise ValueError(f"BatchNormReLU wants [N, ..., {len(self.weight)}], channels last; got {tuple(x.shape)}.")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for statistics
-        y = wide.reshape(1, -1, x.shape[-1])
-        z, _, _ = _NormReLU.run(y, self.weight.to(y.dtype).unsqueeze(0), self.bias.to(y.dtype).unsqueeze(0), self.eps)
+        gain, shift = self.weight.to(wide.dtype).unsqueeze(0), self.bias.to(wide.dtype).unsqueeze(0)
+        if kernels.are_native(wide):
+            z, _, _ = _NormReLU.run(wide.reshape(1, -1, x.shape[-1]), gain, shift, self.eps)
+        else:
+            z = normalise(wide.reshape(1, 1, -1, 1, x.shape[-1]), gain, shift, self.eps).activated(0.0).value
         out: Tensor = z.view(x.shape).to(x.dtype)
         return out
 

@@ -140,14 +140,14 @@ def norm_double_backward(
     scale = gain * rstd
     on_there = (a - scale * vx_mean) * rstd
     to_e = torch.addcmul(_over(s - scale * v_mean - on_there * mean), there, _over(on_there))
-    to_e = to_e.addcmul_(v_there, _over(scale))
+    to_e = _plus(to_e, v_there, scale)
     to_dz = _masked(to_e, None if z is None else _rows(z), slope).view(dz.shape)
     inner = (v_there * e).sum(1) - M * (v_mean * e_mean + vx_mean * ex_mean)  # <v, P(e)>
     on_v, on_e = -scale * ex_mean, a - scale * vx_mean
     level, on_x = on_v * v_mean + on_e * e_mean, on_v * vx_mean + on_e * ex_mean + scale * inner / M
     on_y = -rstd * rstd * on_x
     to_y = torch.addcmul(_over(-rstd * level - on_y * mean), rows, _over(on_y))
-    to_y = to_y.addcmul_(V, _over(rstd * on_v))
+    to_y = _plus(to_y, V, rstd * on_v)
     return to_dz, _add(to_y, e, rstd * on_e, y, places).view(y.shape), rstd * inner
 
 
@@ -193,9 +193,17 @@ def _chosen(rows: Tensor, y: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _add(rows: Tensor, e: Tensor, factor: Tensor, y: Tensor, places: Tensor | None) -> Tensor:
-    """Add ``factor * e`` to rows in place, at the places that a pooling chose."""
+    """Add ``factor * e`` to rows, at the places that a pooling chose."""
     if places is None:
-        return rows.addcmul_(e, _over(factor))
+        return _plus(rows, e, factor)
     G, N, H, W, C = y.shape
     added = (e * _over(factor)).view(G * N, -1, C)
-    return rows.view(G * N, H * W, C).scatter_add_(1, places.view(G * N, -1, C), added).view(rows.shape)
+    into = rows.view(G * N, H * W, C)
+    add = into.scatter_add if torch.is_grad_enabled() else into.scatter_add_
+    return add(1, places.view(G * N, -1, C), added).view(rows.shape)
+
+
+def _plus(rows: Tensor, e: Tensor, factor: Tensor) -> Tensor:
+    """Add ``factor * e`` to rows: in place, unless autograd or an outer vmap needs them."""
+    add = rows.addcmul if torch.is_grad_enabled() else rows.addcmul_
+    return add(e, _over(factor))
