@@ -45,6 +45,10 @@ class Compose(BiasOperator):
         return self._pass(rows, at, None)
 
     @property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return tuple(dict.fromkeys(each for operator in self.operators for each in operator._generators))
+
+    @property
     def draw_step(self) -> int:
         return max(operator.draw_step for operator in self.operators)
 
@@ -97,6 +101,7 @@ class Compose(BiasOperator):
 
     def reset(self) -> None:
         """Reset all of them."""
+        super().reset()
         for operator in self.operators:
             operator.reset()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from metamom.bias.clip import Clip
 from metamom.bias.coordinates import Coordinates, Sizes, check_gradient
 from metamom.bias.function import inner_operator
 from metamom.bias.spelling import Row, spelled, spelled_around
+from metamom.bias.state import Kept, State
 from metamom.common.checks import check_number
 from metamom.optim import momentum_update_
 
-State = dict[str, Tensor]  # by name
+Rows = dict[str, Tensor]  # the tensors [n, d] of a transition's workers, by name
 
 
 class ErrorFeedback(BiasOperator):
@@ -40,74 +41,100 @@ class ErrorFeedback(BiasOperator):
 
     def __init__(self, operator: BiasOperator | str) -> None:
         self.operator = inner_operator(operator, "error feedback goes around an operator without it")
-        self._workers: dict[int, State] = {}
-        self._next: dict[int, State] = {}  # the next states, from the current call
-        self._deferred = False
+        self._workers: dict[int, dict[str, Tensor]] = {}
 
     @property
-    def state(self) -> State:
+    def state(self) -> dict[str, Tensor]:
         """The workers' tensors by name."""
         kept = [self._workers[worker] for worker in sorted(self._workers)]
         # some workers have been updated since a checkpoint was loaded; the others still have the loaded tensors
         return {name: torch.stack([state[name].to(kept[0][name]) for state in kept]) for name in self.names if kept}
 
     @abstractmethod
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        """The recurrence: what the server receives ``[n, d]``, and the next state, of tensors ``[n, d]``.
+    def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        """The recurrence up to the operator: its input ``[n, d]``, and the tensors that `_after` needs.
 
-        It may change the tensors in ``state``.
+        The tensors ``kept`` are copies, which the recurrence may change in place.
         """
 
-    def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        return self._moved(rows, at, lambda difference: self.operator._pass(difference, at, sizes))
+    @abstractmethod
+    def _after(self, wanted: Tensor, sent: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        """The recurrence after it has ``sent = C(wanted)``: what the server receives, and the next tensors."""
 
-    def _moved(self, rows: Tensor, at: Coordinates, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the server receives, given an operator on ``[n, d]``. Updates the states."""
-        state = {name: torch.zeros_like(rows) for name in self.names}
-        for row, worker in enumerate(at.workers):
-            for name, kept in self._workers.get(worker, {}).items():
-                if kept.shape != rows.shape[1:]:
+    def transition(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition`."""
+        wanted, kept = self._before(rows, self._rows_of(state, rows, place))
+        sent, state = self.operator.transition(wanted, state, place, sizes)
+        out, kept = self._after(wanted, sent, kept)
+        return out, replace(state, workers=self._next(state, kept, place))
+
+    def transition_send(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[list[Tensor], State]:
+        """See `BiasOperator.transition_send`: the messages encode the operator's input, including the feedback."""
+        wanted, kept = self._before(rows, self._rows_of(state, rows, place))
+        check_gradient(wanted)
+        messages, state = self.operator.transition_send(wanted, state, place, sizes)
+        d, dtype = wanted.shape[1], wanted.dtype
+        sent = torch.stack([self.operator.decode(message, d, dtype, sizes=sizes) for message in messages])
+        _, kept = self._after(wanted, sent, kept)
+        return messages, replace(state, workers=self._next(state, kept, place))
+
+    def transition_receive(
+        self,
+        messages: Sequence[Tensor],
+        state: State,
+        d: int,
+        dtype: torch.dtype,
+        sizes: Sizes | None = None,
+        *,
+        each: bool = False,
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition_receive`: the decoded messages of the operator, which has no state for them."""
+        return self.operator.receive(messages, d, dtype, sizes=sizes, each=each), state
+
+    def _rows_of(self, state: State, rows: Tensor, place: Coordinates) -> Rows:
+        """Copy the tensors ``[n, d]`` of the workers at this place, zero for a worker's first gradient."""
+        found = [state.workers.get(worker, {}) for worker in place.workers]
+        for kept in found:
+            for tensor in kept.values():
+                if tensor.shape != rows.shape[1:]:
                     raise ValueError(
-                        f"{self.spec} keeps {len(kept)} entries of each worker; got gradients of {rows.shape[1]}. Use "
-                        "an operator of its own for each run, or reset() it."
+                        f"{self.spec} keeps {len(tensor)} entries of each worker; got gradients of {rows.shape[1]}. "
+                        "Use an operator of its own for each run, or reset() it."
                     )
-                state[name][row] = kept
-        out, state = self._step(rows, state, operator)
-        for tensor in state.values():  # if these are finite, so is what the server receives
+        if not any(found):
+            return {name: torch.zeros_like(rows) for name in self.names}
+        zero = torch.zeros_like(rows[0])
+        return {name: torch.stack([kept.get(name, zero).to(rows) for kept in found]) for name in self.names}
+
+    def _next(self, state: State, kept: Rows, place: Coordinates) -> dict[int, Kept]:
+        """The next state of all workers, given the new tensors ``[n, d]`` of those at this place."""
+        for tensor in kept.values():  # if these are finite, so is what the server receives
             self._in_range(tensor)
-        self._next = {  # stored only now, since the operator may raise
-            worker: {name: tensor[row] for name, tensor in state.items()} for row, worker in enumerate(at.workers)
+        moved = {worker: {name: kept[name][row] for name in kept} for row, worker in enumerate(place.workers)}
+        return {**state.workers, **moved}
+
+    def current_state(self) -> State:
+        """See `BiasOperator.current_state`."""
+        return replace(super().current_state(), workers=self._workers)
+
+    def store(self, state: State) -> None:
+        """See `BiasOperator.store`. A worker's tensors keep their memory: new ones would fragment it."""
+        super().store(state)
+        self._workers = {
+            worker: {name: _stored(self._workers.get(worker, {}).get(name), tensor) for name, tensor in kept.items()}
+            for worker, kept in state.workers.items()
         }
-        if not self._deferred:
-            self.commit()
-        return out
-
-    @contextmanager
-    def defer(self) -> Iterator[None]:
-        """See `BiasOperator.defer`."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def commit(self) -> None:
-        """See `BiasOperator.commit`."""
-        for worker, state in self._next.items():
-            self._keep(worker, state)
-        self._next = {}
-
-    def _keep(self, worker: int, state: State) -> None:
-        """Store a worker's next state in the memory of its last one. New tensors would fragment memory."""
-        kept = self._workers.setdefault(worker, {})
-        for name, tensor in state.items():
-            if name in kept and (kept[name].device, kept[name].dtype) == (tensor.device, tensor.dtype):
-                kept[name].copy_(tensor)
-            else:
-                kept[name] = tensor.clone()
 
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
-        return self._pass(rows, at, None)
+        raise NotImplementedError(f"{self.spec} keeps a state: use transition, or call it.")
+
+    @property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return self.operator._generators
 
     @property
     def compresses(self) -> bool:  # type: ignore[override]
@@ -139,29 +166,10 @@ class ErrorFeedback(BiasOperator):
         """Not supported: a message depends on the state, which a call updates."""
         raise ValueError(f"{self.spec} has a state: encode what its operator {self.operator.spec} is given.")
 
-    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
-        """See `BiasOperator.send`: the messages encode the operator's input, including the feedback."""
-        check_gradient(gradients)
-        d, dtype = gradients.shape[1], gradients.dtype
-        sent: list[Tensor] = []
-
-        def over_the_wire(differences: Tensor) -> Tensor:
-            sent.extend(self.operator.send(differences, step=step, workers=workers, sizes=sizes))
-            return torch.stack([self.operator.decode(message, d, dtype, sizes=sizes) for message in sent])
-
-        self._moved(gradients, Coordinates(step, workers), over_the_wire)
-        return sent
-
-    def receive(
-        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
-    ) -> Tensor:
-        """See `BiasOperator.receive`: the decoded messages of the operator."""
-        return self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
-
     def reset(self) -> None:
         """Discard the state."""
+        super().reset()
         self._workers = {}
-        self._next = {}
         self.operator.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,6 +217,18 @@ class ErrorFeedback(BiasOperator):
         return f"{type(self).__name__}({self.operator!r})"
 
 
+def _stored(before: Tensor | None, tensor: Tensor) -> Tensor:
+    """Copy a tensor, into the memory of the one before it if it fits."""
+    if before is tensor:
+        return tensor
+    fits = before is not None and (before.shape, before.device, before.dtype) == (
+        tensor.shape,
+        tensor.device,
+        tensor.dtype,
+    )
+    return before.copy_(tensor) if before is not None and fits else tensor.clone()
+
+
 @spelled_around(
     "ef14",
     "error feedback around A: its losses are sent later",
@@ -226,9 +246,10 @@ class EF14(ErrorFeedback):
 
     names = ("error",)
 
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        wanted = rows + state["error"]
-        sent = operator(wanted)
+    def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        return rows + kept["error"], {}
+
+    def _after(self, wanted: Tensor, sent: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
         return sent, {"error": wanted - sent}
 
     @property
@@ -257,19 +278,38 @@ class EF21(ErrorFeedback):
         super().__init__(operator)
         self._received: Tensor | None = None  # the server's estimates (sum or each), if messages are sent
 
-    def receive(
-        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
-    ) -> Tensor:
-        """See `BiasOperator.receive`: the estimates, updated by the messages."""
-        change = self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
-        # the checkpoint's estimates may have another device or dtype than the current gradients
-        before = torch.zeros_like(change) if self._received is None else self._received.to(change)
-        self._received = before.add_(change)
-        return self._received
+    def transition(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition`."""
+        out, state = super().transition(rows, state, place, sizes)
+        return out, replace(state, server=None)  # without messages, the estimates are the workers' own
 
-    def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        self._received = None  # without messages, the estimates are the workers' own
-        return super()._pass(rows, at, sizes)
+    def transition_receive(
+        self,
+        messages: Sequence[Tensor],
+        state: State,
+        d: int,
+        dtype: torch.dtype,
+        sizes: Sizes | None = None,
+        *,
+        each: bool = False,
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition_receive`: the estimates, updated by the messages."""
+        change, state = super().transition_receive(messages, state, d, dtype, sizes, each=each)
+        # the checkpoint's estimates may have another device or dtype than the current gradients
+        before = torch.zeros_like(change) if state.server is None else state.server.to(change)
+        estimates = before + change
+        return estimates, replace(state, server=estimates)
+
+    def current_state(self) -> State:
+        """See `BiasOperator.current_state`."""
+        return replace(super().current_state(), server=self._received)
+
+    def store(self, state: State) -> None:
+        """See `BiasOperator.store`."""
+        super().store(state)
+        self._received = None if state.server is None else _stored(self._received, state.server)
 
     def reset(self) -> None:
         """Discard the state."""
@@ -295,10 +335,12 @@ class EF21(ErrorFeedback):
         super().load_state_dict(state)
         self._received = None if received is None else received.clone()
 
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        estimate = state["estimate"]
-        estimate += operator(rows - estimate)
-        return estimate, {"estimate": estimate}
+    def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        return rows - kept["estimate"], kept
+
+    def _after(self, wanted: Tensor, sent: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        estimate = kept["estimate"].add_(sent)
+        return estimate, {**kept, "estimate": estimate}
 
     @property
     def spec(self) -> str:
@@ -344,10 +386,9 @@ class EF21SGDM(EF21):
             raise ValueError(f"EF21SGDM needs the weight of the new gradient, 0 < eta <= 1; got {eta}.")
         self.eta = float(eta)
 
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        momentum = momentum_update_(state["momentum"], rows, self.eta)
-        estimate, moved = super()._step(momentum, state, operator)
-        return estimate, {**moved, "momentum": momentum}
+    def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        momentum = momentum_update_(kept["momentum"], rows, self.eta)
+        return super()._before(momentum, {**kept, "momentum": momentum})
 
     def __repr__(self) -> str:
         return f"EF21SGDM({self.operator!r}, eta={self.eta!r})"

@@ -47,8 +47,13 @@ class Draws(BiasOperator):
         """Not with a ``generator``, since draws from it depend on the order of calls."""
         return self.generator is None
 
+    @property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return () if self.generator is None else (self.generator,)
+
     def reset(self) -> None:
         """Restart with the draws of the first call. A ``generator`` is not reset: its owner seeds it."""
+        super().reset()
         self._calls = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,7 +157,8 @@ class RandK(Sparse, Draws):
 
     def _indices(self, n: int, d: int, k: int, at: Coordinates) -> Tensor:
         if self.generator is not None:
-            keys = torch.rand(1 if self.shared else n, d, generator=self.generator, device=self.generator.device)
+            generator = at.generators[self.generator]
+            keys = torch.rand(1 if self.shared else n, d, generator=generator, device=generator.device)
             chosen = keys.topk(k, dim=-1).indices
         else:
             places = self._places(at._replace(workers=[0]) if self.shared else at)
@@ -255,7 +261,8 @@ class QSGD(Draws):
 
     def _quantized(self, rows: Tensor, at: Coordinates) -> tuple[Tensor, Tensor]:
         if self.generator is not None:
-            drawn = torch.rand(rows.shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+            generator = at.generators[self.generator]
+            drawn = torch.rand(rows.shape, generator=generator, device=generator.device, dtype=torch.float64)
         else:
             drawn = torch.from_numpy(uniforms(self.seed, self._places(at), Purpose.BIAS, rows.shape[1]))
         return quantize(rows, drawn.to(rows.device), self.levels)
