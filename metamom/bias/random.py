@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator
-from metamom.bias.checks import check_setting
+from metamom.bias.checks import check_seed, check_setting
 from metamom.bias.constants import Constants
 from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.norms import scaled_norm
@@ -17,16 +17,6 @@ from metamom.bias.packing import pack, packed_bytes, unpack
 from metamom.bias.sparse import Sparse
 from metamom.bias.spelling import Row, spelled
 from metamom.rng import Places, Purpose, subset, uniforms
-
-
-def check_seed(seed: int) -> None:
-    """Check a seed.
-
-    Raises:
-        ValueError: unless it is a whole number, 0 <= seed < 2^64.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"a seed is a whole number, 0 <= seed < 2^64; got {seed!r}.")
 
 
 class Draws(BiasOperator):
