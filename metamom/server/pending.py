@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metamom.bias import BiasOperator
 from metamom.bias.coordinates import Sizes, place_of
+from metamom.bias.state import EMPTY
 
 
 class PendingStep:
@@ -48,5 +49,6 @@ class PendingStep:
 
     def commit(self) -> None:
         """Store the next state in the operator, and count the step."""
-        self.operator.store(self._state)
+        state, self._state = self._state, EMPTY  # its memory is not needed any longer
+        self.operator.store(state)
         self.operator.advance()
