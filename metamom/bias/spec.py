@@ -8,8 +8,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
 from metamom.bias.base import BiasOperator
-from metamom.bias.compose import Compose
-from metamom.bias.random import check_seed
+from metamom.bias.checks import check_seed
 from metamom.bias.spelling import AROUND, JOINED, SPELLINGS, Around, Spelling, load_all, single_spellings
 from metamom.common.numbers import real, shown, whole
 from metamom.common.spec_table import around_spelling, spec_table
@@ -74,13 +73,14 @@ def parse(spec: str) -> BiasOperator:
 def spellings() -> list[str]:
     """Every spelling without its options, such as ``topk:K``."""
     singles = [text for each in single_spellings() for text in _spelled(each)]
-    return [*singles, JOINED.spelling, *map(_around, AROUND.values())]
+    return [*singles, *(each.spelling for each in JOINED.values()), *map(_around, AROUND.values())]
 
 
 def spec_help() -> str:
     """A table of operators and options, at most 100 columns wide."""
     rows = [("  ".join(_spelled(each)), each.meaning, _options(each.options)) for each in single_spellings()]
-    rows += [(JOINED.spelling, JOINED.meaning, ""), *((_around(each), each.meaning, "") for each in AROUND.values())]
+    rows += [(each.spelling, each.meaning, "") for each in JOINED.values()]
+    rows += [(_around(each), each.meaning, "") for each in AROUND.values()]
     return spec_table(rows, [(_options((name,)), option.meaning) for name, option in OPTIONS.items()])
 
 
@@ -113,7 +113,7 @@ def _any(text: str) -> BiasOperator:
     if len(parts) > MOST:
         raise ValueError(f"a SPEC composes at most {MOST} operators; got {len(parts)}.")
     operators = [_single(part.strip(" ")) for part in parts]
-    operator = operators[0] if len(operators) == 1 else Compose(*operators)
+    operator = operators[0] if len(operators) == 1 else JOINED["+"].make(*operators)
     if around is None:
         return operator
     each = AROUND[around["name"]]
