@@ -24,7 +24,7 @@ __all__ = ["EF14", "EF21", "EF21SGDM", "Clip21", "ErrorFeedback"]
 @spelled_around(
     "ef14",
     "error feedback around A: its losses are sent later",
-    Row("`ef14:A`", "`EF14(A)`", "lowers the floor of a contractive A to one that goes with γ", "A's"),
+    Row("`ef14:A`", "`EF14(A)`", "lowers the floor of a contractive A to one proportional to γ", "A's"),
 )
 class EF14(ErrorFeedback):
     """Classic error feedback: send ``C(g_i + e_i)`` and keep ``e_i <- g_i + e_i - C(g_i + e_i)``.

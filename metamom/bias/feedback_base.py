@@ -180,7 +180,7 @@ class ErrorFeedback(BiasOperator):
         """
         if not {"workers", "operator"} <= set(state):
             raise ValueError(
-                f"{self.spec} goes on from what its state_dict() gave: 'workers', the {', '.join(self.names)} of each, "
+                f"{self.spec} resumes from its own state_dict(): 'workers', the {', '.join(self.names)} of each, "
                 f"and 'operator', the state of {self.operator.spec}; got {', '.join(map(repr, state)) or 'nothing'}."
             )
         if not isinstance(state["workers"], dict) or not isinstance(state["operator"], dict):

@@ -60,7 +60,7 @@ class Draws(BiasOperator):
         """
         if "calls" not in state:
             got = ", ".join(map(repr, state)) or "nothing"
-            raise ValueError(f"{self.spec} goes on from what its state_dict() gave: 'calls', their number; got {got}.")
+            raise ValueError(f"{self.spec} resumes from its own state_dict(): 'calls', their number; got {got}.")
         if type(state["calls"]) is not int or state["calls"] < 0:
             raise ValueError(f"{self.spec} counts its calls by a whole number >= 0; got {state['calls']!r:.80}.")
         if ("generator" in state) != (self.generator is not None):

@@ -33,9 +33,9 @@ class Option(NamedTuple):
 
 
 OPTIONS: dict[str, Option] = {
-    "tensor": Option("per_tensor", True, "act on each parameter tensor by itself"),
+    "tensor": Option("per_tensor", True, "act on each parameter tensor separately"),
     "all": Option("ties", "all", "keep all entries equal to the K-th largest, not the first alone"),
-    "scaled": Option("scaled", True, "multiply what is kept by d/K, which makes it unbiased"),
+    "scaled": Option("scaled", True, "multiply kept entries by d/K, which makes it unbiased"),
     "shared": Option("shared", True, "the same entries for all workers"),
     "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
@@ -131,7 +131,7 @@ def _match_around(text: str) -> re.Match[str] | None:
 
 def _single(text: str) -> BiasOperator:
     if _match_around(text) is not None:
-        raise ValueError(f"error feedback stands once, in front of all that it goes around; got {shown(text)} within.")
+        raise ValueError(f"error feedback may appear once, as the outermost operator; got {shown(text)} within.")
     name, *words = text.split(":")
     if name not in SPELLINGS:
         raise ValueError(f"unknown operator {shown(text)}; wanted {', '.join(spellings())}.")
@@ -146,7 +146,7 @@ def _single(text: str) -> BiasOperator:
     if kind.number is None:
         return kind.make(**options)
     if not argument:
-        raise ValueError(f"{name} needs a number behind a colon: {' or '.join(_spelled(kind))}.")
+        raise ValueError(f"{name} needs a number after a colon: {' or '.join(_spelled(kind))}.")
     try:
         if kind.share and argument.endswith("%"):
             share = _number(float, argument[:-1], f"{name}'s percentage")
