@@ -111,8 +111,8 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
     foreign = [p for key, p in held.items() if key not in own]
     if foreign:
         raise ValueError(
-            f"{len(foreign)} of the optimizer's {len(held)} parameters are not the learner's and would never be updated, "
-            f"the first of shape {tuple(foreign[0].shape)}. {cure}"
+            f"{len(foreign)} of the optimizer's {len(held)} parameters are not the learner's and would never be "
+            f"updated, the first of shape {tuple(foreign[0].shape)}. {cure}"
         )
     missing = [name for name, p in learner.step_sizes.learned().items() if p.requires_grad and id(p) not in held]
     if missing:
