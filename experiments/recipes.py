@@ -116,7 +116,7 @@ class Recipe(RecipeOptions):
         odd = sorted(set(settings) - {each.name for each in fields(cls)}) or sorted({"task"} - set(settings))
         if odd:
             raise ValueError(
-                f"{run} is no run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
+                f"{run} is not a run of `metamom train` of this version: its settings differ in {', '.join(odd)}. "
                 "Use the version that wrote it (config.json names it)."
             )
         missing = [each.name for each in declared(cls) if not each.option.later and each.name not in settings]
@@ -227,5 +227,5 @@ def find_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; wanted cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but PyTorch sees no GPU here; use cpu.")
+        raise ValueError("device=cuda, but PyTorch sees no GPU here; use cpu.")
     return device

@@ -52,5 +52,5 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
     where = f"the checkpoint in {path}"
     step, _ = checked_head(state, where)
     learner = recipe.learner()
-    load_parts({"learner": learner}, state, where, misfit="is of another model than its config.json")
+    load_parts({"learner": learner}, state, where, misfit="belongs to another model than its config.json")
     return SavedRun(recipe, learner, step)

@@ -100,7 +100,7 @@ def _archive(source: Path, top: str) -> tuple[Members, Reader]:
     try:
         archive = zipfile.ZipFile(BytesIO(data))
     except ZIP_FAULTS as error:
-        raise _bad(source, f"is no whole zip archive ({error})") from error
+        raise _bad(source, f"is not a complete zip archive ({error})") from error
 
     def read(name: str) -> bytes:
         try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates, Sizes
+from metamom.bias.state import State
 from metamom.distributed import World
 
 
@@ -65,21 +66,41 @@ class TimedOperator(BiasOperator):
         self.carries_momentum = operator.carries_momentum
         self._clock = clock
 
-    def __call__(self, gradient: Tensor, **how: Any) -> Tensor:
+    def transition(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition`."""
         with self._clock.part("encode"):
-            return self.operator(gradient, **how)
+            return self.operator.transition(rows, state, place, sizes)
 
-    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
-        """See `BiasOperator.send`."""
+    def transition_send(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[list[Tensor], State]:
+        """See `BiasOperator.transition_send`."""
         with self._clock.part("encode"):
-            return self.operator.send(gradients, step=step, workers=workers, sizes=sizes)
+            return self.operator.transition_send(rows, state, place, sizes)
 
-    def receive(
-        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
-    ) -> Tensor:
-        """See `BiasOperator.receive`."""
+    def transition_receive(
+        self,
+        messages: Sequence[Tensor],
+        state: State,
+        d: int,
+        dtype: torch.dtype,
+        sizes: Sizes | None = None,
+        *,
+        each: bool = False,
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition_receive`."""
         with self._clock.part("decode"):
-            return self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
+            return self.operator.transition_receive(messages, state, d, dtype, sizes, each=each)
+
+    def current_state(self) -> State:
+        """The operator's."""
+        return self.operator.current_state()
+
+    def store(self, state: State) -> None:
+        """Store the operator's."""
+        self.operator.store(state)
 
     def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
         """The operator's."""

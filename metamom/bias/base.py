@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,17 +12,20 @@ from torch import Tensor
 
 from metamom.bias.checks import all_finite
 from metamom.bias.constants import Contraction
-from metamom.bias.coordinates import Coordinates, NonFiniteError, Sizes, check_gradient, numbers
+from metamom.bias.coordinates import Coordinates, NonFiniteError, Sizes
+from metamom.bias.state import State, after_draws, with_generators
+from metamom.bias.stateful import Stateful
 from metamom.bias.value import Value
 from metamom.bias.wire import Codec
 
 
-class BiasOperator(Value, Codec, Contraction):
+class BiasOperator(Value, Codec, Contraction, Stateful):
     """An operator C on gradients that are flattened over all parameters.
 
     It acts on the last dimension, so one call handles all workers' gradients ``[n, d]``. Operators are values: they are
-    equal if created with equal arguments, and print as the call that creates them. State that some of them keep between
-    calls (a count of calls, errors to feed back) is in their `state_dict` and does not affect equality.
+    equal if created with equal arguments, and print as the call that creates them. The mathematics is in `transition`,
+    a pure function of gradients and state. State that some of them keep between calls (a count of calls, errors to feed
+    back) is in their `state_dict` and does not affect equality.
 
     A custom operator defines `_apply` and `spec`. It is a value if each constructor argument is stored in the attribute
     of the same name. Otherwise it equals only itself, and prints as ``Name(...)``.
@@ -34,39 +36,51 @@ class BiasOperator(Value, Codec, Contraction):
     names: tuple[str, ...] = ()  # names of the tensors [d] that each worker keeps between calls (error feedback)
     carries_momentum: bool = False  # whether the workers average gradients over steps, so that the server must not
 
-    def __call__(
-        self,
-        gradient: Tensor,
-        *,
-        step: int | None = None,
-        workers: Sequence[int] | None = None,
-        sizes: Sizes | None = None,
-    ) -> Tensor:
-        """Apply C to each gradient.
+    def transition(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[Tensor, State]:
+        """Apply C to each row, as a pure function: neither the operator nor an argument changes.
 
         Args:
-            gradient: ``[..., d]``, one gradient for each worker.
-            step: seeds random operators, together with the worker; the number of earlier calls by default.
-            workers: the workers' numbers, >= 0 and distinct; 0, 1, ... by default. They seed random operators, and
-                error feedback keeps a state for each.
-            sizes: the numbers of entries of the parameter tensors, which layer-wise operators need.
+            rows: ``[n, d]``, finite; `place_of` checks them and returns their place.
+            state: the state after the last transition; ``State()`` at the start.
+            place: the step and the workers of the rows.
+            sizes: as for a call.
 
         Returns:
-            ``[..., d]``, a new tensor or the same one.
+            ``(C(rows) [n, d], the next state)``. They may share memory with each other and with the arguments, so copy
+            one before changing it in place.
 
         Raises:
-            NonFiniteError: for an infinite or NaN entry, or if C(g) is beyond the range of the gradients' dtype.
-            TypeError: for entries that are not floating-point numbers.
-            ValueError: for workers that do not match the rows, for sizes that are missing or do not add up to d; and as
-                the operator says. The operator's state does not change then.
+            NonFiniteError: as a call.
+            ValueError: as a call.
         """
-        check_gradient(gradient)
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        at = Coordinates(self.draw_step if step is None else step, numbers(workers, len(rows)))
-        out = self._pass(rows, at, sizes)
-        if step is None:
-            self.advance()
-        return gradient if out is rows else out.view(gradient.shape)
+        place = with_generators(place, self._generators, state)
+        return self._pass(rows, place, sizes), after_draws(state, place)
+
+    def transition_send(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[list[Tensor], State]:
+        """`transition` with the workers' messages, each ``[bytes]`` uint8, in place of ``C(rows)``."""
+        place = with_generators(place, self._generators, state)
+        return self._messages(rows, place, sizes), after_draws(state, place)
+
+    def transition_receive(
+        self,
+        messages: Sequence[Tensor],
+        state: State,
+        d: int,
+        dtype: torch.dtype,
+        sizes: Sizes | None = None,
+        *,
+        each: bool = False,
+    ) -> tuple[Tensor, State]:
+        """`receive` as a pure function: the server's half of a transition.
+
+        Returns:
+            ``(the messages' sum [d], or each one's [n, d], the next state)``.
+        """
+        return self._decoded(messages, d, dtype, sizes, each), state
 
     @abstractmethod
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
@@ -91,50 +105,6 @@ class BiasOperator(Value, Codec, Contraction):
     def separable(self) -> bool:
         """Whether a step's workers can be split over several calls or processes with the same result."""
         return True
-
-    @contextmanager
-    def defer(self) -> Iterator[None]:
-        """Inside this context, calls do not update the workers' state; `commit` applies the update later."""
-        yield
-
-    def commit(self) -> None:
-        """Apply the state update of the last deferred call."""
-        return  # most operators have no state
-
-    def reset(self) -> None:
-        """Discard the state from earlier calls."""
-        return  # most operators have no state
-
-    def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """Keep one process's part of a loaded state of all workers, and what the server needs.
-
-        Args:
-            workers: the workers of this process.
-            each: as for `receive`.
-        """
-        return  # most operators have no state
-
-    @staticmethod
-    def gather(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Combine the processes' `state_dict`s, process 0 first, into one state of all workers."""
-        return states[0]  # for most operators, all processes have the same state
-
-    def deal(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """`shard` under its name in version 0.1."""
-        self.shard(workers, each=each)
-
-    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`gather` under its name in version 0.1."""
-        return self.gather(states)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state from earlier calls, for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        if state:
-            raise ValueError(f"{self.spec} carries no state; got {', '.join(state)}.")
 
     def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
         """Apply C to each row of ``[n, d]``, whole or layer by layer."""
@@ -163,15 +133,6 @@ class BiasOperator(Value, Codec, Contraction):
         if sum(sizes) != d:
             raise ValueError(f"sizes must add up to the gradient's {d} entries; got {list(sizes)}.")
         return [size for size in sizes if size > 0]
-
-    @property
-    def draw_step(self) -> int:
-        """The number of earlier calls, for operators that use it to draw."""
-        return 0
-
-    def advance(self) -> None:
-        """Count a successful call."""
-        return  # most operators do not count calls
 
 
 _MOVED = {

@@ -1,4 +1,4 @@
-"""Checks that operators share: finite entries, and valid arguments for constants."""
+"""Checks that operators share: finite entries, seeds, and valid arguments for constants."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ def all_finite(entries: Tensor) -> bool:
     # the sum is cheap and almost always finite; if it is not, finite entries may still have overflowed it
     total = entries.sum(dtype=torch.promote_types(entries.dtype, torch.float32))
     return bool(total.isfinite()) or bool(entries.isfinite().all())
+
+
+def check_seed(seed: int) -> None:
+    """Check a seed.
+
+    Raises:
+        ValueError: unless it is a whole number, 0 <= seed < 2^64.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"a seed is a whole number, 0 <= seed < 2^64; got {seed!r}.")
 
 
 def check_setting(d: int, workers: int, zeta2: float, bound: float | None) -> None:

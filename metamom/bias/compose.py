@@ -10,8 +10,14 @@ from torch import Tensor
 from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.function import inner_operator
+from metamom.bias.spelling import Row, spelled_between
 
 
+@spelled_between(
+    "+",
+    "A, then B on what it leaves",
+    Row("`clip:1+topk:5%`", "`Compose(Clip(1), TopK(ratio=0.05))`", "unknown", "the last one's"),
+)
 class Compose(BiasOperator):
     """``C(g) = C_m(... C_1(g))``: operators apply in the given order, and the last one's message is sent.
 
@@ -43,6 +49,10 @@ class Compose(BiasOperator):
 
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         return self._pass(rows, at, None)
+
+    @property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return tuple(dict.fromkeys(each for operator in self.operators for each in operator._generators))
 
     @property
     def draw_step(self) -> int:
@@ -97,6 +107,7 @@ class Compose(BiasOperator):
 
     def reset(self) -> None:
         """Reset all of them."""
+        super().reset()
         for operator in self.operators:
             operator.reset()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from metamom.bias.checks import all_finite
@@ -24,12 +26,14 @@ class Coordinates(NamedTuple):
         workers: the worker of each row.
         tensor: number of the parameter tensor in a layer-wise operator, else 0.
         operator: number of the operator in a composition, else 0, so that two of the same kind draw independently.
+        generators: for each ``generator=`` a copy to draw from; a transition sets this.
     """
 
     step: int
     workers: Sequence[int]
     tensor: int = 0
     operator: int = 0
+    generators: Mapping[torch.Generator, torch.Generator] = MappingProxyType({})
 
 
 def numbers(workers: Sequence[int] | None, rows: int) -> Sequence[int]:
@@ -58,3 +62,14 @@ def check_gradient(gradient: Tensor) -> None:
             f"{int(bad.sum())} entries of the gradients are infinite or NaN, the first in row {first} (rows are "
             "workers): a smaller step size, or the loss, must keep them finite; no operator can."
         )
+
+
+def place_of(rows: Tensor, step: int, workers: Sequence[int] | None) -> Coordinates:
+    """The coordinates of gradients ``[n, d]``, for a transition.
+
+    Raises:
+        TypeError: as `check_gradient`.
+        ValueError: as `check_gradient` and `numbers`.
+    """
+    check_gradient(rows)
+    return Coordinates(step, numbers(workers, len(rows)))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,207 +11,20 @@ from torch import Tensor
 
 from metamom.bias.base import BiasOperator
 from metamom.bias.clip import Clip
-from metamom.bias.coordinates import Coordinates, Sizes, check_gradient
-from metamom.bias.function import inner_operator
+from metamom.bias.coordinates import Coordinates, Sizes
+from metamom.bias.feedback_base import ErrorFeedback, Rows, stored
 from metamom.bias.spelling import Row, spelled, spelled_around
+from metamom.bias.state import State
 from metamom.common.checks import check_number
 from metamom.optim import momentum_update_
 
-State = dict[str, Tensor]  # by name
-
-
-class ErrorFeedback(BiasOperator):
-    """The base of EF14, EF21, EF21-SGDM and Clip21: an operator, and tensors ``[d]`` that each worker keeps.
-
-    A worker's state starts at zero, and each gradient of that worker updates it. It is part of a run: `train` saves it
-    in every checkpoint. The theory requires a contractive operator (Top-K, Rand-K unscaled, Sign).
-
-    Args:
-        operator: C, or its SPEC, on whole gradients or layer by layer.
-
-    Raises:
-        TypeError: for anything but an operator, and for one with error feedback.
-        ValueError: when called with gradients of a different length than before.
-
-    Attributes:
-        state: the workers' tensors by name, ``[n, d]`` in the order of the workers; empty before the first call.
-    """
-
-    def __init__(self, operator: BiasOperator | str) -> None:
-        self.operator = inner_operator(operator, "error feedback goes around an operator without it")
-        self._workers: dict[int, State] = {}
-        self._next: dict[int, State] = {}  # the next states, from the current call
-        self._deferred = False
-
-    @property
-    def state(self) -> State:
-        """The workers' tensors by name."""
-        kept = [self._workers[worker] for worker in sorted(self._workers)]
-        # some workers have been updated since a checkpoint was loaded; the others still have the loaded tensors
-        return {name: torch.stack([state[name].to(kept[0][name]) for state in kept]) for name in self.names if kept}
-
-    @abstractmethod
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        """The recurrence: what the server receives ``[n, d]``, and the next state, of tensors ``[n, d]``.
-
-        It may change the tensors in ``state``.
-        """
-
-    def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        return self._moved(rows, at, lambda difference: self.operator._pass(difference, at, sizes))
-
-    def _moved(self, rows: Tensor, at: Coordinates, operator: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the server receives, given an operator on ``[n, d]``. Updates the states."""
-        state = {name: torch.zeros_like(rows) for name in self.names}
-        for row, worker in enumerate(at.workers):
-            for name, kept in self._workers.get(worker, {}).items():
-                if kept.shape != rows.shape[1:]:
-                    raise ValueError(
-                        f"{self.spec} keeps {len(kept)} entries of each worker; got gradients of {rows.shape[1]}. Use "
-                        "an operator of its own for each run, or reset() it."
-                    )
-                state[name][row] = kept
-        out, state = self._step(rows, state, operator)
-        for tensor in state.values():  # if these are finite, so is what the server receives
-            self._in_range(tensor)
-        self._next = {  # stored only now, since the operator may raise
-            worker: {name: tensor[row] for name, tensor in state.items()} for row, worker in enumerate(at.workers)
-        }
-        if not self._deferred:
-            self.commit()
-        return out
-
-    @contextmanager
-    def defer(self) -> Iterator[None]:
-        """See `BiasOperator.defer`."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def commit(self) -> None:
-        """See `BiasOperator.commit`."""
-        for worker, state in self._next.items():
-            self._keep(worker, state)
-        self._next = {}
-
-    def _keep(self, worker: int, state: State) -> None:
-        """Store a worker's next state in the memory of its last one. New tensors would fragment memory."""
-        kept = self._workers.setdefault(worker, {})
-        for name, tensor in state.items():
-            if name in kept and (kept[name].device, kept[name].dtype) == (tensor.device, tensor.dtype):
-                kept[name].copy_(tensor)
-            else:
-                kept[name] = tensor.clone()
-
-    def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
-        return self._pass(rows, at, None)
-
-    @property
-    def compresses(self) -> bool:  # type: ignore[override]
-        """Whether the operator does."""
-        return self.operator.compresses
-
-    @property
-    def varies(self) -> bool:
-        """Whether the operator's messages do."""
-        return self.operator.varies
-
-    @property
-    def separable(self) -> bool:
-        """Whether the operator is. Each worker has its own state."""
-        return self.operator.separable
-
-    @property
-    def draw_step(self) -> int:
-        return self.operator.draw_step
-
-    def advance(self) -> None:
-        self.operator.advance()
-
-    def wire_bytes(self, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
-        """The operator's. The state never leaves the worker."""
-        return self.operator.wire_bytes(d, element_size, sizes)
-
-    def encode(self, gradient: Tensor, *, step: int = 0, worker: int = 0, sizes: Sizes | None = None) -> Tensor:
-        """Not supported: a message depends on the state, which a call updates."""
-        raise ValueError(f"{self.spec} has a state: encode what its operator {self.operator.spec} is given.")
-
-    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
-        """See `BiasOperator.send`: the messages encode the operator's input, including the feedback."""
-        check_gradient(gradients)
-        d, dtype = gradients.shape[1], gradients.dtype
-        sent: list[Tensor] = []
-
-        def over_the_wire(differences: Tensor) -> Tensor:
-            sent.extend(self.operator.send(differences, step=step, workers=workers, sizes=sizes))
-            return torch.stack([self.operator.decode(message, d, dtype, sizes=sizes) for message in sent])
-
-        self._moved(gradients, Coordinates(step, workers), over_the_wire)
-        return sent
-
-    def receive(
-        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
-    ) -> Tensor:
-        """See `BiasOperator.receive`: the decoded messages of the operator."""
-        return self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
-
-    def reset(self) -> None:
-        """Discard the state."""
-        self._workers = {}
-        self._next = {}
-        self.operator.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Each worker's tensors and the operator's own state. Not copied; the next call updates the tensors."""
-        return {"workers": dict(self._workers), "operator": self.operator.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `BiasOperator`.
-
-        Raises:
-            ValueError: for anything but a state of such an operator.
-        """
-        if not {"workers", "operator"} <= set(state):
-            raise ValueError(
-                f"{self.spec} goes on from what its state_dict() gave: 'workers', the {', '.join(self.names)} of each, "
-                f"and 'operator', the state of {self.operator.spec}; got {', '.join(map(repr, state)) or 'nothing'}."
-            )
-        if not isinstance(state["workers"], dict) or not isinstance(state["operator"], dict):
-            raise ValueError(f"{self.spec} keeps a dict of workers and one of its operator; got {state!r:.80}.")
-        for worker, kept in state["workers"].items():
-            if not isinstance(kept, dict) or set(kept) != set(self.names):
-                got = ", ".join(map(str, kept)) if isinstance(kept, dict) else type(kept).__name__
-                raise ValueError(f"{self.spec} keeps {', '.join(self.names)} of each worker; got {got}.")
-            if type(worker) is not int or worker < 0:
-                raise ValueError(f"{self.spec} numbers the workers by whole numbers >= 0; got {worker!r:.80}.")
-            for name, tensor in kept.items():
-                if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not tensor.is_floating_point():
-                    raise ValueError(f"{self.spec} keeps {name} [d] of worker {worker}; got {tensor!r:.80}.")
-        self.operator.load_state_dict(state["operator"])
-        self._workers = {
-            worker: {name: tensor.clone() for name, tensor in kept.items()} for worker, kept in state["workers"].items()
-        }
-
-    def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """See `BiasOperator.shard`."""
-        self._workers = {worker: kept for worker, kept in self._workers.items() if worker in set(workers)}
-
-    @staticmethod
-    def gather(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See `BiasOperator.gather`: the workers of all processes, in order."""
-        workers = {worker: kept for state in states for worker, kept in state["workers"].items()}
-        return {**states[0], "workers": dict(sorted(workers.items()))}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.operator!r})"
+__all__ = ["EF14", "EF21", "EF21SGDM", "Clip21", "ErrorFeedback"]
 
 
 @spelled_around(
     "ef14",
     "error feedback around A: its losses are sent later",
-    Row("`ef14:A`", "`EF14(A)`", "lowers the floor of a contractive A to one that goes with γ", "A's"),
+    Row("`ef14:A`", "`EF14(A)`", "lowers the floor of a contractive A to one proportional to γ", "A's"),
 )
 class EF14(ErrorFeedback):
     """Classic error feedback: send ``C(g_i + e_i)`` and keep ``e_i <- g_i + e_i - C(g_i + e_i)``.
@@ -226,9 +38,10 @@ class EF14(ErrorFeedback):
 
     names = ("error",)
 
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        wanted = rows + state["error"]
-        sent = operator(wanted)
+    def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        return rows + kept["error"], {}
+
+    def _after(self, wanted: Tensor, sent: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
         return sent, {"error": wanted - sent}
 
     @property
@@ -257,19 +70,38 @@ class EF21(ErrorFeedback):
         super().__init__(operator)
         self._received: Tensor | None = None  # the server's estimates (sum or each), if messages are sent
 
-    def receive(
-        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
-    ) -> Tensor:
-        """See `BiasOperator.receive`: the estimates, updated by the messages."""
-        change = self.operator.receive(messages, d, dtype, sizes=sizes, each=each)
-        # the checkpoint's estimates may have another device or dtype than the current gradients
-        before = torch.zeros_like(change) if self._received is None else self._received.to(change)
-        self._received = before.add_(change)
-        return self._received
+    def transition(
+        self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition`."""
+        out, state = super().transition(rows, state, place, sizes)
+        return out, replace(state, server=None)  # without messages, the estimates are the workers' own
 
-    def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        self._received = None  # without messages, the estimates are the workers' own
-        return super()._pass(rows, at, sizes)
+    def transition_receive(
+        self,
+        messages: Sequence[Tensor],
+        state: State,
+        d: int,
+        dtype: torch.dtype,
+        sizes: Sizes | None = None,
+        *,
+        each: bool = False,
+    ) -> tuple[Tensor, State]:
+        """See `BiasOperator.transition_receive`: the estimates, updated by the messages."""
+        change, state = super().transition_receive(messages, state, d, dtype, sizes, each=each)
+        # the checkpoint's estimates may have another device or dtype than the current gradients
+        before = torch.zeros_like(change) if state.server is None else state.server.to(change)
+        estimates = before + change
+        return estimates, replace(state, server=estimates)
+
+    def current_state(self) -> State:
+        """See `BiasOperator.current_state`."""
+        return replace(super().current_state(), server=self._received)
+
+    def store(self, state: State) -> None:
+        """See `BiasOperator.store`."""
+        super().store(state)
+        self._received = None if state.server is None else stored(self._received, state.server)
 
     def reset(self) -> None:
         """Discard the state."""
@@ -295,10 +127,12 @@ class EF21(ErrorFeedback):
         super().load_state_dict(state)
         self._received = None if received is None else received.clone()
 
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        estimate = state["estimate"]
-        estimate += operator(rows - estimate)
-        return estimate, {"estimate": estimate}
+    def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        return rows - kept["estimate"], kept
+
+    def _after(self, wanted: Tensor, sent: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        estimate = kept["estimate"].add_(sent)
+        return estimate, {**kept, "estimate": estimate}
 
     @property
     def spec(self) -> str:
@@ -344,10 +178,9 @@ class EF21SGDM(EF21):
             raise ValueError(f"EF21SGDM needs the weight of the new gradient, 0 < eta <= 1; got {eta}.")
         self.eta = float(eta)
 
-    def _step(self, rows: Tensor, state: State, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
-        momentum = momentum_update_(state["momentum"], rows, self.eta)
-        estimate, moved = super()._step(momentum, state, operator)
-        return estimate, {**moved, "momentum": momentum}
+    def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
+        momentum = momentum_update_(kept["momentum"], rows, self.eta)
+        return super()._before(momentum, {**kept, "momentum": momentum})
 
     def __repr__(self) -> str:
         return f"EF21SGDM({self.operator!r}, eta={self.eta!r})"

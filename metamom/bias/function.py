@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates
+from metamom.bias.spec import parse
 from metamom.bias.spelling import Row, spelled
 
 
@@ -85,8 +86,6 @@ def as_operator(bias: Bias) -> BiasOperator | None:
     if isinstance(bias, type):
         raise TypeError(f"a bias is an operator, such as {bias.__name__}(...); got the class {bias.__name__} itself.")
     if isinstance(bias, str):
-        from metamom.bias.spec import parse  # here, since it imports every operator, and operators import this module
-
         return parse(bias)
     return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)
 

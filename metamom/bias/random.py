@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator
-from metamom.bias.checks import check_setting
+from metamom.bias.checks import check_seed, check_setting
 from metamom.bias.constants import Constants
 from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.norms import scaled_norm
@@ -17,16 +17,6 @@ from metamom.bias.packing import pack, packed_bytes, unpack
 from metamom.bias.sparse import Sparse
 from metamom.bias.spelling import Row, spelled
 from metamom.rng import Places, Purpose, subset, uniforms
-
-
-def check_seed(seed: int) -> None:
-    """Check a seed.
-
-    Raises:
-        ValueError: unless it is a whole number, 0 <= seed < 2^64.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"a seed is a whole number, 0 <= seed < 2^64; got {seed!r}.")
 
 
 class Draws(BiasOperator):
@@ -47,8 +37,13 @@ class Draws(BiasOperator):
         """Not with a ``generator``, since draws from it depend on the order of calls."""
         return self.generator is None
 
+    @property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return () if self.generator is None else (self.generator,)
+
     def reset(self) -> None:
         """Restart with the draws of the first call. A ``generator`` is not reset: its owner seeds it."""
+        super().reset()
         self._calls = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,7 +60,7 @@ class Draws(BiasOperator):
         """
         if "calls" not in state:
             got = ", ".join(map(repr, state)) or "nothing"
-            raise ValueError(f"{self.spec} goes on from what its state_dict() gave: 'calls', their number; got {got}.")
+            raise ValueError(f"{self.spec} resumes from its own state_dict(): 'calls', their number; got {got}.")
         if type(state["calls"]) is not int or state["calls"] < 0:
             raise ValueError(f"{self.spec} counts its calls by a whole number >= 0; got {state['calls']!r:.80}.")
         if ("generator" in state) != (self.generator is not None):
@@ -152,7 +147,8 @@ class RandK(Sparse, Draws):
 
     def _indices(self, n: int, d: int, k: int, at: Coordinates) -> Tensor:
         if self.generator is not None:
-            keys = torch.rand(1 if self.shared else n, d, generator=self.generator, device=self.generator.device)
+            generator = at.generators[self.generator]
+            keys = torch.rand(1 if self.shared else n, d, generator=generator, device=generator.device)
             chosen = keys.topk(k, dim=-1).indices
         else:
             places = self._places(at._replace(workers=[0]) if self.shared else at)
@@ -255,7 +251,8 @@ class QSGD(Draws):
 
     def _quantized(self, rows: Tensor, at: Coordinates) -> tuple[Tensor, Tensor]:
         if self.generator is not None:
-            drawn = torch.rand(rows.shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+            generator = at.generators[self.generator]
+            drawn = torch.rand(rows.shape, generator=generator, device=generator.device, dtype=torch.float64)
         else:
             drawn = torch.from_numpy(uniforms(self.seed, self._places(at), Purpose.BIAS, rows.shape[1]))
         return quantize(rows, drawn.to(rows.device), self.levels)

@@ -8,8 +8,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
 from metamom.bias.base import BiasOperator
-from metamom.bias.compose import Compose
-from metamom.bias.random import check_seed
+from metamom.bias.checks import check_seed
 from metamom.bias.spelling import AROUND, JOINED, SPELLINGS, Around, Spelling, load_all, single_spellings
 from metamom.common.numbers import real, shown, whole
 from metamom.common.spec_table import around_spelling, spec_table
@@ -34,9 +33,9 @@ class Option(NamedTuple):
 
 
 OPTIONS: dict[str, Option] = {
-    "tensor": Option("per_tensor", True, "act on each parameter tensor by itself"),
+    "tensor": Option("per_tensor", True, "act on each parameter tensor separately"),
     "all": Option("ties", "all", "keep all entries equal to the K-th largest, not the first alone"),
-    "scaled": Option("scaled", True, "multiply what is kept by d/K, which makes it unbiased"),
+    "scaled": Option("scaled", True, "multiply kept entries by d/K, which makes it unbiased"),
     "shared": Option("shared", True, "the same entries for all workers"),
     "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
@@ -74,13 +73,14 @@ def parse(spec: str) -> BiasOperator:
 def spellings() -> list[str]:
     """Every spelling without its options, such as ``topk:K``."""
     singles = [text for each in single_spellings() for text in _spelled(each)]
-    return [*singles, JOINED.spelling, *map(_around, AROUND.values())]
+    return [*singles, *(each.spelling for each in JOINED.values()), *map(_around, AROUND.values())]
 
 
 def spec_help() -> str:
     """A table of operators and options, at most 100 columns wide."""
     rows = [("  ".join(_spelled(each)), each.meaning, _options(each.options)) for each in single_spellings()]
-    rows += [(JOINED.spelling, JOINED.meaning, ""), *((_around(each), each.meaning, "") for each in AROUND.values())]
+    rows += [(each.spelling, each.meaning, "") for each in JOINED.values()]
+    rows += [(_around(each), each.meaning, "") for each in AROUND.values()]
     return spec_table(rows, [(_options((name,)), option.meaning) for name, option in OPTIONS.items()])
 
 
@@ -113,7 +113,7 @@ def _any(text: str) -> BiasOperator:
     if len(parts) > MOST:
         raise ValueError(f"a SPEC composes at most {MOST} operators; got {len(parts)}.")
     operators = [_single(part.strip(" ")) for part in parts]
-    operator = operators[0] if len(operators) == 1 else Compose(*operators)
+    operator = operators[0] if len(operators) == 1 else JOINED["+"].make(*operators)
     if around is None:
         return operator
     each = AROUND[around["name"]]
@@ -131,7 +131,7 @@ def _match_around(text: str) -> re.Match[str] | None:
 
 def _single(text: str) -> BiasOperator:
     if _match_around(text) is not None:
-        raise ValueError(f"error feedback stands once, in front of all that it goes around; got {shown(text)} within.")
+        raise ValueError(f"error feedback may appear once, as the outermost operator; got {shown(text)} within.")
     name, *words = text.split(":")
     if name not in SPELLINGS:
         raise ValueError(f"unknown operator {shown(text)}; wanted {', '.join(spellings())}.")
@@ -146,7 +146,7 @@ def _single(text: str) -> BiasOperator:
     if kind.number is None:
         return kind.make(**options)
     if not argument:
-        raise ValueError(f"{name} needs a number behind a colon: {' or '.join(_spelled(kind))}.")
+        raise ValueError(f"{name} needs a number after a colon: {' or '.join(_spelled(kind))}.")
     try:
         if kind.share and argument.endswith("%"):
             share = _number(float, argument[:-1], f"{name}'s percentage")

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from metamom.bias.base import BiasOperator
 from metamom.common import tables
+from metamom.common.spec_table import joined_spelling
 
 Made = TypeVar("Made", bound=type[BiasOperator])
 
@@ -73,20 +74,24 @@ class Around(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """The SPEC of a composition, which does not belong to a single class."""
+    """The SPEC of operators in a row, A and B.
+
+    Attributes:
+        spelling: an example, with names for the operators.
+        make: creates the operator from those in the row.
+        meaning: a short description.
+        rows: its rows in the table of operators.
+    """
 
     spelling: str
+    make: Callable[..., BiasOperator]
     meaning: str
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = ()
 
 
-JOINED = Joined(
-    "A+B",
-    "A, then B on what it leaves",
-    (Row("`clip:1+topk:5%`", "`Compose(Clip(1), TopK(ratio=0.05))`", "unknown", "the last one's"),),
-)
 SPELLINGS: dict[str, Spelling] = {}
 AROUND: dict[str, Around] = {}
+JOINED: dict[str, Joined] = {}  # by the sign between the operators
 
 
 def spelled(
@@ -117,6 +122,16 @@ def spelled_around(name: str, meaning: str, *rows: Row, argument: str = "") -> C
     return register
 
 
+def spelled_between(sign: str, meaning: str, *rows: Row) -> Callable[[Made], Made]:
+    """A decorator that gives the class of operators in a row its `Joined`, with this sign between two of them."""
+
+    def register(kind: Made) -> Made:
+        JOINED[sign] = Joined(joined_spelling(sign), kind, meaning, rows)
+        return kind
+
+    return register
+
+
 @cache
 def load_all() -> None:
     """Import every module of operators, to register their SPECs."""
@@ -135,5 +150,6 @@ def operator_table() -> str:
     """The documentation's table of operators, in Markdown."""
     head = Row("`--bias`", "in Python", "contraction α_c, or what it is instead", "bytes for d float32 entries")
     rows = [row for each in single_spellings() for row in each.rows]
-    rows += [JOINED.rows[0], *(row for each in AROUND.values() for row in each.rows)]
+    rows += [row for joined in JOINED.values() for row in joined.rows]
+    rows += [row for around in AROUND.values() for row in around.rows]
     return "\n".join([*tables.head(*head), *(tables.row(*row) for row in rows)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.checks import all_finite
-from metamom.bias.coordinates import Coordinates, Sizes, check_gradient, numbers
+from metamom.bias.coordinates import Coordinates, Sizes
 
 
 class Codec(ABC):
@@ -43,23 +43,6 @@ class Codec(ABC):
         """
         return sum(self._wire_bytes(size, element_size) for size in self._parts(d, sizes))
 
-    def encode(self, gradient: Tensor, *, step: int = 0, worker: int = 0, sizes: Sizes | None = None) -> Tensor:
-        """Encode one worker's message, which it sends instead of ``C(g)``.
-
-        Args:
-            gradient: ``[d]``.
-            step: as for a call.
-            worker: the worker's number.
-            sizes: as for a call.
-
-        Returns:
-            ``[wire_bytes]`` uint8.
-        """
-        check_gradient(gradient)
-        if gradient.dim() != 1:
-            raise ValueError(f"encode takes one worker's gradient [d]; got shape {tuple(gradient.shape)}.")
-        return self._message(gradient, Coordinates(step, [worker]), sizes)
-
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:
         """Decode a message to ``C(g)`` ``[d]``, exactly.
 
@@ -76,40 +59,15 @@ class Codec(ABC):
             raise self._damaged("values that are infinite or NaN", d, dtype)
         return out
 
-    def send(self, gradients: Tensor, *, step: int, workers: Sequence[int], sizes: Sizes | None = None) -> list[Tensor]:
-        """Encode workers' messages. Like a call, it updates the workers' state.
+    def _messages(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> list[Tensor]:
+        """The messages of gradients ``[n, d]``."""
+        each = [at._replace(workers=[worker]) for worker in at.workers]
+        return [self._message(g, alone, sizes) for g, alone in zip(rows, each, strict=True)]
 
-        Args:
-            gradients: ``[n, d]``.
-            step: as for a call.
-            workers: the workers' numbers.
-            sizes: as for a call.
-
-        Returns:
-            n messages, each ``[bytes]`` uint8.
-
-        Raises:
-            NonFiniteError: as a call.
-        """
-        check_gradient(gradients)
-        each = [Coordinates(step, [worker]) for worker in numbers(workers, len(gradients))]
-        return [self._message(g, at, sizes) for g, at in zip(gradients, each, strict=True)]
-
-    def receive(
-        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, sizes: Sizes | None = None, each: bool = False
+    def _decoded(
+        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, sizes: Sizes | None, each: bool
     ) -> Tensor:
-        """Decode the workers' messages: their sum, or each one.
-
-        Args:
-            messages: of all workers, in order.
-            d: length of the gradients.
-            dtype: of the gradients.
-            sizes: as for a call.
-            each: return each worker's ``[n, d]`` instead of their sum ``[d]``.
-
-        Raises:
-            ValueError: for messages that no gradients encode to.
-        """
+        """Decode messages: their sum ``[d]``, or ``each`` one, ``[n, d]``."""
         if each:
             return torch.stack([self.decode(message, d, dtype, sizes=sizes) for message in messages])
         total = torch.zeros(d, dtype=dtype, device=messages[0].device)

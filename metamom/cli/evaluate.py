@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     }
     if saved.recipe.ways is not None and asked.get("ways", saved.recipe.ways) != saved.recipe.ways:
         raise ValueError(
-            f"the learner in {arguments.run_path} tells {saved.recipe.ways} classes apart; got --ways {asked['ways']}. "
-            "Train one with that many --ways."
+            f"the learner in {arguments.run_path} distinguishes {saved.recipe.ways} classes; got "
+            f"--ways {asked['ways']}. Train one with that many --ways."
         )
     # tasks of --shots support points, whatever the estimator trained on
     recipe = replace(saved.recipe, **asked, estimator="exact", inner_batches="same")
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     kind = f"{recipe.ways}-way {recipe.shots}-shot" if recipe.ways else f"{recipe.shots}-shot"
     print(
         f"{recipe.task} {kind}, split {arguments.split}, {arguments.tasks} tasks, trained for {saved.step} iterations; "
-        "statistics of the batch at hand"
+        "batch statistics"
     )
     print(f"{'steps':>5}  {result.metric:<8}  ± 95 %")
     for steps, mean, halfwidth in zip(result.steps, result.mean, result.halfwidth, strict=True):

@@ -1,4 +1,4 @@
-"""``metamom reproduce``: the paper's two experiments, and our runs beside the authors'."""
+"""``metamom reproduce``: the paper's two experiments, and our runs next to the authors'."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         flag(optimizer, "--lr", "step size γ", type=number, default=0.5)
         flag(optimizer, "--beta", "weight of the new gradient, 1 for SGD", type=number, default=0.1)
         own = leaf.add_argument_group("run")
-        own.add_argument("--run-dir", type=path, metavar="RUN", required=True, help="where it goes (required)")
+        own.add_argument("--run-dir", type=path, metavar="RUN", required=True, help="run directory (required)")
         switch(own, "--resume", "continue the run in --run-dir, or start it")
         flag(own, "--epochs", "total number of updates", epochs, type=long_count)
         flag(own, "--seed", "of the initial weights", type=seed, default=0)
@@ -43,7 +43,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         flag(own, "--chunk", "nodes at a time", "as many as fit into 2 GB in all", type=task_count, metavar="N")
     table = experiments.add_parser(
         "table",
-        help="our runs beside the authors'",
+        help="our runs next to the authors'",
         usage="%(prog)s --paper RESULTS_DIR --run-dir RUN",
         examples=(
             "metamom reproduce table --paper results --run-dir runs/paper",

@@ -71,7 +71,7 @@ def _refuse_processes() -> None:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Outside the training loop, which sees to it by itself, let SIGTERM end the command as Ctrl-C does."""
+    """Outside the training loop, which handles it, let SIGTERM end the command as Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TrainingInterrupted("stopped by SIGTERM.", number)

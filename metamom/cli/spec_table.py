@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metamom.common.spec_table import around_spelling, single_spellings
+from metamom.common.spec_table import around_spelling, joined_spelling, single_spellings
 from metamom.common.spec_table import spec_table as table
 
 BIAS = Path(__file__).parents[1] / "bias"
+_DECORATORS = ("spelled", "spelled_around", "spelled_between")
 
 
 class _Record(NamedTuple):
@@ -37,7 +38,7 @@ def spec_table() -> str:
 
 
 def _records(module: ast.Module) -> Iterator[_Record]:
-    """The decorators of operators' classes, and the records of compositions and options."""
+    """The decorators of operators' classes, and the records of options."""
     for statement in module.body:
         calls: list[ast.expr] = []
         if isinstance(statement, ast.ClassDef):
@@ -49,7 +50,7 @@ def _records(module: ast.Module) -> Iterator[_Record]:
                     if name is not None and isinstance(value, ast.Call) and ast.unparse(value.func) == "Option":
                         yield _Record("Option", [ast.literal_eval(name), *map(_literal, value.args)], {})
         for call in calls:
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("spelled", "spelled_around", "Joined"):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in _DECORATORS:
                 keywords = {each.arg: _literal(each.value) for each in call.keywords if each.arg is not None}
                 yield _Record(ast.unparse(call.func), [_literal(each) for each in call.args[:2]], keywords)
 
@@ -74,7 +75,8 @@ def _render(records: list[_Record]) -> str:
     for _, (name, meaning), more in sorted(singles, key=lambda each: (each.words[0] != "none", each.words[0])):
         spelling = "  ".join(single_spellings(name, more.get("argument", ""), more.get("share", False)))
         rows.append((spelling, meaning, " ".join(map(option, more.get("options", ())))))
-    rows += [(*each.words, "") for each in records if each.called == "Joined"]
+    for _, (sign, meaning), _more in [each for each in records if each.called == "spelled_between"]:
+        rows.append((joined_spelling(sign), meaning, ""))
     for _, (name, meaning), more in [each for each in records if each.called == "spelled_around"]:
         rows.append((around_spelling(name, more.get("argument", "")), meaning, ""))
     return table(rows, [(option(name), words[2]) for name, words in options.items()])

@@ -93,11 +93,11 @@ def _print(result: TrainResult, options: dict[str, Any]) -> None:
 
 
 def _warn_of_restarts(arguments: argparse.Namespace, world: World) -> None:
-    """Where torchrun would start this command again, which could not go on where it stood."""
+    """Warn if torchrun would restart this command without it resuming where it stopped."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if world.size > 1 and restarts != "0" and not (arguments.resume and arguments.run_dir):
         warnings.warn(
-            f"torchrun may start this again {restarts} time(s), but it will not go on where it stood: give --run-dir "
-            "and --resume.",
+            f"torchrun may start this again {restarts} time(s), but it will not resume where it stopped: give "
+            "--run-dir and --resume.",
             stacklevel=1,
         )

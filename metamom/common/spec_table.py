@@ -23,6 +23,11 @@ def single_spellings(name: str, argument: str = "", share: bool = False) -> list
     return [name + (f":{argument}" if argument else "")] + [f"{name}:P%"] * share
 
 
+def joined_spelling(sign: str) -> str:
+    """The SPEC of operators in a row, with this sign between them, such as ``A+B``."""
+    return f"A{sign}B"
+
+
 def around_spelling(name: str, argument: str = "") -> str:
     """``name:A``, or ``name(ARGUMENT):A``."""
     return name + (f"({argument})" if argument else "") + ":A"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
-from torch.linalg import vector_norm
 
 from metamom.bias import Bias, BiasOperator, Identity
 from metamom.bias.coordinates import Sizes
 from metamom.bias.function import without_state
 from metamom.common.averaged import forget, note
 from metamom.distributed import World, as_world
-from metamom.server.robust import Aggregate, check_aggregate, robust_mean
+from metamom.server.robust import Aggregate, check_aggregate
+from metamom.server.workers import OwnWorkers, SharedWorkers
 
 
 def flatten(grads: Iterable[Tensor]) -> Tensor:
@@ -88,157 +88,45 @@ class Aggregation:
         world: World | None = None,
         measure: bool = True,
     ) -> None:
-        self.n = n
-        self.how = how
-        self.sizes = sizes
-        self.world = as_world(world)
-        self.operator = without_state(bias)
+        world = as_world(world)
+        operator = without_state(bias)
         check_aggregate(how, n)
         if how != "mean":
             # a robust mean would hide one worker's NaN, so use an operator, which checks for it
-            self.operator = self.operator or Identity()
-        if self.world.size > 1 and self.operator is not None and not self.operator.separable:
+            operator = operator or Identity()
+        if world.size > 1 and operator is not None and not operator.separable:
             raise ValueError(
-                f"{self.operator.spec} draws from a generator in the order of calls, which several processes do not "
-                "share: make it with seed= in place of generator=."
+                f"{operator.spec} draws from a generator in the order of calls, which several processes do not share: "
+                "make it with seed= in place of generator=."
             )
-        self._mine = len(self.world.workers(n))
-        self._shared = n < self.world.size  # several processes share one worker
-        self._measured = measure and self.operator is not None
-        operator = self.operator
-        self._streams = how == "mean" and (operator is None or (operator.separable and not operator.feeds_back))
-        self._step = 0 if self.operator is None else self.operator.draw_step
-        self._plain: Tensor | None = None  # sum of the gradients
-        self._total: Tensor | None = None  # sum of the operator's outputs, or of the gradients without one
-        self._rows = torch.empty(0)  # the operator's output for each worker, if the aggregate is not a mean
-        self._held: list[Tensor] = []  # gradients that wait for the others
-        self._whose: list[int] = []  # the workers that they belong to
-        self._messages: list[Tensor] = []
-        self._like = torch.empty(0)  # one worker's gradient, if messages are sent
-        self._sent = 0  # bytes of all messages
+        world.workers(n)  # checks that they can be split
+        self.operator = operator
+        self._workers: OwnWorkers | SharedWorkers
+        if n < world.size:
+            self._workers = SharedWorkers(n, operator, how, sizes, world)
+        else:
+            self._workers = OwnWorkers(n, operator, how, sizes, world, measure)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """Add gradients ``[k, d]`` of these workers, each worker once.
 
         Gradients can be added in several calls, and are usually not kept. They are kept if the operator has error
         feedback (its state is updated for all workers or none) or draws in the order of calls, or if the aggregate is
-        not a mean.
+        not a mean. The operator's state does not change.
 
         Raises:
             ValueError: from the operator.
         """
-        if self._shared:
-            whole = rows.new_zeros(self.n, rows.shape[1])
-            whole[list(workers)] = rows * (self.n / self.world.size)
-            self._total = whole if self._total is None else self._total + whole
-            return
-        if not self._streams:
-            self._held.append(rows)
-            self._whose += workers
-            if len(self._whose) < self._mine:
-                return
-            rows, workers = torch.cat(self._held) if len(self._held) > 1 else rows, self._whose
-            self._held = []
-        if self._measured:
-            self._plain = _sum(self._plain, rows)
-        operator = self.operator
-        if self.world.size > 1 and operator is not None:
-            with operator.defer():  # until all processes have reached this point
-                if operator.compresses:
-                    self._messages += operator.send(rows, step=self._step, workers=workers, sizes=self.sizes)
-                    self._like = rows[0]
-                    return
-                rows = operator(rows, step=self._step, workers=workers, sizes=self.sizes)
-        elif operator is not None:
-            rows = operator(rows, step=self._step, workers=workers, sizes=self.sizes)
-        if self.how == "mean":
-            self._total = _sum(self._total, rows)
-        else:
-            self._rows = rows
+        self._workers.add(rows, workers)
 
     def finish(self) -> tuple[Tensor, dict[str, float | int | None]]:
-        """Compute the aggregate.
+        """Compute the aggregate, and store the operator's next state.
 
         Returns:
             ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
             `metamom.maml.Backward` explains them.
         """
-        if self._shared:
-            return self._of_shared_workers()
-        if self.operator is not None:
-            self.operator.commit()
-        if self._messages:
-            total = self._of_messages()
-        elif self.how == "mean":
-            assert self._total is not None
-            whole = self.world.reduce(self._total)
-            total = self._from_server(lambda: whole / self.n, like=whole)
-        else:
-            rows = self.world.gather_to_server(self._rows)
-            total = self._from_server(lambda: robust_mean(rows.flatten(0, 1), self.how), like=self._rows[0])
-        error: float | None = 0.0
-        if self.operator is not None:
-            error = self._bias_error(total)
-            self.operator.advance()
-        return total, {
-            "grad_norm": float(vector_norm(total)),
-            "bias_error": error,
-            "wire_bytes": self._wire_bytes(total),
-        }
-
-    def _of_shared_workers(self) -> tuple[Tensor, dict[str, float | int | None]]:
-        """Aggregate shared workers: every process acts as the server of all workers."""
-        assert self._total is not None
-        return aggregate(self.world.all_reduce(self._total), self.operator, self.how, sizes=self.sizes)
-
-    def _of_messages(self) -> Tensor:
-        """Aggregate the workers' messages."""
-        assert self.operator is not None
-        operator, like, mine = self.operator, self._like, torch.cat(self._messages)
-        lengths = torch.tensor([len(message) for message in self._messages])
-        everyones = self.world.gather(lengths) if operator.varies else lengths.expand(self.world.size, -1)
-        self._sent = int(everyones.sum())
-        gathered = self.world.gather_to_server(nn.functional.pad(mine, (0, int(everyones.sum(1).max()) - len(mine))))
-
-        def made() -> Tensor:
-            messages = [
-                message
-                for row, each in zip(gathered, everyones.tolist(), strict=True)
-                for message in row[: sum(each)].split(each)
-            ]
-            mean = self.how == "mean"
-            whole = operator.receive(messages, len(like), like.dtype, sizes=self.sizes, each=not mean)
-            return whole / self.n if mean else robust_mean(whole, self.how)
-
-        return self._from_server(made, like)
-
-    def _from_server(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Call ``make`` on the server, and return its result (shape and dtype of ``like``) on every process."""
-        world = self.world
-        if world.size == 1 or world.server == "replicated":
-            return make()
-        with world.together():
-            made = make() if world.first else torch.empty_like(like)
-        return world.broadcast(made)
-
-    def _bias_error(self, total: Tensor) -> float | None:
-        if self._plain is None:
-            return None
-        mean = self.world.all_reduce(self._plain) / self.n
-        norm = float(vector_norm(mean))
-        return float(vector_norm(total - mean)) / norm if norm else 0.0
-
-    def _wire_bytes(self, total: Tensor) -> int:
-        """Bytes of the workers' messages, as sent or as they would be."""
-        if self._messages:
-            return self._sent
-        d, size = len(total), total.element_size()
-        return self.n * (d * size if self.operator is None else self.operator.wire_bytes(d, size, self.sizes))
-
-
-def _sum(total: Tensor | None, rows: Tensor) -> Tensor:
-    new = rows.sum(0) if len(rows) > 1 else rows[0]
-    return new if total is None else total + new
+        return self._workers.finish()
 
 
 def aggregate(

@@ -79,7 +79,7 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
     check_momentum(optimizer, operator)
     schedulers = as_schedulers(options.schedulers, optimizer)
     if options.validation is not None:
-        check_sampler(options.validation, "validation is a sampler, which")
+        check_sampler(options.validation, "validation needs a sampler, which")
     if options.track_bias is not None:
         check_track(learner, operator, options.track_bias)
     if options.tensorboard and world.first:

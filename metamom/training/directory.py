@@ -112,7 +112,7 @@ class RunDirectory:
             return
         if not resume:
             raise ValueError(
-                f"{self.path} holds a run already ({', '.join(there)}); resume it (--resume, or resume=True), or "
+                f"{self.path} already holds a run ({', '.join(there)}); resume it (--resume, or resume=True), or "
                 "choose another directory."
             )
         config = read_config(self.path)

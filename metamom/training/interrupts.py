@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-NOTED = b"\ninterrupted: the step at hand is finished first; interrupt again to stop at once.\n"
+NOTED = b"\ninterrupted: finishing the current step first; interrupt again to stop at once.\n"
 
 
 class TrainingInterrupted(KeyboardInterrupt):

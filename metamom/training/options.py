@@ -171,7 +171,7 @@ class Options:
         return cls(**{each.name: keywords[each.name] for each in declared(cls) if each.name in keywords})
 
     def in_range(self) -> Self:
-        """Check every option by itself, and those that depend on each other, and convert NumPy's numbers.
+        """Check every option, and those that depend on each other, and convert NumPy's numbers.
 
         Raises:
             TypeError: for an argument of the wrong type, and for settings that are not JSON values.

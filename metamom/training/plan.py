@@ -48,7 +48,7 @@ def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World |
     """
     if not isinstance(learner, MAML):
         raise TypeError(f"train takes a metamom.MAML learner; got a {type(learner).__name__}. Wrap the model in MAML.")
-    check_sampler(sampler, "train takes a sampler, which")
+    check_sampler(sampler, "train needs a sampler, which")
     options = options.in_range()
     workers = options.workers
     families = sampler.workers if isinstance(sampler, TaskSampler) else None
@@ -97,7 +97,7 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {_kind(optimizer)}.")
     if isinstance(optimizer, SparseAdam):
-        raise TypeError("SparseAdam takes sparse gradients alone, and meta-gradients are dense: use torch.optim.Adam.")
+        raise TypeError("SparseAdam takes only sparse gradients, and meta-gradients are dense: use torch.optim.Adam.")
     if not _steps_alone(optimizer):
         raise TypeError(
             f"{type(optimizer).__name__}.step wants a closure, to compute the loss as often as it likes, but train "
@@ -111,13 +111,13 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
     foreign = [p for key, p in held.items() if key not in own]
     if foreign:
         raise ValueError(
-            f"{len(foreign)} of the optimizer's {len(held)} parameters are not the learner's and would never move, the "
-            f"first of shape {tuple(foreign[0].shape)}. {cure}"
+            f"{len(foreign)} of the optimizer's {len(held)} parameters are not the learner's and would never be "
+            f"updated, the first of shape {tuple(foreign[0].shape)}. {cure}"
         )
     missing = [name for name, p in learner.step_sizes.learned().items() if p.requires_grad and id(p) not in held]
     if missing:
         raise ValueError(
-            f"the learner learns inner step sizes that the optimizer does not hold, so that they would never move: "
+            "the learner learns inner step sizes that the optimizer does not hold, so they would never be updated: "
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Make it over learner.parameters(), which has the "
             "model's and learned ones (a plain tensor given as inner_lr must be added), or learn none."
         )

@@ -48,7 +48,7 @@ def load_parts(
     workers: int | None = None,
     step: int = 0,
     calls: int | None = None,
-    misfit: str = "are of another model or optimizer",
+    misfit: str = "belong to another model or optimizer",
 ) -> None:
     """Load each part's state. If one does not fit, all keep their previous state.
 

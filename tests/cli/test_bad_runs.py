@@ -18,7 +18,7 @@ from metamom.training.directory import read_config, read_metrics
 def test_directory_with_a_run(metamom, trained):
     before = contents(trained)
     message = the_error(metamom("train", "sinusoid", "--run-dir", trained, *SMALL))
-    assert f"{trained} holds a run already" in message
+    assert f"{trained} already holds a run" in message
     assert "--resume" in message
     assert contents(trained) == before
 

@@ -76,7 +76,7 @@ def test_finished_runs_are_not_done_again(metamom, compared):
 
 def test_comparison_is_refused_a_directory_in_use(metamom, compared):
     before = contents(compared)
-    assert "holds a run already" in the_error(metamom(*COMPARE, "--run-dir", compared))
+    assert "already holds a run" in the_error(metamom(*COMPARE, "--run-dir", compared))
     changed = ["20" if before == "--tasks" else word for before, word in zip(["", *COMPARE], COMPARE, strict=False)]
     other = metamom(*changed, "--run-dir", compared, "--resume")
     assert "test_tasks is 10 there and 20 here" in the_error(other)

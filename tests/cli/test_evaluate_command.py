@@ -33,7 +33,7 @@ def test_evaluate_prints_a_table(metamom, trained):
     said = metamom("evaluate", trained, "--tasks", 10, "--steps", "0,1", "--shots", 7)
     assert said.code == 0
     head, columns, *rows = said.out.splitlines()
-    assert head == ("sinusoid 7-shot, split test, 10 tasks, trained for 6 iterations; statistics of the batch at hand")
+    assert head == ("sinusoid 7-shot, split test, 10 tasks, trained for 6 iterations; batch statistics")
     assert columns.split() == ["steps", "loss", "±", "95", "%"]
     answer = json.loads(metamom("evaluate", trained, "--tasks", 10, "--steps", "0,1", "--shots", 7, "--json").out)
     assert [row.split() for row in rows] == [
@@ -85,6 +85,6 @@ def test_omniglot_trained_and_evaluated(metamom, trained_omniglot, data_root):
 
 def test_omniglot_evaluated_with_other_ways(metamom, trained_omniglot, data_root):
     message = the_error(metamom("evaluate", trained_omniglot, "--ways", 5, "--data-root", data_root))
-    assert "tells 3 classes apart; got --ways 5" in message
+    assert "distinguishes 3 classes; got --ways 5" in message
     message = the_error(metamom("evaluate", trained_omniglot, "--split", "tset", "--data-root", data_root))
     assert "tset" in message

@@ -43,7 +43,7 @@ def test_a_run_and_its_files(tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all({"step", "loss", "accuracy", "seconds", "world_size", "wire_bytes"} <= set(line) for line in logged)
     assert logged[0]["wire_bytes"] == 6 * 20 * 8
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         reproduce("mnist", run_dir=tmp_path, **KEYS)
     with pytest.raises(ValueError, match=r"lr is 0\.1 there and 0\.2 here"):
         reproduce("mnist", run_dir=tmp_path, resume=True, **{**KEYS, "lr": 0.2})

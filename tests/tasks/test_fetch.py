@@ -138,7 +138,7 @@ def test_what_is_there_stays(tmp_path, server):
     assert len(server.asked) == asked
     damaged = root / "omniglot" / NAME
     damaged.write_bytes(b"mine")
-    with pytest.raises(DataError, match="is no whole zip archive"):
+    with pytest.raises(DataError, match="is not a complete zip archive"):
         fetch.fetch("omniglot", root)
     assert damaged.read_bytes() == b"mine"
 

@@ -130,9 +130,9 @@ def test_damaged_archives_are_refused(tmp_path):
     struct.pack_into("<H", encrypted, central + 8, 1)
     source = tmp_path / "images_background.zip"
     for damaged, message in (
-        (whole[: len(whole) // 2], "is no whole zip archive"),
-        (b"", "is no whole zip archive"),
-        (b"<html>404</html>", "is no whole zip archive"),
+        (whole[: len(whole) // 2], "is not a complete zip archive"),
+        (b"", "is not a complete zip archive"),
+        (b"<html>404</html>", "is not a complete zip archive"),
         (bytes(flipped), "damaged member"),
         (bytes(encrypted), "encrypted member"),
     ):

@@ -201,7 +201,7 @@ def test_parts_are_loaded_all_or_none():
     before = {name: weight.clone() for name, weight in made.state_dict().items()}
     places = [parameter.data_ptr() for parameter in made.parameters()]
     state = {"learner": other.state_dict(), "optimizer": {"state": {0: {"step": "x"}}, "param_groups": []}}
-    with pytest.raises(CheckpointError, match="RUN are of another model or optimizer: optimizer: wanted 1 param"):
+    with pytest.raises(CheckpointError, match="RUN belong to another model or optimizer: optimizer: wanted 1 param"):
         load_parts({"learner": made, "optimizer": made_optimizer}, state, "RUN")
     assert_same(dict(made.state_dict()), before)
     assert [parameter.data_ptr() for parameter in made.parameters()] == places

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("global_state")
 
 def test_directory_with_a_run_is_refused_and_left_alone(started):
     before = contents(started)
-    with pytest.raises(ValueError, match=r"holds a run already .*resume it \(--resume, or resume=True\)"):
+    with pytest.raises(ValueError, match=r"already holds a run .*resume it \(--resume, or resume=True\)"):
         go(momentum(), started)
     assert contents(started) == before
 
@@ -63,7 +63,7 @@ def test_checkpoint_of_another_model(tmp_path):
     go(momentum(), tmp_path, iterations=4, settings={"name": "mine"})
     before = contents(tmp_path / "checkpoints")
     made = learner(9)
-    with pytest.raises(CheckpointError, match=r"are of another model or optimizer: .*size mismatch"):
+    with pytest.raises(CheckpointError, match=r"belong to another model or optimizer: .*size mismatch"):
         go(
             Parts(made, CompositeMomentum(made.parameters(), lr=0.02)),
             tmp_path,

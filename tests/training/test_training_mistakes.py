@@ -102,7 +102,7 @@ def test_what_is_no_optimizer(optimizer, got):
             LBFGS,
             r"LBFGS\.step wants a closure, .* one meta-gradient a step: use CompositeMomentum, torch\.optim\.SGD or",
         ),
-        (SparseAdam, r"SparseAdam takes sparse gradients alone, and meta-gradients are dense: use torch\.optim\.Adam"),
+        (SparseAdam, r"SparseAdam takes only sparse gradients, and meta-gradients are dense: use torch\.optim\.Adam"),
     ],
 )
 def test_optimizers_that_need_other_gradients(make, message, tmp_path):
@@ -305,7 +305,7 @@ class Alone:
 
 def test_a_sampler_that_takes_too_little():
     made = learner()
-    with pytest.raises(TypeError, match=r"train takes a sampler, .*; Alone\.sample takes \(step: "):
+    with pytest.raises(TypeError, match=r"train needs a sampler, .*; Alone\.sample takes \(step: "):
         go(made, over(made.parameters()), Alone())
 
 

@@ -1,0 +1,93 @@
+"""One step of the server over processes that each carry workers of their own, or share them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from metamom.bias import BiasOperator
+from metamom.bias.coordinates import Sizes
+from metamom.distributed import World
+from metamom.server.collect import AllRows, Collected, HeldBack, Messages, PlainMean, StreamedSum, reducible
+from metamom.server.pending import PendingStep
+from metamom.server.robust import Aggregate
+
+Report = dict[str, float | int | None]  # grad_norm, bias_error and wire_bytes
+
+
+class OwnWorkers:
+    """Each process adds the gradients of its own workers. Arguments as of an `Aggregation`, but an ``operator``."""
+
+    def __init__(
+        self, n: int, operator: BiasOperator | None, how: Aggregate, sizes: Sizes | None, world: World, measure: bool
+    ) -> None:
+        mine, mean = len(world.workers(n)), how == "mean"
+        streams = mean and (operator is None or (operator.separable and not operator.feeds_back))
+        self._step = None if operator is None else PendingStep(operator, sizes)
+        self._held = None if streams else HeldBack(mine)
+        self._plain = None if operator is None or not measure else PlainMean(n, world)
+        self._collected = _collected(n, how, self._step, world)
+
+    def add(self, rows: Tensor, workers: Sequence[int]) -> None:
+        """See `Aggregation.add`."""
+        if self._held is not None:
+            whole = self._held.add(rows, workers)
+            if whole is None:
+                return
+            rows, workers = whole
+        self._collected.add(rows, workers)
+        if self._plain is not None:
+            self._plain.add(rows)
+
+    def finish(self) -> tuple[Tensor, Report]:
+        """See `Aggregation.finish`."""
+        total = self._collected.combined()
+        error: float | None = 0.0
+        if self._step is not None:
+            error = None if self._plain is None else self._plain.error_of(total)
+        report: Report = {
+            "grad_norm": float(vector_norm(total)),
+            "bias_error": error,
+            "wire_bytes": self._collected.wire_bytes(total),
+        }
+        if self._step is not None:
+            self._step.commit()
+        return total, report
+
+
+class SharedWorkers:
+    """Several processes carry one worker, and each adds the mean over its own tasks. Arguments as of `OwnWorkers`.
+
+    The workers' gradients are combined first, and every process acts as the server of all workers.
+    """
+
+    def __init__(
+        self, n: int, operator: BiasOperator | None, how: Aggregate, sizes: Sizes | None, world: World
+    ) -> None:
+        self._n, self._world = n, world
+        self._server = OwnWorkers(n, operator, how, sizes, World(), measure=True)
+        self._total: Tensor | None = None  # [n, d]
+
+    def add(self, rows: Tensor, workers: Sequence[int]) -> None:
+        """See `Aggregation.add`."""
+        whole = rows.new_zeros(self._n, rows.shape[1])
+        whole[list(workers)] = rows * (self._n / self._world.size)
+        self._total = whole if self._total is None else self._total + whole
+
+    def finish(self) -> tuple[Tensor, Report]:
+        """See `Aggregation.finish`."""
+        assert self._total is not None
+        self._server.add(self._world.all_reduce(reducible(self._total, self._world)), range(self._n))
+        return self._server.finish()
+
+
+def _collected(n: int, how: Aggregate, step: PendingStep | None, world: World) -> Collected:
+    """The way to collect that fits the aggregate, the operator and the number of processes."""
+    if step is not None and step.operator.compresses and world.size > 1:
+        return Messages(n, how, step, world)
+    if how == "mean":
+        return StreamedSum(n, step, world)
+    assert step is not None  # an `Aggregation` takes the identity for a robust mean
+    return AllRows(n, how, step, world)
