@@ -49,7 +49,10 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
     sizes: dict[int, int] = {}
 
     def note(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
+        tensor = saved
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
         return saved
 

@@ -10,7 +10,7 @@ A compiled meta-gradient contains its random operations and draws as ``vmap`` do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -57,27 +57,43 @@ class Step:
             _STEP.reset(token)
 
 
+@contextmanager
+def repeatable() -> Iterator[Callable[[], None]]:
+    """Yield a function that takes the random draws back to where they are now, to compute something again."""
+    step, state = _STEP.get(), torch.get_rng_state()
+    calls = 0 if step is None else step.calls
+
+    def back() -> None:
+        torch.set_rng_state(state)
+        if step is not None:
+            step.calls = calls
+
+    yield back
+
+
 class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs the random operations of one model call task by task.
 
     Args:
         tasks: T, the size of vmap's axis: the tasks of the current chunk, or c adjacent copies of each.
+        row: for a call of one task without vmap, its place on that axis.
     """
 
-    def __init__(self, tasks: int) -> None:
+    def __init__(self, tasks: int, *, row: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         step = _STEP.get()
         if step is None:
             step = Step()
             step.count = tasks
         self.step = step
-        self.tasks = tasks
-        self.start = step.first * (tasks // step.count)
+        self.tasks = tasks if row is None else 1
+        self.start = step.first * (tasks // step.count) + (row or 0)
         self.call = step.calls
         self.operations = 0  # that run on all tasks at once
         self.singles = 0  # that run on one task each, in task order
         self.seeded: dict[int, tuple[torch.Generator, Tensor]] = {}  # seeded in this call, with states before a draw
-        step.calls += 1
+        if row in (None, tasks - 1):
+            step.calls += 1
         step.seed()
         self.untouched = torch.default_generator.get_state()
 

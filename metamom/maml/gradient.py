@@ -213,11 +213,13 @@ class MetaGradients:
             fixed += [module, module.training, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             fixed += module._buffers.values()
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
-        return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
+        options = plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, problem.run.looped
+        return *options, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""
-        return chunk_gradient(self.plan(), weights, memory, workers, scale, *batch)
+        plan = self.plan()
+        return plan.problem.run.falling_back(lambda: chunk_gradient(plan, weights, memory, workers, scale, *batch))
 
     def _announce(self, weights: Params, batch: TaskBatch, chunks: int) -> None:
         """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""

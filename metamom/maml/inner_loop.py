@@ -9,7 +9,7 @@ in torch 2.13.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step
 from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.modes import out_of_inference
+from metamom.maml.one_by_one import one_by_one
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.swapping import alone, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
@@ -108,7 +109,8 @@ def predictions(problem: Problem, start: Start, own: Params, x: Tensor, draws: b
 
     A random model draws separately for each task. With ``draws=False``, drawing is an error.
     """
-    out = problem.run(problem.model, start, own, x, draws, problem.autocast)
+    run = partial(problem.run, problem.model, start, own, x, draws, problem.autocast)
+    out = problem.run.falling_back(run)
     return out if problem.autocast is None else out.to(x.dtype)
 
 
@@ -129,12 +131,16 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
         check_loss(loss)
         return loss
 
-    with explained(problem.model, "loss_fn"), targets_explained(predicted, y):
-        if not names:
-            found: Tensor = torch.func.vmap(one_task)(predicted, y)
-        else:
+    def of_tasks() -> Tensor:
+        over_tasks = partial(one_by_one, tasks=len(y)) if problem.run.looped else torch.func.vmap
+        with explained(problem.model, "loss_fn"), targets_explained(predicted, y):
+            if not names:
+                found: Tensor = over_tasks(one_task)(predicted, y)
+                return found
             assert isinstance(problem.loss_fn, nn.Module)
-            found = _with_parameters(problem.loss_fn, one_task, names, start, own, predicted, y)
+            return _with_parameters(over_tasks, problem.loss_fn, one_task, names, start, own, predicted, y)
+
+    found = problem.run.falling_back(of_tasks)
     if found.dim() != 1:
         raise ValueError(
             f"loss_fn must return one number per task, as reduction='mean' does; got shape {tuple(found.shape[1:])} "
@@ -144,7 +150,14 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
 
 
 def _with_parameters(
-    module: nn.Module, loss: LossFn, names: Mapping[str, str], start: Start, own: Params, predicted: Tensor, y: Tensor
+    over_tasks: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+    module: nn.Module,
+    loss: LossFn,
+    names: Mapping[str, str],
+    start: Start,
+    own: Params,
+    predicted: Tensor,
+    y: Tensor,
 ) -> Tensor:
     """Losses from a loss module with parameters; ``names`` maps its parameter names to those of the task weights."""
     with alone(module):
@@ -155,8 +168,7 @@ def _with_parameters(
             with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
                 return loss(predicted, y)
 
-        of_tasks: Tensor = torch.func.vmap(one_task)(own, start.kept, predicted, y)
-    return of_tasks
+        return over_tasks(one_task)(own, start.kept, predicted, y)
 
 
 def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep_graph: bool) -> Iterator[Params]:
@@ -230,9 +242,13 @@ def _gradient(
 
     along = losses_on(batch.x, batch.y)
     hessian = None if batch.hessian is None else losses_on(*batch.hessian, draws=derivatives != "differences")
-    with explained(problem.model):
-        precision = max(torch.finfo(problem.autocast or w.dtype).eps for w in at.values())
-        return inner_gradient(along, hessian, at, start.kept | start.shared, derivatives, precision)
+    precision = max(torch.finfo(problem.autocast or w.dtype).eps for w in at.values())
+
+    def gradient() -> dict[str, Tensor | None]:
+        with explained(problem.model):
+            return inner_gradient(along, hessian, at, start.kept | start.shared, derivatives, precision)
+
+    return problem.run.falling_back(gradient)
 
 
 def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) -> None:

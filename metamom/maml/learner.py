@@ -28,6 +28,7 @@ from metamom.maml.metrics import accuracy
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.model_checks import check_kind, structure
 from metamom.maml.modes import differentiable, differentiable_batch, out_of_inference
+from metamom.maml.one_by_one import Vectorize
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
@@ -56,8 +57,8 @@ class MAML(nn.Module):
     ``L_query(u_J)``.
 
     Args:
-        model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs under `torch.func.vmap` with separate weights
-            for each task, so it must not use running statistics, in-place changes or data-dependent control flow.
+        model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs with separate weights for each task, so it must
+            not use running statistics, or change its parameters in place.
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`. The
             parameters of a loss module are learned with the model's; inner steps do not move them.
         inner_lr: alpha > 0: one number, or a number or tensor for each adapted parameter. Leaf tensors that require a
@@ -75,6 +76,9 @@ class MAML(nn.Module):
         chunk_size: compute at most this many tasks at a time, or ``None`` for all. This bounds memory and does not
             change the result (except for a compiled model's random draws). ``"auto"`` measures the memory of one task,
             once for each shape of batch, and uses about 512 MiB on a CPU, or half of the free memory on a GPU.
+        vectorize: ``"vmap"`` runs the model on all tasks of a chunk at once. ``"loop"`` runs it task by task, with the
+            same gradients to rounding. ``"auto"`` uses vmap until the model or loss turns out not to work with it
+            (recurrent layers, ``.item()`` or ``if`` on values, backward hooks), then warns once and loops.
         compile: compile the whole meta-gradient, once for each batch shape, and again when the loss, a module, a
             hook, a buffer or a frozen parameter is replaced. Everything else that the model or loss reads (a dropout
             rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
@@ -122,6 +126,7 @@ class MAML(nn.Module):
         learn_inner_lr: LearnInnerLR = False,
         adapt: Iterable[str] | Callable[[str], bool] | None = None,
         chunk_size: ChunkSize = "auto",
+        vectorize: Vectorize = "auto",
         compile: CompileMode = False,
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -131,7 +136,8 @@ class MAML(nn.Module):
         check_option("loss_fn", loss_fn)
         check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
         check_compile(compile)
-        check_kind(model)
+        check_option("vectorize", vectorize)
+        check_kind(model, hooks=vectorize != "vmap")
         check_model(model)
         self.model = model
         self.loss_fn = loss_fn
@@ -140,6 +146,7 @@ class MAML(nn.Module):
         self.inner_batches: InnerBatches = inner_batches
         self.chunk_size = chunk_size
         self.autocast = autocast
+        self.vectorize: Vectorize = vectorize
         weights = trainable(model, loss_fn)
         self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
         self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
@@ -149,7 +156,7 @@ class MAML(nn.Module):
             self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
         self.operators: dict[str, BiasOperator | None] = {}
         self._readings, self._uses = LossReadings(), Uses()
-        self._run = RunByTask()
+        self._run = RunByTask(vectorize, model)
         self._structure = structure(model)
         self._gradients = MetaGradients(self._plan, compile)
 
@@ -170,7 +177,9 @@ class MAML(nn.Module):
             tracking = None if self.memory is None else self.memory.tracking
             check_change(self, name, value, tracking, self.step_sizes.kind)
             if name == "model":
-                self._run, self._structure = RunByTask(), structure(value)
+                self._run, self._structure = RunByTask(self.vectorize, value), structure(value)
+            if name == "vectorize":
+                self._run = RunByTask(value, self.model)
         if name == "loss_fn":
             check_loss_owner(value)
             self._modules.pop(name, None)  # a module may replace a function, or a function a module
@@ -222,6 +231,7 @@ class MAML(nn.Module):
             inner_batches=self.inner_batches if inner_batches is None else inner_batches,
             adapt=self.adapted,
             chunk_size="auto" if self.chunk_size is None else self.chunk_size,
+            vectorize=self.vectorize,
             autocast=self.autocast,
         )
         other.step_sizes = self.step_sizes
@@ -400,7 +410,7 @@ class MAML(nn.Module):
             now = structure(self.model)
         if now == self._structure:
             return
-        check_kind(self.model)
+        check_kind(self.model, hooks=self.vectorize != "vmap")
         check_model(self.model)
         parameters = {name: p for name, p in named(self.model).items() if p.requires_grad}
         adapted = selected(self._adapt, parameters)
@@ -413,7 +423,7 @@ class MAML(nn.Module):
                     "the model."
                 )
             self.adapted = adapted
-        self._run, self._structure = RunByTask(), now
+        self._run, self._structure = RunByTask(self.vectorize, self.model), now
 
     def _problem(self) -> Problem:
         return Problem(

@@ -23,7 +23,7 @@ WRAPPERS = (
 SHARDED = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor", "DTensor"))
 
 
-def check_kind(model: object) -> None:
+def check_kind(model: object, *, hooks: bool = False) -> None:
     """Refuse anything that is not a single-process model with trainable weights.
 
     Raises:
@@ -53,7 +53,8 @@ def check_kind(model: object) -> None:
             "once, and cannot be replaced in scripted code. Pass the original model, before torch.jit.script or "
             "torch.jit.trace."
         )
-    check_hooks(model)
+    if not hooks:
+        check_hooks(model)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(
@@ -81,21 +82,26 @@ def structure(model: nn.Module) -> tuple[Hashable, ...]:
     return *modules, *(name for name, p in model.named_parameters() if p.requires_grad)
 
 
+def modules_with_backward_hooks(model: nn.Module) -> list[str]:
+    """Names and types of the modules that have backward hooks."""
+    return [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+
+
 def check_hooks(model: nn.Module) -> None:
     """Refuse module backward hooks, which would never run, because gradients go through `torch.func.vmap`.
 
     Raises:
         ValueError: naming the modules.
     """
-    hooked = [
-        f"{name or 'the model'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module._backward_hooks or module._backward_pre_hooks
-    ]
-    if hooked:
+    if hooked := modules_with_backward_hooks(model):
         raise ValueError(
-            f"backward hooks of modules do not run under MAML, and would be silently ignored: {', '.join(hooked)}. "
-            "Remove them; to change a gradient, use a torch.autograd.Function in the forward."
+            f"backward hooks of modules do not run under vmap, and would be silently ignored: {', '.join(hooked)}. "
+            'Remove them, or run the model task by task (vectorize="loop"); to change a gradient, use a '
+            "torch.autograd.Function in the forward."
         )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from metamom.common.checks import INNER_STEPS, check_whole
 from metamom.maml.estimators import check_estimator, tracked_estimators
 from metamom.maml.model_checks import check_kind
+from metamom.maml.one_by_one import WAYS
 from metamom.maml.swapping import named
 from metamom.maml.tracking import check_tracking
 from metamom.maml.vmap_errors import check_model
@@ -40,6 +41,9 @@ def check_option(name: str, value: Any) -> None:
             raise ValueError(
                 f'chunk_size must be a number of tasks >= 1, "auto", or None for all at once; got {value!r}.'
             )
+    elif name == "vectorize":
+        if value not in WAYS:
+            raise ValueError(f'vectorize must be "auto", "vmap" or "loop"; got {value!r}.')
     elif name == "autocast":
         if value not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be torch.bfloat16 or None; got {value!r}.")
@@ -110,7 +114,7 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
         ValueError: with the conflict.
     """
     if name == "model":
-        check_kind(value)
+        check_kind(value, hooks=learner.vectorize != "vmap")
         check_model(value)
         check_replacement(learner.model, value)
     if name in ("estimator", "inner_batches", "inner_steps"):

@@ -53,6 +53,10 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+class VmapError(ValueError):
+    """A model or loss that cannot run on all tasks at once. It may be able to run task by task."""
+
+
 @contextmanager
 def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
     """Replace vmap's own errors by one that names the module of ``model`` that raised it, and the fix.
@@ -62,7 +66,8 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
         other: the name of what runs instead of the model, if something else does.
 
     Raises:
-        ValueError: in place of a RuntimeError about vmap or in-place changes; other errors pass unchanged.
+        VmapError: in place of a RuntimeError about vmap or in-place changes.
+        ValueError: in place of one about derivatives that PyTorch does not have; other errors pass unchanged.
     """
     try:
         yield
@@ -90,10 +95,10 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
         draws = any(sign in text for sign in DRAWS)
         if other is not None:
             remedy = OF_DRAWS if draws else OF_LOSSES
-            raise ValueError(f"{other} cannot run on all tasks at once: {said} {remedy}") from error
+            raise VmapError(f"{other} cannot run on all tasks at once: {said} {remedy}") from error
         where = _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
         remedy = OF_DRAWS if draws else REMEDY
-        raise ValueError(f"the model cannot run under per-task weights, in {where}: {said} {remedy}") from error
+        raise VmapError(f"the model cannot run under per-task weights, in {where}: {said} {remedy}") from error
 
 
 @contextmanager
