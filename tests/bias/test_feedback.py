@@ -166,7 +166,7 @@ def test_a_state_of_another_kind():
 @pytest.mark.parametrize(("state", "got"), [({}, "nothing"), ({"workers": {}}, "'workers'"), ({"calls": 3}, "'calls'")])
 def test_a_state_that_lacks_something(operator, state, got):
     kept = f"'workers', the {', '.join(operator.names)} of each, and 'operator', the state of {operator.operator.spec}"
-    with pytest.raises(ValueError, match=re.escape(f"state_dict() gave: {kept}; got {got}.")):
+    with pytest.raises(ValueError, match=re.escape(f"state_dict(): {kept}; got {got}.")):
         operator.load_state_dict(state)
 
 

@@ -145,7 +145,7 @@ def test_a_generator_that_is_missing_or_one_too_many():
 @each([RandK(3), QSGD(3), EF21(RandK(3))])
 def test_a_state_without_the_number_of_calls(operator):
     state = {"workers": {}, "operator": {}} if operator.feeds_back else {}
-    with pytest.raises(ValueError, match=r"resumes from its own state_dict(): 'calls', .*; got nothing"):
+    with pytest.raises(ValueError, match=r"resumes from its own state_dict\(\): 'calls', .*; got nothing"):
         operator.load_state_dict(state)
 
 

@@ -54,7 +54,7 @@ def test_run_of_another_model(metamom, trained, tmp_path):
     for command in (["evaluate", run], ["train", "sinusoid", "--run-dir", run, *SMALL, "--resume", "--iterations", 9]):
         message = the_error(metamom(*command))
         assert str(run) in message
-        assert "of another model" in message
+        assert "to another model" in message
         assert contents(run) == before
 
 

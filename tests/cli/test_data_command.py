@@ -34,7 +34,7 @@ def test_truncated_archive(kept, metamom, tiny_root):
     before = contents(tiny_root)
     message = the_error(metamom("data", "check", "omniglot", "--root", tiny_root))
     assert str(archive) in message
-    assert "no whole zip archive" in message
+    assert "not a complete zip archive" in message
     assert contents(tiny_root) == before
 
 

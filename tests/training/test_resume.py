@@ -48,7 +48,7 @@ def test_resumed_run_ends_as_an_uninterrupted_one(kind, action, uninterrupted, t
 def test_interruption_says_what_was_kept(tmp_path, capfd):
     with pytest.raises(TrainingInterrupted, match=r"stopped after step 3 of 12; saved in .*run; resume") as caught:
         go(momentum(), tmp_path / "run", tasks=AtStep(2, interrupt))
-    assert "the step at hand is finished first; interrupt again to stop at once" in capfd.readouterr().err
+    assert "finishing the current step first; interrupt again to stop at once" in capfd.readouterr().err
     assert caught.value.signal_number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt, match="nothing was saved"):
         go(momentum(), tasks=AtStep(2, interrupt))
