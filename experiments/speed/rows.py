@@ -196,7 +196,7 @@ def _images(
 ) -> MetaRow:
     """A network that is not metamom's, on inputs of noise."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         network = model()
     per_class = shots + queries + 1
     inputs = torch.randn(ways * per_class, *shape, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,20 +182,23 @@ class MetaGradients:
         plan.check(batch)
         rows = {name: w.unsqueeze(0) for name, w in weights.items()}
         step, found = Step(), []
-        for start, stop in spans(batch.num_tasks, self.chunk_size(batch), batch.num_tasks):
+        size = self.chunk_size(batch, lambda one: _estimated_losses(plan, rows, one))
+        for start, stop in spans(batch.num_tasks, size, batch.num_tasks):
             with step.tasks(start, stop - start):
                 found.append(_estimated_losses(plan, rows, batch.part(start, stop)))
         return torch.cat(found)
 
-    def chunk_size(self, batch: TaskBatch) -> int | None:
-        """The number of tasks at a time, measured if it is "auto"."""
+    def chunk_size(self, batch: TaskBatch, compute: Callable[[TaskBatch], Any] | None = None) -> int | None:
+        """The number of tasks at a time, measured if it is "auto": on a meta-gradient, or what else is to compute."""
         plan = self.plan()
         if plan.chunk_size != "auto":
             return plan.chunk_size
-        key = (self.built_in(), *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
+        key = (self.built_in(), compute is None, *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
         if key not in self._budgets:
             weights = trainable(plan.problem.model, plan.problem.loss_fn) | plan.problem.step_sizes.learned()
-            self._budgets[key] = tasks_within_budget(self._one_task(weights, batch), batch.part(0, 1))
+            one = batch.part(0, 1)
+            of_one = self._one_task(weights, batch) if compute is None else partial(compute, one)
+            self._budgets[key] = tasks_within_budget(of_one, one)
         return self._budgets[key]
 
     def built_in(self) -> tuple[Hashable, ...]:

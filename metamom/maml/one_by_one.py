@@ -36,6 +36,16 @@ def one_by_one(function: Callable[..., Any], tasks: int) -> Callable[..., Any]:
     return of_all
 
 
+def buffers_of_pytorch(model: nn.Module) -> set[str]:
+    """The names of the buffers that belong to PyTorch's own layers."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if type(module).__module__.partition(".")[0] == "torch"
+        for name, _ in module.named_buffers(recurse=False)
+    }
+
+
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Keep recurrent layers on a GPU from cuDNN, which has no second derivatives of them."""

@@ -21,7 +21,13 @@ from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import modules_with_backward_hooks
-from metamom.maml.one_by_one import Vectorize, checkpoint_refused, one_by_one, twice_differentiable
+from metamom.maml.one_by_one import (
+    Vectorize,
+    buffers_of_pytorch,
+    checkpoint_refused,
+    one_by_one,
+    twice_differentiable,
+)
 from metamom.maml.swapping import alone, in_mode, slots, swapped, tensors_left
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vmap_errors import VmapError, explained, unchanged
@@ -54,7 +60,8 @@ class RunByTask:
         self.calls: dict[bool, bool] = {}
         self.leaves: dict[bool, bool] = {}
         if vectorize == "auto" and (hooked := modules_with_backward_hooks(model)):
-            self._loop(f"Backward hooks do not run on all tasks at once, and the model has some: {', '.join(hooked)}.")
+            self.looped = True
+            self._warn(f"Backward hooks do not run on all tasks at once, and the model has some: {', '.join(hooked)}.")
 
     def falling_back(self, compute: Callable[[], R]) -> R:
         """Compute something with this model or its loss: task by task from now on, if it is not possible with vmap.
@@ -68,12 +75,18 @@ class RunByTask:
             try:
                 return compute()
             except VmapError as error:
-                self._loop(str(error))
+                why = str(error)
             back()
-            return compute()
+            self.looped = True
+            try:
+                found = compute()
+            except BaseException:
+                self.looped = False
+                raise
+        self._warn(why)
+        return found
 
-    def _loop(self, why: str) -> None:
-        self.looped = True
+    def _warn(self, why: str) -> None:
         warnings.warn(
             f"{why} From now on it runs task by task: the gradients are the same, and a step takes up to as many times "
             'as long as there are tasks. vectorize="loop" does so without this warning.',
@@ -103,8 +116,8 @@ class RunByTask:
             buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
             given = {**buffers, **start.shared, **start.kept, **own}
             watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
-            if self.looped:  # each task gets its own buffers
-                watched = {name: tensor for name, tensor in watched.items() if name not in buffers}
+            if self.looped:  # each task gets its own buffers, which PyTorch's layers may change (spectral norm)
+                watched = {name: tensor for name, tensor in watched.items() if name not in buffers_of_pytorch(model)}
 
             def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
                 fixed = {name: b.clone() for name, b in buffers.items()} if self.looped else buffers

@@ -95,7 +95,8 @@ def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
         draws = any(sign in text for sign in DRAWS)
         if other is not None:
             remedy = OF_DRAWS if draws else OF_LOSSES
-            raise VmapError(f"{other} cannot run on all tasks at once: {said} {remedy}") from error
+            kind = ValueError if draws else VmapError  # a loss would draw in the order of the tasks
+            raise kind(f"{other} cannot run on all tasks at once: {said} {remedy}") from error
         where = _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
         remedy = OF_DRAWS if draws else REMEDY
         raise VmapError(f"the model cannot run under per-task weights, in {where}: {said} {remedy}") from error

@@ -381,15 +381,15 @@ def test_a_library_that_an_interrupt_cut_short_is_made_anew(monkeypatch, tmp_pat
 def recorded(monkeypatch, run: Callable[[], Grads]) -> tuple[Grads, list[Tensor]]:
     """What ``run`` returns, and which units were active in each layer of each pass."""
     active: list[Tensor] = []
-    norm_relu = kernels.norm_relu
+    activate = kernels.activate
 
-    def noting(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out = norm_relu(*args)
-        active.append(out[0] > 0)
+    def noting(*args: Any) -> Tensor:
+        out = activate(*args)
+        active.append(out > 0)
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "norm_relu", noting)
+        patch.setattr(kernels, "activate", noting)
         return run(), active
 
 

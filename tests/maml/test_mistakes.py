@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from metamom import MAML, TaskBatch, TopK, evaluate
+from metamom.maml.vmap_errors import VmapError
 from metamom.nets.models import Conv4
 from metamom.tasks import Sinusoid
 
@@ -42,6 +43,11 @@ class Mistake(NamedTuple):
     call: Callable[[], object]
     error: type[Exception]
     parts: tuple[str, ...]
+
+
+def at_once(learner: MAML) -> MAML:
+    learner.vectorize = "vmap"
+    return learner
 
 
 def whole(learner: MAML, batch: TaskBatch) -> Callable[[], object]:
@@ -447,12 +453,12 @@ MISTAKES = {
         ValueError, ("loss_fn cannot run on all tasks at once", "In the model's forward, draw"),
     ),
     "a model that draws in place": Mistake(
-        whole(MAML(Returns(lambda out: out + torch.empty(len(out), 1).normal_()), F.mse_loss), V),
-        ValueError, ("in Returns itself", ". In the model's forward, draw with functions that return a new tensor"),
+        whole(at_once(MAML(Returns(lambda out: out + torch.empty(len(out), 1).normal_()), F.mse_loss)), V),
+        VmapError, ("in Returns itself", ". In the model's forward, draw with functions that return a new tensor"),
     ),
     "a loss that looks at values": Mistake(
-        whole(regressor(lambda p, y: p.mean() if (p > y).all() else y.mean() - p.mean()), V),
-        ValueError, ("loss_fn cannot run on all tasks at once", ". The loss is computed for all tasks at once"),
+        whole(at_once(regressor(lambda p, y: p.mean() if (p > y).all() else y.mean() - p.mean())), V),
+        VmapError, ("loss_fn cannot run on all tasks at once", ". The loss is computed for all tasks at once"),
     ),
     "targets without an axis in an evaluation": Mistake(
         lambda: evaluate(regressor(), Batches(flat(V)), tasks=T),

@@ -51,7 +51,7 @@ def test_a_model_that_cannot_be_right_is_refused(name):
     model, loss_fn, batch = make()
     before = state_of(model)
     with pytest.raises((ValueError, TypeError), match=said):
-        MAML(model, loss_fn, inner_lr=INNER_LR).backward(batch)
+        MAML(model, loss_fn, inner_lr=INNER_LR, vectorize="vmap").backward(batch)
     assert state_of(model) == before
 
 
@@ -126,7 +126,9 @@ def test_recurrent_layers_keep_their_weights_in_their_list(name):
     model, loss_fn, batch = REFUSED[name][0]()
     weights = list(model.cell._flat_weights)
     with pytest.raises(ValueError, match="module 'cell'"):
-        MAML(model, loss_fn).backward(batch)
+        MAML(model, loss_fn, vectorize="vmap").backward(batch)
+    assert all(a is b for a, b in zip(weights, model.cell._flat_weights, strict=True))
+    MAML(model, loss_fn, vectorize="loop").backward(batch)
     assert all(a is b for a, b in zip(weights, model.cell._flat_weights, strict=True))
 
 

@@ -92,14 +92,14 @@ def test_parameters_that_are_named_stay_the_only_ones():
         (
             {},
             lambda model: model[1].register_full_backward_hook(lambda module, *gradients: None),
-            r"backward hooks of modules do not run under MAML.*1 \(Tanh\)",
+            r"backward hooks of modules do not run under vmap.*1 \(Tanh\)",
         ),
         ({}, lambda model: model[2].register_full_backward_pre_hook(lambda module, *gradients: None), r"2 \(Linear\)"),
     ],
 )
 def test_changes_that_a_learner_cannot_follow(options, change, message):
     model = net()
-    learner = MAML(model, F.mse_loss, **options)
+    learner = MAML(model, F.mse_loss, vectorize="vmap", **options)
     learner.backward(BATCH)
     change(model)
     for call in (learner.backward, learner.losses, lambda batch: learner.adapt(batch.support_x, batch.support_y)):

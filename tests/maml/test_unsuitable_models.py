@@ -75,7 +75,7 @@ def test_a_model_that_cannot_run_over_tasks_is_named(how, tasks):
     if how == "if":
         batch = batch._replace(support_x=batch.support_x.abs())
     with pytest.raises(ValueError, match=f"(?s)({FAULTS[how]}).*Write the forward without in-place"):
-        MAML(model, F.mse_loss).meta_gradient(batch)
+        MAML(model, F.mse_loss, vectorize="vmap").meta_gradient(batch)
     assert faulty.count.item() == 0
 
 
@@ -91,7 +91,7 @@ def test_a_layer_without_a_batching_rule_is_named():
 
     batch = TaskBatch(torch.randn(2, 3, 4, 2), torch.randn(2, 3, 1), torch.randn(2, 3, 4, 2), torch.randn(2, 3, 1))
     with pytest.raises(ValueError, match=r"module 'memory' \(LSTM\).*Batching rule not implemented"):
-        MAML(Recurrent(), F.mse_loss).meta_gradient(batch)
+        MAML(Recurrent(), F.mse_loss, vectorize="vmap").meta_gradient(batch)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -146,7 +146,7 @@ def test_loss_functions():
     with pytest.raises(ValueError, match=r"one number per task, as reduction='mean' does; got shape \(5, 1\)"):
         MAML(model, nn.MSELoss(reduction="none")).meta_gradient(batch)
     with pytest.raises(ValueError, match=r"loss_fn cannot run on all tasks at once: vmap"):
-        MAML(model, lambda p, y: F.mse_loss(p, y) if p.sum() > 0 else p.sum()).meta_gradient(batch)
+        MAML(model, lambda p, y: F.mse_loss(p, y) if p.sum() > 0 else p.sum(), vectorize="vmap").meta_gradient(batch)
 
 
 @pytest.mark.parametrize(
