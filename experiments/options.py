@@ -58,6 +58,11 @@ def _estimators(task: str) -> str:
     )
 
 
+def _tracking(task: str) -> str:
+    *others, last = tracked_estimators()
+    return f"weight of a new inner step in the moving averages of {', '.join(others)} and {last}, 0 < B <= 1"
+
+
 @dataclass(frozen=True)
 class RecipeOptions:
     """The options that decide how a run goes, but for its length.
@@ -88,7 +93,7 @@ class RecipeOptions:
         later=True,
         flag=Flag(
             "learner",
-            "weight of a new inner step in the moving averages of moml, moml-coupled and scsc, 0 < B <= 1",
+            _tracking,
             "0.2",
             type=number,
             metavar="B",

@@ -38,7 +38,7 @@ class Quadratics(NamedTuple):
         return float(self.gradients(self.optimum).square().sum(-1).mean())
 
 
-class Course(NamedTuple):
+class Trajectory(NamedTuple):
     """The trajectories of many runs, ``[steps, runs]`` each.
 
     Attributes:
@@ -61,7 +61,7 @@ def descend(
     noise: float | Tensor = 0.0,
     runs: int = 1,
     seed: int = 0,
-) -> Course:
+) -> Trajectory:
     """Momentum from ``v_{-1} = 0`` on the mean of the workers' biased gradients, in float64.
 
     Args:
@@ -92,7 +92,7 @@ def descend(
         optimizer.step()
         grad_sq[k] = true.square().sum(-1)
         deviation_sq[k] = (optimizer.state[x]["momentum"] - true).square().sum(-1)
-    return Course(grad_sq, deviation_sq)
+    return Trajectory(grad_sq, deviation_sq)
 
 
 class Measured(NamedTuple):

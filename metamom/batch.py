@@ -193,12 +193,12 @@ def check_points(name: str, x: object) -> None:
         ValueError: for a tensor without an axis of points.
     """
     if not isinstance(x, Tensor):
-        cures = {
+        advice_for = {
             "ndarray": " Convert it: torch.from_numpy(...), or torch.as_tensor(...).",
             "list": " Convert it: torch.as_tensor(...).",
         }
-        cure = cures.get(type(x).__name__, "")
-        raise TypeError(f"{name} must be a tensor [T, N, ...], N points of each of T tasks; got {kind_of(x)}.{cure}")
+        advice = advice_for.get(type(x).__name__, "")
+        raise TypeError(f"{name} must be a tensor [T, N, ...], N points of each of T tasks; got {kind_of(x)}.{advice}")
     if x.layout is not torch.strided:
         raise TypeError(
             f"{name} must be a dense tensor [T, N, ...]; got one with layout {x.layout}. Convert it: x.to_dense()."

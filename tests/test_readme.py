@@ -152,3 +152,15 @@ def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
 def test_there_are_examples():
     assert len(MODULES) >= 45
     assert {"metamom.tasks.sinusoid", "metamom.training.loop", "metamom.maml.learner"} <= set(MODULES)
+
+
+def test_references_to_the_theory_name_what_is_there():
+    """``docs/theory.md, "X"`` in the code is a heading, or a bold title of a paragraph."""
+    theory = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    titles = {*re.findall(r"^#+ (.+)$", theory, re.MULTILINE), *re.findall(r"^\*\*(.+?)\.?\*\*", theory, re.MULTILINE)}
+    files = [p for folder in ("metamom", "tasks", "experiments") for p in (ROOT / folder).rglob("*.py")]
+    named = {
+        (p.name, t) for p in files for t in re.findall(r'docs/theory\.md,\s+"([^"]+)"', p.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 15
+    assert sorted(each for each in named if each[1] not in titles) == []

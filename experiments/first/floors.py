@@ -1,4 +1,4 @@
-"""Top-K and clipping on different workers: the speed and the floor, for every beta and with error feedback."""
+"""Top-K and clipping on heterogeneous workers: the speed and the floor, for every beta and with error feedback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
 from metamom.experiments.shared.numerals import shortest
 
 TITLE = "Momentum and bias"
-CURES = {"topk:10%": "ef21:topk:10%", "clip:1": "clip21:1"}
+REMEDIES = {"topk:10%": "ef21:topk:10%", "clip:1": "clip21:1"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class OperatorFloors:
 class Outcome(NamedTuple):
     """The results of one operator and beta: mean ``||grad f||^2`` at every step, steps to the target, and the floor."""
 
-    course: Tensor
+    trajectory: Tensor
     steps: int | None
     floor: Measured
 
@@ -48,8 +48,10 @@ def measure(config: OperatorFloors, spec: str, beta: float) -> Outcome:
         problem, start, lr=config.lr, beta=beta, steps=config.steps, bias=parse(spec), noise=config.noise,
         runs=config.runs,
     ).grad_sq  # fmt: skip
-    course = values.mean(1)
-    return Outcome(course, steps_to(course, config.share * float(course[0])), measured(values[-config.last :].mean(0)))
+    trajectory = values.mean(1)
+    return Outcome(
+        trajectory, steps_to(trajectory, config.share * float(trajectory[0])), measured(values[-config.last :].mean(0))
+    )
 
 
 def show(figure_path: Path, config: OperatorFloors = OperatorFloors()) -> str:
@@ -66,14 +68,14 @@ def show(figure_path: Path, config: OperatorFloors = OperatorFloors()) -> str:
     ]
     figure, panels = row_of_panels(len(OPERATORS))
     for panel, spec in zip(panels, tqdm(OPERATORS, desc="floors", disable=None), strict=True):
-        names = [spec, CURES[spec]] if spec in CURES else [spec]
+        names = [spec, REMEDIES[spec]] if spec in REMEDIES else [spec]
         for name in names:
             for colour, beta in zip(COLOURS, config.betas, strict=False):
                 outcome = measure(config, name, beta)
                 reached = "never" if outcome.steps is None else outcome.steps
                 lines.append(tables.row(name, shortest(beta), reached, outcome.floor))
                 style, label = ("-", f"β = {shortest(beta)}") if name == spec else (":", None)
-                panel.plot(range(1, config.steps + 1), outcome.course, color=colour, linestyle=style, label=label)
+                panel.plot(range(1, config.steps + 1), outcome.trajectory, color=colour, linestyle=style, label=label)
         panel.set(xscale="log", yscale="log", xlabel="step k", title="; dotted: ".join(names))
     panels[0].set_ylabel("mean ‖∇f(x)‖²")
     panels[0].legend(frameon=False)

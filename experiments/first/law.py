@@ -49,7 +49,7 @@ class Point(NamedTuple):
 
     grad_sq: Measured
     deviation_sq: Measured
-    course: Tensor
+    trajectory: Tensor
 
 
 def exact(config: StationaryLaw, lr: float, beta: float) -> Stationary:
@@ -61,12 +61,12 @@ def measure(config: StationaryLaw, lr: float, beta: float) -> Point:
     """Run one step size and beta many times."""
     lam = config.curvatures
     problem = Quadratics(lam[None], torch.zeros_like(lam)[None])
-    course = descend(
+    trajectory = descend(
         problem, torch.ones_like(lam), lr=lr, beta=beta, steps=config.steps, bias=Identity(), noise=config.noise,
         runs=config.runs,
     )  # fmt: skip
-    grad_sq, deviation_sq = (measured(of[-config.last :].mean(0)) for of in course)
-    return Point(grad_sq, deviation_sq, course.grad_sq.mean(1))
+    grad_sq, deviation_sq = (measured(of[-config.last :].mean(0)) for of in trajectory)
+    return Point(grad_sq, deviation_sq, trajectory.grad_sq.mean(1))
 
 
 def show(figure_path: Path, config: StationaryLaw = StationaryLaw()) -> str:
@@ -91,7 +91,7 @@ def show(figure_path: Path, config: StationaryLaw = StationaryLaw()) -> str:
             )
             lines.append(tables.row(f"{rule(beta):.3g}", f"{beta:g}", *cells))
             if number == 0:
-                curves.plot(range(1, config.steps + 1), point.course, color=colour, label=f"β = {beta:g}")
+                curves.plot(range(1, config.steps + 1), point.trajectory, color=colour, label=f"β = {beta:g}")
                 curves.axhline(laws[beta].grad_sq, color=colour, linewidth=0.8, linestyle=":")
         for panel, of_law, of_points in (
             (gradient, [laws[beta].grad_sq for beta in grid], [point.grad_sq for point in points.values()]),

@@ -64,10 +64,11 @@ def search(config: TunedMethods, spec: str) -> Grid:
                 values = run(config, spec, lr, beta, seed=1, runs=config.runs)
             except NonFiniteError:
                 continue  # the run diverged
-            course, floor = values.mean(1), float(values[-config.last :].mean())
-            if floor < float(course[0]):
+            trajectory, floor = values.mean(1), float(values[-config.last :].mean())
+            if floor < float(trajectory[0]):
                 grid.floors[i, j] = floor
-                grid.steps[i, j] = math.inf if (k := steps_to(course, config.share * float(course[0]))) is None else k
+                steps = steps_to(trajectory, config.share * float(trajectory[0]))
+                grid.steps[i, j] = math.inf if steps is None else steps
     return grid
 
 
@@ -118,7 +119,7 @@ def show(figure_path: Path, config: TunedMethods = TunedMethods()) -> str:
 def _steps(values: Tensor, share: float) -> Measured | str:
     """Steps to the target over runs; the number of runs that reached it, if not all did."""
     target = share * float(values[0].mean())
-    every = [steps_to(course, target) for course in values.T]
+    every = [steps_to(trajectory, target) for trajectory in values.T]
     arrived = values.new_tensor([k for k in every if k is not None])
     return measured(arrived) if len(arrived) == len(every) else f"{len(arrived)} of {len(every)} runs arrive"
 

@@ -62,7 +62,7 @@ class Arm(NamedTuple):
 
 
 FIXED_POINTS = (*(Arm("exact", m) for m in (2, 5, 10)), Arm("first-order", 2), Arm("moml-coupled", 2))
-CURES = tuple(Arm(name, 2) for name in ("independent", "cross-fit", "richardson", "moml", "scsc"))
+REMEDIES = tuple(Arm(name, 2) for name in ("independent", "cross-fit", "richardson", "moml", "scsc"))
 COMPRESSED = (Arm("independent", 2, "topk:1"), Arm("independent", 2, "ef21-sgdm(0.1):topk:1"))
 
 
@@ -156,7 +156,7 @@ def show(figure_path: Path, config: RegressionFloor = RegressionFloor()) -> str:
             "E‖v − ∇f‖²",
         ),
     ]
-    for number, arm in enumerate((*FIXED_POINTS, *CURES, *COMPRESSED)):
+    for number, arm in enumerate((*FIXED_POINTS, *REMEDIES, *COMPRESSED)):
         truth, colour = predicted(arm, config.alpha), COLOURS[number % len(COLOURS)]
         marker = "os^D"[number // len(COLOURS)]
         betas = config.betas if "sgdm" not in arm.bias else (1.0,)

@@ -74,13 +74,13 @@ class Ended(NamedTuple):
     """The result of an arm.
 
     Attributes:
-        course: F along the run, every few steps from the start; ends where the run diverged.
+        trajectory: F along the run, every few steps from the start; ends where the run diverged.
         floor: ``||grad F||^2`` at the mean of the last iterates, estimated without bias; NaN if it diverged.
         halfwidth: of its 95 % interval.
         value: F there.
     """
 
-    course: list[float]
+    trajectory: list[float]
     floor: float
     halfwidth: float
     value: float
@@ -115,7 +115,7 @@ def run(config: SinusoidFloor, arm: Arm, beta: float, weights: Tensor) -> Ended:
     learner = _learner(config, arm.estimator, weights)
     optimizer = CompositeMomentum(learner.parameters(), lr=config.lr, beta=beta)
     sampler = _tasks(config, arm.times * config.m * learner.support_parts)
-    course, total = [true_gradients(config, weights, 2)[1]], torch.zeros(weights.shape, dtype=torch.float64)
+    trajectory, total = [true_gradients(config, weights, 2)[1]], torch.zeros(weights.shape, dtype=torch.float64)
     for k in tqdm(range(config.steps), desc=f"{arm.named(config)}, beta = {shortest(beta)}", leave=False, disable=None):
         optimizer.zero_grad()
         learner.backward(sampler.sample(k, config.tasks))
@@ -123,14 +123,14 @@ def run(config: SinusoidFloor, arm: Arm, beta: float, weights: Tensor) -> Ended:
         now = parameters_to_vector(learner.model.parameters()).detach()
         if (k + 1) % config.every == 0:
             value = true_gradients(config, now, 2)[1]
-            if not value < 100 * course[0]:  # also true for a NaN
-                return Ended(course, math.nan, math.nan, math.nan)
-            course.append(value)
+            if not value < 100 * trajectory[0]:  # also true for a NaN
+                return Ended(trajectory, math.nan, math.nan, math.nan)
+            trajectory.append(value)
         if k >= config.steps - config.last:
             total += now
     gradients, value = true_gradients(config, (total / config.last).to(weights.dtype), config.draws)
     floor = squared_norm(gradients)
-    return Ended(course, floor.value, normal_halfwidth(floor.error), value)
+    return Ended(trajectory, floor.value, normal_halfwidth(floor.error), value)
 
 
 def show(figure_path: Path, config: SinusoidFloor = SinusoidFloor()) -> str:
@@ -154,11 +154,11 @@ def show(figure_path: Path, config: SinusoidFloor = SinusoidFloor()) -> str:
             diverged = math.isnan(end.value)
             said = ["diverged", ""] if diverged else [f"{end.value:.3f}", f"{end.floor:.2g} ± {end.halfwidth:.1g}"]
             lines.append(tables.row(name, shortest(beta), *said))
-            steps = [config.every * i for i in range(len(end.course))]
+            steps = [config.every * i for i in range(len(end.trajectory))]
             colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS)]
-            panel.plot(steps, end.course, label=name, color=colour, linestyle=dash)
+            panel.plot(steps, end.trajectory, label=name, color=colour, linestyle=dash)
             if diverged:
-                panel.plot(steps[-1], end.course[-1], "x", color=colour)
+                panel.plot(steps[-1], end.trajectory[-1], "x", color=colour)
         panel.set(yscale="log", xlabel="step", title=f"β = {shortest(beta)}")
     panels[0].set_ylabel("F, the loss after a step on the population")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)

@@ -134,7 +134,7 @@ def _sinusoid(
     bias: BiasOperator | None = None,
 ) -> MetaRow:
     model = _mlp()
-    title = f"sinusoid MLP 1-40-40-1, {tasks} tasks, 10 + 10 points, {_course(inner_steps, estimator)}"
+    title = f"sinusoid MLP 1-40-40-1, {tasks} tasks, 10 + 10 points, {_steps_and_order(inner_steps, estimator)}"
     if bias is not None:
         title += f", {workers} workers, {bias}"
     return MetaRow(
@@ -169,7 +169,7 @@ def _omniglot(
     images = torch.rand(400, 1, 28, 28, generator=generator)
     episodes = Episodes(images, torch.arange(400) // 10, ways=ways, shots=shots, queries=1)
     return MetaRow(
-        f"28x28 Conv4-64, {tasks} tasks, {ways}-way {shots}-shot 1-query, {_course(inner_steps, estimator)}",
+        f"28x28 Conv4-64, {tasks} tasks, {ways}-way {shots}-shot 1-query, {_steps_and_order(inner_steps, estimator)}",
         model,
         plain,
         F.cross_entropy,
@@ -203,7 +203,7 @@ def _images(
     labels = torch.arange(ways * per_class) // per_class
     episodes = Episodes(inputs, labels, ways=ways, shots=shots, queries=queries)
     return MetaRow(
-        f"{name}, {tasks} tasks, {ways}-way {shots}-shot {queries}-query, {_course(inner_steps, estimator)}",
+        f"{name}, {tasks} tasks, {ways}-way {shots}-shot {queries}-query, {_steps_and_order(inner_steps, estimator)}",
         network,
         network,
         F.cross_entropy,
@@ -221,7 +221,7 @@ _plain_84 = partial(_images, partial(conv_net, 32, 84, 3, 5), "84x84 Conv-BN-ReL
 _resnet12 = partial(_images, partial(resnet12, (64, 128, 256, 512), 5), "84x84 ResNet-12", (3, 84, 84), 2)
 
 
-def _course(inner_steps: int, estimator: Estimator) -> str:
+def _steps_and_order(inner_steps: int, estimator: Estimator) -> str:
     order = "second order" if estimator == "exact" else "first order"
     return f"{inner_steps} step{'s' if inner_steps > 1 else ''}, {order}"
 

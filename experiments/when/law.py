@@ -81,7 +81,7 @@ class Point(NamedTuple):
     design: Design
     grad_sq: Compared
     deviation_sq: Compared
-    course: list[Compared]
+    trajectory: list[Compared]
 
 
 def designs(config: LawCheck) -> list[Design]:
@@ -101,7 +101,7 @@ def designs(config: LawCheck) -> list[Design]:
     return drawn
 
 
-def exact_course(config: LawCheck, design: Design, steps: int) -> list[float]:
+def exact_trajectory(config: LawCheck, design: Design, steps: int) -> list[float]:
     """``E ||grad f(x_k)||^2`` from x_0 = (1, ..., 1)."""
     lam, b = config.curvatures, design.bias
     beta = torch.tensor(design.beta, dtype=torch.float64)
@@ -116,17 +116,17 @@ def compare(config: LawCheck, design: Design, *, seed: int) -> Point:
     """Run one design many times."""
     lam = config.curvatures
     problem = Quadratics(lam.repeat(design.workers, 1), torch.zeros(design.workers, len(lam), dtype=torch.float64))
-    course = descend(
+    trajectory = descend(
         problem, torch.ones_like(lam), lr=design.lr, beta=design.beta, steps=config.steps, bias=Shift(design.bias),
         noise=design.noise, runs=config.runs, seed=seed,
     )  # fmt: skip
     law = stationary(lam, design.noise**2 / design.workers, design.bias, design.beta, design.lr)
-    exact = exact_course(config, design, max(config.looks) + 1)
+    exact = exact_trajectory(config, design, max(config.looks) + 1)
     return Point(
         design,
-        _compared(course.grad_sq[-config.last :].mean(0), law.grad_sq),
-        _compared(course.deviation_sq[-config.last :].mean(0), law.deviation_sq),
-        [_compared(course.grad_sq[k], exact[k]) for k in config.looks],
+        _compared(trajectory.grad_sq[-config.last :].mean(0), law.grad_sq),
+        _compared(trajectory.deviation_sq[-config.last :].mean(0), law.deviation_sq),
+        [_compared(trajectory.grad_sq[k], exact[k]) for k in config.looks],
     )
 
 

@@ -116,7 +116,7 @@ def _on_the_law(config: law.LawCheck, points: Sequence[Point]) -> list[str]:
     groups = {
         "E‖∇f‖² in the end": [point.grad_sq for point in points],
         "E‖v − ∇f‖² in the end": [point.deviation_sq for point in points],
-        "E‖∇f‖² along the trajectory": [value for point in points for value in point.course],
+        "E‖∇f‖² along the trajectory": [value for point in points for value in point.trajectory],
     }
     rows = []
     for name, values in groups.items():
@@ -235,8 +235,8 @@ def _on_compression(config: relative.RelativeBias, compressed: Sequence[Compress
         share, room = f"{at.share:.2f}", f"{at.room:.3g}"
         lines.append(tables.row(at.operator, share, room, plain, _steps(momentum, 0), ratio))
     return [
-        f"{config.workers} different workers, curvatures 1 to 1/{config.condition:g}; steps until the mean ‖∇f‖² of "
-        f"{config.runs} runs is at {config.share:.0%} of its first value and stays there; b² is the floor of exact "
+        f"{config.workers} heterogeneous workers, curvatures 1 to 1/{config.condition:g}; steps until the mean ‖∇f‖² "
+        f"of {config.runs} runs is at {config.share:.0%} of its first value and stays there; b² is the floor of exact "
         "gradients at a small step.",
         "\n".join(lines),
     ]

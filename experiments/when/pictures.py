@@ -74,7 +74,7 @@ def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], com
     kinds: dict[str, list[Compared]] = {
         "E‖∇f‖², in the end": [point.grad_sq for point in points],
         "E‖v − ∇f‖², in the end": [point.deviation_sq for point in points],
-        "E‖∇f‖², along the trajectory": [value for point in points for value in point.course],
+        "E‖∇f‖², along the trajectory": [value for point in points for value in point.trajectory],
     }
     for number, (label, values) in enumerate(kinds.items()):
         exact, mean = [value.exact for value in values], [value.mean for value in values]
@@ -104,7 +104,7 @@ def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], com
         xscale="log",
         xlabel="R",
         ylabel="steps of SGD / steps of momentum",
-        title="Top-K, different workers",
+        title="Top-K, heterogeneous workers",
         ylim=(0, None),
     )
     top.legend(frameon=False, fontsize=8)

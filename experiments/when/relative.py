@@ -1,4 +1,4 @@
-"""Two biases proportional to the gradient: a rotation, computed exactly, and Top-K on different workers, simulated."""
+"""Two biases proportional to the gradient: an exact rotation, and simulated Top-K on heterogeneous workers."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Compressed(NamedTuple):
     found: Found
 
 
-def stays_below(course: Tensor, target: float) -> float:
+def stays_below(trajectory: Tensor, target: float) -> float:
     """The first step after which a trajectory stays at or below the target; infinite if it ends above."""
-    above = (~(course <= target)).nonzero()
+    above = (~(trajectory <= target)).nonzero()
     first = 0 if len(above) == 0 else int(above[-1]) + 1
-    return math.inf if first >= len(course) else float(first)
+    return math.inf if first >= len(trajectory) else float(first)
 
 
 def differing(config: RelativeBias) -> tuple[quadratics.Quadratics, Tensor]:
@@ -99,13 +99,13 @@ def compressed(config: RelativeBias) -> list[Compressed]:
             for i, lr in enumerate(config.lrs):
                 for j, beta in enumerate(config.betas):
                     try:
-                        course = quadratics.descend(
+                        trajectory = quadratics.descend(
                             problem, start, lr=lr / L, beta=beta, steps=config.steps, bias=parse(operator), noise=noise,
                             runs=config.runs,
                         ).grad_sq.mean(1)  # fmt: skip
                     except NonFiniteError:
                         continue
-                    steps[0, i, j] = stays_below(course, target)
+                    steps[0, i, j] = stays_below(trajectory, target)
             rows.append(
                 Compressed(operator, bias / target, room * (1 - bias / target), best(steps, config.lrs, config.betas))
             )

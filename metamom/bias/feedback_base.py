@@ -127,7 +127,7 @@ class ErrorFeedback(BiasOperator):
         }
 
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
-        raise NotImplementedError(f"{self.spec} keeps a state: use transition, or call it.")
+        raise AssertionError("transitions go around the operator, which applies itself")
 
     @property
     def _generators(self) -> tuple[torch.Generator, ...]:

@@ -30,9 +30,9 @@ def check_batch(batch: object) -> None:
         ValueError: for tensors that disagree on the number of tasks or points, or are empty.
     """
     if not isinstance(batch, TaskBatch):
-        cure = " Convert it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
+        advice = " Convert it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
         raise TypeError(
-            f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {kind_of(batch)}.{cure}"
+            f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {kind_of(batch)}.{advice}"
         )
     check_set("support", batch.support_x, batch.support_y)
     check_set("query", batch.query_x, batch.query_y)

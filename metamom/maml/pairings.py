@@ -199,15 +199,15 @@ def _all_pairs(a: _Entries, b: _Entries) -> bool:
 
 def _refusal(what: str, a: _Entries, b: _Entries, meant: str) -> str:
     p, y = (tuple(x.root.shape) for x in ((a, b) if a.predicted else (b, a)))
-    cure = f"Give both the same shape{meant}"
+    advice = f"Give both the same shape{meant}"
     if p == (*y, 1):
-        cure = "Give targets their last axis, y.unsqueeze(-1), or let the model drop its own, out.squeeze(-1)"
+        advice = "Give targets their last axis, y.unsqueeze(-1), or let the model drop its own, out.squeeze(-1)"
     elif y == (*p, 1):
-        cure = "Let the model keep its last axis, out.unsqueeze(-1), or drop the targets', y.squeeze(-1)"
+        advice = "Let the model keep its last axis, out.unsqueeze(-1), or drop the targets', y.squeeze(-1)"
     how = "" if a.tensor is a.root and b.tensor is b.root else _as_paired(a, b)
     return (
         f"the loss takes {what} predictions of shape {list(p)} and targets of shape {list(y)} for each task, which "
-        f"broadcasting would pair wrongly{how}. {cure}."
+        f"broadcasting would pair wrongly{how}. {advice}."
     )
 
 

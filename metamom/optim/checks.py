@@ -48,10 +48,10 @@ def check_names(options: Mapping[str, Any], *, strict: bool) -> None:
     """Refuse other optimizers' options; if strict, all unknown ones. Groups may hold keys of schedulers or users."""
     for name, value in options.items():
         if name in INSTEAD:
-            cure = INSTEAD[name]
+            advice = INSTEAD[name]
             if name == "momentum" and isinstance(value, (int, float)) and 0 <= value < 1:
-                cure = f"momentum={value} is beta={1 - value:.12g} here"
-            raise TypeError(f"CompositeMomentum has no option {name!r}: {cure}.")
+                advice = f"momentum={value} is beta={1 - value:.12g} here"
+            raise TypeError(f"CompositeMomentum has no option {name!r}: {advice}.")
         if strict:
             raise TypeError(
                 f"CompositeMomentum has no option {name!r}; its options are lr, beta, first_step, weight_decay, "

@@ -142,8 +142,8 @@ def step(gamma: float, limit: float, why: str) -> None:
         )
 
 
-def room(left: float, used: str, cure: str) -> float:
+def room(left: float, used: str, advice: str) -> float:
     """Return the denominator ``1 - used`` of a bound; refuse one that is not positive."""
     if not left > 0:
-        raise ValueError(f"the bound needs {used} < 1; got {1 - left:.6g}, so nothing is guaranteed. {cure}")
+        raise ValueError(f"the bound needs {used} < 1; got {1 - left:.6g}, so nothing is guaranteed. {advice}")
     return left

@@ -139,8 +139,8 @@ def bound_1b(
     checks.horizon(K)
     checks.step(gamma, max_step_1b(L, beta, theta=theta), f"Theorem 1B (L={L}, beta={beta})")
     theta = _theta(beta, theta)
-    cure = "Use theta=theta_star(...), a smaller beta (M), or an estimator with a smaller relative bias (B)."
-    room = checks.room(1 - theta - B - beta * M, "theta + B + beta M", cure)
+    advice = "Use theta=theta_star(...), a smaller beta (M), or an estimator with a smaller relative bias (B)."
+    room = checks.room(1 - theta - B - beta * M, "theta + B + beta M", advice)
     return (2 * (1 - theta) * phi0 / (gamma * K) + b2 + beta * sigma2) / room
 
 

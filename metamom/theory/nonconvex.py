@@ -111,8 +111,8 @@ def terms_1a(
     checks.horizon(K)
     checks.step(gamma, max_step(L, beta), f"Theorem 1A (L={L}, beta={beta})")
     drift = (2 - beta) * L * gamma
-    cure = "Lower gamma, average over more workers (M), or use an estimator with a smaller relative bias (B)."
-    room = checks.room(1 - B - drift * M, "B + (2-beta) L gamma M", cure)
+    advice = "Lower gamma, average over more workers (M), or use an estimator with a smaller relative bias (B)."
+    room = checks.room(1 - B - drift * M, "B + (2-beta) L gamma M", advice)
     return Terms(2 * delta0 / (gamma * K) / room, b2 / room, drift * sigma2 / room)
 
 

@@ -105,14 +105,14 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
         )
     held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     own = {id(p) for p in (*learner.parameters(), *learner.meta_parameters().values())}
-    cure = "Make it over learner.parameters(), after the learner, and both again where the model is another one."
+    advice = "Make it over learner.parameters(), after the learner, and both again where the model is another one."
     if not own & set(held):
-        raise ValueError(f"the optimizer holds none of the learner's parameters, so that nothing would move. {cure}")
+        raise ValueError(f"the optimizer holds none of the learner's parameters, so that nothing would move. {advice}")
     foreign = [p for key, p in held.items() if key not in own]
     if foreign:
         raise ValueError(
             f"{len(foreign)} of the optimizer's {len(held)} parameters are not the learner's and would never be "
-            f"updated, the first of shape {tuple(foreign[0].shape)}. {cure}"
+            f"updated, the first of shape {tuple(foreign[0].shape)}. {advice}"
         )
     missing = [name for name, p in learner.step_sizes.learned().items() if p.requires_grad and id(p) not in held]
     if missing:

@@ -279,10 +279,11 @@ def test_the_servers_estimates_answer_where_the_messages_are(each, elsewhere, mo
     resumed = EF21(TopK(1))
     resumed.load_state_dict(operator.state_dict())
     change = torch.ones(2, 2) if each else torch.ones(2)
-    monkeypatch.setattr(resumed.operator, "receive", lambda *_, **__: change.to(**elsewhere))
+    arrived = change.to(**elsewhere)
+    monkeypatch.setattr(resumed.operator, "transition_receive", lambda _, state, *__, **___: (arrived, state))
     estimates = resumed.receive([], 2, torch.float32, each=each)
-    assert estimates.device == change.to(**elsewhere).device
-    assert estimates.dtype is change.to(**elsewhere).dtype
+    assert estimates.device == arrived.device
+    assert estimates.dtype is arrived.dtype
     if "dtype" in elsewhere:
         sent = torch.tensor([[3.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
         assert torch.equal(estimates, 1 + (sent if each else sent.sum(0)))

@@ -34,12 +34,12 @@ def test_gradients_of_many_points_at_once():
 def test_descend_is_the_recursion_written_out():
     """One quadratic in one dimension, no noise: theory's trajectory with a constant bias as its minimum."""
     problem = Quadratics(torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), -0.3, dtype=torch.float64))
-    course = descend(problem, torch.ones(1, dtype=torch.float64), lr=1 / 3, beta=0.5, steps=4, bias=Identity())
+    trajectory = descend(problem, torch.ones(1, dtype=torch.float64), lr=1 / 3, beta=0.5, steps=4, bias=Identity())
     x, v = 1.0, 0.0
     for k in range(4):
         v = 0.5 * v + 0.5 * (x + 0.3)
-        assert float(course.grad_sq[k]) == pytest.approx((x + 0.3) ** 2, rel=1e-12)
-        assert float(course.deviation_sq[k]) == pytest.approx((v - x - 0.3) ** 2, rel=1e-9, abs=1e-15)
+        assert float(trajectory.grad_sq[k]) == pytest.approx((x + 0.3) ** 2, rel=1e-12)
+        assert float(trajectory.deviation_sq[k]) == pytest.approx((v - x - 0.3) ** 2, rel=1e-9, abs=1e-15)
         x -= v / 3
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from metamom import MAML, CompositeMomentum
 from metamom.common.intervals import normal_halfwidth, squared_norm
 from metamom.experiments.floor import sinusoids
-from metamom.experiments.floor.regressions import CURES, FIXED_POINTS, Arm, RegressionFloor, predicted, run, show
+from metamom.experiments.floor.regressions import FIXED_POINTS, REMEDIES, Arm, RegressionFloor, predicted, run, show
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import FixedTasks, Sinusoid
 
@@ -26,10 +26,10 @@ def test_predictions_are_those_of_the_reference():
     assert coupled.end.tolist() == pytest.approx([0.7600950118764845, 0.23990498812351543], rel=1e-12)
     assert coupled.floor == pytest.approx(0.0036560389526125426, rel=1e-12)
     assert first_order.floor == pytest.approx(0.0016282195179584122, rel=1e-12)
-    assert all(predicted(cure, 0.5).floor < 1e-30 for cure in CURES)
+    assert all(predicted(remedy, 0.5).floor < 1e-30 for remedy in REMEDIES)
 
 
-@pytest.mark.parametrize("arm", [FIXED_POINTS[0], FIXED_POINTS[3], CURES[1]], ids=str)
+@pytest.mark.parametrize("arm", [FIXED_POINTS[0], FIXED_POINTS[3], REMEDIES[1]], ids=str)
 def test_runs_end_where_predicted(arm):
     """Within five standard errors, of ten blocks: Student's t with nine degrees of freedom."""
     end, truth = run(SHORT, arm, 0.3), predicted(arm, SHORT.alpha)
@@ -96,7 +96,7 @@ def test_an_arm_on_sinusoids_is_the_plain_loop():
         losses = [learner.losses(population.sample(draw, 3)).mean() for draw in range(draws)]
         return float(torch.stack(losses).mean().detach())
 
-    assert end.course == pytest.approx([value(w, 2) for w in (weights, *iterates[1::2])], rel=1e-5)
+    assert end.trajectory == pytest.approx([value(w, 2) for w in (weights, *iterates[1::2])], rel=1e-5)
     assert end.value == pytest.approx(value(torch.stack(iterates[3:]).mean(0), 4), rel=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_an_arm_that_diverges_is_said_to():
     weights = sinusoids.start(TINY)
     end = sinusoids.run(replace(TINY, lr=1e4), sinusoids.Arm("exact"), 1.0, weights)
     assert math.isnan(end.value)
-    assert all(math.isfinite(value) for value in end.course)
+    assert all(math.isfinite(value) for value in end.trajectory)
 
 
 def test_the_table_and_the_figure_of_sinusoids(tmp_path):

@@ -1,4 +1,4 @@
-"""When momentum beats SGD: the exact course, the search on it, the rule, and the report."""
+"""When momentum beats SGD: the exact trajectory, the search on it, the rule, and the report."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_without_noise_the_course_is_the_optimizer_s(beta, lr):
         assert float(deviation.square().sum()) == pytest.approx(float(ran.deviation_sq[k]), rel=1e-10, abs=1e-12)
 
 
-def test_many_runs_follow_the_law_and_the_course():
+def test_many_runs_follow_the_law_and_the_steps_and_order():
     """Within five standard errors, all 20 of them."""
     for point in law.points(LAW):
-        for value in (point.grad_sq, point.deviation_sq, *point.course):
+        for value in (point.grad_sq, point.deviation_sq, *point.trajectory):
             assert value.z < 5
             assert value.error < 0.2 * value.exact  # or the line above says nothing
 
@@ -110,9 +110,9 @@ def test_steps_of_the_search_are_those_of_the_optimizer():
     for i, lr in enumerate((0.5, 1.5)):
         for j, beta in enumerate((1.0, 0.3)):
             bias = law.Shift(torch.zeros(5).double())
-            course = descend(problem, start, lr=lr, beta=beta, steps=100, bias=bias).grad_sq[:, 0]
-            assert float(course[0]) == pytest.approx(1.0)
-            assert float(steps[0, i, j]) == relative.stays_below(course, 1e-2)
+            trajectory = descend(problem, start, lr=lr, beta=beta, steps=100, bias=bias).grad_sq[:, 0]
+            assert float(trajectory[0]) == pytest.approx(1.0)
+            assert float(steps[0, i, j]) == relative.stays_below(trajectory, 1e-2)
     found = search.best(steps, (0.5, 1.5), (1.0, 0.3))
     assert float(found.sgd.steps) == float(steps[0, :, 0].min())
     assert (float(found.sgd.beta), float(found.momentum.beta)) == (1.0, 0.3)
