@@ -21,23 +21,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from metamom.compile.tracing import is_tracing
 from metamom.maml.attention_by_task import attention, multi_head_attention
-from metamom.maml.embeddings_by_task import embedding, one_hot, table_lookup
+from metamom.maml.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
 from metamom.maml.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
+from metamom.maml.vmap_errors import VmapError
 from metamom.nets.functions import FastFunctions, on_any_layout
 
 
 class FunctionsByTask(TorchFunctionMode):
     """Replaces calls of these functions inside a model.
 
+    Args:
+        fast: whether to replace slow functions too, see `metamom.nets.functions`. They are slow only under vmap.
+
     Attributes:
         seen: whether a call has been replaced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fast: bool = True) -> None:
         super().__init__()
         self.seen = False
-        self._fast = FastFunctions()
+        self._fast = FastFunctions() if fast else None
 
     def __torch_function__(
         self,
@@ -46,8 +51,8 @@ class FunctionsByTask(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        fast = self._fast.get(func)
-        if fast is not None:
+        fast = None if self._fast is None else self._fast.get(func)
+        if self._fast is not None and fast is not None:
             found = fast(*args, **(kwargs or {}))
             self.seen = self.seen or self._fast.seen
             return found
@@ -109,13 +114,20 @@ def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> An
     """`torch.Tensor.register_hook`, which tensors under vmap do not support.
 
     Raises:
-        ValueError: with what to do instead.
+        VmapError: under vmap, with what to do instead.
+        ValueError: in a graph that is compiled, where a hook would run while it is traced only.
     """
+    if is_tracing():
+        raise ValueError(
+            "the forward registers a hook on a tensor, which does not run in a compiled meta-gradient. Remove it, or "
+            "run without compiling."
+        )
     if not torch._C._functorch.is_batchedtensor(tensor):
         return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-    raise ValueError(
-        "the forward registers a hook on a tensor, which does not run under MAML: all tasks are computed at once. To "
-        "change a gradient, use a torch.autograd.Function; hooks on the model's parameters do run."
+    raise VmapError(
+        "the forward registers a hook on a tensor, which does not run under torch.func.vmap: all tasks are computed at "
+        "once. To change a gradient, use a torch.autograd.Function; hooks on the model's parameters do run.",
+        gist="its forward registers a hook on a tensor",
     )
 
 
@@ -141,6 +153,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_under_all_names("prelu"), prelu),
     **dict.fromkeys(_under_all_names("scaled_dot_product_attention"), attention),
     F.embedding: embedding,  # its arguments are in a different order than the operator's
+    F.embedding_bag: embedding_bag,
     F.multi_head_attention_forward: multi_head_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.cross_entropy: cross_entropy,
@@ -160,7 +173,7 @@ def by_task(func: Callable[..., Any]) -> Callable[..., Any] | None:
 def may_call_them(model: nn.Module) -> bool:
     """Whether the model has modules that call one of these functions, or name one in their ``forward``."""
     return any(
-        isinstance(module, (nn.Embedding, nn.MultiheadAttention, nn.PReLU)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
+        isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.PReLU)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
         for module in model.modules()
     )
 
