@@ -32,6 +32,7 @@ WORDS = {
     "coupling": "coupling: the same inner batch in the Hessian",
     "hessian": "Hessian: dropped, or from finite differences",
     "extrapolation": "extrapolation of Richardson",
+    "estimator": "the estimator itself",
     "operator": "operator: C(g) - g",
 }
 FEWEST = 12  # number of workers, of several tasks each, behind an interval

@@ -19,6 +19,7 @@ _ROOMS = {
     "diagnostics": "sources",
     "cli": "flags",
 }
+_SHARED = ("figures", "parts", "peak", "processes")
 MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()} | {
     "metamom.chunks": "metamom.maml.chunking",
     "metamom.compiled": "metamom.compile.graph",
@@ -30,6 +31,7 @@ MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.i
     "metamom.start": "metamom.maml.task_weights",
     "metamom.step_sizes": "metamom.maml.inner_lr",
     "metamom.watch": "metamom.training.stall",
+    **{f"metamom.experiments.{name}": f"metamom.experiments.shared.{name}" for name in _SHARED},
 }
 
 

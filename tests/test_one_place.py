@@ -26,6 +26,7 @@ from metamom.cli import flags
 from metamom.cli.app import parsed, parser
 from metamom.common.flag_types import long_count
 from metamom.common.options import Flag, declared, option
+from metamom.diagnostics.sources import estimator_parts
 from metamom.experiments import recipes, saved
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.families.family import (
@@ -107,6 +108,11 @@ def test_an_estimator(monkeypatch, tmp_path, capsys):
         MAML(model, F.mse_loss, estimator=name).meta_gradient(batch).grads for name in ("half-order", "first-order")
     )
     assert_close({name: 2 * g for name, g in half.items()}, first)
+    total = {}
+    for name in ("half-order", "first-order"):  # the sources of a bias add up to it
+        parts = estimator_parts(MAML(model, F.mse_loss, estimator=name), batch, 1, torch.zeros(()))
+        total[name] = torch.stack([*parts.values()]).sum(0)
+    torch.testing.assert_close(2 * total["half-order"], total["first-order"])
     with pytest.raises(SystemExit):
         cli.main(["train", "sinusoid", "--help"])
     assert "half-order" in capsys.readouterr().out

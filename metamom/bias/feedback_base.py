@@ -13,7 +13,7 @@ from torch import Tensor
 from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates, Sizes, check_gradient
 from metamom.bias.function import inner_operator
-from metamom.bias.state import Kept, State
+from metamom.bias.state import EMPTY, Kept, State
 
 Rows = dict[str, Tensor]  # the tensors [n, d] of a transition's workers, by name
 
@@ -89,7 +89,8 @@ class ErrorFeedback(BiasOperator):
         each: bool = False,
     ) -> tuple[Tensor, State]:
         """See `BiasOperator.transition_receive`: the decoded messages of the operator, which has no state for them."""
-        return self.operator.receive(messages, d, dtype, sizes=sizes, each=each), state
+        decoded, _ = self.operator.transition_receive(messages, EMPTY, d, dtype, sizes, each=each)
+        return decoded, state
 
     def _rows_of(self, state: State, rows: Tensor, place: Coordinates) -> Rows:
         """Copy the tensors ``[n, d]`` of the workers at this place, zero for a worker's first gradient."""

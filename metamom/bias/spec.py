@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from metamom.bias.base import BiasOperator
 from metamom.bias.checks import check_seed
 from metamom.bias.spelling import AROUND, JOINED, SPELLINGS, Around, Spelling, load_all, single_spellings
+from metamom.common.did_you_mean import did_you_mean
 from metamom.common.numbers import real, shown, whole
 from metamom.common.spec_table import around_spelling, spec_table
 from metamom.common.spec_table import single_spellings as spellings_of
@@ -134,7 +135,9 @@ def _single(text: str) -> BiasOperator:
         raise ValueError(f"error feedback may appear once, as the outermost operator; got {shown(text)} within.")
     name, *words = text.split(":")
     if name not in SPELLINGS:
-        raise ValueError(f"unknown operator {shown(text)}; wanted {', '.join(spellings())}.")
+        near = did_you_mean([name], [*SPELLINGS, *JOINED, *AROUND])
+        wanted = f"{near} Wanted" if near else "; wanted"
+        raise ValueError(f"unknown operator {shown(text)}{wanted} {', '.join(spellings())}.")
     kind = SPELLINGS[name]
     argument = words.pop(0) if words and kind.number else ""
     options: dict[str, Any] = {}

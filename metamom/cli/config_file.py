@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from metamom.cli.flags import flagged
-from metamom.cli.parser import Parser, did_you_mean
+from metamom.cli.parser import Parser
+from metamom.common.did_you_mean import did_you_mean
 from metamom.common.flag_types import Listed
 from metamom.common.numbers import shown
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from metamom.cli.spec_table import spec_table
+from metamom.common.did_you_mean import did_you_mean
 from metamom.common.numbers import shown
 
 WIDTH = 100  # columns of the help, at most
@@ -71,17 +71,6 @@ class Parser(argparse.ArgumentParser):
                 f"invalid choice: {shown(str(value))} (choose from {', '.join(choices)})"
                 + did_you_mean([str(value)], choices),
             )
-
-
-def did_you_mean(words: Iterable[str], known: Iterable[str]) -> str:
-    """``; did you mean A?``, or nothing if no known word comes close to one of ``words``."""
-    names = {each.lstrip("-"): each for each in known if len(each) > 2}
-    close = []
-    for word in words:
-        name = word.lstrip("-").replace("_", "-")[:60]
-        longer = [each for each in names if len(name) > 1 and each.startswith(name)]
-        close += [names[each] for each in difflib.get_close_matches(name, names, n=1) or longer[:1]]
-    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
 
 
 def _short(word: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.maml.estimators import Estimator, support_parts
+from metamom.maml.estimators import ESTIMATORS, Estimator, support_parts, treats_halves_alike
 from metamom.maml.learner import MAML
 from metamom.server.aggregate import flatten
 
@@ -95,7 +95,8 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
 
     ``curvature``: a mini-batch inside a non-linear gradient, cross-fit − reference. ``coupling``: the same inner batch
     in the adapted weights and in the Hessian, exact − cross-fit. ``hessian``: no Hessian (first-order − exact), or
-    differences instead of it (hessian-free − cross-fit). ``extrapolation``: richardson − exact.
+    differences instead of it (hessian-free − cross-fit). ``extrapolation``: richardson − exact. ``estimator``: the
+    rest, for an estimator that does not declare its sources.
 
     Args:
         learner: the learner with the estimator.
@@ -119,19 +120,18 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
     def mean(name: Estimator, tasks: TaskBatch) -> Tensor:
         return task_gradients(learner.like(estimator=name), tasks, T)
 
-    cross = mean("cross-fit", batch)
-    parts = {"curvature": cross - target}
-    if learner.estimator == "hessian-free":
-        both = _joined(batch, _swapped(batch), count)
-        parts["hessian"] = mean("hessian-free", both) - cross
-    elif learner.estimator not in ("independent", "cross-fit"):
-        halves = _halves(batch)
-        exact = mean("exact", halves)
-        parts["coupling"] = exact - cross
-        if learner.estimator == "first-order":
-            parts["hessian"] = mean("first-order", halves) - exact
-        elif learner.estimator == "richardson":
-            parts["extrapolation"] = mean("richardson", batch) - exact
+    def on_its_points(name: Estimator) -> Tensor:
+        """The estimator's mean over the halves, or over both orders of them."""
+        if support_parts(name, 1) == 1:
+            return mean(name, _halves(batch))
+        return mean(name, batch if treats_halves_alike(name) else _joined(batch, _swapped(batch), count))
+
+    before = mean("cross-fit", batch)
+    parts = {"curvature": before - target}
+    for source in ESTIMATORS[learner.estimator].sources:
+        after = on_its_points("exact" if source == "coupling" else learner.estimator)
+        parts[source] = after - before
+        before = after
     return parts
 
 

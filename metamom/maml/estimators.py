@@ -51,6 +51,8 @@ class Record:
         derivatives: how inner steps are differentiated: ``"exact"``, by ``"differences"`` of gradients, or ``"none"``.
         averages: the rule that averages the adapted weights over a task's visits, if any; see
             `metamom.maml.tracking`.
+        sources: the sources of its bias besides the curvature, in the order in which `metamom.diagnostics` adds them:
+            ``"coupling"``, then what the estimator adds itself; ``("estimator",)`` if they are not told apart.
         biased: whether it is biased for the loss that a run reports (the loss after a step on its own inner batch);
             ``None`` if that is not known.
     """
@@ -59,6 +61,7 @@ class Record:
     meaning: str
     derivatives: Derivatives = "exact"
     averages: Literal["moml", "scsc"] | None = None
+    sources: tuple[str, ...] = ("estimator",)
     biased: bool | None = None
 
 
@@ -67,17 +70,25 @@ _WHOLE = _A + _B
 _COUPLED = (_Term(1.0, (_Adaptation(_A, _A),)),)  # with only half A in use, the set is not split
 _INDEPENDENT = (_Term(1.0, (_Adaptation(_A, _B),)),)
 ESTIMATORS: dict[Estimator, Record] = {
-    "exact": Record(_COUPLED, "differentiates through the adaptation (MAML)", biased=False),
-    "independent": Record(_INDEPENDENT, "adapts on half A of the support set, with the Hessians of half B"),
-    "first-order": Record(_COUPLED, "the gradient at the adapted weights (FO-MAML)", derivatives="none", biased=True),
+    "exact": Record(_COUPLED, "differentiates through the adaptation (MAML)", sources=("coupling",), biased=False),
+    "independent": Record(_INDEPENDENT, "adapts on half A of the support set, with the Hessians of half B", sources=()),
+    "first-order": Record(
+        _COUPLED,
+        "the gradient at the adapted weights (FO-MAML)",
+        derivatives="none",
+        sources=("coupling", "hessian"),
+        biased=True,
+    ),
     "hessian-free": Record(
         _INDEPENDENT,
         "independent, with finite differences of gradients (HF-MAML); for smooth models: ReLU kinks make it noisy",
         derivatives="differences",
+        sources=("hessian",),
     ),
     "cross-fit": Record(
         (_Term(0.5, (_Adaptation(_A, _B), _Adaptation(_B, _A))),),
         "independent, averaged over both roles of A and B",
+        sources=(),
     ),
     "richardson": Record(
         (
@@ -85,6 +96,7 @@ ESTIMATORS: dict[Estimator, Record] = {
             _Term(-0.5, (_Adaptation(_A, _A), _Adaptation(_B, _B))),
         ),
         "2 g(all) - [g(A) + g(B)]/2, where g is the exact estimator",
+        sources=("coupling", "extrapolation"),
     ),
     "moml": Record(
         _INDEPENDENT, "independent, at a moving average of each task's adapted weights (MOML)", averages="moml"
@@ -106,6 +118,13 @@ def tracked_estimators() -> list[Estimator]:
 def memoryless_estimators() -> list[Estimator]:
     """The estimators without memory: every single draw shows their bias."""
     return [name for name, record in ESTIMATORS.items() if record.averages is None]
+
+
+def treats_halves_alike(name: Estimator) -> bool:
+    """Whether it stays the same if the halves of the support set change places."""
+    adaptations = {each for term in ESTIMATORS[name].terms for each in term.adaptations}
+    swapped = {_Adaptation(*(tuple(sorted(1 - half for half in part)) for part in each)) for each in adaptations}
+    return adaptations == swapped
 
 
 class InnerBatch(NamedTuple):

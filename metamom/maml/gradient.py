@@ -183,7 +183,14 @@ class MetaGradients:
         plan.check(batch)
         rows = {name: w.unsqueeze(0) for name, w in weights.items()}
         step, found = Step(), []
-        size = self.chunk_size(batch, lambda one: _estimated_losses(plan, rows, one))
+
+        def derivative(one: TaskBatch) -> None:
+            """Of the losses, which frees their graph."""
+            with torch.enable_grad():
+                own = {name: w.detach().unsqueeze(0).requires_grad_() for name, w in weights.items()}
+                gradients(_estimated_losses(plan, own, one).sum(), [*own.values()])
+
+        size = self.chunk_size(batch, derivative)
         for start, stop in spans(batch.num_tasks, size, batch.num_tasks):
             with step.tasks(start, stop - start):
                 found.append(_estimated_losses(plan, rows, batch.part(start, stop)))
@@ -197,8 +204,10 @@ class MetaGradients:
         key = (self.built_in(), compute is None, *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
         if key not in self._budgets:
             weights = trainable(plan.problem.model, plan.problem.loss_fn) | plan.problem.step_sizes.learned()
-            one = batch.part(0, 1)
-            of_one = self._one_task(weights, batch) if compute is None else partial(compute, one)
+            # a copy, since what is saved of a view would count as the whole batch
+            first = batch.part(0, 1)
+            one = first._replace(**{name: x.clone() for name, x in first._asdict().items() if x is not None})
+            of_one = self._one_task(weights, one) if compute is None else partial(compute, one)
             self._budgets[key] = tasks_within_budget(of_one, one)
         return self._budgets[key]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metamom.bias.norms import scaled_norm
 from metamom.common.choices import Aggregate as Aggregate
+from metamom.common.did_you_mean import did_you_mean
 from metamom.common.numbers import real, shown
 
 # Limits of Weiszfeld's iteration for the geometric median, and its tolerance: the step relative to the spread.
@@ -72,7 +73,8 @@ def check_aggregate(how: Aggregate, workers: int | None = None) -> float:
         value = math.nan
     if name != "trimmed" or not colon or not 0 < value < 0.5:
         raise ValueError(
-            f"aggregate must be mean, median, geomedian or trimmed:SHARE with 0 < SHARE < 0.5; got {shown(how)}."
+            "aggregate must be mean, median, geomedian or trimmed:SHARE with 0 < SHARE < 0.5; got "
+            f"{shown(how)}{did_you_mean([name], ('mean', 'median', 'geomedian', 'trimmed')) or '.'}"
         )
     if workers is not None and _trimmed(value, workers) == 0:
         raise ValueError(

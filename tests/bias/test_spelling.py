@@ -16,6 +16,7 @@ import metamom.bias
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
 from metamom.bias import EF14, EF21, EF21SGDM, Clip21, parse
 from metamom.bias.spec import spec_help, spellings
+from metamom.bias.spelling import AROUND, SPELLINGS
 
 
 @each(EVERY)
@@ -108,6 +109,7 @@ def test_specs_are_short(operator, spec):
         ("", "unknown operator ''; wanted none, clip:TAU, clip21:TAU, clipvalue:C,"),
         ("none:1", "none has no option '1'"),
         ("TopK:3", "unknown operator 'TopK:3'"),
+        ("topq:3", "unknown operator 'topq:3'; did you mean topk? Wanted none, clip:TAU"),
         ("topk", "topk needs a number after a colon"),
         ("topk:", "topk needs a number after a colon"),
         ("topk:1.5", "'1.5' does not fit topk"),
@@ -188,3 +190,10 @@ def test_the_help_lists_what_the_parser_takes():
             elif not spelling.endswith((":A", "+B")):  # what stands around A leaves the options to it
                 with pytest.raises(ValueError, match=f"has no option '{option}{value}'"):
                     parse(f"{example}:{option}{value}")
+
+
+def test_every_spelling_is_in_the_suites():
+    """An operator that can be spelled has an instance in tests/support/operators.py."""
+    spelled = " ".join(operator.spec for operator in EVERY)
+    missing = [name for name in {**SPELLINGS, **AROUND} if name not in re.split(r"[:+()]", spelled.replace(" ", "+"))]
+    assert not missing

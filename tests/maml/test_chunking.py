@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import mlp, regression_batch
 from torch import nn
 from torch.nn import functional as F
 
@@ -141,6 +142,15 @@ def test_auto_measures_once_a_shape(sizes):
     sizes.clear()
     auto.meta_gradient(batch())
     assert sizes == [1, 6]
+
+
+def test_the_size_of_a_batch_does_not_count_as_a_tasks_memory():
+    """A task is a view of its batch, and saved tensors of it share the batch's memory."""
+    learner = MAML(mlp().double(), F.mse_loss, chunk_size="auto")
+    few, many = (learner._gradients.chunk_size(regression_batch(tasks=n)) for n in (2, 2_000))
+    assert few == many
+    fresh = MAML(mlp().double(), F.mse_loss, chunk_size="auto")
+    assert fresh._gradients.chunk_size(regression_batch(tasks=2_000)) == few
 
 
 def test_measuring_leaves_no_gradient():
