@@ -93,6 +93,8 @@ def check_hooks(module: nn.Module, *, compiling: bool = False) -> None:
     Raises:
         VmapError: naming the modules.
     """
+    if not (has_global_hooks() or any(each._backward_hooks or each._backward_pre_hooks for each in module.modules())):
+        return  # quickly, since every call of a model comes here
     names = [
         f"{name or 'the model'} ({type(each).__name__})"
         for name, each in module.named_modules()
