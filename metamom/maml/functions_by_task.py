@@ -93,6 +93,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 
 REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+GRAD_FN: Callable[..., Any] = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 
 def requires_grad(tensor: Tensor, *kind: Any) -> bool:
@@ -100,14 +101,35 @@ def requires_grad(tensor: Tensor, *kind: Any) -> bool:
 
     PyTorch's own code gets vmap's answer: if it were true, that code would use features that such tensors do not have.
     """
-    asking: FrameType | None = sys._getframe(1)
-    while asking is not None and asking.f_code.co_name == "__torch_function__":  # skip the frames of nested modes
-        asking = asking.f_back
-    if asking is not None and str(asking.f_globals.get("__name__")).partition(".")[0] == "torch":
+    if _asking(sys._getframe(1)).partition(".")[0] == "torch":
         return tensor.requires_grad
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad
+
+
+def grad_fn(tensor: Tensor, *kind: Any) -> Any:
+    """`torch.Tensor.grad_fn`, which tensors under vmap do not have.
+
+    Raises:
+        VmapError: under vmap, for a model or its hooks; PyTorch also reads it to print a tensor.
+    """
+    asking = _asking(sys._getframe(1))
+    reads = asking.partition(".")[0] != "torch" or asking == "torch.autograd.graph"
+    if reads and torch._C._functorch.is_batchedtensor(tensor):
+        raise VmapError(
+            "the forward reads the grad_fn of a tensor or registers a hook on it, which is not possible under "
+            "torch.func.vmap: all tasks are computed at once. To change a gradient, use a torch.autograd.Function.",
+            gist="its forward reads the grad_fn of a tensor",
+        )
+    return tensor.grad_fn
+
+
+def _asking(frame: FrameType | None) -> str:
+    """The name of the module whose code called a function in ``frame``, past the frames of nested modes."""
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
 
 
 def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
@@ -158,6 +180,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.cross_entropy: cross_entropy,
     REQUIRES_GRAD: requires_grad,
+    GRAD_FN: grad_fn,
     torch.Tensor.register_hook: register_hook,
     torch.Tensor.retain_grad: retain_grad,
 }
@@ -181,7 +204,8 @@ def may_call_them(model: nn.Module) -> bool:
 @cache
 def _names_one(kind: type[nn.Module]) -> bool:
     """Whether the code of a module's ``forward`` names one of these functions in any branch."""
-    names = {"requires_grad" if function == REQUIRES_GRAD else function.__name__ for function in _OTHERS}
+    attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn"}
+    names = {attributes.get(function, function.__name__) for function in _OTHERS}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
     todo: list[CodeType] = [] if code is None else [code]
     while todo:

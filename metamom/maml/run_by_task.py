@@ -27,6 +27,14 @@ from metamom.maml.task_weights import Params, Start
 from metamom.maml.vectorize import one_by_one
 from metamom.maml.vmap_errors import explained, unchanged
 
+# Found in the errors of torch.autograd.grad and of hooks on tensors that do not require gradients.
+WITHOUT_GRADIENTS = (
+    "does not require grad",
+    "doesn't require grad",
+    "Expected gradient function to be set",
+    "'NoneType' object has no attribute 'register_hook'",
+)
+
 
 class RunByTask:
     """Runs a model with `torch.func.vmap`, with the same results as a loop over the tasks; or in that loop.
@@ -185,14 +193,14 @@ def _copies(params: Params) -> Params:
 
 
 def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, tensors: Params) -> Any:
-    """The output for one task, of a model that may differentiate inside its forward.
+    """The output for one task, of a model that may differentiate inside its forward, or register hooks on tensors.
 
-    It does so in a plain loop whether or not the caller wants gradients, since its parameters require them.
+    It can do so in a plain loop whether or not the caller wants gradients, since its parameters require them.
     """
     try:
         return call(places)
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        if not any(sign in str(error) for sign in WITHOUT_GRADIENTS):
             raise
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():

@@ -153,8 +153,19 @@ class OwnFunction(Features):
 
 class TensorHook(Features):
     def then(self, z: Tensor) -> Tensor:
-        if z.requires_grad:
-            z.register_hook(lambda g: 2 * g)
+        z.register_hook(lambda g: 2 * g)
+        return z
+
+
+class NodeHook(Features):
+    def then(self, z: Tensor) -> Tensor:
+        z.grad_fn.register_hook(lambda into, out: tuple(g if g is None else 2 * g for g in into))
+        return z
+
+
+class MultiHook(Features):
+    def then(self, z: Tensor) -> Tensor:
+        torch.autograd.graph.register_multi_grad_hook([z], lambda gradients: None)
         return z
 
 
@@ -207,6 +218,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "backward hooks": (hooked, "3 (Linear)"),
     "backward pre-hooks": (hooked_before, "2 (Tanh)"),
     "a hook on a tensor": (TensorHook, "TensorHook itself"),
+    "a hook on a node": (NodeHook, "NodeHook itself"),
+    "a hook on several tensors": (MultiHook, "MultiHook itself"),
 }
 
 
@@ -302,7 +315,7 @@ def test_an_explicit_loop_does_not_warn(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_vmap_alone_refuses(name):
-    match = "cannot run under per-task weights|backward hooks of modules do not run|registers a hook on a tensor"
+    match = "cannot run under per-task weights|backward hooks of modules do not run|registers a hook|the grad_fn"
     with pytest.raises(ValueError, match=match):
         MAML(made(name), F.mse_loss, inner_lr=ALPHA, vectorize="vmap").backward(batch())
 
