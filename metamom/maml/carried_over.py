@@ -41,15 +41,24 @@ def refused(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def warn_of_draws() -> Iterator[None]:
-    """Warn if the model draws from Python's or NumPy's generator, which `torch.func.vmap` does not see."""
+def warn_of_draws(*, loop: bool = False) -> Iterator[None]:
+    """Warn if the model draws from Python's or NumPy's generator, which does not know about tasks.
+
+    Args:
+        loop: whether the tasks run one by one, without `torch.func.vmap`.
+    """
     before = _states()
     yield
     moved = [name for name, state in _states().items() if state != before[name]]
     if moved:
+        how = (
+            "whose draws depend on the tasks before it"
+            if loop
+            else "once for all tasks that are computed together, where a loop would draw for each task"
+        )
         warnings.warn(
-            f"the model draws from {' and '.join(moved)} generator, once for all tasks that are computed together, "
-            "where a loop would draw for each task. Draw with torch instead: torch.where(torch.rand(()) < 0.5, a, b).",
+            f"the model draws from {' and '.join(moved)} generator, {how}. Draw with torch instead: "
+            "torch.where(torch.rand(()) < 0.5, a, b).",
             stacklevel=2,
         )
 

@@ -14,6 +14,7 @@ from metamom.common.choices import ChunkSize as ChunkSize
 BUDGET = 512 * 2**20  # bytes, on a CPU
 # At the peak of a backward pass, saved activations and their cotangents are both alive.
 PEAK = 2.3
+UNKNOWN = 16  # tasks at a time if their memory cannot be measured
 
 
 def spans(num_tasks: int, chunk_size: int | None, per_worker: int) -> Iterator[tuple[int, int]]:
@@ -62,7 +63,12 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
         torch.random.fork_rng(devices=drawn),
         torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved),
     ):
-        gradient()
+        try:
+            gradient()
+        except (RuntimeError, ValueError) as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            return UNKNOWN  # torch.func.grad in the forward does not allow such hooks
     each = sum(sizes.values()) + sum(x.nbytes for x in one[:4])
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
     return max(1, int(budget / (PEAK * each)))

@@ -1,8 +1,10 @@
-"""Random draws of a model under `torch.func.vmap` that depend on the task's number alone, not on its neighbours.
+"""Random draws of a model that depend on the task's number alone, not on its neighbours, under `torch.func.vmap` too.
 
 Under ``vmap(randomness="different")`` all tasks draw from one generator, so a task's draws depend on which tasks are
 computed with it. Here each random operation runs task by task. Its generator is seeded from one number a step, the
 task's number in the batch, and the number of the operation, so chunks and processes do not change the draws.
+
+In a loop over the tasks, a task's random operations draw the same numbers as under vmap.
 
 A compiled meta-gradient contains its random operations and draws as ``vmap`` does.
 """
@@ -57,18 +59,45 @@ class Step:
             _STEP.reset(token)
 
 
-@contextmanager
-def repeatable() -> Iterator[Callable[[], None]]:
-    """Yield a function that takes the random draws back to where they are now, to compute something again."""
+def rewinder() -> Callable[[], None]:
+    """A function that takes back the draws since this call, so that a model can be called again with the same ones."""
     step, state = _STEP.get(), torch.get_rng_state()
-    calls = 0 if step is None else step.calls
+    seed, calls = (None, 0) if step is None else (step._seed, step.calls)
 
-    def back() -> None:
+    def rewind() -> None:
         torch.set_rng_state(state)
         if step is not None:
-            step.calls = calls
+            step._seed, step.calls = seed, calls
 
-    yield back
+    return rewind
+
+
+class DrawsRefused(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses random operations, in the words of `torch.func.vmap` with ``randomness="error"``.
+
+    Raises:
+        RuntimeError: at the first one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise drawn()
+        return func(*args, **(kwargs or {}))
+
+
+def drawn() -> RuntimeError:
+    """The error of a call that has drawn at random although it must not."""
+    return RuntimeError("called a random operation while in randomness error mode")
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators for the CPU and this device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -76,26 +105,37 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         tasks: T, the size of vmap's axis: the tasks of the current chunk, or c adjacent copies of each.
-        row: for a call of one task without vmap, its place on that axis.
     """
 
-    def __init__(self, tasks: int, *, row: int | None = None) -> None:
+    def __init__(self, tasks: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         step = _STEP.get()
         if step is None:
             step = Step()
             step.count = tasks
         self.step = step
-        self.tasks = tasks if row is None else 1
-        self.start = step.first * (tasks // step.count) + (row or 0)
+        self.tasks = tasks
+        self.start = step.first * (tasks // step.count)
         self.call = step.calls
         self.operations = 0  # that run on all tasks at once
         self.singles = 0  # that run on one task each, in task order
         self.seeded: dict[int, tuple[torch.Generator, Tensor]] = {}  # seeded in this call, with states before a draw
-        if row in (None, tasks - 1):
-            step.calls += 1
+        self.only: int | None = None  # the task that runs, in a loop
+        step.calls += 1
         step.seed()
         self.untouched = torch.default_generator.get_state()
+
+    def each(self, one_task: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function that is called for each task in turn, without vmap. It draws as it would under vmap."""
+        tasks = iter(range(self.tasks))
+
+        def drawing(*args: Any) -> Any:
+            self.only, self.operations, self.seeded = next(tasks), 0, {}
+            self.untouched = torch.default_generator.get_state()
+            with self:
+                return one_task(*args)
+
+        return drawing
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -104,6 +144,9 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         generator = self._generator(kwargs.get("generator"))
+        if self.only is not None:
+            self.operations += 1
+            return self._draw(func, args, kwargs, self.only, str(self.operations - 1), generator)
         if not any(self._has_tasks(value) for value in (*args, *kwargs.values())):
             task, number = self.singles % self.tasks, self.singles // self.tasks
             self.singles += 1
@@ -163,6 +206,9 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, args: Any, kwargs: dict[str, Any], task: int, what: str, generator: torch.Generator | None
     ) -> Any:
         if generator is not None:  # it goes through the same states for each task
+            if self.only is not None:
+                self.seeded[id(generator)] = generator, self.untouched
+                return func(*args, **kwargs)
             if task == 0:
                 self.seeded[id(generator)] = generator, generator.get_state()
             generator.set_state(self.seeded[id(generator)][1])

@@ -21,23 +21,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from metamom.compile.tracing import is_tracing
 from metamom.maml.attention_by_task import attention, multi_head_attention
-from metamom.maml.embeddings_by_task import embedding, one_hot, table_lookup
+from metamom.maml.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
 from metamom.maml.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
+from metamom.maml.vmap_errors import VmapError
 from metamom.nets.functions import FastFunctions, on_any_layout
 
 
 class FunctionsByTask(TorchFunctionMode):
     """Replaces calls of these functions inside a model.
 
+    Args:
+        fast: whether to replace slow functions too, see `metamom.nets.functions`. They are slow only under vmap.
+
     Attributes:
         seen: whether a call has been replaced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fast: bool = True) -> None:
         super().__init__()
         self.seen = False
-        self._fast = FastFunctions()
+        self._fast = FastFunctions() if fast else None
 
     def __torch_function__(
         self,
@@ -46,8 +51,8 @@ class FunctionsByTask(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        fast = self._fast.get(func)
-        if fast is not None:
+        fast = None if self._fast is None else self._fast.get(func)
+        if self._fast is not None and fast is not None:
             found = fast(*args, **(kwargs or {}))
             self.seen = self.seen or self._fast.seen
             return found
@@ -88,6 +93,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 
 REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+GRAD_FN: Callable[..., Any] = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 
 def requires_grad(tensor: Tensor, *kind: Any) -> bool:
@@ -95,27 +101,55 @@ def requires_grad(tensor: Tensor, *kind: Any) -> bool:
 
     PyTorch's own code gets vmap's answer: if it were true, that code would use features that such tensors do not have.
     """
-    asking: FrameType | None = sys._getframe(1)
-    while asking is not None and asking.f_code.co_name == "__torch_function__":  # skip the frames of nested modes
-        asking = asking.f_back
-    if asking is not None and str(asking.f_globals.get("__name__")).partition(".")[0] == "torch":
+    if _asking(sys._getframe(1)).partition(".")[0] == "torch":
         return tensor.requires_grad
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad
 
 
+def grad_fn(tensor: Tensor, *kind: Any) -> Any:
+    """`torch.Tensor.grad_fn`, which tensors under vmap do not have.
+
+    Raises:
+        VmapError: under vmap, for a model or its hooks; PyTorch also reads it to print a tensor.
+    """
+    asking = _asking(sys._getframe(1))
+    reads = asking.partition(".")[0] != "torch" or asking == "torch.autograd.graph"
+    if reads and torch._C._functorch.is_batchedtensor(tensor):
+        raise VmapError(
+            "the forward reads the grad_fn of a tensor or registers a hook on it, which is not possible under "
+            "torch.func.vmap: all tasks are computed at once. To change a gradient, use a torch.autograd.Function.",
+            gist="its forward reads the grad_fn of a tensor",
+        )
+    return tensor.grad_fn
+
+
+def _asking(frame: FrameType | None) -> str:
+    """The name of the module whose code called a function in ``frame``, past the frames of nested modes."""
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
+
+
 def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
     """`torch.Tensor.register_hook`, which tensors under vmap do not support.
 
     Raises:
-        ValueError: with what to do instead.
+        VmapError: under vmap, with what to do instead.
+        ValueError: in a graph that is compiled, where a hook would run while it is traced only.
     """
+    if is_tracing():
+        raise ValueError(
+            "the forward registers a hook on a tensor, which does not run in a compiled meta-gradient. Remove it, or "
+            "run without compiling."
+        )
     if not torch._C._functorch.is_batchedtensor(tensor):
         return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-    raise ValueError(
-        "the forward registers a hook on a tensor, which does not run under MAML: all tasks are computed at once. To "
-        "change a gradient, use a torch.autograd.Function; hooks on the model's parameters do run."
+    raise VmapError(
+        "the forward registers a hook on a tensor, which does not run under torch.func.vmap: all tasks are computed at "
+        "once. To change a gradient, use a torch.autograd.Function; hooks on the model's parameters do run.",
+        gist="its forward registers a hook on a tensor",
     )
 
 
@@ -141,10 +175,12 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_under_all_names("prelu"), prelu),
     **dict.fromkeys(_under_all_names("scaled_dot_product_attention"), attention),
     F.embedding: embedding,  # its arguments are in a different order than the operator's
+    F.embedding_bag: embedding_bag,
     F.multi_head_attention_forward: multi_head_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.cross_entropy: cross_entropy,
     REQUIRES_GRAD: requires_grad,
+    GRAD_FN: grad_fn,
     torch.Tensor.register_hook: register_hook,
     torch.Tensor.retain_grad: retain_grad,
 }
@@ -160,7 +196,7 @@ def by_task(func: Callable[..., Any]) -> Callable[..., Any] | None:
 def may_call_them(model: nn.Module) -> bool:
     """Whether the model has modules that call one of these functions, or name one in their ``forward``."""
     return any(
-        isinstance(module, (nn.Embedding, nn.MultiheadAttention, nn.PReLU)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
+        isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.PReLU)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
         for module in model.modules()
     )
 
@@ -168,7 +204,8 @@ def may_call_them(model: nn.Module) -> bool:
 @cache
 def _names_one(kind: type[nn.Module]) -> bool:
     """Whether the code of a module's ``forward`` names one of these functions in any branch."""
-    names = {"requires_grad" if function == REQUIRES_GRAD else function.__name__ for function in _OTHERS}
+    attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn"}
+    names = {attributes.get(function, function.__name__) for function in _OTHERS}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
     todo: list[CodeType] = [] if code is None else [code]
     while todo:

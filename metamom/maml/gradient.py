@@ -26,6 +26,7 @@ from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cu
 from metamom.maml.inner_loop import Problem, check_cut, episodes, trainable
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.misfits import check_one_tensor
+from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids
 from metamom.maml.unused import from_outside
@@ -223,15 +224,18 @@ class MetaGradients:
         fixed: list[Hashable] = [problem.loss_fn, around, *problem.step_sizes.fixed.values()]
         for module in plan.owner.modules():
             fixed += [module, module.training, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            fixed += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
             fixed += module._buffers.values()
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
-        options = plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, problem.run.looped
-        return *options, *fixed
+        vectorization = problem.vectorization
+        fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks()]
+        return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""
         plan = self.plan()
-        return plan.problem.run.falling_back(lambda: chunk_gradient(plan, weights, memory, workers, scale, *batch))
+        gradient = partial(chunk_gradient, plan, weights, memory, workers, scale, *batch)
+        return plan.problem.vectorization.attempt(plan.problem.parts(), gradient)
 
     def _announce(self, weights: Params, batch: TaskBatch, chunks: int) -> None:
         """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""
@@ -269,7 +273,7 @@ def chunk_gradient(
         for term in plan.cut(TaskBatch(*batch)):
             found = episodes(problem, rows, term, memory)
             check_one_tensor(found.predictions)
-            with explained(problem.model):
+            with explained(problem.model, loop=problem.loops()):
                 grads = gradients(found.losses.sum() * (scale * term.weight), [*rows.values(), *around.values()])
             past = [name for name, grad in zip(around, grads[len(rows) :], strict=True) if grad is not None]
             if past:

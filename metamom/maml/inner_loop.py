@@ -3,13 +3,14 @@
 Legend: T tasks, c copies of each, n workers, N points of a task, J inner steps.
 
 Both the inner and the outer derivative use plain autograd over a forward pass that `torch.func.vmap` batches over
-tasks. (Differentiating from outside vmap over an inner `torch.func.grad` is wrong for affine normalisation layers
-in torch 2.13.)
+tasks, or that a loop runs for each. (Differentiating from outside vmap over an inner `torch.func.grad` is wrong for
+affine normalisation layers in torch 2.13.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -24,14 +25,16 @@ from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step
 from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.misfits import check_loss, targets_explained
+from metamom.maml.model_checks import check_hooks
 from metamom.maml.modes import out_of_inference
-from metamom.maml.one_by_one import one_by_one
+from metamom.maml.plain_autograd import differentiable_twice
 from metamom.maml.run_by_task import RunByTask
-from metamom.maml.swapping import alone, named, slots, swapped
+from metamom.maml.swapping import alone, is_training, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
 from metamom.maml.tracking import tracked
 from metamom.maml.unused import Uses
-from metamom.maml.vmap_errors import explained
+from metamom.maml.vectorize import Part, Vectorization, map_over_tasks
+from metamom.maml.vmap_errors import explained, loss_draws_refused
 
 LOSS = "loss_fn."  # prefix of the names of a loss module's parameters
 
@@ -47,6 +50,7 @@ class Problem(NamedTuple):
         estimator: decides how inner steps are differentiated.
         autocast: dtype of the model's products, ``None`` for the dtype of the weights.
         run: runs the model with separate weights for each task.
+        vectorization: whether model and loss run on all tasks at once.
         readings: how the loss was seen to interpret its arguments.
         uses: which parameters the loss was found not to depend on.
     """
@@ -58,8 +62,18 @@ class Problem(NamedTuple):
     estimator: Estimator
     autocast: torch.dtype | None
     run: RunByTask
+    vectorization: Vectorization
     readings: LossReadings
     uses: Uses
+
+    def parts(self) -> tuple[Part, Part]:
+        """The model and the loss, in their current modes."""
+        training = getattr(self.loss_fn, "training", True)
+        return ("model", is_training(self.model)), ("loss_fn", training)
+
+    def loops(self) -> bool:
+        """Whether neither runs on all tasks at once."""
+        return self.vectorization.loops(*self.parts())
 
 
 class Episodes(NamedTuple):
@@ -109,8 +123,13 @@ def predictions(problem: Problem, start: Start, own: Params, x: Tensor, draws: b
 
     A random model draws separately for each task. With ``draws=False``, drawing is an error.
     """
-    run = partial(problem.run, problem.model, start, own, x, draws, problem.autocast)
-    out = problem.run.falling_back(run)
+    part, _ = problem.parts()
+
+    def run() -> Tensor:
+        loop = problem.vectorization.loops(part)
+        return problem.run(problem.model, start, own, x, draws, problem.autocast, loop)
+
+    out = problem.vectorization.attempt([part], run)
     return out if problem.autocast is None else out.to(x.dtype)
 
 
@@ -125,22 +144,31 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
     if y.dtype == torch.uint8:  # torch's losses take these as labels, but not under vmap
         y = y.long()
     loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
+    _, part = problem.parts()
 
     def one_task(predicted: Tensor, y: Tensor) -> Tensor:
         loss = loss_fn(predicted, y)
         check_loss(loss)
         return loss
 
-    def of_tasks() -> Tensor:
-        over_tasks = partial(one_by_one, tasks=len(y)) if problem.run.looped else torch.func.vmap
-        with explained(problem.model, "loss_fn"), targets_explained(predicted, y):
-            if not names:
-                found: Tensor = over_tasks(one_task)(predicted, y)
-                return found
-            assert isinstance(problem.loss_fn, nn.Module)
-            return _with_parameters(over_tasks, problem.loss_fn, one_task, names, start, own, predicted, y)
+    module = problem.loss_fn if isinstance(problem.loss_fn, nn.Module) else None
 
-    found = problem.run.falling_back(of_tasks)
+    def run() -> Tensor:
+        loop = problem.vectorization.loops(part)
+        if module is not None and (not loop or is_tracing()):
+            check_hooks(module, compiling=loop)
+        with (
+            explained(problem.model, "loss_fn", loop=loop),
+            targets_explained(predicted, y),
+            differentiable_twice(module) if loop else nullcontext(),
+            loss_draws_refused(y.device) if loop and not is_tracing() else nullcontext(),
+        ):
+            if module is not None and names:
+                return _with_parameters(module, one_task, names, start, own, predicted, y, loop)
+            of_tasks: Tensor = map_over_tasks(one_task, loop)(predicted, y)
+            return of_tasks
+
+    found = problem.vectorization.attempt([part], run)
     if found.dim() != 1:
         raise ValueError(
             f"loss_fn must return one number per task, as reduction='mean' does; got shape {tuple(found.shape[1:])} "
@@ -150,7 +178,6 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
 
 
 def _with_parameters(
-    over_tasks: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
     module: nn.Module,
     loss: LossFn,
     names: Mapping[str, str],
@@ -158,6 +185,7 @@ def _with_parameters(
     own: Params,
     predicted: Tensor,
     y: Tensor,
+    loop: bool,
 ) -> Tensor:
     """Losses from a loss module with parameters; ``names`` maps its parameter names to those of the task weights."""
     with alone(module):
@@ -168,7 +196,8 @@ def _with_parameters(
             with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
                 return loss(predicted, y)
 
-        return over_tasks(one_task)(own, start.kept, predicted, y)
+        of_tasks: Tensor = map_over_tasks(one_task, loop)(own, start.kept, predicted, y)
+    return of_tasks
 
 
 def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep_graph: bool) -> Iterator[Params]:
@@ -245,10 +274,10 @@ def _gradient(
     precision = max(torch.finfo(problem.autocast or w.dtype).eps for w in at.values())
 
     def gradient() -> dict[str, Tensor | None]:
-        with explained(problem.model):
+        with explained(problem.model, loop=problem.loops()):
             return inner_gradient(along, hessian, at, start.kept | start.shared, derivatives, precision)
 
-    return problem.run.falling_back(gradient)
+    return problem.vectorization.attempt(problem.parts(), gradient)
 
 
 def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) -> None:

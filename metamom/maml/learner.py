@@ -26,9 +26,8 @@ from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.loss_readings import LossReadings
 from metamom.maml.metrics import accuracy
 from metamom.maml.misfits import asserts_explained
-from metamom.maml.model_checks import check_kind, structure
+from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.modes import differentiable, differentiable_batch, out_of_inference
-from metamom.maml.one_by_one import Vectorize
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
@@ -38,6 +37,7 @@ from metamom.maml.swapping import alone, named
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.tracking import TRACKING, Memory, check_tracking
 from metamom.maml.unused import Uses
+from metamom.maml.vectorize import Vectorization, Vectorize
 from metamom.maml.vmap_errors import check_model
 from metamom.server.aggregate import unflatten
 from metamom.server.robust import Aggregate
@@ -58,7 +58,7 @@ class MAML(nn.Module):
 
     Args:
         model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs with separate weights for each task, so it must
-            not use running statistics, or change its parameters in place.
+            not use running statistics, or change its parameters or buffers in place.
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`. The
             parameters of a loss module are learned with the model's; inner steps do not move them.
         inner_lr: alpha > 0: one number, or a number or tensor for each adapted parameter. Leaf tensors that require a
@@ -76,9 +76,9 @@ class MAML(nn.Module):
         chunk_size: compute at most this many tasks at a time, or ``None`` for all. This bounds memory and does not
             change the result (except for a compiled model's random draws). ``"auto"`` measures the memory of one task,
             once for each shape of batch, and uses about 512 MiB on a CPU, or half of the free memory on a GPU.
-        vectorize: ``"vmap"`` runs the model on all tasks of a chunk at once. ``"loop"`` runs it task by task, with the
-            same gradients to rounding. ``"auto"`` uses vmap until the model or loss turns out not to work with it
-            (recurrent layers, ``.item()`` or ``if`` on values, backward hooks), then warns once and loops.
+        vectorize: ``"vmap"`` runs model and loss on all tasks of a chunk at once. ``"loop"`` runs them task by task,
+            with the same gradients to rounding. ``"auto"`` uses vmap until the model or the loss turns out not to work
+            with it (recurrent layers, ``.item()`` or ``if`` on values, hooks), then warns once and loops.
         compile: compile the whole meta-gradient, once for each batch shape, and again when the loss, a module, a
             hook, a buffer or a frozen parameter is replaced. Everything else that the model or loss reads (a dropout
             rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
@@ -134,11 +134,13 @@ class MAML(nn.Module):
         check_estimator(estimator, inner_batches)
         check_option("inner_steps", inner_steps)
         check_option("loss_fn", loss_fn)
+        check_option("vectorize", vectorize)
         check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
         check_compile(compile)
-        check_option("vectorize", vectorize)
-        check_kind(model, hooks=vectorize != "vmap")
+        check_kind(model)
         check_model(model)
+        if vectorize == "vmap":
+            check_hooks(model)
         self.model = model
         self.loss_fn = loss_fn
         self.inner_steps = inner_steps
@@ -156,7 +158,7 @@ class MAML(nn.Module):
             self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
         self.operators: dict[str, BiasOperator | None] = {}
         self._readings, self._uses = LossReadings(), Uses()
-        self._run = RunByTask(vectorize, model)
+        self._run, self._vectorization = RunByTask(), Vectorization(vectorize)
         self._structure = structure(model)
         self._gradients = MetaGradients(self._plan, compile)
 
@@ -177,9 +179,9 @@ class MAML(nn.Module):
             tracking = None if self.memory is None else self.memory.tracking
             check_change(self, name, value, tracking, self.step_sizes.kind)
             if name == "model":
-                self._run, self._structure = RunByTask(self.vectorize, value), structure(value)
-            if name == "vectorize":
-                self._run = RunByTask(value, self.model)
+                self._run, self._structure = RunByTask(), structure(value)
+            if name in ("model", "loss_fn", "vectorize"):
+                self._vectorization = Vectorization(value if name == "vectorize" else self.vectorize)
         if name == "loss_fn":
             check_loss_owner(value)
             self._modules.pop(name, None)  # a module may replace a function, or a function a module
@@ -231,9 +233,10 @@ class MAML(nn.Module):
             inner_batches=self.inner_batches if inner_batches is None else inner_batches,
             adapt=self.adapted,
             chunk_size="auto" if self.chunk_size is None else self.chunk_size,
-            vectorize=self.vectorize,
             autocast=self.autocast,
+            vectorize=self.vectorize,
         )
+        other._run, other._vectorization = self._run, self._vectorization
         other.step_sizes = self.step_sizes
         return other
 
@@ -410,8 +413,10 @@ class MAML(nn.Module):
             now = structure(self.model)
         if now == self._structure:
             return
-        check_kind(self.model, hooks=self.vectorize != "vmap")
+        check_kind(self.model)
         check_model(self.model)
+        if self.vectorize == "vmap":
+            check_hooks(self.model)
         parameters = {name: p for name, p in named(self.model).items() if p.requires_grad}
         adapted = selected(self._adapt, parameters)
         if adapted != self.adapted:
@@ -423,7 +428,8 @@ class MAML(nn.Module):
                     "the model."
                 )
             self.adapted = adapted
-        self._run, self._structure = RunByTask(self.vectorize, self.model), now
+        self._run, self._vectorization = RunByTask(), Vectorization(self.vectorize)
+        self._structure = now
 
     def _problem(self) -> Problem:
         return Problem(
@@ -434,6 +440,7 @@ class MAML(nn.Module):
             self.estimator,
             self.autocast,
             self._run,
+            self._vectorization,
             self._readings,
             self._uses,
         )

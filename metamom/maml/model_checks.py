@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 from torch.nn.parameter import is_lazy
+
+from metamom.maml.vmap_errors import VmapError
 
 # The wrapper classes, by module and name. They are looked up only in modules that are already imported: importing these
 # takes as long as the rest of metamom, and without the import no wrapper can exist.
@@ -23,7 +26,7 @@ WRAPPERS = (
 SHARDED = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor", "DTensor"))
 
 
-def check_kind(model: object, *, hooks: bool = False) -> None:
+def check_kind(model: object) -> None:
     """Refuse anything that is not a single-process model with trainable weights.
 
     Raises:
@@ -53,8 +56,6 @@ def check_kind(model: object, *, hooks: bool = False) -> None:
             "once, and cannot be replaced in scripted code. Pass the original model, before torch.jit.script or "
             "torch.jit.trace."
         )
-    if not hooks:
-        check_hooks(model)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(
@@ -82,27 +83,39 @@ def structure(model: nn.Module) -> tuple[Hashable, ...]:
     return *modules, *(name for name, p in model.named_parameters() if p.requires_grad)
 
 
-def modules_with_backward_hooks(model: nn.Module) -> list[str]:
-    """Names and types of the modules that have backward hooks."""
-    return [
-        f"{name or 'the model'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module._backward_hooks or module._backward_pre_hooks
-    ]
+def check_hooks(module: nn.Module, *, compiling: bool = False) -> None:
+    """Refuse module backward hooks where they would never run.
 
-
-def check_hooks(model: nn.Module) -> None:
-    """Refuse module backward hooks, which would never run, because gradients go through `torch.func.vmap`.
+    Args:
+        module: the model, or a loss.
+        compiling: whether they are ignored because a graph is compiled, not because of vmap.
 
     Raises:
-        ValueError: naming the modules.
+        VmapError: naming the modules.
     """
-    if hooked := modules_with_backward_hooks(model):
-        raise ValueError(
-            f"backward hooks of modules do not run under vmap, and would be silently ignored: {', '.join(hooked)}. "
-            'Remove them, or run the model task by task (vectorize="loop"); to change a gradient, use a '
-            "torch.autograd.Function in the forward."
+    if not (has_global_hooks() or any(each._backward_hooks or each._backward_pre_hooks for each in module.modules())):
+        return  # quickly, since every call of a model comes here
+    names = [
+        f"{name or 'the model'} ({type(each).__name__})"
+        for name, each in module.named_modules()
+        if each._backward_hooks or each._backward_pre_hooks
+    ]
+    where, instead = ("vmap", 'run the model task by task (vectorize="loop")')
+    if compiling:
+        where, instead = ("compiled meta-gradients", "run without compiling")
+    names += ["every module (a global hook)"] * has_global_hooks()
+    if names:
+        raise VmapError(
+            f"backward hooks of modules do not run under {where}, and would be silently ignored: {', '.join(names)}. "
+            f"Remove them, or {instead}; to change a gradient, use a torch.autograd.Function in the forward.",
+            where=", ".join(names),
+            gist="backward hooks of modules do not run under vmap",
         )
+
+
+def has_global_hooks() -> bool:
+    """Whether all modules have a backward hook, as from `register_module_full_backward_hook`."""
+    return bool(every_module._global_backward_hooks or every_module._global_backward_pre_hooks)
 
 
 def _scripted_calls(module: nn.Module) -> list[str]:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from metamom.common.checks import INNER_STEPS, check_whole
+from metamom.common.checks import INNER_STEPS, check_whole, is_word
 from metamom.maml.estimators import check_estimator, tracked_estimators
-from metamom.maml.model_checks import check_kind
-from metamom.maml.one_by_one import WAYS
+from metamom.maml.model_checks import check_hooks, check_kind
 from metamom.maml.swapping import named
 from metamom.maml.tracking import check_tracking
+from metamom.maml.vectorize import VECTORIZE
 from metamom.maml.vmap_errors import check_model
 
 # Options used only by the constructor: setting one later would have no effect, or leave the learner inconsistent.
@@ -42,7 +42,7 @@ def check_option(name: str, value: Any) -> None:
                 f'chunk_size must be a number of tasks >= 1, "auto", or None for all at once; got {value!r}.'
             )
     elif name == "vectorize":
-        if value not in WAYS:
+        if not is_word(value, VECTORIZE):
             raise ValueError(f'vectorize must be "auto", "vmap" or "loop"; got {value!r}.')
     elif name == "autocast":
         if value not in (None, torch.bfloat16):
@@ -114,8 +114,10 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
         ValueError: with the conflict.
     """
     if name == "model":
-        check_kind(value, hooks=learner.vectorize != "vmap")
+        check_kind(value)
         check_model(value)
+        if learner.vectorize == "vmap":
+            check_hooks(value)
         check_replacement(learner.model, value)
     if name in ("estimator", "inner_batches", "inner_steps"):
         options = {each: getattr(learner, each) for each in ("estimator", "inner_batches", "inner_steps")}

@@ -1,100 +1,61 @@
-"""Run a model on all tasks at once, with separate weights for each task.
+"""Run a model with separate weights for each task: on all tasks at once, or task by task.
 
 Legend: T tasks, N points of each.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
-from metamom.maml.draws import DrawsByTask, repeatable
+from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_states, rewinder
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.misfits import check_output, inputs_explained
-from metamom.maml.model_checks import modules_with_backward_hooks
-from metamom.maml.one_by_one import (
-    Vectorize,
-    buffers_of_pytorch,
-    checkpoint_refused,
-    one_by_one,
-    twice_differentiable,
-)
-from metamom.maml.swapping import alone, in_mode, slots, swapped, tensors_left
+from metamom.maml.model_checks import check_hooks
+from metamom.maml.plain_autograd import differentiable_twice, uncompiled, warm_starts
+from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, tensors_left
 from metamom.maml.task_weights import Params, Start
-from metamom.maml.vmap_errors import VmapError, explained, unchanged
+from metamom.maml.vectorize import one_by_one
+from metamom.maml.vmap_errors import explained, unchanged
 
-R = TypeVar("R")
+# Found in the errors of torch.autograd.grad and of hooks on tensors that do not require gradients.
+WITHOUT_GRADIENTS = (
+    "does not require grad",
+    "doesn't require grad",
+    "Expected gradient function to be set",
+    "'NoneType' object has no attribute 'register_hook'",
+)
 
 
 class RunByTask:
-    """Runs a model with `torch.func.vmap`, or task by task where that is not possible, with the results of a loop.
+    """Runs a model with `torch.func.vmap`, with the same results as a loop over the tasks; or in that loop.
 
     Differences between vmap and a loop are detected when they first occur and corrected from then on: random draws
     (`metamom.maml.draws`), some functions (`metamom.maml.functions_by_task`), and tensors left in attributes. They are
     recorded separately for training and evaluation mode.
 
-    Args:
-        vectorize: ``"vmap"``, ``"loop"``, or ``"auto"`` for vmap until it turns out that it is not possible.
-        model: to see whether it has backward hooks, which do not run under vmap.
-
     Attributes:
-        looped: whether the model and its loss run task by task.
         draws: the modes (values of ``model.training``) in which the model draws at random.
         calls: whether the model calls such functions, by mode.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
     """
 
-    def __init__(self, vectorize: Vectorize, model: nn.Module) -> None:
-        self.vectorize = vectorize
-        self.looped = vectorize == "loop"
+    def __init__(self) -> None:
         self.draws: set[bool] = set()
         self.calls: dict[bool, bool] = {}
         self.leaves: dict[bool, bool] = {}
-        if vectorize == "auto" and (hooked := modules_with_backward_hooks(model)):
-            self.looped = True
-            self._warn(f"Backward hooks do not run on all tasks at once, and the model has some: {', '.join(hooked)}.")
-
-    def falling_back(self, compute: Callable[[], R]) -> R:
-        """Compute something with this model or its loss: task by task from now on, if it is not possible with vmap.
-
-        Raises:
-            VmapError: if vmap was asked for, and is not possible.
-        """
-        if self.looped or self.vectorize == "vmap" or is_tracing():
-            return compute()
-        with repeatable() as back:
-            try:
-                return compute()
-            except VmapError as error:
-                why = str(error)
-            back()
-            self.looped = True
-            try:
-                found = compute()
-            except BaseException:
-                self.looped = False
-                raise
-        self._warn(why)
-        return found
-
-    def _warn(self, why: str) -> None:
-        warnings.warn(
-            f"{why} From now on it runs task by task: the gradients are the same, and a step takes up to as many times "
-            'as long as there are tasks. vectorize="loop" does so without this warning.',
-            stacklevel=2,
-        )
 
     def __call__(
-        self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None
+        self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None, loop: bool
     ) -> Tensor:
         """Predictions ``[T, N, ...]``.
 
@@ -105,44 +66,36 @@ class RunByTask:
             x: ``[T, N, ...]``.
             draws: whether the model may draw at random.
             dtype: dtype of its products, see `metamom.maml.autocast.autocast`.
+            loop: whether to run it task by task.
 
         Raises:
-            ValueError: for a model that cannot run with per-task weights, changes its parameters, buffers or inputs in
-                place, or draws at random although ``draws`` is false.
+            VmapError: for a model that cannot run with per-task weights under vmap.
+            ValueError: for a model that changes its parameters or buffers in place, or draws at random although
+                ``draws`` is false.
         """
+        if not loop or is_tracing():
+            check_hooks(model, compiling=loop)
         with alone(model):
-            new = model.training not in self.leaves
-            found = slots(model)
-            buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
-            given = {**buffers, **start.shared, **start.kept, **own}
-            watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
-            if self.looped:  # each task gets its own buffers, which PyTorch's layers may change (spectral norm)
-                watched = {name: tensor for name, tensor in watched.items() if name not in buffers_of_pytorch(model)}
-
-            def one_task(own: Params, kept: Params, x: Tensor) -> Tensor:
-                fixed = {name: b.clone() for name, b in buffers.items()} if self.looped else buffers
-                weights = {**fixed, **start.shared, **kept, **own}
-                places = {name: w for name, w in weights.items() if name in found.places}
-                with swapped(found, places), carried_over.refused(model) if new else nullcontext():
-                    out: Tensor = model(x)
-                check_output(model, out)
-                return out
-
+            mode = is_training(model)
+            new = mode not in self.leaves
+            if loop and new:  # a write to a slice would reach the model's own parameters before it is noticed
+                own, start = _copies(own), start._replace(kept=_copies(start.kept), shared=_copies(start.shared))
+            one_task, watched = _of_one_task(model, start, own, new=new, loop=loop)
             with (
-                explained(model),
+                explained(model, loop=loop),
                 nullcontext() if draws else drawing_refused(),
-                unchanged({"its input": x, **watched}, model),
+                unchanged(watched if loop else {"its input": x, **watched}, model, loop=loop),
                 in_mode(model),
                 autocast(x.device, dtype),
-                self._functions(model),
+                self._functions(model, fast=not loop),
                 self._attributes(model),
-                carried_over.warn_of_draws() if new and draws else nullcontext(),
+                carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
                 inputs_explained(model, x, watched),
+                differentiable_twice(model) if loop else uncompiled(),
             ):
-                if not self.looped:
-                    return self._over_tasks(one_task, own, start.kept, x, model.training, draws)
-                with twice_differentiable(model), checkpoint_refused() if new else nullcontext():
-                    return self._one_by_one(one_task, own, start.kept, x, model.training)
+                run = self._one_by_one if loop else self._over_tasks
+                found: Tensor = run(one_task, own, start.kept, x, mode, draws)
+                return found
 
     def _over_tasks(
         self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
@@ -160,34 +113,38 @@ class RunByTask:
         with DrawsByTask(x.shape[0]):
             return _vmap(one_task, "different")(own, kept, x)
 
-    def _one_by_one(self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool) -> Tensor:
-        """Call ``one_task`` for each task. Its random draws depend on the task's number, as under vmap."""
-        tasks = x.shape[0]
-        out: Tensor
-        if mode not in self.draws:
-            before = torch.get_rng_state()
-            out = one_by_one(one_task, tasks)(own, kept, x)
-            if is_tracing() or torch.equal(before, torch.get_rng_state()):
-                return out
-            torch.set_rng_state(before)
+    def _one_by_one(
+        self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
+    ) -> Tensor:
+        """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
+        found: Tensor
+        if is_tracing():
+            found = one_by_one(one_task, own, kept, x)
+            return found
+        if not (draws and mode in self.draws):
+            rewind, before = rewinder(), generator_states(x.device)
+            try:
+                with DrawsRefused() if mode not in self.leaves or mode in self.draws else nullcontext():
+                    found = one_by_one(one_task, own, kept, x)
+                if all(torch.equal(a, b) for a, b in zip(before, generator_states(x.device), strict=True)):
+                    return found
+                raise drawn()
+            except RuntimeError as error:
+                if not draws or "randomness" not in str(error):
+                    raise
+            rewind()
             self.draws.add(mode)
-        rows = iter(range(tasks))
-
-        def drawing(*args: Any) -> Tensor:
-            with DrawsByTask(tasks, row=next(rows)):
-                return one_task(*args)
-
-        out = one_by_one(drawing, tasks)(own, kept, x)
-        return out
+        found = one_by_one(DrawsByTask(x.shape[0]).each(one_task), own, kept, x)
+        return found
 
     @contextmanager
-    def _functions(self, model: nn.Module) -> Iterator[None]:
+    def _functions(self, model: nn.Module, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model has called them before, has modules that may call them, or is new."""
         mode = model.training
         if not self.calls.get(mode, True) and not may_call_them(model):
             yield
             return
-        with FunctionsByTask() as functions:
+        with FunctionsByTask(fast=fast) as functions:
             yield
         self.calls[mode] = self.calls.get(mode, False) or functions.seen
 
@@ -201,6 +158,59 @@ class RunByTask:
         with tensors_left(model) as names:
             yield
         self.leaves[mode] = self.leaves.get(mode, False) or bool(names)
+
+
+def _of_one_task(
+    model: nn.Module, start: Start, own: Params, *, new: bool, loop: bool
+) -> tuple[Callable[..., Tensor], Params]:
+    """The model as a function of one task's parameters and inputs, and the tensors that it must leave unchanged."""
+    found = slots(model)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
+    given = {**buffers, **start.shared, **start.kept, **own}
+    watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
+    scratch = warm_starts(model) if loop else frozenset()
+
+    def one_task(own: Params, kept: Params, x: Tensor) -> Any:
+        weights = {**buffers, **start.shared, **kept, **own}
+        if loop:  # the task's own copies, to write to
+            x = x.clone()
+            weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
+        places = {name: w for name, w in weights.items() if name in found.places}
+
+        def call(places: Params) -> Any:
+            with swapped(found, places), carried_over.refused(model) if new else nullcontext():
+                return model(x)
+
+        out = _with_gradients_if_needed(call, places, found.tensors) if loop else call(places)
+        check_output(model, out)
+        return out
+
+    return one_task, watched
+
+
+def _copies(params: Params) -> Params:
+    return {name: w.clone() for name, w in params.items()}
+
+
+def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, tensors: Params) -> Any:
+    """The output for one task, of a model that may differentiate inside its forward, or register hooks on tensors.
+
+    It can do so in a plain loop whether or not the caller wants gradients, since its parameters require them.
+    """
+    try:
+        return call(places)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        if not any(sign in str(error) for sign in WITHOUT_GRADIENTS):
+            raise
+    wanted = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        out = call(
+            {
+                name: w.detach().clone().requires_grad_() if tensors[name].requires_grad and not w.requires_grad else w
+                for name, w in places.items()
+            }
+        )
+    return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
 
 
 def _vmap(one_task: Callable[..., Tensor], randomness: str) -> Callable[..., Tensor]:

@@ -162,6 +162,11 @@ def in_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def is_training(module: nn.Module) -> bool:
+    """Whether ``module`` runs in training mode in this thread (see `in_mode`)."""
+    return module.training and not _EVALUATING.get()
+
+
 def _forget_locks() -> None:
     """Replace the locks in a forked process, since other threads may have held them at the fork."""
     global _MAKING

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from inspect import signature
 from types import FrameType, TracebackType
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from metamom.maml.draws import generator_states
 
 REMEDY = (
     "MAML runs the model on all tasks at once (torch.func.vmap), each with its own weights. Write the forward "
@@ -18,6 +21,10 @@ OF_LOSSES = (
     "The loss is computed for all tasks at once (torch.func.vmap). Write it without in-place operations and random "
     "draws, and use torch.where instead of if or a mask as an index."
 )
+OF_CHANGES = (
+    "Write the forward without in-place operations on parameters and buffers: tasks would pass the changes on to each "
+    "other."
+)
 # Found in torch's messages about draws that it cannot make per task.
 DRAWS = ("randomness error mode", "inplace randomness on an unbatched tensor")
 OF_DRAWS = (
@@ -26,16 +33,32 @@ OF_DRAWS = (
 
 NO_BACKEND = ". This could be because the operator doesn't exist for this backend"  # followed by a list of all backends
 
+# Found in torch's errors if an in-place write is the cause, in a loop over the tasks too.
+INPLACE = ("in-place", "inplace", "refers to a single memory location")
 # Found in torch's errors if batching over tasks, or an in-place write under it, is the cause.
 SIGNS = (
     "vmap",
     "functorch",
-    "in-place",
-    "inplace",
+    *INPLACE,
     "atching rule",
     "doesn't match the broadcast shape",
-    "refers to a single memory location",
+    "that doesn't have storage",  # .tolist() and .numpy()
+    "does not require grad",  # torch.autograd.grad in the forward: batched tensors do not
 )
+
+
+class VmapError(ValueError):
+    """Something runs for one task, but not on all tasks at once.
+
+    Attributes:
+        where: the module, or what else it is; empty if not known yet.
+        gist: the reason in a few words.
+    """
+
+    def __init__(self, message: str, where: str = "", gist: str = "") -> None:
+        super().__init__(message)
+        self.where = where
+        self.gist = gist or message.partition(":")[0]
 
 
 def check_model(model: nn.Module) -> None:
@@ -53,67 +76,113 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-class VmapError(ValueError):
-    """A model or loss that cannot run on all tasks at once. It may be able to run task by task."""
-
-
 @contextmanager
-def explained(model: nn.Module, other: str | None = None) -> Iterator[None]:
+def explained(model: nn.Module, other: str | None = None, *, loop: bool = False) -> Iterator[None]:
     """Replace vmap's own errors by one that names the module of ``model`` that raised it, and the fix.
 
     Args:
         model: the model, to find the module's name.
         other: the name of what runs instead of the model, if something else does.
+        loop: whether the tasks run one by one, without vmap.
 
     Raises:
-        VmapError: in place of a RuntimeError about vmap or in-place changes.
-        ValueError: in place of one about derivatives that PyTorch does not have; other errors pass unchanged.
+        VmapError: in place of a RuntimeError about vmap or in-place changes; other errors pass unchanged.
+        ValueError: in place of a RuntimeError that a loop would raise too, such as for a missing derivative.
     """
     try:
         yield
+    except VmapError as error:
+        error.where = error.where or _where(model, other, error)
+        raise
     except RuntimeError as error:
         text = str(error).partition(NO_BACKEND)[0]
-        if any(sign in text for sign in SIGNS) and _in_checkpoint(error.__traceback__):
-            raise ValueError(
-                "torch.utils.checkpoint runs a part of the model or of the loss again in the backward pass, which no "
-                "longer has the tasks' weights. Remove checkpoint(); chunk_size= of the learner bounds the memory "
-                "instead."
-            ) from error
-        if "'Sparse" in text:
-            raise ValueError(
-                f"the model has sparse gradients{_sparse_modules(model)}, which PyTorch does not batch over tasks: "
-                "set sparse=False."
-            ) from error
-        if "derivative for" in text and "is not implemented" in text:
-            raise ValueError(
-                f"the meta-gradient needs derivatives that PyTorch does not have: {text.rstrip('.')}. Use "
-                'estimator="first-order", or write that part of the model with other operations.'
-            ) from error
-        if not any(sign in text for sign in SIGNS):
-            raise
         said = f"{text.rstrip(' .')}."
-        draws = any(sign in text for sign in DRAWS)
-        if other is not None:
-            remedy = OF_DRAWS if draws else OF_LOSSES
-            kind = ValueError if draws else VmapError  # a loss would draw in the order of the tasks
-            raise kind(f"{other} cannot run on all tasks at once: {said} {remedy}") from error
-        where = _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
-        remedy = OF_DRAWS if draws else REMEDY
-        raise VmapError(f"the model cannot run under per-task weights, in {where}: {said} {remedy}") from error
+        message = _of_any_run(model, text)
+        if message is None and loop and any(sign in text for sign in INPLACE):
+            message = f"{_where(model, other, error)} changes in place what its gradient needs: {said} {OF_CHANGES}"
+        if message is None and not loop:
+            message = _of_vmap(model, other, error, text, said)
+        if message is None:
+            raise
+        if loop or (other is not None and any(sign in text for sign in DRAWS)):  # a loop would draw in task order
+            raise ValueError(message) from error
+        raise VmapError(message, _where(model, other, error), _gist(text)) from error
 
 
 @contextmanager
-def unchanged(what: Mapping[str, Tensor], model: nn.Module) -> Iterator[None]:
+def loss_draws_refused(device: torch.device) -> Iterator[None]:
+    """Refuse random draws of a loss in a loop, which would depend on the tasks before it.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    before = generator_states(device)
+    yield
+    if any(not torch.equal(a, b) for a, b in zip(before, generator_states(device), strict=True)):
+        raise ValueError(f"loss_fn draws at random, in the order of the tasks. {OF_DRAWS}")
+
+
+def _of_any_run(model: nn.Module, text: str) -> str | None:
+    """The message for errors that do not depend on how the tasks run."""
+    if "'Sparse" in text:
+        return (
+            f"the model has sparse gradients{_sparse_modules(model)}, which PyTorch does not batch over tasks: "
+            "set sparse=False."
+        )
+    if "derivative for" in text and "is not implemented" in text:
+        return (
+            f"the meta-gradient needs derivatives that PyTorch does not have: {text.rstrip('.')}. Use "
+            'estimator="first-order", or write that part of the model with other operations.'
+        )
+    return None
+
+
+def _of_vmap(model: nn.Module, other: str | None, error: RuntimeError, text: str, said: str) -> str | None:
+    """The message for errors of vmap; ``None`` for other errors."""
+    signed = any(sign in text for sign in SIGNS)
+    if (signed or type(error).__name__ == "CheckpointError") and _in_checkpoint(error.__traceback__):
+        return (
+            "torch.utils.checkpoint runs a part of the model or of the loss again in the backward pass, which no "
+            "longer has the tasks' weights. Remove checkpoint(); chunk_size= of the learner bounds the memory "
+            "instead."
+        )
+    if not signed:
+        return None
+    draws = any(sign in text for sign in DRAWS)
+    if other is not None:
+        return f"{other} cannot run on all tasks at once: {said} {OF_DRAWS if draws else OF_LOSSES}"
+    where = _where(model, other, error)
+    return f"the model cannot run under per-task weights, in {where}: {said} {OF_DRAWS if draws else REMEDY}"
+
+
+def _where(model: nn.Module, other: str | None, error: Exception) -> str:
+    """What raised an error: ``other``, or the innermost module that led to it."""
+    if other is not None:
+        return other
+    return _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
+
+
+def _gist(text: str) -> str:
+    """The first sentence of torch's message, without the advice that may follow."""
+    first = text.strip().splitlines()[0].split(". ")[0].rstrip(".")
+    return first if len(first) <= 120 else f"{first[:117]}..."
+
+
+@contextmanager
+def unchanged(what: Mapping[str, Tensor], model: nn.Module, *, loop: bool = False) -> Iterator[None]:
     """Check that the model does not write to these tensors.
 
     Raises:
-        ValueError: naming a tensor that was changed in place.
+        VmapError: naming a tensor that was changed in place; a plain ValueError in a loop over the tasks.
     """
     before = {name: _version(tensor) for name, tensor in what.items()}
     yield
     changed = [name for name, tensor in what.items() if _version(tensor) != before[name]]
     if changed:
-        raise ValueError(f"{type(model).__name__} changed in place: {', '.join(changed)}. {REMEDY}")
+        message = f"{type(model).__name__} changed in place: {', '.join(changed)}."
+        if loop:
+            raise ValueError(f"{message} {OF_CHANGES}")
+        raise VmapError(f"{message} {REMEDY}", type(model).__name__, "it changes tensors in place")
 
 
 def _version(tensor: Tensor) -> int:

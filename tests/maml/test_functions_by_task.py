@@ -201,13 +201,13 @@ def retained(x: Tensor, w: Tensor) -> Tensor:
 OPERATIONS |= {"requires_grad": halved_backwards, "retain_grad": retained}
 
 
-def test_a_hook_in_the_forward_is_refused():
+def test_a_hook_in_the_forward_is_refused_under_vmap():
     def hooked(x: Tensor, w: Tensor) -> Tensor:
         h = torch.tanh(x @ w)
         h.register_hook(lambda gradient: gradient / 2)
         return h
 
-    learner = MAML(Operation(hooked).double(), F.mse_loss)
+    learner = MAML(Operation(hooked).double(), F.mse_loss, vectorize="vmap")
     with pytest.raises(ValueError, match=r"registers a hook on a tensor, .*use a torch\.autograd\.Function"):
         learner.backward(regression_batch(tasks=3, support=2, query=2))
 

@@ -299,20 +299,16 @@ MISTAKES = {
         )
         for mode in ("sum", "mean", "max")
     },
-    "sparse gradients": Mistake(
-        whole(MAML(Bags(mode="sum", sparse=True), F.mse_loss), V._replace(support_x=torch.ones(T, S, 3).long())),
-        ValueError, ("sparse gradients in 'words' (EmbeddingBag), which PyTorch does not batch", "set sparse=False."),
-    ),
     **{
         f"a checkpoint, {use_reentrant}": Mistake(
-            whole(MAML(Checkpointed(use_reentrant=use_reentrant), F.mse_loss), V),
-            ValueError, ("torch.utils.checkpoint runs a part of the model", "Remove checkpoint(); chunk_size="),
+            whole(at_once(MAML(Checkpointed(use_reentrant=use_reentrant), F.mse_loss)), V),
+            VmapError, ("torch.utils.checkpoint runs a part of the model", "Remove checkpoint(); chunk_size="),
         )
         for use_reentrant in (False, True)
     },
     "a checkpoint in the loss": Mistake(
-        whole(regressor(lambda p, y: checkpoint(F.mse_loss, p, y, use_reentrant=False)), V),
-        ValueError, ("or of the loss again", "Remove checkpoint(); chunk_size="),
+        whole(at_once(regressor(lambda p, y: checkpoint(F.mse_loss, p, y, use_reentrant=False))), V),
+        VmapError, ("or of the loss again", "Remove checkpoint(); chunk_size="),
     ),
     "an axis that is not there": Mistake(
         whole(MAML(Table(lambda table, x: (x * table[0]).sum(5)), F.mse_loss), V),

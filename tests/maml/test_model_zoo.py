@@ -12,9 +12,11 @@ import pytest
 import torch
 from as_in_a_loop import INNER_LR, SMALL, check, state_of
 from model_libraries import FIRST_ORDER_TORCHVISION, LARGE_LEARN2LEARN, LEARN2LEARN, SMALL_TORCHVISION, TORCHVISION
-from model_zoo import FIRST_ORDER, REFUSED, ZOO, images, problem
+from model_zoo import FIRST_ORDER, REFUSED, ZOO, images, problem, words
 from problems import assert_close
 from processes import SUPPORT
+from slow_maml import slow_meta_gradient
+from small_models import WAYS, bag
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +45,33 @@ def test_a_model_without_second_derivatives_trains_by_first_order(name):
 @pytest.mark.parametrize("name", [n for i, n in enumerate(ZOO) if i % 4 == 0])
 def test_a_model_trains_as_in_a_loop_over_two_inner_steps(name):
     check(ZOO[name](), steps=2)
+
+
+@pytest.mark.parametrize("name", [n for i, n in enumerate(ZOO) if i % 3 == 0])
+def test_a_model_trains_task_by_task(name):
+    check(ZOO[name](), vectorize="loop")
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("options", [{"mode": "sum"}, {"mode": "mean", "padding_idx": 1}, {"mode": "max"}])
+def test_bags_of_embeddings_have_second_derivatives(options, vectorize):
+    """PyTorch's own do not, so the loop to compare with looks up the words and reduces them."""
+    model, loss_fn, batch = problem(bag(**options), words(5), WAYS)
+    written_out = copy.deepcopy(model)
+    padding = options.get("padding_idx", -1)
+
+    def reduce(self: nn.EmbeddingBag, x: Tensor) -> Tensor:
+        found, counted = self.weight[x], (x != padding).unsqueeze(-1)
+        found = torch.where(counted, found, found.detach())
+        if self.mode == "max":
+            return found.max(1).values
+        total = (found * counted).sum(1)
+        return total if self.mode == "sum" else total / counted.sum(1)
+
+    written_out[0].forward = reduce.__get__(written_out[0])
+    expected = slow_meta_gradient(written_out, loss_fn, batch, inner_lr=INNER_LR, steps=2)[0]
+    learner = MAML(model, loss_fn, inner_lr=INNER_LR, inner_steps=2, vectorize=vectorize)
+    assert_close({name: g[0] for name, g in learner.meta_gradient(batch).grads.items()}, expected)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamom import MAML, CompositeMomentum, TaskBatch, evaluate
 from metamom.maml.estimators import Estimator
+from metamom.maml.vectorize import Vectorize
 
 INNER_LR = 0.05
 SMALL = 0.001  # for the inputs of PyTorch's own tests, which are up to 9, and for deep networks
@@ -61,11 +62,12 @@ def check(
     inner_lr: float = INNER_LR,
     tolerance: float = 1e-9,
     evaluated: bool = True,
+    vectorize: Vectorize = "auto",
 ) -> None:
     """Two meta-steps, an adaptation and an evaluation are those of a loop, and leave the model as it was."""
     model, loss_fn, batch = case
     before, buffers = state_of(model), {name: b.clone() for name, b in model.named_buffers()}
-    learner = MAML(model, loss_fn, inner_lr=inner_lr, inner_steps=steps, estimator=estimator)
+    learner = MAML(model, loss_fn, inner_lr=inner_lr, inner_steps=steps, estimator=estimator, vectorize=vectorize)
     first_order = estimator == "first-order"
     params = [p for p in learner.parameters() if p.requires_grad]
     optimizer = CompositeMomentum(params, lr=inner_lr, beta=1.0)

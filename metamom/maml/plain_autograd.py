@@ -1,0 +1,98 @@
+"""What a model needs to be differentiated twice by plain autograd, one task at a time, with weights swapped in."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils import checkpoint
+
+
+@contextmanager
+def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
+    """Choose implementations that have second derivatives, and that do not run parts of the model again later.
+
+    Attention uses the math kernels. Recurrent layers on a GPU do not use cuDNN. Compiled parts run uncompiled.
+    Checkpointed parts keep their activations: a second run in the backward pass would use the model's own weights.
+
+    Args:
+        module: the model or the loss; ``None`` for a loss that is a function.
+    """
+    parts = [] if module is None else module.modules()
+    with ExitStack() as contexts:
+        contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.cuda.is_available() and any(isinstance(part, nn.RNNBase) for part in parts):
+            contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
+        contexts.enter_context(uncompiled())
+        contexts.enter_context(_checkpoints_off())
+        yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what `torch.compile` has compiled as if it had not. Its graphs do not have second derivatives."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def warm_starts(model: nn.Module) -> frozenset[str]:
+    """The names of buffers that spectral norms overwrite in training, as the start of their next power iteration."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        keys = ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__name__ == "SpectralNorm":  # of torch.nn.utils.spectral_norm, which hides its class
+                keys += [f"{hook.name}_u", f"{hook.name}_v"]
+        names.update(f"{prefix}.{key}" if prefix else key for key in keys)
+    return frozenset(names)
+
+
+class _Direct:
+    """Stands in for `torch.utils.checkpoint.CheckpointFunction`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _direct(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands in for the generator that `torch.utils.checkpoint.checkpoint` runs around its function."""
+    yield
+
+
+# torch has no switch for checkpoints, so these names are replaced while a model runs.
+_DIRECT: dict[str, Any] = {"CheckpointFunction": _Direct, "_checkpoint_without_reentrant_generator": _direct}
+_ORIGINAL: dict[str, Any] = {name: getattr(checkpoint, name, None) for name in _DIRECT}
+_COUNTING = threading.Lock()
+_running = 0  # how many models run without checkpoints, in all threads
+
+
+@contextmanager
+def _checkpoints_off() -> Iterator[None]:
+    """Run checkpointed functions as if they were not. Other threads keep their activations too while this lasts."""
+    global _running
+    if None in _ORIGINAL.values():  # a future version of torch
+        with disable_saved_tensors_hooks("checkpoints do not run under MAML: remove torch.utils.checkpoint"):
+            yield
+        return
+    with _COUNTING:
+        _running += 1
+        vars(checkpoint).update(_DIRECT)
+    try:
+        yield
+    finally:
+        with _COUNTING:
+            _running -= 1
+            if _running == 0:
+                vars(checkpoint).update(_ORIGINAL)

@@ -1,0 +1,109 @@
+"""Whether a model and a loss run on all tasks at once, or task by task."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metamom.compile.tracing import is_tracing
+from metamom.maml.draws import rewinder
+from metamom.maml.vmap_errors import VmapError
+
+Vectorize = Literal["auto", "vmap", "loop"]
+VECTORIZE: tuple[Vectorize, ...] = ("auto", "vmap", "loop")
+Part = tuple[Literal["model", "loss_fn"], bool]  # what runs, and whether in training mode
+Result = TypeVar("Result")
+
+
+class Vectorization:
+    """Chooses between `torch.func.vmap` and a loop over the tasks, for the model and for the loss.
+
+    With ``"auto"``, a part runs by vmap until vmap cannot batch it, and in a loop from then on.
+
+    Args:
+        vectorize: ``"auto"``, ``"vmap"`` or ``"loop"``.
+    """
+
+    def __init__(self, vectorize: Vectorize) -> None:
+        self.vectorize = vectorize
+        self.looped: set[Part] = set()
+        self._warned: set[str] = set()
+
+    def loops(self, *parts: Part) -> bool:
+        """Whether all these parts run in a loop."""
+        return self.vectorize == "loop" or self.looped.issuperset(parts)
+
+    def attempt(self, parts: Collection[Part], compute: Callable[[], Result]) -> Result:
+        """Call ``compute``, which asks `loops` how to run each part. If vmap cannot batch it, loop and call it again.
+
+        Raises:
+            ValueError: if vmap cannot batch it, with ``"vmap"``.
+            Exception: the loop's own error, if the loop fails too.
+        """
+        if self.vectorize != "auto" or is_tracing() or self.loops(*parts):
+            return compute()
+        rewind = rewinder()
+        try:
+            return compute()
+        except VmapError as error:
+            refusal = error
+        rewind()
+        added = set(parts) - self.looped
+        self.looped |= added
+        try:
+            found = compute()
+        except BaseException:
+            self.looped -= added
+            raise
+        self._warn(refusal, {name for name, _ in added})
+        return found
+
+    def _warn(self, refusal: VmapError, names: set[str]) -> None:
+        """Warn that these parts are slow, once for each."""
+        if names <= self._warned:
+            return
+        self._warned |= names
+        verb = "run" if len(names) > 1 else "runs"
+        parts = " and ".join("the loss" if name == "loss_fn" else f"the {name}" for name in sorted(names, reverse=True))
+        warnings.warn(
+            f"{refusal.where or parts} cannot run on all tasks at once ({refusal.gist}), so {parts} {verb} task by "
+            "task. The gradients are the same, and a step takes up to as many times as long as there are tasks. "
+            'vectorize="loop" does so without this warning.',
+            stacklevel=2,
+        )
+
+
+def map_over_tasks(one_task: Callable[..., Any], loop: bool) -> Callable[..., Any]:
+    """``one_task`` as a function of all tasks' arguments, by vmap or by `one_by_one`. It must not draw at random."""
+    return partial(one_by_one, one_task) if loop else torch.func.vmap(one_task)
+
+
+def one_by_one(one_task: Callable[..., Any], *args: Any) -> Any:
+    """Call ``one_task`` on each task's part of the arguments, and stack the results.
+
+    Args:
+        one_task: maps tensors, or structures of tensors, to a tensor or a structure of tensors.
+        args: the same with a leading task axis.
+
+    Raises:
+        ValueError: if results of different tasks do not have the same structure and shapes.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    of_tasks = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+    results = [pytree.tree_flatten(one_task(*pytree.tree_unflatten(list(own), spec))) for own in of_tasks]
+    structures = {str(structure) for _, structure in results}
+    shapes = {tuple(tuple(leaf.shape) for leaf in found) for found, _ in results}
+    if len(structures) > 1 or len(shapes) > 1:
+        raise ValueError(
+            "every task must give results of one shape, since they are stacked; got "
+            f"{', '.join(str([list(shape) for shape in each]) for each in sorted(shapes))}. Give all tasks the same "
+            "number of points, and keep all of them in the model."
+        )
+    stacked: list[Tensor] = [torch.stack(each) for each in zip(*(found for found, _ in results), strict=True)]
+    return pytree.tree_unflatten(stacked, results[0][1])
