@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metamom.common.choices import Norm
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, Adaptations, Estimator, InnerBatch
@@ -45,6 +46,7 @@ class Problem(NamedTuple):
         step_sizes: alpha of each adapted parameter.
         estimator: decides how inner steps are differentiated.
         autocast: dtype of the model's products, ``None`` for the dtype of the weights.
+        norm: what the model's normalisations use, from `metamom.maml.norm.resolved`.
         run: runs the model with separate weights for each task.
         readings: how the loss was seen to interpret its arguments.
         uses: which parameters the loss was found not to depend on.
@@ -56,6 +58,7 @@ class Problem(NamedTuple):
     step_sizes: StepSizes
     estimator: Estimator
     autocast: torch.dtype | None
+    norm: Norm | None
     run: RunByTask
     readings: LossReadings
     uses: Uses
@@ -103,12 +106,17 @@ def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
     return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
 
 
-def predictions(problem: Problem, start: Start, own: Params, x: Tensor, draws: bool = True) -> Tensor:
+def predictions(
+    problem: Problem, start: Start, own: Params, x: Tensor, *, support: Tensor | None = None, draws: bool = True
+) -> Tensor:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
-    A random model draws separately for each task. With ``draws=False``, drawing is an error.
+    A random model draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``,
+    normalisations use the statistics of ``support: [T, S, ...]``, or of ``x`` if it is ``None``.
     """
-    out = problem.run(problem.model, start, own, x, draws, problem.autocast)
+    out = problem.run(
+        problem.model, start, own, x, draws=draws, dtype=problem.autocast, norm=problem.norm, support=support
+    )
     return out if problem.autocast is None else out.to(x.dtype)
 
 
@@ -196,8 +204,16 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
     *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    predicted = predictions(problem, start, adapted, term.query_x)
+    predicted = predictions(problem, start, adapted, term.query_x, support=support_of(problem, term))
     return Episodes(losses(problem, start, adapted, predicted, term.query_y), predicted, adapted)
+
+
+def support_of(problem: Problem, term: Adaptations) -> Tensor | None:
+    """The points that the inner steps take their gradients from, if normalisations use their statistics."""
+    if problem.norm != "support":
+        return None
+    distinct = list({id(step.x): step.x for step in term.steps}.values())
+    return distinct[0] if len(distinct) == 1 else torch.cat(distinct, 1)
 
 
 def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
@@ -224,7 +240,7 @@ def _gradient(
         def of(own: Params, others: Params) -> Tensor:
             kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
             there = start._replace(kept=kept, shared=shared)
-            return losses(problem, there, own, predictions(problem, there, own, x, draws), y)
+            return losses(problem, there, own, predictions(problem, there, own, x, draws=draws), y)
 
         return of
 
@@ -235,7 +251,7 @@ def _gradient(
         return inner_gradient(along, hessian, at, start.kept | start.shared, derivatives, precision)
 
 
-def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) -> None:
+def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor, support: Tensor | None = None) -> None:
     """Refuse parameters that have no gradient although the loss depends on them. The others are merely unused.
 
     Args:
@@ -243,6 +259,7 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) ->
         missing: names of the meta-parameters without a gradient.
         x: inputs ``[T, N, ...]``; the first task is tried.
         y: their targets.
+        support: as for `predictions`.
 
     Raises:
         ValueError: naming them.
@@ -254,7 +271,8 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) ->
     def loss(weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1):
-            return losses(problem, start, start.own, predictions(problem, start, start.own, x[:1]), y[:1])
+            own = None if support is None else support[:1]
+            return losses(problem, start, start.own, predictions(problem, start, start.own, x[:1], support=own), y[:1])
 
     problem.uses.check_cut(missing, _values(problem), loss)
 

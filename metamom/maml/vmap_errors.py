@@ -8,7 +8,6 @@ from inspect import signature
 from types import FrameType, TracebackType
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 REMEDY = (
     "MAML runs the model on all tasks at once (torch.func.vmap), each with weights of its own. Write the forward "
@@ -34,21 +33,6 @@ SIGNS = (
     "doesn't match the broadcast shape",
     "refers to a single memory location",
 )
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse a model whose normalisation layers keep running statistics.
-
-    Raises:
-        ValueError: naming the modules and the fix.
-    """
-    running = [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    if running:
-        raise ValueError(
-            "MAML needs normalisation by the statistics of the batch at hand; these modules keep running statistics, "
-            f"which tasks would overwrite for each other: {', '.join(n or type(model).__name__ for n in running)}. "
-            "Call metamom.nets.use_batch_statistics(model) first, or build them with track_running_stats=False."
-        )
 
 
 @contextmanager

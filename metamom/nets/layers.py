@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from metamom.nets import kernels
 from metamom.nets.grouped import Grouped, OfTwo
@@ -77,11 +78,19 @@ class BatchNormReLU(nn.Module):
             raise ValueError(
                 f"BatchNormReLU wants [N, ..., {len(self.weight)}], the channels last; got {tuple(x.shape)}."
             )
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for statistics
-        y = wide.reshape(1, -1, x.shape[-1])
-        z, _, _ = _NormReLU.run(y, self.weight.to(y.dtype).unsqueeze(0), self.bias.to(y.dtype).unsqueeze(0), self.eps)
-        out: Tensor = z.view(x.shape).to(x.dtype)
-        return out
+        return batch_norm_relu(x, self.weight, self.bias, self.eps)
+
+
+def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The function of `BatchNormReLU`; like PyTorch's own, modes can replace it (`torch.overrides`)."""
+    if has_torch_function((x, weight, bias)):
+        replaced: Tensor = handle_torch_function(batch_norm_relu, (x, weight, bias), x, weight, bias, eps)
+        return replaced
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for statistics
+    y = wide.reshape(1, -1, x.shape[-1])
+    z, _, _ = _NormReLU.run(y, weight.to(y.dtype).unsqueeze(0), bias.to(y.dtype).unsqueeze(0), eps)
+    out: Tensor = z.view(x.shape).to(x.dtype)
+    return out
 
 
 class _Unfold(Grouped):
