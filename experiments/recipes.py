@@ -25,6 +25,7 @@ from metamom.experiments.defaults import TASKS as TASKS
 from metamom.experiments.options import RecipeOptions, task_defaults
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.learner import MAML
+from metamom.maml.norm import check_norm
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.optim import CompositeMomentum
 from metamom.server.robust import check_aggregate
@@ -56,6 +57,9 @@ class Recipe(RecipeOptions):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
         if self.task == "sinusoid" and self.ways is not None:
             raise ValueError(f"sinusoids have no classes, so no ways; got ways={self.ways}.")
+        check_norm(self.norm)
+        if self.task == "sinusoid" and self.norm is not None:
+            raise ValueError(f"the network for sinusoids has no normalisation, so no norm; got norm={self.norm!r}.")
         filled = task_defaults(self.task)
         if self.optimizer in ("adam", "rmsprop"):
             filled["lr"] = ADAPTIVE_LR
@@ -175,6 +179,7 @@ class Recipe(RecipeOptions):
             chunk_size=self.chunk_size,
             compile=self.compile,
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
+            norm=self.norm,
         )
 
     def make_optimizer(self, learner: MAML) -> Optimizer:

@@ -20,6 +20,11 @@ LearnInnerLR = bool | LearnedStepSizes  # of `metamom.MAML`
 
 Norm = Literal["batch", "frozen", "support"]  # of `metamom.MAML`
 NORMS: tuple[Norm, ...] = get_args(Norm)
+STATISTICS_OF: dict[Norm, str] = {  # in results
+    "batch": "statistics of the batch at hand",
+    "frozen": "running statistics",
+    "support": "statistics of each task's support set",
+}
 
 ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
 CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
