@@ -62,8 +62,8 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to new tasks and evaluate on their query sets.
 
-    The model runs in evaluation mode, so dropout is off. Batch normalisation uses what it does in training, unless
-    ``norm`` says otherwise. Neither the learner nor any global state changes.
+    The model runs in evaluation mode, so dropout is off. Batch normalisation uses the statistics that the learner's
+    ``norm`` chooses, in either mode, unless ``norm`` is given here. Neither the learner nor any global state changes.
 
     Args:
         learner: the learner to evaluate.

@@ -230,17 +230,18 @@ class MAML(nn.Module):
 
         It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
-        other = MAML(
-            self.model,
-            self.loss_fn,
-            inner_steps=self.inner_steps,
-            estimator=self.estimator if estimator is None else estimator,
-            inner_batches=self.inner_batches if inner_batches is None else inner_batches,
-            adapt=self.adapted,
-            chunk_size="auto" if self.chunk_size is None else self.chunk_size,
-            autocast=self.autocast,
-            norm=self.norm if norm is None else norm,
-        )
+        with alone(self):  # another thread may be running the model
+            other = MAML(
+                self.model,
+                self.loss_fn,
+                inner_steps=self.inner_steps,
+                estimator=self.estimator if estimator is None else estimator,
+                inner_batches=self.inner_batches if inner_batches is None else inner_batches,
+                adapt=self.adapted,
+                chunk_size="auto" if self.chunk_size is None else self.chunk_size,
+                autocast=self.autocast,
+                norm=self.norm if norm is None else norm,
+            )
         other.step_sizes = self.step_sizes
         return other
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -563,6 +564,30 @@ def test_exported_models():
     for norm in NORMS:
         ours, theirs = (MAML(each, F.cross_entropy, norm=norm).meta_gradient(batch) for each in (model, exported))
         assert_close(dict(zip(ours.grads, theirs.grads.values(), strict=True)), ours.grads, 1e-12)
+
+
+def test_threads_that_choose_differently():
+    model, batch = case("2d")
+    learner = MAML(model, F.cross_entropy, inner_lr=INNER_LR)
+
+    def values(norm: Norm) -> Tensor:
+        return evaluate(learner, Given(batch), tasks=TASKS, steps=(0, 1, 2), norm=norm).values
+
+    expected = [values(norm) for norm in NORMS]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(values, NORMS * 4))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
+
+
+@pytest.mark.parametrize("estimator", ["moml", "scsc"])
+def test_tracked_estimators(estimator):
+    """A first visit is an inner step, as that of independent batches; later ones go on from it."""
+    model, batch = case("1d", queries=3)
+    batch = batch._replace(task_ids=torch.arange(TASKS))
+    tracked, plain = (MAML(model, F.cross_entropy, norm="support", estimator=e) for e in (estimator, "independent"))
+    first, expected = tracked.meta_gradient(batch), plain.meta_gradient(batch)
+    assert_close(first.grads, expected.grads, 1e-12)
+    torch.testing.assert_close(tracked.meta_gradient(batch).losses, first.losses)  # the same points and weights
 
 
 def test_names_are_listed_in_short():
