@@ -12,12 +12,14 @@ from typing import Any
 from metamom.common.choices import (
     FIRST_STEPS,
     LEARNED_STEP_SIZES,
+    NORMS,
     ORDERS,
     Aggregate,
     ChunkSize,
     CompileMode,
     FirstStep,
     LearnInnerLR,
+    Norm,
     Order,
 )
 from metamom.common.flag_types import auto, count_or_auto, names, number, point_count, seed, step_count, task_count
@@ -113,6 +115,17 @@ class RecipeOptions:
         None,
         flag=Flag(
             "learner", "parameters or modules that adapt, such as head for ANIL", "all", type=names, metavar="NAMES"
+        ),
+    )
+    norm: Norm | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "statistics that normalise queries: batch, of the query set; support, of the task's support set; frozen, "
+            "the model's running ones, which Conv4 does not have",
+            lambda task: None if task_defaults(task)["ways"] is None else "batch",
+            choices=NORMS,
         ),
     )
     chunk_size: ChunkSize = option(

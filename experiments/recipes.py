@@ -23,6 +23,7 @@ from metamom.experiments.families.family import TaskSettings
 from metamom.experiments.options import RecipeOptions, task_defaults
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.learner import MAML
+from metamom.maml.norm import check_norm
 from metamom.optim import CompositeMomentum
 from metamom.server.robust import check_aggregate
 from metamom.tasks import FixedTasks
@@ -53,6 +54,11 @@ class Recipe(RecipeOptions):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
         if self.family.classes is None and self.ways is not None:
             raise ValueError(f"{self.family.title} have no classes, so no ways; got ways={self.ways}.")
+        check_norm(self.norm)
+        if self.family.classes is None and self.norm is not None:
+            raise ValueError(
+                f"the network for {self.family.title} has no normalisation, so no norm; got norm={self.norm!r}."
+            )
         filled = task_defaults(self.task)
         if self.optimizer in ("adam", "rmsprop"):
             filled["lr"] = ADAPTIVE_LR
@@ -173,6 +179,7 @@ class Recipe(RecipeOptions):
             chunk_size=self.chunk_size,
             compile=self.compile,
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
+            norm=self.norm,
         )
 
     def make_optimizer(self, learner: MAML) -> Optimizer:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from metamom.common import tables
+from metamom.common.choices import STATISTICS_OF
 from metamom.common.files import write_atomically
 from metamom.common.intervals import student_halfwidth
 from metamom.experiments.families.family import Metric
@@ -22,6 +23,7 @@ from metamom.training.directory import environment
 
 if TYPE_CHECKING:
     from metamom.experiments.compare import Comparison, Outcome
+    from metamom.experiments.recipes import Recipe
 
 
 class Arm(NamedTuple):
@@ -73,7 +75,7 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         f"{_plural(base.inner_steps, 'inner step')} of {shortest(base.inner_lr or 0)}"
         f"{' at first' * bool(base.learn_inner_lr)} in training, "
         f"{_plural(comparison.seeds, 'seed')}; {comparison.test_tasks} test tasks for each seed, the same for every "
-        "method. β = 1 is plain meta-SGD.",
+        f"method. β = 1 is plain meta-SGD.{_normalised(base)}",
         "",
         f"## {metric.name.capitalize()} on test tasks",
         "",
@@ -286,6 +288,11 @@ def _of_diverged(arms: Sequence[Arm]) -> str:
         "Where seeds diverged, mean and interval cover only the others, which flatters the method: their number is "
         "in brackets, and a single one has no interval. "
     )
+
+
+def _normalised(base: Recipe) -> str:
+    """Which statistics normalise queries, in a network that normalises."""
+    return "" if base.ways is None else f" Normalisation uses {STATISTICS_OF[base.norm or 'batch']}."
 
 
 def _but(best: Sequence[Arm]) -> str:

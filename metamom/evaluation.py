@@ -13,12 +13,15 @@ from tqdm import tqdm
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
 from metamom.bias.checks import all_finite
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
+from metamom.common.choices import Norm
 from metamom.common.intervals import normal_halfwidth
 from metamom.distributed import World, as_world, digest
 from metamom.maml.batch_checks import check_batch, refuse_non_finite
 from metamom.maml.learner import MAML
 from metamom.maml.misfits import asserts_explained
+from metamom.maml.norm import check_norm, resolved
 from metamom.maml.swapping import evaluating
+from metamom.maml.task_weights import Params
 
 BLOCK = 50  # tasks drawn and computed together
 
@@ -33,6 +36,7 @@ class Evaluation(NamedTuple):
         values: every task's value, ``[k, T]``.
         metric: ``"accuracy"`` in [0, 1] for classification (`metamom.maml.metrics.accuracy`), else ``"loss"``.
         confidence: level of the intervals.
+        norm: the statistics that batch normalisation used, if there is any: see `metamom.MAML`.
     """
 
     steps: tuple[int, ...]
@@ -41,6 +45,7 @@ class Evaluation(NamedTuple):
     values: Tensor
     metric: Literal["accuracy", "loss"]
     confidence: float
+    norm: Norm = "batch"
 
 
 @asserts_explained()
@@ -53,11 +58,12 @@ def evaluate(
     confidence: float = 0.95,
     stream: str = "test",
     world: World | None = None,
+    norm: Norm | None = None,
 ) -> Evaluation:
     """Adapt to new tasks and evaluate on their query sets.
 
-    The model runs in evaluation mode, so dropout is off. Batch normalisation uses the statistics of the current set
-    (transductive, as in MAML). Neither the learner nor any global state changes.
+    The model runs in evaluation mode, so dropout is off. Batch normalisation uses the statistics that the learner's
+    ``norm`` chooses, in either mode, unless ``norm`` is given here. Neither the learner nor any global state changes.
 
     Args:
         learner: the learner to evaluate.
@@ -68,6 +74,8 @@ def evaluate(
         confidence: level of the intervals, in (0, 1); 0.95 gives ``mean ± 1.96 s / sqrt(T)``.
         stream: which stream of the sampler's seed to draw from.
         world: the processes that share the tasks; one by default. All of them get the same result, bit for bit.
+        norm: what batch normalisation uses in this evaluation (see `metamom.MAML`); by default the learner's choice.
+            ``"batch"`` is transductive, ``"support"`` and ``"frozen"`` are inductive.
 
     Returns:
         An `Evaluation`.
@@ -93,12 +101,18 @@ def evaluate(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
     check_sampler(sampler, "evaluate takes a sampler, which")
+    check_norm(norm)
+    learner = learner if norm is None else learner.like(norm=norm)
+    used = resolved(learner.model, learner.norm) or "batch"
     source = of_stream(sampler, stream)
     like = next(iter(learner.meta_parameters().values()))
     world = as_world(world)
     if world.size > 1:
         weights = digest(learner.meta_parameters().values())
-        world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}, at weights {weights}"
+        asked = "" if norm is None else f", norm {norm}"
+        world.doing = (
+            f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}{asked}, at weights {weights}"
+        )
     values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # zero for tasks of others; last: the metric
     with world.together(), evaluating():
         count, parts = _parts(source, tasks, world)
@@ -110,14 +124,9 @@ def evaluate(
             for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
                 if step not in steps:
                     continue
-                with torch.no_grad():
-                    predictions = learner.predict(params, batch.query_x)
-                    losses, right = learner.judge(params, predictions, batch.query_y)
-                    value = losses if right is None else right
-                    if not (all_finite(losses) and (right is None or all_finite(predictions))):
-                        refuse_non_finite(batch, first)
+                losses, right = _judged(learner, params, batch, first)
                 values[-1, theirs] = float(right is not None)
-                value = value.double().cpu()
+                value = (losses if right is None else right).double().cpu()
                 for row in (row for row, wanted in enumerate(steps) if wanted == step):
                     values[row, theirs] = value
     all_values, is_accuracy = world.all_reduce(values).split_with_sizes([len(steps), 1])
@@ -129,7 +138,19 @@ def evaluate(
         all_values,
         "accuracy" if bool(is_accuracy.any()) else "loss",
         confidence,
+        used,
     )
+
+
+@torch.no_grad()
+def _judged(learner: MAML, params: Params, batch: TaskBatch, first: int) -> tuple[Tensor, Tensor | None]:
+    """The query losses and accuracies of tasks, of which the first has the number ``first``; see `MAML.judge`."""
+    support = {"support_x": batch.support_x} if learner.norm == "support" else {}
+    predictions = learner.predict(params, batch.query_x, **support)
+    losses, right = learner.judge(params, predictions, batch.query_y)
+    if not (all_finite(losses) and (right is None or all_finite(predictions))):
+        refuse_non_finite(batch, first)
+    return losses, right
 
 
 def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tuple[int, TaskBatch]]]:

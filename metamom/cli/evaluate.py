@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_processes, add_steps, flag, switch
 from metamom.cli.parser import Parser
+from metamom.common.choices import NORMS, STATISTICS_OF
 from metamom.common.flag_types import path, point_count, seed, task_count
 from metamom.experiments.families import FAMILIES
 
@@ -35,7 +36,16 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     flag(task, "--queries", "query points, a class or task", "as in training", type=point_count)
     flag(task, "--seed", "of the tasks", "as in training", type=seed)
     add_data_root(task)
-    add_steps(leaf.add_argument_group("learner"))
+    learner = leaf.add_argument_group("learner")
+    add_steps(learner)
+    flag(
+        learner,
+        "--norm",
+        "statistics that normalise queries: of the query set (batch), of the task's support set (support), or the "
+        "model's running ones (frozen)",
+        "as in training",
+        choices=NORMS,
+    )
     own = leaf.add_argument_group("run")
     own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
     add_checkpoint(own)
@@ -51,7 +61,9 @@ def run(arguments: argparse.Namespace, world: World) -> int:
 
     saved = load_run(arguments.run_path, arguments.checkpoint, device=arguments.device)
     asked = {
-        name: value for name in ("ways", "shots", "queries", "seed") if (value := getattr(arguments, name)) is not None
+        name: value
+        for name in ("ways", "shots", "queries", "seed", "norm")
+        if (value := getattr(arguments, name)) is not None
     }
     if saved.recipe.ways is not None and asked.get("ways", saved.recipe.ways) != saved.recipe.ways:
         raise ValueError(
@@ -70,18 +82,24 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         )
     sampler = recipe.sampler(arguments.split, root=arguments.data_root)
     result = evaluate(
-        saved.learner, sampler, tasks=arguments.tasks, steps=arguments.steps, stream=arguments.split, world=world
+        saved.learner,
+        sampler,
+        tasks=arguments.tasks,
+        steps=arguments.steps,
+        stream=arguments.split,
+        world=world,
+        norm=arguments.norm,
     )
     if not world.first:
         return 0
     if arguments.json:
         answer = {"steps": result.steps, "mean": result.mean, "halfwidth": result.halfwidth, "tasks": arguments.tasks}
-        print(json.dumps(answer))
+        print(json.dumps(answer if result.norm == "batch" else {**answer, "norm": result.norm}))
         return 0
     kind = f"{recipe.ways}-way {recipe.shots}-shot" if recipe.ways else f"{recipe.shots}-shot"
     print(
         f"{recipe.task} {kind}, split {arguments.split}, {arguments.tasks} tasks, trained for {saved.step} iterations; "
-        "batch statistics"
+        + STATISTICS_OF[result.norm]
     )
     print(f"{'steps':>5}  {result.metric:<8}  ± 95 %")
     for steps, mean, halfwidth in zip(result.steps, result.mean, result.halfwidth, strict=True):

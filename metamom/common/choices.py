@@ -18,6 +18,14 @@ LearnedStepSizes = Literal["scalar", "tensor", "entry"]
 LEARNED_STEP_SIZES: tuple[LearnedStepSizes, ...] = get_args(LearnedStepSizes)
 LearnInnerLR = bool | LearnedStepSizes  # of `metamom.MAML`
 
+Norm = Literal["batch", "frozen", "support"]  # of `metamom.MAML`
+NORMS: tuple[Norm, ...] = get_args(Norm)
+STATISTICS_OF: dict[Norm, str] = {  # in results
+    "batch": "batch statistics",
+    "frozen": "running statistics",
+    "support": "statistics of each task's support set",
+}
+
 ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
 CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
 Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian": `metamom.server.robust.robust_mean`

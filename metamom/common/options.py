@@ -28,7 +28,8 @@ class Flag:
     Attributes:
         group: of the help.
         meaning: its help, without the default. This and ``shows`` may be functions of the task.
-        shows: the default in the help. If ``None``, it is the option's default, or the task's if that is ``None``.
+        shows: the default in the help. If ``None``, it is the option's default, or the task's if that is ``None``. A
+            function returns ``None`` for a task that lacks the option.
         default: of the commands, if it differs from the option's.
         type: parses the value.
         choices: the accepted values.
@@ -40,7 +41,7 @@ class Flag:
 
     group: str
     meaning: Text
-    shows: Text | None = None
+    shows: str | Callable[[str], str | None] | None = None
     default: Any = None
     type: Callable[[str], Any] | None = None
     choices: Collection[str] | None = None

@@ -39,7 +39,7 @@ def from_maml(l2l_maml: Any, loss_fn: LossFn, inner_steps: int = 1) -> MAML:
     Raises:
         ImportError: if learn2learn is not installed.
         TypeError: for anything but a `learn2learn.algorithms.MAML`.
-        ValueError: for a model with running statistics; see `metamom.nets.use_batch_statistics`.
+        ValueError: for a model that `metamom.MAML` refuses.
     """
     kind = import_learn2learn().algorithms.MAML
     if not isinstance(l2l_maml, kind):

@@ -23,7 +23,7 @@ from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.maml.draws import Step
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut, passes
-from metamom.maml.inner_loop import Problem, check_cut, episodes, trainable
+from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of, trainable
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.misfits import check_one_tensor
 from metamom.maml.model_checks import has_global_hooks
@@ -228,7 +228,7 @@ class MetaGradients:
             fixed += module._buffers.values()
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
         vectorization = problem.vectorization
-        fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks()]
+        fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
         return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
@@ -279,7 +279,8 @@ def chunk_gradient(
             if past:
                 raise from_outside(past)
             own = dict(zip(rows, grads[: len(rows)], strict=True))
-            check_cut(problem, [name for name, grad in own.items() if grad is None], term.query_x, term.query_y)
+            missing = [name for name, grad in own.items() if grad is None]
+            check_cut(problem, missing, term.query_x, term.query_y, support_of(problem, term))
             new = [torch.zeros_like(rows[name]) if grad is None else grad for name, grad in own.items()]
             if not totals:
                 averages = [u.detach() for u in found.adapted.values()] if memory else []

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metamom.common.choices import Norm
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, Adaptations, Estimator, InnerBatch
@@ -49,6 +50,7 @@ class Problem(NamedTuple):
         step_sizes: alpha of each adapted parameter.
         estimator: decides how inner steps are differentiated.
         autocast: dtype of the model's products, ``None`` for the dtype of the weights.
+        norm: what the model's normalisations use, from `metamom.maml.norm.resolved`.
         run: runs the model with separate weights for each task.
         vectorization: whether model and loss run on all tasks at once.
         readings: how the loss was seen to interpret its arguments.
@@ -61,6 +63,7 @@ class Problem(NamedTuple):
     step_sizes: StepSizes
     estimator: Estimator
     autocast: torch.dtype | None
+    norm: Norm | None
     run: RunByTask
     vectorization: Vectorization
     readings: LossReadings
@@ -118,16 +121,29 @@ def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
     return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
 
 
-def predictions(problem: Problem, start: Start, own: Params, x: Tensor, draws: bool = True) -> Tensor:
+def predictions(
+    problem: Problem, start: Start, own: Params, x: Tensor, *, support: Tensor | None = None, draws: bool = True
+) -> Tensor:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
-    A random model draws separately for each task. With ``draws=False``, drawing is an error.
+    A random model draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``,
+    normalisations use the statistics of ``support: [T, S, ...]``, or of ``x`` if it is ``None``.
     """
     part, _ = problem.parts()
 
     def run() -> Tensor:
         loop = problem.vectorization.loops(part)
-        return problem.run(problem.model, start, own, x, draws, problem.autocast, loop)
+        return problem.run(
+            problem.model,
+            start,
+            own,
+            x,
+            draws=draws,
+            dtype=problem.autocast,
+            loop=loop,
+            norm=problem.norm,
+            support=support,
+        )
 
     out = problem.vectorization.attempt([part], run)
     return out if problem.autocast is None else out.to(x.dtype)
@@ -237,8 +253,16 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
     *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    predicted = predictions(problem, start, adapted, term.query_x)
+    predicted = predictions(problem, start, adapted, term.query_x, support=support_of(problem, term))
     return Episodes(losses(problem, start, adapted, predicted, term.query_y), predicted, adapted)
+
+
+def support_of(problem: Problem, term: Adaptations) -> Tensor | None:
+    """The points that the inner steps take their gradients from, if normalisations use their statistics."""
+    if problem.norm != "support":
+        return None
+    distinct = list({id(step.x): step.x for step in term.steps}.values())
+    return distinct[0] if len(distinct) == 1 else torch.cat(distinct, 1)
 
 
 def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
@@ -265,7 +289,7 @@ def _gradient(
         def of(own: Params, others: Params) -> Tensor:
             kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
             there = start._replace(kept=kept, shared=shared)
-            return losses(problem, there, own, predictions(problem, there, own, x, draws), y)
+            return losses(problem, there, own, predictions(problem, there, own, x, draws=draws), y)
 
         return of
 
@@ -280,7 +304,7 @@ def _gradient(
     return problem.vectorization.attempt(problem.parts(), gradient)
 
 
-def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) -> None:
+def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor, support: Tensor | None = None) -> None:
     """Refuse parameters that have no gradient although the loss depends on them. The others are merely unused.
 
     Args:
@@ -288,6 +312,7 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) ->
         missing: names of the meta-parameters without a gradient.
         x: inputs ``[T, N, ...]``; the first task is tried.
         y: their targets.
+        support: as for `predictions`.
 
     Raises:
         ValueError: naming them.
@@ -299,7 +324,8 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) ->
     def loss(weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1):
-            return losses(problem, start, start.own, predictions(problem, start, start.own, x[:1]), y[:1])
+            own = None if support is None else support[:1]
+            return losses(problem, start, start.own, predictions(problem, start, start.own, x[:1], support=own), y[:1])
 
     problem.uses.check_cut(missing, _values(problem), loss)
 

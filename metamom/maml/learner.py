@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.common.checks import check_whole
+from metamom.common.choices import Norm
 from metamom.compile.graph import CompileMode
 from metamom.distributed import World, as_world
 from metamom.maml.batch_checks import check_adapted, check_set
@@ -28,6 +29,7 @@ from metamom.maml.metrics import accuracy
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.modes import differentiable, differentiable_batch, out_of_inference
+from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
@@ -38,7 +40,6 @@ from metamom.maml.task_weights import Params, Start
 from metamom.maml.tracking import TRACKING, Memory, check_tracking
 from metamom.maml.unused import Uses
 from metamom.maml.vectorize import Vectorization, Vectorize
-from metamom.maml.vmap_errors import check_model
 from metamom.server.aggregate import unflatten
 from metamom.server.robust import Aggregate
 
@@ -58,7 +59,7 @@ class MAML(nn.Module):
 
     Args:
         model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs with separate weights for each task, so it must
-            not use running statistics, or change its parameters or buffers in place.
+            not change its parameters or buffers in place.
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`. The
             parameters of a loss module are learned with the model's; inner steps do not move them.
         inner_lr: alpha > 0: one number, or a number or tensor for each adapted parameter. Leaf tensors that require a
@@ -85,6 +86,11 @@ class MAML(nn.Module):
             compiling fails, it warns once and continues without.
         autocast: dtype of the model's matrix products and convolutions: `torch.bfloat16`, accumulated in float32, or
             ``None``. Less accurate (docs/performance.md), and faster only on hardware that multiplies in bfloat16.
+        norm: what batch normalisation uses: ``"batch"``, the statistics of the current set (transductive, as in MAML);
+            ``"frozen"``, the model's running statistics; or ``"support"``, for queries, the statistics of their task's
+            support set at the adapted weights, so that predictions do not depend on the other queries (inductive). By
+            default ``"frozen"`` for a model in ``eval()`` with running statistics, else ``"batch"``. Running statistics
+            are never written.
 
     Random layers (dropout) are seeded from torch's generator at the start of a step and from the task's number in the
     batch, so their draws do not depend on chunks or processes. A compiled meta-gradient draws per chunk. Several
@@ -98,7 +104,7 @@ class MAML(nn.Module):
 
     Raises:
         ValueError: for an option that is out of range or not supported by the estimator, an unknown parameter name, a
-            model with running statistics, or ``compile=True`` without a compiler. Its methods raise it for a model
+            model that ``norm`` does not fit, or ``compile=True`` without a compiler. Its methods raise it for a model
             with a graph that is cut between a parameter and the loss, or one that reads weights other than the tasks'.
 
     Example:
@@ -129,6 +135,7 @@ class MAML(nn.Module):
         vectorize: Vectorize = "auto",
         compile: CompileMode = False,
         autocast: torch.dtype | None = None,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         check_estimator(estimator, inner_batches)
@@ -138,9 +145,10 @@ class MAML(nn.Module):
         check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
         check_compile(compile)
         check_kind(model)
-        check_model(model)
         if vectorize == "vmap":
             check_hooks(model)
+        check_norm(norm)
+        resolved(model, norm)
         self.model = model
         self.loss_fn = loss_fn
         self.inner_steps = inner_steps
@@ -149,6 +157,7 @@ class MAML(nn.Module):
         self.chunk_size = chunk_size
         self.autocast = autocast
         self.vectorize: Vectorize = vectorize
+        self.norm: Norm | None = norm
         weights = trainable(model, loss_fn)
         self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
         self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
@@ -218,24 +227,33 @@ class MAML(nn.Module):
             "inner_batches": self.inner_batches,
             "adapt": list(self.adapted),
             **({} if self.memory is None else {"tracking": self.memory.tracking}),
+            **({} if self.norm is None else {"norm": self.norm}),
         }
 
-    def like(self, *, estimator: Estimator | None = None, inner_batches: InnerBatches | None = None) -> MAML:
-        """A learner with the same model, loss and step sizes but another estimator, not compiled.
+    def like(
+        self,
+        *,
+        estimator: Estimator | None = None,
+        inner_batches: InnerBatches | None = None,
+        norm: Norm | None = None,
+    ) -> MAML:
+        """A learner with the same model, loss and step sizes but another estimator or normalisation, not compiled.
 
         It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
-        other = MAML(
-            self.model,
-            self.loss_fn,
-            inner_steps=self.inner_steps,
-            estimator=self.estimator if estimator is None else estimator,
-            inner_batches=self.inner_batches if inner_batches is None else inner_batches,
-            adapt=self.adapted,
-            chunk_size="auto" if self.chunk_size is None else self.chunk_size,
-            autocast=self.autocast,
-            vectorize=self.vectorize,
-        )
+        with alone(self):  # another thread may be running the model
+            other = MAML(
+                self.model,
+                self.loss_fn,
+                inner_steps=self.inner_steps,
+                estimator=self.estimator if estimator is None else estimator,
+                inner_batches=self.inner_batches if inner_batches is None else inner_batches,
+                adapt=self.adapted,
+                chunk_size="auto" if self.chunk_size is None else self.chunk_size,
+                autocast=self.autocast,
+                vectorize=self.vectorize,
+                norm=self.norm if norm is None else norm,
+            )
         other._run, other._vectorization = self._run, self._vectorization
         other.step_sizes = self.step_sizes
         return other
@@ -292,10 +310,20 @@ class MAML(nn.Module):
             problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
             return trajectory(problem, start_of(problem, rows, support_x.shape[0]), along, keep_graph=False)
 
-    def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`)."""
+    def predict(self, params: Params, x: Tensor, *, support_x: Tensor | None = None) -> Tensor:
+        """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`).
+
+        Args:
+            params: ``[T, *shape]`` by name.
+            x: ``[T, N, ...]``.
+            support_x: the tasks' support sets ``[T, S, ...]``, which only ``norm="support"`` reads.
+
+        Raises:
+            ValueError: with ``norm="support"``, without ``support_x``.
+        """
         check_adapted(params, x, named(self.model))
-        return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x))
+        support = self._support(params, support_x)
+        return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x), support=support)
 
     def judge(self, params: Params, predictions: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the loss and accuracy of each task's predictions.
@@ -414,7 +442,7 @@ class MAML(nn.Module):
         if now == self._structure:
             return
         check_kind(self.model)
-        check_model(self.model)
+        resolved(self.model, self.norm)
         if self.vectorize == "vmap":
             check_hooks(self.model)
         parameters = {name: p for name, p in named(self.model).items() if p.requires_grad}
@@ -439,6 +467,7 @@ class MAML(nn.Module):
             self.step_sizes,
             self.estimator,
             self.autocast,
+            resolved(self.model, self.norm),
             self._run,
             self._vectorization,
             self._readings,
@@ -447,6 +476,18 @@ class MAML(nn.Module):
 
     def _plan(self) -> Plan:
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)
+
+    def _support(self, params: Params, support_x: Tensor | None) -> Tensor | None:
+        """The support sets that predictions need."""
+        if self.norm != "support":
+            return None
+        if support_x is None:
+            raise ValueError(
+                'norm="support" normalises queries by the statistics of their support set: call predict(params, x, '
+                "support_x=...) with the inputs that these parameters were adapted on."
+            )
+        check_adapted(params, support_x, named(self.model))
+        return differentiable(support_x)
 
     def _accuracy(self, predictions: Any, y: Tensor) -> Tensor | None:
         """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def check_kind(model: object) -> None:
             "was never sharded, and let metamom share the tasks: learner.backward(batch, world=world), or train(..., "
             "world=world), with world = metamom.distributed.start() in each process."
         )
-    scripted = sorted({call for module in model.modules() for call in _scripted_calls(module)})
+    scripted = sorted({call for module in model.modules() for call in _irreplaceable(module)})
     if scripted:
         raise ValueError(
             f"scripted code in the model calls {', '.join(scripted)}, which must be replaced to run all tasks at "
@@ -118,14 +118,23 @@ def has_global_hooks() -> bool:
     return bool(every_module._global_backward_hooks or every_module._global_backward_pre_hooks)
 
 
-def _scripted_calls(module: nn.Module) -> list[str]:
+def scripted_calls(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Which of these functions a scripted module calls; none for a module that is not scripted."""
+    return [name for name in names if _nodes(module, name)]
+
+
+def _irreplaceable(module: nn.Module) -> list[str]:
     """The calls in a scripted module that would be silently wrong, since they cannot be replaced."""
+    fills = [list(node.inputs()) for node in _nodes(module, "index_fill")]
+    calls = scripted_calls(module, ("embedding", "one_hot", "select_scatter"))
+    return calls + ["index_fill"] * any(isinstance(inputs[-1].type(), torch.TensorType) for inputs in fills)
+
+
+def _nodes(module: nn.Module, name: str) -> list[Any]:
     if not isinstance(module, torch.jit.ScriptModule) or not hasattr(module, "forward"):
         return []
     graph: Any = module.inlined_graph
-    calls = [name for name in ("embedding", "one_hot", "select_scatter") if graph.findAllNodes(f"aten::{name}")]
-    fills = [list(node.inputs()) for node in graph.findAllNodes("aten::index_fill")]
-    return calls + ["index_fill"] * any(isinstance(inputs[-1].type(), torch.TensorType) for inputs in fills)
+    return list(graph.findAllNodes(f"aten::{name}"))
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:

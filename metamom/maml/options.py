@@ -11,10 +11,10 @@ from torch import nn
 from metamom.common.checks import INNER_STEPS, check_whole, is_word
 from metamom.maml.estimators import check_estimator, tracked_estimators
 from metamom.maml.model_checks import check_hooks, check_kind
+from metamom.maml.norm import check_norm, resolved
 from metamom.maml.swapping import named
 from metamom.maml.tracking import check_tracking
 from metamom.maml.vectorize import VECTORIZE
-from metamom.maml.vmap_errors import check_model
 
 # Options used only by the constructor: setting one later would have no effect, or leave the learner inconsistent.
 BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile")
@@ -47,6 +47,8 @@ def check_option(name: str, value: Any) -> None:
     elif name == "autocast":
         if value not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be torch.bfloat16 or None; got {value!r}.")
+    elif name == "norm":
+        check_norm(value)
     elif name == "loss_fn" and (not callable(value) or isinstance(value, type)):
         raise TypeError(
             "loss_fn must be a function (predictions, targets) -> loss, such as torch.nn.functional.mse_loss, or a "
@@ -115,10 +117,12 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
     """
     if name == "model":
         check_kind(value)
-        check_model(value)
+        resolved(value, learner.norm)
         if learner.vectorize == "vmap":
             check_hooks(value)
         check_replacement(learner.model, value)
+    if name == "norm":
+        resolved(learner.model, value)
     if name in ("estimator", "inner_batches", "inner_steps"):
         options = {each: getattr(learner, each) for each in ("estimator", "inner_batches", "inner_steps")}
         options[name] = value

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metamom.common.choices import Norm
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
@@ -21,6 +23,7 @@ from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
+from metamom.maml.norm_modes import normalising
 from metamom.maml.plain_autograd import differentiable_twice, uncompiled, warm_starts
 from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, tensors_left
 from metamom.maml.task_weights import Params, Start
@@ -45,17 +48,27 @@ class RunByTask:
 
     Attributes:
         draws: the modes (values of ``model.training``) in which the model draws at random.
-        calls: whether the model calls such functions, by mode.
+        calls: whether the model calls such functions, by mode and by what its normalisations use.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
     """
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
-        self.calls: dict[bool, bool] = {}
+        self.calls: dict[tuple[bool, Norm | None], bool] = {}
         self.leaves: dict[bool, bool] = {}
 
     def __call__(
-        self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None, loop: bool
+        self,
+        model: nn.Module,
+        start: Start,
+        own: Params,
+        x: Tensor,
+        *,
+        draws: bool,
+        dtype: torch.dtype | None,
+        loop: bool,
+        norm: Norm | None = None,
+        support: Tensor | None = None,
     ) -> Tensor:
         """Predictions ``[T, N, ...]``.
 
@@ -67,6 +80,8 @@ class RunByTask:
             draws: whether the model may draw at random.
             dtype: dtype of its products, see `metamom.maml.autocast.autocast`.
             loop: whether to run it task by task.
+            norm: what its normalisations use, from `metamom.maml.norm.resolved`.
+            support: the set with the statistics that ``norm="support"`` uses, ``[T, S, ...]``; ``None`` for ``x``.
 
         Raises:
             VmapError: for a model that cannot run with per-task weights under vmap.
@@ -80,53 +95,68 @@ class RunByTask:
             new = mode not in self.leaves
             if loop and new:  # a write to a slice would reach the model's own parameters before it is noticed
                 own, start = _copies(own), start._replace(kept=_copies(start.kept), shared=_copies(start.shared))
+            sets = (x,) if support is None else (support, x)
+            inputs = {} if loop else {"its input": x, "its support set": sets[0]}
             one_task, watched = _of_one_task(model, start, own, new=new, loop=loop)
             with (
                 explained(model, loop=loop),
                 nullcontext() if draws else drawing_refused(),
-                unchanged(watched if loop else {"its input": x, **watched}, model, loop=loop),
+                unchanged({**inputs, **watched}, model, loop=loop),
                 in_mode(model),
                 autocast(x.device, dtype),
-                self._functions(model, fast=not loop),
+                self._functions(model, norm, fast=not loop),
+                normalising(model, norm) as call,  # its functions may be replaced again by those above
                 self._attributes(model),
                 carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
                 inputs_explained(model, x, watched),
                 differentiable_twice(model) if loop else uncompiled(),
             ):
                 run = self._one_by_one if loop else self._over_tasks
-                found: Tensor = run(one_task, own, start.kept, x, mode, draws)
+                found: Tensor = run(partial(one_task, call), own, start.kept, sets, mode, draws)
                 return found
 
     def _over_tasks(
-        self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
+        self,
+        one_task: Callable[..., Tensor],
+        own: Params,
+        kept: Params,
+        sets: tuple[Tensor, ...],
+        mode: bool,
+        draws: bool,
     ) -> Tensor:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
-            return _vmap(one_task, "different")(own, kept, x)
+            return _vmap(one_task, "different")(own, kept, sets)
         if not (draws and mode in self.draws):
             try:
-                return _vmap(one_task, "error")(own, kept, x)
+                return _vmap(one_task, "error")(own, kept, sets)
             except RuntimeError as error:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
-        with DrawsByTask(x.shape[0]):
-            return _vmap(one_task, "different")(own, kept, x)
+        with DrawsByTask(sets[-1].shape[0]):
+            return _vmap(one_task, "different")(own, kept, sets)
 
     def _one_by_one(
-        self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
+        self,
+        one_task: Callable[..., Tensor],
+        own: Params,
+        kept: Params,
+        sets: tuple[Tensor, ...],
+        mode: bool,
+        draws: bool,
     ) -> Tensor:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
         found: Tensor
         if is_tracing():
-            found = one_by_one(one_task, own, kept, x)
+            found = one_by_one(one_task, own, kept, sets)
             return found
         if not (draws and mode in self.draws):
-            rewind, before = rewinder(), generator_states(x.device)
+            rewind, before = rewinder(), generator_states(sets[0].device)
             try:
                 with DrawsRefused() if mode not in self.leaves or mode in self.draws else nullcontext():
-                    found = one_by_one(one_task, own, kept, x)
-                if all(torch.equal(a, b) for a, b in zip(before, generator_states(x.device), strict=True)):
+                    found = one_by_one(one_task, own, kept, sets)
+                if all(torch.equal(a, b) for a, b in zip(before, generator_states(sets[0].device), strict=True)):
                     return found
                 raise drawn()
             except RuntimeError as error:
@@ -134,19 +164,19 @@ class RunByTask:
                     raise
             rewind()
             self.draws.add(mode)
-        found = one_by_one(DrawsByTask(x.shape[0]).each(one_task), own, kept, x)
+        found = one_by_one(DrawsByTask(sets[-1].shape[0]).each(one_task), own, kept, sets)
         return found
 
     @contextmanager
-    def _functions(self, model: nn.Module, *, fast: bool) -> Iterator[None]:
+    def _functions(self, model: nn.Module, norm: Norm | None, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model has called them before, has modules that may call them, or is new."""
-        mode = model.training
-        if not self.calls.get(mode, True) and not may_call_them(model):
+        kind = model.training, norm
+        if not self.calls.get(kind, True) and not may_call_them(model):
             yield
             return
         with FunctionsByTask(fast=fast) as functions:
             yield
-        self.calls[mode] = self.calls.get(mode, False) or functions.seen
+        self.calls[kind] = self.calls.get(kind, False) or functions.seen
 
     @contextmanager
     def _attributes(self, model: nn.Module) -> Iterator[None]:
@@ -163,23 +193,28 @@ class RunByTask:
 def _of_one_task(
     model: nn.Module, start: Start, own: Params, *, new: bool, loop: bool
 ) -> tuple[Callable[..., Tensor], Params]:
-    """The model as a function of one task's parameters and inputs, and the tensors that it must leave unchanged."""
+    """One task's run of the model, and the tensors that the model must leave unchanged.
+
+    It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
+    """
     found = slots(model)
     buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
     given = {**buffers, **start.shared, **start.kept, **own}
     watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
     scratch = warm_starts(model) if loop else frozenset()
 
-    def one_task(own: Params, kept: Params, x: Tensor) -> Any:
+    def one_task(
+        run: Callable[[nn.Module, tuple[Tensor, ...]], Any], own: Params, kept: Params, sets: tuple[Tensor, ...]
+    ) -> Any:
         weights = {**buffers, **start.shared, **kept, **own}
         if loop:  # the task's own copies, to write to
-            x = x.clone()
+            sets = tuple(x.clone() for x in sets)
             weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
         places = {name: w for name, w in weights.items() if name in found.places}
 
         def call(places: Params) -> Any:
             with swapped(found, places), carried_over.refused(model) if new else nullcontext():
-                return model(x)
+                return run(model, sets)
 
         out = _with_gradients_if_needed(call, places, found.tensors) if loop else call(places)
         check_output(model, out)

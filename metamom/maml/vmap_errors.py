@@ -9,7 +9,6 @@ from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from metamom.maml.draws import generator_states
 
@@ -59,21 +58,6 @@ class VmapError(ValueError):
         super().__init__(message)
         self.where = where
         self.gist = gist or message.partition(":")[0]
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse a model whose normalisation layers keep running statistics.
-
-    Raises:
-        ValueError: naming the modules and the fix.
-    """
-    running = [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    if running:
-        raise ValueError(
-            "MAML needs normalisation by the statistics of the current batch; these modules keep running statistics, "
-            f"which tasks would overwrite for each other: {', '.join(n or type(model).__name__ for n in running)}. "
-            "Call metamom.nets.use_batch_statistics(model) first, or build them with track_running_stats=False."
-        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from metamom.nets import kernels
 from metamom.nets.convolution import convolve
@@ -83,14 +84,22 @@ class BatchNormReLU(nn.Module):
         """Statistics are taken over all axes but the last."""
         if x.dim() < 2 or x.shape[-1] != len(self.weight):
             raise ValueError(f"BatchNormReLU wants [N, ..., {len(self.weight)}], channels last; got {tuple(x.shape)}.")
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for statistics
-        gain, shift = self.weight.to(wide.dtype).unsqueeze(0), self.bias.to(wide.dtype).unsqueeze(0)
-        if kernels.are_native(wide):
-            z, _, _ = _NormReLU.run(wide.reshape(1, -1, x.shape[-1]), gain, shift, self.eps)
-        else:
-            z = normalise(wide.reshape(1, 1, -1, 1, x.shape[-1]), gain, shift, self.eps).activated(0.0).value
-        out: Tensor = z.view(x.shape).to(x.dtype)
-        return out
+        return batch_norm_relu(x, self.weight, self.bias, self.eps)
+
+
+def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The function of `BatchNormReLU`; like PyTorch's own, modes can replace it (`torch.overrides`)."""
+    if has_torch_function((x, weight, bias)):
+        replaced: Tensor = handle_torch_function(batch_norm_relu, (x, weight, bias), x, weight, bias, eps)
+        return replaced
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for statistics
+    gain, shift = weight.to(wide.dtype).unsqueeze(0), bias.to(wide.dtype).unsqueeze(0)
+    if kernels.are_native(wide):
+        z, _, _ = _NormReLU.run(wide.reshape(1, -1, x.shape[-1]), gain, shift, eps)
+    else:
+        z = normalise(wide.reshape(1, 1, -1, 1, x.shape[-1]), gain, shift, eps).activated(0.0).value
+    out: Tensor = z.view(x.shape).to(x.dtype)
+    return out
 
 
 class _Unfold(Grouped):

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from metamom.common.checks import check_whole
 from metamom.nets.layers import BatchNormReLU, StridedConv
+from metamom.nets.statistics import hide
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -91,15 +91,15 @@ class Conv4(nn.Module):
 def use_batch_statistics(model: Module) -> Module:
     """Turn off running statistics in every normalisation layer of ``model``, in place.
 
-    The layers then normalise by the current batch, in training and in evaluation (transductive, as in MAML).
+    The layers then normalise by the current batch, in training and in evaluation (transductive, as in MAML), also
+    outside of `metamom.MAML`. Their running statistics stay in the ``state_dict`` but are neither read nor written, so
+    that pretrained weights load before or after this call, and the model's own load into its original class.
 
     Returns:
         The same model.
     """
     for module in model.modules():
-        if isinstance(module, _NormBase):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
+        hide(module)
     return model
 
 

@@ -10,7 +10,7 @@ import pytest
 from command import the_error
 from endings import contents
 
-from metamom.training.directory import read_metrics
+from metamom.training.directory import read_config, read_metrics
 
 
 def test_evaluate_prints_json_and_nothing_else(metamom, trained):
@@ -56,6 +56,8 @@ def test_validation_split_is_what_training_saw(metamom, trained):
     [
         (["--split", "tset"], "splits train, validation and test; got 'tset'"),
         (["--ways", "5"], "sinusoids have no classes"),
+        (["--norm", "support"], "the network for sinusoids has no normalisation"),
+        (["--norm", "running"], "'running'"),
         (["--tasks", "1"], "at least 2 tasks"),
         (["--steps", "-1"], "inner steps >= 0"),
         (["--checkpoint", "oldest"], "invalid choice: 'oldest'"),
@@ -81,6 +83,33 @@ def test_omniglot_trained_and_evaluated(metamom, trained_omniglot, data_root):
     assert table.out.startswith("omniglot 3-way 1-shot, split evaluation, 10 tasks, trained for 2 iterations")
     seen = metamom("evaluate", trained_omniglot, "--tasks", 4, "--steps", "1", "--split", "validation", "--json", *root)
     assert json.loads(seen.out)["mean"] == [lines[-1]["validation"]]
+
+
+def test_omniglot_by_the_statistics_of_the_support_set(metamom, trained_omniglot, data_root, tmp_path):
+    options = ("--tasks", 10, "--steps", "0,1", "--data-root", data_root)
+    by_batch, support = (
+        json.loads(metamom("evaluate", trained_omniglot, *options, "--json", "--norm", norm).out)
+        for norm in ("batch", "support")
+    )
+    assert support.pop("norm") == "support"
+    assert list(support) == list(by_batch) == ["steps", "mean", "halfwidth", "tasks"]
+    assert support["mean"] != by_batch["mean"]
+    head = metamom("evaluate", trained_omniglot, *options, "--norm", "support").out.splitlines()[0]
+    assert head.endswith("trained for 2 iterations; statistics of each task's support set")
+    message = the_error(metamom("evaluate", trained_omniglot, *options, "--norm", "frozen"))
+    assert 'norm="frozen" normalises by running statistics' in message
+    run = tmp_path / "run"
+    flags = ["--ways", 3, "--meta-batch", 2, "--evaluate-tasks", 4, "--data-root", data_root, "--run-dir", run]
+    train = ["train", "omniglot", *flags, "--iterations"]
+    assert metamom(*train, 1, "--norm", "support").code == 0
+    assert read_config(run)["settings"]["norm"] == "support"
+    assert "norm is 'support' there and None here" in the_error(metamom(*train, 2, "--resume"))
+    assert metamom(*train, 2, "--norm", "support", "--resume").code == 0
+    newest = ("--split", "validation", "--checkpoint", "newest", "--data-root", data_root)
+    seen = metamom("evaluate", run, "--tasks", 4, "--steps", "1", "--json", *newest)
+    answer = json.loads(seen.out)
+    assert (answer["mean"], answer["norm"]) == ([read_metrics(run)[-1]["validation"]], "support")
+    assert "layers do not have" in the_error(metamom(*train, 1, "--norm", "frozen"))
 
 
 def test_omniglot_evaluated_with_other_ways(metamom, trained_omniglot, data_root):

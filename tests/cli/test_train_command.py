@@ -41,7 +41,7 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
-        "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False,
+        "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
         "schedule": "constant",
         "meta_batch": 4, "workers": 2,

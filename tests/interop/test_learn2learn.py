@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from installed import need_learn2learn
+from problems import image_batch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -70,14 +71,17 @@ def test_training_one_moves_the_other():
     assert all(not torch.equal(a, b) for a, b in zip(here, ours.parameters(), strict=True))
 
 
-def test_from_maml_wants_a_learner_and_no_running_statistics():
+def test_from_maml_wants_a_learner_and_takes_running_statistics():
     with pytest.raises(TypeError, match=r"learn2learn.algorithms.MAML; got Linear"):
         from_maml(nn.Linear(1, 1), F.mse_loss)
     theirs = l2l.algorithms.MAML(l2l.vision.models.OmniglotCNN(5), lr=0.4)
-    with pytest.raises(ValueError, match="use_batch_statistics"):
-        from_maml(theirs, F.cross_entropy)
+    before = {name: buffer.clone() for name, buffer in theirs.named_buffers()}
+    assert any("running_mean" in name for name in before)
+    learner, batch = from_maml(theirs, F.cross_entropy), image_batch(dtype=torch.float32)
+    found = learner.meta_gradient(batch).losses
+    assert all(torch.equal(buffer, before[name]) for name, buffer in theirs.named_buffers())
     use_batch_statistics(theirs)
-    assert isinstance(from_maml(theirs, F.cross_entropy), MAML)
+    torch.testing.assert_close(learner.meta_gradient(batch).losses, found)
 
 
 def anil(model: nn.Sequential):

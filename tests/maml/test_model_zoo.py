@@ -176,7 +176,7 @@ def printed_by(script: str, *arguments: str) -> dict[str, Any]:
 def test_every_layer_of_pytorch_trains_as_in_a_loop(examples):
     found = printed_by("pytorch_layers.py", str(examples))
     assert len(found["done"]) >= 60, found["done"]
-    assert all("running statistics" in said for said in found["refused"].values()), found["refused"]
+    assert found["refused"] == {}
 
 
 @pytest.mark.slow

@@ -56,8 +56,12 @@ def normalise(model: nn.Sequential) -> None:
     weight_norm(model[0])
 
 
+def append_running_statistics(model: nn.Sequential) -> None:
+    model.append(nn.BatchNorm1d(1).double())
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of weight_norm
-@pytest.mark.parametrize("change", [unfreeze, freeze, append, remove, normalise])
+@pytest.mark.parametrize("change", [unfreeze, freeze, append, remove, normalise, append_running_statistics])
 def test_a_learner_follows_its_model(change):
     model = net()
     model[0].weight.requires_grad_(change is not unfreeze)
@@ -87,8 +91,8 @@ def test_parameters_that_are_named_stay_the_only_ones():
             append,
             r"new trainable parameters without an inner step size: 3\.weight, 3\.bias",
         ),
-        ({}, lambda model: model.append(nn.BatchNorm1d(1)), "use_batch_statistics"),
-        ({}, lambda model: model.append(nn.BatchNorm1d(1, affine=False)), "use_batch_statistics"),
+        ({"norm": "frozen"}, lambda model: model.append(nn.BatchNorm1d(1, track_running_stats=False)), "not have: 3"),
+        ({}, lambda model: model.extend([nn.BatchNorm1d(1), nn.BatchNorm1d(1).eval()]), r"some are in eval\(\): 4"),
         (
             {},
             lambda model: model[1].register_full_backward_hook(lambda module, *gradients: None),

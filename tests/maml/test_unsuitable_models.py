@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 
@@ -21,7 +20,6 @@ from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
 from metamom.maml.vmap_errors import _inplace_modules
-from metamom.nets.models import use_batch_statistics
 
 
 class Faulty(nn.Module):
@@ -126,18 +124,6 @@ def test_only_modules_with_torchs_own_option_count_as_in_place():
     model[0].inplace = torch.ones(2)
     assert _inplace_modules(model) == "one of the in-place modules '1' (Mine), '2' (Dropout)"
     assert _inplace_modules(Block(nn.ReLU())) is None
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)])
-def test_running_statistics_are_refused_by_name_and_left_alone(norm):
-    model = nn.Sequential(nn.Linear(2, 4), nn.Sequential(norm), nn.Linear(4, 1))
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"running\s+statistics.*: 1\.0\..*use_batch_statistics\(model\)"):
-        MAML(model, F.mse_loss)
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
-    MAML(use_batch_statistics(model), F.mse_loss)
-    with pytest.raises(ValueError, match=r"running\s+statistics.*: BatchNorm1d"):
-        MAML(nn.BatchNorm1d(2), F.mse_loss)
 
 
 def test_loss_functions():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -144,15 +146,21 @@ def test_bad_sizes(name, size, error):
 )
 def test_use_batch_statistics(norm, shape):
     model = nn.Sequential(nn.Sequential(norm))
-    parameters = list(model.parameters())
+    parameters, original = list(model.parameters()), copy.deepcopy(model)
     x = torch.randn(shape, generator=generator(0)) * 3 + 5
     by_batch = model.train()(x).detach()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     assert use_batch_statistics(model) is model
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
-    assert list(model.buffers()) == []
-    assert list(model.state_dict()) == [f"0.0.{name}" for name, _ in norm.named_parameters()]
     for mode in (True, False):
         torch.testing.assert_close(model.train(mode)(x), by_batch)
+    found = model.state_dict()
+    assert list(found) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
+    for other in (original, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.load_state_dict(found)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(other.train(other is original)(x), by_batch)
 
 
 def test_use_batch_statistics_leaves_other_layers_alone():

@@ -132,6 +132,10 @@ ZOO: dict[str, Callable[[], Problem]] = {
         # normalisation
         "layer norm": (lambda: mlp(nn.LayerNorm(6), nn.Tanh()), V4, 0),
         "batch norm, 1d": (lambda: mlp(nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh()), V4, 0),
+        "running statistics": (lambda: convolutional(nn.BatchNorm2d(3), nn.ReLU()).eval(), IMG, WAYS),
+        "instance norm with running statistics": (
+            lambda: convolutional(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)).eval(), IMG, WAYS,
+        ),
         "batch norm, 2d": (lambda: convolutional(nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU()), IMG, WAYS),
         "batch norm made to use the batch": (
             lambda: use_batch_statistics(convolutional(nn.BatchNorm2d(3), nn.ReLU())), IMG, WAYS,
@@ -240,10 +244,6 @@ FIRST_ORDER = {
 REFUSED: dict[str, tuple[Callable[[], Problem], str]] = {
     name: ((lambda make=make, inputs=inputs, classes=classes: problem(make, inputs, classes)), said)
     for name, (make, inputs, classes, said) in {
-        "running statistics": (lambda: convolutional(nn.BatchNorm2d(3)), IMG, WAYS, "use_batch_statistics"),
-        "instance norm with running statistics": (
-            lambda: convolutional(nn.InstanceNorm2d(3, track_running_stats=True)), IMG, WAYS, "use_batch_statistics",
-        ),
         "embedding with a largest norm": (sequence_model(max_norm=1.0), words(5), WAYS, "in-place|in place"),
         "spectral norm in training": (
             lambda: mlp(parametrizations.spectral_norm(nn.Linear(6, 6))), V4, 0, "in-place|in place",

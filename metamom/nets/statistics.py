@@ -1,0 +1,53 @@
+"""The running statistics of normalisation layers: which layers use them, and how to hide them from a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def uses_running_statistics(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's normalisation layers and has running statistics that are not hidden."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def hide(module: nn.Module) -> None:
+    """Let a normalisation layer use the statistics of its input in every mode, and keep its buffers.
+
+    The buffers remain in the ``state_dict``. Statistics that a loaded state lacks stay as they are.
+    """
+    if not isinstance(module, _NormBase):
+        return
+    module.track_running_stats = False
+    if not uses_running_statistics(module):
+        return
+    # Python looks here before it asks the module for its buffers
+    module.__dict__.update(dict.fromkeys(STATISTICS))
+    module.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def uncounted(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep normalisation layers from counting their calls in ``num_batches_tracked``, which they do in place."""
+    counting = [
+        module for module in modules if isinstance(module, _NormBase) and module.num_batches_tracked is not None
+    ]
+    for module in counting:
+        module.__dict__["num_batches_tracked"] = None
+    try:
+        yield
+    finally:
+        for module in counting:
+            del module.__dict__["num_batches_tracked"]
+
+
+def _complete(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Add the hidden statistics that a state lacks, as states of earlier versions do."""
+    for name in STATISTICS:
+        state.setdefault(prefix + name, module._buffers[name])
