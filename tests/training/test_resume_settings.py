@@ -45,7 +45,7 @@ def test_a_run_goes_on_in_smaller_chunks_and_elsewhere(commanded, tmp_path):
     assert cli.main(["train", "sinusoid", *FLAGS, "--iterations", "8", "--run-dir", str(whole)]) == 0
     assert read_config(run)["settings"]["chunk_size"] == 1
     assert [entry["settings"] for entry in read_config(run)["history"]] == [
-        {"chunk_size": None, "compile": False, "device": "cpu"},
+        {"chunk_size": "auto", "compile": False, "device": "cpu"},
         {"chunk_size": 1, "compile": False, "device": "cpu:0"},
     ]
     for name, weight in newest(whole)["learner"].items():
@@ -66,8 +66,14 @@ def test_what_may_differ_is_one_list():
     options = set(inspect.signature(MAML).parameters) - {"model", "loss_fn"}
     made = learner()
     described = describe(made, Adam(made.parameters()), TASKS, meta_batch=2, workers=1, bias=None)
-    decides = {*described, *described["learner"], "learn_inner_lr", "tracking"}  # with inner_lr, where it is tracked
-    assert options - decides == set(Recipe.free()) - {"device"}
+    decides = {
+        *described,
+        *described["learner"],
+        "learn_inner_lr",
+        "tracking",
+        "norm",
+    }  # those described if they are set
+    assert options - decides - {"vectorize"} == set(Recipe.free()) - {"device"}
     assert {"loss", "dtype", "schedulers", "bias", "aggregate"} < set(described)
     assert set(Recipe.free()) < {field.name for field in fields(Recipe)}
 
