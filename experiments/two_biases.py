@@ -68,11 +68,11 @@ def floor_of_order(problem: Quadratics, order: str, beta: float, lr: float) -> f
     x = torch.nn.Parameter(problem.optimum.clone())
     optimizer = CompositeMomentum([x], lr=lr, beta=beta)
     norms: list[float] = []
-    turn: list[int] = []
+    remaining: list[int] = []
     for _ in range(ORDER_STEPS):
         if order == "reshuffle":
-            turn = turn or torch.randperm(n, generator=generator).tolist()
-            worker = turn.pop()
+            remaining = remaining or torch.randperm(n, generator=generator).tolist()
+            worker = remaining.pop()
         else:
             worker = int(torch.randint(n, (), generator=generator))
         norms.append(float(problem.gradients(x.detach()).mean(0).square().sum()))

@@ -30,7 +30,7 @@ class Purpose(IntEnum):
     BIAS = 4  # which entries a random operator keeps, and how it rounds
 
 
-class Places(NamedTuple):
+class DrawCoordinates(NamedTuple):
     """Coordinates of tasks (or workers) in the counter space: stream, step, and indices in the meta-batch ``[T]``."""
 
     stream: str
@@ -38,7 +38,10 @@ class Places(NamedTuple):
     indices: Ints
 
 
-def uniforms(seed: int, places: Places, purpose: Purpose, count: int) -> Floats:
+Places = DrawCoordinates  # its name in version 0.1
+
+
+def uniforms(seed: int, places: DrawCoordinates, purpose: Purpose, count: int) -> Floats:
     """Draw numbers uniform on [0, 1), multiples of 2^-53, the same on every platform.
 
     Args:
@@ -107,7 +110,7 @@ def choose(uniform: Floats, n: int | Ints) -> Ints:
     return pool[:, :k].astype(np.int64, copy=True)
 
 
-def subset(seed: int, places: Places, purpose: Purpose, k: int, n: int) -> Ints:
+def subset(seed: int, places: DrawCoordinates, purpose: Purpose, k: int, n: int) -> Ints:
     """Choose a set of k of 0..n-1 at each coordinate, all sets equally likely. Use it if k is too large for `choose`.
 
     It takes the first k distinct numbers of a row of uniform draws. If k is more than half of n, it draws the numbers
@@ -132,7 +135,7 @@ def subset(seed: int, places: Places, purpose: Purpose, k: int, n: int) -> Ints:
     return rows
 
 
-def _first_different(seed: int, place: Places, purpose: Purpose, k: int, n: int) -> Ints:
+def _first_different(seed: int, place: DrawCoordinates, purpose: Purpose, k: int, n: int) -> Ints:
     # k distinct numbers take -n log(1 - k/n) draws on average; a longer row starts with the same draws as a shorter one
     count = k + 16 - int(n * np.log1p(-k / n)) if k < n else 0
     while k > 0:

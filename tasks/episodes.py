@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.common.checks import check_flag
-from metamom.rng import Ints, Places, Purpose, choose, uniforms
+from metamom.rng import DrawCoordinates, Ints, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count
 from metamom.tasks.family import TaskFamily
 
@@ -103,7 +103,7 @@ class Episodes(TaskFamily):
                 f"{classes[smallest]} has {self._sizes[smallest]}. Use fewer shots or queries, or leave that class out."
             )
 
-    def draw(self, tasks: Places, data: Places) -> TaskBatch:
+    def draw(self, tasks: DrawCoordinates, data: DrawCoordinates) -> TaskBatch:
         """See `TaskFamily.draw`. A task's identity is its classes and their order."""
         index = torch.from_numpy(self._indices(tasks, data)).to(self._images.device)
         x = self._images.index_select(0, index.flatten()).view(*index.shape, *self._images.shape[1:])
@@ -133,7 +133,7 @@ class Episodes(TaskFamily):
             "seed": self.seed,
         }
 
-    def _indices(self, tasks: Places, data: Places) -> Ints:
+    def _indices(self, tasks: DrawCoordinates, data: DrawCoordinates) -> Ints:
         """The indices of the images, ``[T, M]``, shot by shot."""
         shown = self.shots + self.queries
         classes = choose(uniforms(self.seed, tasks, Purpose.TASK, self.ways), self.num_classes).reshape(-1)
@@ -142,7 +142,7 @@ class Episodes(TaskFamily):
         index = self._by_class[self._starts[classes, None] + drawings]
         return np.ascontiguousarray(index.reshape(-1, self.ways, shown).swapaxes(1, 2)).reshape(-1, self.ways * shown)
 
-    def _augmented(self, x: Tensor, augment: Augment, data: Places) -> Tensor:
+    def _augmented(self, x: Tensor, augment: Augment, data: DrawCoordinates) -> Tensor:
         seeds = (uniforms(self.seed, data, Purpose.AUGMENT, 1)[:, 0] * 2**53).astype(np.int64)
         out = []
         for task, seed in zip(x, seeds.tolist(), strict=True):

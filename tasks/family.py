@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metamom.batch import TaskBatch, TaskSampler, block
-from metamom.rng import Places
+from metamom.rng import DrawCoordinates
 from metamom.tasks.checks import check_seed, check_step, check_stream
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class TaskFamily(TaskSampler):
         """
         step = check_step(step)
         mine = block(num_tasks, rank, world_size)
-        places = Places(self.stream, step, np.arange(mine.start, mine.stop, dtype=np.int64))
+        places = DrawCoordinates(self.stream, step, np.arange(mine.start, mine.stop, dtype=np.int64))
         return self.draw(places, places)
 
     def with_stream(self, stream: str) -> Self:
@@ -58,7 +58,7 @@ class TaskFamily(TaskSampler):
         return other
 
     @abstractmethod
-    def draw(self, tasks: Places, data: Places) -> TaskBatch:
+    def draw(self, tasks: DrawCoordinates, data: DrawCoordinates) -> TaskBatch:
         """Draw T tasks, identified by their coordinates in ``tasks``, with points drawn at those in ``data``.
 
         `sample` passes the same coordinates twice. A fixed set of tasks keeps the first and changes the second.

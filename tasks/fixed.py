@@ -12,7 +12,7 @@ from metamom.batch import TaskBatch, TaskSampler, block
 from metamom.common.checks import check_flag, check_word
 from metamom.common.choices import ORDERS as ORDERS
 from metamom.common.choices import Order as Order
-from metamom.rng import Floats, Ints, Places, Purpose, choose, uniforms
+from metamom.rng import DrawCoordinates, Floats, Ints, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_step, check_stream
 from metamom.tasks.family import TaskFamily
 
@@ -80,7 +80,8 @@ class FixedTasks(TaskSampler):
             )
         ids = self.first + self._chosen(step, num_tasks)[mine.start : mine.stop]
         batch = self.family.draw(
-            Places(self.family.stream, 0, ids), Places(self.stream, step if self.fresh_data else 0, ids)
+            DrawCoordinates(self.family.stream, 0, ids),
+            DrawCoordinates(self.stream, step if self.fresh_data else 0, ids),
         )
         return batch._replace(task_ids=torch.from_numpy(ids))
 
@@ -124,5 +125,5 @@ class FixedTasks(TaskSampler):
 
     def _drawn(self, step: int, count: int) -> Floats:
         # use the first task's index, so that members of a PerWorker choose independently
-        here = Places(self.stream, step, np.array([self.first], dtype=np.int64))
+        here = DrawCoordinates(self.stream, step, np.array([self.first], dtype=np.int64))
         return uniforms(self.family.seed, here, Purpose.CHOICE, count)

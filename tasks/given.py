@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from metamom.batch import TaskBatch, block
-from metamom.rng import Floats, Places
+from metamom.rng import DrawCoordinates, Floats
 from metamom.tasks.family import TaskFamily
 
 Values = ArrayLike | Tensor
@@ -59,7 +59,7 @@ class GivenFamily(TaskFamily):
             )
         return super().sample(step, num_tasks, rank=rank, world_size=world_size)
 
-    def of_tasks(self, array: Floats, tasks: Places) -> Floats:
+    def of_tasks(self, array: Floats, tasks: DrawCoordinates) -> Floats:
         """Select each task's entry of an array ``[n, ...]`` or ``[1, ...]``: ``[T, ...]``."""
         picked: Floats = array[tasks.indices % len(array)]
         return picked

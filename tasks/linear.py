@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.common.checks import check_flag
-from metamom.rng import Floats, Places, Purpose, choose, uniforms
+from metamom.rng import DrawCoordinates, Floats, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count, check_deviation, check_dtype
 from metamom.tasks.given import GivenFamily, Values, as_numpy, described, described_range, given
 from metamom.tasks.matrices import (
@@ -136,7 +136,7 @@ class LinearRegression(GivenFamily):
             self._check_data(self.features.shape[1])
         self._root = None if self.covariance is None else square_root("covariance", self.covariance)
 
-    def parameters(self, tasks: Places) -> tuple[Floats, Floats]:
+    def parameters(self, tasks: DrawCoordinates) -> tuple[Floats, Floats]:
         """θ ``[T, d]`` and Σ ``[T, d, d]`` of the tasks at these coordinates.
 
         For a data set they are the least squares solution of minimum norm and the mean of φφ^T.
@@ -150,7 +150,7 @@ class LinearRegression(GivenFamily):
         sigma = np.eye(self.dim)[None] if self.covariance is None else self.covariance
         return self._thetas(tasks), self.of_tasks(sigma, tasks)
 
-    def draw(self, tasks: Places, data: Places) -> TaskBatch:
+    def draw(self, tasks: DrawCoordinates, data: DrawCoordinates) -> TaskBatch:
         """See `TaskFamily.draw`. A task's identity is its θ and Σ, or its data set."""
         x, y = self._points(tasks, data) if self.features is None else self._points_of_data(tasks, data)
         x_all, y_all = (torch.from_numpy(values).to(self.dtype) for values in (x, y[..., None]))
@@ -175,12 +175,12 @@ class LinearRegression(GivenFamily):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    def _thetas(self, tasks: Places) -> Floats:
+    def _thetas(self, tasks: DrawCoordinates) -> Floats:
         if self.theta is not None:
             return self.of_tasks(self.theta, tasks)
         return self.theta_std * drawn_vectors(self.seed, tasks, self.dim)
 
-    def _points(self, tasks: Places, data: Places) -> tuple[Floats, Floats]:
+    def _points(self, tasks: DrawCoordinates, data: DrawCoordinates) -> tuple[Floats, Floats]:
         """Gaussian features ``[T, P, d]`` and labels ``[T, P]``."""
         points = self.shots + self.queries
         entries = points * self.dim
@@ -197,7 +197,7 @@ class LinearRegression(GivenFamily):
             y = y + self.noise * gaussians(u[:, even(entries) :], points)
         return x, y
 
-    def _points_of_data(self, tasks: Places, data: Places) -> tuple[Floats, Floats]:
+    def _points_of_data(self, tasks: DrawCoordinates, data: DrawCoordinates) -> tuple[Floats, Floats]:
         """Features ``[T, P, d]`` and labels ``[T, P]`` from the data set."""
         assert self.features is not None
         assert self.labels is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from metamom.rng import Floats, Places, Purpose, normals, uniforms
+from metamom.rng import DrawCoordinates, Floats, Purpose, normals, uniforms
 from metamom.tasks.checks import check_range
 
 
@@ -62,12 +62,12 @@ def check_spectrum(spectrum: tuple[float, float] | None, *, given: Floats | None
         raise ValueError(f"{name} gives the matrices, spectrum draws them; got both. Leave one out.")
 
 
-def drawn_vectors(seed: int, tasks: Places, dim: int) -> Floats:
+def drawn_vectors(seed: int, tasks: DrawCoordinates, dim: int) -> Floats:
     """Draw a standard normal vector for each task, ``[T, d]``."""
     return gaussians(uniforms(seed, tasks, Purpose.TASK, even(dim)), dim)
 
 
-def drawn_spectra(seed: int, tasks: Places, dim: int, spectrum: tuple[float, float]) -> tuple[Floats, Floats]:
+def drawn_spectra(seed: int, tasks: DrawCoordinates, dim: int, spectrum: tuple[float, float]) -> tuple[Floats, Floats]:
     """Draw each task's eigenvalues ``[T, d]``, uniform in a range, and eigenvectors ``[T, d, d]``, a uniform rotation.
 
     The random numbers come after those of `drawn_vectors`.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metamom.batch import TaskBatch, TaskSampler, block
-from metamom.rng import Places
+from metamom.rng import DrawCoordinates
 from metamom.tasks.checks import check_step
 from metamom.tasks.linear import LinearRegression
 from metamom.tasks.matrices import products, square_root
@@ -59,7 +59,7 @@ class Population(TaskSampler):
     def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
         """Sample ``rank``'s block of the meta-batch for ``step``; see `TaskFamily.sample`."""
         mine = block(num_tasks, rank, world_size)
-        places = Places(self.family.stream, check_step(step), np.arange(mine.start, mine.stop, dtype=np.int64))
+        places = DrawCoordinates(self.family.stream, check_step(step), np.arange(mine.start, mine.stop, dtype=np.int64))
         if isinstance(self.family, Quadratic):
             center, hessian = self.family.parameters(places)
             x = np.ones((len(center), 1, 1))

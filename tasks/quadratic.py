@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.rng import Floats, Places, Purpose, uniforms
+from metamom.rng import DrawCoordinates, Floats, Purpose, uniforms
 from metamom.tasks.checks import check_count, check_deviation, check_dtype
 from metamom.tasks.given import GivenFamily, Values, described, described_range, given
 from metamom.tasks.matrices import (
@@ -135,7 +135,7 @@ class Quadratic(GivenFamily):
         self.spectrum, self.dtype = spectrum, check_dtype(dtype)
         super().__init__({"hessian": self.hessian, "center": self.center}, seed=seed)
 
-    def parameters(self, tasks: Places) -> tuple[Floats, Floats]:
+    def parameters(self, tasks: DrawCoordinates) -> tuple[Floats, Floats]:
         """c ``[T, d]`` and A ``[T, d, d]`` of the tasks at these coordinates."""
         if self.center is None:
             center = self.center_std * drawn_vectors(self.seed, tasks, self.dim)
@@ -145,7 +145,7 @@ class Quadratic(GivenFamily):
             return center, from_spectrum(*drawn_spectra(self.seed, tasks, self.dim, self.spectrum))
         return center, self.of_tasks(np.eye(self.dim)[None] if self.hessian is None else self.hessian, tasks)
 
-    def draw(self, tasks: Places, data: Places) -> TaskBatch:
+    def draw(self, tasks: DrawCoordinates, data: DrawCoordinates) -> TaskBatch:
         """See `TaskFamily.draw`. A task's identity is its c and A."""
         center, hessian = self.parameters(tasks)
         points, d = self.shots + self.queries, self.dim
@@ -177,7 +177,7 @@ class Quadratic(GivenFamily):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    def _noise(self, data: Places, points: int) -> tuple[Floats | None, Floats | None]:
+    def _noise(self, data: DrawCoordinates, points: int) -> tuple[Floats | None, Floats | None]:
         """Standard normal slopes ``[T, P, d]`` and entries ``[T, P, d, d]``, each ``None`` without its noise."""
         d = self.dim
         first = even(points * d)  # also without noise, so that one noise does not change the other

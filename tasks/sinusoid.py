@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.rng import Floats, Places, Purpose, normals, uniforms
+from metamom.rng import DrawCoordinates, Floats, Purpose, normals, uniforms
 from metamom.tasks.checks import check_count, check_deviation, check_dtype, check_range
 from metamom.tasks.family import TaskFamily
 
@@ -62,12 +62,12 @@ class Sinusoid(TaskFamily):
         self.x_range = check_range("x_range", x_range)
         self.noise, self.dtype = check_deviation("noise", noise), check_dtype(dtype)
 
-    def parameters(self, tasks: Places) -> tuple[Floats, Floats]:
+    def parameters(self, tasks: DrawCoordinates) -> tuple[Floats, Floats]:
         """Amplitude and phase of the tasks at these coordinates, ``[T]`` each."""
         u = uniforms(self.seed, tasks, Purpose.TASK, 2)
         return _within(self.amplitude, u[:, 0]), _within(self.phase, u[:, 1])
 
-    def draw(self, tasks: Places, data: Places) -> TaskBatch:
+    def draw(self, tasks: DrawCoordinates, data: DrawCoordinates) -> TaskBatch:
         """See `TaskFamily.draw`."""
         amplitude, phase = (p[:, None] for p in self.parameters(tasks))
         points = self.shots + self.queries

@@ -54,7 +54,7 @@ def test_the_core_tests_are_there():
     assert all(path.is_file() for path in compat.core())
 
 
-def test_what_pytest_counts_is_told_apart(tmp_path):
+def test_what_pytest_counts_is_distinguished(tmp_path):
     junit = tmp_path / "junit.xml"
     junit.write_text('<testsuites><testsuite tests="10" failures="1" errors="2" skipped="3"/></testsuites>')
     result = compat.counted(junit, "")
@@ -116,7 +116,7 @@ def test_a_venv_is_brought_up_to_date_with_its_own_python(checkout):
     assert ".venv/bin/python -m pip" in said
 
 
-def test_a_venv_whose_python_is_gone_is_made_anew(checkout):
+def test_a_venv_whose_python_is_gone_is_made_again(checkout):
     (checkout / ".venv" / "bin" / "python").unlink()
     assert "./old -m venv --clear .venv\n" in planned(checkout, "PYTHON=./old")
     assert "python3 -m venv --clear .venv\n" in planned(checkout)

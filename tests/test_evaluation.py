@@ -240,7 +240,7 @@ def test_bad_arguments(arguments, message):
 
 
 def assert_at_chance(learner: MAML, sampler: Any, ways: int, *, tasks: int) -> None:
-    """Accuracy before adaptation is 1/N to 4 standard errors: labels are dealt anew in every task.
+    """Accuracy before adaptation is 1/N to 4 standard errors: labels are permuted in every task.
 
     Each task's value has the standard deviation that is measured, and no more than that of a coin for each query.
     """

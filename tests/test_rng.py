@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metamom.rng import Places, Purpose, choose, normals, subset, uniforms
+from metamom.rng import DrawCoordinates, Purpose, choose, normals, subset, uniforms
 from metamom.tasks.checks import check_count, check_seed, check_step
 
 WORD = 2**64 - 1
 
 
-def at(*indices: int, stream: str = "train", step: int = 0) -> Places:
-    return Places(stream, step, np.array(indices, dtype=np.int64))
+def at(*indices: int, stream: str = "train", step: int = 0) -> DrawCoordinates:
+    return DrawCoordinates(stream, step, np.array(indices, dtype=np.int64))
 
 
 def philox_4x64(key: tuple[int, int], counter: list[int]) -> list[int]:

@@ -45,9 +45,9 @@ def _curve(tasks: Sinusoid) -> tuple[Tensor, Tensor]:
     import numpy as np
     import torch
 
-    from metamom.rng import Places
+    from metamom.rng import DrawCoordinates
 
-    amplitude, phase = (float(value[0]) for value in tasks.parameters(Places("test", 0, np.array([0]))))
+    amplitude, phase = (float(value[0]) for value in tasks.parameters(DrawCoordinates("test", 0, np.array([0]))))
     x = torch.linspace(*tasks.x_range, 200, dtype=tasks.dtype)
     return x, amplitude * torch.sin(x + phase)
 

@@ -47,7 +47,7 @@ def measure(config: ScalingPlan, processes: Sequence[int]) -> Measured:
     return found
 
 
-def told(measured: Measured) -> str:
+def summary(measured: Measured) -> str:
     """The measurements as Markdown: steps by number of processes, their parts, and bytes by the kernel's counter."""
     cores = measured["cores"]
     many = [str(n) for n in measured["processes"] if n > cores]

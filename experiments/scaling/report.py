@@ -34,7 +34,7 @@ def report(run_dir: Path, parts: Sequence[str], config: ScalingPlan, processes: 
             run_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, json.dumps(measured).encode())
             pictures.measured(run_dir / "figures" / "measured.png", measured["cells"])
-            text = f"{measuring.told(measured)}\n\n![ms a step against processes](figures/measured.png)"
+            text = f"{measuring.summary(measured)}\n\n![ms a step against processes](figures/measured.png)"
         elif part == "model":
             text = planned(run_dir, _read(kept, config), config, latency)
         else:

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from metamom.batch import TaskBatch
-from metamom.experiments.shared.numerals import shortest, told_apart
+from metamom.experiments.shared.numerals import distinguishable, shortest
 from metamom.maml.learner import MAML
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; lines also differ in dashes.
@@ -153,8 +153,8 @@ def heat_map(
         panel.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     for i, j in best:
         panel.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2))
-    panel.set_xticks(range(len(columns)), told_apart(columns))
-    panel.set_yticks(range(len(rows)), told_apart(rows))
+    panel.set_xticks(range(len(columns)), distinguishable(columns))
+    panel.set_yticks(range(len(rows)), distinguishable(rows))
 
 
 def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:

@@ -11,7 +11,7 @@ def shortest(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
-def told_apart(values: Sequence[float]) -> list[str]:
+def distinguishable(values: Sequence[float]) -> list[str]:
     """Labels of one axis: six digits each, or all digits where two would look the same."""
     short = [f"{value:g}" for value in values]
     return [text if short.count(text) == 1 else shortest(value) for text, value in zip(short, values, strict=True)]

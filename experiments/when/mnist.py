@@ -16,7 +16,7 @@ from metamom.common import tables
 from metamom.experiments.paper.protocol import protocol
 from metamom.experiments.paper.training import Training
 from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
-from metamom.experiments.shared.numerals import shortest, told_apart
+from metamom.experiments.shared.numerals import distinguishable, shortest
 from metamom.experiments.when.tuning import HEAD, Tuned, cells, counted, listed, tune
 from metamom.tasks.images import LabelledImages
 
@@ -106,7 +106,7 @@ def _draw(path: Path, config: CompressedMnist, full: dict[str, Tuned]) -> None:
             x, y = [lr for lr, _ in reached], [steps for _, steps in reached]
             panel.plot(x, y, "os^"[number] + "-", color=COLOURS[number], markersize=4, label=label)
         panel.set_xscale("log", base=2)
-        panel.set_xticks(sorted(config.lrs), told_apart(sorted(config.lrs)))
+        panel.set_xticks(sorted(config.lrs), distinguishable(sorted(config.lrs)))
         panel.set(
             xlabel="γ", title=f"{config.nodes} nodes' full gradients, {operator.removesuffix(':all')}", ylim=(0, None)
         )

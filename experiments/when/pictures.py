@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from metamom.experiments.shared.figures import COLOURS, DASHES, heat_map, row_of_panels, save
-from metamom.experiments.shared.numerals import shortest, told_apart
+from metamom.experiments.shared.numerals import distinguishable, shortest
 from metamom.experiments.when.law import Compared, Point
 from metamom.experiments.when.relative import Compressed, Turned
 from metamom.experiments.when.rule import WINS, Case, Flat, Rule
@@ -45,7 +45,7 @@ def draw_map(
     scatter.axvline(rule.room, color="#D55E00", linewidth=2)
     scatter.set(xscale="log", yscale="log", xlabel="R = 2L(ε − b²)n / Σλσ²", title="random quadratics")
     ticks = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
-    scatter.set_yticks(ticks, told_apart(ticks))
+    scatter.set_yticks(ticks, distinguishable(ticks))
     scatter.set_yticks([], minor=True)
     scatter.set_ylabel("steps of SGD / steps of momentum")
     scatter.set_ylim(None, 12)
@@ -70,7 +70,7 @@ def draw_map(
 
 def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], compressed: Sequence[Compressed]) -> None:
     """Plot runs against the law, the turning bias with its bound, and Top-K."""
-    figure, (law, turn, top) = row_of_panels(3, sharey=False)
+    figure, (law, turning, top) = row_of_panels(3, sharey=False)
     kinds: dict[str, list[Compared]] = {
         "E‖∇f‖², in the end": [point.grad_sq for point in points],
         "E‖v − ∇f‖², in the end": [point.deviation_sq for point in points],
@@ -84,15 +84,15 @@ def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], com
     law.set(xscale="log", yscale="log", xlabel="exact", ylabel="mean over runs", title="runs against the exact law")
     law.legend(frameon=False, fontsize=8)
     with_bias = [at for at in turned if at.B > 0]
-    turn.plot([at.B for at in with_bias], [at.bound for at in with_bias], "--", color="0.4", label="(1 + B) / (2√B)")
-    turn.plot(
+    turning.plot([at.B for at in with_bias], [at.bound for at in with_bias], "--", color="0.4", label="(1 + B) / (2√B)")
+    turning.plot(
         [at.B for at in with_bias], [float(at.found.speedup) for at in with_bias], "o-", color=COLOURS[0],
         markersize=4, label="exact search, no noise",
     )  # fmt: skip
-    turn.axhline(1, color="0.4", linewidth=0.8)
-    turn.set(xscale="log", xlabel="B of a bias that turns the gradient", ylabel="steps of SGD / steps of momentum")
-    turn.set(title="a bias that turns", ylim=(0, None))
-    turn.legend(frameon=False, fontsize=8)
+    turning.axhline(1, color="0.4", linewidth=0.8)
+    turning.set(xscale="log", xlabel="B of a bias that turns the gradient", ylabel="steps of SGD / steps of momentum")
+    turning.set(title="a bias that turns", ylim=(0, None))
+    turning.legend(frameon=False, fontsize=8)
     for number, operator in enumerate(dict.fromkeys(at.operator for at in compressed)):
         rows = [at for at in compressed if at.operator == operator]
         top.plot(

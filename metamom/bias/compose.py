@@ -43,8 +43,8 @@ class Compose(BiasOperator):
         self.operators: tuple[BiasOperator, ...] = tuple(operator for each in inner for operator in each)
 
     def _pass(self, rows: Tensor, at: Coordinates, sizes: Sizes | None) -> Tensor:
-        for turn, operator in enumerate(self.operators):
-            rows = operator._pass(rows, at._replace(operator=turn), sizes)
+        for index, operator in enumerate(self.operators):
+            rows = operator._pass(rows, at._replace(operator=index), sizes)
         return rows
 
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
@@ -94,8 +94,8 @@ class Compose(BiasOperator):
         """The last one's message for the output of the others."""
         *first, last = self.operators
         rows = gradient.unsqueeze(0)
-        for turn, operator in enumerate(first):
-            rows = operator._pass(rows, at._replace(operator=turn), sizes)
+        for index, operator in enumerate(first):
+            rows = operator._pass(rows, at._replace(operator=index), sizes)
         return last._message(rows[0], at._replace(operator=len(first)), sizes)
 
     def decode(self, message: Tensor, d: int, dtype: torch.dtype, *, sizes: Sizes | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from metamom.bias.norms import scaled_norm
 from metamom.bias.packing import pack, packed_bytes, unpack
 from metamom.bias.sparse import Sparse
 from metamom.bias.spelling import Row, spelled
-from metamom.rng import Places, Purpose, subset, uniforms
+from metamom.rng import DrawCoordinates, Purpose, subset, uniforms
 
 
 class Draws(BiasOperator):
@@ -81,9 +81,9 @@ class Draws(BiasOperator):
     def _seed_word(self) -> list[str]:
         return [f"seed={self.seed}"] if self.seed else []
 
-    def _places(self, at: Coordinates) -> Places:
+    def _places(self, at: Coordinates) -> DrawCoordinates:
         indices = np.array(at.workers, dtype=np.int64)
-        return Places(f"bias {type(self).__name__} {at.operator} {at.tensor}", at.step, indices)
+        return DrawCoordinates(f"bias {type(self).__name__} {at.operator} {at.tensor}", at.step, indices)
 
 
 def rand_k(gradient: Tensor, indices: Tensor) -> Tensor:

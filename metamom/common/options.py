@@ -96,10 +96,10 @@ def declared(kind: Any) -> Iterator[Declared]:
 
 
 def whole(least: float = -math.inf, most: float = math.inf) -> Check:
-    """A whole number, as `metamom.common.checks.check_whole` has it."""
+    """A whole number, checked by `metamom.common.checks.check_whole`."""
     return lambda name, value: check_whole(name, value, least, most)
 
 
 def either(name: str, value: Any) -> bool:
-    """``True`` or ``False``, as `metamom.common.checks.check_flag` has it."""
+    """``True`` or ``False``, checked by `metamom.common.checks.check_flag`."""
     return check_flag(name, value)

@@ -52,7 +52,7 @@ class Record:
         averages: the rule that averages the adapted weights over a task's visits, if any; see
             `metamom.maml.tracking`.
         sources: the sources of its bias besides the curvature, in the order in which `metamom.diagnostics` adds them:
-            ``"coupling"``, then what the estimator adds itself; ``("estimator",)`` if they are not told apart.
+            ``"coupling"``, then what the estimator adds itself; ``("estimator",)`` if they are not distinguished.
         biased: whether it is biased for the loss that a run reports (the loss after a step on its own inner batch);
             ``None`` if that is not known.
     """

@@ -45,7 +45,7 @@ def diagnose(
     v_sq: float | None = None,
     sigma2: float | None = None,
     biased: bool | None = None,
-    cure: str = "another estimator or error feedback",
+    remedy: str = "another estimator or error feedback",
     least: float = 0.0,
     window: int | None = None,
     tolerance: float = 0.01,
@@ -74,7 +74,7 @@ def diagnose(
         v_sq: mean of ``||v||^2`` over the window.
         sigma2: variance of g, if it was measured; needed for beta = 1, where v is g.
         biased: whether the estimator or the bias operator is known to be biased; None if not known.
-        cure: what lowers that bias, for the text.
+        remedy: what lowers that bias, for the text.
         least: a lower bound of the loss; 0 is right for squared errors and cross-entropy.
         window: the number of last steps to use; half of all by default.
         tolerance: a change over the window below this fraction of the loss counts as none.
@@ -121,7 +121,7 @@ def diagnose(
     if 2 * error > size or likely or fall > _FLAT * size or change > max(2 * error, _FLAT * size):
         return noisy
     parts = _parts(beta, grad_sq, v_sq, sigma2)
-    found = _flat(size, fall, window, beta, gamma, parts, biased, cure)
+    found = _flat(size, fall, window, beta, gamma, parts, biased, remedy)
     pace = -_trend(history)[0] * window / len(history)  # the window's decrease if the history decreased evenly
     may_fall = max(fall, 0.0) + _ERRORS * error > (min(pace, _FLAT * size) if pace > _SLOW * size else _FLAT * size)
     if found.cause != "unknown" and may_fall and not _made_by_noise(size, beta, gamma, parts):
@@ -170,11 +170,11 @@ def _swings(period: float, beta: float) -> Diagnosis:
     """Decide which parameter stops the oscillation."""
     text = f"The loss oscillates with a period of {period:.3g} steps."
     if beta == 1:
-        cure = (
+        remedy = (
             " Plain SGD oscillates where gamma times the curvature exceeds 1: lower gamma, unless the data have this "
             "period."
         )
-        return Diagnosis("oscillating", "gamma", text + cure, period)
+        return Diagnosis("oscillating", "gamma", text + remedy, period)
     step = swinging_step(beta, 2 * period)  # the loss oscillates twice as fast as the weights around their minimum
     r = sqrt(1 - beta)
     factor = step * (1 + r) / (1 - r)
@@ -223,13 +223,13 @@ def _flat(
     gamma: float | None,
     parts: tuple[float, float] | None,
     biased: bool | None,
-    cure: str,
+    remedy: str,
 ) -> Diagnosis:
     """Diagnose a flat loss: gamma, bias, or the minimum."""
     head = f"The loss has stalled: it changed by {-fall:.3g} in {window} steps, from a level of {size:.3g}."
     if gamma is None or parts is None:
         wanted = "gamma, grad_sq and v_sq" if beta < 1 else "gamma, grad_sq and sigma2 (for beta=1)"
-        suspect = f" The gradients are known to be biased, so suspect the bias first: try {cure}." if biased else ""
+        suspect = f" The gradients are known to be biased, so suspect the bias first: try {remedy}." if biased else ""
         ask = f" Losses alone cannot tell noise, bias and the minimum apart: pass {wanted}."
         return Diagnosis("stalled", "bias" if biased else "unknown", head + suspect + ask)
     noise, kept = parts
@@ -241,7 +241,7 @@ def _flat(
             if biased is False:
                 smaller = " Without bias, the valley is too narrow for the steps: try a smaller gamma."
                 return Diagnosis("stalled", "gamma", head + why + smaller)
-            likely = f" Likely bias: try {cure}. Or the valley is narrow: try a smaller gamma."
+            likely = f" Likely bias: try {remedy}. Or the valley is narrow: try a smaller gamma."
             return Diagnosis("stalled", "bias", head + why + likely)
         return Diagnosis("stalled", "gamma", f"{head}, and the steps are small: raise gamma.")
     explained = gamma * noise / 4
@@ -252,7 +252,7 @@ def _flat(
     if biased is False:
         return Diagnosis("stalled", "unknown", head + " Without bias, that looks like the best this model can do here.")
     if biased:
-        return Diagnosis("stalled", "bias", f"{head} Likely bias, or the best that this model can do: try {cure}.")
+        return Diagnosis("stalled", "bias", f"{head} Likely bias, or the best that this model can do: try {remedy}.")
     either = (
         " It is bias, or the best that this model can do: a larger inner batch or another estimator would show which."
     )

@@ -93,8 +93,8 @@ class Contents:
         if isinstance(value, (BuiltinFunctionType, ModuleType)):
             return value.__name__
         # attributes of other objects (loggers, generators, open files) depend on the surrounding program
-        told = callable(value) or is_dataclass(value) or isinstance(value, SimpleNamespace)
-        attributes = getattr(value, "__dict__", {}) if told and len(self._open) <= _DEEPEST else {}
+        by_contents = callable(value) or is_dataclass(value) or isinstance(value, SimpleNamespace)
+        attributes = getattr(value, "__dict__", {}) if by_contents and len(self._open) <= _DEEPEST else {}
         return {"kind": type(value).__qualname__, **{name: self._of(each) for name, each in attributes.items()}}
 
     def _of_function(self, function: FunctionType) -> dict[str, Any]:

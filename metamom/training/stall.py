@@ -43,7 +43,7 @@ class StallMonitor:
         self.optimizer = optimizer
         sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
         self.biased = _biased(operator, estimator, sizes)
-        self.cure = _cure(operator, estimator)
+        self.remedy = _remedy(operator, estimator)
         self.losses: list[float] = []
         self.squares: list[tuple[int, float, float, float | None]] = []  # step, ||g||^2, ||v||^2, <g, earlier g>
         self.earlier: list[Tensor] | None = None
@@ -72,7 +72,7 @@ class StallMonitor:
         sigma2 = max(grad_sq - sum(products) / len(products), 0.0) if products and group["beta"] == 1 else None
         found = diagnose(
             self.losses, group["beta"], float(group["lr"]), grad_sq=grad_sq, v_sq=v_sq, sigma2=sigma2,
-            biased=self.biased, cure=self.cure,
+            biased=self.biased, remedy=self.remedy,
         )  # fmt: skip
         half = len(late) // 2
         converging = sum(v for _, v, _ in late[half:]) < FADING * sum(v for _, v, _ in late[:half])
@@ -94,7 +94,7 @@ def _is_biased(estimator: Estimator | None) -> bool:
     return estimator is not None and ESTIMATORS[estimator].biased is True
 
 
-def _cure(operator: BiasOperator | None, estimator: Estimator | None) -> str:
+def _remedy(operator: BiasOperator | None, estimator: Estimator | None) -> str:
     """Advice that lowers the known bias, or may lower it."""
     cures = ['the estimator "exact"'] * _is_biased(estimator)
     if operator is not None and not operator.feeds_back:

@@ -200,7 +200,7 @@ def test_layer_by_layer_is_each_layer_by_itself(operator, g):
 
 
 @each([op for op in LAYERWISE if not isinstance(op, Compose)])
-def test_layers_must_be_told(operator):
+def test_layers_must_be_given(operator):
     with pytest.raises(ValueError, match="pass sizes="):
         operator(torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"add up to the gradient's 4 entries; got \[2, 3\]"):

@@ -215,7 +215,7 @@ def test_workers_that_do_not_fit_the_gradients():
 
 
 class Failing(Function):
-    """Fails when told to."""
+    """Fails on request."""
 
     def __init__(self) -> None:
         super().__init__(self.keep)

@@ -25,7 +25,7 @@ from metamom.common.checks import AT_ONCE, MOST
 from metamom.common.flag_types import count, counts, long_count, names, number, numbers, path, seed, task_count
 from metamom.experiments.recipes import Recipe
 from metamom.nets.models import SinusoidMLP
-from metamom.rng import Places, Purpose, uniforms
+from metamom.rng import DrawCoordinates, Purpose, uniforms
 from metamom.tasks import FixedTasks, LinearRegression, Sinusoid
 
 SAID_TO_BE_A_NUMBER = ("1_000", "١٢", "１２", "²", "0x10", "", " ", "1e3x", "--", "1\u2028", "9" * 5000)
@@ -147,7 +147,7 @@ def test_numbers_beyond_memory_are_refused_by_the_library(tmp_path):
         ("dim must be at most", lambda: LinearRegression(huge, 5)),
         ("the number of tasks must be at most", lambda: Sinusoid().sample(0, huge)),
         ("2 GiB", lambda: Sinusoid(shots=AT_ONCE).sample(0, 100)),
-        ("2 GiB", lambda: uniforms(0, Places("train", 0, np.arange(2**15)), Purpose.DATA, 2**14)),
+        ("2 GiB", lambda: uniforms(0, DrawCoordinates("train", 0, np.arange(2**15)), Purpose.DATA, 2**14)),
         ("cosine:N", lambda: Recipe("sinusoid", schedule=f"cosine:{'9' * 400}")),
     ]  # fmt: skip
     for message, call in calls:
@@ -163,7 +163,7 @@ def test_a_prime_number_of_tasks():
     assert evaluate(learner, Sinusoid(1, 1), tasks=10_007, steps=[0]).values.shape == (1, 10_007)
 
 
-def test_memory_that_cannot_be_had_is_told_from_other_errors():
+def test_memory_that_cannot_be_had_is_distinguished_from_other_errors():
     with bounded(10, 256), pytest.raises(RuntimeError) as caught:
         torch.zeros(2**40)
     why = out_of_memory(caught.value)

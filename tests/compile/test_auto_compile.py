@@ -30,7 +30,7 @@ from metamom.nets.kernels.build import CompilerError, find_compiler, load
 
 @pytest.fixture
 def clock(monkeypatch) -> None:
-    """Every plain meta-gradient takes a second, and compiling is reckoned at 12: 3 layers, 2 passes, 2 seconds each."""
+    """Every plain meta-gradient takes a second, and compiling is taken to be 12: 3 layers, 2 passes, 2 seconds each."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(metamom.compile.graph, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     monkeypatch.setattr(metamom.maml.gradient, "COMPILE_SECONDS", 2.0)
@@ -59,7 +59,7 @@ def test_auto_goes_by_the_iterations_to_come(clock, traced, iterations, plain):
     assert len(traced) == (plain < 60)
 
 
-def test_auto_without_being_told_reckons_with_as_many_calls_as_there_have_been(clock, traced):
+def test_auto_expects_as_many_calls_as_there_have_been(clock, traced):
     """25 seconds were spent, of which compiling would have saved half: more than its 12."""
     assert plain_calls(small(compile="auto"), traced) == 25
 
@@ -213,7 +213,7 @@ def test_auto_goes_on_whatever_fails(clock, failing):
 
 
 def test_compile_true_tells_what_failed(failing):
-    """TorchInductor's failures are told as ours, with the cause; those of tracing are the model's own."""
+    """TorchInductor's failures become metamom's errors, with the cause; those of tracing are the model's own."""
     wanted, cause = (CompilerError, NotImplementedError) if failing == "TorchInductor" else (NotImplementedError, None)
     with pytest.raises(wanted, match="aten::pairs has no lowering") as raised:
         small(compile=True).meta_gradient(small_batch())

@@ -169,18 +169,18 @@ def test_values_that_change_are_followed(traced, change):
     assert relative_error(learner.meta_gradient(batch).grads, after) < 1e-12
 
 
-def test_compiling_at_every_call_is_told_once_and_keeps_no_graph_for_ever(traced):
+def test_compiling_at_every_call_is_reported_once_and_keeps_no_graph_for_ever(traced):
     """A buffer that is replaced at each step is followed, and costs a compilation each time: nobody wants that."""
     model, batch = Scaled().double(), regression_batch(dim=2)
     learner = MAML(model, F.mse_loss, compile=True)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(20):
             model.scale = 1.1 * model.scale
             expected = MAML(model, F.mse_loss).meta_gradient(batch).grads
             assert relative_error(learner.meta_gradient(batch).grads, expected) < 1e-12
     assert len(traced) == 20
-    assert [str(warning.message)[:46] for warning in told] == ["the meta-gradient has been compiled 8 times, w"]
+    assert [str(warning.message)[:46] for warning in caught] == ["the meta-gradient has been compiled 8 times, w"]
     assert len(learner._gradients.of_chunk.graphs) == 16
     learner.meta_gradient(batch)
     assert len(traced) == 20  # the newest is kept
@@ -322,7 +322,7 @@ def test_nothing_that_changes_is_compiled_in(monkeypatch):
     batch = regression_batch()
     first, second = (compiled.meta_gradient(batch).losses for _ in range(2))
     assert len(graphs) == 4
-    assert not torch.equal(first, second)  # dropout is on, and draws anew
+    assert not torch.equal(first, second)  # dropout is on, and draws again
 
 
 def small_batch_norm_net() -> nn.Module:
@@ -349,7 +349,7 @@ def test_compiled_is_eager(make, steps, dtype, tolerance):
                 p.mul_(1.1)
 
 
-def test_a_library_that_an_interrupt_cut_short_is_made_anew(monkeypatch, tmp_path):
+def test_a_library_that_an_interrupt_cut_short_is_made_again(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     damaged, foreign = tmp_path / "ab" / "kernel.main.so", tmp_path.parent / "foreign.so"
     damaged.parent.mkdir()

@@ -22,7 +22,7 @@ from metamom.diagnostics import TrackBias, measure
 from metamom.diagnostics.power_law import fit_slope
 from metamom.experiments.families import FAMILIES
 from metamom.maml.estimators import memoryless_estimators
-from metamom.rng import Places
+from metamom.rng import DrawCoordinates
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Quadratic, Sinusoid
 from metamom.tasks.population import Population
 from metamom.theory.designs import Gaussian
@@ -137,7 +137,7 @@ def test_a_population_of_quadratics_has_no_noise():
 
 def test_a_population_is_of_the_same_tasks_in_every_stream():
     family = LinearRegression(2, 4, spectrum=(0.5, 1), dtype=torch.float64).with_stream("other")
-    theta, _ = family.parameters(Places("other", 3, np.arange(5)))
+    theta, _ = family.parameters(DrawCoordinates("other", 3, np.arange(5)))
     whole = Population(LinearRegression(2, 4, spectrum=(0.5, 1), dtype=torch.float64)).with_stream("other").sample(3, 5)
     expected = (whole.support_x @ torch.from_numpy(theta)[..., None]).numpy()
     np.testing.assert_allclose(whole.support_y.numpy(), expected, atol=1e-12)
@@ -406,7 +406,7 @@ def test_the_command_refuses(arguments, message, capsys):
     assert message in said.err
 
 
-def test_too_little_memory_is_told(capsys):
+def test_too_little_memory_is_reported(capsys):
     with bounded(60, 512):
         assert cli.main(["bias", "sinusoid", "--inner-batch", "100000"]) == 2
     assert "not enough memory" in capsys.readouterr().err

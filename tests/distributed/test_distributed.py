@@ -234,7 +234,7 @@ def test_nothing_is_left_of_the_others():
         assert "gloo" not in said
 
 
-def test_processes_that_do_not_fit_are_told_what_to_do():
+def test_processes_that_do_not_fit_are_reported_what_to_do():
     world = World(rank=1, size=4)
     assert [*world.workers(8)] == [2, 3]
     assert [*world.workers(2)] == [0]

@@ -152,9 +152,9 @@ def test_metrics_lost_in_one_file_are_found_in_the_other(tmp_path):
     log, copy = tmp_path / "metrics.jsonl", tmp_path / "metrics.csv"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([*lines[:2], b"\0\xff\n", *lines[3:]]))
-    with pytest.warns(UserWarning, match="metrics") as told:
+    with pytest.warns(UserWarning, match="metrics") as caught:
         assert reproduce("mnist", run_dir=tmp_path, resume=True, **KEYS) == rows
-    assert [str(each.message).partition("jsonl ")[2] for each in told] == [
+    assert [str(each.message).partition("jsonl ")[2] for each in caught] == [
         "was damaged in line 3: all that can be read is kept, and a copy of the damaged file is metrics.jsonl.damaged.",
         "has no metrics of step 2.",
     ]

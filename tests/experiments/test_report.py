@@ -18,7 +18,7 @@ from metamom import evaluate
 from metamom.experiments.compare import Comparison, Outcome, _place, compare
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import write_report
-from metamom.experiments.shared.numerals import shortest, told_apart
+from metamom.experiments.shared.numerals import distinguishable, shortest
 
 NEAR = 0.1 + 1e-9  # a step size that six digits do not tell from 0.1
 # by lr and seed; None is a run that diverged
@@ -76,7 +76,7 @@ def test_all_seeds_finished(tmp_path):
     assert f"- momentum, β = 0.1, v₋₁ = 0, γ = 0.1: {gap} % after 1 step." in report
 
 
-def test_seeds_that_diverged_are_told_where_their_mean_stands(tmp_path):
+def test_seeds_that_diverged_are_reported_where_their_mean_stands(tmp_path):
     report = reported(tmp_path, {0.1: [0.5, 0.6, 0.7]}, {0.1: [None, 0.65, 0.8]})
     (table,) = tables(report)
     assert [row[2] for row in table] == [interval([0.5, 0.6, 0.7]), interval([0.65, 0.8]) + " (2 of 3 seeds)"]
@@ -230,5 +230,5 @@ def test_the_shortest_name_of_a_number_is_its_own(value):
 
 
 def test_labels_of_an_axis():
-    assert told_apart([1 / 3, 0.5]) == ["0.333333", "0.5"]
-    assert told_apart([0.1, NEAR, 1.0]) == ["0.1", "0.100000001", "1"]
+    assert distinguishable([1 / 3, 0.5]) == ["0.333333", "0.5"]
+    assert distinguishable([0.1, NEAR, 1.0]) == ["0.1", "0.100000001", "1"]

@@ -286,7 +286,7 @@ def test_simulated_workers_log_the_models_bytes(run):
     assert logged == predicted > 0
 
 
-def test_the_simulations_are_told(monkeypatch):
+def test_the_simulations_are_reported(monkeypatch):
     """In processes of their own they take longer: one of them here, the others in this process."""
     assert alone(simulate.simulate, Run(None, 4, "topk:1%", 2))[3] == 4 * 18 * 8
     monkeypatch.setattr(simulate, "alone", lambda function, run: function(run))

@@ -183,7 +183,7 @@ def test_a_damaged_file_of_outcomes_is_refused(tmp_path, seeds):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"plan": {}, "runs": [{"setting": 3}]}', "[" * 10**5, "\0"])
-def test_damaged_outcomes_are_told_and_kept(text, setting, tmp_path):
+def test_damaged_outcomes_are_reported_and_kept(text, setting, tmp_path):
     path = tmp_path / "lines.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"lines\.json: "):

@@ -58,7 +58,7 @@ def timed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("row", ["sinusoid", "omniglot-first-order"])
-def test_bfloat16_is_told_to_be_off(row, capsys):
+def test_bfloat16_is_reported_to_be_off(row, capsys):
     """In float32, by what eight bits explain; were it float32 itself, it would be off by nothing."""
     words = ["--rows", row, "--contenders", "metamom,metamom-bfloat16", "--seconds", "0", "--rounds", "2", "--json"]
     assert speed.main(words) == 0
@@ -74,7 +74,7 @@ def test_bfloat16_takes_part_where_it_is_asked_for(capsys):
     assert set(speed.parse([]).contenders) == set(peers.NAMES) - set(peers.ROUGH)
 
 
-def test_numbers_from_garbage_are_told_of_bfloat16_too():
+def test_numbers_from_garbage_are_reported_of_bfloat16_too():
     measured = measure.Measured(ROWS["sinusoid"](), differences={"metamom": 0.0, "metamom-bfloat16": 0.5})
     assert measured.refused == []
     measured.float32_differences = {"metamom-bfloat16": float("nan")}

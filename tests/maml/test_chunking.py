@@ -98,7 +98,7 @@ def sizes(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def needed(monkeypatch) -> int:
-    """What one task of `batch` is reckoned to need, in bytes: a share of a budget that fits very many."""
+    """The estimated bytes that one task of `batch` needs: a share of a budget that fits very many."""
     budget = 2**40
     monkeypatch.setattr(metamom.maml.chunking, "BUDGET", budget)
     return budget // learner(chunk_size="auto")._gradients.chunk_size(batch())

@@ -186,7 +186,7 @@ class Skipping(nn.Module):
 
 
 @pytest.mark.parametrize(("draw", "name"), [(random.random, "Python's"), (np.random.rand, "NumPy's")])
-def test_draws_that_are_not_torchs_are_told(draw, name):
+def test_draws_that_are_not_torchs_are_reported(draw, name):
     """And what a model skips by chance is no cut graph."""
     for seed in range(10):
         random.seed(seed)

@@ -82,7 +82,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize("estimator", TRACKED)
 def test_agrees_with_the_formula(estimator, workers, options):
-    """Over visits of sampled tasks, each seen anew at weights that have moved."""
+    """Over visits of sampled tasks, each seen again at weights that have moved."""
     follow(learner_of(estimator, **options), workers)
 
 

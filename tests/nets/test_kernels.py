@@ -435,16 +435,16 @@ def test_there_is_no_compiler(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("says", "told"),
+    ("says", "expected"),
     [("echo 'k.cpp:1: error: no' >&2; echo 'a note' >&2", "k.cpp:1: error: no$"), ("echo broken >&2", "broken")],
 )
-def test_the_compiler_fails(monkeypatch, tmp_path, says, told):
+def test_the_compiler_fails(monkeypatch, tmp_path, says, expected):
     """Also after having written half of its output."""
     half = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo half > "$2"; shift; done'
     compiler = script(tmp_path / "c++", f'[ "$1" = --version ] && exit 0\n{half}\n{says}\nexit 1')
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("METAMOM_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(CompilerError, match=f"{re.escape(str(compiler))} cannot build metamom's kernels: {told}"):
+    with pytest.raises(CompilerError, match=f"{re.escape(str(compiler))} cannot build metamom's kernels: {expected}"):
         load.__wrapped__()
     assert list((tmp_path / "cache").rglob("*.so")) == []
 

@@ -165,7 +165,7 @@ def w():
     return nn.Parameter(torch.ones(3))
 
 
-def test_a_forgotten_add_is_told_apart_from_a_forgotten_backward(w):
+def test_a_forgotten_add_is_distinguished_from_a_forgotten_backward(w):
     accumulator = BiasedAccumulator([w])
     with pytest.raises(ValueError, match=r"add\(\) found no gradient"):
         accumulator.add()

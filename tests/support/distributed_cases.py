@@ -184,12 +184,12 @@ def differ() -> None:
         run(CASES["sign"], world, iterations=2 + world.rank)
     except ValueError as error:
         print(error)
-    print(f"{mended(world).tolist()}")
+    print(f"{retried(world).tolist()}")
     world.close()
 
 
-def mended(world: World) -> torch.Tensor:
-    """A step that fails on the last process, and is mended and done again: error feedback moves on once."""
+def retried(world: World) -> torch.Tensor:
+    """A step that fails on the last process, and is repeated: error feedback moves on once."""
     w = torch.nn.Parameter(torch.zeros(4))
     accumulator = BiasedAccumulator([w], parse("ef21:topk:1"), workers=2, world=world)
     last = world.rank == world.size - 1

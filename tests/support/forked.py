@@ -124,12 +124,12 @@ def unprivileged(*arguments: str) -> int:
     return main(arguments)
 
 
-def write_checkpoints(folder: Path, told: Connection) -> None:
-    """Checkpoints without end, after those that are there; each told when it is written."""
+def write_checkpoints(folder: Path, reporting: Connection) -> None:
+    """Checkpoints without end, after those that are there; each reported once written."""
     kept = Checkpoints(folder, keep=2)
     for step in count((kept.steps() or [0])[-1] + 1):
         kept.save(step, checkpoint(step), best=step % 3 == 0)
-        told.send(step)
+        reporting.send(step)
 
 
 def checkpoint(step: int) -> dict[str, Any]:

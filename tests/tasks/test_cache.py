@@ -73,7 +73,7 @@ def test_a_damaged_file_is_made_again(folder, damage):
     calls = []
     assert cached("test", {}, lambda: calls.append(1) or numbers())["x"].sum() == 499500
     assert calls == [1]
-    assert cached("test", {}, lambda: pytest.fail("not mended"))["x"].sum() == 499500
+    assert cached("test", {}, lambda: pytest.fail("not repaired"))["x"].sum() == 499500
 
 
 def assert_made_again() -> None:
@@ -82,7 +82,7 @@ def assert_made_again() -> None:
         made = cached("test", {}, lambda: calls.append(1) or numbers())
     assert {name: array.tolist() for name, array in made.items()} == {name: x.tolist() for name, x in numbers().items()}
     assert calls == [1]
-    assert cached("test", {}, lambda: pytest.fail("not mended"))["x"].tolist() == list(range(1000))
+    assert cached("test", {}, lambda: pytest.fail("not repaired"))["x"].tolist() == list(range(1000))
 
 
 CRAFTED = {
@@ -144,7 +144,7 @@ def test_a_link_to_a_file_is_followed(folder, tmp_path):
 
 
 @campaign(60, 1000)
-def test_damage_of_any_kind_is_mended(folder, seeds):
+def test_damage_of_any_kind_is_repaired(folder, seeds):
     cached("test", {}, numbers)
     (file,) = folder.glob("*.npz")
     whole = file.read_bytes()

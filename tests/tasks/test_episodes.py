@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metamom.rng import Places, Purpose, choose, uniforms
+from metamom.rng import DrawCoordinates, Purpose, choose, uniforms
 from metamom.tasks import Episodes
 
 
@@ -31,7 +31,7 @@ def test_images_belong_to_the_labels(data):
     batch = tasks.sample(5, 4)
     assert tasks.num_classes == len(sizes)
 
-    place = Places("train", 5, np.arange(4))
+    place = DrawCoordinates("train", 5, np.arange(4))
     classes = choose(uniforms(tasks.seed, place, Purpose.TASK, ways), len(sizes))
     u = uniforms(tasks.seed, place, Purpose.DATA, ways * 3).reshape(4, ways, 3)
     for t in range(4):
@@ -79,7 +79,7 @@ def test_rotated_classes_are_new_classes():
     tasks = Episodes(images, torch.tensor([7, 7, 5, 5, 9, 9]), ways=12, shots=1, queries=1, rotations=True)
     assert tasks.num_classes == 12
     batch = tasks.sample(0, 3)
-    classes = choose(uniforms(0, Places("train", 0, np.arange(3)), Purpose.TASK, 12), 12)
+    classes = choose(uniforms(0, DrawCoordinates("train", 0, np.arange(3)), Purpose.TASK, 12), 12)
     for t in range(3):
         for w, number in enumerate(classes[t]):
             of_class = images[torch.tensor([[2, 3], [0, 1], [4, 5]][number % 3])]  # labels in order: 5, 7, 9

@@ -279,7 +279,7 @@ def test_packed_images_are_fetched(tmp_path, server, monkeypatch):
     assert fetch.check("fashion", tmp_path)[0].holds == {"labels": 4}
 
 
-def test_omniglot_downloads_if_told(tmp_path, monkeypatch, server):
+def test_omniglot_downloads_if_allowed(tmp_path, monkeypatch, server):
     names = tuple(f"background/Alpha/character0{n}" for n in (1, 2, 3))
     monkeypatch.setattr(omniglot, "split_characters", lambda split: names)
     with pytest.raises(FileNotFoundError):

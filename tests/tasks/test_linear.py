@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, TaskBatch
-from metamom.rng import Places
+from metamom.rng import DrawCoordinates
 from metamom.tasks import FixedTasks, LinearRegression, PerWorker, Sinusoid, half_squared_error
 from metamom.tasks.population import Population
 
@@ -323,7 +323,7 @@ def test_points_lie_on_the_task_s_plane(data, dim, shots, queries):
     )
     step = data.draw(st.integers(0, 2**40))
     batch = tasks.sample(step, 6)
-    theta, _ = tasks.parameters(Places("train", step, np.arange(6)))
+    theta, _ = tasks.parameters(DrawCoordinates("train", step, np.arange(6)))
     assert batch.support_x.shape == (6, shots, dim)
     assert batch.query_y.shape == (6, queries, 1)
     for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
@@ -337,7 +337,7 @@ def test_points_lie_on_the_task_s_plane(data, dim, shots, queries):
 def test_features_have_the_covariance_of_their_task():
     tasks = LinearRegression(3, 20_000, 1, spectrum=(0.5, 2), **DOUBLE)
     x = tasks.sample(0, 4).support_x
-    _, sigma = tasks.parameters(Places("train", 0, np.arange(4)))
+    _, sigma = tasks.parameters(DrawCoordinates("train", 0, np.arange(4)))
     spectra = np.linalg.eigvalsh(sigma)
     assert spectra.min() > 0.5
     assert spectra.max() < 2
@@ -347,14 +347,14 @@ def test_features_have_the_covariance_of_their_task():
 
 def test_rotations_are_uniform():
     """Of a uniform rotation every entry has the mean 0 and the mean square 1/d, and no two tasks have the same one."""
-    _, sigma = LinearRegression(3, 1, spectrum=(1, 4)).parameters(Places("train", 0, np.arange(4000)))
+    _, sigma = LinearRegression(3, 1, spectrum=(1, 4)).parameters(DrawCoordinates("train", 0, np.arange(4000)))
     _, vectors = np.linalg.eigh(sigma)
     assert np.abs((vectors**2).mean(0) - 1 / 3).max() < 5 * 0.3 / math.sqrt(4000)
     assert np.abs(sigma.mean(0) - 2.5 * np.eye(3)).max() < 5 * 1.0 / math.sqrt(4000)
 
 
 def test_thetas_have_their_size():
-    theta, _ = LinearRegression(4, 1, theta_std=3).parameters(Places("train", 0, np.arange(2000)))
+    theta, _ = LinearRegression(4, 1, theta_std=3).parameters(DrawCoordinates("train", 0, np.arange(2000)))
     assert abs(theta.std() - 3) < 5 * 3 / math.sqrt(2 * theta.size)
     assert abs(theta.mean()) < 5 * 3 / math.sqrt(theta.size)
 
@@ -370,7 +370,7 @@ def test_noise_moves_no_point_and_has_its_size():
 def test_given_parts_may_lie_beside_drawn_ones():
     """Given Σ_i and drawn θ_i: tasks in turn, other planes at each step."""
     tasks = LinearRegression(2, 3, covariance=np.stack([np.eye(2), 4 * np.eye(2)]))
-    (first, sigma), (second, _) = (tasks.parameters(Places("train", step, np.arange(4))) for step in (0, 1))
+    (first, sigma), (second, _) = (tasks.parameters(DrawCoordinates("train", step, np.arange(4))) for step in (0, 1))
     assert sigma[:, 0, 0].tolist() == [1, 4, 1, 4]
     assert len({*first[:, 0], *second[:, 0]}) == 8
 
@@ -397,7 +397,7 @@ def test_every_task_can_have_its_own_data():
 
 
 def test_parameters_of_data_are_its_least_squares():
-    theta, sigma = LinearRegression(2, 1, data=(X, Y[:, 0])).parameters(Places("train", 0, np.arange(3)))
+    theta, sigma = LinearRegression(2, 1, data=(X, Y[:, 0])).parameters(DrawCoordinates("train", 0, np.arange(3)))
     np.testing.assert_allclose(theta, [[0, 5 / 6]] * 3, atol=1e-15)
     np.testing.assert_allclose(sigma, [np.diag([0.75, 1.5])] * 3, atol=1e-15)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum
-from metamom.rng import Places
+from metamom.rng import DrawCoordinates
 from metamom.tasks import FixedTasks, PerWorker, Quadratic, quadratic_loss
 
 DOUBLE = {"dtype": torch.float64}
@@ -37,7 +37,7 @@ def one_task(gradient_noise: float = 0.0, hessian_noise: float = 0.0):
 @given(dim=st.integers(1, 5), steps=st.integers(0, 3), seed=st.integers(0, 1000))
 def test_meta_gradients_and_losses_without_noise(dim, steps, seed):
     tasks = Quadratic(dim, 2, 3, spectrum=(0, 2), seed=seed, **DOUBLE)
-    center, hessian = (torch.from_numpy(p) for p in tasks.parameters(Places("train", 0, np.arange(4))))
+    center, hessian = (torch.from_numpy(p) for p in tasks.parameters(DrawCoordinates("train", 0, np.arange(4))))
     w, steps = torch.linspace(-1, 1, dim, dtype=torch.float64), steps + 1
     learner = point_learner(w, 0.3, inner_steps=steps)
     m = torch.eye(dim) - 0.3 * hessian
@@ -137,7 +137,7 @@ def test_what_a_target_holds(data, dim, shots, queries):
     tasks = Quadratic(dim, shots, queries, spectrum=spectrum, **noises, seed=seed, **DOUBLE)
     step = data.draw(st.integers(0, 2**40))
     batch = tasks.sample(step, 6)
-    center, hessian = (torch.from_numpy(p) for p in tasks.parameters(Places("train", step, np.arange(6))))
+    center, hessian = (torch.from_numpy(p) for p in tasks.parameters(DrawCoordinates("train", step, np.arange(6))))
     assert batch.query_y.shape == (6, queries, dim, dim + 2)
     assert torch.equal(batch.support_x, torch.ones(6, shots, 1, dtype=torch.float64))
     H, c, slope = batch.support_y[..., :dim], batch.support_y[..., dim], batch.support_y[..., dim + 1]
@@ -172,7 +172,7 @@ def test_neither_noise_moves_the_other():
 
 
 def test_centers_have_their_size():
-    center, _ = Quadratic(4, center_std=3).parameters(Places("train", 0, np.arange(2000)))
+    center, _ = Quadratic(4, center_std=3).parameters(DrawCoordinates("train", 0, np.arange(2000)))
     assert abs(center.std() - 3) < 5 * 3 / math.sqrt(2 * center.size)
 
 

@@ -23,7 +23,7 @@ Make = Callable[[int], Sampler]
 
 @cache
 def numbered_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """80 classes of 9 images, every pixel another number: draws, and rotations, can be told apart."""
+    """80 classes of 9 images, every pixel another number: draws, and rotations, can be distinguished."""
     return torch.arange(720 * 16, dtype=torch.float32).reshape(720, 1, 4, 4), torch.arange(720) % 80
 
 

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from metamom.rng import Places
+from metamom.rng import DrawCoordinates
 from metamom.tasks import Sinusoid
 
 
 def test_points_lie_on_the_task_s_sinusoid():
     tasks = Sinusoid(shots=4, queries=7, dtype=torch.float64)
     batch = tasks.sample(5, 6)
-    amplitude, phase = (torch.from_numpy(p)[:, None, None] for p in tasks.parameters(Places("train", 5, np.arange(6))))
+    amplitude, phase = (
+        torch.from_numpy(p)[:, None, None] for p in tasks.parameters(DrawCoordinates("train", 5, np.arange(6)))
+    )
     assert batch.support_x.shape == (6, 4, 1)
     assert batch.query_y.shape == (6, 7, 1)
     for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
@@ -25,7 +27,7 @@ def test_points_lie_on_the_task_s_sinusoid():
 
 def test_draws_fill_their_ranges():
     tasks = Sinusoid(amplitude=(1, 2), phase=(-1, 0.5), x_range=(2, 6))
-    amplitude, phase = tasks.parameters(Places("train", 0, np.arange(500)))
+    amplitude, phase = tasks.parameters(DrawCoordinates("train", 0, np.arange(500)))
     x = tasks.sample(0, 500).query_x.numpy()
     for values, (low, high) in ((amplitude, (1, 2)), (phase, (-1, 0.5)), (x, (2, 6))):
         assert low <= values.min() < low + 0.02 * (high - low)
@@ -33,7 +35,7 @@ def test_draws_fill_their_ranges():
 
 
 def test_a_point_range_fixes_a_parameter():
-    amplitude, _ = Sinusoid(amplitude=(2, 2)).parameters(Places("train", 0, np.arange(3)))
+    amplitude, _ = Sinusoid(amplitude=(2, 2)).parameters(DrawCoordinates("train", 0, np.arange(3)))
     assert amplitude.tolist() == [2, 2, 2]
 
 

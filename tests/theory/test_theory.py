@@ -177,10 +177,10 @@ def test_suggest_step():
 )
 def test_explain(change, dominant, words):
     case = {"L": 1.0, "beta": 0.2, "gamma": 0.05, "delta0": 1.0, "K": 1000, "b2": 0.001, "sigma2": 0.001} | change
-    told = explain(**case)
-    assert told.dominant == dominant
-    assert told.terms == terms_1a(**case)
-    assert all(word in str(told) for word in words), str(told)
+    explained = explain(**case)
+    assert explained.dominant == dominant
+    assert explained.terms == terms_1a(**case)
+    assert all(word in str(explained) for word in words), str(explained)
 
 
 def test_explain_in_the_end_and_without_error():

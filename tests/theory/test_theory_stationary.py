@@ -146,57 +146,57 @@ def run(gamma, beta, *, lam=1.0, sigma=0.0, bias=0.0, least=0.0, steps=400, x0=3
 
 def test_divergence_is_gamma():
     losses, squares = run(1.05 * stable_limit(1.0, 0.3), 0.3, steps=60)
-    told = diagnose(losses, 0.3, 10.0, **squares)
-    assert (told.state, told.cause) == ("diverging", "gamma")
+    diagnosis = diagnose(losses, 0.3, 10.0, **squares)
+    assert (diagnosis.state, diagnosis.cause) == ("diverging", "gamma")
     assert diagnose([1.0, 2.0, inf], 0.3).cause == "gamma" == diagnose([nan] * 3, 0.1).cause
 
 
 def test_a_long_memory_is_beta():
     """gamma lam = 0.3 at beta = 0.01 swings; the loss with half the period of the weights."""
     losses, _ = run(0.3, 0.01, steps=500)
-    told = diagnose(losses, 0.01, 0.3)
-    assert (told.state, told.cause) == ("oscillating", "beta")
-    assert swinging_step(0.01, 2 * told.period) == pytest.approx(0.3, rel=0.2)
-    assert "stops this at the same gamma" in str(told)
+    diagnosis = diagnose(losses, 0.01, 0.3)
+    assert (diagnosis.state, diagnosis.cause) == ("oscillating", "beta")
+    assert swinging_step(0.01, 2 * diagnosis.period) == pytest.approx(0.3, rel=0.2)
+    assert "stops this at the same gamma" in str(diagnosis)
     losses, _ = run(0.3, critical_beta(0.3), steps=500)
     assert diagnose(losses, critical_beta(0.3), 0.3).state != "oscillating"
 
 
 def test_swings_that_no_beta_stops_are_gamma():
     losses, _ = run(8.0, 0.02, steps=400)
-    told = diagnose(losses, 0.02, 8.0)
-    assert (told.state, told.cause) == ("oscillating", "gamma")
-    assert told.period is not None
+    diagnosis = diagnose(losses, 0.02, 8.0)
+    assert (diagnosis.state, diagnosis.cause) == ("oscillating", "gamma")
+    assert diagnosis.period is not None
     ripple = [1 + 0.2 * (-1) ** k for k in range(100)]
     assert diagnose(ripple, 1.0).cause == "gamma"
 
 
 def test_descent_needs_no_cure():
     losses, squares = run(0.002, 0.1, steps=400)
-    told = diagnose(losses, 0.1, 0.002, **squares)
-    assert (told.state, told.cause) == ("descending", "none")
+    diagnosis = diagnose(losses, 0.1, 0.002, **squares)
+    assert (diagnosis.state, diagnosis.cause) == ("descending", "none")
 
 
 def test_a_step_too_short_is_gamma():
     losses, squares = run(2e-6, 0.1, steps=400, sigma=0.1)
-    told = diagnose(losses, 0.1, 2e-6, **squares)
-    assert (told.state, told.cause) == ("stalled", "gamma")
-    assert "raise gamma" in str(told)
+    diagnosis = diagnose(losses, 0.1, 2e-6, **squares)
+    assert (diagnosis.state, diagnosis.cause) == ("stalled", "gamma")
+    assert "raise gamma" in str(diagnosis)
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.1])
 def test_a_noise_floor_is_gamma(beta):
     losses, squares = run(0.1, beta, sigma=3.0, steps=2000)
-    told = diagnose(losses, beta, 0.1, **squares)
-    assert (told.state, told.cause) == ("stalled", "gamma")
-    assert "lower gamma" in str(told)
+    diagnosis = diagnose(losses, beta, 0.1, **squares)
+    assert (diagnosis.state, diagnosis.cause) == ("stalled", "gamma")
+    assert "lower gamma" in str(diagnosis)
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.1])
 def test_a_bias_floor_is_bias(beta):
     losses, squares = run(0.05, beta, sigma=0.3, bias=1.5, steps=2000)
-    told = diagnose(losses, beta, 0.05, **squares, biased=True)
-    assert (told.state, told.cause) == ("stalled", "bias")
+    diagnosis = diagnose(losses, beta, 0.05, **squares, biased=True)
+    assert (diagnosis.state, diagnosis.cause) == ("stalled", "bias")
     for biased in (None, False):  # nothing in the run tells it from the minimum of a loss that is not zero
         other = diagnose(losses, beta, 0.05, **squares, biased=biased)
         assert (other.state, other.cause) == ("stalled", "unknown")
@@ -211,9 +211,9 @@ def test_plain_sgd_needs_the_variance():
 
 
 def test_steps_that_keep_a_direction_in_vain_are_bias():
-    told = diagnose([5.0 + 0.01 * (k % 2) for k in range(200)], 0.1, 0.1, grad_sq=1.0, v_sq=0.9)
-    assert (told.state, told.cause) == ("stalled", "bias")
-    assert "does not point downhill" in str(told)
+    diagnosis = diagnose([5.0 + 0.01 * (k % 2) for k in range(200)], 0.1, 0.1, grad_sq=1.0, v_sq=0.9)
+    assert (diagnosis.state, diagnosis.cause) == ("stalled", "bias")
+    assert "does not point downhill" in str(diagnosis)
 
 
 def test_losses_alone():
@@ -246,6 +246,6 @@ def test_a_change_that_may_be_chance_is_not_called_a_stall():
     """A fall of half the loss under noise that hides it from Kendall's test."""
     generator = torch.Generator().manual_seed(1)
     losses = torch.linspace(1.3, 0.7, 200, dtype=F64) + 3 * torch.randn(200, generator=generator, dtype=F64)
-    told = diagnose(losses, 0.1, 0.1, grad_sq=1.0, v_sq=0.06, window=200)
-    assert told.state == "short"
-    assert "too noisy" in str(told)
+    diagnosis = diagnose(losses, 0.1, 0.1, grad_sq=1.0, v_sq=0.06, window=200)
+    assert diagnosis.state == "short"
+    assert "too noisy" in str(diagnosis)

@@ -26,7 +26,7 @@ def test_last_metrics_line_cut_short(uninterrupted, tmp_path):
     assert_same_ending(tmp_path, uninterrupted("from zero"))
 
 
-def test_a_hole_in_the_metrics_is_told_and_what_can_be_read_is_kept(uninterrupted, tmp_path):
+def test_a_hole_in_the_metrics_is_reported_and_what_can_be_read_is_kept(uninterrupted, tmp_path):
     go(momentum(), tmp_path, iterations=8)
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -34,9 +34,9 @@ def test_a_hole_in_the_metrics_is_told_and_what_can_be_read_is_kept(uninterrupte
     damaged = path.read_bytes()
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3 is not a JSON object with a step"):
         read_metrics(tmp_path)
-    with pytest.warns(UserWarning, match="metrics") as told:
+    with pytest.warns(UserWarning, match="metrics") as caught:
         go(momentum(), tmp_path, resume=True)
-    assert [re.sub(r".*metrics\.jsonl ", "", str(each.message)) for each in told] == [
+    assert [re.sub(r".*metrics\.jsonl ", "", str(each.message)) for each in caught] == [
         "was damaged in line 3, 5: all that can be read is kept, and a copy of the damaged file is "
         "metrics.jsonl.damaged.",
         "has no metrics of step 2, 4.",
@@ -47,15 +47,15 @@ def test_a_hole_in_the_metrics_is_told_and_what_can_be_read_is_kept(uninterrupte
     assert_same(newest(tmp_path)["learner"], newest(uninterrupted("from zero"))["learner"])
 
 
-def test_metrics_lost_at_the_end_are_told(tmp_path):
+def test_metrics_lost_at_the_end_are_reported(tmp_path):
     """Those of steps that a checkpoint is behind, so that they are not done again."""
     go(momentum(), tmp_path, iterations=8)
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     cut = b"".join(lines[:3]) + lines[3][:10]
     (tmp_path / "metrics.jsonl").write_bytes(cut)
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl") as told:
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl") as caught:
         go(momentum(), tmp_path, resume=True)
-    assert [re.sub(r".*metrics\.jsonl ", "", str(each.message)) for each in told] == [
+    assert [re.sub(r".*metrics\.jsonl ", "", str(each.message)) for each in caught] == [
         "was cut short in line 4, and that step will not be repeated: a copy of the original file is "
         "metrics.jsonl.damaged.",
         "has no metrics of step 3 to 7.",
@@ -77,7 +77,7 @@ def test_a_line_cut_short_beyond_the_end_is_kept(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_metrics_file_that_is_missing_or_empty_is_told(tmp_path):
+def test_a_metrics_file_that_is_missing_or_empty_is_reported(tmp_path):
     go(momentum(), tmp_path, iterations=8)
     path = tmp_path / "metrics.jsonl"
     path.unlink()

@@ -187,7 +187,9 @@ def test_killed_again_and_again_ends_as_undisturbed_on_any_number_of_processes(t
         assert_runs(arguments, tmp_path / "said")
     # sums of floats in another order on another number of processes
     for (name, got), wanted in zip(newest(run)["learner"].items(), newest(whole)["learner"].values(), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(
+            got, wanted, rtol=1e-12, atol=1e-12, msg=lambda message, name=name: f"{name}: {message}"
+        )
 
 
 # hung
@@ -227,11 +229,11 @@ def test_rank_that_waits_for_another_that_never_comes(rank, tmp_path):
 
 
 def save_until_killed(folder: Path, after: float) -> int:
-    """The last checkpoint that a process had told to be written when it was killed, some seconds after its first."""
-    heard, told = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=write_checkpoints, args=(folder, told))
+    """The last checkpoint that a process had reported when it was killed, some seconds after its first."""
+    heard, reporting = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=write_checkpoints, args=(folder, reporting))
     process.start()
-    told.close()
+    reporting.close()
     try:
         assert heard.poll(PATIENCE), "no checkpoint was written"
         written = int(heard.recv())

@@ -140,7 +140,7 @@ def test_configurations(seeds, original, resumed, tmp_path, capfd):
 
 @campaign(25, 1500)
 def test_metrics(seeds, original, resumed, tmp_path):
-    """Whatever the damage the run goes on; lines that are whole are kept, and what is lost is told."""
+    """Whatever the damage, the run continues, keeps whole lines, and reports what is lost."""
     for seed in seeds:
         rng = random.Random(seed)
         run = Path(shutil.copytree(original, tmp_path / str(seed)))
@@ -149,10 +149,10 @@ def test_metrics(seeds, original, resumed, tmp_path):
         data = damaged(whole, rng)
         file.write_bytes(data)
         unreadable = read_log(run).damaged
-        with warnings.catch_warnings(record=True) as told, bounded(20):
+        with warnings.catch_warnings(record=True) as caught, bounded(20):
             warnings.simplefilter("always")
             go_on(run)
-        said = " ".join(str(each.message) for each in told)
+        said = " ".join(str(each.message) for each in caught)
         assert_same(newest(run)["learner"], newest(resumed)["learner"])
         log = read_log(run)
         assert log.damaged == []
@@ -232,7 +232,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
 
 @campaign(25, 1000)
 def test_finished_runs_of_a_comparison(seeds, compared, tmp_path):
-    """A damaged outcome or log is told, or what is read of it has the shape that the report needs."""
+    """A damaged outcome or log is reported, or what is read from it has the shape that the report needs."""
     path, ended = compared
     refused = 0
     for seed in seeds:

@@ -181,7 +181,7 @@ def test_lock_without_a_run(tmp_path):
     assert read_config(tmp_path)["history"][0]["environment"]["torch"] == torch.__version__
 
 
-def test_a_file_in_place_of_the_report_is_told_before_the_bias_is_measured(commanded, tmp_path, capsys, monkeypatch):
+def test_a_file_in_place_of_the_report_is_refused_before_the_bias_is_measured(commanded, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr("metamom.experiments.bias_report.measure", lambda *_, **__: pytest.fail("measured"))
     assert cli.main(["bias", str(commanded), "--out", str(tmp_path / "file")]) == 2

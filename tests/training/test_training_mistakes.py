@@ -280,14 +280,14 @@ def test_a_sampler_that_knows_nothing_of_processes_serves_one(sampler):
 
 
 @pytest.mark.parametrize("sampler", OWN[1:], ids=lambda sampler: type(sampler).__name__)
-def test_a_sampler_that_ignores_its_part_is_told_where_there_are_several(sampler):
+def test_a_sampler_that_ignores_its_part_is_reported_where_there_are_several(sampler):
     with pytest.raises(ValueError, match=r"returned 4 tasks for part 1 of 2 of a meta-batch of 4; wanted 2"):
         World(1, 2).sample(sampler, 0, 4)
     with pytest.raises(ValueError, match="returned 4 tasks for part 0 of 2"):
         PerWorker([sampler, TASKS]).sample(0, 4)
 
 
-def test_a_sampler_that_takes_no_part_is_told_where_there_are_several():
+def test_a_sampler_that_takes_no_part_is_reported_where_there_are_several():
     for ask in (lambda: World(1, 2).sample(Short(), 0, 4), lambda: PerWorker([Short(), TASKS]).sample(0, 4)):
         with pytest.raises(
             TypeError, match=r"Short\.sample takes no rank and world_size.*2 processes or workers: write"
@@ -297,7 +297,7 @@ def test_a_sampler_that_takes_no_part_is_told_where_there_are_several():
 
 
 class Alone:
-    """A sampler that is not told how many tasks."""
+    """A sampler that does not take the number of tasks."""
 
     def sample(self, step: int) -> TaskBatch:
         return TASKS.sample(step, 4)
