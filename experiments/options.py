@@ -133,7 +133,7 @@ class RecipeOptions:
         free=True,
         flag=Flag(
             "learner",
-            "tasks computed at a time, or auto: as many as fit into 512 MiB",
+            "tasks computed at a time, or auto: as many as fit into 256 MiB",
             "auto",
             type=count_or_auto,
             metavar="N",

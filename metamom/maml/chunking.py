@@ -11,7 +11,7 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.common.choices import ChunkSize as ChunkSize
 
-BUDGET = 512 * 2**20  # bytes, on a CPU
+BUDGET = 256 * 2**20  # bytes, on a CPU: more is slower, since activations leave its caches
 # At the peak of a backward pass, saved activations and their cotangents are both alive.
 PEAK = 2.3
 UNKNOWN = 16  # tasks at a time if their memory cannot be measured

@@ -76,7 +76,7 @@ class MAML(nn.Module):
             name; all trainable ones by default. ANIL is ``adapt=["head"]``.
         chunk_size: compute at most this many tasks at a time, or ``None`` for all. This bounds memory and does not
             change the result (except for a compiled model's random draws). ``"auto"`` measures the memory of one task,
-            once for each shape of batch, and uses about 512 MiB on a CPU, or half of the free memory on a GPU.
+            once for each shape of batch, and uses about 256 MiB on a CPU, or half of the free memory on a GPU.
         vectorize: ``"vmap"`` runs model and loss on all tasks of a chunk at once. ``"loop"`` runs them task by task,
             with the same gradients to rounding. ``"auto"`` uses vmap until the model or the loss turns out not to work
             with it (recurrent layers, ``.item()`` or ``if`` on values, hooks), then warns once and loops.

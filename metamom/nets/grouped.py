@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
+
+
+class _Info(NamedTuple):
+    """What `Grouped.vmap` is given."""
+
+    batch_size: int
 
 
 class Grouped(Function):
@@ -14,8 +23,22 @@ class Grouped(Function):
 
     @classmethod
     def run(cls, *args: Any) -> Any:
-        """``apply``, which is not typed in torch."""
-        return cls.apply(*args)  # type: ignore[no-untyped-call]
+        """``apply`` for positional arguments, without most of the Python overhead of torch's own."""
+        if not torch._C._are_functorch_transforms_active():
+            return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        transform = retrieve_current_functorch_interpreter()
+        if not isinstance(transform, VmapInterpreter):
+            return cls.apply(*args)  # type: ignore[no-untyped-call]
+        level = transform.level()
+        pairs = [functorch._unwrap_batched(x, level) if isinstance(x, Tensor) else (x, None) for x in args]
+        values, dims = zip(*pairs, strict=True)
+        with transform.lower():
+            if all(dim is None for dim in dims):
+                return cls.run(*values)
+            out, axes = cls.vmap(_Info(transform.batch_size()), dims, *values)
+        if isinstance(out, Tensor):
+            return functorch._add_batch_dim(out, axes, level)
+        return tuple(functorch._add_batch_dim(x, axis, level) for x, axis in zip(out, axes, strict=True))
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
