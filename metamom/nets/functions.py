@@ -70,6 +70,8 @@ class FastFunctions:
         if geometry is None:
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         self.seen = True
+        if _frozen(input, weight, bias):
+            return F.conv2d(_channels_last(input), weight, bias, stride, padding, dilation, groups)
         own_bias = None if bias is None else bias.unsqueeze(0)
         return _images(convolve(_group(input), weight.unsqueeze(0), own_bias, geometry))
 
@@ -171,6 +173,21 @@ def _group(images: Tensor) -> Tensor:
 def _images(group: Tensor) -> Tensor:
     """``[1, N, H, W, C]`` as ``[N, C, H, W]``."""
     return group.squeeze(0).permute(0, 3, 1, 2)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """The same images in the layout in which convolutions and poolings are fast."""
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _frozen(input: Tensor, *weights: Tensor | None) -> bool:
+    """Whether tasks share these weights, and nothing is differentiated: PyTorch's own function takes all of them."""
+    given = [weight for weight in weights if weight is not None]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(weight) for weight in given):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(input):
+        input = torch._C._functorch.get_unwrapped(input)
+    return not any(tensor.requires_grad for tensor in (input, *given))
 
 
 def _geometry(
