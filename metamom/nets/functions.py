@@ -182,12 +182,18 @@ def _channels_last(images: Tensor) -> Tensor:
 
 def _frozen(input: Tensor, *weights: Tensor | None) -> bool:
     """Whether tasks share these weights, and nothing is differentiated: PyTorch's own function takes all of them."""
-    given = [weight for weight in weights if weight is not None]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(weight) for weight in given):
-        return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(input):
-        input = torch._C._functorch.get_unwrapped(input)
-    return not any(tensor.requires_grad for tensor in (input, *given))
+    shared = not any(torch._C._functorch.is_functorch_wrapped_tensor(w) for w in weights if w is not None)
+    return shared and not differentiated(input, *weights)
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether one of these tensors, which may be inside vmap, requires a gradient."""
+    for tensor in tensors:
+        while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _geometry(
