@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn.modules import module as every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from metamom.common.choices import Norm
 from metamom.maml.carried_over import generators_outside_torch
 from metamom.maml.swapping import is_training, slots
 from metamom.maml.task_weights import Params
@@ -26,30 +27,53 @@ from metamom.maml.task_weights import Params
 SIMPLE = (bool, int, float, str)
 
 
+class Kind(NamedTuple):
+    """A kind of run, for which a module is the head or not.
+
+    Attributes:
+        training: the mode.
+        norm: what normalisations use.
+        adapted: names of the adapted parameters.
+        shapes: of the sets of one task, with their dtypes.
+    """
+
+    training: bool
+    norm: Norm | None
+    adapted: tuple[str, ...]
+    shapes: tuple[tuple[torch.Size, torch.dtype], ...]
+
+
 class Heads:
-    """Remembers the head of a model, separately for what runs it: the mode, the normalisation, what is adapted.
+    """Remembers the head of a model for each kind of run.
 
     A decision holds until a number, string or flag in a module changes. If a run changes one, there is no head: it
     would change less often.
     """
 
     def __init__(self) -> None:
-        self._decided: dict[Hashable, tuple[Hashable, str | None]] = {}
+        self._decided: dict[Kind, tuple[Hashable, str | None]] = {}
         self._unsteady = False
 
-    def has_none(self, kind: Hashable, options: Hashable) -> bool:
+    def has_none(self, kind: Kind, options: Hashable) -> bool:
         """Whether the model is known to have no head."""
         return self._unsteady or self._decided.get(kind) == (options, None)
 
-    def watch(self, model: nn.Module, adapted: Iterable[str], kind: Hashable, options: Hashable) -> Watch | None:
+    def found_elsewhere(self, kind: Kind, options: Hashable) -> bool:
+        """Whether the model is known to have a head on sets of some shapes."""
+        return any(
+            path is not None and before == options and other[:3] == kind[:3]
+            for other, (before, path) in self._decided.items()
+        )
+
+    def watch(self, model: nn.Module, kind: Kind, options: Hashable) -> Watch | None:
         """What to call in place of ``model`` to record the features; ``None`` if it has no head.
 
         Args:
             model: the model.
-            adapted: names of the adapted parameters.
-            kind: what runs it.
+            kind: of run.
             options: from `options_of`.
         """
+        adapted = kind.adapted
         before, path = self._decided.get(kind, (None, None))
         if before == options:
             return None if path is None else Watch(model, {path: model.get_submodule(path)}, adapted, closely=False)
@@ -59,7 +83,7 @@ class Heads:
             return None
         return Watch(model, found, adapted, closely=True)
 
-    def decide(self, kind: Hashable, options: Hashable, after: Hashable, left: Iterable[str]) -> str | None:
+    def decide(self, kind: Kind, options: Hashable, after: Hashable, left: Iterable[str]) -> str | None:
         """The name of the head after a run; ``None`` if there is none.
 
         Args:
@@ -206,7 +230,7 @@ def options_of(model: nn.Module) -> Hashable | None:
         if isinstance(module, torch.jit.ScriptModule) or module._forward_hooks or module._forward_pre_hooks:
             return None
         values = module.__dict__
-        found += [id(module), is_training(module), id(values.get("forward"))]
+        found += [id(module), id(type(module)), is_training(module), id(values.get("forward"))]
         found += [value for value in values.values() if type(value) in SIMPLE]
     return tuple(found)
 

@@ -22,7 +22,7 @@ from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_state
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
-from metamom.maml.heads import Heads, Watch, depends, options_of, versions_of
+from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions_of
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
@@ -115,7 +115,7 @@ class RunByTask:
     ) -> Tensor:
         """The same as ``run(model, sets)``, from the features of an earlier call if the model has a head."""
         mode, options = is_training(model), options_of(model)
-        kind = mode, norm, tuple(own)
+        kind = Kind(mode, norm, tuple(own), tuple((x.shape[1:], x.dtype) for x in sets))
         found: Tensor
         ruled_out = options is None or mode in self.draws or self.leaves.get(mode, False)
         if ruled_out or self.heads.has_none(kind, options):
@@ -126,8 +126,10 @@ class RunByTask:
         if kept is not None:
             found = run(model.get_submodule(kept[0]).forward, kept[1])
             return found
-        watch = self.heads.watch(model, own, kind, options)
-        if watch is None or (watch.closely and (is_tracing() or not torch.is_grad_enabled())):
+        watch = self.heads.watch(model, kind, options)
+        # without gradients, no graph shows what the features depend on
+        sees = torch.is_grad_enabled() or self.heads.found_elsewhere(kind, options)
+        if watch is None or (watch.closely and (is_tracing() or not sees)):
             found = run(model, sets)
             return found
         found, inputs = run(watch, sets)

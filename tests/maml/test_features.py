@@ -538,6 +538,20 @@ def test_a_model_that_changes():
     assert "forward" in vars(model.head)
 
 
+def test_a_model_that_looks_at_the_size_of_a_set():
+    class Sized(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.body(x)
+            return self.head(z if len(x) < 10 else z + self.head.weight.mean(0))
+
+    model = made(Sized)
+    learner = anil(model)
+    for support in (6, 12, 6):
+        batch = batch_of(support=support)
+        agrees(learner, batch)
+        assert calls_in(model, lambda: learner.meta_gradient(batch)) == (2 if support == 6 else STEPS + 1)  # noqa: B023
+
+
 def test_weights_that_change_during_a_trajectory():
     model, batch = made(), batch_of()
     steps = anil(model).trajectory(batch.support_x, batch.support_y, steps=4)
