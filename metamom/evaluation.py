@@ -17,6 +17,7 @@ from metamom.common.choices import Norm
 from metamom.common.intervals import normal_halfwidth
 from metamom.distributed import World, as_world, digest
 from metamom.maml.batch_checks import check_batch, refuse_non_finite
+from metamom.maml.features import shared_between_predictions
 from metamom.maml.learner import MAML
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.norm import check_norm, resolved
@@ -121,14 +122,15 @@ def evaluate(
             check_batch(part)
             batch = part.to(like.device, like.dtype)
             theirs = slice(first, first + batch.num_tasks)
-            for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
-                if step not in steps:
-                    continue
-                losses, right = _judged(learner, params, batch, first)
-                values[-1, theirs] = float(right is not None)
-                value = (losses if right is None else right).double().cpu()
-                for row in (row for row, wanted in enumerate(steps) if wanted == step):
-                    values[row, theirs] = value
+            with shared_between_predictions(batch.support_x, batch.query_x):
+                for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
+                    if step not in steps:
+                        continue
+                    losses, right = _judged(learner, params, batch, first)
+                    values[-1, theirs] = float(right is not None)
+                    value = (losses if right is None else right).double().cpu()
+                    for row in (row for row, wanted in enumerate(steps) if wanted == step):
+                        values[row, theirs] = value
     all_values, is_accuracy = world.all_reduce(values).split_with_sizes([len(steps), 1])
     halfwidth = normal_halfwidth(1 / math.sqrt(tasks), confidence) * all_values.std(dim=1)
     return Evaluation(

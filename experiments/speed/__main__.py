@@ -3,10 +3,11 @@
     python -m metamom.experiments.speed [--rows sinusoid,omniglot] [--contenders learn2learn,metamom] [--json]
 
 All contenders of a row have the same weights and the same tasks, and compute the same meta-gradient. This is
-checked first, in float64 (``--check`` does nothing else); a contender that computes something else is not timed. Then
-they take turns in float32, so that a machine that slows down slows all of them. A turn is one iteration, or as many as
-fill 50 ms. Times are medians and quartiles of turns; speeds are ratios of times in the same round. GFLOP/s count the
-matrix products that metamom's meta-gradient needs, the same number for every contender.
+checked first, in float64 (``--check`` does nothing else); a contender that computes something else, or cannot run the
+row, is not timed. Then they take turns in float32, so that a machine that slows down slows all of them. A turn is one
+iteration, or as many as fill 50 ms. Times are medians and quartiles of turns, and CPU times (of all threads) are
+medians; speeds are ratios of times in the same round. GFLOP/s count the matrix products that metamom's meta-gradient
+needs, the same number for every contender.
 
 "off by" is how far a contender's float32 meta-gradient is from the first contender's, relative to its norm.
 ``metamom-bfloat16``, which has to be requested (``--contenders metamom,metamom-bfloat16``), multiplies in bfloat16: it
@@ -24,6 +25,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +63,9 @@ def main(words: Sequence[str] | None = None) -> int:
         row, name = arguments.one
         print(json.dumps(measuring.alone(ROWS[row]().to(device, torch.float32), name, device)))
         return 0
-    with measuring.empty_caches(kernels=arguments.cold):
+    with measuring.empty_caches(kernels=arguments.cold), warnings.catch_warnings():
+        # learn2learn clones recurrent layers with tensors that are not leaves
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         return _all_rows(arguments, device)
 
 

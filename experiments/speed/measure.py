@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ WARM_UP = 2  # rounds, after the first call
 LEAST_ROUNDS = 5
 GEMM_SIZES = (1024, 2048)
 TURN_SECONDS = 0.05  # minimum length of a turn: training repeats the same work, with its code and data in the caches
+# What libraries raise for a network that they do not support.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 STEPS = 100  # optimizer steps timed as one: a single step is too short for the clock
 
 
@@ -45,6 +56,8 @@ class Measured:
         first_calls: seconds to make a contender and run its first iteration, including compiling, with
             TorchInductor's cache empty.
         milliseconds: of one iteration, round by round, for contenders that agree.
+        cpu_milliseconds: the same in CPU time of the process, over all threads.
+        failures: why contenders cannot run the row.
         gemm: milliseconds of a float32 product of square matrices, by size, in the same rounds.
         alone: see `alone`; empty by default.
     """
@@ -55,6 +68,8 @@ class Measured:
     float32_differences: dict[str, float] = field(default_factory=dict)
     first_calls: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu_milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     gemm: dict[int, list[float]] = field(default_factory=dict)
     alone: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -83,9 +98,13 @@ def check(row: Row, names: list[str], device: torch.device) -> Measured:
     reference = None
     for name in names:
         # bfloat16 applies to float32 only
-        contender = makers(row.to(device, torch.float32) if name in ROUGH else exact)[name]()
-        for _ in range(steps_of(row)):
-            contender.iterate()
+        try:
+            contender = makers(row.to(device, torch.float32) if name in ROUGH else exact)[name]()
+            for _ in range(steps_of(row)):
+                contender.iterate()
+        except FAILURES as error:
+            measured.failures[name] = f"{type(error).__name__}: {error}"
+            continue
         outcome = _flat(row, contender)
         reference = outcome if reference is None else reference
         measured.differences[name] = _difference(outcome, reference)
@@ -103,11 +122,17 @@ def begin(measured: Measured, device: torch.device) -> dict[str, Contender]:
         if name not in measured.differences or name in measured.refused:
             continue
         start = now(device)
-        contender = contenders[name] = make()
-        contender.iterate()
-        measured.first_calls[name] = now(device) - start
-        for _ in range(steps_of(row) - 1):
+        try:
+            contender = make()
             contender.iterate()
+            measured.first_calls[name] = now(device) - start
+            for _ in range(steps_of(row) - 1):
+                contender.iterate()
+        except FAILURES as error:
+            measured.failures[name] = f"{type(error).__name__}: {error}"
+            del measured.differences[name]
+            continue
+        contenders[name] = contender
         outcome = _flat(row, contender)
         reference = outcome if reference is None else reference
         measured.float32_differences[name] = _difference(outcome, reference)
@@ -121,15 +146,23 @@ def measure(row: Row, names: list[str], device: torch.device, seconds: float, mo
     contender. Timing ends after ``seconds`` and at least 5 rounds, or after ``most_rounds``.
     """
     measured = check(row, names, device)
-    measured.flops = flops(row) if isinstance(row, MetaRow) else None
+    if not measured.differences:
+        return measured  # none can run it
+    can_run = "metamom" not in measured.failures
+    measured.flops = flops(row) if isinstance(row, MetaRow) and can_run else None
     contenders = begin(measured, device)
     steps = steps_of(row)
     turns = [
-        _Turn(contender.iterate, steps, measured.milliseconds.setdefault(name, []))
+        _Turn(
+            contender.iterate,
+            steps,
+            measured.milliseconds.setdefault(name, []),
+            measured.cpu_milliseconds.setdefault(name, []),
+        )
         for name, contender in contenders.items()
     ]
     if measured.flops is not None:
-        turns += [_Turn(_product(size, device), 1, measured.gemm.setdefault(size, [])) for size in GEMM_SIZES]
+        turns += [_Turn(_product(size, device), 1, measured.gemm.setdefault(size, []), []) for size in GEMM_SIZES]
     end = float("inf")
     least = min(LEAST_ROUNDS, most_rounds)
     for number in tqdm(range(-WARM_UP, most_rounds), desc="rounds", leave=False, disable=None):
@@ -139,12 +172,13 @@ def measure(row: Row, names: list[str], device: torch.device, seconds: float, mo
             break
         first = number % len(turns)
         for turn in turns[first:] + turns[:first]:
-            start = now(device)
+            start, cpu_start = now(device), time.process_time()
             for _ in range(turn.repeat):
                 turn.iterate()
-            elapsed = now(device) - start
+            elapsed, cpu = now(device) - start, time.process_time() - cpu_start
             if number >= 0:
                 turn.times.append(1e3 * elapsed / turn.repeat)
+                turn.cpu_times.append(1e3 * cpu / turn.repeat)
             else:
                 turn.repeat = max(turn.repeat, math.ceil(TURN_SECONDS * turn.repeat / elapsed))
     return measured
@@ -152,11 +186,12 @@ def measure(row: Row, names: list[str], device: torch.device, seconds: float, mo
 
 @dataclass
 class _Turn:
-    """A timed call, its repetitions in a turn, and the milliseconds of one call, turn by turn."""
+    """A timed call, its repetitions in a turn, and the milliseconds and CPU milliseconds of one call, turn by turn."""
 
     iterate: Callable[[], Any]
     repeat: int
     times: list[float]
+    cpu_times: list[float]
 
 
 def now(device: torch.device) -> float:
@@ -166,20 +201,29 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class _NoModules(nullcontext[None]):
+    """Tracks no modules. Tracking registers hooks, and with hooks a model runs as a whole in each inner step."""
+
+    parents: ClassVar[set[str]] = {"Global"}
+
+
 def flops(row: MetaRow) -> int:
     """Floating-point operations of the matrix products in metamom's meta-gradient, computed without compiling."""
     contender = META["metamom"](row)
     if row.chunk_size == "auto":
         contender.iterate()  # it measures a task's memory, at the first call only
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with counter:
         contender.iterate()
     return int(counter.get_total_flops())
 
 
 def _flat(row: Row, contender: Contender) -> Tensor:
-    """A contender's result, as one vector in the order of the model's parameters."""
+    """A contender's result, as one vector in the order of the model's trainable parameters."""
     outcome = contender.outcome()
-    return torch.cat([outcome[name].double().cpu().flatten() for name, _ in row.model.named_parameters()])
+    names = [name for name, p in row.model.named_parameters() if p.requires_grad]
+    return torch.cat([outcome[name].double().cpu().flatten() for name in names])
 
 
 def _difference(outcome: Tensor, reference: Tensor) -> float:

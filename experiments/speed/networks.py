@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamom.interop.imports import import_torchvision
+
 
 def conv_net(hidden: int, size: int, channels: int, ways: int) -> nn.Sequential:
     """Four blocks of 3x3 convolution, normalisation, ReLU and max-pooling, then a linear classifier.
@@ -67,6 +69,34 @@ def resnet12(widths: tuple[int, ...], ways: int, channels: int = 3) -> nn.Sequen
     pairs = zip((channels, *widths[:-1]), widths, strict=True)
     blocks = [_Residual(fan_in, width) for fan_in, width in pairs]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], ways))
+
+
+def resnet18(ways: int) -> nn.Module:
+    """torchvision's ResNet-18 as a pretrained network is used: frozen and in ``eval()``, with a new head ``fc``."""
+    model: nn.Module = import_torchvision().models.resnet18(num_classes=ways)
+    model.requires_grad_(False)
+    model.get_submodule("fc").requires_grad_(True)
+    return model.eval()
+
+
+class LSTM(nn.Module):
+    """A recurrent layer on sequences ``[N, length, channels]``, and a linear map of its last output to one number.
+
+    Args:
+        channels: size of each element of a sequence.
+        hidden: width.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(channels, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predictions ``[N, 1]``."""
+        outputs, _ = self.layer(x)
+        predictions: Tensor = self.head(outputs[:, -1])
+        return predictions
 
 
 def mlp(widths: tuple[int, ...], ways: int) -> nn.Sequential:

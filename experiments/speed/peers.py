@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.compile.graph import check_compiler
-from metamom.experiments.learn2learn_loop import adapted_loss, meta_iteration, tasks_of
+from metamom.experiments.learn2learn_loop import Task, adapted_loss, meta_iteration, tasks_of
 from metamom.experiments.speed import with_jax
 from metamom.experiments.speed.rows import MetaRow, OptimizerRow, Row
 from metamom.interop.learn2learn import import_learn2learn
@@ -38,9 +38,39 @@ class Contender(NamedTuple):
     outcome: Callable[[], dict[str, Tensor]]
 
 
-def _gradients(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
+class _Plain(NamedTuple):
+    """A row's network for contenders that adapt a module.
+
+    Attributes:
+        learned: the module that they adapt: the network, or its head.
+        prefix: of its parameters' names in the network.
+        tasks: returns the tasks that it is adapted to.
+    """
+
+    learned: nn.Module
+    prefix: str
+    tasks: Callable[[], list[Task]]
+
+
+def _plain(row: MetaRow) -> _Plain:
+    """With ANIL, features are computed once for each task and the head is adapted, as in learn2learn's examples."""
+    network, tasks = copy.deepcopy(row.plain), tasks_of(row.batch)
+    if row.head is None:
+        return _Plain(network, "", lambda: tasks)
+    head = network.get_submodule(row.head)
+    network.set_submodule(row.head, nn.Identity())
+
+    def featured(task: Task) -> Task:
+        support = len(task.support_x)
+        features = network(torch.cat([task.support_x, task.query_x]))
+        return task._replace(support_x=features[:support], query_x=features[support:])
+
+    return _Plain(head, f"{row.head}.", lambda: [featured(task) for task in tasks])
+
+
+def _gradients(model: nn.Module, prefix: str = "") -> Callable[[], dict[str, Tensor]]:
     def outcome() -> dict[str, Tensor]:
-        return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {prefix + name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
     return outcome
 
@@ -56,6 +86,7 @@ def _metamom(row: MetaRow, compile: bool = False, autocast: torch.dtype | None =
         chunk_size=row.chunk_size,
         compile=compile,
         autocast=autocast,
+        adapt=None if row.head is None else [row.head],
     )
     optimizer = CompositeMomentum(learner.parameters(), lr=META_LR)
 
@@ -69,47 +100,45 @@ def _metamom(row: MetaRow, compile: bool = False, autocast: torch.dtype | None =
 
 def _learn2learn(row: MetaRow) -> Contender:
     """`learn2learn_loop`; with a bias, each task is a worker and passes through metamom's accumulator."""
-    model = copy.deepcopy(row.plain)
+    model, prefix, tasks = _plain(row)
     learner = import_learn2learn().algorithms.MAML(model, lr=row.inner_lr, first_order=row.estimator == "first-order")
     optimizer = torch.optim.SGD(learner.parameters(), lr=META_LR)
-    tasks = tasks_of(row.batch)
 
     def plain() -> None:
-        meta_iteration(learner, optimizer, tasks, row.loss_fn, row.inner_steps)
+        meta_iteration(learner, optimizer, tasks(), row.loss_fn, row.inner_steps)
 
     def biased() -> None:
         optimizer.zero_grad()
-        for task in tasks:
+        for task in tasks():
             adapted_loss(learner, task, row.loss_fn, row.inner_steps).backward()  # type: ignore[no-untyped-call]
             accumulator.add()
         accumulator.finish()
         optimizer.step()
 
     if row.bias is None:
-        return Contender(plain, _gradients(model))
-    assert row.workers == len(tasks)
+        return Contender(plain, _gradients(model, prefix))
+    assert row.workers == row.batch.num_tasks
     accumulator = BiasedAccumulator(learner.parameters(), bias=row.bias, workers=row.workers)
-    return Contender(biased, _gradients(model))
+    return Contender(biased, _gradients(model, prefix))
 
 
 def _higher(row: MetaRow) -> Contender:
     """`higher.innerloop_ctx`, as in its Omniglot example; in first order no graph connects, so gradients are copied."""
     higher: Any = importlib.import_module("higher")
-    model = copy.deepcopy(row.plain)
+    model, prefix, tasks = _plain(row)
     weights = list(model.parameters())
     optimizer = torch.optim.SGD(weights, lr=META_LR)
     inner = torch.optim.SGD(weights, lr=row.inner_lr)
-    tasks = tasks_of(row.batch)
     exact = row.estimator == "exact"
 
     def iterate() -> None:
         optimizer.zero_grad()
-        for task in tasks:
+        for task in tasks():
             context = higher.innerloop_ctx(model, inner, copy_initial_weights=False, track_higher_grads=exact)
             with context as (fast, inner_step):
                 for _ in range(row.inner_steps):
                     inner_step.step(row.loss_fn(fast(task.support_x), task.support_y))
-                loss = row.loss_fn(fast(task.query_x), task.query_y) / len(tasks)
+                loss = row.loss_fn(fast(task.query_x), task.query_y) / row.batch.num_tasks
                 if exact:
                     loss.backward()  # type: ignore[no-untyped-call]
                     continue
@@ -117,17 +146,16 @@ def _higher(row: MetaRow) -> Contender:
                     w.grad = gradient if w.grad is None else w.grad.add_(gradient)
         optimizer.step()
 
-    return Contender(iterate, _gradients(model))
+    return Contender(iterate, _gradients(model, prefix))
 
 
 def _torchopt(row: MetaRow) -> Contender:
     """TorchOpt's functional optimizer, differentiated explicitly; its `MetaSGD` is this too, but has no first order."""
     torchopt: Any = importlib.import_module("torchopt")
-    model = copy.deepcopy(row.plain)
+    model, prefix, tasks = _plain(row)
     start = dict(model.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=META_LR)
     inner = torchopt.sgd(row.inner_lr)
-    tasks = tasks_of(row.batch)
 
     def predict(weights: tuple[Tensor, ...], x: Tensor) -> Tensor:
         out: Tensor = torch.func.functional_call(model, dict(zip(start, weights, strict=True)), (x,))
@@ -135,7 +163,7 @@ def _torchopt(row: MetaRow) -> Contender:
 
     def iterate() -> None:
         optimizer.zero_grad()
-        for task in tasks:
+        for task in tasks():
             weights = tuple(start.values())
             state = inner.init(weights)
             for _ in range(row.inner_steps):
@@ -143,11 +171,11 @@ def _torchopt(row: MetaRow) -> Contender:
                 gradients = torch.autograd.grad(loss, weights, create_graph=row.estimator == "exact")
                 updates, state = inner.update(gradients, state, inplace=False)
                 weights = torchopt.apply_updates(weights, updates, inplace=False)
-            loss = row.loss_fn(predict(weights, task.query_x), task.query_y) / len(tasks)
+            loss = row.loss_fn(predict(weights, task.query_x), task.query_y) / row.batch.num_tasks
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    return Contender(iterate, _gradients(model))
+    return Contender(iterate, _gradients(model, prefix))
 
 
 def _stepping(make: Callable[[nn.Module, float], torch.optim.Optimizer]) -> Callable[[OptimizerRow], Contender]:

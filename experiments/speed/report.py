@@ -17,7 +17,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
     ``speed`` is a contender's against the reference's, the first contender's: the quotient of their times in the
     same round.
     """
-    reference, *_ = measured.differences
+    reference = next(iter(measured.differences), None)
     rate = gemm_rate(measured)
     contenders: dict[str, dict[str, Any]] = {}
     for name, difference in measured.differences.items():
@@ -28,9 +28,11 @@ def as_json(measured: Measured) -> dict[str, Any]:
         if name in measured.first_calls:
             entry["float32_difference"] = measured.float32_differences[name]
             entry["first_call_seconds"] = measured.first_calls[name]
-        if times := measured.milliseconds.get(name):
+        if reference is not None and (times := measured.milliseconds.get(name)):
             against = np.divide(measured.milliseconds[reference], times)
             entry |= {"milliseconds": _spread(times), "speed": _spread(against), "all_milliseconds": times}
+            if cpu := measured.cpu_milliseconds.get(name):
+                entry["cpu_milliseconds"] = _spread(cpu)
             if measured.flops is not None and rate is not None:
                 gflops = measured.flops / (1e6 * float(np.median(times)))
                 entry |= {"gflop_per_second": gflops, "percent_of_gemm": 100 * gflops / rate[1]}
@@ -46,6 +48,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
         "gemm_milliseconds": {str(size): _spread(times) for size, times in measured.gemm.items()},
         "gemm_gflop_per_second": None if rate is None else rate[1],
         "contenders": contenders,
+        "cannot_run": measured.failures,
     }
 
 
@@ -65,13 +68,17 @@ def timed(measured: Measured) -> Iterator[str]:
     """The lines of a row's table."""
     values = as_json(measured)
     yield measured.row.title
+    yield from _failures(measured)
+    if not measured.differences:
+        return
     rounds = max(map(len, measured.milliseconds.values()), default=0)
     line = f"{rounds} rounds"
     if (rate := gemm_rate(measured)) is not None and measured.flops is not None:
         line += f"; {measured.flops / 1e9:.3g} GFLOP; {rate[0]}^3 GEMM at {rate[1]:.1f} GFLOP/s (100 %)"
     yield line
     against = f"x {values['reference']} (quartiles)"
-    head = f"{'':<17}{'ms (quartiles)':>25}{against:>29}{'GFLOP/s':>9}{'GEMM':>8}{'off by':>9}{'1st call':>10}"
+    head = f"{'':<17}{'ms (quartiles)':>25}{'CPU ms':>8}{against:>29}"
+    head += f"{'GFLOP/s':>9}{'GEMM':>8}{'off by':>9}{'1st call':>10}"
     yield head + (f"{'2nd run':>10}{'MiB (imports)':>15}" if measured.alone else "")
     for name, entry in values["contenders"].items():
         if not entry["agrees"]:
@@ -81,8 +88,10 @@ def timed(measured: Measured) -> Iterator[str]:
             yield f"{name:<17}  not timed: its result is off by {off}"
             continue
         gflops, percent = entry.get("gflop_per_second"), entry.get("percent_of_gemm")
+        cpu = entry.get("cpu_milliseconds")
         columns = [
-            f"{name:<17}{_shown(entry['milliseconds']):>25}{_shown(entry['speed']):>29}",
+            f"{name:<17}{_shown(entry['milliseconds']):>25}{'-' if cpu is None else _short(cpu['median']):>8}",
+            f"{_shown(entry['speed']):>29}",
             f"{'-' if gflops is None else format(gflops, '.2f'):>9}",
             f"{'-' if percent is None else format(percent, '.1f') + ' %':>8}",
             f"{entry['float32_difference']:>9.0e}{entry['first_call_seconds']:>8.2f} s",
@@ -95,8 +104,11 @@ def timed(measured: Measured) -> Iterator[str]:
 
 def checked(measured: Measured) -> Iterator[str]:
     """The lines of a row's check."""
-    reference, *others = measured.differences
     yield measured.row.title
+    yield from _failures(measured)
+    if not measured.differences:
+        return
+    reference, *others = measured.differences
     if not others:
         yield f"{reference} alone: there is nothing to compare it with"
         return
@@ -104,6 +116,11 @@ def checked(measured: Measured) -> Iterator[str]:
     for name in others:
         verdict = "DISAGREES" if name in measured.refused else "rounds" if name in ROUGH else "agrees"
         yield f"  {name:<17}{measured.differences[name]:9.1e}  {verdict}"
+
+
+def _failures(measured: Measured) -> Iterator[str]:
+    for name, why in measured.failures.items():
+        yield f"{name:<17}  cannot run this row: {' '.join(why.split())[:200]}"
 
 
 def _spread(values: Any) -> dict[str, float]:

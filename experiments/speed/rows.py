@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator, TopK
 from metamom.experiments.shared.numerals import shortest
-from metamom.experiments.speed.networks import Encoder, conv_net, mlp, resnet12
+from metamom.experiments.speed.networks import LSTM, Encoder, conv_net, mlp, resnet12, resnet18
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Estimator
 from metamom.maml.learner import LossFn
@@ -70,6 +70,7 @@ class MetaRow(NamedTuple):
         bias: their operator.
         chunk_size: metamom's option.
         in_jax: whether the network is written in JAX too.
+        head: the module that inner steps adapt (ANIL); the others are frozen. ``None`` adapts all parameters.
     """
 
     title: str
@@ -85,6 +86,7 @@ class MetaRow(NamedTuple):
     bias: BiasOperator | None = None
     chunk_size: ChunkSize = "auto"
     in_jax: bool = True
+    head: str | None = None
 
     @property
     def has_convolutions(self) -> bool:
@@ -193,6 +195,7 @@ def _images(
     queries: int = 1,
     inner_steps: int = 1,
     estimator: Estimator = "exact",
+    head: str | None = None,
 ) -> MetaRow:
     """A network that is not metamom's, on inputs of noise."""
     with torch.random.fork_rng(devices=[]):
@@ -213,11 +216,34 @@ def _images(
         inner_steps=inner_steps,
         estimator=estimator,
         in_jax=False,
+        head=head,
+    )
+
+
+def _sequences(tasks: int = 8) -> MetaRow:
+    """A recurrent network that predicts numbers from sequences of noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        network = LSTM(4, 32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((tasks, 10, 16, 4), (tasks, 10, 1)) * 2
+    return MetaRow(
+        f"LSTM, hidden 32, sequences of 16 x 4, {tasks} tasks, 10 + 10 points, {_steps_and_order(1, 'exact')}",
+        network,
+        network,
+        F.mse_loss,
+        TaskBatch(*(torch.randn(*shape, generator=generator) for shape in shapes)),
+        inner_lr=0.01,
+        tolerance=MLP_TOLERANCE,
+        in_jax=False,
     )
 
 
 _plain_28 = partial(_images, partial(conv_net, 64, 28, 1, 5), "28x28 Conv-BN-ReLU-pool, 64 channels", (1, 28, 28), 16)
 _plain_84 = partial(_images, partial(conv_net, 32, 84, 3, 5), "84x84 Conv-BN-ReLU-pool, 32 channels", (3, 84, 84))
+_resnet18 = partial(
+    _images, partial(resnet18, 5), "84x84 ResNet-18, frozen, adapted head", (3, 84, 84), inner_steps=5, head="fc"
+)
 _resnet12 = partial(_images, partial(resnet12, (64, 128, 256, 512), 5), "84x84 ResNet-12", (3, 84, 84), 2)
 
 
@@ -256,6 +282,9 @@ ROWS: dict[str, Callable[[], Row]] = {
     "plain-84-5-steps": lambda: _plain_84(inner_steps=5),
     "resnet12": _resnet12,
     "resnet12-5-shot": lambda: _resnet12(shots=5),
+    "resnet18-anil": lambda: _resnet18(shots=5),
+    "resnet18-anil-15-query": lambda: _resnet18(queries=15),
+    "lstm": _sequences,
     "mlp": lambda: _images(partial(mlp, (784, 256, 128, 64), 5), "MLP 784-256-128-64", (784,), 32, queries=5),
     "transformer": lambda: _images(partial(Encoder, 64, 2, 5), "transformer, 2 layers, d = 64, 32 tokens", (32, 64), 8),
     "optimizer-mlp": lambda: _optimizer("the MLP", _mlp(), 0.1),

@@ -47,9 +47,9 @@ def warn_of_draws(*, loop: bool = False) -> Iterator[None]:
     Args:
         loop: whether the tasks run one by one, without `torch.func.vmap`.
     """
-    before = _states()
+    before = generators_outside_torch()
     yield
-    moved = [name for name, state in _states().items() if state != before[name]]
+    moved = [name for name, state in generators_outside_torch().items() if state != before[name]]
     if moved:
         how = (
             "whose draws depend on the tasks before it"
@@ -83,6 +83,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _states() -> dict[str, object]:
+def generators_outside_torch() -> dict[str, object]:
+    """The states of Python's and NumPy's generators."""
     numpy: Any = np.random.get_state()  # noqa: NPY002  # the model may use it
     return {"Python's": random.getstate(), "NumPy's": (numpy[1].tobytes(), numpy[2])}

@@ -21,6 +21,7 @@ from metamom.common.choices import Norm
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, Adaptations, Estimator, InnerBatch
+from metamom.maml.features import Features
 from metamom.maml.finite_differences import Losses
 from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step
@@ -122,12 +123,20 @@ def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
 
 
 def predictions(
-    problem: Problem, start: Start, own: Params, x: Tensor, *, support: Tensor | None = None, draws: bool = True
+    problem: Problem,
+    start: Start,
+    own: Params,
+    x: Tensor,
+    *,
+    support: Tensor | None = None,
+    draws: bool = True,
+    features: Features | None = None,
 ) -> Tensor:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
     A random model draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``,
-    normalisations use the statistics of ``support: [T, S, ...]``, or of ``x`` if it is ``None``.
+    normalisations use the statistics of ``support: [T, S, ...]``, or of ``x`` if it is ``None``. ``features`` are those
+    of earlier calls with the same weights outside ``own``.
     """
     part, _ = problem.parts()
 
@@ -143,6 +152,7 @@ def predictions(
             loop=loop,
             norm=problem.norm,
             support=support,
+            features=features,
         )
 
     out = problem.vectorization.attempt([part], run)
@@ -221,12 +231,13 @@ def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep
 
     ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator asks for.
     """
-    own = start.own
+    steps, own = list(steps), start.own
+    features = _features(problem, steps, keep_graph)
     yield own
     for batch in steps:
         with out_of_inference(), torch.enable_grad():
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
-            grads = _gradient(problem, start, at, batch, keep_graph)
+            grads = _gradient(problem, start, at, batch, keep_graph, features)
             check_cut(problem, [name for name, grad in grads.items() if grad is None], batch.x, batch.y)
             if keep_graph and ESTIMATORS[problem.estimator].derivatives != "none":
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
@@ -277,8 +288,22 @@ def _alpha(problem: Problem, name: str, start: Start, weight: Tensor) -> float |
     return problem.step_sizes.of(name, start.step_sizes, weight.dim())
 
 
+def _features(problem: Problem, steps: Sequence[InnerBatch], keep_graph: bool) -> Features | None:
+    """Where the inner steps of one adaptation keep their features; differences of gradients do not use any."""
+    derivatives = ESTIMATORS[problem.estimator].derivatives if keep_graph else "none"
+    if derivatives == "differences":
+        return None
+    sets = [x for step in steps for x in (step.x, *(() if step.hessian is None else step.hessian[:1]))]
+    return Features(sets, graph=derivatives != "none")
+
+
 def _gradient(
-    problem: Problem, start: Start, at: Params, batch: InnerBatch, keep_graph: bool
+    problem: Problem,
+    start: Start,
+    at: Params,
+    batch: InnerBatch,
+    keep_graph: bool,
+    features: Features | None = None,
 ) -> dict[str, Tensor | None]:
     """The gradient of an inner step at ``at``, with the derivatives that the estimator asks for."""
     derivatives: Derivatives = ESTIMATORS[problem.estimator].derivatives if keep_graph else "none"
@@ -289,7 +314,7 @@ def _gradient(
         def of(own: Params, others: Params) -> Tensor:
             kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
             there = start._replace(kept=kept, shared=shared)
-            return losses(problem, there, own, predictions(problem, there, own, x, draws=draws), y)
+            return losses(problem, there, own, predictions(problem, there, own, x, draws=draws, features=features), y)
 
         return of
 

@@ -20,6 +20,7 @@ from metamom.distributed import World, as_world
 from metamom.maml.batch_checks import check_adapted, check_set
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatch, InnerBatches, check_estimator, support_parts
+from metamom.maml.features import shared
 from metamom.maml.gradient import MetaGradients, OfTasks, Plan
 from metamom.maml.inner_loop import Problem, losses, predictions, start_of, trainable, trajectory
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
@@ -73,7 +74,8 @@ class MAML(nn.Module):
             ``"moml-coupled"`` and ``"scsc"``; 0.2 by default, 1 for no average.
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters inner steps move: names of parameters or modules, or a predicate on a parameter's
-            name; all trainable ones by default. ANIL is ``adapt=["head"]``.
+            name; all trainable ones by default. ANIL is ``adapt=["head"]``: features that no inner step changes are
+            computed once for all inner steps (docs/performance.md says for which models).
         chunk_size: compute at most this many tasks at a time, or ``None`` for all. This bounds memory and does not
             change the result (except for a compiled model's random draws). ``"auto"`` measures the memory of one task,
             once for each shape of batch, and uses about 256 MiB on a CPU, or half of the free memory on a GPU.
@@ -323,7 +325,8 @@ class MAML(nn.Module):
         """
         check_adapted(params, x, named(self.model))
         support = self._support(params, support_x)
-        return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x), support=support)
+        start, x = Start(params, {}, {}, {}), differentiable(x)
+        return predictions(self._problem(), start, params, x, support=support, features=shared())
 
     def judge(self, params: Params, predictions: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the loss and accuracy of each task's predictions.

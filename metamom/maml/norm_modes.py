@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metamom.common.choices import Norm
+from metamom.nets.functions import differentiated
 from metamom.nets.layers import batch_norm_relu
 from metamom.nets.statistics import uncounted
 
@@ -139,6 +140,27 @@ class Frozen(Normalisation):
                 'norm="batch" or norm="support".'
             )
         return running
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.batch_norm`, in one pass over the input if nothing is differentiated."""
+        running = self.of_batch(input, _given(running_mean, running_var), 1)
+        if running is None or differentiated(input, weight, bias, *running):
+            return super().batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        mean, variance = (_wide(each) for each in running)
+        scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
+        shift = -mean * scale if bias is None else bias - mean * scale  # as PyTorch does
+        return torch.addcmul(shift.view(shape), _wide(input), scale.view(shape)).to(input.dtype)
 
     def of_instance(self, running: Statistics | None) -> Statistics | None:
         """The running statistics, if there are any."""

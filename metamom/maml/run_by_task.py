@@ -19,8 +19,10 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
 from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_states, rewinder
+from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
+from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions_of
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
@@ -50,12 +52,14 @@ class RunByTask:
         draws: the modes (values of ``model.training``) in which the model draws at random.
         calls: whether the model calls such functions, by mode and by what its normalisations use.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
+        heads: the model's head, if it has one.
     """
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
         self.calls: dict[tuple[bool, Norm | None], bool] = {}
         self.leaves: dict[bool, bool] = {}
+        self.heads = Heads()
 
     def __call__(
         self,
@@ -69,6 +73,7 @@ class RunByTask:
         loop: bool,
         norm: Norm | None = None,
         support: Tensor | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         """Predictions ``[T, N, ...]``.
 
@@ -82,6 +87,7 @@ class RunByTask:
             loop: whether to run it task by task.
             norm: what its normalisations use, from `metamom.maml.norm.resolved`.
             support: the set with the statistics that ``norm="support"`` uses, ``[T, S, ...]``; ``None`` for ``x``.
+            features: features of earlier calls, for calls that differ in ``own`` alone.
 
         Raises:
             VmapError: for a model that cannot run with per-task weights under vmap.
@@ -91,29 +97,90 @@ class RunByTask:
         if not loop or is_tracing():
             check_hooks(model, compiling=loop)
         with alone(model):
-            mode = is_training(model)
-            new = mode not in self.leaves
-            if loop and new:  # a write to a slice would reach the model's own parameters before it is noticed
-                own, start = _copies(own), start._replace(kept=_copies(start.kept), shared=_copies(start.shared))
+            run = partial(self._run, model, start, own, draws=draws, dtype=dtype, loop=loop, norm=norm)
             sets = (x,) if support is None else (support, x)
-            inputs = {} if loop else {"its input": x, "its support set": sets[0]}
-            one_task, watched = _of_one_task(model, start, own, new=new, loop=loop)
-            with (
-                explained(model, loop=loop),
-                nullcontext() if draws else drawing_refused(),
-                unchanged({**inputs, **watched}, model, loop=loop),
-                in_mode(model),
-                autocast(x.device, dtype),
-                self._functions(model, norm, fast=not loop),
-                normalising(model, norm) as call,  # its functions may be replaced again by those above
-                self._attributes(model),
-                carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
-                inputs_explained(model, x, watched),
-                differentiable_twice(model) if loop else uncompiled(),
-            ):
-                run = self._one_by_one if loop else self._over_tasks
-                found: Tensor = run(partial(one_task, call), own, start.kept, sets, mode, draws)
+            if features is None or loop or not features.reuses(sets):
+                found: Tensor = run(model, sets)
                 return found
+            return self._by_features(model, own, sets, features, norm, run)
+
+    def _by_features(
+        self,
+        model: nn.Module,
+        own: Params,
+        sets: tuple[Tensor, ...],
+        features: Features,
+        norm: Norm | None,
+        run: Callable[..., Any],
+    ) -> Tensor:
+        """The same as ``run(model, sets)``, from the features of an earlier call if the model has a head."""
+        mode, options = is_training(model), options_of(model)
+        kind = Kind(mode, norm, tuple(own), tuple((x.shape[1:], x.dtype) for x in sets))
+        found: Tensor
+        ruled_out = options is None or mode in self.draws or self.leaves.get(mode, False)
+        if ruled_out or self.heads.has_none(kind, options):
+            found = run(model, sets)
+            return found
+        state = kind, options, versions_of(model, sets)
+        kept = features.recall(sets, state)
+        if kept is not None:
+            found = run(model.get_submodule(kept[0]).forward, kept[1])
+            return found
+        watch = self.heads.watch(model, kind, options)
+        # without gradients, no graph shows what the features depend on
+        sees = torch.is_grad_enabled() or self.heads.found_elsewhere(kind, options)
+        if watch is None or (watch.closely and (is_tracing() or not sees)):
+            found = run(model, sets)
+            return found
+        found, inputs = run(watch, sets)
+        if mode in self.draws or self.leaves[mode]:
+            inputs = {}
+        elif watch.closely:
+            inputs = {path: each for path, each in inputs.items() if not depends(each, own)}
+        head = self.heads.decide(kind, options, options_of(model), inputs)
+        if head is not None:
+            features.keep(sets, state, head, inputs[head])
+        return found
+
+    def _run(
+        self,
+        model: nn.Module,
+        start: Start,
+        own: Params,
+        target: Callable[[Tensor], Any],
+        sets: tuple[Tensor, ...],
+        *,
+        draws: bool,
+        dtype: torch.dtype | None,
+        loop: bool,
+        norm: Norm | None,
+    ) -> Any:
+        """What ``target``, the model or a part of it, returns for the last of the sets.
+
+        A `Watch` gives a pair: that, and the features of the sets.
+        """
+        mode = is_training(model)
+        new = mode not in self.leaves
+        if loop and new:  # a write to a slice would reach the model's own parameters before it is noticed
+            own, start = _copies(own), start._replace(kept=_copies(start.kept), shared=_copies(start.shared))
+        x = sets[-1]
+        inputs = {} if loop else {"its input": x, "its support set": sets[0]}
+        one_task, watched = _of_one_task(model, start, own, target, new=new, loop=loop)
+        with (
+            explained(model, loop=loop),
+            nullcontext() if draws else drawing_refused(),
+            unchanged({**inputs, **watched}, model, loop=loop),
+            in_mode(model),
+            autocast(x.device, dtype),
+            self._functions(model, norm, fast=not loop),
+            normalising(model, norm) as call,  # its functions may be replaced again by those above
+            self._attributes(model),
+            carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
+            inputs_explained(model, x, watched),
+            differentiable_twice(model) if loop else uncompiled(),
+        ):
+            run = self._one_by_one if loop else self._over_tasks
+            return run(partial(one_task, call), own, start.kept, sets, mode, draws)
 
     def _over_tasks(
         self,
@@ -191,9 +258,9 @@ class RunByTask:
 
 
 def _of_one_task(
-    model: nn.Module, start: Start, own: Params, *, new: bool, loop: bool
-) -> tuple[Callable[..., Tensor], Params]:
-    """One task's run of the model, and the tensors that the model must leave unchanged.
+    model: nn.Module, start: Start, own: Params, target: Callable[[Tensor], Any], *, new: bool, loop: bool
+) -> tuple[Callable[..., Any], Params]:
+    """One task's run of ``target``, and the tensors that the model must leave unchanged.
 
     It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
     """
@@ -204,7 +271,10 @@ def _of_one_task(
     scratch = warm_starts(model) if loop else frozenset()
 
     def one_task(
-        run: Callable[[nn.Module, tuple[Tensor, ...]], Any], own: Params, kept: Params, sets: tuple[Tensor, ...]
+        run: Callable[[Callable[[Tensor], Any], tuple[Tensor, ...]], Any],
+        own: Params,
+        kept: Params,
+        sets: tuple[Tensor, ...],
     ) -> Any:
         weights = {**buffers, **start.shared, **kept, **own}
         if loop:  # the task's own copies, to write to
@@ -214,11 +284,11 @@ def _of_one_task(
 
         def call(places: Params) -> Any:
             with swapped(found, places), carried_over.refused(model) if new else nullcontext():
-                return run(model, sets)
+                return run(target, sets)
 
         out = _with_gradients_if_needed(call, places, found.tensors) if loop else call(places)
         check_output(model, out)
-        return out
+        return (out, target.features()) if isinstance(target, Watch) else out
 
     return one_task, watched
 

@@ -70,6 +70,8 @@ class FastFunctions:
         if geometry is None:
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         self.seen = True
+        if _frozen(input, weight, bias):
+            return F.conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
         own_bias = None if bias is None else bias.unsqueeze(0)
         return _images(convolve(_group(input), weight.unsqueeze(0), own_bias, geometry))
 
@@ -118,6 +120,8 @@ class FastFunctions:
         made = self._normalised(input)
         if made is None or return_indices:
             pool = F.max_pool2d_with_indices if return_indices else F.max_pool2d
+            if made is None and input.dim() == 4 and _suitable(input) and not differentiated(input):
+                input = _channels_last(input)
             return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
         steps = kernel_size if stride is None or stride == [] else stride
         windows = [n for each in (kernel_size, steps, padding, dilation) for n in _pair(each)]
@@ -171,6 +175,29 @@ def _group(images: Tensor) -> Tensor:
 def _images(group: Tensor) -> Tensor:
     """``[1, N, H, W, C]`` as ``[N, C, H, W]``."""
     return group.squeeze(0).permute(0, 3, 1, 2)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """The same images in the layout in which PyTorch's poolings are fast; its convolutions are slower in it."""
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _frozen(input: Tensor, *weights: Tensor | None) -> bool:
+    """Whether tasks share these weights, and nothing is differentiated: PyTorch's own function takes all of them."""
+    shared = not any(torch._C._functorch.is_functorch_wrapped_tensor(w) for w in weights if w is not None)
+    return shared and not differentiated(input, *weights)
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a gradient in one of these tensors, which may be inside vmap, may be wanted."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _geometry(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from installed import LEARN2LEARN
 
 from metamom.experiments.speed import __main__ as speed
-from metamom.experiments.speed import measure, peers, report
+from metamom.experiments.speed import measure, networks, peers, report, rows
 from metamom.experiments.speed.rows import ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 PEERS = "learn2learn," * LEARN2LEARN + "higher,torchopt,metamom"
 
 
-@pytest.mark.parametrize("row", ["sinusoid", "sinusoid-5-steps", "omniglot-first-order"])
+@pytest.mark.parametrize("row", ["sinusoid", "sinusoid-5-steps", "omniglot-first-order", "lstm"])
 def test_peers_compute_what_metamom_computes(row, capsys):
     assert speed.main(["--rows", row, "--contenders", PEERS, "--check"]) == 0
     said = capsys.readouterr().out
@@ -50,6 +51,34 @@ def test_who_computes_something_else_is_not_timed(monkeypatch):
     measured = measure.measure(row, ["higher", "metamom"], torch.device("cpu"), 0.0, 2)
     assert measured.refused == ["metamom"]
     assert list(measured.milliseconds) == ["higher"]
+
+
+def test_adapted_heads_are_compared_with_features_computed_once():
+    """A smaller ResNet-18 row: the others compute features once for each task, as metamom does."""
+    row = rows._images(partial(networks.resnet18, 3), "ResNet-18", (3, 32, 32), 2, ways=3, inner_steps=2, head="fc")
+    measured = measure.check(row, PEERS.split(","), torch.device("cpu"))
+    assert not measured.refused
+    assert set(measured.differences) == set(PEERS.split(","))
+    forwards = measure.flops(row) / measure.flops(row._replace(inner_steps=1))
+    assert forwards < 1.05
+
+
+def test_a_contender_that_cannot_run_a_row_says_so(monkeypatch, capsys):
+    def failing(row):
+        def make():
+            raise RuntimeError("no recurrent layers here")
+
+        return {**made(row), "higher": make}
+
+    made = peers.makers
+    for module in (measure, speed):
+        monkeypatch.setattr(module, "makers", failing)
+    assert "no recurrent layers here" in timed(["--contenders", "higher,metamom"], capsys)
+    assert "cannot run this row" in timed(["--contenders", "higher"], capsys)
+    found = json.loads(timed(["--contenders", "higher,metamom", "--json"], capsys))["rows"]["sinusoid"]
+    assert found["cannot_run"] == {"higher": "RuntimeError: no recurrent layers here"}
+    assert found["contenders"]["metamom"]["cpu_milliseconds"]["median"] > 0
+    assert json.loads(timed(["--contenders", "higher", "--json"], capsys))["rows"]["sinusoid"]["contenders"] == {}
 
 
 def timed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -88,15 +117,17 @@ def test_medians_and_quartiles_of_known_times():
         measured.differences[name] = measured.float32_differences[name] = 0.0
         measured.first_calls[name] = 0.5
         measured.milliseconds[name] = times
+        measured.cpu_milliseconds[name] = [2 * time for time in times]
         measured.alone[name] = {"peak": 300.0, "imports": 200.0, "first_call": 0.25}
     measured.gemm = {1000: [10.0, 10.0]}  # 200 GFLOP/s, metamom has 1 GFLOP in 5 ms
     values = report.as_json(measured)["contenders"]["metamom"]
     assert values["milliseconds"] == {"median": 5.0, "low_quartile": 3.5, "high_quartile": 6.5}
     assert values["speed"] == {"median": 2.5, "low_quartile": 2.0, "high_quartile": 3.25}
     assert values["percent_of_gemm"] == pytest.approx(100)
+    assert values["cpu_milliseconds"]["median"] == 10.0
     assert (values["first_call_seconds"], values["second_first_call_seconds"]) == (0.5, 0.25)
     line = list(report.timed(measured))[-1]
-    expected = "metamom 5.00 (3.50 to 6.50) 2.50 (2.00 to 3.25) 200.00 100.0 % 0e+00 0.50 s 0.25 s 300 (200)"
+    expected = "metamom 5.00 (3.50 to 6.50) 10.0 2.50 (2.00 to 3.25) 200.00 100.0 % 0e+00 0.50 s 0.25 s 300 (200)"
     assert " ".join(line.split()) == expected
 
 

@@ -104,6 +104,18 @@ def test_kernels_that_all_tasks_share():
     check(lambda x: F.conv2d(x, weight, padding=1), draw(3, 2, 3, 6, 6, seed=1))
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_kernels_that_all_tasks_share_without_a_gradient(name):
+    shape, options = CONVOLUTIONS[name]
+    x, weight, bias = draw(3, 2, 3, 7, 8, seed=1), draw(*shape, seed=2), draw(shape[0], seed=3)
+    run, _ = batched(lambda x: F.conv2d(x, weight, bias, **options))
+    found, expected = run(x), torch.stack([F.conv2d(each, weight, bias, **options) for each in x])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pooled, _ = batched(lambda x: F.max_pool2d(F.relu(F.conv2d(x, weight, bias, **options)), 2, ceil_mode=True))
+    expected = torch.stack([F.max_pool2d(each, 2, ceil_mode=True) for each in expected.relu()])
+    torch.testing.assert_close(pooled(x), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"stride": 2, "padding": 1}])
 def test_what_pytorch_must_do_is_left_to_it(options):
