@@ -27,6 +27,7 @@ from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of, tr
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.misfits import check_one_tensor
 from metamom.maml.model_checks import has_global_hooks
+from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids
 from metamom.maml.unused import from_outside
@@ -59,6 +60,13 @@ class Plan(NamedTuple):
     def cut(self, batch: TaskBatch) -> list[Adaptations]:
         """The adaptations to differentiate, with the weights of their query losses."""
         return cut(batch, self.problem.estimator, self.inner_steps, self.inner_batches)
+
+    def kind(self) -> tuple[Hashable, ...]:
+        """What the memory of a task depends on, apart from shapes. The run is another object for other modules."""
+        problem = self.problem
+        settings = self.inner_steps, self.inner_batches, problem.estimator, problem.autocast, problem.norm
+        looped = problem.vectorization.vectorize, frozenset(problem.vectorization.looped)
+        return *settings, *looped, problem.run, problem.loss_fn, problem.model.training
 
     def check(self, batch: TaskBatch) -> None:
         """Refuse a batch that the estimator cannot take.
@@ -159,7 +167,7 @@ class MetaGradients:
         plan.check(batch)
         workers = check_whole("the number of workers", workers, 1)
         per_worker = len(block(batch.num_tasks, 0, workers))
-        parts = list(spans(batch.num_tasks, self.chunk_size(batch), per_worker))
+        parts = list(spans(batch.num_tasks, self.chunk_size(plan, batch), per_worker))
         self._announce(weights, batch, len(parts))
         rows: Tensor | None = None
         held: list[OfTasks] = []
@@ -190,18 +198,17 @@ class MetaGradients:
                 own = {name: w.detach().unsqueeze(0).requires_grad_() for name, w in weights.items()}
                 gradients(_estimated_losses(plan, own, one).sum(), [*own.values()])
 
-        size = self.chunk_size(batch, derivative)
+        size = self.chunk_size(plan, batch, derivative)
         for start, stop in spans(batch.num_tasks, size, batch.num_tasks):
             with step.tasks(start, stop - start):
                 found.append(_estimated_losses(plan, rows, batch.part(start, stop)))
         return torch.cat(found)
 
-    def chunk_size(self, batch: TaskBatch, compute: Callable[[TaskBatch], Any] | None = None) -> int | None:
+    def chunk_size(self, plan: Plan, batch: TaskBatch, compute: Callable[[TaskBatch], Any] | None = None) -> int | None:
         """The number of tasks at a time, measured if it is "auto": on a meta-gradient, or what else is to compute."""
-        plan = self.plan()
         if plan.chunk_size != "auto":
             return plan.chunk_size
-        key = (self.built_in(), compute is None, *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
+        key = (plan.kind(), compute is None, *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
         if key not in self._budgets:
             weights = trainable(plan.problem.model, plan.problem.loss_fn) | plan.problem.step_sizes.learned()
             # a copy, since what is saved of a view would count as the whole batch
@@ -235,7 +242,8 @@ class MetaGradients:
         """`chunk_gradient` with the current plan."""
         plan = self.plan()
         gradient = partial(chunk_gradient, plan, weights, memory, workers, scale, *batch)
-        return plan.problem.vectorization.attempt(plan.problem.parts(), gradient)
+        with uncompiled():
+            return plan.problem.vectorization.attempt(plan.problem.parts(), gradient)
 
     def _announce(self, weights: Params, batch: TaskBatch, chunks: int) -> None:
         """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""

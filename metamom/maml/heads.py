@@ -53,6 +53,13 @@ class Heads:
     def __init__(self) -> None:
         self._decided: dict[Kind, tuple[Hashable, str | None]] = {}
         self._unsteady = False
+        self._apart: dict[tuple[str, ...], bool] = {}
+
+    def may_have_one(self, model: nn.Module, adapted: tuple[str, ...]) -> bool:
+        """Whether a part of the model holds all adapted parameters."""
+        if adapted not in self._apart:
+            self._apart[adapted] = bool(_around(model, adapted))
+        return self._apart[adapted]
 
     def has_none(self, kind: Kind, options: Hashable) -> bool:
         """Whether the model is known to have no head."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from metamom.common.choices import NORMS, Norm
 from metamom.maml.model_checks import scripted_calls
@@ -43,7 +43,8 @@ def resolved(model: nn.Module, norm: Norm | None) -> Norm | None:
             ``"frozen"`` reads, and for a choice that cannot act on scripted code.
     """
     if norm is None:
-        if not any(uses_running_statistics(module) for module in model.modules()):
+        layers = [module for module in model.modules() if isinstance(module, _NormBase)]  # fast: for every step
+        if not any(map(uses_running_statistics, layers)):
             return None
         norm = _of_mode(model)
     if norm == "frozen":

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import checkpoint
+
+_UNCOMPILED: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
 @contextmanager
@@ -39,11 +42,16 @@ def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Run what `torch.compile` has compiled as if it had not. Its graphs do not have second derivatives."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+    # without Dynamo nothing is compiled, and its import takes seconds
+    if _UNCOMPILED.get() or "torch._dynamo" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    token = _UNCOMPILED.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _UNCOMPILED.reset(token)
 
 
 def warm_starts(model: nn.Module) -> frozenset[str]:

@@ -99,14 +99,17 @@ class RunByTask:
         with alone(model):
             run = partial(self._run, model, start, own, draws=draws, dtype=dtype, loop=loop, norm=norm)
             sets = (x,) if support is None else (support, x)
-            if features is None or loop or not features.reuses(sets):
-                found: Tensor = run(model, sets)
-                return found
-            return self._by_features(model, own, sets, features, norm, run)
+            if features is not None and not loop and features.reuses(sets):
+                names = tuple(own)
+                if self.heads.may_have_one(model, names):
+                    return self._by_features(model, names, own, sets, features, norm, run)
+            found: Tensor = run(model, sets)
+            return found
 
     def _by_features(
         self,
         model: nn.Module,
+        names: tuple[str, ...],
         own: Params,
         sets: tuple[Tensor, ...],
         features: Features,
@@ -115,7 +118,7 @@ class RunByTask:
     ) -> Tensor:
         """The same as ``run(model, sets)``, from the features of an earlier call if the model has a head."""
         mode, options = is_training(model), options_of(model)
-        kind = Kind(mode, norm, tuple(own), tuple((x.shape[1:], x.dtype) for x in sets))
+        kind = Kind(mode, norm, names, tuple((x.shape[1:], x.dtype) for x in sets))
         found: Tensor
         ruled_out = options is None or mode in self.draws or self.leaves.get(mode, False)
         if ruled_out or self.heads.has_none(kind, options):
@@ -236,14 +239,14 @@ class RunByTask:
 
     @contextmanager
     def _functions(self, model: nn.Module, norm: Norm | None, *, fast: bool) -> Iterator[None]:
-        """Replace functions if the model has called them before, has modules that may call them, or is new."""
+        """Replace functions if the model is new, has called them before, or has modules that may call them."""
         kind = model.training, norm
-        if not self.calls.get(kind, True) and not may_call_them(model):
+        if not self.calls.get(kind, True):
             yield
             return
         with FunctionsByTask(fast=fast) as functions:
             yield
-        self.calls[kind] = self.calls.get(kind, False) or functions.seen
+        self.calls[kind] = self.calls.get(kind, False) or functions.seen or may_call_them(model)
 
     @contextmanager
     def _attributes(self, model: nn.Module) -> Iterator[None]:

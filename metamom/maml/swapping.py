@@ -43,7 +43,10 @@ class Slots(NamedTuple):
 def alone(*models: nn.Module) -> Iterator[None]:
     """Lock these models, so that no other thread replaces their tensors or those of a module they share."""
     # lock in a fixed order to avoid deadlocks
-    modules = sorted({module for model in models for module in model.modules()}, key=id)
+    if len(models) == 1:
+        modules = sorted(models[0].modules(), key=id)
+    else:
+        modules = sorted({module for model in models for module in model.modules()}, key=id)
     with _MAKING:
         locks = [_LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock()) for module in modules]
     held = []

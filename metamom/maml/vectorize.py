@@ -33,6 +33,7 @@ class Vectorization:
     def __init__(self, vectorize: Vectorize) -> None:
         self.vectorize = vectorize
         self.looped: set[Part] = set()
+        self._vmapped: set[Part] = set()  # what has run by vmap before
         self._warned: set[str] = set()
 
     def loops(self, *parts: Part) -> bool:
@@ -48,12 +49,15 @@ class Vectorization:
         """
         if self.vectorize != "auto" or is_tracing() or self.loops(*parts):
             return compute()
-        rewind = rewinder()
+        rewind = None if self._vmapped.issuperset(parts) else rewinder()  # which takes time
         try:
-            return compute()
+            found = compute()
+            self._vmapped.update(parts)
+            return found
         except VmapError as error:
             refusal = error
-        rewind()
+        if rewind is not None:
+            rewind()
         added = set(parts) - self.looped
         self.looped |= added
         try:

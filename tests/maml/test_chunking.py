@@ -82,6 +82,11 @@ def generator_of_the_others() -> Any:
         yield
 
 
+def chosen(learner: MAML, batch: TaskBatch) -> int | None:
+    """The number of tasks at a time that a learner chooses for a batch."""
+    return learner._gradients.chunk_size(learner._plan(), batch)
+
+
 @pytest.fixture
 def sizes(monkeypatch) -> list[int]:
     """The number of tasks of every chunk that is computed, those of measuring among them."""
@@ -101,7 +106,7 @@ def needed(monkeypatch) -> int:
     """The estimated bytes that one task of `batch` needs: a share of a budget that fits very many."""
     budget = 2**40
     monkeypatch.setattr(metamom.maml.chunking, "BUDGET", budget)
-    return budget // learner(chunk_size="auto")._gradients.chunk_size(batch())
+    return budget // chosen(learner(chunk_size="auto"), batch())
 
 
 def test_a_budget_bounds_the_tasks_at_a_time(monkeypatch, needed, sizes):
@@ -147,10 +152,10 @@ def test_auto_measures_once_a_shape(sizes):
 def test_the_size_of_a_batch_does_not_count_as_a_tasks_memory():
     """A task is a view of its batch, and saved tensors of it share the batch's memory."""
     learner = MAML(mlp().double(), F.mse_loss, chunk_size="auto")
-    few, many = (learner._gradients.chunk_size(regression_batch(tasks=n)) for n in (2, 2_000))
+    few, many = (chosen(learner, regression_batch(tasks=n)) for n in (2, 2_000))
     assert few == many
     fresh = MAML(mlp().double(), F.mse_loss, chunk_size="auto")
-    assert fresh._gradients.chunk_size(regression_batch(tasks=2_000)) == few
+    assert chosen(fresh, regression_batch(tasks=2_000)) == few
 
 
 def test_measuring_leaves_no_gradient():
@@ -166,7 +171,7 @@ def test_more_inner_steps_leave_room_for_fewer_tasks(monkeypatch):
     y = torch.arange(ways).repeat(1, shots)
     model = Conv4(ways, generator=torch.Generator().manual_seed(0))
     few, many = (
-        MAML(model, F.cross_entropy, inner_steps=steps, chunk_size="auto")._gradients.chunk_size(TaskBatch(x, y, x, y))
+        chosen(MAML(model, F.cross_entropy, inner_steps=steps, chunk_size="auto"), TaskBatch(x, y, x, y))
         for steps in (1, 3)
     )
     assert 1 <= many < few < 1000
