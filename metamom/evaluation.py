@@ -14,6 +14,7 @@ from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, t
 from metamom.bias.checks import all_finite
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.common.intervals import normal_halfwidth
+from metamom.common.trees import leaves
 from metamom.distributed import World, as_world, digest
 from metamom.maml.batch_checks import check_batch, refuse_non_finite
 from metamom.maml.learner import MAML
@@ -114,7 +115,7 @@ def evaluate(
                     predictions = learner.predict(params, batch.query_x)
                     losses, right = learner.judge(params, predictions, batch.query_y)
                     value = losses if right is None else right
-                    if not (all_finite(losses) and (right is None or all_finite(predictions))):
+                    if not (all_finite(losses) and (right is None or all(map(all_finite, leaves(predictions))))):
                         refuse_non_finite(batch, first)
                 values[-1, theirs] = float(right is not None)
                 value = value.double().cpu()

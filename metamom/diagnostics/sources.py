@@ -23,6 +23,11 @@ Parts = dict[str, Tensor]
 
 def points_per_shot(batch: TaskBatch) -> int:
     """1 for regression; the number of classes of a task for classification, with sets ordered shot by shot."""
+    if not all(isinstance(x, Tensor) for x in batch[:4]):
+        raise TypeError(
+            "the bias is measured on batches whose fields are single tensors; this sampler's are trees, or have no "
+            "targets. Measure it on a model and a sampler with one input tensor."
+        )
     labels = batch.support_y
     if labels.dim() > 2 or labels.is_floating_point():
         return 1

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metamom.common.trees import Tree, count, leaves, mapped
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, Adaptations, Estimator, InnerBatch
@@ -81,12 +82,12 @@ class Episodes(NamedTuple):
 
     Attributes:
         losses: query losses ``[T·c]``.
-        predictions: on the query sets, ``[T·c, Q, ...]``.
+        predictions: on the query sets, ``[T·c, Q, ...]``, a tensor or a tree.
         adapted: the adapted weights that made them, ``[T·c, *shape]``.
     """
 
     losses: Tensor
-    predictions: Tensor
+    predictions: Tree
     adapted: Params
 
 
@@ -118,22 +119,25 @@ def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
     return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
 
 
-def predictions(problem: Problem, start: Start, own: Params, x: Tensor, draws: bool = True) -> Tensor:
+def predictions(problem: Problem, start: Start, own: Params, x: Tree, draws: bool = True) -> Tree:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
     A random model draws separately for each task. With ``draws=False``, drawing is an error.
     """
     part, _ = problem.parts()
 
-    def run() -> Tensor:
+    def run() -> Tree:
         loop = problem.vectorization.loops(part)
         return problem.run(problem.model, start, own, x, draws, problem.autocast, loop)
 
     out = problem.vectorization.attempt([part], run)
-    return out if problem.autocast is None else out.to(x.dtype)
+    if problem.autocast is None:
+        return out
+    wanted = next(each.dtype for each in (*leaves(x), *own.values()) if each.is_floating_point())
+    return mapped(lambda each: each.to(wanted) if each.is_floating_point() else each, out)
 
 
-def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Tensor) -> Tensor:
+def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree) -> Tensor:
     """Compute the losses ``[T]`` of predictions ``[T, N, ...]``, given the parameters that made them.
 
     If a loss module shares parameters with the model, it gets each task's adapted ones.
@@ -141,17 +145,18 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
     Raises:
         ValueError: for targets that do not fit, or if the loss is not one number a task.
     """
-    if y.dtype == torch.uint8:  # torch's losses take these as labels, but not under vmap
-        y = y.long()
+    # torch's losses take bytes as labels, but not under vmap
+    y = mapped(lambda each: each.long() if each.dtype == torch.uint8 else each, y)
     loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
     _, part = problem.parts()
 
-    def one_task(predicted: Tensor, y: Tensor) -> Tensor:
-        loss = loss_fn(predicted, y)
+    def one_task(predicted: Tree, *y: Tree) -> Tensor:
+        loss = loss_fn(predicted, *y)
         check_loss(loss)
         return loss
 
     module = problem.loss_fn if isinstance(problem.loss_fn, nn.Module) else None
+    targets = () if y is None else (y,)
 
     def run() -> Tensor:
         loop = problem.vectorization.loops(part)
@@ -161,11 +166,11 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Te
             explained(problem.model, "loss_fn", loop=loop),
             targets_explained(predicted, y),
             differentiable_twice(module) if loop else nullcontext(),
-            loss_draws_refused(y.device) if loop and not is_tracing() else nullcontext(),
+            loss_draws_refused(leaves(predicted)[0].device) if loop and not is_tracing() else nullcontext(),
         ):
             if module is not None and names:
-                return _with_parameters(module, one_task, names, start, own, predicted, y, loop)
-            of_tasks: Tensor = map_over_tasks(one_task, loop)(predicted, y)
+                return _with_parameters(module, one_task, names, start, own, (predicted, *targets), loop)
+            of_tasks: Tensor = map_over_tasks(one_task, loop)(predicted, *targets)
             return of_tasks
 
     found = problem.vectorization.attempt([part], run)
@@ -183,20 +188,19 @@ def _with_parameters(
     names: Mapping[str, str],
     start: Start,
     own: Params,
-    predicted: Tensor,
-    y: Tensor,
+    args: tuple[Tree, ...],
     loop: bool,
 ) -> Tensor:
     """Losses from a loss module with parameters; ``names`` maps its parameter names to those of the task weights."""
     with alone(module):
         found = slots(module)
 
-        def one_task(own: Params, kept: Params, predicted: Tensor, y: Tensor) -> Tensor:
+        def one_task(own: Params, kept: Params, *args: Tree) -> Tensor:
             weights = {**start.shared, **kept, **own}
             with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
-                return loss(predicted, y)
+                return loss(*args)
 
-        of_tasks: Tensor = map_over_tasks(one_task, loop)(own, start.kept, predicted, y)
+        of_tasks: Tensor = map_over_tasks(one_task, loop)(own, start.kept, *args)
     return of_tasks
 
 
@@ -233,7 +237,7 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
         term: the inner batches and the query sets.
         memory: the moving averages of a tracked estimator; empty for other estimators.
     """
-    start = start_of(problem, rows, term.query_x.shape[0])
+    start = start_of(problem, rows, count(term.query_x))
     *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
@@ -261,7 +265,7 @@ def _gradient(
     if derivatives == "differences" and batch.hessian is None:
         derivatives = "exact"
 
-    def losses_on(x: Tensor, y: Tensor, draws: bool = True) -> Losses:
+    def losses_on(x: Tree, y: Tree, draws: bool = True) -> Losses:
         def of(own: Params, others: Params) -> Tensor:
             kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
             there = start._replace(kept=kept, shared=shared)
@@ -280,7 +284,7 @@ def _gradient(
     return problem.vectorization.attempt(problem.parts(), gradient)
 
 
-def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) -> None:
+def check_cut(problem: Problem, missing: Sequence[str], x: Tree, y: Tree) -> None:
     """Refuse parameters that have no gradient although the loss depends on them. The others are merely unused.
 
     Args:
@@ -294,12 +298,12 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor) ->
     """
     if is_tracing() or problem.uses.are_unused(missing, _modules(problem)):
         return
-    step = Step()
+    step, (x, y) = Step(), (mapped(lambda each: each[:1], tree) for tree in (x, y))
 
     def loss(weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1):
-            return losses(problem, start, start.own, predictions(problem, start, start.own, x[:1]), y[:1])
+            return losses(problem, start, start.own, predictions(problem, start, start.own, x), y)
 
     problem.uses.check_cut(missing, _values(problem), loss)
 
@@ -314,7 +318,7 @@ def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -
     """
     if is_tracing() or problem.uses.are_constant(names, _modules(problem)):
         return
-    one, step = InnerBatch(batch.x[:1], batch.y[:1]), Step()
+    one, step = InnerBatch(*(mapped(lambda each: each[:1], tree) for tree in batch[:2])), Step()
 
     def gradient(name: str, weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)

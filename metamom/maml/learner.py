@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.common.checks import check_whole
+from metamom.common.trees import Tree, count, lone
 from metamom.compile.graph import CompileMode
 from metamom.distributed import World, as_world
 from metamom.maml.batch_checks import check_adapted, check_set
@@ -58,9 +59,13 @@ class MAML(nn.Module):
 
     Args:
         model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs with separate weights for each task, so it must
-            not use running statistics, or change its parameters or buffers in place.
-        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`. The
-            parameters of a loss module are learned with the model's; inner steps do not move them.
+            not use running statistics, or change its parameters or buffers in place. A tensor is passed as
+            ``model(x)``, a dict of tensors as ``model(**x)``, a tuple or a list as ``model(*x)`` (to pass a dict as one
+            argument, wrap it: ``(x,)``). It may return a tensor, or a tree of tensors that the loss takes.
+        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`;
+            ``(predictions) -> loss`` for batches without targets. The parameters of a loss module are learned with the
+            model's; inner steps do not move them. Give it other arguments by `functools.partial`, or, if they differ
+            between tasks, in a dict of targets.
         inner_lr: alpha > 0: one number, or a number or tensor for each adapted parameter. Leaf tensors that require a
             gradient are learned in place. Can be set later: ``learner.inner_lr = 0.1``.
         inner_steps: J >= 1.
@@ -266,12 +271,12 @@ class MAML(nn.Module):
         self._keep_up()
         return trainable(self.model, self.loss_fn) | self.step_sizes.learned()
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
+    def adapt(self, support_x: Tree, support_y: Tree, *, steps: int | None = None) -> Params:
         """Adapt to each task's support set. Every step uses the whole set, whatever the estimator.
 
         Args:
-            support_x: ``[T, S, ...]``.
-            support_y: ``[T, S, ...]``.
+            support_x: ``[T, S, ...]``, a tensor or a tree (`metamom.TaskBatch`).
+            support_y: ``[T, S, ...]``, a tensor or a tree, or ``None`` for a loss without targets.
             steps: number of inner steps >= 0; the learner's own by default.
 
         Returns:
@@ -281,29 +286,32 @@ class MAML(nn.Module):
         with out_of_inference():
             along = _whole(support_x, support_y, self.inner_steps if steps is None else steps)
             problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
-            start = start_of(problem, rows, support_x.shape[0])
+            start = start_of(problem, rows, count(support_x))
             *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
         return adapted
 
-    def trajectory(self, support_x: Tensor, support_y: Tensor, *, steps: int) -> Iterator[Params]:
+    def trajectory(self, support_x: Tree, support_y: Tree, *, steps: int) -> Iterator[Params]:
         """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
         with out_of_inference():
             along = _whole(support_x, support_y, steps)
             problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
-            return trajectory(problem, start_of(problem, rows, support_x.shape[0]), along, keep_graph=False)
+            return trajectory(problem, start_of(problem, rows, count(support_x)), along, keep_graph=False)
 
-    def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`)."""
+    def predict(self, params: Params, x: Tree) -> Any:
+        """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`).
+
+        Inputs may be a tree; the result is one if the model returns one.
+        """
         check_adapted(params, x, named(self.model))
         return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x))
 
-    def judge(self, params: Params, predictions: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def judge(self, params: Params, predictions: Tree, y: Tree) -> tuple[Tensor, Tensor | None]:
         """Compute the loss and accuracy of each task's predictions.
 
         Args:
             params: the adapted weights that made the predictions; a loss module may share some of them.
             predictions: from `predict`, ``[T, N, ...]``.
-            y: their targets, ``[T, N, ...]``.
+            y: their targets, ``[T, N, ...]``, or ``None``.
 
         Returns:
             The losses ``[T]``, and the accuracies ``[T]`` or ``None``: see `metamom.maml.metrics.accuracy`.
@@ -448,14 +456,18 @@ class MAML(nn.Module):
     def _plan(self) -> Plan:
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)
 
-    def _accuracy(self, predictions: Any, y: Tensor) -> Tensor | None:
-        """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before."""
-        if not isinstance(predictions, Tensor):  # a structure that the loss function unpacks
+    def _accuracy(self, predictions: Tree, y: Tree) -> Tensor | None:
+        """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before.
+
+        ``None`` for several tensors of predictions or of targets, since which one holds scores is not known.
+        """
+        scores, labels = lone(predictions), lone(y)
+        if scores is None or labels is None:
             return None
-        return accuracy(predictions, y, self._readings.of(self.loss_fn, predictions, y))
+        return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels))
 
 
-def _whole(support_x: Tensor, support_y: Tensor, steps: int) -> list[InnerBatch]:
+def _whole(support_x: Tree, support_y: Tree, steps: int) -> list[InnerBatch]:
     """Inner batches that use all support points in every step."""
     steps = check_whole("the number of inner steps", steps, 0)
     check_set("support", support_x, support_y, empty=steps == 0)

@@ -5,7 +5,7 @@ Legend: T tasks, N points of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metamom.common.trees import Tree, count, device_of, mapped, named_leaves
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
@@ -55,15 +56,15 @@ class RunByTask:
         self.leaves: dict[bool, bool] = {}
 
     def __call__(
-        self, model: nn.Module, start: Start, own: Params, x: Tensor, draws: bool, dtype: torch.dtype | None, loop: bool
-    ) -> Tensor:
-        """Predictions ``[T, N, ...]``.
+        self, model: nn.Module, start: Start, own: Params, x: Tree, draws: bool, dtype: torch.dtype | None, loop: bool
+    ) -> Tree:
+        """Predictions ``[T, N, ...]``, a tensor or a tree.
 
         Args:
             model: always restored, even after an error; no other thread runs it at the same time.
             start: the parameters that all tasks share, or that inner steps do not move.
             own: each task's other parameters, ``[T, *shape]``.
-            x: ``[T, N, ...]``.
+            x: ``[T, N, ...]``, a tensor or a tree; see `call` for how the model gets it.
             draws: whether the model may draw at random.
             dtype: dtype of its products, see `metamom.maml.autocast.autocast`.
             loop: whether to run it task by task.
@@ -84,9 +85,9 @@ class RunByTask:
             with (
                 explained(model, loop=loop),
                 nullcontext() if draws else drawing_refused(),
-                unchanged(watched if loop else {"its input": x, **watched}, model, loop=loop),
+                unchanged(watched if loop else {**named_leaves("its input", x), **watched}, model, loop=loop),
                 in_mode(model),
-                autocast(x.device, dtype),
+                autocast(device_of(x), dtype),
                 self._functions(model, fast=not loop),
                 self._attributes(model),
                 carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
@@ -94,12 +95,11 @@ class RunByTask:
                 differentiable_twice(model) if loop else uncompiled(),
             ):
                 run = self._one_by_one if loop else self._over_tasks
-                found: Tensor = run(one_task, own, start.kept, x, mode, draws)
-                return found
+                return run(one_task, own, start.kept, x, mode, draws)
 
     def _over_tasks(
-        self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
-    ) -> Tensor:
+        self, one_task: Callable[..., Tree], own: Params, kept: Params, x: Tree, mode: bool, draws: bool
+    ) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
             return _vmap(one_task, "different")(own, kept, x)
@@ -110,23 +110,21 @@ class RunByTask:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
-        with DrawsByTask(x.shape[0]):
+        with DrawsByTask(count(x)):
             return _vmap(one_task, "different")(own, kept, x)
 
     def _one_by_one(
-        self, one_task: Callable[..., Tensor], own: Params, kept: Params, x: Tensor, mode: bool, draws: bool
-    ) -> Tensor:
+        self, one_task: Callable[..., Tree], own: Params, kept: Params, x: Tree, mode: bool, draws: bool
+    ) -> Tree:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
-        found: Tensor
         if is_tracing():
-            found = one_by_one(one_task, own, kept, x)
-            return found
+            return one_by_one(one_task, own, kept, x)
         if not (draws and mode in self.draws):
-            rewind, before = rewinder(), generator_states(x.device)
+            rewind, before = rewinder(), generator_states(device_of(x))
             try:
                 with DrawsRefused() if mode not in self.leaves or mode in self.draws else nullcontext():
                     found = one_by_one(one_task, own, kept, x)
-                if all(torch.equal(a, b) for a, b in zip(before, generator_states(x.device), strict=True)):
+                if all(torch.equal(a, b) for a, b in zip(before, generator_states(device_of(x)), strict=True)):
                     return found
                 raise drawn()
             except RuntimeError as error:
@@ -134,8 +132,7 @@ class RunByTask:
                     raise
             rewind()
             self.draws.add(mode)
-        found = one_by_one(DrawsByTask(x.shape[0]).each(one_task), own, kept, x)
-        return found
+        return one_by_one(DrawsByTask(count(x)).each(one_task), own, kept, x)
 
     @contextmanager
     def _functions(self, model: nn.Module, *, fast: bool) -> Iterator[None]:
@@ -162,7 +159,7 @@ class RunByTask:
 
 def _of_one_task(
     model: nn.Module, start: Start, own: Params, *, new: bool, loop: bool
-) -> tuple[Callable[..., Tensor], Params]:
+) -> tuple[Callable[..., Tree], Params]:
     """The model as a function of one task's parameters and inputs, and the tensors that it must leave unchanged."""
     found = slots(model)
     buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
@@ -170,22 +167,29 @@ def _of_one_task(
     watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
     scratch = warm_starts(model) if loop else frozenset()
 
-    def one_task(own: Params, kept: Params, x: Tensor) -> Any:
+    def one_task(own: Params, kept: Params, x: Tree) -> Any:
         weights = {**buffers, **start.shared, **kept, **own}
         if loop:  # the task's own copies, to write to
-            x = x.clone()
+            x = mapped(Tensor.clone, x)
             weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
         places = {name: w for name, w in weights.items() if name in found.places}
 
-        def call(places: Params) -> Any:
+        def with_weights(places: Params) -> Any:
             with swapped(found, places), carried_over.refused(model) if new else nullcontext():
-                return model(x)
+                return call(model, x)
 
-        out = _with_gradients_if_needed(call, places, found.tensors) if loop else call(places)
+        out = _with_gradients_if_needed(with_weights, places, found.tensors) if loop else with_weights(places)
         check_output(model, out)
         return out
 
     return one_task, watched
+
+
+def call(model: Callable[..., Any], x: Tree) -> Any:
+    """Call a model: ``model(x)`` for a tensor, ``model(**x)`` for a dict, ``model(*x)`` for a tuple or a list."""
+    if isinstance(x, Tensor):
+        return model(x)
+    return model(**x) if isinstance(x, Mapping) else model(*x)
 
 
 def _copies(params: Params) -> Params:
@@ -213,6 +217,6 @@ def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, ten
     return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
 
 
-def _vmap(one_task: Callable[..., Tensor], randomness: str) -> Callable[..., Tensor]:
-    batched: Callable[..., Tensor] = torch.func.vmap(one_task, randomness=randomness)
+def _vmap(one_task: Callable[..., Tree], randomness: str) -> Callable[..., Tree]:
+    batched: Callable[..., Tree] = torch.func.vmap(one_task, randomness=randomness)
     return batched

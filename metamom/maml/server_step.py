@@ -12,6 +12,7 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, NonFiniteError, as_operator
 from metamom.bias.checks import all_finite
+from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
 from metamom.maml.batch_checks import refuse_non_finite
 from metamom.maml.gradient import MetaGradients, OfTasks
@@ -45,7 +46,7 @@ def server_step(
     aggregate: Aggregate,
     world: World,
     measure: bool,
-    accuracy: Callable[[Tensor, Tensor], Tensor | None],
+    accuracy: Callable[[Tensor, Tree], Tensor | None],
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -59,7 +60,7 @@ def server_step(
         gradients.plan().check(batch)
         first = world.rank * batch.num_tasks
         if world.size > 1:
-            operator, shapes = as_operator(bias), [tuple(x.shape) for x in batch[:4]]
+            operator, shapes = as_operator(bias), [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
             what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
             world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
         server = Aggregation(

@@ -391,7 +391,7 @@ MISTAKES = {
         whole(MAML(Returns(lambda out: (out, out)), F.mse_loss), V), TypeError, ("returns a tuple", A_TENSOR)
     ),
     "outputs by name": Mistake(
-        whole(MAML(Returns(lambda out: {"logits": out}), lambda out, y: F.mse_loss(out["logits"], y)), V),
+        whole(MAML(Returns(lambda out: {"logits": out}), F.mse_loss), V),
         TypeError, ("returns a dict", A_TENSOR, "out['logits']"),
     ),
     "no output": Mistake(whole(MAML(Returns(lambda out: None), F.mse_loss), V), TypeError, ("a tensor", "got None")),
