@@ -374,6 +374,7 @@ class MAML(nn.Module):
         aggregate: Aggregate = "mean",
         world: World | None = None,
         measure: bool = True,
+        check_finite: bool = True,
     ) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
@@ -387,11 +388,16 @@ class MAML(nn.Module):
             world: the processes that compute this step together; one by default. Every process gets the gradient,
                 loss and metrics over all processes.
             measure: whether to measure ``bias_error``. With several processes this exchanges whole gradients.
+            check_finite: refuse a loss or gradient that is not finite. ``False`` adds it to ``.grad`` as it is, unless
+                an operator refuses it, for loops that skip such steps themselves (as `torch.amp.GradScaler` does).
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
 
         Raises:
+            metamom.DivergedError: if the loss or the gradient is not finite although the data is, saying whether the
+                weights, the inner step or the step is too large. ``.grad`` does not change.
+            metamom.maml.batch_checks.NonFiniteDataError: instead, if the data is not finite: which field and task.
             ValueError: as `meta_gradient`; from the operator; if processes differ in weights or arguments.
             metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
                 failure of one process.
@@ -408,6 +414,7 @@ class MAML(nn.Module):
                 aggregate=aggregate,
                 world=as_world(world),
                 measure=measure,
+                check_finite=check_finite,
                 accuracy=self._accuracy,
             )
 
