@@ -40,6 +40,9 @@ class TaskBatch(NamedTuple):
         query_y: their targets, ``[T, Q, ...]``, or ``None``.
         task_ids: ``[T]`` int64, the id of each task in a fixed set of tasks; ``None`` if tasks are always new.
             It stays outside ``torch.func.vmap``.
+        support_mask: ``[T, S]`` booleans, ``True`` for points that count, if tasks of different sizes were padded to
+            one (`metamom.pad`); else ``None``.
+        query_mask: the same of the query points, ``[T, Q]``.
     """
 
     support_x: Tree
@@ -47,6 +50,8 @@ class TaskBatch(NamedTuple):
     query_x: Tree
     query_y: Tree
     task_ids: Tensor | None = None
+    support_mask: Tensor | None = None
+    query_mask: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -231,7 +236,10 @@ def check_points(name: str, x: object, *, absent: bool = False) -> None:
     shapes = {place: list(leaf.shape) for place, leaf in found.items()}
     if len({shape[0] if shape else -1 for shape in shapes.values()}) > 1:
         listed = ", ".join(f"{place} {shape}" for place, shape in shapes.items())
-        raise ValueError(f"all tensors of {name} must hold the same tasks, [T, ...]; got {listed}.")
+        raise ValueError(
+            f"all tensors of {name} must hold the same tasks, [T, ...]; got {listed}. If these are "
+            "tasks of different sizes, make one batch of them: metamom.pad(tasks)."
+        )
 
 
 def _check_dense(name: str, x: Tensor) -> None:

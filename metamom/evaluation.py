@@ -108,12 +108,13 @@ def evaluate(
             check_batch(part)
             batch = part.to(like.device, like.dtype)
             theirs = slice(first, first + batch.num_tasks)
-            for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
+            adapted = learner.trajectory(batch.support_x, batch.support_y, steps=max(steps), mask=batch.support_mask)
+            for step, params in enumerate(adapted):
                 if step not in steps:
                     continue
                 with torch.no_grad():
-                    predictions = learner.predict(params, batch.query_x)
-                    losses, right = learner.judge(params, predictions, batch.query_y)
+                    predictions = learner.predict(params, batch.query_x, batch.query_mask)
+                    losses, right = learner.judge(params, predictions, batch.query_y, batch.query_mask)
                     value = losses if right is None else right
                     if not (all_finite(losses) and (right is None or all(map(all_finite, leaves(predictions))))):
                         refuse_non_finite(batch, first)

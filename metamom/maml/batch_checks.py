@@ -8,13 +8,13 @@ Legend: T tasks, S support points a task, Q query points a task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch, check_ids, check_points, kind_of
-from metamom.common.trees import Tree, count, lone, named_leaves
+from metamom.common.trees import Tree, count, lone, named_leaves, points
 
 IGNORED = -100  # the default ignore_index of torch's classification losses
 
@@ -31,7 +31,14 @@ def check_batch(batch: object) -> None:
         ValueError: for tensors that disagree on the number of tasks or points, or are empty.
     """
     if not isinstance(batch, TaskBatch):
-        advice = " Convert it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
+        advice = " Convert it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and _like_fields(batch) else ""
+        if (
+            isinstance(batch, (tuple, list))
+            and not advice
+            and batch
+            and all(isinstance(each, (tuple, list)) for each in batch)
+        ):
+            advice = " Make one batch of a list of tasks, of one size or of several: metamom.pad(tasks)."
         raise TypeError(
             f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {kind_of(batch)}.{advice}"
         )
@@ -48,6 +55,39 @@ def check_batch(batch: object) -> None:
         )
     if tasks[0] == 0:
         raise ValueError("a batch needs at least one task; got tensors [0, ...].")
+    check_mask("support", batch.support_x, batch.support_mask)
+    check_mask("query", batch.query_x, batch.query_mask)
+
+
+def _like_fields(batch: Sequence[object]) -> bool:
+    """Whether these may be the fields of one batch."""
+    return (
+        len(batch) in (4, 5, 7)
+        and not any(isinstance(each, TaskBatch) for each in batch)
+        and (not all(isinstance(each, (tuple, list)) and len(each) == 4 for each in batch))
+    )
+
+
+def check_mask(name: str, x: Tree, mask: object) -> None:
+    """Refuse anything but a mask of the points of a set, or ``None``.
+
+    Raises:
+        TypeError: for anything but booleans.
+        ValueError: for another shape, or a task of which no point counts.
+    """
+    if mask is None:
+        return
+    wanted = (count(x), points(x))
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        raise TypeError(
+            f"{name}_mask must be a tensor of booleans {list(wanted)}, as metamom.pad makes it; got {kind_of(mask)}."
+        )
+    if tuple(mask.shape) != wanted:
+        raise ValueError(
+            f"{name}_mask must have the shape {list(wanted)} of the points in {name}_x; got {list(mask.shape)}."
+        )
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"{name}_mask leaves task {int((~mask.any(1)).nonzero()[0])} without any point.")
 
 
 def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:

@@ -136,11 +136,17 @@ class InnerBatch(NamedTuple):
         x: inputs for the gradient, ``[T, s, ...]``, a tensor or a tree.
         y: their targets, ``[T, s, ...]``.
         hessian: inputs and targets for the Hessian, shaped as ``x`` and ``y``; ``None`` to use ``x`` and ``y``.
+        mask: the points that count, ``[T, s]``; ``None`` for all. A set with a mask is not split.
     """
 
     x: Tree
     y: Tree
     hessian: tuple[Tree, Tree] | None = None
+    mask: Tensor | None = None
+
+    def points(self) -> tuple[Tree, Tree, Tensor | None]:
+        """The inputs, targets and mask of the gradient."""
+        return self.x, self.y, self.mask
 
 
 class Adaptations(NamedTuple):
@@ -152,6 +158,7 @@ class Adaptations(NamedTuple):
         steps: the batches of the J inner steps, for T·c tasks.
         query_x: ``[T·c, Q, ...]``.
         query_y: ``[T·c, Q, ...]``.
+        query_mask: the points that count, ``[T·c, Q]``; ``None`` for all.
     """
 
     weight: float
@@ -159,6 +166,11 @@ class Adaptations(NamedTuple):
     steps: tuple[InnerBatch, ...]
     query_x: Tree
     query_y: Tree
+    query_mask: Tensor | None = None
+
+    def query(self) -> tuple[Tree, Tree, Tensor | None]:
+        """The inputs, targets and mask of the query sets."""
+        return self.query_x, self.query_y, self.query_mask
 
 
 def check_estimator(estimator: str, inner_batches: str) -> None:
@@ -212,6 +224,11 @@ def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batc
     wanted = f"estimator {estimator!r} takes its inner batches from {parts} equal parts of the support set"
     if inner_batches == "fresh":
         wanted = f"estimator {estimator!r} with {steps} fresh inner batches takes them from {parts} equal parts"
+    if batch.support_mask is not None:
+        raise ValueError(
+            f"{wanted}, and padded support sets have no equal parts. Use estimator 'exact' or 'first-order' with the "
+            "same inner batches, or tasks of one size."
+        )
     if points % parts or not points:
         raise ValueError(
             f"{wanted}; got {points} support points. Use shots={_multiple(points, parts)}, or another multiple of "
@@ -285,11 +302,13 @@ def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: Inner
     for weight, adaptations in ESTIMATORS[estimator].terms:
         along, hessian = zip(*adaptations, strict=True)
         own = [
-            InnerBatch(*points(along, turn), None if hessian == along else points(hessian, turn))
+            InnerBatch(*points(along, turn), None if hessian == along else points(hessian, turn), batch.support_mask)
             for turn in range(turns)
         ]
         copies = len(adaptations)
-        query = (trees.mapped(partial(_repeated, copies), tree) for tree in (batch.query_x, batch.query_y))
+        query = (
+            trees.mapped(partial(_repeated, copies), tree) for tree in (batch.query_x, batch.query_y, batch.query_mask)
+        )
         result.append(Adaptations(weight, copies, tuple(own if turns == steps else own * steps), *query))
     return result
 

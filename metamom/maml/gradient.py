@@ -161,6 +161,8 @@ class MetaGradients:
         workers = check_whole("the number of workers", workers, 1)
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self.chunk_size(batch), per_worker))
+        padded = batch.support_mask is not None or batch.query_mask is not None
+        of_chunk = self.eager if padded else self.of_chunk  # a loop over unpadded tasks depends on values
         self._announce(weights, batch, len(parts))
         rows: Tensor | None = None
         held: list[OfTasks] = []
@@ -169,7 +171,7 @@ class MetaGradients:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
             tasks = batch if len(parts) == 1 else batch.part(start, stop)
             with step.tasks(number + start, stop - start):
-                found = self.of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks))
+                found = of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks))
             averages = 2 + (0 if plan.memory is None else len(plan.problem.adapted))
             held.append(OfTasks(found[0], found[1], found[2:averages]))
             chunk = _flat(found[averages:])
@@ -272,7 +274,9 @@ def chunk_gradient(
     with torch.enable_grad():
         rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
         around = {} if is_tracing() else weights  # the losses may depend on these through the rows only
-        for term in plan.cut(TaskBatch(*restored(form, batch))):
+        fields = restored(form, batch)
+        tasks = TaskBatch(*fields[:4])._replace(support_mask=fields[4], query_mask=fields[5])
+        for term in plan.cut(tasks):
             found = episodes(problem, rows, term, memory)
             with explained(problem.model, loop=problem.loops()):
                 grads = gradients(found.losses.sum() * (scale * term.weight), [*rows.values(), *around.values()])
@@ -280,7 +284,7 @@ def chunk_gradient(
             if past:
                 raise from_outside(past)
             own = dict(zip(rows, grads[: len(rows)], strict=True))
-            check_cut(problem, [name for name, grad in own.items() if grad is None], term.query_x, term.query_y)
+            check_cut(problem, [name for name, grad in own.items() if grad is None], *term.query())
             new = [torch.zeros_like(rows[name]) if grad is None else grad for name, grad in own.items()]
             if not totals:
                 averages = [u.detach() for u in found.adapted.values()] if memory else []
@@ -304,13 +308,13 @@ def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
 
 def _arguments(batch: TaskBatch) -> tuple[Any, ...]:
     """A batch as arguments of `chunk_gradient`."""
-    form, tensors = flattened(batch[:4])
+    form, tensors = flattened((*batch[:4], *batch[5:]))
     return form, *tensors
 
 
 def _kinds(batch: TaskBatch) -> tuple[Hashable, ...]:
     """The form of a batch, and everything about its tensors except the number of tasks and the values."""
-    form, tensors = flattened(batch[:4])
+    form, tensors = flattened((*batch[:4], *batch[5:]))
     return str(form), *((x.shape[1:], x.dtype, x.device) for x in tensors)  # the form itself cannot be copied
 
 

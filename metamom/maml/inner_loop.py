@@ -28,6 +28,7 @@ from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.modes import out_of_inference
+from metamom.maml.padding import cut_off, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
@@ -119,16 +120,26 @@ def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
     return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
 
 
-def predictions(problem: Problem, start: Start, own: Params, x: Tree, draws: bool = True) -> Tree:
+def predictions(
+    problem: Problem, start: Start, own: Params, x: Tree, mask: Tensor | None = None, draws: bool = True
+) -> Tree:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
-    A random model draws separately for each task. With ``draws=False``, drawing is an error.
+    Of points outside ``mask`` [T, N], predictions mean nothing; a loop over the tasks leaves them out. A random model
+    draws separately for each task. With ``draws=False``, drawing is an error.
     """
     part, _ = problem.parts()
 
+    def compute(x: Tree, loop: bool) -> Tree:
+        return problem.run(problem.model, start, own, x, draws, problem.autocast, loop, mask)
+
     def run() -> Tree:
         loop = problem.vectorization.loops(part)
-        return problem.run(problem.model, start, own, x, draws, problem.autocast, loop)
+        if mask is not None and not loop:
+            loop = problem.run.loops_over_padded(
+                problem.model, partial(compute, loop=False), x, mask, must_not=problem.vectorization.vectorize == "vmap"
+            )
+        return compute(x, loop)
 
     out = problem.vectorization.attempt([part], run)
     if problem.autocast is None:
@@ -137,8 +148,11 @@ def predictions(problem: Problem, start: Start, own: Params, x: Tree, draws: boo
     return mapped(lambda each: each.to(wanted) if each.is_floating_point() else each, out)
 
 
-def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree) -> Tensor:
+def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree, mask: Tensor | None = None) -> Tensor:
     """Compute the losses ``[T]`` of predictions ``[T, N, ...]``, given the parameters that made them.
+
+    With a ``mask`` [T, N] of the points that count, the loss is called on each task's own points. A loss with a
+    parameter ``mask`` is called on all tasks at once.
 
     If a loss module shares parameters with the model, it gets each task's adapted ones.
 
@@ -150,16 +164,28 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
     loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
     _, part = problem.parts()
 
-    def one_task(predicted: Tree, *y: Tree) -> Tensor:
-        loss = loss_fn(predicted, *y)
+    masked = mask is not None and takes_mask(problem.loss_fn)
+
+    def one_task(predicted: Tree, y: tuple[Tree, ...], mask: tuple[Tensor, ...], loop: bool) -> Tensor:
+        if mask and loop:
+            (predicted, y), mask = cut_off((predicted, y), mask[0]), (mask[0][mask[0]],)
+        loss = loss_fn(predicted, *y, **({"mask": mask[0]} if masked else {}))
         check_loss(loss)
         return loss
 
     module = problem.loss_fn if isinstance(problem.loss_fn, nn.Module) else None
-    targets = () if y is None else (y,)
+    args = predicted, () if y is None else (y,), () if mask is None else (mask,)
 
     def run() -> Tensor:
         loop = problem.vectorization.loops(part)
+        if mask is not None and not loop and not masked:
+            if problem.vectorization.vectorize == "vmap":
+                raise ValueError(
+                    'loss_fn has no parameter mask, so with vectorize="vmap" it cannot leave out the padding of a '
+                    'batch from metamom.pad. Use vectorize="auto", which calls it task by task on the original points.'
+                )
+            loop = True
+        one = partial(one_task, loop=loop)
         if module is not None and (not loop or is_tracing()):
             check_hooks(module, compiling=loop)
         with (
@@ -169,8 +195,8 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
             loss_draws_refused(leaves(predicted)[0].device) if loop and not is_tracing() else nullcontext(),
         ):
             if module is not None and names:
-                return _with_parameters(module, one_task, names, start, own, (predicted, *targets), loop)
-            of_tasks: Tensor = map_over_tasks(one_task, loop)(predicted, *targets)
+                return _with_parameters(module, one, names, start, own, args, loop)
+            of_tasks: Tensor = map_over_tasks(one, loop)(*args)
             return of_tasks
 
     found = problem.vectorization.attempt([part], run)
@@ -215,7 +241,7 @@ def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep
         with out_of_inference(), torch.enable_grad():
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
             grads = _gradient(problem, start, at, batch, keep_graph)
-            check_cut(problem, [name for name, grad in grads.items() if grad is None], batch.x, batch.y)
+            check_cut(problem, [name for name, grad in grads.items() if grad is None], *batch.points())
             if keep_graph and ESTIMATORS[problem.estimator].derivatives != "none":
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
                 _check_constant(problem, flat, batch)
@@ -241,8 +267,8 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
     *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    predicted = predictions(problem, start, adapted, term.query_x)
-    return Episodes(losses(problem, start, adapted, predicted, term.query_y), predicted, adapted)
+    predicted = predictions(problem, start, adapted, term.query_x, term.query_mask)
+    return Episodes(losses(problem, start, adapted, predicted, *term.query()[1:]), predicted, adapted)
 
 
 def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
@@ -265,15 +291,15 @@ def _gradient(
     if derivatives == "differences" and batch.hessian is None:
         derivatives = "exact"
 
-    def losses_on(x: Tree, y: Tree, draws: bool = True) -> Losses:
+    def losses_on(x: Tree, y: Tree, mask: Tensor | None = None, draws: bool = True) -> Losses:
         def of(own: Params, others: Params) -> Tensor:
             kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
             there = start._replace(kept=kept, shared=shared)
-            return losses(problem, there, own, predictions(problem, there, own, x, draws), y)
+            return losses(problem, there, own, predictions(problem, there, own, x, mask, draws), y, mask)
 
         return of
 
-    along = losses_on(batch.x, batch.y)
+    along = losses_on(*batch.points())
     hessian = None if batch.hessian is None else losses_on(*batch.hessian, draws=derivatives != "differences")
     precision = max(torch.finfo(problem.autocast or w.dtype).eps for w in at.values())
 
@@ -284,7 +310,7 @@ def _gradient(
     return problem.vectorization.attempt(problem.parts(), gradient)
 
 
-def check_cut(problem: Problem, missing: Sequence[str], x: Tree, y: Tree) -> None:
+def check_cut(problem: Problem, missing: Sequence[str], x: Tree, y: Tree, mask: Tensor | None = None) -> None:
     """Refuse parameters that have no gradient although the loss depends on them. The others are merely unused.
 
     Args:
@@ -292,18 +318,19 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tree, y: Tree) -> Non
         missing: names of the meta-parameters without a gradient.
         x: inputs ``[T, N, ...]``; the first task is tried.
         y: their targets.
+        mask: the points that count.
 
     Raises:
         ValueError: naming them.
     """
     if is_tracing() or problem.uses.are_unused(missing, _modules(problem)):
         return
-    step, (x, y) = Step(), (mapped(lambda each: each[:1], tree) for tree in (x, y))
+    step, (x, y, mask) = Step(), (mapped(lambda each: each[:1], tree) for tree in (x, y, mask))
 
     def loss(weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1):
-            return losses(problem, start, start.own, predictions(problem, start, start.own, x), y)
+            return losses(problem, start, start.own, predictions(problem, start, start.own, x, mask), y, mask)
 
     problem.uses.check_cut(missing, _values(problem), loss)
 
@@ -318,7 +345,8 @@ def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -
     """
     if is_tracing() or problem.uses.are_constant(names, _modules(problem)):
         return
-    one, step = InnerBatch(*(mapped(lambda each: each[:1], tree) for tree in batch[:2])), Step()
+    x, y, mask = (mapped(lambda each: each[:1], tree) for tree in batch.points())
+    one, step = InnerBatch(x, y, None, mask), Step()
 
     def gradient(name: str, weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)

@@ -17,7 +17,7 @@ from metamom.common.checks import check_whole
 from metamom.common.trees import Tree, count, lone
 from metamom.compile.graph import CompileMode
 from metamom.distributed import World, as_world
-from metamom.maml.batch_checks import check_adapted, check_set
+from metamom.maml.batch_checks import check_adapted, check_mask, check_set
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatch, InnerBatches, check_estimator, support_parts
 from metamom.maml.gradient import MetaGradients, OfTasks, Plan
@@ -65,7 +65,8 @@ class MAML(nn.Module):
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`;
             ``(predictions) -> loss`` for batches without targets. The parameters of a loss module are learned with the
             model's; inner steps do not move them. Give it other arguments by `functools.partial`, or, if they differ
-            between tasks, in a dict of targets.
+            between tasks, in a dict of targets. On a batch from `metamom.pad`, it gets each task's own points; a loss
+            with a parameter ``mask`` [N] (booleans, ``True`` for points that count) may get all.
         inner_lr: alpha > 0: one number, or a number or tensor for each adapted parameter. Leaf tensors that require a
             gradient are learned in place. Can be set later: ``learner.inner_lr = 0.1``.
         inner_steps: J >= 1.
@@ -83,7 +84,9 @@ class MAML(nn.Module):
             once for each shape of batch, and uses about 512 MiB on a CPU, or half of the free memory on a GPU.
         vectorize: ``"vmap"`` runs model and loss on all tasks of a chunk at once. ``"loop"`` runs them task by task,
             with the same gradients to rounding. ``"auto"`` uses vmap until the model or the loss turns out not to work
-            with it (recurrent layers, ``.item()`` or ``if`` on values, hooks), then warns once and loops.
+            with it (recurrent layers, ``.item()`` or ``if`` on values, hooks), then warns once and loops. Of a batch
+            from `metamom.pad`, a loop sees no padding, so ``"auto"`` also loops over those if the points of a task
+            depend on each other (batch normalisation).
         compile: compile the whole meta-gradient, once for each batch shape, and again when the loss, a module, a
             hook, a buffer or a frozen parameter is replaced. Everything else that the model or loss reads (a dropout
             rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
@@ -271,53 +274,63 @@ class MAML(nn.Module):
         self._keep_up()
         return trainable(self.model, self.loss_fn) | self.step_sizes.learned()
 
-    def adapt(self, support_x: Tree, support_y: Tree, *, steps: int | None = None) -> Params:
+    def adapt(
+        self, support_x: Tree, support_y: Tree, *, steps: int | None = None, mask: Tensor | None = None
+    ) -> Params:
         """Adapt to each task's support set. Every step uses the whole set, whatever the estimator.
 
         Args:
             support_x: ``[T, S, ...]``, a tensor or a tree (`metamom.TaskBatch`).
             support_y: ``[T, S, ...]``, a tensor or a tree, or ``None`` for a loss without targets.
             steps: number of inner steps >= 0; the learner's own by default.
+            mask: the points that count, ``[T, S]``, as ``support_mask`` of a batch from `metamom.pad`; all by default.
 
         Returns:
             Adapted parameters by name, ``[T, *shape]``, for use with `predict`. They are differentiable in the
             meta-parameters if gradients are enabled.
         """
         with out_of_inference():
-            along = _whole(support_x, support_y, self.inner_steps if steps is None else steps)
+            along = _whole(support_x, support_y, mask, self.inner_steps if steps is None else steps)
             problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
             start = start_of(problem, rows, count(support_x))
             *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
         return adapted
 
-    def trajectory(self, support_x: Tree, support_y: Tree, *, steps: int) -> Iterator[Params]:
+    def trajectory(
+        self, support_x: Tree, support_y: Tree, *, steps: int, mask: Tensor | None = None
+    ) -> Iterator[Params]:
         """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
         with out_of_inference():
-            along = _whole(support_x, support_y, steps)
+            along = _whole(support_x, support_y, mask, steps)
             problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
             return trajectory(problem, start_of(problem, rows, count(support_x)), along, keep_graph=False)
 
-    def predict(self, params: Params, x: Tree) -> Any:
+    def predict(self, params: Params, x: Tree, mask: Tensor | None = None) -> Any:
         """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`).
 
-        Inputs may be a tree; the result is one if the model returns one.
+        Inputs may be a tree; the result is one if the model returns one. Of points outside ``mask`` [T, N]
+        (``query_mask``), it means nothing.
         """
         check_adapted(params, x, named(self.model))
-        return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x))
+        check_mask("query", x, mask)
+        return predictions(self._problem(), Start(params, {}, {}, {}), params, differentiable(x), mask)
 
-    def judge(self, params: Params, predictions: Tree, y: Tree) -> tuple[Tensor, Tensor | None]:
+    def judge(
+        self, params: Params, predictions: Tree, y: Tree, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute the loss and accuracy of each task's predictions.
 
         Args:
             params: the adapted weights that made the predictions; a loss module may share some of them.
             predictions: from `predict`, ``[T, N, ...]``.
             y: their targets, ``[T, N, ...]``, or ``None``.
+            mask: the points that count, ``[T, N]``; all by default.
 
         Returns:
             The losses ``[T]``, and the accuracies ``[T]`` or ``None``: see `metamom.maml.metrics.accuracy`.
         """
-        found = losses(self._problem(), Start(params, {}, {}, {}), params, predictions, differentiable(y))
-        return found, self._accuracy(predictions, y)
+        found = losses(self._problem(), Start(params, {}, {}, {}), params, predictions, differentiable(y), mask)
+        return found, self._accuracy(predictions, y, mask)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""
@@ -463,7 +476,7 @@ class MAML(nn.Module):
     def _plan(self) -> Plan:
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)
 
-    def _accuracy(self, predictions: Tree, y: Tree) -> Tensor | None:
+    def _accuracy(self, predictions: Tree, y: Tree, mask: Tensor | None = None) -> Tensor | None:
         """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before.
 
         ``None`` for several tensors of predictions or of targets, since which one holds scores is not known.
@@ -471,11 +484,12 @@ class MAML(nn.Module):
         scores, labels = lone(predictions), lone(y)
         if scores is None or labels is None:
             return None
-        return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels))
+        return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)
 
 
-def _whole(support_x: Tree, support_y: Tree, steps: int) -> list[InnerBatch]:
+def _whole(support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int) -> list[InnerBatch]:
     """Inner batches that use all support points in every step."""
     steps = check_whole("the number of inner steps", steps, 0)
     check_set("support", support_x, support_y, empty=steps == 0)
-    return [InnerBatch(differentiable(support_x), differentiable(support_y))] * steps
+    check_mask("support", support_x, mask)
+    return [InnerBatch(differentiable(support_x), differentiable(support_y), None, mask)] * steps

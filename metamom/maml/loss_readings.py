@@ -42,20 +42,20 @@ class LossReadings:
             ValueError: when it is called, if it would broadcast targets against predictions of another shape.
         """
 
-        def loss(predictions: Any, *given: Tree) -> Tensor:
+        def loss(predictions: Any, *given: Tree, **options: Any) -> Tensor:
             scores, targets = leaves(predictions), lone(given)
             if targets is None:  # a tree of targets, or none: what the loss makes of it cannot be followed
                 with LossWatch(scores, None):
-                    return loss_fn(predictions, *given)
+                    return loss_fn(predictions, *given, **options)
             seen = _seen(loss_fn, scores, targets)
             fine = self._fine.get(seen)
             if fine is not None and not fine[1] and targets.is_floating_point():
                 try:
-                    return loss_fn(predictions, *given)
+                    return loss_fn(predictions, *given, **options)
                 except RuntimeError:  # it may have changed, so watch it again below
                     fine = None
             with LossWatch(scores, targets, pairs=fine is None) as watch:
-                value = loss_fn(predictions, *given)
+                value = loss_fn(predictions, *given, **options)
             _remember(self._fine, seen, (loss_fn, watch.replaced))
             if len(scores) == 1:
                 key = _key(loss_fn, scores[0].shape, targets.shape)

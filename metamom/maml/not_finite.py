@@ -63,14 +63,14 @@ def _reason(plan: Plan, weights: Params, batch: TaskBatch, query_losses: Tensor,
 def _of_task(plan: Plan, weights: Params, one: TaskBatch) -> str:
     """Why the query loss of a task is not finite: adapt to it again, step by step."""
     problem, term = plan.problem, plan.cut(one)[0]
-    sets = [*((step.x, step.y) for step in term.steps), (term.query_x, term.query_y)]
+    sets = [*(step.points() for step in term.steps), term.query()]
     step = Step()
     with torch.random.fork_rng(devices=[]), step.tasks(0, 1), torch.no_grad():
         start = start_of(problem, {name: w.detach().unsqueeze(0) for name, w in weights.items()}, term.copies)
 
         def loss(own: Params, number: int) -> float:
-            x, y = sets[number]
-            return float(losses(problem, start, own, predictions(problem, start, own, x), y).sum())
+            x, y, mask = sets[number]
+            return float(losses(problem, start, own, predictions(problem, start, own, x, mask), y, mask).sum())
 
         before = loss(start.own, -1)
         for number, own in enumerate(trajectory(problem, start, term.steps, keep_graph=False)):

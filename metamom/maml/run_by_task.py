@@ -22,6 +22,7 @@ from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
+from metamom.maml.padding import cut_off, mixes_points, put_back
 from metamom.maml.plain_autograd import differentiable_twice, uncompiled, warm_starts
 from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, tensors_left
 from metamom.maml.task_weights import Params, Start
@@ -48,15 +49,25 @@ class RunByTask:
         draws: the modes (values of ``model.training``) in which the model draws at random.
         calls: whether the model calls such functions, by mode.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
+        mixes: whether a prediction depends on the other points of its task, by mode.
     """
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
         self.calls: dict[bool, bool] = {}
         self.leaves: dict[bool, bool] = {}
+        self.mixes: dict[bool, bool] = {}
 
     def __call__(
-        self, model: nn.Module, start: Start, own: Params, x: Tree, draws: bool, dtype: torch.dtype | None, loop: bool
+        self,
+        model: nn.Module,
+        start: Start,
+        own: Params,
+        x: Tree,
+        draws: bool,
+        dtype: torch.dtype | None,
+        loop: bool,
+        mask: Tensor | None = None,
     ) -> Tree:
         """Predictions ``[T, N, ...]``, a tensor or a tree.
 
@@ -68,6 +79,7 @@ class RunByTask:
             draws: whether the model may draw at random.
             dtype: dtype of its products, see `metamom.maml.autocast.autocast`.
             loop: whether to run it task by task.
+            mask: the points that count, ``[T, N]``; in a loop, the model does not see the others.
 
         Raises:
             VmapError: for a model that cannot run with per-task weights under vmap.
@@ -95,7 +107,34 @@ class RunByTask:
                 differentiable_twice(model) if loop else uncompiled(),
             ):
                 run = self._one_by_one if loop else self._over_tasks
-                return run(one_task, own, start.kept, x, mode, draws)
+                return run(one_task, own, start.kept, (x, mask) if loop and mask is not None else (x,), mode, draws)
+
+    def loops_over_padded(
+        self, model: nn.Module, predict: Callable[[Tree], Tree], x: Tree, mask: Tensor, *, must_not: bool
+    ) -> bool:
+        """Whether padded tasks must run one by one, since the padding would change the predictions for other points.
+
+        Raises:
+            ValueError: if they must, and ``must_not``.
+        """
+        mode = is_training(model)
+        if mode not in self.mixes:
+            rewind = rewinder()
+
+            def again(x: Tree) -> Tree:
+                rewind()
+                return predict(x)
+
+            self.mixes[mode] = mixes_points(model, again, x, mask)
+            rewind()
+        if self.mixes[mode] and must_not:
+            raise ValueError(
+                f"{type(model).__name__} computes with all points of a set at once (batch normalisation, or attention "
+                "to the set), so the padding of a batch from metamom.pad would change its predictions. Use "
+                'vectorize="auto" or "loop", which run such tasks one by one without padding, or layers such as '
+                "GroupNorm that take each point alone."
+            )
+        return self.mixes[mode]
 
     def _over_tasks(
         self, one_task: Callable[..., Tree], own: Params, kept: Params, x: Tree, mode: bool, draws: bool
@@ -167,10 +206,11 @@ def _of_one_task(
     watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
     scratch = warm_starts(model) if loop else frozenset()
 
-    def one_task(own: Params, kept: Params, x: Tree) -> Any:
+    def one_task(own: Params, kept: Params, given: tuple[Tree, ...]) -> Any:
+        x, *mask = given
         weights = {**buffers, **start.shared, **kept, **own}
         if loop:  # the task's own copies, to write to
-            x = mapped(Tensor.clone, x)
+            x = mapped(Tensor.clone, cut_off(x, mask[0]) if mask else x)
             weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
         places = {name: w for name, w in weights.items() if name in found.places}
 
@@ -180,7 +220,7 @@ def _of_one_task(
 
         out = _with_gradients_if_needed(with_weights, places, found.tensors) if loop else with_weights(places)
         check_output(model, out)
-        return out
+        return put_back(out, mask[0]) if mask else out
 
     return one_task, watched
 

@@ -48,7 +48,7 @@ def server_step(
     world: World,
     measure: bool,
     check_finite: bool,
-    accuracy: Callable[[Tensor, Tree], Tensor | None],
+    accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -76,7 +76,7 @@ def server_step(
             with torch.no_grad():
                 own = gradients.losses(weights, batch)
             raise not_finite(gradients.plan(), weights, batch, own, first) from error
-        right = accuracy(tasks.predictions, batch.query_y)
+        right = accuracy(tasks.predictions, batch.query_y, batch.query_mask)
     outcomes = world.gather(torch.stack([tasks.losses] if right is None else [tasks.losses, right.to(tasks.losses)]))
     losses, *shares = outcomes.transpose(0, 1).flatten(1)
     finite = all_finite(losses)

@@ -246,7 +246,7 @@ MISTAKES = {
     ),
     "a list": Mistake(
         lambda: regressor().losses(list(V)),
-        TypeError, ("TaskBatch", "a list of 5", "TaskBatch(*batch)"),
+        TypeError, ("TaskBatch", "a list of 7", "TaskBatch(*batch)"),
     ),
     "a tensor": Mistake(lambda: regressor().meta_gradient(V.query_x), TypeError, ("got a tensor [4, 3, 1]",)),
     "nothing": Mistake(lambda: regressor().backward(None), TypeError, ("TaskBatch", "got None")),
