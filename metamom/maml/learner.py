@@ -90,7 +90,7 @@ class MAML(nn.Module):
         compile: compile the whole meta-gradient, once for each batch shape, and again when the loss, a module, a
             hook, a buffer or a frozen parameter is replaced. Everything else that the model or loss reads (a dropout
             rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
-            compiling fails, it warns once and continues without.
+            compiling fails, it warns once and continues without. Batches from `metamom.pad` run without.
         autocast: dtype of the model's matrix products and convolutions: `torch.bfloat16`, accumulated in float32, or
             ``None``. Less accurate (docs/performance.md), and faster only on hardware that multiplies in bfloat16.
 

@@ -6,6 +6,7 @@ Legend: T tasks, N points of a task after padding, n before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -155,7 +156,7 @@ def takes_mask(loss_fn: Callable[..., Any]) -> bool:
     return found is not None and found.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def mixes_points(model: nn.Module, predict: Callable[[Tree], Tree], x: Tree, mask: Tensor) -> bool:
+def mixes_points(model: nn.Module, predict: Callable[[Tree], Tree], x: Tree, mask: Tensor) -> bool | None:
     """Whether predictions for points depend on the padding, as with the statistics of a batch or attention to a set.
 
     Args:
@@ -163,21 +164,33 @@ def mixes_points(model: nn.Module, predict: Callable[[Tree], Tree], x: Tree, mas
         predict: predictions ``[T, N, ...]`` for inputs; draws the same in every call.
         x: inputs ``[T, N, ...]``.
         mask: ``[T, N]``.
+
+    Returns:
+        ``None`` if there is no padding, or none that could have other values, to find out by.
     """
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         return True
-
-    def other(inputs: Tensor) -> Tensor:
-        if inputs.shape[:2] != mask.shape:
-            return inputs
-        changed = inputs.roll(1, 0)
-        changed = 1.5 * changed + 0.5 if changed.is_floating_point() else changed
-        return torch.where(mask.view(*mask.shape, *[1] * (inputs.dim() - 2)), inputs, changed)
-
+    changed = mapped(partial(_with_other_padding, mask=mask), x)
+    if all(torch.equal(a, b) for a, b in zip(leaves(x), leaves(changed), strict=True)):
+        return None
     with torch.no_grad():
-        for a, b in zip(leaves(predict(x)), leaves(predict(mapped(other, x))), strict=True):
+        for a, b in zip(leaves(predict(x)), leaves(predict(changed)), strict=True):
             if a.shape[:2] == mask.shape:
                 a, b = a[mask], b[mask]
-            if not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max() if a.numel() else 0)):
+            scale = float(a.nan_to_num().abs().max()) if a.numel() else 0.0
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * scale, equal_nan=True):
                 return True
     return False
+
+
+def _with_other_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """The same points with other values for the padding; whole numbers stay in the range of those that occur."""
+    if x.shape[:2] != mask.shape:
+        return x
+    if x.is_floating_point() or x.is_complex():
+        other = 1.5 * x.roll((1, 1), (0, 1)) + 0.5
+    elif x.dtype == torch.bool:
+        other = ~x
+    else:
+        other = torch.where(x == x.max(), x.min(), x.max())
+    return torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, other)

@@ -125,8 +125,11 @@ class RunByTask:
                 rewind()
                 return predict(x)
 
-            self.mixes[mode] = mixes_points(model, again, x, mask)
+            mixes = mixes_points(model, again, x, mask)
             rewind()
+            if mixes is None:  # try with the next batch; until then a loop is right in any case
+                return not must_not
+            self.mixes[mode] = mixes
         if self.mixes[mode] and must_not:
             raise ValueError(
                 f"{type(model).__name__} computes with all points of a set at once (batch normalisation, or attention "

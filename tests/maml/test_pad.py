@@ -172,6 +172,28 @@ def test_first_order_workers_and_learned_step_sizes():
         assert_close({n: row[t] for n, row in rows.items()}, {n: row[0] for n, row in one.items()}, TOLERANCE)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_chunks_without_padding_do_not_hide_that_points_mix(size):
+    agrees(randomised(Centred().double()), F.cross_entropy, tasks(((6, 5), (6, 5), (6, 5), (2, 3))), chunk_size=size)
+
+
+class Pooled(nn.Module):
+    """A model of words that also looks at all words of the set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 4), nn.Linear(4, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(x).mean(1)) + self.words(x).mean((0, 1)))
+
+
+@pytest.mark.parametrize("size", [1, None])
+def test_models_of_whole_numbers_that_mix_points(size):
+    ragged = [(x["input_ids"], y, query_x["input_ids"], query_y) for x, y, query_x, query_y in texts()]
+    agrees(randomised(Pooled().double()), F.cross_entropy, ragged, chunk_size=size)
+
+
 def test_dropout_does_not_keep_tasks_from_running_at_once():
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(0.5), nn.Linear(4, WAYS)).double()
     learner = MAML(model, F.cross_entropy)
@@ -210,9 +232,12 @@ def text(n: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     return {"input_ids": ids, "attention_mask": mask}, torch.randint(WAYS, (n,), generator=g)
 
 
+def texts() -> list[tuple[Any, ...]]:
+    return [(*text(s, 2 * i), *text(q, 2 * i + 1)) for i, (s, q) in enumerate(SIZES)]
+
+
 def test_trees_and_missing_targets():
-    ragged = [(*text(s, 2 * i), *text(q, 2 * i + 1)) for i, (s, q) in enumerate(SIZES)]
-    agrees(randomised(Classifier().double()), of_logits, ragged)
+    agrees(randomised(Classifier().double()), of_logits, texts())
     without = [(x, None, query_x, None) for x, _, query_x, _ in tasks()]
     agrees(randomised(mlp().double()), lambda out: out.square().mean() + out.sum().cos(), without)
 
@@ -287,7 +312,7 @@ def on_two(folder: Path) -> None:
     """Trees and padding on two processes, and a task on the second one that diverges."""
     with start(timeout=60) as world:
         learner = MAML(randomised(Classifier().double()), of_logits, inner_lr=0.1)
-        ragged = [(*text(s, 2 * i), *text(q, 2 * i + 1)) for i, (s, q) in enumerate(SIZES)]
+        ragged = texts()
         mine = pad(ragged).split(2)[world.rank]
         found = learner.backward(mine, workers=2, world=world)
         if world.first:
@@ -307,7 +332,7 @@ def test_two_processes(tmp_path):
     assert ended[0][1] == ended[1][1]
     assert "first in task 3: the inner steps are too large" in ended[0][1]
     learner = MAML(randomised(Classifier().double()), of_logits, inner_lr=0.1)
-    ragged = [(*text(s, 2 * i), *text(q, 2 * i + 1)) for i, (s, q) in enumerate(SIZES)]
+    ragged = texts()
     alone = learner.backward(pad(ragged), workers=2)
     expected = [alone.loss, *(p.grad for p in learner.parameters())]
     for ours, theirs in zip(torch.load(tmp_path / "found.pt", weights_only=True), expected, strict=True):
