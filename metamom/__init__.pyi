@@ -30,6 +30,7 @@ from .bias import TopK as TopK
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .maml.learner import MAML as MAML
+from .maml.padding import pad as pad
 from .optim import CompositeMomentum as CompositeMomentum
 from .optim import LambdaBeta as LambdaBeta
 from .optim import momentum_update as momentum_update

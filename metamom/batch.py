@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.checks import AT_ONCE, check_whole
+from metamom.common.trees import Tree, count, mapped, named_leaves
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,42 +24,51 @@ if TYPE_CHECKING:
 class TaskBatch(NamedTuple):
     """T tasks, each with a support set to adapt on and a query set to evaluate on.
 
+    Inputs and targets are tensors, or trees of tensors: dicts, tuples and lists, nested in any way. Every tensor has
+    the leading task axis. The model gets a tensor as ``model(x)``, a dict as ``model(**x)`` (such as a tokeniser's
+    output), and a tuple or a list as ``model(*x)``; for a model that takes a dict as its only argument, wrap it:
+    ``(x,)``. The loss gets ``loss_fn(output, targets)``, with a tree of targets as it is, or ``loss_fn(output)`` if the
+    targets are ``None``.
+
     Classification sets are ordered shot by shot (labels 0..N-1, then 0..N-1 again), so that any half or part of a
     set is balanced.
 
     Attributes:
         support_x: inputs to adapt on, ``[T, S, ...]``.
-        support_y: their targets, ``[T, S, ...]`` (class indices ``[T, S]``, or values ``[T, S, 1]``).
+        support_y: their targets, ``[T, S, ...]`` (class indices ``[T, S]``, or values ``[T, S, 1]``), or ``None``.
         query_x: inputs to evaluate on, ``[T, Q, ...]``.
-        query_y: their targets, ``[T, Q, ...]``.
+        query_y: their targets, ``[T, Q, ...]``, or ``None``.
         task_ids: ``[T]`` int64, the id of each task in a fixed set of tasks; ``None`` if tasks are always new.
             It stays outside ``torch.func.vmap``.
+        support_mask: ``[T, S]`` booleans, ``True`` for points that count, if tasks of different sizes were padded to
+            one (`metamom.pad`); else ``None``.
+        query_mask: the same of the query points, ``[T, Q]``.
     """
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    support_x: Tree
+    support_y: Tree
+    query_x: Tree
+    query_y: Tree
     task_ids: Tensor | None = None
+    support_mask: Tensor | None = None
+    query_mask: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
         """T, the number of tasks."""
-        return self.support_x.shape[0]
+        return count(self.support_x)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TaskBatch:
         """Move the tensors to ``device``, and floating-point ones to ``dtype`` (class indices keep their dtype)."""
 
-        def move(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
+        def move(x: Tensor) -> Tensor:
             return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 
-        return TaskBatch(*(move(field) for field in self))  # type: ignore[arg-type]
+        return TaskBatch(*(mapped(move, field) for field in self))
 
     def part(self, start: int, stop: int) -> TaskBatch:
         """Return the tasks ``start <= t < stop`` as views."""
-        return TaskBatch(*(None if field is None else field[start:stop] for field in self))  # type: ignore[arg-type]
+        return TaskBatch(*(mapped(lambda x: x[start:stop], field) for field in self))
 
     def split(self, n: int) -> tuple[TaskBatch, ...]:
         """Split the tasks over n workers: worker i gets the i-th contiguous block of T/n tasks.
@@ -185,28 +196,61 @@ def check_sampler(sampler: object, what: str = "a sampler") -> None:
         )
 
 
-def check_points(name: str, x: object) -> None:
-    """Refuse anything that is not a tensor of points ``[T, N, ...]``.
+def check_points(name: str, x: object, *, absent: bool = False) -> None:
+    """Refuse anything that is not points ``[T, N, ...]``: a tensor, or a tree of tensors with one T.
+
+    Args:
+        name: of the field, for the error.
+        x: the points. A tensor of a tree may also hold one thing for each task, ``[T, ...]``.
+        absent: whether ``None`` is fine.
 
     Raises:
-        TypeError: for anything but a dense tensor.
-        ValueError: for a tensor without an axis of points.
+        TypeError: for anything but dense tensors.
+        ValueError: for a tensor without an axis of points, or tensors of different tasks.
     """
-    if not isinstance(x, Tensor):
+    if absent and x is None:
+        return
+    if isinstance(x, Tensor):
+        _check_dense(name, x)
+        if x.dim() < 2:
+            raise ValueError(
+                f"{name} must have shape [T, N, ...], N points of each of T tasks; got {list(x.shape)}. "
+                "One task is T = 1: x.unsqueeze(0)."
+            )
+        return
+    found = named_leaves(name, x)
+    if not isinstance(x, (Mapping, tuple, list)) or not any(isinstance(leaf, Tensor) for leaf in found.values()):
         advice_for = {
             "ndarray": " Convert it: torch.from_numpy(...), or torch.as_tensor(...).",
             "list": " Convert it: torch.as_tensor(...).",
         }
-        advice = advice_for.get(type(x).__name__, "")
+        advice = advice_for.get(type(x).__name__, " Convert it: dict(x)." if isinstance(x, Mapping) and x else "")
         raise TypeError(f"{name} must be a tensor [T, N, ...], N points of each of T tasks; got {kind_of(x)}.{advice}")
+    for place, leaf in found.items():
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{place} must be a tensor [T, ...]; got {kind_of(leaf)}. Leave out what the model does not need, and "
+                "convert the rest: torch.as_tensor(...)."
+            )
+        _check_dense(place, leaf)
+    shapes = {place: list(leaf.shape) for place, leaf in found.items()}
+    if len({shape[0] if shape else -1 for shape in shapes.values()}) > 1:
+        listed = ", ".join(f"{place} {shape}" for place, shape in shapes.items())
+        raise ValueError(
+            f"all tensors of {name} must hold the same tasks, [T, ...]; got {listed}. If these are "
+            "tasks of different sizes, make one batch of them: metamom.pad(tasks)."
+        )
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    """Refuse sparse and nested tensors.
+
+    Raises:
+        TypeError: with what to do.
+    """
     if x.layout is not torch.strided:
         raise TypeError(
             f"{name} must be a dense tensor [T, N, ...]; got one with layout {x.layout}. Convert it: x.to_dense()."
-        )
-    if x.dim() < 2:
-        raise ValueError(
-            f"{name} must have shape [T, N, ...], N points of each of T tasks; got {list(x.shape)}. "
-            "One task is T = 1: x.unsqueeze(0)."
         )
 
 
@@ -288,7 +332,7 @@ def drawn(
             f"query_y); got a {type(batch).__name__}."
         )
     for name, field in zip(batch._fields[:4], batch[:4], strict=True):
-        check_points(f"{name} of {type(sampler).__name__}.sample", field)
+        check_points(f"{name} of {type(sampler).__name__}.sample", field, absent=name.endswith("_y"))
     check_ids(f"task_ids of {type(sampler).__name__}.sample", batch.task_ids)
     if batch.num_tasks * world_size != num_tasks and not (or_all and batch.num_tasks == num_tasks):
         raise ValueError(

@@ -15,6 +15,7 @@ from metamom.bias.checks import all_finite
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.common.choices import Norm
 from metamom.common.intervals import normal_halfwidth
+from metamom.common.trees import leaves
 from metamom.distributed import World, as_world, digest
 from metamom.maml.batch_checks import check_batch, refuse_non_finite
 from metamom.maml.features import shared_between_predictions
@@ -123,7 +124,10 @@ def evaluate(
             batch = part.to(like.device, like.dtype)
             theirs = slice(first, first + batch.num_tasks)
             with shared_between_predictions(batch.support_x, batch.query_x):
-                for step, params in enumerate(learner.trajectory(batch.support_x, batch.support_y, steps=max(steps))):
+                adapted = learner.trajectory(
+                    batch.support_x, batch.support_y, steps=max(steps), mask=batch.support_mask
+                )
+                for step, params in enumerate(adapted):
                     if step not in steps:
                         continue
                     losses, right = _judged(learner, params, batch, first)
@@ -147,10 +151,12 @@ def evaluate(
 @torch.no_grad()
 def _judged(learner: MAML, params: Params, batch: TaskBatch, first: int) -> tuple[Tensor, Tensor | None]:
     """The query losses and accuracies of tasks, of which the first has the number ``first``; see `MAML.judge`."""
-    support = {"support_x": batch.support_x} if learner.norm == "support" else {}
-    predictions = learner.predict(params, batch.query_x, **support)
-    losses, right = learner.judge(params, predictions, batch.query_y)
-    if not (all_finite(losses) and (right is None or all_finite(predictions))):
+    support = {}
+    if learner.norm == "support":
+        support = {"support_x": batch.support_x, "support_mask": batch.support_mask}
+    predictions = learner.predict(params, batch.query_x, batch.query_mask, **support)
+    losses, right = learner.judge(params, predictions, batch.query_y, batch.query_mask)
+    if not (all_finite(losses) and (right is None or all(map(all_finite, leaves(predictions))))):
         refuse_non_finite(batch, first)
     return losses, right
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, TaskSampler, block, check_sampler, described, drawn, of_stream
+from metamom.common.trees import Tree, joined, shown
 from metamom.tasks.fixed import FixedTasks
 
 if TYPE_CHECKING:
@@ -105,14 +105,15 @@ class PerWorker(TaskSampler):
         }
 
 
-def _joined(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
-    tensors = [part for part in parts if part is not None]
-    if not tensors:
+def _joined(name: str, parts: Sequence[Tree]) -> Tree:
+    """Concatenate the workers' tasks."""
+    present = [part for part in parts if part is not None]
+    if not present:
         return None
-    kinds = {(tuple(part.shape[1:]), part.dtype) for part in tensors}
-    if len(tensors) != len(parts) or len(kinds) != 1:
+    kinds = {shown(part) for part in present}
+    if len(present) != len(parts) or len(kinds) != 1:
         raise ValueError(
             f"all workers' tasks must have the same fields, shapes and types to make one batch; {name} differs: "
-            f"{sorted(map(str, kinds))}. Give all samplers the same shots, queries and ways."
+            f"{sorted(kinds)}. Give all samplers the same shots, queries and ways."
         )
-    return torch.cat(tensors)
+    return joined(torch.cat, list(parts))

@@ -23,6 +23,11 @@ Parts = dict[str, Tensor]
 
 def points_per_shot(batch: TaskBatch) -> int:
     """1 for regression; the number of classes of a task for classification, with sets ordered shot by shot."""
+    if not all(isinstance(x, Tensor) for x in batch[:4]) or batch[5:] != (None, None):
+        raise TypeError(
+            "the bias is measured on batches whose fields are single tensors; this sampler's are trees, have "
+            "no targets, or are padded. Measure it on a model and a sampler with one input tensor."
+        )
     labels = batch.support_y
     if labels.dim() > 2 or labels.is_floating_point():
         return 1
@@ -149,7 +154,7 @@ def single_gradients(
     """
     points = inner_batch * points_per_shot(pool) * learner.support_parts
     asked = pool.query_x.shape[1] if queries is None else queries * points_per_shot(pool)
-    support_x, support_y, query_x, query_y, _ = pool
+    support_x, support_y, query_x, query_y = pool[:4]
     batch = TaskBatch(support_x[:, :points], support_y[:, :points], query_x[:, :asked], query_y[:, :asked])
     weights = learner.meta_parameters().values()
     own = learner.like()

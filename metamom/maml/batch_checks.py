@@ -8,12 +8,13 @@ Legend: T tasks, S support points a task, Q query points a task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch, check_ids, check_points, kind_of
+from metamom.common.trees import Tree, count, lone, named_leaves, points
 
 IGNORED = -100  # the default ignore_index of torch's classification losses
 
@@ -30,7 +31,14 @@ def check_batch(batch: object) -> None:
         ValueError: for tensors that disagree on the number of tasks or points, or are empty.
     """
     if not isinstance(batch, TaskBatch):
-        advice = " Convert it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and len(batch) in (4, 5) else ""
+        advice = " Convert it: TaskBatch(*batch)." if isinstance(batch, (tuple, list)) and _like_fields(batch) else ""
+        if (
+            isinstance(batch, (tuple, list))
+            and not advice
+            and batch
+            and all(isinstance(each, (tuple, list)) for each in batch)
+        ):
+            advice = " Make one batch of a list of tasks, of one size or of several: metamom.pad(tasks)."
         raise TypeError(
             f"wanted a metamom.TaskBatch(support_x, support_y, query_x, query_y); got {kind_of(batch)}.{advice}"
         )
@@ -38,7 +46,7 @@ def check_batch(batch: object) -> None:
     check_set("query", batch.query_x, batch.query_y)
     ids = batch.task_ids
     check_ids("task_ids", ids)
-    tasks = [len(batch.support_x), len(batch.query_x)]
+    tasks = [count(batch.support_x), count(batch.query_x)]
     if len({*tasks, *([] if ids is None else [len(ids)])}) > 1:
         also = "" if ids is None else f", task_ids {len(ids)}"
         raise ValueError(
@@ -47,6 +55,39 @@ def check_batch(batch: object) -> None:
         )
     if tasks[0] == 0:
         raise ValueError("a batch needs at least one task; got tensors [0, ...].")
+    check_mask("support", batch.support_x, batch.support_mask)
+    check_mask("query", batch.query_x, batch.query_mask)
+
+
+def _like_fields(batch: Sequence[object]) -> bool:
+    """Whether these may be the fields of one batch."""
+    return (
+        len(batch) in (4, 5, 7)
+        and not any(isinstance(each, TaskBatch) for each in batch)
+        and (not all(isinstance(each, (tuple, list)) and len(each) == 4 for each in batch))
+    )
+
+
+def check_mask(name: str, x: Tree, mask: object) -> None:
+    """Refuse anything but a mask of the points of a set, or ``None``.
+
+    Raises:
+        TypeError: for anything but booleans.
+        ValueError: for another shape, or a task of which no point counts.
+    """
+    if mask is None:
+        return
+    wanted = (count(x), points(x))
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        raise TypeError(
+            f"{name}_mask must be a tensor of booleans {list(wanted)}, as metamom.pad makes it; got {kind_of(mask)}."
+        )
+    if tuple(mask.shape) != wanted:
+        raise ValueError(
+            f"{name}_mask must have the shape {list(wanted)} of the points in {name}_x; got {list(mask.shape)}."
+        )
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"{name}_mask leaves task {int((~mask.any(1)).nonzero()[0])} without any point.")
 
 
 def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
@@ -54,18 +95,19 @@ def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
 
     Args:
         name: ``"support"`` or ``"query"``.
-        x: inputs ``[T, N, ...]``.
-        y: targets ``[T, N, ...]``.
+        x: inputs ``[T, N, ...]``, a tensor or a tree.
+        y: targets ``[T, N, ...]``, a tensor or a tree, or ``None``.
         empty: whether N may be 0.
 
     Raises:
         TypeError: for anything but tensors.
         ValueError: for tensors of different T or N, or N = 0.
     """
-    for what, tensor in ((f"{name}_x", x), (f"{name}_y", y)):
-        check_points(what, tensor)
-    assert isinstance(x, Tensor)
-    assert isinstance(y, Tensor)
+    check_points(f"{name}_x", x)
+    check_points(f"{name}_y", y, absent=True)
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        _check_trees(name, x, y, empty=empty)
+        return
     if x.shape[:2] != y.shape[:2]:
         raise ValueError(
             f"{name}_x and {name}_y must hold the same points of the same tasks, [T, {name[0].upper()}, ...]; got "
@@ -75,6 +117,20 @@ def check_set(name: str, x: object, y: object, *, empty: bool = False) -> None:
         raise ValueError(
             f"a {name} set needs at least one point per task, since the loss is a mean over its points; got {name}_x "
             f"{list(x.shape)}."
+        )
+
+
+def _check_trees(name: str, x: Tree, y: Tree, *, empty: bool) -> None:
+    """`check_set` for trees of tensors. Which of them hold points, and which one thing a task, only the model knows."""
+    if y is not None and count(x) != count(y):
+        raise ValueError(
+            f"{name}_x and {name}_y must hold the same tasks, [T, ...]; got {count(x)} and {count(y)} tasks."
+        )
+    none = [place for place, leaf in named_leaves(f"{name}_x", x).items() if 0 in leaf.shape[1:2]]
+    if none and not empty:
+        raise ValueError(
+            f"a {name} set needs at least one point per task, since the loss is a mean over its points; got none in "
+            f"{', '.join(none)}."
         )
 
 
@@ -91,7 +147,6 @@ def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> Non
         ValueError: for unknown names, or shapes that do not fit.
     """
     check_points("x", x)
-    assert isinstance(x, Tensor)
     if not isinstance(params, Mapping):
         raise TypeError(f"predict takes adapted weights by name, as adapt returns them; got {kind_of(params)}.")
     unknown = [name for name in params if name not in model]
@@ -100,10 +155,10 @@ def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> Non
     for name, w in params.items():
         if not isinstance(w, Tensor):
             raise TypeError(f"the adapted {name} must be a tensor; got {kind_of(w)}.")
-        wanted = (x.shape[0], *model[name].shape)
+        wanted = (count(x), *model[name].shape)
         if tuple(w.shape) != wanted:
             raise ValueError(
-                f"inputs of {x.shape[0]} tasks need weights adapted to each, [T, *shape] as adapt returns them: "
+                f"inputs of {count(x)} tasks need weights adapted to each, [T, *shape] as adapt returns them: "
                 f"{list(wanted)} for {name}; got {list(w.shape)}."
             )
 
@@ -119,22 +174,22 @@ def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
         NonFiniteDataError: naming the field, how many values, and the first task; also if no label of a task counts.
     """
     said = []
-    for name, x in zip(batch._fields[:4], batch[:4], strict=True):
-        assert x is not None
+    fields = (named_leaves(name, x) for name, x in zip(batch._fields[:4], batch[:4], strict=True) if x is not None)
+    for name, x in (place for field in fields for place in field.items()):
         if not x.is_floating_point():
             continue
         bad = ~torch.isfinite(x)
         count = int(bad.sum())
         if count:
-            task = int(bad.flatten(1).any(1).nonzero()[0])
+            task = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
             said.append(f"{name} holds {count} of {bad.numel()}, first in task {first + task}")
     if said:
         raise NonFiniteDataError(
             f"the result is not finite, and neither is the data. NaN or infinite values: {'; '.join(said)}. Clean "
             "the data, or mask those points in the loss."
         )
-    for name, y in (("query_y", batch.query_y), ("support_y", batch.support_y)):
-        if y.dtype == torch.int64:
+    for name, y in (("query_y", lone(batch.query_y)), ("support_y", lone(batch.support_y))):
+        if y is not None and y.dtype == torch.int64 and y.dim() > 1:
             nothing = (y == IGNORED).flatten(1).all(1).nonzero().flatten()
             if len(nothing):
                 raise NonFiniteDataError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.common.choices import ChunkSize as ChunkSize
+from metamom.common.trees import device_of, leaves
 
 BUDGET = 256 * 2**20  # bytes, on a CPU: more is slower, since activations leave its caches
 # At the peak of a backward pass, saved activations and their cotangents are both alive.
@@ -57,7 +58,7 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
         sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
         return saved
 
-    device = one.support_x.device
+    device = device_of(one.support_x)
     drawn = [device] if device.type == "cuda" else []  # restore the generator, since a model may draw from it
     with (
         torch.random.fork_rng(devices=drawn),
@@ -69,6 +70,6 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
             if "saved tensor hooks" not in str(error):
                 raise
             return UNKNOWN  # torch.func.grad in the forward does not allow such hooks
-    each = sum(sizes.values()) + sum(x.nbytes for x in one[:4])
+    each = sum(sizes.values()) + sum(x.nbytes for x in leaves(tuple(one[:4])))
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
     return max(1, int(budget / (PEAK * each)))

@@ -12,6 +12,7 @@ the command fast.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from metamom.common.checks import check_word
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from metamom.batch import TaskBatch
+    from metamom.common.trees import Tree
     from metamom.maml.inner_step import Derivatives
 
 Estimator: TypeAlias = str  # a key of `ESTIMATORS`
@@ -131,14 +133,20 @@ class InnerBatch(NamedTuple):
     """The data that T tasks use for one inner step.
 
     Attributes:
-        x: inputs for the gradient, ``[T, s, ...]``.
+        x: inputs for the gradient, ``[T, s, ...]``, a tensor or a tree.
         y: their targets, ``[T, s, ...]``.
         hessian: inputs and targets for the Hessian, shaped as ``x`` and ``y``; ``None`` to use ``x`` and ``y``.
+        mask: the points that count, ``[T, s]``; ``None`` for all. A set with a mask is not split.
     """
 
-    x: Tensor
-    y: Tensor
-    hessian: tuple[Tensor, Tensor] | None = None
+    x: Tree
+    y: Tree
+    hessian: tuple[Tree, Tree] | None = None
+    mask: Tensor | None = None
+
+    def points(self) -> tuple[Tree, Tree, Tensor | None]:
+        """The inputs, targets and mask of the gradient."""
+        return self.x, self.y, self.mask
 
 
 class Adaptations(NamedTuple):
@@ -150,13 +158,19 @@ class Adaptations(NamedTuple):
         steps: the batches of the J inner steps, for T·c tasks.
         query_x: ``[T·c, Q, ...]``.
         query_y: ``[T·c, Q, ...]``.
+        query_mask: the points that count, ``[T·c, Q]``; ``None`` for all.
     """
 
     weight: float
     copies: int
     steps: tuple[InnerBatch, ...]
-    query_x: Tensor
-    query_y: Tensor
+    query_x: Tree
+    query_y: Tree
+    query_mask: Tensor | None = None
+
+    def query(self) -> tuple[Tree, Tree, Tensor | None]:
+        """The inputs, targets and mask of the query sets."""
+        return self.query_x, self.query_y, self.query_mask
 
 
 def check_estimator(estimator: str, inner_batches: str) -> None:
@@ -201,19 +215,37 @@ def check_support(batch: TaskBatch, estimator: Estimator, steps: int, inner_batc
         ValueError: if P does not divide S; or if the first task's support set is balanced over classes but its parts
             are not, as in a set with fewer shots than parts.
     """
-    parts, points = support_parts(estimator, steps, inner_batches), batch.support_x.shape[1]
+    parts = support_parts(estimator, steps, inner_batches)
     if parts == 1:
         return
+    from metamom.common import trees  # not at the top: it imports torch
+
+    points = trees.points(batch.support_x)
     wanted = f"estimator {estimator!r} takes its inner batches from {parts} equal parts of the support set"
     if inner_batches == "fresh":
         wanted = f"estimator {estimator!r} with {steps} fresh inner batches takes them from {parts} equal parts"
+    if batch.support_mask is not None:
+        raise ValueError(
+            f"{wanted}, and padded support sets have no equal parts. Use estimator 'exact' or 'first-order' with the "
+            "same inner batches, or tasks of one size."
+        )
     if points % parts or not points:
         raise ValueError(
             f"{wanted}; got {points} support points. Use shots={_multiple(points, parts)}, or another multiple of "
             f"{parts} (learner.support_parts)."
         )
-    labels = batch.support_y
-    if labels.dim() > 2 or labels.is_floating_point():
+    fields = {"support_x": batch.support_x, "support_y": () if batch.support_y is None else batch.support_y}
+    sizes = {
+        place: list(x.shape) for name, tree in fields.items() for place, x in trees.named_leaves(name, tree).items()
+    }
+    if {shape[1] if len(shape) > 1 else 0 for shape in sizes.values()} != {points}:
+        raise ValueError(
+            f"{wanted}, so every tensor in it must hold points, [T, S, ...]; got "
+            f"{', '.join(f'{place} {shape}' for place, shape in sizes.items())}. Repeat what "
+            "is one thing for each task for its points."
+        )
+    labels = trees.lone(batch.support_y)
+    if labels is None or labels.dim() > 2 or labels.is_floating_point():
         return
     first = labels[0].tolist()
     shots, size = {first.count(label) for label in set(first)}, points // parts
@@ -253,23 +285,30 @@ def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: Inner
     Reference:
         Fallah, Mokhtari, Ozdaglar (2020) for Hessians on a separate batch; docs/theory.md, "Linear regression".
     """
-    turns = steps if inner_batches == "fresh" else 1
-    size = batch.support_x.shape[1] // (_halves(estimator) * turns)
+    from metamom.common import trees  # not at the top: it imports torch
 
-    def points(halves: tuple[tuple[int, ...], ...], turn: int) -> tuple[Tensor, Tensor]:
+    turns = steps if inner_batches == "fresh" else 1
+    size, whole = trees.points(batch.support_x) // (_halves(estimator) * turns), _halves(estimator) * turns == 1
+
+    def points(halves: tuple[tuple[int, ...], ...], turn: int) -> tuple[Tree, Tree]:
         """The points of part ``turn`` of each copy's halves, ``[T·c, ...]``."""
+        if whole:  # also tensors that are one thing for each task
+            return batch.support_x, batch.support_y
         places = [[half * turns + turn for half in each] for each in halves]
-        return _taken(batch.support_x, places, size), _taken(batch.support_y, places, size)
+        x, y = (trees.mapped(lambda x: _taken(x, places, size), tree) for tree in (batch.support_x, batch.support_y))
+        return x, y
 
     result = []
     for weight, adaptations in ESTIMATORS[estimator].terms:
         along, hessian = zip(*adaptations, strict=True)
         own = [
-            InnerBatch(*points(along, turn), None if hessian == along else points(hessian, turn))
+            InnerBatch(*points(along, turn), None if hessian == along else points(hessian, turn), batch.support_mask)
             for turn in range(turns)
         ]
         copies = len(adaptations)
-        query = (_taken(x, [[0]] * copies, x.shape[1]) for x in (batch.query_x, batch.query_y))
+        query = (
+            trees.mapped(partial(_repeated, copies), tree) for tree in (batch.query_x, batch.query_y, batch.query_mask)
+        )
         result.append(Adaptations(weight, copies, tuple(own if turns == steps else own * steps), *query))
     return result
 
@@ -282,6 +321,13 @@ def _halves(estimator: Estimator) -> int:
 def _multiple(points: int, parts: int) -> int:
     """The smallest multiple of ``parts`` that is at least ``points``."""
     return max(1, -(-points // parts)) * parts
+
+
+def _repeated(copies: int, x: Tensor) -> Tensor:
+    """Adjacent copies of each task, ``[T, ...]`` to ``[T·c, ...]``."""
+    import torch  # not at the top: see there
+
+    return x if copies == 1 else torch.stack([x] * copies, 1).flatten(0, 1)
 
 
 def _taken(x: Tensor, places: list[list[int]], size: int) -> Tensor:

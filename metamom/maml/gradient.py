@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec
 
 from metamom.batch import TaskBatch, block
 from metamom.common.checks import check_whole
+from metamom.common.trees import flattened, lone, mapped, restored
 from metamom.compile.graph import Compiled, CompileMode, check_compiler
 from metamom.compile.tracing import is_tracing
 from metamom.maml.batch_checks import check_batch
@@ -25,7 +27,6 @@ from metamom.maml.draws import Step
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut, passes
 from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of, trainable
 from metamom.maml.inner_step import gradients, straight_through
-from metamom.maml.misfits import check_one_tensor
 from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.task_weights import Params
@@ -97,7 +98,7 @@ class OfTasks(NamedTuple):
 
     Attributes:
         losses: query losses ``[T]``.
-        predictions: on the query sets, ``[T, Q, ...]``.
+        predictions: on the query sets, ``[T, Q, ...]``; ``[T, 0]`` if the model returns several tensors.
         averages: for tracked estimators, one ``[T, *shape]`` for each adapted parameter.
     """
 
@@ -168,6 +169,8 @@ class MetaGradients:
         workers = check_whole("the number of workers", workers, 1)
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self.chunk_size(plan, batch), per_worker))
+        padded = batch.support_mask is not None or batch.query_mask is not None
+        of_chunk = self.eager if padded else self.of_chunk  # a loop over unpadded tasks depends on values
         self._announce(weights, batch, len(parts))
         rows: Tensor | None = None
         held: list[OfTasks] = []
@@ -176,7 +179,7 @@ class MetaGradients:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
             tasks = batch if len(parts) == 1 else batch.part(start, stop)
             with step.tasks(number + start, stop - start):
-                found = self.of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *tasks[:4])
+                found = of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks))
             averages = 2 + (0 if plan.memory is None else len(plan.problem.adapted))
             held.append(OfTasks(found[0], found[1], found[2:averages]))
             chunk = _flat(found[averages:])
@@ -208,12 +211,12 @@ class MetaGradients:
         """The number of tasks at a time, measured if it is "auto": on a meta-gradient, or what else is to compute."""
         if plan.chunk_size != "auto":
             return plan.chunk_size
-        key = (plan.kind(), compute is None, *((x.shape[1:], x.dtype, x.device) for x in batch[:4]))
+        key = (plan.kind(), compute is None, *_kinds(batch))
         if key not in self._budgets:
             weights = trainable(plan.problem.model, plan.problem.loss_fn) | plan.problem.step_sizes.learned()
             # a copy, since what is saved of a view would count as the whole batch
             first = batch.part(0, 1)
-            one = first._replace(**{name: x.clone() for name, x in first._asdict().items() if x is not None})
+            one = TaskBatch(*(mapped(Tensor.clone, x) for x in first))
             of_one = self._one_task(weights, one) if compute is None else partial(compute, one)
             self._budgets[key] = tasks_within_budget(of_one, one)
         return self._budgets[key]
@@ -238,7 +241,7 @@ class MetaGradients:
         fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
         return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
 
-    def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor) -> tuple[Tensor, ...]:
+    def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""
         plan = self.plan()
         gradient = partial(chunk_gradient, plan, weights, memory, workers, scale, *batch)
@@ -260,17 +263,18 @@ class MetaGradients:
     def _one_task(self, weights: Params, batch: TaskBatch) -> Callable[[], tuple[Tensor, ...]]:
         """A function that computes the meta-gradient of the first task eagerly."""
         one = batch.part(0, 1)
-        return partial(self.eager, weights, self.plan().recall(one), 1, 1.0, *one[:4])
+        return partial(self.eager, weights, self.plan().recall(one), 1, 1.0, *_arguments(one))
 
 
 def chunk_gradient(
-    plan: Plan, weights: Params, memory: Params, workers: int, scale: float, *batch: Tensor
+    plan: Plan, weights: Params, memory: Params, workers: int, scale: float, form: TreeSpec, *batch: Tensor
 ) -> tuple[Tensor, ...]:
     """Query losses, predictions, tracked averages, and each worker's gradient of ``scale`` times the sum of losses.
 
-    The result is a flat tuple, as compiled graphs return it. Gradients are ``[workers, d]``. If a weight is not
-    contiguous, they are ``[workers, *shape]`` for each parameter instead: a compiler would otherwise reorder it entry
-    by entry in the middle of the sum over tasks.
+    The batch comes as its form and its tensors (`metamom.common.trees.flattened`), as compiled graphs take it. The
+    result is a flat tuple, as they return it. Gradients are ``[workers, d]``. If a weight is not contiguous, they are
+    ``[workers, *shape]`` for each parameter instead: a compiler would otherwise reorder it entry by entry in the middle
+    of the sum over tasks.
     """
     problem = plan.problem
     first: tuple[Tensor, ...] = ()
@@ -278,9 +282,10 @@ def chunk_gradient(
     with torch.enable_grad():
         rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
         around = {} if is_tracing() else weights  # the losses may depend on these through the rows only
-        for term in plan.cut(TaskBatch(*batch)):
+        fields = restored(form, batch)
+        tasks = TaskBatch(*fields[:4])._replace(support_mask=fields[4], query_mask=fields[5])
+        for term in plan.cut(tasks):
             found = episodes(problem, rows, term, memory)
-            check_one_tensor(found.predictions)
             with explained(problem.model, loop=problem.loops()):
                 grads = gradients(found.losses.sum() * (scale * term.weight), [*rows.values(), *around.values()])
             past = [name for name, grad in zip(around, grads[len(rows) :], strict=True) if grad is not None]
@@ -288,11 +293,13 @@ def chunk_gradient(
                 raise from_outside(past)
             own = dict(zip(rows, grads[: len(rows)], strict=True))
             missing = [name for name, grad in own.items() if grad is None]
-            check_cut(problem, missing, term.query_x, term.query_y, support_of(problem, term))
+            check_cut(problem, missing, *term.query(), support_of(problem, term))
             new = [torch.zeros_like(rows[name]) if grad is None else grad for name, grad in own.items()]
             if not totals:
                 averages = [u.detach() for u in found.adapted.values()] if memory else []
-                first = found.losses.detach()[:: term.copies], found.predictions.detach()[:: term.copies], *averages
+                judged = lone(found.predictions)
+                judged = found.losses.new_empty(len(found.losses), 0) if judged is None else judged
+                first = found.losses.detach()[:: term.copies], judged.detach()[:: term.copies], *averages
             totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
     if all(w.is_contiguous() for w in weights.values()):
         totals = [flatten(totals)]
@@ -306,6 +313,18 @@ def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
     if len(each) == 1 and each[0][0].copies == 1:
         return first
     return straight_through(first, torch.stack([term.weight * losses.sum(1) for term, losses in each]).sum(0))
+
+
+def _arguments(batch: TaskBatch) -> tuple[Any, ...]:
+    """A batch as arguments of `chunk_gradient`."""
+    form, tensors = flattened((*batch[:4], *batch[5:]))
+    return form, *tensors
+
+
+def _kinds(batch: TaskBatch) -> tuple[Hashable, ...]:
+    """The form of a batch, and everything about its tensors except the number of tasks and the values."""
+    form, tensors = flattened((*batch[:4], *batch[5:]))
+    return str(form), *((x.shape[1:], x.dtype, x.device) for x in tensors)  # the form itself cannot be copied
 
 
 def _flat(grads: Sequence[Tensor]) -> Tensor:

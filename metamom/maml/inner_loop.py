@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
+from metamom.common.trees import Tree, count, joined, leaves, mapped
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, Adaptations, Estimator, InnerBatch
@@ -29,8 +30,9 @@ from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.modes import out_of_inference
+from metamom.maml.padding import cut_off, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice
-from metamom.maml.run_by_task import RunByTask
+from metamom.maml.run_by_task import RunByTask, Support
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
 from metamom.maml.tracking import tracked
@@ -85,12 +87,12 @@ class Episodes(NamedTuple):
 
     Attributes:
         losses: query losses ``[T·c]``.
-        predictions: on the query sets, ``[T·c, Q, ...]``.
+        predictions: on the query sets, ``[T·c, Q, ...]``, a tensor or a tree.
         adapted: the adapted weights that made them, ``[T·c, *shape]``.
     """
 
     losses: Tensor
-    predictions: Tensor
+    predictions: Tree
     adapted: Params
 
 
@@ -126,27 +128,29 @@ def predictions(
     problem: Problem,
     start: Start,
     own: Params,
-    x: Tensor,
+    x: Tree,
+    mask: Tensor | None = None,
     *,
-    support: Tensor | None = None,
+    support: Support | None = None,
     draws: bool = True,
     features: Features | None = None,
-) -> Tensor:
+) -> Tree:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
-    A random model draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``,
-    normalisations use the statistics of ``support: [T, S, ...]``, or of ``x`` if it is ``None``. ``features`` are those
-    of earlier calls with the same weights outside ``own``.
+    Of points outside ``mask`` [T, N], predictions mean nothing; a loop over the tasks leaves them out. A random model
+    draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``, normalisations
+    use the statistics of ``support``, or of ``x`` if it is ``None``. ``features`` are those of earlier calls with the
+    same weights outside ``own``.
     """
     part, _ = problem.parts()
 
-    def run() -> Tensor:
-        loop = problem.vectorization.loops(part)
+    def compute(x: Tree, loop: bool) -> Tree:
         return problem.run(
             problem.model,
             start,
             own,
             x,
+            mask,
             draws=draws,
             dtype=problem.autocast,
             loop=loop,
@@ -155,43 +159,71 @@ def predictions(
             features=features,
         )
 
+    def run() -> Tree:
+        loop = problem.vectorization.loops(part)
+        padded = mask is not None or (support is not None and support.mask is not None)
+        if padded and not loop:
+            must_not = problem.vectorization.vectorize == "vmap"
+            kind = problem.norm, mask, must_not
+            loop = problem.run.loops_over_padded(problem.model, partial(compute, loop=False), x, *kind)
+        return compute(x, loop)
+
     out = problem.vectorization.attempt([part], run)
-    return out if problem.autocast is None else out.to(x.dtype)
+    if problem.autocast is None:
+        return out
+    wanted = next(each.dtype for each in (*leaves(x), *own.values()) if each.is_floating_point())
+    return mapped(lambda each: each.to(wanted) if each.is_floating_point() else each, out)
 
 
-def losses(problem: Problem, start: Start, own: Params, predicted: Tensor, y: Tensor) -> Tensor:
+def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree, mask: Tensor | None = None) -> Tensor:
     """Compute the losses ``[T]`` of predictions ``[T, N, ...]``, given the parameters that made them.
+
+    With a ``mask`` [T, N] of the points that count, the loss is called on each task's own points. A loss with a
+    parameter ``mask`` is called on all tasks at once.
 
     If a loss module shares parameters with the model, it gets each task's adapted ones.
 
     Raises:
         ValueError: for targets that do not fit, or if the loss is not one number a task.
     """
-    if y.dtype == torch.uint8:  # torch's losses take these as labels, but not under vmap
-        y = y.long()
+    # torch's losses take bytes as labels, but not under vmap
+    y = mapped(lambda each: each.long() if each.dtype == torch.uint8 else each, y)
     loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
     _, part = problem.parts()
 
-    def one_task(predicted: Tensor, y: Tensor) -> Tensor:
-        loss = loss_fn(predicted, y)
+    masked = mask is not None and takes_mask(problem.loss_fn)
+
+    def one_task(predicted: Tree, y: tuple[Tree, ...], mask: tuple[Tensor, ...], loop: bool) -> Tensor:
+        if mask and loop:
+            (predicted, y), mask = cut_off((predicted, y), mask[0]), (mask[0][mask[0]],)
+        loss = loss_fn(predicted, *y, **({"mask": mask[0]} if masked else {}))
         check_loss(loss)
         return loss
 
     module = problem.loss_fn if isinstance(problem.loss_fn, nn.Module) else None
+    args = predicted, () if y is None else (y,), () if mask is None else (mask,)
 
     def run() -> Tensor:
         loop = problem.vectorization.loops(part)
+        if mask is not None and not loop and not masked:
+            if problem.vectorization.vectorize == "vmap":
+                raise ValueError(
+                    'loss_fn has no parameter mask, so with vectorize="vmap" it cannot leave out the padding of a '
+                    'batch from metamom.pad. Use vectorize="auto", which calls it task by task on the original points.'
+                )
+            loop = True
+        one = partial(one_task, loop=loop)
         if module is not None and (not loop or is_tracing()):
             check_hooks(module, compiling=loop)
         with (
             explained(problem.model, "loss_fn", loop=loop),
             targets_explained(predicted, y),
             differentiable_twice(module) if loop else nullcontext(),
-            loss_draws_refused(y.device) if loop and not is_tracing() else nullcontext(),
+            loss_draws_refused(leaves(predicted)[0].device) if loop and not is_tracing() else nullcontext(),
         ):
             if module is not None and names:
-                return _with_parameters(module, one_task, names, start, own, predicted, y, loop)
-            of_tasks: Tensor = map_over_tasks(one_task, loop)(predicted, y)
+                return _with_parameters(module, one, names, start, own, args, loop)
+            of_tasks: Tensor = map_over_tasks(one, loop)(*args)
             return of_tasks
 
     found = problem.vectorization.attempt([part], run)
@@ -209,20 +241,19 @@ def _with_parameters(
     names: Mapping[str, str],
     start: Start,
     own: Params,
-    predicted: Tensor,
-    y: Tensor,
+    args: tuple[Tree, ...],
     loop: bool,
 ) -> Tensor:
     """Losses from a loss module with parameters; ``names`` maps its parameter names to those of the task weights."""
     with alone(module):
         found = slots(module)
 
-        def one_task(own: Params, kept: Params, predicted: Tensor, y: Tensor) -> Tensor:
+        def one_task(own: Params, kept: Params, *args: Tree) -> Tensor:
             weights = {**start.shared, **kept, **own}
             with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
-                return loss(predicted, y)
+                return loss(*args)
 
-        of_tasks: Tensor = map_over_tasks(one_task, loop)(own, start.kept, predicted, y)
+        of_tasks: Tensor = map_over_tasks(one_task, loop)(own, start.kept, *args)
     return of_tasks
 
 
@@ -238,7 +269,7 @@ def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep
         with out_of_inference(), torch.enable_grad():
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
             grads = _gradient(problem, start, at, batch, keep_graph, features)
-            check_cut(problem, [name for name, grad in grads.items() if grad is None], batch.x, batch.y)
+            check_cut(problem, [name for name, grad in grads.items() if grad is None], *batch.points())
             if keep_graph and ESTIMATORS[problem.estimator].derivatives != "none":
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
                 _check_constant(problem, flat, batch)
@@ -260,20 +291,23 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
         term: the inner batches and the query sets.
         memory: the moving averages of a tracked estimator; empty for other estimators.
     """
-    start = start_of(problem, rows, term.query_x.shape[0])
+    start = start_of(problem, rows, count(term.query_x))
     *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    predicted = predictions(problem, start, adapted, term.query_x, support=support_of(problem, term))
-    return Episodes(losses(problem, start, adapted, predicted, term.query_y), predicted, adapted)
+    given = support_of(problem, term)
+    predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
+    return Episodes(losses(problem, start, adapted, predicted, *term.query()[1:]), predicted, adapted)
 
 
-def support_of(problem: Problem, term: Adaptations) -> Tensor | None:
+def support_of(problem: Problem, term: Adaptations) -> Support | None:
     """The points that the inner steps take their gradients from, if normalisations use their statistics."""
     if problem.norm != "support":
         return None
-    distinct = list({id(step.x): step.x for step in term.steps}.values())
-    return distinct[0] if len(distinct) == 1 else torch.cat(distinct, 1)
+    distinct = list({id(step.x): step for step in term.steps}.values())
+    if len(distinct) == 1:
+        return Support(distinct[0].x, distinct[0].mask)
+    return Support(joined(partial(torch.cat, dim=1), [step.x for step in distinct]), None)  # a split set has no mask
 
 
 def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
@@ -310,15 +344,16 @@ def _gradient(
     if derivatives == "differences" and batch.hessian is None:
         derivatives = "exact"
 
-    def losses_on(x: Tensor, y: Tensor, draws: bool = True) -> Losses:
+    def losses_on(x: Tree, y: Tree, mask: Tensor | None = None, draws: bool = True) -> Losses:
         def of(own: Params, others: Params) -> Tensor:
             kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
             there = start._replace(kept=kept, shared=shared)
-            return losses(problem, there, own, predictions(problem, there, own, x, draws=draws, features=features), y)
+            predicted = predictions(problem, there, own, x, mask, draws=draws, features=features)
+            return losses(problem, there, own, predicted, y, mask)
 
         return of
 
-    along = losses_on(batch.x, batch.y)
+    along = losses_on(*batch.points())
     hessian = None if batch.hessian is None else losses_on(*batch.hessian, draws=derivatives != "differences")
     precision = max(torch.finfo(problem.autocast or w.dtype).eps for w in at.values())
 
@@ -329,7 +364,14 @@ def _gradient(
     return problem.vectorization.attempt(problem.parts(), gradient)
 
 
-def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor, support: Tensor | None = None) -> None:
+def check_cut(
+    problem: Problem,
+    missing: Sequence[str],
+    x: Tree,
+    y: Tree,
+    mask: Tensor | None = None,
+    support: Support | None = None,
+) -> None:
     """Refuse parameters that have no gradient although the loss depends on them. The others are merely unused.
 
     Args:
@@ -337,6 +379,7 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor, su
         missing: names of the meta-parameters without a gradient.
         x: inputs ``[T, N, ...]``; the first task is tried.
         y: their targets.
+        mask: the points that count.
         support: as for `predictions`.
 
     Raises:
@@ -344,13 +387,15 @@ def check_cut(problem: Problem, missing: Sequence[str], x: Tensor, y: Tensor, su
     """
     if is_tracing() or problem.uses.are_unused(missing, _modules(problem)):
         return
-    step = Step()
+    step, (x, y, mask) = Step(), (mapped(lambda each: each[:1], tree) for tree in (x, y, mask))
+    if support is not None:
+        support = Support(*(mapped(lambda each: each[:1], tree) for tree in support))
 
     def loss(weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1):
-            own = None if support is None else support[:1]
-            return losses(problem, start, start.own, predictions(problem, start, start.own, x[:1], support=own), y[:1])
+            predicted = predictions(problem, start, start.own, x, mask, support=support)
+            return losses(problem, start, start.own, predicted, y, mask)
 
     problem.uses.check_cut(missing, _values(problem), loss)
 
@@ -365,7 +410,8 @@ def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -
     """
     if is_tracing() or problem.uses.are_constant(names, _modules(problem)):
         return
-    one, step = InnerBatch(batch.x[:1], batch.y[:1]), Step()
+    x, y, mask = (mapped(lambda each: each[:1], tree) for tree in batch.points())
+    one, step = InnerBatch(x, y, None, mask), Step()
 
     def gradient(name: str, weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)

@@ -15,9 +15,10 @@ from metamom.batch import TaskBatch
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.common.checks import check_whole
 from metamom.common.choices import Norm
+from metamom.common.trees import Tree, count, lone
 from metamom.compile.graph import CompileMode
 from metamom.distributed import World, as_world
-from metamom.maml.batch_checks import check_adapted, check_set
+from metamom.maml.batch_checks import check_adapted, check_mask, check_set
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatch, InnerBatches, check_estimator, support_parts
 from metamom.maml.features import shared
@@ -32,7 +33,7 @@ from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.modes import differentiable, differentiable_batch, out_of_inference
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
-from metamom.maml.run_by_task import RunByTask
+from metamom.maml.run_by_task import RunByTask, Support
 from metamom.maml.selection import selected
 from metamom.maml.server_step import Backward as Backward
 from metamom.maml.server_step import server_step
@@ -60,9 +61,14 @@ class MAML(nn.Module):
 
     Args:
         model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs with separate weights for each task, so it must
-            not change its parameters or buffers in place.
-        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`. The
-            parameters of a loss module are learned with the model's; inner steps do not move them.
+            not change its parameters or buffers in place. A tensor is passed as ``model(x)``, a dict of tensors as
+            ``model(**x)``, a tuple or a list as ``model(*x)`` (to pass a dict as one argument, wrap it: ``(x,)``). It
+            may return a tensor, or a tree of tensors that the loss takes.
+        loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss``, such as `torch.nn.functional.mse_loss`;
+            ``(predictions) -> loss`` for batches without targets. The parameters of a loss module are learned with the
+            model's; inner steps do not move them. Give it other arguments by `functools.partial`, or, if they differ
+            between tasks, in a dict of targets. On a batch from `metamom.pad`, it gets each task's own points; a loss
+            with a parameter ``mask`` [N] (booleans, ``True`` for points that count) may get all.
         inner_lr: alpha > 0: one number, or a number or tensor for each adapted parameter. Leaf tensors that require a
             gradient are learned in place. Can be set later: ``learner.inner_lr = 0.1``.
         inner_steps: J >= 1.
@@ -81,11 +87,13 @@ class MAML(nn.Module):
             once for each shape of batch, and uses about 256 MiB on a CPU, or half of the free memory on a GPU.
         vectorize: ``"vmap"`` runs model and loss on all tasks of a chunk at once. ``"loop"`` runs them task by task,
             with the same gradients to rounding. ``"auto"`` uses vmap until the model or the loss turns out not to work
-            with it (recurrent layers, ``.item()`` or ``if`` on values, hooks), then warns once and loops.
+            with it (recurrent layers, ``.item()`` or ``if`` on values, hooks), then warns once and loops. Of a batch
+            from `metamom.pad`, a loop sees no padding, so ``"auto"`` also loops over those if the points of a task
+            depend on each other (batch normalisation).
         compile: compile the whole meta-gradient, once for each batch shape, and again when the loss, a module, a
             hook, a buffer or a frozen parameter is replaced. Everything else that the model or loss reads (a dropout
             rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
-            compiling fails, it warns once and continues without.
+            compiling fails, it warns once and continues without. Batches from `metamom.pad` run without.
         autocast: dtype of the model's matrix products and convolutions: `torch.bfloat16`, accumulated in float32, or
             ``None``. Less accurate (docs/performance.md), and faster only on hardware that multiplies in bfloat16.
         norm: what batch normalisation uses: ``"batch"``, the statistics of the current set (transductive, as in MAML);
@@ -286,61 +294,80 @@ class MAML(nn.Module):
         self._keep_up()
         return trainable(self.model, self.loss_fn) | self.step_sizes.learned()
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Params:
+    def adapt(
+        self, support_x: Tree, support_y: Tree, *, steps: int | None = None, mask: Tensor | None = None
+    ) -> Params:
         """Adapt to each task's support set. Every step uses the whole set, whatever the estimator.
 
         Args:
-            support_x: ``[T, S, ...]``.
-            support_y: ``[T, S, ...]``.
+            support_x: ``[T, S, ...]``, a tensor or a tree (`metamom.TaskBatch`).
+            support_y: ``[T, S, ...]``, a tensor or a tree, or ``None`` for a loss without targets.
             steps: number of inner steps >= 0; the learner's own by default.
+            mask: the points that count, ``[T, S]``, as ``support_mask`` of a batch from `metamom.pad`; all by default.
 
         Returns:
             Adapted parameters by name, ``[T, *shape]``, for use with `predict`. They are differentiable in the
             meta-parameters if gradients are enabled.
         """
         with out_of_inference():
-            along = _whole(support_x, support_y, self.inner_steps if steps is None else steps)
+            along = _whole(support_x, support_y, mask, self.inner_steps if steps is None else steps)
             problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
-            start = start_of(problem, rows, support_x.shape[0])
+            start = start_of(problem, rows, count(support_x))
             *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
         return adapted
 
-    def trajectory(self, support_x: Tensor, support_y: Tensor, *, steps: int) -> Iterator[Params]:
+    def trajectory(
+        self, support_x: Tree, support_y: Tree, *, steps: int, mask: Tensor | None = None
+    ) -> Iterator[Params]:
         """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
         with out_of_inference():
-            along = _whole(support_x, support_y, steps)
+            along = _whole(support_x, support_y, mask, steps)
             problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
-            return trajectory(problem, start_of(problem, rows, support_x.shape[0]), along, keep_graph=False)
+            return trajectory(problem, start_of(problem, rows, count(support_x)), along, keep_graph=False)
 
-    def predict(self, params: Params, x: Tensor, *, support_x: Tensor | None = None) -> Tensor:
+    def predict(
+        self,
+        params: Params,
+        x: Tree,
+        mask: Tensor | None = None,
+        *,
+        support_x: Tree = None,
+        support_mask: Tensor | None = None,
+    ) -> Any:
         """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`).
 
         Args:
             params: ``[T, *shape]`` by name.
-            x: ``[T, N, ...]``.
+            x: ``[T, N, ...]``, a tensor or a tree; the result is a tree if the model returns one.
+            mask: ``[T, N]`` (``query_mask``); predictions of points outside mean nothing.
             support_x: the tasks' support sets ``[T, S, ...]``, which only ``norm="support"`` reads.
+            support_mask: ``[T, S]``, the points of these that count.
 
         Raises:
             ValueError: with ``norm="support"``, without ``support_x``.
         """
         check_adapted(params, x, named(self.model))
-        support = self._support(params, support_x)
+        check_mask("query", x, mask)
+        support = self._support(params, support_x, support_mask)
         start, x = Start(params, {}, {}, {}), differentiable(x)
-        return predictions(self._problem(), start, params, x, support=support, features=shared())
+        return predictions(self._problem(), start, params, x, mask, support=support, features=shared())
 
-    def judge(self, params: Params, predictions: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def judge(
+        self, params: Params, predictions: Tree, y: Tree, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute the loss and accuracy of each task's predictions.
 
         Args:
             params: the adapted weights that made the predictions; a loss module may share some of them.
             predictions: from `predict`, ``[T, N, ...]``.
-            y: their targets, ``[T, N, ...]``.
+            y: their targets, ``[T, N, ...]``, or ``None``.
+            mask: the points that count, ``[T, N]``; all by default.
 
         Returns:
             The losses ``[T]``, and the accuracies ``[T]`` or ``None``: see `metamom.maml.metrics.accuracy`.
         """
-        found = losses(self._problem(), Start(params, {}, {}, {}), params, predictions, differentiable(y))
-        return found, self._accuracy(predictions, y)
+        found = losses(self._problem(), Start(params, {}, {}, {}), params, predictions, differentiable(y), mask)
+        return found, self._accuracy(predictions, y, mask)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""
@@ -397,6 +424,7 @@ class MAML(nn.Module):
         aggregate: Aggregate = "mean",
         world: World | None = None,
         measure: bool = True,
+        check_finite: bool = True,
     ) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
@@ -410,11 +438,16 @@ class MAML(nn.Module):
             world: the processes that compute this step together; one by default. Every process gets the gradient,
                 loss and metrics over all processes.
             measure: whether to measure ``bias_error``. With several processes this exchanges whole gradients.
+            check_finite: refuse a loss or gradient that is not finite. ``False`` adds it to ``.grad`` as it is, unless
+                an operator refuses it, for loops that skip such steps themselves (as `torch.amp.GradScaler` does).
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
 
         Raises:
+            metamom.DivergedError: if the loss or the gradient is not finite although the data is, saying whether the
+                weights, the inner step or the step is too large. ``.grad`` does not change.
+            metamom.maml.batch_checks.NonFiniteDataError: instead, if the data is not finite: which field and task.
             ValueError: as `meta_gradient`; from the operator; if processes differ in weights or arguments.
             metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
                 failure of one process.
@@ -431,6 +464,7 @@ class MAML(nn.Module):
                 aggregate=aggregate,
                 world=as_world(world),
                 measure=measure,
+                check_finite=check_finite,
                 accuracy=self._accuracy,
             )
 
@@ -480,7 +514,7 @@ class MAML(nn.Module):
     def _plan(self) -> Plan:
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)
 
-    def _support(self, params: Params, support_x: Tensor | None) -> Tensor | None:
+    def _support(self, params: Params, support_x: Tree, mask: Tensor | None) -> Support | None:
         """The support sets that predictions need."""
         if self.norm != "support":
             return None
@@ -490,17 +524,23 @@ class MAML(nn.Module):
                 "support_x=...) with the inputs that these parameters were adapted on."
             )
         check_adapted(params, support_x, named(self.model))
-        return differentiable(support_x)
+        check_mask("support", support_x, mask)
+        return Support(differentiable(support_x), mask)
 
-    def _accuracy(self, predictions: Any, y: Tensor) -> Tensor | None:
-        """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before."""
-        if not isinstance(predictions, Tensor):  # a structure that the loss function unpacks
+    def _accuracy(self, predictions: Tree, y: Tree, mask: Tensor | None = None) -> Tensor | None:
+        """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before.
+
+        ``None`` for several tensors of predictions or of targets, since which one holds scores is not known.
+        """
+        scores, labels = lone(predictions), lone(y)
+        if scores is None or labels is None:
             return None
-        return accuracy(predictions, y, self._readings.of(self.loss_fn, predictions, y))
+        return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)
 
 
-def _whole(support_x: Tensor, support_y: Tensor, steps: int) -> list[InnerBatch]:
+def _whole(support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int) -> list[InnerBatch]:
     """Inner batches that use all support points in every step."""
     steps = check_whole("the number of inner steps", steps, 0)
     check_set("support", support_x, support_y, empty=steps == 0)
-    return [InnerBatch(differentiable(support_x), differentiable(support_y))] * steps
+    check_mask("support", support_x, mask)
+    return [InnerBatch(differentiable(support_x), differentiable(support_y), None, mask)] * steps

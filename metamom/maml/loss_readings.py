@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from metamom.common.trees import Tree, leaves, lone
 from metamom.maml.class_scores import ClassScores, Reading, tensors_among
 from metamom.maml.functions_by_task import by_task
 from metamom.maml.pairings import Pairings
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+LossFn = Callable[..., Tensor]  # (predictions, targets) -> loss; (predictions) -> loss without targets
 
 KEPT = 64  # the number of most recent readings to keep
 
@@ -42,20 +42,23 @@ class LossReadings:
             ValueError: when it is called, if it would broadcast targets against predictions of another shape.
         """
 
-        def loss(predictions: Any, targets: Tensor) -> Tensor:
-            leaves = [x for x in pytree.tree_leaves(predictions) if isinstance(x, Tensor)]
-            seen = _seen(loss_fn, leaves, targets)
+        def loss(predictions: Any, *given: Tree, **options: Any) -> Tensor:
+            scores, targets = leaves(predictions), lone(given)
+            if targets is None:  # a tree of targets, or none: what the loss makes of it cannot be followed
+                with LossWatch(scores, None):
+                    return loss_fn(predictions, *given, **options)
+            seen = _seen(loss_fn, scores, targets)
             fine = self._fine.get(seen)
             if fine is not None and not fine[1] and targets.is_floating_point():
                 try:
-                    return loss_fn(predictions, targets)
+                    return loss_fn(predictions, *given, **options)
                 except RuntimeError:  # it may have changed, so watch it again below
                     fine = None
-            with LossWatch(leaves, targets, pairs=fine is None) as watch:
-                value = loss_fn(predictions, targets)
+            with LossWatch(scores, targets, pairs=fine is None) as watch:
+                value = loss_fn(predictions, *given, **options)
             _remember(self._fine, seen, (loss_fn, watch.replaced))
-            if isinstance(predictions, Tensor):
-                key = _key(loss_fn, predictions.shape, targets.shape)
+            if len(scores) == 1:
+                key = _key(loss_fn, scores[0].shape, targets.shape)
                 _remember(self._kept, key, (loss_fn, watch.reading()))
             return value
 
@@ -76,20 +79,20 @@ class LossWatch(TorchFunctionMode):
 
     Args:
         predictions: the tensors that a model returns, ``[N, ...]``.
-        targets: ``[N, ...]``.
+        targets: ``[N, ...]``; ``None`` only replaces functions.
         pairs: whether to check how they are paired.
 
     Attributes:
         replaced: whether a call has been replaced.
     """
 
-    def __init__(self, predictions: Sequence[Tensor], targets: Tensor, *, pairs: bool = True) -> None:
+    def __init__(self, predictions: Sequence[Tensor], targets: Tensor | None, *, pairs: bool = True) -> None:
         super().__init__()
         self.replaced = False
-        self._pairings = Pairings(predictions, targets) if pairs else None
+        self._pairings = Pairings(predictions, targets) if pairs and targets is not None else None
         # a reading needs labels and a single tensor of predictions
-        judged = len(predictions) == 1 and not targets.is_floating_point()
-        self._scores = ClassScores(predictions[0], targets) if judged else None
+        judged = len(predictions) == 1 and targets is not None and not targets.is_floating_point()
+        self._scores = ClassScores(predictions[0], targets) if judged and targets is not None else None
 
     def reading(self) -> Reading:
         """The interpretation, if everything seen agrees on one."""

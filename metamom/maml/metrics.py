@@ -11,7 +11,9 @@ from torch import Tensor
 from metamom.maml.class_scores import Reading, class_axes
 
 
-def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = None) -> Tensor | None:
+def accuracy(
+    predictions: Tensor, targets: Tensor, reading: Reading | None = None, mask: Tensor | None = None
+) -> Tensor | None:
     """The fraction of correct predictions in each task, interpreted as the loss function interprets them.
 
     The predicted class of a point (or of each pixel or token) is the one with the largest score. With one logit a
@@ -25,6 +27,7 @@ def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = Non
         targets: class indices ``[T, Q]`` or ``[T, Q, ...]``, whole numbers or booleans.
         reading: how the loss function was seen to interpret them, see `LossReadings`. Without a reading, scores must
             have one axis more than targets, the class axis, and the shapes must determine which axis it is.
+        mask: the points that count, ``[T, Q]``; all by default.
 
     Returns:
         ``[T]`` in [0, 1] or NaN; ``None`` for targets that are not class indices (values, class probabilities,
@@ -53,6 +56,8 @@ def accuracy(predictions: Tensor, targets: Tensor, reading: Reading | None = Non
     counted = (targets >= 0) & (targets < classes)
     if reading.ignored is not None:
         counted &= targets != reading.ignored
+    if mask is not None:
+        counted &= mask.view(*mask.shape, *[1] * (counted.dim() - 2))
     right = (found == targets) & counted & ~best.isnan()
     each = right.flatten(1).sum(1), counted.flatten(1).sum(1)
     hits, of = (n.to(torch.promote_types(predictions.dtype, torch.float32)) for n in each)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metamom.common.trees import Tree, leaves, shown
 from metamom.maml.batch_checks import IGNORED
 from metamom.maml.class_scores import class_axes
 from metamom.maml.vmap_errors import SIGNS, modules_in
@@ -28,12 +29,12 @@ LOOKUPS = ("out of bounds", "index out of range", "tried to access index", "vali
 
 
 @contextmanager
-def inputs_explained(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def inputs_explained(model: nn.Module, x: Tree, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Replace torch's errors about inputs by one that names the layer, its input, and what to change.
 
     Args:
         model: the model, to find the module's name.
-        x: inputs ``[T, N, ...]``.
+        x: inputs ``[T, N, ...]``, a tensor or a tree.
         weights: the weights that the model is called with.
 
     Raises:
@@ -44,7 +45,7 @@ def inputs_explained(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if not _by_torch(error):
             raise
-        each = f"{list(x.shape[1:])} of {x.dtype} for each task"
+        each = f"{shown(x)} for each task"
         raise ValueError(
             f"the model cannot take inputs of shape {each}{_where(model, error.__traceback__)}: {_said(error)} "
             f"{_cure_of_inputs(x, weights, str(error))}"
@@ -52,22 +53,28 @@ def inputs_explained(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor])
 
 
 @contextmanager
-def targets_explained(predictions: Any, targets: Tensor) -> Iterator[None]:
+def targets_explained(predictions: Any, targets: Tree) -> Iterator[None]:
     """Replace torch's errors in a loss function by one that says what is wrong with targets or predictions.
 
     Args:
         predictions: ``[T, N, ...]``, or whatever the model returned.
-        targets: ``[T, N, ...]``.
+        targets: ``[T, N, ...]``, a tensor or a tree, or ``None``.
 
     Raises:
-        TypeError: if the model does not return a single tensor and the loss function needs one.
+        TypeError: if the loss function needs targets and there are none; if the model does not return a single tensor
+            and the loss function needs one.
         ValueError: in place of torch's error. The loss function's own errors, and those of vmap, pass unchanged.
     """
     try:
         yield
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
-        if not isinstance(predictions, Tensor):
-            if isinstance(error, (TypeError, AttributeError)):
+        if targets is None and isinstance(error, TypeError) and "argument" in str(error):
+            raise TypeError(
+                f"the batch has no targets, so loss_fn is called with the predictions alone: {_said(error)} Give the "
+                "batch support_y and query_y, or a loss that takes one argument."
+            ) from error
+        if not isinstance(predictions, Tensor) or not isinstance(targets, Tensor):
+            if isinstance(error, (TypeError, AttributeError)) and not isinstance(predictions, Tensor):
                 raise TypeError(f"{_not_one_tensor(predictions)} {_said(error)}") from error
             raise
         if not _by_torch(error) or isinstance(error, AttributeError):
@@ -113,16 +120,6 @@ def check_output(model: nn.Module, out: object) -> None:
         raise TypeError(f"{type(model).__name__} must return a tensor of predictions [N, ...]; got {_kind(out)}.")
 
 
-def check_one_tensor(predictions: object) -> None:
-    """Refuse predictions that consist of several tensors where a single one is needed.
-
-    Raises:
-        TypeError: with what to do.
-    """
-    if not isinstance(predictions, Tensor):
-        raise TypeError(_not_one_tensor(predictions))
-
-
 def check_loss(value: object) -> None:
     """Refuse loss values of an unsupported type.
 
@@ -166,7 +163,18 @@ def _where(model: nn.Module, trace: TracebackType | None) -> str:
     return found
 
 
-def _cure_of_inputs(x: Tensor, weights: Mapping[str, Tensor], said: str) -> str:
+def _cure_of_inputs(x: Tree, weights: Mapping[str, Tensor], said: str) -> str:
+    """What to do about inputs; of a tree, about the first tensor that is on another device or of another dtype."""
+    if not isinstance(x, Tensor):
+        if "argument" in said:
+            return (
+                "A dict of inputs is passed as model(**x), a tuple or a list as model(*x): give the names and the "
+                "number of arguments that the forward takes. To pass a dict as one argument, wrap it: (x,)."
+            )
+        of_weights = {w.device for w in weights.values()}
+        x = next((leaf for leaf in leaves(x) if leaf.device not in of_weights), None)
+        if x is None:
+            return "Give every tensor the shape [T, N, ...], where the model takes [N, ...], or change the module."
     if any(sign in said for sign in LOOKUPS):
         return "Indices into a table of n rows, such as an embedding, must be in 0..n-1."
     devices = sorted({str(w.device) for w in weights.values()})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.common.trees import Tree, leaves, mapped
 
 
 @contextmanager
@@ -21,13 +22,19 @@ def out_of_inference() -> Iterator[None]:
         yield
 
 
-def differentiable(x: Tensor) -> Tensor:
-    """Convert a tensor that was made in inference mode into one that autograd accepts."""
-    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+def differentiable(x: Tree) -> Tree:
+    """Convert tensors that were made in inference mode into tensors that autograd accepts."""
+    if isinstance(x, Tensor):
+        return x.clone() if x.is_inference() else x
+    return mapped(differentiable, x) if _in_inference(x) else x
 
 
 def differentiable_batch(batch: TaskBatch) -> TaskBatch:
     """Apply `differentiable` to a batch's tensors."""
-    if not isinstance(batch, TaskBatch) or not any(isinstance(x, Tensor) and x.is_inference() for x in batch):
+    if not isinstance(batch, TaskBatch) or not any(_in_inference(x) for x in batch):
         return batch
-    return TaskBatch._make(None if x is None else differentiable(x) for x in batch)
+    return TaskBatch._make(differentiable(x) for x in batch)
+
+
+def _in_inference(x: Tree) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves(x))

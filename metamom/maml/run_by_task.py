@@ -5,16 +5,17 @@ Legend: T tasks, N points of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metamom.common.choices import Norm
+from metamom.common.trees import Tree, count, device_of, mapped, named_leaves, points
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
@@ -26,6 +27,7 @@ from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
+from metamom.maml.padding import cut_off, mixes_points, put_back
 from metamom.maml.plain_autograd import differentiable_twice, uncompiled, warm_starts
 from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, tensors_left
 from metamom.maml.task_weights import Params, Start
@@ -41,6 +43,25 @@ WITHOUT_GRADIENTS = (
 )
 
 
+class Support(NamedTuple):
+    """The set with the statistics that ``norm="support"`` uses.
+
+    Attributes:
+        x: ``[T, S, ...]``, a tensor or a tree.
+        mask: the points that count, ``[T, S]``; ``None`` for all.
+    """
+
+    x: Tree
+    mask: Tensor | None
+
+
+class Masked(NamedTuple):
+    """A set and the points of it that count, ``[T, N, ...]`` and ``[T, N]``, or of one task."""
+
+    x: Tree
+    mask: Tensor
+
+
 class RunByTask:
     """Runs a model with `torch.func.vmap`, with the same results as a loop over the tasks; or in that loop.
 
@@ -53,6 +74,7 @@ class RunByTask:
         calls: whether the model calls such functions, by mode and by what its normalisations use.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
         heads: the model's head, if it has one.
+        mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
     """
 
     def __init__(self) -> None:
@@ -60,33 +82,35 @@ class RunByTask:
         self.calls: dict[tuple[bool, Norm | None], bool] = {}
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
+        self.mixes: dict[tuple[bool, Norm | None], bool] = {}
 
     def __call__(
         self,
         model: nn.Module,
         start: Start,
         own: Params,
-        x: Tensor,
+        x: Tree,
+        mask: Tensor | None = None,
         *,
         draws: bool,
         dtype: torch.dtype | None,
         loop: bool,
         norm: Norm | None = None,
-        support: Tensor | None = None,
+        support: Support | None = None,
         features: Features | None = None,
-    ) -> Tensor:
-        """Predictions ``[T, N, ...]``.
+    ) -> Tree:
+        """Predictions ``[T, N, ...]``, a tensor or a tree.
 
         Args:
             model: always restored, even after an error; no other thread runs it at the same time.
             start: the parameters that all tasks share, or that inner steps do not move.
             own: each task's other parameters, ``[T, *shape]``.
-            x: ``[T, N, ...]``.
+            x: ``[T, N, ...]``, a tensor or a tree; see `call` for how the model gets it.
             draws: whether the model may draw at random.
             dtype: dtype of its products, see `metamom.maml.autocast.autocast`.
             loop: whether to run it task by task.
             norm: what its normalisations use, from `metamom.maml.norm.resolved`.
-            support: the set with the statistics that ``norm="support"`` uses, ``[T, S, ...]``; ``None`` for ``x``.
+            support: the set with the statistics that ``norm="support"`` uses; ``None`` for ``x``.
             features: features of earlier calls, for calls that differ in ``own`` alone.
 
         Raises:
@@ -98,13 +122,17 @@ class RunByTask:
             check_hooks(model, compiling=loop)
         with alone(model):
             run = partial(self._run, model, start, own, draws=draws, dtype=dtype, loop=loop, norm=norm)
-            sets = (x,) if support is None else (support, x)
-            if features is not None and not loop and features.reuses(sets):
+            sets: tuple[Tree, ...] = (x,) if support is None else (support.x, x)
+            masks = (mask,) if support is None else (support.mask, mask)
+            masked = any(each is not None for each in masks)
+            plain = not masked and all(isinstance(each, Tensor) for each in sets)
+            if features is not None and not loop and plain and features.reuses(sets):
                 names = tuple(own)
                 if self.heads.may_have_one(model, names):
                     return self._by_features(model, names, own, sets, features, norm, run)
-            found: Tensor = run(model, sets)
-            return found
+            if loop and masked:
+                sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
+            return run(model, sets)
 
     def _by_features(
         self,
@@ -115,26 +143,22 @@ class RunByTask:
         features: Features,
         norm: Norm | None,
         run: Callable[..., Any],
-    ) -> Tensor:
+    ) -> Tree:
         """The same as ``run(model, sets)``, from the features of an earlier call if the model has a head."""
         mode, options = is_training(model), options_of(model)
         kind = Kind(mode, norm, names, tuple((x.shape[1:], x.dtype) for x in sets))
-        found: Tensor
         ruled_out = options is None or mode in self.draws or self.leaves.get(mode, False)
         if ruled_out or self.heads.has_none(kind, options):
-            found = run(model, sets)
-            return found
+            return run(model, sets)
         state = kind, options, versions_of(model, sets)
         kept = features.recall(sets, state)
         if kept is not None:
-            found = run(model.get_submodule(kept[0]).forward, kept[1])
-            return found
+            return run(model.get_submodule(kept[0]).forward, kept[1])
         watch = self.heads.watch(model, kind, options)
         # without gradients, no graph shows what the features depend on
         sees = torch.is_grad_enabled() or self.heads.found_elsewhere(kind, options)
         if watch is None or (watch.closely and (is_tracing() or not sees)):
-            found = run(model, sets)
-            return found
+            return run(model, sets)
         found, inputs = run(watch, sets)
         if mode in self.draws or self.leaves[mode]:
             inputs = {}
@@ -150,8 +174,8 @@ class RunByTask:
         model: nn.Module,
         start: Start,
         own: Params,
-        target: Callable[[Tensor], Any],
-        sets: tuple[Tensor, ...],
+        target: Callable[..., Any],
+        sets: tuple[Tree, ...],
         *,
         draws: bool,
         dtype: torch.dtype | None,
@@ -166,34 +190,79 @@ class RunByTask:
         new = mode not in self.leaves
         if loop and new:  # a write to a slice would reach the model's own parameters before it is noticed
             own, start = _copies(own), start._replace(kept=_copies(start.kept), shared=_copies(start.shared))
-        x = sets[-1]
-        inputs = {} if loop else {"its input": x, "its support set": sets[0]}
+        x = sets[-1].x if isinstance(sets[-1], Masked) else sets[-1]
+        inputs = {} if loop else {**named_leaves("its input", x), **named_leaves("its support set", sets[0])}
         one_task, watched = _of_one_task(model, start, own, target, new=new, loop=loop)
         with (
             explained(model, loop=loop),
             nullcontext() if draws else drawing_refused(),
             unchanged({**inputs, **watched}, model, loop=loop),
             in_mode(model),
-            autocast(x.device, dtype),
+            autocast(device_of(x), dtype),
             self._functions(model, norm, fast=not loop),
-            normalising(model, norm) as call,  # its functions may be replaced again by those above
+            normalising(model, norm) as over_sets,  # its functions may be replaced again by those above
             self._attributes(model),
             carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
             inputs_explained(model, x, watched),
             differentiable_twice(model) if loop else uncompiled(),
         ):
             run = self._one_by_one if loop else self._over_tasks
-            return run(partial(one_task, call), own, start.kept, sets, mode, draws)
+            return run(partial(one_task, over_sets), own, start.kept, sets, mode, draws)
+
+    def loops_over_padded(
+        self,
+        model: nn.Module,
+        predict: Callable[[Tree], Tree],
+        x: Tree,
+        norm: Norm | None,
+        mask: Tensor | None,
+        must_not: bool,
+    ) -> bool:
+        """Whether padded tasks must run one by one, since the padding would change the predictions for other points.
+
+        Args:
+            model: the model.
+            predict: predictions for inputs, with the tasks' weights.
+            x: ``[T, N, ...]``.
+            norm: what its normalisations use.
+            mask: the points of ``x`` that count; ``None`` if only a support set with statistics is padded.
+            must_not: whether a loop is refused.
+
+        Raises:
+            ValueError: if they must, and ``must_not``.
+        """
+        kind = is_training(model), norm
+        if mask is not None and kind not in self.mixes:
+            rewind = rewinder()
+
+            def again(x: Tree) -> Tree:
+                rewind()
+                return predict(x)
+
+            mixes = mixes_points(model, again, x, mask, frozen=norm == "frozen")
+            rewind()
+            if mixes is None:  # try with the next batch; until then a loop is right in any case
+                return not must_not
+            self.mixes[kind] = mixes
+        mixed = True if mask is None else self.mixes[kind]
+        if mixed and must_not:
+            raise ValueError(
+                f"{type(model).__name__} computes with all points of a set at once (batch normalisation, or attention "
+                "to the set), so the padding of a batch from metamom.pad would change its predictions. Use "
+                'vectorize="auto" or "loop", which run such tasks one by one without padding, or layers such as '
+                "GroupNorm that take each point alone."
+            )
+        return mixed
 
     def _over_tasks(
         self,
-        one_task: Callable[..., Tensor],
+        one_task: Callable[..., Tree],
         own: Params,
         kept: Params,
-        sets: tuple[Tensor, ...],
+        sets: tuple[Tree, ...],
         mode: bool,
         draws: bool,
-    ) -> Tensor:
+    ) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
             return _vmap(one_task, "different")(own, kept, sets)
@@ -204,29 +273,27 @@ class RunByTask:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
-        with DrawsByTask(sets[-1].shape[0]):
+        with DrawsByTask(count(sets[-1])):
             return _vmap(one_task, "different")(own, kept, sets)
 
     def _one_by_one(
         self,
-        one_task: Callable[..., Tensor],
+        one_task: Callable[..., Tree],
         own: Params,
         kept: Params,
-        sets: tuple[Tensor, ...],
+        sets: tuple[Tree, ...],
         mode: bool,
         draws: bool,
-    ) -> Tensor:
+    ) -> Tree:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
-        found: Tensor
         if is_tracing():
-            found = one_by_one(one_task, own, kept, sets)
-            return found
+            return one_by_one(one_task, own, kept, sets)
         if not (draws and mode in self.draws):
-            rewind, before = rewinder(), generator_states(sets[0].device)
+            rewind, before = rewinder(), generator_states(device_of(sets))
             try:
                 with DrawsRefused() if mode not in self.leaves or mode in self.draws else nullcontext():
                     found = one_by_one(one_task, own, kept, sets)
-                if all(torch.equal(a, b) for a, b in zip(before, generator_states(sets[0].device), strict=True)):
+                if all(torch.equal(a, b) for a, b in zip(before, generator_states(device_of(sets)), strict=True)):
                     return found
                 raise drawn()
             except RuntimeError as error:
@@ -234,8 +301,7 @@ class RunByTask:
                     raise
             rewind()
             self.draws.add(mode)
-        found = one_by_one(DrawsByTask(sets[-1].shape[0]).each(one_task), own, kept, sets)
-        return found
+        return one_by_one(DrawsByTask(count(sets[-1])).each(one_task), own, kept, sets)
 
     @contextmanager
     def _functions(self, model: nn.Module, norm: Norm | None, *, fast: bool) -> Iterator[None]:
@@ -261,8 +327,8 @@ class RunByTask:
 
 
 def _of_one_task(
-    model: nn.Module, start: Start, own: Params, target: Callable[[Tensor], Any], *, new: bool, loop: bool
-) -> tuple[Callable[..., Any], Params]:
+    model: nn.Module, start: Start, own: Params, target: Callable[..., Any], *, new: bool, loop: bool
+) -> tuple[Callable[..., Tree], Params]:
     """One task's run of ``target``, and the tensors that the model must leave unchanged.
 
     It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
@@ -274,26 +340,41 @@ def _of_one_task(
     scratch = warm_starts(model) if loop else frozenset()
 
     def one_task(
-        run: Callable[[Callable[[Tensor], Any], tuple[Tensor, ...]], Any],
+        over_sets: Callable[[Callable[[Tree], Any], tuple[Tree, ...]], Any],
         own: Params,
         kept: Params,
-        sets: tuple[Tensor, ...],
+        sets: tuple[Tree, ...],
     ) -> Any:
         weights = {**buffers, **start.shared, **kept, **own}
+        mask = sets[-1].mask if isinstance(sets[-1], Masked) else None
         if loop:  # the task's own copies, to write to
-            sets = tuple(x.clone() for x in sets)
+            sets = tuple(mapped(Tensor.clone, cut_off(*x) if isinstance(x, Masked) else x) for x in sets)
             weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
         places = {name: w for name, w in weights.items() if name in found.places}
 
-        def call(places: Params) -> Any:
+        def with_weights(places: Params) -> Any:
             with swapped(found, places), carried_over.refused(model) if new else nullcontext():
-                return run(target, sets)
+                return over_sets(partial(call, target), sets)
 
-        out = _with_gradients_if_needed(call, places, found.tensors) if loop else call(places)
+        out = _with_gradients_if_needed(with_weights, places, found.tensors) if loop else with_weights(places)
         check_output(model, out)
+        if mask is not None:
+            return put_back(out, mask)
         return (out, target.features()) if isinstance(target, Watch) else out
 
     return one_task, watched
+
+
+def call(model: Callable[..., Any], x: Tree) -> Any:
+    """Call a model: ``model(x)`` for a tensor, ``model(**x)`` for a dict, ``model(*x)`` for a tuple or a list."""
+    if isinstance(x, Tensor):
+        return model(x)
+    return model(**x) if isinstance(x, Mapping) else model(*x)
+
+
+def _whole(x: Tree, mask: Tensor | None) -> Tensor:
+    """A mask of all points if there is none."""
+    return torch.ones(count(x), points(x), dtype=torch.bool, device=device_of(x)) if mask is None else mask
 
 
 def _copies(params: Params) -> Params:
@@ -321,6 +402,6 @@ def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, ten
     return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
 
 
-def _vmap(one_task: Callable[..., Tensor], randomness: str) -> Callable[..., Tensor]:
-    batched: Callable[..., Tensor] = torch.func.vmap(one_task, randomness=randomness)
+def _vmap(one_task: Callable[..., Tree], randomness: str) -> Callable[..., Tree]:
+    batched: Callable[..., Tree] = torch.func.vmap(one_task, randomness=randomness)
     return batched

@@ -12,9 +12,11 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, NonFiniteError, as_operator
 from metamom.bias.checks import all_finite
+from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
 from metamom.maml.batch_checks import refuse_non_finite
 from metamom.maml.gradient import MetaGradients, OfTasks
+from metamom.maml.not_finite import not_finite
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import Aggregation, deliver, unflatten
 from metamom.server.robust import Aggregate
@@ -45,7 +47,8 @@ def server_step(
     aggregate: Aggregate,
     world: World,
     measure: bool,
-    accuracy: Callable[[Tensor, Tensor], Tensor | None],
+    check_finite: bool,
+    accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -59,21 +62,30 @@ def server_step(
         gradients.plan().check(batch)
         first = world.rank * batch.num_tasks
         if world.size > 1:
-            operator, shapes = as_operator(bias), [tuple(x.shape) for x in batch[:4]]
+            operator, shapes = as_operator(bias), [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
             what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
             world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
         server = Aggregation(
             workers, bias, aggregate, sizes=[w.numel() for w in weights.values()], world=world, measure=measure
         )
-        tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first)
-        right = accuracy(tasks.predictions, batch.query_y)
+        try:
+            tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first)
+        except NonFiniteError as error:
+            if not check_finite:
+                raise
+            with torch.no_grad():
+                own = gradients.losses(weights, batch)
+            raise not_finite(gradients.plan(), weights, batch, own, first) from error
+        right = accuracy(tasks.predictions, batch.query_y, batch.query_mask)
     outcomes = world.gather(torch.stack([tasks.losses] if right is None else [tasks.losses, right.to(tasks.losses)]))
     losses, *shares = outcomes.transpose(0, 1).flatten(1)
+    finite = all_finite(losses)
+    if not finite:
+        _refuse(gradients, weights, batch, tasks.losses, losses, first, world, check_finite)
     total, report = server.finish()
     norm = report["grad_norm"]
-    if not (norm is not None and math.isfinite(norm) and all_finite(losses)):
-        with world.together():
-            refuse_non_finite(batch, first)
+    if not (norm is not None and math.isfinite(norm)) and finite and not all_finite(total):
+        _refuse(gradients, weights, batch, tasks.losses, losses, first, world, check_finite)
     for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
         deliver(parameter, gradient, server.operator, add=True)
     if tasks.averages:
@@ -81,6 +93,31 @@ def server_step(
         everyones = [world.gather(u).flatten(0, 1) for u in tasks.averages]
         gradients.plan().remember(world.gather(batch.task_ids).flatten(), everyones, total, losses)
     return Backward(losses.mean(), {"accuracy": _mean(shares), **report, "sent_bytes": world.sent - sent})
+
+
+def _refuse(
+    gradients: MetaGradients,
+    weights: Params,
+    batch: TaskBatch,
+    own: Tensor,
+    everyones: Tensor,
+    first: int,
+    world: World,
+    check_finite: bool,
+) -> None:
+    """Raise the error for losses or gradients that are not finite, on all processes.
+
+    Args:
+        own: the losses of this process's tasks.
+        everyones: the losses of all tasks.
+        check_finite: whether to raise one if the data is finite.
+    """
+    with world.together():
+        refuse_non_finite(batch, first)
+    if check_finite:
+        with world.together():
+            if all_finite(everyones) or not all_finite(own):  # else another process has the task
+                raise not_finite(gradients.plan(), weights, batch, own, first)
 
 
 def _mean(shares: Sequence[Tensor]) -> float | None:

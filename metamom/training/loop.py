@@ -193,6 +193,7 @@ def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, worl
             aggregate=checked.options.aggregate,
             world=world,
             measure=world.size == 1 or step % MEASURE_EVERY == 0,
+            check_finite=False,  # checked below, where the step is known
         )
     except NonFiniteDataError as error:
         raise NonFiniteDataError(f"step {step}: {error}") from error

@@ -227,7 +227,7 @@ def test_the_bias_of_an_operator_is_the_mean_of_what_it_does_to_messages():
     found = measure(learner, family, inner_batches=(3,), bias=operator, draws=6, tasks_per_worker=4, queries=5)
     moved = []
     for step in range(6):
-        x, y, query_x, query_y, _ = family.with_stream("bias").sample(step, 4)
+        x, y, query_x, query_y = family.with_stream("bias").sample(step, 4)[:4]
         batch = TaskBatch(x[:, :3], y[:, :3], query_x[:, :5], query_y[:, :5])
         g = torch.cat([each.flatten() for each in learner.meta_gradient(batch).grads.values()])
         moved.append(operator(g) - g)

@@ -20,6 +20,7 @@ from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrizations
 
 from metamom import MAML, TaskBatch, evaluate
+from metamom.common.trees import flattened
 from metamom.compile.tracing import tracing
 from metamom.interop.imports import import_torchvision
 from metamom.maml.estimators import ESTIMATORS
@@ -632,13 +633,16 @@ def test_a_graph_to_compile():
     learner.meta_gradient(batch.part(0, 1))  # as before compiling
     weights = {name: p.detach() for name, p in learner.meta_parameters().items()}
 
+    form, fields = flattened((*batch[:4], None, None))
+
     def of(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return learner._gradients.eager(dict(zip(weights, tensors, strict=False)), {}, 1, 1 / 4, *tensors[-4:])
+        given = dict(zip(weights, tensors, strict=False))
+        return learner._gradients.eager(given, {}, 1, 1 / 4, form, *tensors[-4:])
 
     with tracing():
-        graph = make_fx(of)(*weights.values(), *batch[:4])
+        graph = make_fx(of)(*weights.values(), *fields)
     assert sum(node.target is torch.ops.aten.tanh.default for node in graph.graph.nodes) == 2
-    losses, _, flat = graph(*weights.values(), *batch[:4])
+    losses, _, flat = graph(*weights.values(), *fields)
     expected, expected_losses = slow_meta_gradient(
         copy.deepcopy(model), F.cross_entropy, batch, steps=STEPS, inner_lr=ALPHA, adapted=HEAD
     )

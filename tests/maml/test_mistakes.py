@@ -246,7 +246,7 @@ MISTAKES = {
     ),
     "a list": Mistake(
         lambda: regressor().losses(list(V)),
-        TypeError, ("TaskBatch", "a list of 5", "TaskBatch(*batch)"),
+        TypeError, ("TaskBatch", "a list of 7", "TaskBatch(*batch)"),
     ),
     "a tensor": Mistake(lambda: regressor().meta_gradient(V.query_x), TypeError, ("got a tensor [4, 3, 1]",)),
     "nothing": Mistake(lambda: regressor().backward(None), TypeError, ("TaskBatch", "got None")),
@@ -391,7 +391,7 @@ MISTAKES = {
         whole(MAML(Returns(lambda out: (out, out)), F.mse_loss), V), TypeError, ("returns a tuple", A_TENSOR)
     ),
     "outputs by name": Mistake(
-        whole(MAML(Returns(lambda out: {"logits": out}), lambda out, y: F.mse_loss(out["logits"], y)), V),
+        whole(MAML(Returns(lambda out: {"logits": out}), F.mse_loss), V),
         TypeError, ("returns a dict", A_TENSOR, "out['logits']"),
     ),
     "no output": Mistake(whole(MAML(Returns(lambda out: None), F.mse_loss), V), TypeError, ("a tensor", "got None")),

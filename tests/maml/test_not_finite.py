@@ -9,7 +9,8 @@ import torch
 from mistakes import Batches, Q, S, T, V, classes, classifier, regressor
 from torch import Tensor, nn
 
-from metamom import DivergedError, TaskBatch, TopK, evaluate, train
+from metamom import MAML, CompositeMomentum, DivergedError, TaskBatch, TopK, evaluate, train
+from metamom.bias import EF21, NonFiniteError
 from metamom.maml.batch_checks import NonFiniteDataError
 
 
@@ -51,9 +52,6 @@ def test_nan_that_training_made_is_not_blamed_on_the_data():
     optimizer = torch.optim.SGD(learner.parameters(), lr=1e20)
     with pytest.raises(DivergedError, match="Try a smaller lr"):
         train(learner, optimizer, Batches(V), iterations=20, meta_batch=T)
-    with torch.no_grad():
-        learner.model[0].weight[0] = math.inf
-    assert not math.isfinite(learner.backward(V).loss)
 
 
 def test_an_evaluation_names_the_data_too():
@@ -94,3 +92,131 @@ def test_nan_that_a_loss_masks_is_fine():
 
     batch = V._replace(query_y=V.query_y.index_fill(1, torch.tensor([1]), math.nan))
     assert math.isfinite(regressor(masked).backward(batch).loss)
+
+
+# training that diverges in one's own loop
+
+
+@pytest.fixture(params=[None, "topk:50%"], ids=["no bias", "topk"])
+def bias(request) -> str | None:
+    return request.param
+
+
+def refused(learner: MAML, batch: TaskBatch, said: str, **options: object) -> None:
+    """`backward` raises an error with these words, and leaves ``.grad`` as it was."""
+    marks = {name: torch.randn_like(p) for name, p in learner.meta_parameters().items()}
+    for name, p in learner.meta_parameters().items():
+        p.grad = marks[name].clone()
+    with pytest.raises(DivergedError, match=said) as caught:
+        learner.backward(batch, **options)
+    assert isinstance(caught.value, NonFiniteError)
+    assert caught.value.step is None
+    assert str(caught.value).endswith(".grad is unchanged. check_finite=False returns such results instead.")
+    assert all(torch.equal(p.grad, marks[name]) for name, p in learner.meta_parameters().items())
+
+
+def broken(learner: MAML) -> MAML:
+    with torch.no_grad():
+        learner.model[-1].bias[0] = math.inf
+    return learner
+
+
+def test_weights_that_are_not_finite(bias):
+    refused(
+        broken(regressor()),
+        V,
+        r"the weights are not finite: 2\.bias\. An earlier step was too.*smaller lr",
+        bias=bias,
+    )
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_inner_steps_that_are_too_large(bias, inner_steps, vectorize):
+    learner = regressor(inner_lr=1e30, inner_steps=inner_steps, vectorize=vectorize)
+    said = (
+        r"not finite in 4 of 4 tasks, first in task 0: the inner steps are too large\. Its loss is \d.* after 1 of inn"
+    )
+    refused(learner, V, f"{said}er_lr=1e\\+30\\. Try a smaller inner_lr", bias=bias)
+
+
+def test_the_number_of_inner_steps_is_named():
+    """Each step of gradient descent on (w - y)^2 multiplies the distance by 1 - 2 inner_lr."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    learner = MAML(model, lambda p, y: (p - y).square().mean(), inner_lr=1e7, inner_steps=6)
+    ones = torch.ones(2, 1, 1)
+    refused(learner, TaskBatch(ones, 3 * ones, ones, 3 * ones), "not finite after 3 of inner_lr=1e\\+07")
+
+
+def test_only_one_task_is_too_steep():
+    y = V.support_y.clone()
+    y[2] += 1e18
+    refused(
+        regressor(inner_lr=1e3),
+        V._replace(support_y=y),
+        "in 1 of 4 tasks, first in task 2: the inner steps are too large",
+    )
+
+
+def test_weights_that_have_grown_too_large(bias):
+    learner = regressor()
+    with torch.no_grad():
+        learner.model[0].weight.fill_(1e30)
+        learner.model[-1].weight.fill_(1e30)
+    refused(learner, V, "not because of the inner steps: the weights have grown too large.*Try a smaller lr", bias=bias)
+
+
+def root(p: Tensor, y: Tensor) -> Tensor:
+    """Its derivative is not finite where all targets are 0."""
+    return (p * y).square().sum().sqrt() + p.square().mean()
+
+
+def test_a_derivative_that_is_not_finite(bias):
+    said = r"the losses are finite, but the meta-gradient is not: .* \(add a small number inside it\).*Try a smaller lr"
+    refused(regressor(root), V._replace(query_y=0 * V.query_y), said, bias=bias)
+    said = r"in 4 of 4 tasks, first in task 0: the gradient of inner step 1 is NaN although .*add a small number inside"
+    refused(regressor(root), V._replace(support_y=0 * V.support_y), said, bias=bias)
+
+
+def test_the_check_may_be_left_out():
+    learner = broken(regressor())
+    found = learner.backward(V, check_finite=False)
+    assert not math.isfinite(found.loss)
+    assert not learner.model[-1].bias.grad.isfinite().all()
+    with pytest.raises(NonFiniteDataError, match="query_x"):
+        learner.backward(nan_in("query_x"), check_finite=False)
+
+
+def test_a_norm_that_overflows_is_no_failure():
+    """Entries that are finite, and squares that are not."""
+    learner = regressor(lambda p, y: 1e30 * (p * y).mean(), inner_lr=1e-30)
+    assert math.isfinite(learner.backward(V).loss)
+    assert all(p.grad.isfinite().all() for p in learner.parameters())
+
+
+def test_error_feedback_keeps_its_state():
+    learner, feedback = regressor(), EF21(TopK(ratio=0.5))
+    learner.backward(V, bias=feedback)
+    before = {name: str(value) for name, value in feedback.state_dict().items()}
+    kept = learner.model[-1].bias.detach().clone()
+    broken(learner)
+    with pytest.raises(DivergedError):
+        learner.backward(V, bias=feedback)
+    assert {name: str(value) for name, value in feedback.state_dict().items()} == before
+    with torch.no_grad():
+        learner.model[-1].bias.copy_(kept)
+    learner.backward(V, bias=feedback)
+
+
+def test_a_loop_of_ones_own_stops():
+    learner = regressor()
+    optimizer = CompositeMomentum(learner.parameters(), lr=1e20)
+
+    def loop() -> None:
+        for _ in range(20):
+            optimizer.zero_grad()
+            learner.backward(V)
+            optimizer.step()
+
+    with pytest.raises(DivergedError, match="the weights have grown too large"):
+        loop()

@@ -381,7 +381,7 @@ def test_where_momentum_ends(estimator):
     )
     tasks = FixedTasks(given, 2)
     for k in range(150):
-        x, y, query_x, query_y, ids = tasks.sample(k, 2)
+        x, y, query_x, query_y, ids = tasks.sample(k, 2)[:5]
         dealt = [each.reshape(2, n, chains, -1) for each, n in ((x, points), (query_x, queries))]
         labels = [each.reshape(2, n, chains) for each, n in ((y, points), (query_y, queries))]
         optimizer.zero_grad()

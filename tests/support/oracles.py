@@ -44,7 +44,7 @@ def cut(batch: TaskBatch, shots: int, queries: int) -> TaskBatch:
     def pieces(x: Tensor, points: int) -> Tensor:
         return x.reshape(-1, points, *x.shape[2:])
 
-    x, y, query_x, query_y, _ = batch
+    x, y, query_x, query_y = batch[:4]
     return TaskBatch(pieces(x, shots), pieces(y, shots), pieces(query_x, queries), pieces(query_y, queries))
 
 

@@ -290,7 +290,7 @@ def test_each_worker_can_have_a_given_task():
     members = [FixedTasks(two_tasks(3, 4), 1), FixedTasks(two_tasks(3, 4), 1)]
     ours, whole = PerWorker(members).sample(5, 2), FixedTasks(two_tasks(3, 4), 2).sample(5, 2)
     assert ours.task_ids.tolist() == [0, 1]
-    for a, b in zip(ours, whole, strict=True):
+    for a, b in zip(ours[:5], whole[:5], strict=True):
         assert torch.equal(a, b)
 
 

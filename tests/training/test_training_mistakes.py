@@ -360,7 +360,7 @@ class Giving:
             for name in ("support_x", "support_y", "query_x", "query_y")
         ),
         ("support_x", lambda x: x.tolist(), TypeError, r"must be a tensor .*got a list of 4 items.*as_tensor"),
-        ("query_y", lambda x: None, TypeError, r"query_y of Giving\.sample must be a tensor .*got None"),
+        ("query_x", lambda x: None, TypeError, r"query_x of Giving\.sample must be a tensor .*got None"),
         (
             "support_x",
             lambda x: x.to_sparse(),
