@@ -1,0 +1,253 @@
+"""The model, the loss and the options of a learner, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metamom.bias import BiasOperator
+from metamom.common.choices import Norm
+from metamom.common.trees import Tree, lone
+from metamom.compile.graph import CompileMode
+from metamom.maml.batch_checks import check_adapted, check_mask
+from metamom.maml.chunking import ChunkSize
+from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
+from metamom.maml.gradient import MetaGradients, Plan
+from metamom.maml.inner_loop import Problem, trainable
+from metamom.maml.inner_lr import LearnInnerLR, StepSizes
+from metamom.maml.loss_readings import LossFn as LossFn
+from metamom.maml.loss_readings import LossReadings
+from metamom.maml.metrics import accuracy
+from metamom.maml.model_checks import check_hooks, check_kind, structure
+from metamom.maml.modes import differentiable
+from metamom.maml.norm import check_norm, resolved
+from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
+from metamom.maml.run_by_task import RunByTask, Support
+from metamom.maml.selection import selected
+from metamom.maml.server_step import Backward as Backward
+from metamom.maml.swapping import alone, named
+from metamom.maml.task_weights import Params
+from metamom.maml.tracking import TRACKING, Memory, check_tracking
+from metamom.maml.unused import Uses
+from metamom.maml.vectorize import Vectorization, Vectorize
+
+
+class Configured(nn.Module):
+    """The part of `metamom.MAML` that holds its options: checks them, follows changes of the model, saves its state.
+
+    Arguments and attributes are those of `metamom.MAML`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        inner_lr: float | Tensor | Mapping[str, float | Tensor] = 0.01,
+        inner_steps: int = 1,
+        estimator: Estimator = "exact",
+        inner_batches: InnerBatches = "same",
+        tracking: float | None = None,
+        learn_inner_lr: LearnInnerLR = False,
+        adapt: Iterable[str] | Callable[[str], bool] | None = None,
+        chunk_size: ChunkSize = "auto",
+        vectorize: Vectorize = "auto",
+        compile: CompileMode = False,
+        autocast: torch.dtype | None = None,
+        norm: Norm | None = None,
+    ) -> None:
+        super().__init__()
+        check_estimator(estimator, inner_batches)
+        check_option("inner_steps", inner_steps)
+        check_option("loss_fn", loss_fn)
+        check_option("vectorize", vectorize)
+        check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
+        check_compile(compile)
+        check_kind(model)
+        if vectorize == "vmap":
+            check_hooks(model)
+        check_norm(norm)
+        resolved(model, norm)
+        self.model = model
+        self.loss_fn = loss_fn
+        self.inner_steps = inner_steps
+        self.estimator: Estimator = estimator
+        self.inner_batches: InnerBatches = inner_batches
+        self.chunk_size = chunk_size
+        self.autocast = autocast
+        self.vectorize: Vectorize = vectorize
+        self.norm: Norm | None = norm
+        weights = trainable(model, loss_fn)
+        self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
+        self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
+        self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
+        self.memory: Memory | None = None
+        if ESTIMATORS[estimator].averages is not None:
+            self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
+        self.operators: dict[str, BiasOperator | None] = {}
+        self._readings, self._uses = LossReadings(), Uses()
+        self._run, self._vectorization = RunByTask(), Vectorization(vectorize)
+        self._structure = structure(model)
+        self._gradients = MetaGradients(self._plan, compile)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Constructor options are checked as in the constructor.
+
+        Raises:
+            AttributeError: for an option that only the constructor takes.
+            ValueError: for a value out of range, or a model with different parameters.
+            TypeError: for a value of the wrong kind.
+        """
+        if name == "inner_lr":
+            weights = trainable(self.model, self.loss_fn)
+            self.step_sizes.assign(value, {n: weights[n] for n in self.adapted})
+            return
+        check_option(name, value)
+        if "_gradients" in self.__dict__:  # construction has finished
+            tracking = None if self.memory is None else self.memory.tracking
+            check_change(self, name, value, tracking, self.step_sizes.kind)
+            if name == "model":
+                self._run, self._structure = RunByTask(), structure(value)
+            if name in ("model", "loss_fn", "vectorize"):
+                self._vectorization = Vectorization(value if name == "vectorize" else self.vectorize)
+        if name == "loss_fn":
+            check_loss_owner(value)
+            self._modules.pop(name, None)  # a module may replace a function, or a function a module
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy adapts what this learner adapts now; a predicate cannot be pickled, and names can."""
+        chosen = tuple(self.adapted) if callable(self._adapt) else self._adapt
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_adapt": chosen}
+
+    @property
+    def inner_lr(self) -> float | Tensor | dict[str, float | Tensor]:
+        """The current inner step sizes: one number (or learned tensor) if all parameters share it, else by parameter.
+
+        Can be set to anything the constructor takes. Learned step sizes keep learning from the new values.
+        """
+        return self.step_sizes.values()
+
+    @property
+    def support_parts(self) -> int:
+        """The number of equal parts that a meta-gradient splits each support set into; 1 means no split.
+
+        A sampler with ``shots=learner.support_parts * m`` gives inner batches of m shots each.
+        """
+        return support_parts(self.estimator, self.inner_steps, self.inner_batches)
+
+    def describe(self) -> dict[str, Any]:
+        """The options that recreate this learner, as JSON values."""
+        return {
+            "inner_lr": self.step_sizes.describe(),
+            "inner_steps": self.inner_steps,
+            "estimator": self.estimator,
+            "inner_batches": self.inner_batches,
+            "adapt": list(self.adapted),
+            **({} if self.memory is None else {"tracking": self.memory.tracking}),
+            **({} if self.norm is None else {"norm": self.norm}),
+        }
+
+    def reset_tracking(self) -> None:
+        """Reset the moving averages of tracked estimators. Each task's next visit counts as its first."""
+        if self.memory is not None:
+            self.memory.reset()
+
+    def expect(self, iterations: int) -> None:
+        """Announce how many meta-gradients will follow, so that ``compile="auto"`` can decide whether to compile.
+
+        `metamom.train` calls this. Without it, ``"auto"`` assumes that as many will follow as have been computed.
+
+        Raises:
+            ValueError: for a number below 0.
+        """
+        if iterations < 0:
+            raise ValueError(f"the number of remaining iterations must be >= 0; got {iterations}.")
+        self._gradients.expected = iterations
+
+    def meta_parameters(self) -> Params:
+        """The parameters that get a meta-gradient, by name: trainable ones of model and loss, and learned step sizes.
+
+        Names are those of ``model.named_parameters()``. If ``loss_fn`` is a module, its parameters follow as
+        ``"loss_fn.NAME"`` (inner steps do not move them). Step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
+        """
+        self._keep_up()
+        return trainable(self.model, self.loss_fn) | self.step_sizes.learned()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""
+        with alone(self):
+            return super().state_dict(*args, **kwargs)
+
+    def _keep_up(self) -> None:
+        """Update the learner if the model's modules or trainable parameters have changed since the last check.
+
+        Raises:
+            ValueError: for a model that `MAML` would refuse, and for new parameters without an inner step size.
+        """
+        with alone(self.model):
+            now = structure(self.model)
+        if now == self._structure:
+            return
+        check_kind(self.model)
+        resolved(self.model, self.norm)
+        if self.vectorize == "vmap":
+            check_hooks(self.model)
+        parameters = {name: p for name, p in named(self.model).items() if p.requires_grad}
+        adapted = selected(self._adapt, parameters)
+        if adapted != self.adapted:
+            self.step_sizes.follow({name: parameters[name] for name in adapted})
+            if self.memory is not None:
+                raise ValueError(
+                    "the trainable parameters of the model have changed, but this learner remembers each task's "
+                    f"adapted weights: {', '.join(set(adapted) ^ set(self.adapted))}. Make another learner around "
+                    "the model."
+                )
+            self.adapted = adapted
+        self._run, self._vectorization = RunByTask(), Vectorization(self.vectorize)
+        self._structure = now
+
+    def _problem(self) -> Problem:
+        return Problem(
+            self.model,
+            self.loss_fn,
+            self.adapted,
+            self.step_sizes,
+            self.estimator,
+            self.autocast,
+            resolved(self.model, self.norm),
+            self._run,
+            self._vectorization,
+            self._readings,
+            self._uses,
+        )
+
+    def _plan(self) -> Plan:
+        return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)
+
+    def _support(self, params: Params, support_x: Tree, mask: Tensor | None) -> Support | None:
+        """The support sets that predictions need."""
+        if self.norm != "support":
+            return None
+        if support_x is None:
+            raise ValueError(
+                'norm="support" normalises queries by the statistics of their support set: call predict(params, x, '
+                "support_x=...) with the inputs that these parameters were adapted on."
+            )
+        check_adapted(params, support_x, named(self.model))
+        check_mask("support", support_x, mask)
+        return Support(differentiable(support_x), mask)
+
+    def _accuracy(self, predictions: Tree, y: Tree, mask: Tensor | None = None) -> Tensor | None:
+        """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before.
+
+        ``None`` for several tensors of predictions or of targets, since which one holds scores is not known.
+        """
+        scores, labels = lone(predictions), lone(y)
+        if scores is None or labels is None:
+            return None
+        return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)
