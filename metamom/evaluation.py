@@ -90,19 +90,7 @@ def evaluate(
     Reference:
         The protocol of Finn, Abbeel, Levine (2017), section 5.2.
     """
-    if not isinstance(learner, MAML):
-        raise TypeError(f"evaluate takes a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
-    if check_whole("tasks", tasks, 0, AT_ONCE) < 2:
-        raise ValueError(f"an interval needs at least 2 tasks; got tasks={tasks}.")
-    if not isinstance(steps, Iterable):
-        raise TypeError(f"steps are numbers of inner steps, such as steps=(0, 1, 5); got {steps!r}.")
-    steps = tuple(steps)
-    if not steps or min(check_whole("a number of inner steps", step, -math.inf, INNER_STEPS) for step in steps) < 0:
-        raise ValueError(f"steps must be one or more numbers of inner steps >= 0; got {steps}.")
-    check_number("confidence", confidence)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
-    check_sampler(sampler, "evaluate takes a sampler, which")
+    steps = _checked(learner, sampler, tasks, steps, confidence)
     check_norm(norm)
     learner = learner if norm is None else learner.like(norm=norm)
     used = resolved(learner.model, learner.norm) or "batch"
@@ -119,22 +107,12 @@ def evaluate(
     with world.together(), evaluating():
         count, parts = _parts(source, tasks, world)
         hidden = None if world.first else True
-        for first, part in tqdm(parts, total=count, desc="evaluate", unit="block", leave=False, disable=hidden):
+        bar = tqdm(parts, total=count, desc="evaluate", unit="block", leave=False, disable=hidden)
+        for first, part in bar:
             check_batch(part)
             batch = part.to(like.device, like.dtype)
-            theirs = slice(first, first + batch.num_tasks)
-            with shared_between_predictions(batch.support_x, batch.query_x):
-                adapted = learner.trajectory(
-                    batch.support_x, batch.support_y, steps=max(steps), mask=batch.support_mask
-                )
-                for step, params in enumerate(adapted):
-                    if step not in steps:
-                        continue
-                    losses, right = _judged(learner, params, batch, first)
-                    values[-1, theirs] = float(right is not None)
-                    value = (losses if right is None else right).double().cpu()
-                    for row in (row for row, wanted in enumerate(steps) if wanted == step):
-                        values[row, theirs] = value
+            found = _of_block(learner, batch, steps, first)
+            values[:, first : first + batch.num_tasks] = found
     all_values, is_accuracy = world.all_reduce(values).split_with_sizes([len(steps), 1])
     halfwidth = normal_halfwidth(1 / math.sqrt(tasks), confidence) * all_values.std(dim=1)
     return Evaluation(
@@ -146,6 +124,42 @@ def evaluate(
         confidence,
         used,
     )
+
+
+def _checked(learner: object, sampler: object, tasks: int, steps: Iterable[int], confidence: float) -> tuple[int, ...]:
+    """Check arguments of `evaluate`, and return the numbers of steps."""
+    if not isinstance(learner, MAML):
+        raise TypeError(f"evaluate takes a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
+    if check_whole("tasks", tasks, 0, AT_ONCE) < 2:
+        raise ValueError(f"an interval needs at least 2 tasks; got tasks={tasks}.")
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"steps are numbers of inner steps, such as steps=(0, 1, 5); got {steps!r}.")
+    steps = tuple(steps)
+    if not steps or min(check_whole("a number of inner steps", step, -math.inf, INNER_STEPS) for step in steps) < 0:
+        raise ValueError(f"steps must be one or more numbers of inner steps >= 0; got {steps}.")
+    check_number("confidence", confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
+    check_sampler(sampler, "evaluate takes a sampler, which")
+    return steps
+
+
+def _of_block(learner: MAML, batch: TaskBatch, steps: Sequence[int], first: int) -> Tensor:
+    """Values ``[len(steps) + 1, T]`` of T tasks, of which the first has the number ``first``.
+
+    The last row is 1 where they are accuracies, and 0 where they are losses.
+    """
+    values = torch.zeros(len(steps) + 1, batch.num_tasks, dtype=torch.float64)
+    with shared_between_predictions(batch.support_x, batch.query_x):
+        adapted = learner.trajectory(batch.support_x, batch.support_y, steps=max(steps), mask=batch.support_mask)
+        for step, params in enumerate(adapted):
+            if step not in steps:
+                continue
+            losses, right = _judged(learner, params, batch, first)
+            values[-1] = float(right is not None)
+            for row in (row for row, wanted in enumerate(steps) if wanted == step):
+                values[row] = (losses if right is None else right).double().cpu()
+    return values
 
 
 @torch.no_grad()

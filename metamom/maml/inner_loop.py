@@ -30,7 +30,7 @@ from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.modes import out_of_inference
-from metamom.maml.padding import cut_off, takes_mask
+from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice
 from metamom.maml.run_by_task import RunByTask, Support
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
@@ -165,7 +165,7 @@ def predictions(
         if padded and not loop:
             must_not = problem.vectorization.vectorize == "vmap"
             kind = problem.norm, mask, must_not
-            loop = problem.run.loops_over_padded(problem.model, partial(compute, loop=False), x, *kind)
+            loop = loops_over_padded(problem.run.mixes, problem.model, partial(compute, loop=False), x, *kind)
         return compute(x, loop)
 
     out = problem.vectorization.attempt([part], run)

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metamom.batch import TaskBatch, check_points, kind_of
+from metamom.common.choices import Norm
 from metamom.common.trees import Tree, joined, leaves, mapped, named_leaves, shown
+from metamom.maml.draws import rewinder
+from metamom.maml.swapping import is_training
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
@@ -154,6 +157,53 @@ def takes_mask(loss_fn: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return found is not None and found.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def loops_over_padded(
+    known: dict[tuple[bool, Norm | None], bool],
+    model: nn.Module,
+    predict: Callable[[Tree], Tree],
+    x: Tree,
+    norm: Norm | None,
+    mask: Tensor | None,
+    must_not: bool,
+) -> bool:
+    """Whether padded tasks must run one by one, since the padding would change the predictions for other points.
+
+    Args:
+        known: what was found before, by mode and by what normalisations use; updated.
+        model: the model.
+        predict: predictions for inputs, with the tasks' weights.
+        x: ``[T, N, ...]``.
+        norm: what its normalisations use.
+        mask: the points of ``x`` that count; ``None`` if only a support set with statistics is padded.
+        must_not: whether a loop is refused.
+
+    Raises:
+        ValueError: if they must, and ``must_not``.
+    """
+    kind = is_training(model), norm
+    if mask is not None and kind not in known:
+        rewind = rewinder()
+
+        def again(x: Tree) -> Tree:
+            rewind()
+            return predict(x)
+
+        mixes = mixes_points(model, again, x, mask, frozen=norm == "frozen")
+        rewind()
+        if mixes is None:  # try with the next batch; until then a loop is right in any case
+            return not must_not
+        known[kind] = mixes
+    mixed = True if mask is None else known[kind]
+    if mixed and must_not:
+        raise ValueError(
+            f"{type(model).__name__} computes with all points of a set at once (batch normalisation, or attention "
+            "to the set), so the padding of a batch from metamom.pad would change its predictions. Use "
+            'vectorize="auto" or "loop", which run such tasks one by one without padding, or layers such as '
+            "GroupNorm that take each point alone."
+        )
+    return mixed
 
 
 def mixes_points(

@@ -27,7 +27,7 @@ from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
-from metamom.maml.padding import cut_off, mixes_points, put_back
+from metamom.maml.padding import cut_off, put_back
 from metamom.maml.plain_autograd import differentiable_twice, uncompiled, warm_starts
 from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, tensors_left
 from metamom.maml.task_weights import Params, Start
@@ -208,51 +208,6 @@ class RunByTask:
         ):
             run = self._one_by_one if loop else self._over_tasks
             return run(partial(one_task, over_sets), own, start.kept, sets, mode, draws)
-
-    def loops_over_padded(
-        self,
-        model: nn.Module,
-        predict: Callable[[Tree], Tree],
-        x: Tree,
-        norm: Norm | None,
-        mask: Tensor | None,
-        must_not: bool,
-    ) -> bool:
-        """Whether padded tasks must run one by one, since the padding would change the predictions for other points.
-
-        Args:
-            model: the model.
-            predict: predictions for inputs, with the tasks' weights.
-            x: ``[T, N, ...]``.
-            norm: what its normalisations use.
-            mask: the points of ``x`` that count; ``None`` if only a support set with statistics is padded.
-            must_not: whether a loop is refused.
-
-        Raises:
-            ValueError: if they must, and ``must_not``.
-        """
-        kind = is_training(model), norm
-        if mask is not None and kind not in self.mixes:
-            rewind = rewinder()
-
-            def again(x: Tree) -> Tree:
-                rewind()
-                return predict(x)
-
-            mixes = mixes_points(model, again, x, mask, frozen=norm == "frozen")
-            rewind()
-            if mixes is None:  # try with the next batch; until then a loop is right in any case
-                return not must_not
-            self.mixes[kind] = mixes
-        mixed = True if mask is None else self.mixes[kind]
-        if mixed and must_not:
-            raise ValueError(
-                f"{type(model).__name__} computes with all points of a set at once (batch normalisation, or attention "
-                "to the set), so the padding of a batch from metamom.pad would change its predictions. Use "
-                'vectorize="auto" or "loop", which run such tasks one by one without padding, or layers such as '
-                "GroupNorm that take each point alone."
-            )
-        return mixed
 
     def _over_tasks(
         self,
