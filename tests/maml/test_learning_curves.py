@@ -108,9 +108,8 @@ def small_budget(monkeypatch):
         batch = problem.tasks.sample(0, TASKS).to(dtype=next(model.parameters()).dtype)
 
         def fitting() -> int:
-            return MAML(model, problem.loss_fn, inner_lr=problem.inner_lr, chunk_size="auto")._gradients.chunk_size(
-                batch
-            )
+            learner = MAML(model, problem.loss_fn, inner_lr=problem.inner_lr, chunk_size="auto")
+            return learner._gradients.chunk_size(learner._plan(), batch)
 
         monkeypatch.setattr(metamom.maml.chunking, "BUDGET", 2**40)
         monkeypatch.setattr(metamom.maml.chunking, "BUDGET", int(2.5 * 2**40 / fitting()))
