@@ -15,6 +15,8 @@ from metamom.common.trees import device_of, leaves
 BUDGET = 256 * 2**20  # bytes, on a CPU: more is slower, since activations leave its caches
 # At the peak of a backward pass, saved activations and their cotangents are both alive.
 PEAK = 2.3
+# A step reads and writes each task's weights and their gradients about this often: they should stay in the caches too.
+WEIGHT_PASSES = 12
 UNKNOWN = 16  # tasks at a time if their memory cannot be measured
 
 
@@ -41,12 +43,13 @@ def _equal(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     yield from ((a, min(a + size, stop)) for a in range(start, stop, size))
 
 
-def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
+def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: int) -> int:
     """How many tasks' meta-gradients fit into the budget: `BUDGET` on a CPU, half of the free memory on a GPU.
 
     Args:
         gradient: computes the meta-gradient of one task.
         one: that task.
+        weights: bytes of one task's weights.
     """
     sizes: dict[int, int] = {}
 
@@ -71,5 +74,6 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch) -> int:
                 raise
             return UNKNOWN  # torch.func.grad in the forward does not allow such hooks
     each = sum(sizes.values()) + sum(x.nbytes for x in leaves(tuple(one[:4])))
-    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else BUDGET
-    return max(1, int(budget / (PEAK * each)))
+    if device.type == "cuda":
+        return max(1, int(torch.cuda.mem_get_info(device)[0] // 2 / (PEAK * each)))
+    return max(1, int(BUDGET / (PEAK * max(each, WEIGHT_PASSES * weights))))

@@ -73,6 +73,8 @@ def inner_step(w: Tensor, alpha: float | Tensor, grad: Tensor) -> Tensor:
         ``[T, *shape]``.
     """
     order = _memory_order(w)
+    if not isinstance(alpha, Tensor) and order is None:  # one pass over the weights, and one in each derivative
+        return torch.add(w, grad, alpha=-alpha)
     if order is None:
         return w - alpha * grad
     if isinstance(alpha, Tensor):
