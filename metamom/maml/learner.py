@@ -106,6 +106,7 @@ class MAML(Configured):
             with a graph that is cut between a parameter and the loss, or one that reads weights other than the tasks'.
 
     Example:
+        >>> from torch import nn
         >>> from torch.nn import functional as F
         >>> from metamom.tasks import Sinusoid
         >>> learner = MAML(nn.Linear(1, 1), F.mse_loss, inner_lr=0.01)
