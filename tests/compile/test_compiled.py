@@ -118,7 +118,8 @@ def test_torchinductor_in_fewer_bits_is_as_exact_as_the_plain_path(autocast):
         for compile, learner in fewer.items():
             grads, losses = learner.meta_gradient(batch.to("cpu", torch.float32), workers=2)
             errors[compile].append(relative_error(grads, expected.grads))
-            bits = {"rtol": 1e-4, "atol": 1e-4} if autocast is None else {"rtol": 0.05, "atol": 0.05}
+            # a unit next to zero in one of these batches moves a loss by 4.5e-4, in PyTorch's own layers too
+            bits = {"rtol": 1e-3, "atol": 1e-3} if autocast is None else {"rtol": 0.05, "atol": 0.05}
             torch.testing.assert_close(losses.double(), expected.losses, **bits)
     plain, compiled = (statistics.median(errors[compile]) for compile in (False, True))
     assert compiled < 2 * plain
