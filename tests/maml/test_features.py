@@ -235,7 +235,7 @@ def test_heads(kind):
     assert len(counted.calls) == 2
 
 
-# ---- models without a head that can be told from the rest
+# ---- models without a separate head
 
 
 class Twice(Net):
