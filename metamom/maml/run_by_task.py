@@ -62,6 +62,20 @@ class Masked(NamedTuple):
     mask: Tensor
 
 
+class Rows(NamedTuple):
+    """What differs between the tasks, a row for each.
+
+    Attributes:
+        own: the parameters that inner steps move, ``[T, *shape]``.
+        kept: the other parameters that differ between tasks, ``[T, *shape]``.
+        sets: ``[T, N, ...]``, tensors or trees; the last one gives the predictions.
+    """
+
+    own: Params
+    kept: Params
+    sets: tuple[Tree, ...]
+
+
 class RunByTask:
     """Runs a model with `torch.func.vmap`, with the same results as a loop over the tasks; or in that loop.
 
@@ -207,48 +221,32 @@ class RunByTask:
             differentiable_twice(model) if loop else uncompiled(),
         ):
             run = self._one_by_one if loop else self._over_tasks
-            return run(partial(one_task, over_sets), own, start.kept, sets, mode, draws)
+            return run(partial(one_task, over_sets), Rows(own, start.kept, sets), mode, draws)
 
-    def _over_tasks(
-        self,
-        one_task: Callable[..., Tree],
-        own: Params,
-        kept: Params,
-        sets: tuple[Tree, ...],
-        mode: bool,
-        draws: bool,
-    ) -> Tree:
+    def _over_tasks(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
-            return _vmap(one_task, "different")(own, kept, sets)
+            return _vmap(one_task, "different")(*rows)
         if not (draws and mode in self.draws):
             try:
-                return _vmap(one_task, "error")(own, kept, sets)
+                return _vmap(one_task, "error")(*rows)
             except RuntimeError as error:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
-        with DrawsByTask(count(sets[-1])):
-            return _vmap(one_task, "different")(own, kept, sets)
+        with DrawsByTask(count(rows.sets[-1])):
+            return _vmap(one_task, "different")(*rows)
 
-    def _one_by_one(
-        self,
-        one_task: Callable[..., Tree],
-        own: Params,
-        kept: Params,
-        sets: tuple[Tree, ...],
-        mode: bool,
-        draws: bool,
-    ) -> Tree:
+    def _one_by_one(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
         if is_tracing():
-            return one_by_one(one_task, own, kept, sets)
+            return one_by_one(one_task, *rows)
         if not (draws and mode in self.draws):
-            rewind, before = rewinder(), generator_states(device_of(sets))
+            rewind, before = rewinder(), generator_states(device_of(rows.sets))
             try:
                 with DrawsRefused() if mode not in self.leaves or mode in self.draws else nullcontext():
-                    found = one_by_one(one_task, own, kept, sets)
-                if all(torch.equal(a, b) for a, b in zip(before, generator_states(device_of(sets)), strict=True)):
+                    found = one_by_one(one_task, *rows)
+                if all(torch.equal(a, b) for a, b in zip(before, generator_states(device_of(rows.sets)), strict=True)):
                     return found
                 raise drawn()
             except RuntimeError as error:
@@ -256,7 +254,7 @@ class RunByTask:
                     raise
             rewind()
             self.draws.add(mode)
-        return one_by_one(DrawsByTask(count(sets[-1])).each(one_task), own, kept, sets)
+        return one_by_one(DrawsByTask(count(rows.sets[-1])).each(one_task), *rows)
 
     @contextmanager
     def _functions(self, model: nn.Module, norm: Norm | None, *, fast: bool) -> Iterator[None]:
