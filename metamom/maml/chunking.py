@@ -11,6 +11,7 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.common.choices import ChunkSize as ChunkSize
 from metamom.common.trees import device_of, leaves
+from metamom.nets.linear import as_of_many_tasks
 from metamom.nets.low_rank import LowRank, parts
 
 BUDGET = 256 * 2**20  # bytes, on a CPU: more is slower, since activations leave its caches
@@ -71,6 +72,7 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
     with (
         torch.random.fork_rng(devices=drawn),
         torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved),
+        as_of_many_tasks(),
     ):
         try:
             gradient()

@@ -33,6 +33,7 @@ from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, t
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vectorize import one_by_one
 from metamom.maml.vmap_errors import explained, unchanged
+from metamom.nets.linear import are_many
 
 # Found in the errors of torch.autograd.grad and of hooks on tensors that do not require gradients.
 WITHOUT_GRADIENTS = (
@@ -71,7 +72,8 @@ class RunByTask:
 
     Attributes:
         draws: the modes (values of ``model.training``) in which the model draws at random.
-        calls: whether the model calls such functions, by mode and by what its normalisations use.
+        calls: whether the model calls such functions, by mode, by what its normalisations use, and by the number of
+            tasks (for small numbers PyTorch's own functions may be faster) and whether more are to follow.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
@@ -79,7 +81,7 @@ class RunByTask:
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
-        self.calls: dict[tuple[bool, Norm | None], bool] = {}
+        self.calls: dict[tuple[bool, Norm | None, int, bool], bool] = {}
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
@@ -199,7 +201,7 @@ class RunByTask:
             unchanged({**inputs, **watched}, model, loop=loop),
             in_mode(model),
             autocast(device_of(x), dtype),
-            self._functions(model, norm, fast=not loop),
+            self._functions(model, norm, count(x), fast=not loop),
             normalising(model, norm) as over_sets,  # its functions may be replaced again by those above
             self._attributes(model),
             carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
@@ -259,9 +261,9 @@ class RunByTask:
         return one_by_one(DrawsByTask(count(sets[-1])).each(one_task), own, kept, sets)
 
     @contextmanager
-    def _functions(self, model: nn.Module, norm: Norm | None, *, fast: bool) -> Iterator[None]:
+    def _functions(self, model: nn.Module, norm: Norm | None, tasks: int, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model is new, has called them before, or has modules that may call them."""
-        kind = model.training, norm
+        kind = model.training, norm, tasks, are_many()
         if not self.calls.get(kind, True):
             yield
             return

@@ -9,6 +9,9 @@ the factors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,8 +22,25 @@ from torch.nn import functional as F
 from metamom.nets.grouped import Grouped
 from metamom.nets.low_rank import LowRank, Term, factors, fits, shared
 
-# Smaller matrices are not worth the Python calls.
-SMALLEST = 2**14  # entries
+# Smaller matrices are not worth the Python calls: those of one task, and of all tasks together.
+SMALLEST, SMALLEST_OF_ALL = 2**10, 2**18  # entries
+
+_MANY: ContextVar[bool] = ContextVar("many_tasks", default=False)
+
+
+@contextmanager
+def as_of_many_tasks() -> Iterator[None]:
+    """Compute a task as if it was one of many."""
+    token = _MANY.set(True)
+    try:
+        yield
+    finally:
+        _MANY.reset(token)
+
+
+def are_many() -> bool:
+    """Whether the task that is computed counts as one of many."""
+    return _MANY.get()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -35,12 +55,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
         return None
     if input.shape[-1] != weight.shape[1]:
         return None  # PyTorch raises its error
-    lazy = _is_lazy(input, weight)
-    if not lazy and (input.dim() == 2 or input.is_contiguous()):
+    thin = _is_thin(input, weight)
+    if not thin and (input.dim() == 2 or input.is_contiguous()):
         return None
     rows = input.flatten(0, -2)  # with more axes, vmap copies the weight for each entry of the first
     out: Tensor
-    if lazy:
+    if thin:
         out = _Product.run(rows, weight, False)
         out = out if bias is None else out + bias
     else:
@@ -48,7 +68,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
     return out if input.dim() == 2 else out.reshape(*input.shape[:-1], weight.shape[0])
 
 
-def _is_lazy(input: Tensor, weight: Tensor) -> bool:
+def _is_thin(input: Tensor, weight: Tensor) -> bool:
     """Whether the weight is kept as thin factors, or its gradient will be."""
     if not (functorch.is_batchedtensor(weight) and functorch.is_batchedtensor(input)):
         return False
@@ -64,7 +84,9 @@ def _is_lazy(input: Tensor, weight: Tensor) -> bool:
     if isinstance(matrices, LowRank):
         return bool(matrices.terms)
     out, fan_in = weight.shape
-    return out * fan_in >= SMALLEST and matrices.requires_grad and fits(input.numel() // max(fan_in, 1), out, fan_in)
+    if out * fan_in < SMALLEST or not (are_many() or matrices.numel() >= SMALLEST_OF_ALL):
+        return False
+    return matrices.requires_grad and fits(input.numel() // max(fan_in, 1), out, fan_in)
 
 
 class _OfTasks(Grouped):

@@ -105,6 +105,7 @@ MODELS = {
 def thin(monkeypatch) -> Iterator[list[LowRank]]:
     """Matrices of any size are kept as factors; those that are multiplied by are noted."""
     monkeypatch.setattr(linear, "SMALLEST", 0)
+    monkeypatch.setattr(linear, "SMALLEST_OF_ALL", 0)
     found: list[LowRank] = []
     forward = linear._Product.forward
 
@@ -277,3 +278,29 @@ def test_a_dispatch_mode_sees_plain_operations(thin):
         MAML(model, F.cross_entropy, chunk_size=None).meta_gradient(tasks)
     assert counter.get_total_flops() > 0
     assert not thin
+
+
+def test_few_tasks_use_plain_matrices_and_many_do_not(thin, monkeypatch):
+    """Whatever was computed before: tasks measured for ``chunk_size="auto"``, or another number of tasks."""
+    monkeypatch.setattr(linear, "SMALLEST_OF_ALL", 4 * WIDTHS[0] * WIDTHS[1])
+    model = randomised(mlp())
+    learner = MAML(model, F.cross_entropy, inner_lr=0.05)
+    for number in (3, 4, 3, 4):
+        learner.meta_gradient(batch(tasks=number))  # may measure
+        thin.clear()
+        tasks = batch(tasks=number)
+        grads, _ = learner.meta_gradient(tasks)
+        assert bool(thin) == (number == 4)
+        expected, _ = slow_meta_gradient(model, F.cross_entropy, tasks, inner_lr=0.05)
+        assert_close({n: g[0] for n, g in grads.items()}, expected)
+
+
+def test_thin_weights_do_not_count_as_matrices_in_chunk_sizes(thin):
+    """One task at a time if its matrices counted, and all of them otherwise."""
+    model = nn.Sequential(nn.Linear(2000, 3000), nn.Tanh(), nn.Linear(3000, CLASSES))
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 2, 2000, generator=generator), torch.randint(0, CLASSES, (4, 2), generator=generator)
+    learner = MAML(model, F.cross_entropy)
+    learner.meta_gradient(TaskBatch(x, y, x, y))
+    assert list(learner._gradients._budgets.values()) == [4]
+    assert thin

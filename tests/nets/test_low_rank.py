@@ -192,6 +192,7 @@ def test_derivatives_of_gradients():
 @pytest.mark.parametrize("smallest", [0, 10**9])
 def test_linear_agrees_with_pytorch(monkeypatch, shape, bias, order, smallest):
     monkeypatch.setattr(linear, "SMALLEST", smallest)
+    monkeypatch.setattr(linear, "SMALLEST_OF_ALL", smallest)
     monkeypatch.setattr(low_rank, "SHARE", 1e9)
     x, weight, b = draw(T, *shape, seed=1), draw(T, 5, 6, seed=2).requires_grad_(), draw(T, 5, seed=3)
     if order == "transposed" and len(shape) == 3:
