@@ -310,7 +310,9 @@ def chunk_gradient(
 
 def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
     memory = plan.recall(batch)
-    each = [(term, episodes(plan.problem, rows, term, memory).losses.view(-1, term.copies)) for term in plan.cut(batch)]
+    thin = not torch.is_grad_enabled()  # the caller may keep the graph
+    found = [(term, episodes(plan.problem, rows, term, memory, thin=thin).losses) for term in plan.cut(batch)]
+    each = [(term, losses.view(-1, term.copies)) for term, losses in found]
     first = each[0][1][:, 0]
     if len(each) == 1 and each[0][0].copies == 1:
         return first

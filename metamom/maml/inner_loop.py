@@ -288,7 +288,7 @@ def trajectory(
         yield own
 
 
-def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) -> Episodes:
+def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, *, thin: bool = True) -> Episodes:
     """Adapt from the workers' parameters ``[n, *shape]`` and compute the query losses.
 
     Args:
@@ -296,9 +296,10 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
         rows: the workers' meta-parameters.
         term: the inner batches and the query sets.
         memory: the moving averages of a tracked estimator; empty for other estimators.
+        thin: see `trajectory`; for graphs that are differentiated before anything else changes the weights.
     """
     start = start_of(problem, rows, count(term.query_x))
-    *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=True)
+    *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=thin)
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
     given = support_of(problem, term)

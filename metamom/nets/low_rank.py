@@ -54,7 +54,7 @@ class LowRank(Tensor):
         like = terms[0].left if base is None else base
         shape = base.shape if base is not None else (*like.shape[:-2], like.shape[-1], terms[0].right.shape[-1])
         made: LowRank = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        made.base = None if base is None else _without_graph(base)
+        made.base = base  # the same tensor, which counts its changes in place
         made.terms = tuple(Term(*map(_without_graph, term)) for term in terms)
         made._versions = made._written()
         return made

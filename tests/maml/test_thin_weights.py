@@ -304,3 +304,17 @@ def test_thin_weights_do_not_count_as_matrices_in_chunk_sizes(thin):
     learner.meta_gradient(TaskBatch(x, y, x, y))
     assert list(learner._gradients._budgets.values()) == [4]
     assert thin
+
+
+def test_losses_may_be_differentiated_after_the_weights_change():
+    """Of first order, as with PyTorch's own operations: the adapted weights are tensors of their own."""
+    tasks, found = batch(), []
+    for change in (False, True):
+        model = randomised(mlp())
+        total = MAML(model, F.cross_entropy, estimator="first-order").losses(tasks).sum()
+        if change:
+            with torch.no_grad():
+                model[2].weight.mul_(3)
+        total.backward()
+        found.append(model[0].weight.grad)
+    assert torch.equal(*found)
