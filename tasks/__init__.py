@@ -2,6 +2,7 @@
 
 from metamom.tasks.episodes import Episodes
 from metamom.tasks.fixed import FixedTasks
+from metamom.tasks.image_folder import ImageFolder
 from metamom.tasks.linear import LinearRegression, half_squared_error
 from metamom.tasks.omniglot import Omniglot
 from metamom.tasks.per_worker import PerWorker
@@ -11,6 +12,7 @@ from metamom.tasks.sinusoid import Sinusoid
 __all__ = [
     "Episodes",
     "FixedTasks",
+    "ImageFolder",
     "LinearRegression",
     "Omniglot",
     "PerWorker",

@@ -6,19 +6,22 @@ Legend: T tasks, N items in all, C classes before rotation, M = ways · (shots +
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from metamom.batch import TaskBatch
 from metamom.rng import DrawCoordinates, Ints, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count
 from metamom.tasks.family import TaskFamily
+from metamom.tasks.normalize import Constants, MeanStd, measured, normalised
 
+AT_A_TIME = 256  # images
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -63,6 +66,7 @@ class EpisodicFamily(TaskFamily):
 
     Attributes:
         num_classes: number of classes, including rotated ones.
+        constants: ``(mean, std)`` of each channel, by which images are normalised after augmentation, or ``None``.
 
     Raises:
         ValueError: for more ways than classes, more shots + queries than the smallest class has items, or a count
@@ -89,6 +93,8 @@ class EpisodicFamily(TaskFamily):
         if augment is not None and not callable(augment):
             raise TypeError(f"augment must be a function of images and a generator, or None; got {augment!r}.")
         self.augment = augment
+        self.constants: Constants | None = None
+        self._measured: Constants | None = None
         self._by_class = ByClass.of(labels)
         self.num_classes = len(self._by_class.classes) * turns
         if self.num_classes < self.ways:
@@ -115,18 +121,37 @@ class EpisodicFamily(TaskFamily):
         x = self._items(index)
         if turns.any():
             x = _rotated(x, torch.from_numpy(turns))
-        if not x.is_floating_point():
-            x = x.to(torch.float32).div_(255)
+        x = scaled(x)
         if self.augment is not None:
             x = self._augmented(x, self.augment, data)
-        x = self._normalised(x)
+        if self.constants is not None:
+            x = normalised(x, self.constants)
         support = self.ways * self.shots
         y = torch.arange(self.ways, device=x.device).repeat(len(x), self.shots + self.queries)
         return TaskBatch(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        """Normalise scaled and augmented images ``[T, M, ...]``; subclasses with constants override it."""
-        return x
+    def mean_and_std(self) -> MeanStd:
+        """Mean and standard deviation of each channel over all images ``[N, C, H, W]`` in [0, 1], computed once.
+
+        Rotations and augmentations do not count. Compute them on the training split, and normalise all splits by them.
+
+        Raises:
+            ValueError: for items that are not images.
+        """
+        if self._measured is None:
+            self._measured = measured(self._every_image())
+        return self._measured
+
+    def _every_image(self) -> Iterator[Tensor]:
+        """All images, some at a time, ``[n, C, H, W]`` in [0, 1]."""
+        items = np.arange(len(self._by_class.order))
+        for at in tqdm(range(0, len(items), AT_A_TIME), desc="mean and std", disable=None, leave=False):
+            x = scaled(self._items(items[None, at : at + AT_A_TIME]))[0]
+            if x.dim() != 4:
+                raise ValueError(
+                    f"channels have a mean in images [C, H, W] alone; these items are {list(x.shape[1:])}."
+                )
+            yield x
 
     def _chosen(self, tasks: DrawCoordinates, data: DrawCoordinates) -> tuple[Ints, Ints]:
         """The indices of the items, and how often each is rotated by 90°: both ``[T, M]``, shot by shot."""
@@ -161,6 +186,11 @@ class EpisodicFamily(TaskFamily):
 def augmentation_name(augment: Augment | None) -> str | None:
     """What identifies an augmentation in a description: the name of a function, the text of an object."""
     return None if augment is None else getattr(augment, "__qualname__", repr(augment))
+
+
+def scaled(x: Tensor) -> Tensor:
+    """uint8 as float32 in [0, 1]; floating point as it is."""
+    return x if x.is_floating_point() else x.to(torch.float32).div_(255)
 
 
 def _rotated(x: Tensor, turns: Tensor) -> Tensor:

@@ -12,7 +12,11 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("metamom", "tasks", "experiments") for path in sorted((ROOT / folder).rglob("*.py"))]
 LINES = {ast.FunctionDef: 60, ast.ClassDef: 250}  # without docstrings
 ARGUMENTS = 12
-PUBLIC = {"Configured.__init__", "train"}  # their arguments and docstrings are the documentation of users
+PUBLIC = {
+    "Configured.__init__",
+    "ImageFolder.__init__",
+    "train",
+}  # their arguments and docstrings are the documentation of users
 
 
 def definitions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:

@@ -13,9 +13,20 @@ import torch
 from cases import loop_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import SIZE, write_class
 
 from metamom.batch import Sampler, TaskBatch
-from metamom.tasks import Episodes, FixedTasks, LinearRegression, Omniglot, PerWorker, Quadratic, Sinusoid
+from metamom.tasks import (
+    Episodes,
+    FixedTasks,
+    ImageFolder,
+    LinearRegression,
+    Omniglot,
+    PerWorker,
+    Quadratic,
+    Sinusoid,
+)
+from metamom.tasks.episodic import EpisodicFamily
 
 WAYS, SHOTS, QUERIES = 5, 2, 3
 Make = Callable[[int], Sampler]
@@ -67,9 +78,20 @@ MAKERS: dict[str, Make] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*MAKERS, "Omniglot"])
-def make(request) -> Make:
+@pytest.fixture(scope="module", params=[*MAKERS, "ImageFolder", "Omniglot"])
+def make(request, tmp_path_factory) -> Make:
     """``make(seed)``: one of the samplers."""
+    if request.param == "ImageFolder":
+        root = tmp_path_factory.mktemp("images")
+        for number in range(40):
+            write_class(root / "train" / str(number), number, images=9)
+
+        @lru_cache
+        def image_folder(seed: int) -> ImageFolder:
+            options = {"image_size": SIZE, "rotations": True, "augment": ["crop", "jitter"], "seed": seed}
+            return ImageFolder(root, ways=WAYS, shots=SHOTS, queries=QUERIES, **options)
+
+        return image_folder
     if request.param != "Omniglot":
         return MAKERS[request.param]
     root = request.getfixturevalue("data_root")
@@ -87,7 +109,7 @@ def workers(sampler: Sampler) -> int:
 
 def is_episodic(sampler: Sampler) -> bool:
     inner = sampler.samplers[0] if isinstance(sampler, PerWorker) else sampler
-    return isinstance(inner.family if isinstance(inner, FixedTasks) else inner, Episodes)
+    return isinstance(inner.family if isinstance(inner, FixedTasks) else inner, EpisodicFamily)
 
 
 def has_fixed_tasks(sampler: Sampler) -> bool:
