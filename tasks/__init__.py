@@ -2,6 +2,7 @@
 
 from metamom.tasks.episodes import Episodes
 from metamom.tasks.fixed import FixedTasks
+from metamom.tasks.image_check import check_images
 from metamom.tasks.image_folder import ImageFolder
 from metamom.tasks.linear import LinearRegression, half_squared_error
 from metamom.tasks.omniglot import Omniglot
@@ -18,6 +19,7 @@ __all__ = [
     "PerWorker",
     "Quadratic",
     "Sinusoid",
+    "check_images",
     "half_squared_error",
     "quadratic_loss",
 ]

@@ -100,7 +100,7 @@ def find_splits(root: PathLike, splits: Splits | None = None) -> list[str]:
     return [name for name in FOLDERS if _split_folder(path, name) is not None]
 
 
-def find_images(root: PathLike, split: str, splits: Splits | None = None) -> Listing:
+def find_images(root: PathLike, split: str, splits: Splits | None = None, *, allow_empty: bool = False) -> Listing:
     """Find the images of a split.
 
     Args:
@@ -108,6 +108,7 @@ def find_images(root: PathLike, split: str, splits: Splits | None = None) -> Lis
         split: its name.
         splits: for one tree ``ROOT/CLASS/*``: classes of each split, or the path of a list: a CSV of
             ``filename,label``, or a text file with one class a line.
+        allow_empty: accept classes without images.
 
     Raises:
         DataNotFoundError: for a root, a split, a class or a file that is not there.
@@ -117,25 +118,25 @@ def find_images(root: PathLike, split: str, splits: Splits | None = None) -> Lis
     found = _of_folders(path, split) if splits is None else _of_splits(path, split, splits)
     if not found:
         raise DataError(f"the split {split!r} of {path} has no classes. Give it some, or name another split.")
-    classes = tuple(sorted(found))
-    for name in classes:
-        if not found[name]:
+    for name in sorted(found):
+        if not found[name] and not allow_empty:
             raise DataError(
                 f"the class {name!r} of the split {split!r} in {path} has no images (files with "
                 f"{', '.join(sorted(SUFFIXES)[:8])}, ...). Add some, or remove the class."
             )
-    files = [file for name in classes for file in sorted(found[name], key=lambda file: file.path)]
-    labels = np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]).astype(np.int64)
-    return Listing(path, classes, files, labels)
+    return _sorted(path, found)
 
 
 def find_tree(folder: Path) -> Listing:
     """Find the images of one tree ``FOLDER/CLASS/*``; classes may be empty."""
-    found = {name: list(_images_below(folder, name)) for name in class_folders(folder)}
+    return _sorted(folder, {name: list(_images_below(folder, name)) for name in class_folders(folder)})
+
+
+def _sorted(root: Path, found: Mapping[str, list[ImageFile]]) -> Listing:
     classes = tuple(sorted(found))
     files = [file for name in classes for file in sorted(found[name], key=lambda file: file.path)]
     labels = np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]).astype(np.int64)
-    return Listing(folder, classes, files, labels)
+    return Listing(root, classes, files, labels)
 
 
 def split_folder(root: Path, split: str) -> Path:

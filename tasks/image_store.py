@@ -267,7 +267,7 @@ def _decode_all(handle: int, listing: Listing, shape: tuple[int, int, int], labe
     count, parts = len(listing.files), []
     os.truncate(handle, count * int(np.prod(shape)))
     bar = tqdm(total=count, desc=f"decoding {label}", unit="img", disable=None, leave=False)
-    with decode.quiet(), bar, ThreadPoolExecutor(_threads()) as pool:
+    with decode.quiet(), bar, ThreadPoolExecutor(threads()) as pool:
         futures = [
             pool.submit(_decode_part, handle, listing, shape, range(first, min(first + PART, count)))
             for first in range(0, count, PART)
@@ -325,7 +325,7 @@ def _write(handle: int, pixels: NDArray[np.uint8], offset: int) -> None:
         left, offset = left[written:], offset + written
 
 
-def _threads() -> int:
+def threads() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), 32)
