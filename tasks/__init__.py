@@ -1,5 +1,6 @@
 """Task families and data sets."""
 
+from metamom.tasks.dataset import from_dataset
 from metamom.tasks.episodes import Episodes
 from metamom.tasks.fixed import FixedTasks
 from metamom.tasks.image_check import check_images
@@ -20,6 +21,7 @@ __all__ = [
     "Quadratic",
     "Sinusoid",
     "check_images",
+    "from_dataset",
     "half_squared_error",
     "quadratic_loss",
 ]
