@@ -20,6 +20,7 @@ from metamom.common.choices import NORMS, Norm
 from metamom.interop.imports import import_torchvision
 from metamom.nets.layers import BatchNormReLU
 from metamom.nets.models import Conv4, use_batch_statistics
+from metamom.nets.resnet import ResNet12
 
 WAYS, TASKS, INNER_LR = 3, 4, 0.1
 
@@ -143,13 +144,22 @@ MAKE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "functional": (Functional, (4,)),
     "Conv4": (lambda: Conv4(WAYS, hidden=4), (1, 28, 28)),
+    "Conv4 with max-pooling": (
+        lambda: Conv4(WAYS, hidden=4, image_size=16, pooling="max", running_statistics=True), (1, 16, 16)
+    ),
+    "ResNet12": (lambda: ResNet12(WAYS, 1, (2, 3, 4, 5), running_statistics=True), (1, 16, 16)),
 }  # fmt: skip
+SCALES = {"Conv4 with max-pooling": 0.5, "ResNet12": 0.3}  # of weights, so that "frozen" activations stay small
 CASES = [(name, norm) for name in MAKE for norm in NORMS if (name, norm) != ("Conv4", "frozen")]
 
 
 def case(name: str, queries: int = 2) -> tuple[nn.Module, TaskBatch]:
     make, shape = MAKE[name]
-    return with_statistics(randomised(make())), batch_of(*shape, queries=queries)
+    model = with_statistics(randomised(make()))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(SCALES.get(name, 1.0))
+    return model, batch_of(*shape, queries=queries)
 
 
 class LoopOfFunctional(Loop):
