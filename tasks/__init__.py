@@ -8,6 +8,7 @@ from metamom.tasks.image_folder import ImageFolder
 from metamom.tasks.linear import LinearRegression, half_squared_error
 from metamom.tasks.omniglot import Omniglot
 from metamom.tasks.per_worker import PerWorker
+from metamom.tasks.prefetch import Prefetched
 from metamom.tasks.quadratic import Quadratic, quadratic_loss
 from metamom.tasks.sinusoid import Sinusoid
 
@@ -18,6 +19,7 @@ __all__ = [
     "LinearRegression",
     "Omniglot",
     "PerWorker",
+    "Prefetched",
     "Quadratic",
     "Sinusoid",
     "check_images",
