@@ -88,7 +88,7 @@ def write_files(root: Path, images: int, side: int) -> None:
 
 
 def building(root: str, cache: str, image_size: int) -> list[float]:
-    """Seconds and CPU seconds to decode everything, and MiB: total before and at the peak, anonymous before and then."""
+    """Seconds and CPU seconds to decode everything, and MiB: total before and at the peak, then the anonymous ones."""
     os.environ["METAMOM_CACHE"] = cache
     before, anonymous = peak_mib(), _anonymous_mib()
     with _watched() as peak:

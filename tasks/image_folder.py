@@ -120,7 +120,8 @@ class ImageFolder(EpisodicFamily):
         if not isinstance(rotations, bool | str) or rotations not in (True, False, "all"):
             raise ValueError(f"rotations must be True, False or 'all'; got {rotations!r}.")
         check_word("on_broken", on_broken, ON_BROKEN)
-        constants = None if normalize == "dataset" else check_constants(normalize, channels)
+        of_data = isinstance(normalize, str) and normalize == "dataset"
+        constants = None if of_data else check_constants(normalize, channels)
         self.root, self.channels, self.rotations = str(find_root(root)), channels, rotations
         turns = 4 if rotations == "all" or (rotations and self.split == "train") else 1
 
@@ -146,7 +147,7 @@ class ImageFolder(EpisodicFamily):
             names=[repr(name) for name in self.classes],
         )
         self.stream = self.split
-        if normalize == "dataset":
+        if of_data:
             of_train = self._store if self.split == "train" else opened("train")[0]
             constants = check_constants(of_train.mean_and_std(), channels)
         self.constants = constants

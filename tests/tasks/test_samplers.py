@@ -14,6 +14,7 @@ from cases import loop_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import SIZE, write_class
+from torch.utils.data import TensorDataset
 
 from metamom.batch import Sampler, TaskBatch
 from metamom.tasks import (
@@ -25,7 +26,9 @@ from metamom.tasks import (
     PerWorker,
     Quadratic,
     Sinusoid,
+    from_dataset,
 )
+from metamom.tasks.dataset import DatasetEpisodes
 from metamom.tasks.episodic import EpisodicFamily
 
 WAYS, SHOTS, QUERIES = 5, 2, 3
@@ -40,6 +43,11 @@ def numbered_images() -> tuple[torch.Tensor, torch.Tensor]:
 
 def episodes(seed: int) -> Episodes:
     return Episodes(*numbered_images(), ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed, rotations=True)
+
+
+def dataset_episodes(seed: int) -> DatasetEpisodes:
+    dataset = TensorDataset(*numbered_images())
+    return from_dataset(dataset, ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed)
 
 
 def sinusoid(seed: int) -> Sinusoid:
@@ -62,6 +70,7 @@ def quadratic(seed: int, **options: Any) -> Quadratic:
 MAKERS: dict[str, Make] = {
     "Sinusoid": sinusoid,
     "Episodes": episodes,
+    "from_dataset": dataset_episodes,
     "LinearRegression": linear,
     "LinearRegression with random covariances": lambda seed: linear(seed, spectrum=(0.2, 2)),
     "LinearRegression of data": linear_of_data,
