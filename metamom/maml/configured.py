@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from metamom.bias import BiasOperator
+from metamom.bias.function import function_name
 from metamom.common.choices import Norm
+from metamom.common.summaries import summary
 from metamom.common.trees import Tree, lone
 from metamom.compile.graph import CompileMode
 from metamom.maml.batch_checks import check_adapted, check_mask
@@ -151,6 +153,20 @@ class Configured(nn.Module):
             **({} if self.memory is None else {"tracking": self.memory.tracking}),
             **({} if self.norm is None else {"norm": self.norm}),
         }
+
+    def __repr__(self) -> str:
+        model, loss = self.model, self.loss_fn
+        every = {name for name, p in model.named_parameters() if p.requires_grad} == set(self.adapted)
+        step_sizes = self.inner_lr if self.step_sizes.kind is False else f"learned ({self.step_sizes.kind})"
+        values = {
+            "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
+            "inner_steps": self.inner_steps,
+            "estimator": self.estimator,
+            "adapt": None if every else self.adapted,
+            "norm": self.norm,
+        }
+        size = f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters"
+        return summary(type(self).__name__, values, size, function_name(loss).rpartition(".")[2])
 
     def reset_tracking(self) -> None:
         """Reset the moving averages of tracked estimators. Each task's next visit counts as its first."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, as_operator
@@ -21,6 +21,7 @@ from metamom.maml.batch_checks import check_adapted, check_mask, check_set
 from metamom.maml.configured import Configured
 from metamom.maml.estimators import Estimator, InnerBatch, InnerBatches
 from metamom.maml.features import shared
+from metamom.maml.fitting import fit_and_predict, fitted, refuse_one_task
 from metamom.maml.gradient import OfTasks
 from metamom.maml.inner_loop import losses, predictions, start_of, trajectory
 from metamom.maml.loss_readings import LossFn as LossFn
@@ -160,13 +161,58 @@ class MAML(Configured):
         Returns:
             Adapted parameters by name, ``[T, *shape]``, for use with `predict`. They are differentiable in the
             meta-parameters if gradients are enabled.
+
+        Raises:
+            ValueError: for the points of one task, without the axis of tasks, where that can be detected; use `fit`.
         """
         with out_of_inference():
+            refuse_one_task(self, support_x, support_y)
             along = _whole(support_x, support_y, mask, self.inner_steps if steps is None else steps)
             problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
             start = start_of(problem, rows, count(support_x))
             *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
         return adapted
+
+    def fit(self, support_x: Tree, support_y: Tree, steps: int | None = None) -> nn.Module:
+        """Adapt to one task, and return the adapted model as a module of its own.
+
+        It is a deep copy of the model with the adapted weights, in ``eval()``, and shares nothing with the learner. So
+        it works under `torch.inference_mode`, and can be pickled, saved, exported and moved. Dropout is off during
+        adaptation, as in `metamom.evaluate`, and predictions are the same as there. With ``norm="support"``, the
+        module's normalisation layers keep the statistics of the support set as their running statistics. It computes in
+        the dtype of its weights, without the learner's ``autocast``.
+
+        Args:
+            support_x: the points of one task, ``[S, ...]``, a tensor or a tree.
+            support_y: their targets, ``[S, ...]`` (class labels: ``[S]``), a tensor or a tree, or ``None``.
+            steps: number of inner steps >= 0; the learner's own by default.
+
+        Raises:
+            ValueError: for sets that do not fit the model or each other, and for statistics that no layer can keep
+                because the model calls ``batch_norm`` itself, or one layer several times.
+
+        Example:
+            >>> from torch.nn import functional as F
+            >>> learner = MAML(nn.Linear(1, 1), F.mse_loss, inner_lr=0.1)
+            >>> x = torch.linspace(-1, 1, 10).unsqueeze(-1)
+            >>> model = learner.fit(x, 2 * x, steps=100)
+            >>> torch.allclose(model(x), 2 * x, atol=1e-2)
+            True
+        """
+        return fitted(self, support_x, support_y, steps)
+
+    def fit_predict(self, support_x: Tree, support_y: Tree, query_x: Tree, steps: int | None = None) -> Any:
+        """Adapt to one task, and predict ``[Q, ...]`` for its queries, without a graph.
+
+        The same as ``fit(support_x, support_y)(query_x)`` without making a module, so for any model.
+
+        Args:
+            support_x: the points of one task, ``[S, ...]``, a tensor or a tree.
+            support_y: their targets, ``[S, ...]``, a tensor or a tree, or ``None``.
+            query_x: ``[Q, ...]``, a tensor or a tree.
+            steps: number of inner steps >= 0; the learner's own by default.
+        """
+        return fit_and_predict(self, support_x, support_y, query_x, steps)
 
     def trajectory(
         self, support_x: Tree, support_y: Tree, *, steps: int, mask: Tensor | None = None

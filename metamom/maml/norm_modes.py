@@ -207,9 +207,7 @@ class OfSupport(Normalisation):
                 raise _different_calls()
             return found
         if self._recorded is not None:
-            axes = [i for i in range(input.dim()) if i != axis % input.dim()]
-            variance, mean = torch.var_mean(_wide(input), axes, correction=0)
-            self._recorded.append(Statistics(mean, variance))
+            self._recorded.append(statistics_of(input, axis))
         return None
 
 
@@ -229,6 +227,13 @@ def normalising(
         return
     with uncounted(model.modules()), MODES[norm]() as mode:
         yield mode.call
+
+
+def statistics_of(x: Tensor, axis: int) -> Statistics:
+    """The statistics of a set along a channel axis, as normalisation takes them."""
+    axes = [i for i in range(x.dim()) if i != axis % x.dim()]
+    variance, mean = torch.var_mean(_wide(x), axes, correction=0)
+    return Statistics(mean, variance)
 
 
 def normalised(

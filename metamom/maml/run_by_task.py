@@ -75,6 +75,7 @@ class RunByTask:
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
+        points: the shapes and dtypes of sets for which the model was seen to take any number of points.
     """
 
     def __init__(self) -> None:
@@ -83,6 +84,7 @@ class RunByTask:
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
+        self.points: set[tuple[torch.Size, torch.dtype]] = set()
 
     def __call__(
         self,
