@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -161,10 +162,10 @@ class Recipe(RecipeOptions):
             return FixedTasks(tasks, self.fixed_tasks, order=self.order)
         return tasks
 
-    def learner(self) -> MAML:
-        """A learner with initial weights drawn from the seed."""
-        generator = torch.Generator().manual_seed(self.seed)
-        model = self.family.model(self.ways, generator)
+    def learner(self, model: nn.Module | None = None) -> MAML:
+        """A learner with initial weights drawn from the seed, or around a given model."""
+        if model is None:
+            model = self.family.model(self.ways, torch.Generator().manual_seed(self.seed))
         assert self.inner_lr is not None
         return MAML(
             model.to(device=find_device(self.device), dtype=DTYPES[self.dtype]),

@@ -5,6 +5,7 @@ from . import distributed as distributed
 from . import evaluation as evaluation
 from . import experiments as experiments
 from . import interop as interop
+from . import loading as loading
 from . import maml as maml
 from . import nets as nets
 from . import optim as optim
@@ -29,6 +30,8 @@ from .bias import Sign as Sign
 from .bias import TopK as TopK
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .loading import LoadedRun as LoadedRun
+from .loading import load as load
 from .maml.learner import MAML as MAML
 from .maml.padding import pad as pad
 from .optim import CompositeMomentum as CompositeMomentum

@@ -19,6 +19,7 @@ FLOORS = [  # from the ground up: rooms, and modules that stand by themselves, a
     ["training"],
     ["tasks"],
     ["experiments"],
+    ["loading"],
     ["cli"],
     ["__main__"],
 ]

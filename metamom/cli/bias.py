@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from metamom.cli.flags import add_checkpoint, add_data_root, add_device, flag, given_flags, switch
+from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_model, flag, given_flags, switch
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import counts, number, path, point_count, seed, step_count, task_count
 from metamom.experiments.families import FAMILIES
@@ -60,6 +60,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     flag(learner, "--inner-lr", "inner step size, without a RUN", inner, type=number)
     flag(learner, "--inner-steps", "inner steps, without a RUN", 1, type=step_count)
     add_checkpoint(learner)
+    add_model(learner)
     operators = leaf.add_argument_group("bias")
     flag(operators, "--bias", "operator, see below", "as in training, none", metavar="SPEC")
     own = leaf.add_argument_group("run")
@@ -80,8 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
     from metamom.experiments import bias_report
+    from metamom.experiments.python_runs import recipe_of_tasks
     from metamom.experiments.recipes import Recipe
-    from metamom.experiments.saved import load_run
+    from metamom.loading import load
 
     keep_freed_memory()
     what = arguments.what
@@ -96,13 +98,19 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--{fixed[0].replace('_', '-')} belongs to the learner that the run trained; give it with a task "
                 f"({', '.join(FAMILIES)}) in place of a run."
             )
-        saved = load_run(what, arguments.checkpoint, device=arguments.device or "cpu")
+        run = load(what, arguments.checkpoint, arguments.model, device=arguments.device or "cpu")
+        trained = recipe_of_tasks(run.settings) if run.recipe is None else run.recipe
+        if trained is None:
+            raise ValueError(
+                f"the run in {what} was made in Python with tasks that are none of {', '.join(FAMILIES)}: measure it "
+                "there, metamom.diagnostics.measure(run.learner, sampler), with run = metamom.load(RUN)."
+            )
         asked = {
             name: value for name in ("estimator", "bias", "seed") if (value := getattr(arguments, name)) is not None
         }
-        recipe = replace(saved.recipe, **asked)
-        learner = saved.learner.like(estimator=recipe.estimator)
-        title = f"{recipe.task}, after {saved.step} iterations"
+        recipe = replace(trained, **asked)
+        learner = run.learner.like(estimator=recipe.estimator)
+        title = f"{recipe.task}, after {run.step} iterations"
     where = arguments.out
     if where is None and not arguments.json:
         where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in FAMILIES else what

@@ -7,7 +7,7 @@ from dataclasses import MISSING
 from typing import Any, NamedTuple, Protocol
 
 from metamom.common.choices import SERVERS, TIMEOUT
-from metamom.common.flag_types import counts, number, path, step_count
+from metamom.common.flag_types import counts, module_callable, number, path, step_count
 from metamom.common.options import Flag, declared
 from metamom.experiments.options import RecipeOptions, task_defaults
 from metamom.training.options import Options
@@ -128,6 +128,18 @@ def add_device(group: Group, default: str | None = None) -> None:
 def add_checkpoint(group: Group) -> None:
     """Which of a run's checkpoints to load."""
     flag(group, "--checkpoint", "best by validation, or newest", choices=("best", "newest"), default="best")
+
+
+def add_model(group: Group) -> None:
+    """The model of a run that was made in Python."""
+    flag(
+        group,
+        "--model",
+        "class or function that makes the model of a RUN from Python; modules in the current directory are found",
+        "none",
+        type=module_callable,
+        metavar="PACKAGE.MODULE:CALLABLE",
+    )
 
 
 def add_steps(group: Group) -> None:

@@ -93,6 +93,14 @@ def path(text: str) -> str:
     return text
 
 
+def module_callable(text: str) -> str:
+    """The name of a callable in a module, which is imported later: see `metamom.common.named_objects`."""
+    module, colon, attribute = text.partition(":")
+    if not (colon and all(part.isidentifier() for name in (module, attribute) for part in name.split("."))):
+        raise argparse.ArgumentTypeError(f"wanted PACKAGE.MODULE:CALLABLE, such as my_models:Net; got {shown(text)}")
+    return text
+
+
 def count_or_auto(text: str) -> int | str:
     """A number of tasks, or ``auto``."""
     if text == "auto":

@@ -18,6 +18,7 @@ from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.bias.function import Function, function_name
 from metamom.distributed import World
 from metamom.maml.learner import MAML
+from metamom.maml.norm import resolved
 from metamom.optim import CompositeMomentum, LambdaBeta
 from metamom.server.aggregate import Aggregation
 from metamom.server.robust import Aggregate
@@ -165,7 +166,7 @@ def _kind(thing: object) -> str:
 
 
 # entries of `describe` that earlier versions did not record
-LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code")
+LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code", "normalisation")
 
 
 def describe(
@@ -189,11 +190,12 @@ def describe(
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     operator = as_operator(bias)
     like = next(learner.model.parameters())
+    uses = resolved(learner.model, None) if learner.norm is None else None  # what the model's mode says
     loss, own = Contents(learner.loss_fn), Contents(*_functions(operator))
     contents = {"loss": loss.values[0], **({"bias": own.values} if own.values else {})}
     return {
         "model": str(learner.model),
-        "loss": _of_function(learner.loss_fn),
+        "loss": describe_loss(learner.loss_fn),
         "contents": json.loads(json.dumps(contents)),
         "code": [loss.code, own.code],
         "dtype": str(like.dtype),
@@ -207,17 +209,18 @@ def describe(
         "bias": "none" if operator is None else operator.spec,
         "aggregate": aggregate,
         **options,
+        **({} if uses is None else {"normalisation": uses}),
         # validation determines the best checkpoint, so it is only recorded if there is one
         **({} if validation is None else {"validation": described(validation)}),
     }
 
 
-def _of_function(function: Any) -> dict[str, Any]:
+def describe_loss(function: Any) -> dict[str, Any]:
     """Describe a loss: its name, and the numbers and strings in a module or partial function."""
     if isinstance(function, nn.Module):
         return {"name": str(function), **_numbers(vars(function))}
     if isinstance(function, functools.partial):
-        return {**_of_function(function.func), **_numbers(function.keywords)}
+        return {**describe_loss(function.func), **_numbers(function.keywords)}
     return {"name": function_name(function)}
 
 
