@@ -1,3 +1,4 @@
+from . import baselines as baselines
 from . import bias as bias
 from . import cli as cli
 from . import diagnostics as diagnostics
@@ -28,8 +29,11 @@ from .bias import Normalize as Normalize
 from .bias import RandK as RandK
 from .bias import Sign as Sign
 from .bias import TopK as TopK
+from .evaluation import Adaptable as Adaptable
 from .evaluation import Evaluation as Evaluation
+from .evaluation import compare_learners as compare_learners
 from .evaluation import evaluate as evaluate
+from .evaluation import paired_difference as paired_difference
 from .loading import LoadedRun as LoadedRun
 from .loading import load as load
 from .maml.learner import MAML as MAML

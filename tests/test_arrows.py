@@ -15,6 +15,8 @@ FLOORS = [  # from the ground up: rooms, and modules that stand by themselves, a
     ["server", "nets", "theory"],
     ["compile"],
     ["maml"],
+    ["task_metrics"],
+    ["judging", "baselines"],
     ["evaluation", "diagnostics", "interop"],
     ["training"],
     ["tasks"],

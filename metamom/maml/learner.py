@@ -5,7 +5,7 @@ Legend: T tasks, n workers with T/n tasks each, S support points, Q query points
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -125,8 +125,9 @@ class MAML(Configured):
         estimator: Estimator | None = None,
         inner_batches: InnerBatches | None = None,
         norm: Norm | None = None,
+        inner_lr: float | Tensor | Mapping[str, float | Tensor] | None = None,
     ) -> MAML:
-        """A learner with the same model, loss and step sizes but another estimator or normalisation, not compiled.
+        """A learner with the same model and loss, not compiled. Options that are ``None`` stay as they are.
 
         It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
@@ -134,6 +135,7 @@ class MAML(Configured):
             other = MAML(
                 self.model,
                 self.loss_fn,
+                inner_lr=0.01 if inner_lr is None else inner_lr,
                 inner_steps=self.inner_steps,
                 estimator=self.estimator if estimator is None else estimator,
                 inner_batches=self.inner_batches if inner_batches is None else inner_batches,
@@ -144,7 +146,8 @@ class MAML(Configured):
                 norm=self.norm if norm is None else norm,
             )
         other._run, other._vectorization = self._run, self._vectorization
-        other.step_sizes = self.step_sizes
+        if inner_lr is None:
+            other.step_sizes = self.step_sizes
         return other
 
     def adapt(
