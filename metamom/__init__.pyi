@@ -1,6 +1,7 @@
 from . import baselines as baselines
 from . import bias as bias
 from . import cli as cli
+from . import comparing as comparing
 from . import diagnostics as diagnostics
 from . import distributed as distributed
 from . import evaluation as evaluation
@@ -29,6 +30,7 @@ from .bias import Normalize as Normalize
 from .bias import RandK as RandK
 from .bias import Sign as Sign
 from .bias import TopK as TopK
+from .comparing import compare_runs as compare_runs
 from .evaluation import Adaptable as Adaptable
 from .evaluation import Evaluation as Evaluation
 from .evaluation import compare_learners as compare_learners

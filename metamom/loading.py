@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class LoadedRun:
         step: the number of training steps before the checkpoint.
         settings: the settings in ``config.json``.
         recipe: the settings of a run of ``metamom train`` as a record; ``None`` for a run from Python.
+        new_model: makes a new model of the same kind, with random weights; ``None`` if it is not known how.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class LoadedRun:
     step: int
     settings: Mapping[str, Any]
     recipe: Recipe | None = None
+    new_model: Callable[[], nn.Module] | None = None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -149,7 +151,23 @@ def load(
     if device is not None or (given is None and recipe is None):
         learner.to(find_device(str(device or "cpu")))
     _load_weights(learner, weights, where, given is not None)
-    return LoadedRun(Path(path), learner, step, settings, recipe)
+    made_by = _maker(model, recipe, settings, weights)
+    return LoadedRun(Path(path), learner, step, settings, recipe, made_by)
+
+
+def _maker(
+    model: GivenModel, recipe: Recipe | None, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> Callable[[], nn.Module] | None:
+    """How to make a new model of the run's kind, drawing from torch's generator."""
+    from metamom.experiments.python_runs import known_model
+
+    if isinstance(model, nn.Module):
+        return None
+    if model is not None:
+        return named_callable(model) if isinstance(model, str) else model
+    if recipe is not None:
+        return lambda: recipe.family.model(recipe.ways, torch.default_generator)
+    return lambda: cast(nn.Module, known_model(settings, weights))  # the learner has one
 
 
 def _given(model: GivenModel) -> nn.Module | None:

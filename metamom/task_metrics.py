@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metamom.bias.function import function_name
+from metamom.common.choices import METRICS
 from metamom.common.did_you_mean import did_you_mean
 from metamom.common.trees import Tree, count, mapped
 from metamom.maml.padding import cut_off
@@ -78,7 +79,6 @@ def calibration_error(scores: Tensor, targets: Tensor, bins: int = BINS) -> Tens
 
 
 NAMED: dict[str, Metric] = {"macro-f1": macro_f1, "rmse": rmse, "calibration-error": calibration_error}
-NAMES = ("accuracy", "loss", *NAMED)
 
 
 def check_metric(metric: object) -> None:
@@ -90,16 +90,15 @@ def check_metric(metric: object) -> None:
     """
     if metric is None or (callable(metric) and not isinstance(metric, (str, type))):
         return
-    if isinstance(metric, str):
-        if metric not in NAMES:
-            raise ValueError(
-                f"metric must be {', '.join(NAMES)}, or a function; got {metric!r:.40}{did_you_mean([metric], NAMES)}"
-            )
-        return
-    raise TypeError(
-        f"metric must be {', '.join(NAMES)}, or a function (predictions [Q, ...], targets [Q, ...]) -> a number of one "
-        f"task; got {metric!r:.80}."
-    )
+    known = ", ".join(METRICS)
+    if not isinstance(metric, str):
+        raise TypeError(
+            f"metric must be {known}, or a function (predictions [Q, ...], targets [Q, ...]) -> a number of one task; "
+            f"got {metric!r:.80}."
+        )
+    if metric not in METRICS:
+        close = did_you_mean([metric], METRICS)
+        raise ValueError(f"metric must be {known}, or a function; got {metric!r:.40}{close or '.'}")
 
 
 def name_of(metric: str | Metric) -> str:

@@ -22,6 +22,7 @@ FLOORS = [  # from the ground up: rooms, and modules that stand by themselves, a
     ["tasks"],
     ["experiments"],
     ["loading"],
+    ["comparing"],
     ["cli"],
     ["__main__"],
 ]

@@ -54,6 +54,10 @@ def parsed(root: Parser, argv: Sequence[str]) -> argparse.Namespace:
         # which argparse takes for no value, or an empty list
         if name.startswith("--") and equals and value == "--":
             root.error(f"argument {name}: expected a value; got '--'")
+    try:
+        argv = compare.with_runs(argv)
+    except ValueError as error:
+        root.error(str(error))
     arguments = root.parse_args(argv)
     if getattr(arguments, "config", None) is None:
         return arguments

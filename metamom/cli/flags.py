@@ -6,9 +6,20 @@ import argparse
 from dataclasses import MISSING
 from typing import Any, NamedTuple, Protocol
 
-from metamom.common.choices import SERVERS, TIMEOUT
-from metamom.common.flag_types import counts, module_callable, number, path, step_count
+from metamom.common.choices import METRICS, SERVERS, TIMEOUT
+from metamom.common.flag_types import (
+    counts,
+    metric,
+    module_callable,
+    number,
+    path,
+    point_count,
+    seed,
+    step_count,
+    task_count,
+)
 from metamom.common.options import Flag, declared
+from metamom.experiments.families import FAMILIES
 from metamom.experiments.options import RecipeOptions, task_defaults
 from metamom.training.options import Options
 
@@ -139,6 +150,31 @@ def add_model(group: Group) -> None:
         "none",
         type=module_callable,
         metavar="PACKAGE.MODULE:CALLABLE",
+    )
+
+
+def add_tasks(group: Group) -> None:
+    """The tasks to evaluate runs on."""
+    flag(group, "--tasks", "number of tasks", type=task_count, default=600)
+    *splits, last = dict.fromkeys(split for family in FAMILIES.values() for split in family.splits)
+    flag(group, "--split", f"{', '.join(splits)} or {last}", default="test")
+    flag(group, "--ways", "classes a task", "as in training", type=task_count)
+    flag(group, "--shots", "support points, a class or task", "as in training", type=point_count)
+    flag(group, "--queries", "query points, a class or task", "as in training", type=point_count)
+    flag(group, "--seed", "of the tasks", "as in training", type=seed)
+    add_data_root(group)
+
+
+def add_metric(group: Group) -> None:
+    """What an evaluation measures."""
+    names = ", ".join(METRICS)
+    flag(
+        group,
+        "--metric",
+        f"{names}, or PACKAGE.MODULE:CALLABLE, a function (predictions, targets) -> number of one task",
+        "accuracy of classes, else the loss",
+        type=metric,
+        metavar="NAME",
     )
 
 

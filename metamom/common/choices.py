@@ -26,6 +26,9 @@ STATISTICS_OF: dict[Norm, str] = {  # in results
     "support": "statistics of each task's support set",
 }
 
+# of `metamom.evaluate`
+METRICS = ("accuracy", "loss", "macro-f1", "rmse", "calibration-error")
+
 ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
 CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
 Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian": `metamom.server.robust.robust_mean`
