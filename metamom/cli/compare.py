@@ -68,7 +68,10 @@ def _add_runs(comparing: argparse._SubParsersAction[Parser]) -> None:
         RUNS,
         help="existing runs on the same tasks: metamom compare RUN RUN ...",
         usage="metamom compare RUN RUN ... [options]",
-        examples=("metamom compare runs/a runs/b", "metamom compare runs/a runs/b --steps 1,5 --shots 5 --json"),
+        examples=(
+            "metamom compare runs runs/a runs/b",
+            "metamom compare runs runs/a runs/b --steps 1,5 --shots 5 --json",
+        ),
     )
     leaf.set_defaults(run=run_existing, leaf=leaf)
     add_tasks(leaf.add_argument_group("task"))

@@ -37,11 +37,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         "evaluate",
         help="evaluate a trained meta-learner on fresh tasks",
         usage="%(prog)s RUN [options]",
-        examples=(
-            "metamom evaluate runs/sine",
-            "metamom evaluate runs/omni --split test --steps 0,1,5,10 --json",
-            "metamom evaluate runs/omni --baselines --csv runs/omni/test.csv",
-        ),
+        examples=("metamom evaluate runs/sine", "metamom evaluate runs/omni --split test --steps 0,1,5,10 --baselines"),
     )
     leaf.set_defaults(run=run, leaf=leaf)
     task = leaf.add_argument_group("task")
