@@ -14,6 +14,7 @@ from . import optim as optim
 from . import tasks as tasks
 from . import theory as theory
 from . import training as training
+from . import weights as weights
 from .batch import Sampler as Sampler
 from .batch import TaskBatch as TaskBatch
 from .batch import TaskSampler as TaskSampler
@@ -47,5 +48,7 @@ from .server.accumulator import BiasedAccumulator as BiasedAccumulator
 from .training.loop import TrainResult as TrainResult
 from .training.loop import train as train
 from .training.progress import DivergedError as DivergedError
+from .weights import load_weights as load_weights
+from .weights import save_weights as save_weights
 
 __version__: str

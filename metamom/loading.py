@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from metamom.batch import Sampler
 from metamom.common.named_objects import named_callable
 from metamom.common.weights import differences
+from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
 from metamom.training.directory import read_config, read_metrics
+from metamom.weights import save_weights
 
 if TYPE_CHECKING:
     from metamom.experiments.recipes import Recipe
@@ -82,6 +84,46 @@ class LoadedRun:
                 "sampler), with run = metamom.load(RUN)."
             )
         return made
+
+    def save_weights(
+        self, path: str | Path, *, evaluation: Evaluation | None = None, licence: str | None = None
+    ) -> Path:
+        """Write the model's weights as ``NAME.safetensors``, with the names of its ``state_dict``, and ``NAME.json``.
+
+        The card, ``NAME.json``, holds the architecture, the training data, the settings, and how the run was started.
+        `metamom.load_weights` reads the weights into a model.
+
+        Args:
+            path: of the file.
+            evaluation: from `metamom.evaluate`, for the card.
+            licence: of the weights, for the card, such as ``"MIT"``.
+
+        Returns:
+            The path of the weights.
+        """
+        return save_weights(self.learner.model, path, self.card(evaluation=evaluation, licence=licence))
+
+    def card(self, *, evaluation: Evaluation | None = None, licence: str | None = None) -> dict[str, Any]:
+        """What `save_weights` writes beside the weights, as JSON values."""
+        model, config = self.learner.model, read_config(self.path)
+        from_python = self.recipe is None
+        data = self.settings.get("sampler") if from_python else {"task": self.settings["task"]}
+        measured = None if evaluation is None else evaluation._asdict()
+        if measured is not None:
+            measured["tasks"] = measured.pop("values").shape[1]
+        return {
+            "architecture": type(model).__name__,
+            "model": str(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "data": data,
+            "learner": self.learner.describe(),
+            "settings": self.settings,
+            "iterations": self.step,
+            "evaluation": measured,
+            "licence": licence,
+            "command": config["environment"].get("command"),
+            "versions": {name: config["environment"].get(name) for name in ("metamom", "torch", "python")},
+        }
 
     def __repr__(self) -> str:
         return f"LoadedRun({str(self.path)!r}, step={self.step}, learner={self.learner!r})"

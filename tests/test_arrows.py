@@ -9,7 +9,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up: rooms, and modules that stand by themselves, as they are named after "metamom."
     ["common", "rng", "moved"],
-    ["batch", "optim"],
+    ["batch", "optim", "weights"],
     ["distributed"],
     ["bias"],
     ["server", "nets", "theory"],
