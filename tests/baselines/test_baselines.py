@@ -118,7 +118,7 @@ def scratch(seed: int = 0) -> FromScratch:
     return FromScratch(lambda: SinusoidMLP((10,)), F.mse_loss, lr=0.02, optimizer="sgd", seed=seed)
 
 
-def test_from_scratch_starts_each_task_anew(monkeypatch):
+def test_from_scratch_draws_new_weights_for_each_task(monkeypatch):
     family = Sinusoid(5, 7)
     state = torch.get_rng_state()
     first, again = (evaluate(scratch(), family, tasks=13, steps=(0, 2)).values for _ in range(2))
