@@ -135,7 +135,7 @@ FINE = {  # where one of them is what it may be
     ("train", "free"): {"a list", "a dict"},
     ("train", "track_bias"): {"None"},
     ("train", "world"): {"None"},
-    ("train", "label"): {"text", "digits"},
+    ("train", "label"): {"text", "digits", "None"},
     ("TrackBias", "queries"): {"None"},
     ("measure", "inner_batches"): {"a pair"},
     ("measure", "bias"): {"None"},

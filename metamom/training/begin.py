@@ -138,9 +138,9 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
             saved,
             run=run,
             path=options.run_dir,
-            label=options.label,
+            label=options.label or "",
             unit="it",
-            hidden=None if world.first else True,
+            hidden=None if world.first and options.label is not None else True,
             due=lambda done, seconds: done % options.checkpoint_every == 0,
         )
         if options.tensorboard and run is not None:

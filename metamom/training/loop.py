@@ -68,7 +68,7 @@ def train(
     tensorboard: bool = False,
     track_bias: TrackBias | None = None,
     world: World | None = None,
-    label: str = "train",
+    label: str | None = "train",
 ) -> TrainResult:
     """Train a meta-learner: sample, composite meta-gradients, bias, aggregate, optimizer step.
 
@@ -105,7 +105,8 @@ def train(
             same arguments. The result does not depend on their number, so a run can resume with a different number.
             The only exception is a compiled model with random draws (dropout). Only process 0 reads and writes
             ``run_dir`` and shows progress.
-        label: label of the progress bar.
+        label: label of the progress: a bar in a terminal; elsewhere lines on standard error, every 30 seconds, at each
+            validation and at the end. ``None`` shows no progress.
 
     Returns:
         A `TrainResult`, the same on all processes except for the seconds.

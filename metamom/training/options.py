@@ -53,8 +53,8 @@ def _run_dir(name: str, value: Any) -> Any:
 
 
 def _label(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is what the progress bar says, a text; got {value!r:.80}.")
+    if not (value is None or isinstance(value, str)):
+        raise TypeError(f"{name} is a text, for the progress, or None to show no progress; got {value!r:.80}.")
     return value
 
 
@@ -163,7 +163,7 @@ class Options:
         check=either,
         flag=Flag("run", "write TensorBoard files into the run directory", commands=("train",)),
     )
-    label: str = option("train", check=_label)
+    label: str | None = option("train", check=_label)
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Self:

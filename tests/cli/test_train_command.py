@@ -34,7 +34,9 @@ def test_train_with_every_flag(metamom, tmp_path):
     flags = [word for flag in EVERY_FLAG.items() for word in flag]
     said = metamom("train", "sinusoid", *flags, "--normalize", "--run-dir", run, "--resume", "--tensorboard")
     assert said.code == 0, said
-    assert said.err == ""
+    validated, ended = said.err.splitlines()
+    assert re.fullmatch(r"train sinusoid: 2/4 it, loss \S+, validation \S+ ± \S+, \S+ it/s, 0:00 left", validated)
+    assert re.fullmatch(r"train sinusoid: 4/4 it, loss \S+, validation \S+ ± \S+, \S+ it/s", ended)
     assert f"trained for 4 iterations, in {run}" in said.out
     assert "validation loss after 2 step(s): " in said.out
     config = read_config(run)
@@ -192,5 +194,5 @@ def test_module_runs_from_anywhere(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "trained for 1 iterations, in run" in done.stdout
-    assert done.stderr == ""  # no bars where there is no terminal
+    assert re.fullmatch(r"train sinusoid: 1/1 it, .*\n", done.stderr)  # lines, since there is no terminal for a bar
     assert (tmp_path / "run" / "config.json").exists()
