@@ -22,7 +22,17 @@ from metamom.common.choices import (
     Norm,
     Order,
 )
-from metamom.common.flag_types import auto, count_or_auto, names, number, point_count, seed, step_count, task_count
+from metamom.common.flag_types import (
+    auto,
+    count_or_auto,
+    long_count,
+    names,
+    number,
+    point_count,
+    seed,
+    step_count,
+    task_count,
+)
 from metamom.common.options import Flag, option
 from metamom.experiments.defaults import ADAPTIVE_LR, DTYPE_NAMES, OPTIMIZERS, OptimizerName
 from metamom.experiments.families import FAMILIES
@@ -215,6 +225,20 @@ class RecipeOptions:
     seed: int = option(
         0,
         flag=Flag("run", "of the initial weights and of the tasks", type=seed, commands=TRAIN, before="evaluate_every"),
+    )
+    patience: int | None = option(
+        None,
+        later=True,
+        free=True,
+        flag=Flag(
+            "run",
+            "stop after N validations in a row without improvement",
+            "off",
+            type=long_count,
+            metavar="N",
+            commands=TRAIN,
+            before="checkpoint_every",
+        ),
     )
     dtype: str = option(
         "float32",

@@ -30,6 +30,7 @@ from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
+from metamom.training.early_stopping import EarlyStopping
 
 # of the weights; bfloat16 is for matrix products alone, and leaves the weights in float32
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
@@ -92,6 +93,7 @@ class Recipe(RecipeOptions):
                 "(--fixed-tasks N)."
             )
         self.operator()
+        self.callbacks()
         _cosine_length(self.schedule)
 
     @property
@@ -198,6 +200,14 @@ class Recipe(RecipeOptions):
             raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
         kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
         return kinds[self.optimizer](params, lr=lr)  # type: ignore[call-arg]
+
+    def callbacks(self) -> list[EarlyStopping]:
+        """The callbacks of `metamom.train`: early stopping, if ``patience`` is set.
+
+        Raises:
+            ValueError: for a patience out of range.
+        """
+        return [] if self.patience is None else [EarlyStopping(self.patience)]
 
     def schedulers(self, optimizer: Optimizer) -> list[LambdaLR]:
         """What moves the step size from step to step: nothing, or half a cosine from ``lr`` to 0."""

@@ -95,8 +95,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
         train,
         {"learner": LEARNER, "optimizer": OPTIMIZER, "sampler": TASKS, "iterations": 1, "meta_batch": 4},
         "learner optimizer sampler iterations meta_batch workers bias aggregate schedulers validation evaluate_every "
-        "evaluate_tasks run_dir resume checkpoint_every keep_checkpoints settings free tensorboard track_bias world "
-        "label",
+        "evaluate_tasks run_dir resume checkpoint_every keep_checkpoints settings free callbacks tensorboard "
+        "track_bias world label",
     ),
     "TrackBias": (tracked, {}, "every pools inner_batch draws tasks_per_worker queries"),
     "measure": (
@@ -133,6 +133,7 @@ FINE = {  # where one of them is what it may be
     ("train", "run_dir"): {"text", "digits", "None"},
     ("train", "settings"): {"None", "a dict"},
     ("train", "free"): {"a list", "a dict"},
+    ("train", "callbacks"): {"a list", "a dict"},
     ("train", "track_bias"): {"None"},
     ("train", "world"): {"None"},
     ("train", "label"): {"text", "digits", "None"},

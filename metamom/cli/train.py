@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         bias=recipe.operator(),
         aggregate=recipe.aggregate,
         schedulers=recipe.schedulers(optimizer),
+        callbacks=recipe.callbacks(),
         validation=recipe.sampler("validation", root=arguments.data_root),
         settings=recipe.settings(),
         free=recipe.free(),
@@ -80,10 +81,14 @@ def run(arguments: argparse.Namespace, world: World) -> int:
 def _print(result: TrainResult, options: dict[str, Any]) -> None:
     """Print what was done, and what to do next."""
     run_dir, checked = options["run_dir"], result.validation
-    if not result.metrics:
+    if result.stopped is not None:
+        done = result.resumed_from + len(result.metrics)
+        print(f"stopped after {done} of {options['iterations']} iterations, in {run_dir}: {result.stopped}")
+    elif not result.metrics:
         print(f"{run_dir} is trained for {result.resumed_from} iterations already; pass more --iterations to go on.")
         return
-    print(f"trained for {options['iterations']} iterations, in {run_dir}")
+    else:
+        print(f"trained for {options['iterations']} iterations, in {run_dir}")
     if checked is not None:
         print(
             f"validation {checked.metric} after {checked.steps[0]} step(s): {checked.mean[0]:.4f} "

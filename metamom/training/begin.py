@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from metamom.diagnostics.while_training import check_track
 from metamom.distributed import SAME, World, digest
 from metamom.maml.learner import MAML
 from metamom.training import board
+from metamom.training.callbacks import STOP, Callback, Callbacks, as_callbacks
 from metamom.training.directory import RunDirectory
+from metamom.training.early_stopping import EarlyStopping
 from metamom.training.options import Options
 from metamom.training.plan import (
     LATER,
@@ -40,11 +43,13 @@ class Checked:
         options: as given, with NumPy's numbers converted to Python's.
         operator: the operator on the workers' gradients.
         schedulers: the schedulers as a list.
+        callbacks: the callbacks as a list, on the first process; none on the others.
     """
 
     options: Options
     operator: BiasOperator | None
     schedulers: list[Scheduler]
+    callbacks: list[Callback]
 
     def validates_after(self, done: int) -> bool:
         """Whether to validate after ``done`` steps."""
@@ -82,9 +87,18 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
         check_sampler(options.validation, "validation needs a sampler, which")
     if options.track_bias is not None:
         check_track(learner, operator, options.track_bias)
-    if options.tensorboard and world.first:
+    callbacks = as_callbacks(options.callbacks)
+    during = options.validation is not None and options.evaluate_every is not None
+    if any(isinstance(each, EarlyStopping) for each in callbacks) and not during:
+        raise ValueError(
+            "EarlyStopping (--patience) needs validations during the run: pass validation= and evaluate_every= "
+            "(--evaluate-every N)."
+        )
+    if options.tensorboard:
+        callbacks.append(board.TensorBoard())
+    if world.first and any(isinstance(each, board.TensorBoard) for each in callbacks):
         board.find_writer()
-    return Checked(options, operator, schedulers)
+    return Checked(options, operator, schedulers, callbacks if world.first else [])
 
 
 @contextmanager
@@ -104,6 +118,9 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
     if operator is not None and operator.state_dict():
         operator.reset()
         parts["bias"] = operator
+    callbacks = Callbacks(checked.callbacks, world)
+    if checked.callbacks:
+        parts["callbacks"] = callbacks
     settings, free = checked.described(learner, optimizer, sampler)
     length = checked.length(world)
     _agree(learner, {name: value for name, value in settings.items() if name not in free} | length, checked, world)
@@ -142,12 +159,15 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
             unit="it",
             hidden=None if world.first and options.label is not None else True,
             due=lambda done, seconds: done % options.checkpoint_every == 0,
+            callbacks=callbacks,
         )
-        if options.tensorboard and run is not None:
-            session.log_to(stack.enter_context(board.writing_to(run.path / "tensorboard", progress.done)))
         if world.size > 1:  # the signal may reach any process, and is shared along with the gradients
-            session.stop = lambda: max(world.statuses)
-        yield stack.enter_context(session)
+            session.stop = lambda: max(0 if status == STOP else status for status in world.statuses)
+        stack.enter_context(session)
+        path = None if options.run_dir is None else Path(options.run_dir)
+        seen = {"learner": learner, "optimizer": optimizer, "run_dir": path, "settings": settings}
+        stack.enter_context(callbacks.starting(**seen, iterations=options.iterations, step=progress.done))
+        yield session
 
 
 def _agree(learner: MAML, plan: Mapping[str, Any], checked: Checked, world: World) -> None:

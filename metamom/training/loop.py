@@ -20,6 +20,7 @@ from metamom.maml.learner import MAML
 from metamom.maml.server_step import Backward
 from metamom.server.robust import Aggregate
 from metamom.training.begin import Checked, begin, check
+from metamom.training.callbacks import Callback
 from metamom.training.options import Options
 from metamom.training.plan import Scheduler, check_momentum
 from metamom.training.session import Session
@@ -38,11 +39,13 @@ class TrainResult(NamedTuple):
             ``measured_bias`` (`metamom.diagnostics.track`).
         validation: the last validation, if any.
         resumed_from: number of steps before this call.
+        stopped: the reason, if a callback has stopped the run.
     """
 
     metrics: list[dict[str, Any]]
     validation: Evaluation | None
     resumed_from: int
+    stopped: str | None = None
 
 
 def train(
@@ -65,6 +68,7 @@ def train(
     keep_checkpoints: int = 3,
     settings: Mapping[str, Any] | None = None,
     free: Collection[str] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     tensorboard: bool = False,
     track_bias: TrackBias | None = None,
     world: World | None = None,
@@ -98,6 +102,8 @@ def train(
         settings: the settings that define the run, as JSON values; derived from the arguments if ``None``. A resumed
             run must have the same.
         free: names of settings that only affect where and how the run is computed, and so may change on resume.
+        callbacks: one or several `metamom.training.Callback`, such as `metamom.training.EarlyStopping`: they see every
+            step and validation, and may stop the run. Only those of process 0 are called.
         tensorboard: also write losses for TensorBoard into ``run_dir``.
         track_bias: measure the bias at intervals, at the weights of the step's gradient, and add it to the metrics as
             ``measured_bias``. Training does not change, bit for bit.
@@ -112,8 +118,8 @@ def train(
         A `TrainResult`, the same on all processes except for the seconds.
 
     Raises:
-        TypeError: for anything but a learner, optimizer, sampler, scheduler or operator; for an optimizer that needs a
-            closure or sparse gradients; for settings that are not JSON values.
+        TypeError: for anything but a learner, optimizer, sampler, scheduler, operator or callback; for an optimizer
+            that needs a closure or sparse gradients; for settings that are not JSON values.
         ValueError: for an argument out of range; for an optimizer over parameters that are not the learner's, or
             without its learned step sizes; for a ``run_dir`` in use, with an existing run if ``resume`` is false, with
             a run of different settings, or with a run of more iterations. A refused run does not change.
@@ -168,14 +174,14 @@ def _steps(
         if monitor is not None:
             monitor.update(line["loss"], line["grad_norm"])
         rate = options.meta_batch / session.stepped()
-        best = None
+        best = checkup = None
         if checked.validates_after(step + 1):
-            validation = _validated(learner, options, world)
+            validation = checkup = _validated(learner, options, world)
             line.update(validation=validation.mean[0], validation_halfwidth=validation.halfwidth[0])
             best = validation.mean[0] if _better(validation, session.progress.best) else None
         metrics.append(line)
-        session.finish(line, _shown(line, rate), best)
-    return TrainResult(metrics, validation, resumed_from)
+        session.finish(line, _shown(line, rate), best, checkup)
+    return TrainResult(metrics, validation, resumed_from, session.stopped)
 
 
 def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from metamom.batch import Sampler
     from metamom.bias import Bias
     from metamom.diagnostics.while_training import TrackBias
+    from metamom.training.callbacks import Callback
     from metamom.training.plan import Scheduler
 
 
@@ -158,6 +159,7 @@ class Options:
     keep_checkpoints: int = option(3, check=_keep_checkpoints)
     settings: Mapping[str, Any] | None = option(None, check=_settings)
     free: Collection[str] = option((), check=_free)
+    callbacks: Callback | Sequence[Callback] = option(())
     tensorboard: bool = option(
         False,
         check=either,

@@ -80,7 +80,7 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     (leaf,) = [leaf for leaf in leaves(parser()) if leaf.prog == f"metamom train {task}"]
     shown = {a.dest: re.search(r"\(default: (.*)\)$", a.help or "")[1] for a in leaf._actions if a.dest != "help"}
     assert shown.pop("lr") == f"{Recipe(task=task).lr}; {Recipe(task=task, optimizer='adam').lr} with adam and rmsprop"
-    words = {"adapt": "all", "compile": "off", "learn_inner_lr": "off", "normalize": "off"}
+    words = {"adapt": "all", "compile": "off", "learn_inner_lr": "off", "normalize": "off", "patience": "off"}
     words |= {"fixed_tasks": "new tasks in each iteration", "tracking": "0.2", "optimizer": "momentum", "norm": "batch"}
     for name, value in recipe.settings().items():
         if name in shown:

@@ -26,6 +26,7 @@ EVERY_FLAG = {
     "--fixed-tasks": "8", "--order": "reshuffle",
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
     "--checkpoint-every": "2", "--shots": "4", "--queries": "3", "--evaluate-every": "2", "--evaluate-tasks": "5",
+    "--patience": "9",
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_train_with_every_flag(metamom, tmp_path):
         "schedule": "constant",
         "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
-        "seed": 3, "dtype": "float64", "device": "cpu",
+        "seed": 3, "patience": 9, "dtype": "float64", "device": "cpu",
     }  # fmt: skip
     assert config["length"] == {
         "iterations": 4, "checkpoint_every": 2, "evaluate_every": 2, "evaluate_tasks": 5,
