@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from metamom.batch import Sampler, check_sampler
 from metamom.bias import BiasOperator, as_operator
 from metamom.diagnostics.while_training import check_track
 from metamom.distributed import SAME, World, digest
+from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
-from metamom.training import board
+from metamom.training import board, plateau
 from metamom.training.callbacks import STOP, Callback, Callbacks, as_callbacks
 from metamom.training.directory import RunDirectory
 from metamom.training.early_stopping import EarlyStopping
@@ -48,8 +50,20 @@ class Checked:
 
     options: Options
     operator: BiasOperator | None
-    schedulers: list[Scheduler]
+    schedulers: list[Scheduler | ReduceLROnPlateau]
     callbacks: list[Callback]
+
+    def advance(self) -> None:
+        """Advance those schedulers that do so after each step."""
+        for each in self.schedulers:
+            if not isinstance(each, ReduceLROnPlateau):
+                each.step()
+
+    def advance_after(self, validation: Evaluation) -> None:
+        """Advance those schedulers that do so after each validation."""
+        for each in self.schedulers:
+            if isinstance(each, ReduceLROnPlateau):
+                plateau.advance(each, validation)
 
     def validates_after(self, done: int) -> bool:
         """Whether to validate after ``done`` steps."""
@@ -89,6 +103,7 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
         check_track(learner, operator, options.track_bias)
     callbacks = as_callbacks(options.callbacks)
     during = options.validation is not None and options.evaluate_every is not None
+    plateau.check_plateaus(schedulers, during)
     if any(isinstance(each, EarlyStopping) for each in callbacks) and not during:
         raise ValueError(
             "EarlyStopping (--patience) needs validations during the run: pass validation= and evaluate_every= "

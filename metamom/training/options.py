@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamom.common.checks import AT_ONCE, MOST, check_whole
+from metamom.common.checks import AT_ONCE, MOST, check_number, check_whole
 from metamom.common.choices import Aggregate
 from metamom.common.flag_types import every, long_count, path, task_count
 from metamom.common.options import Flag, declared, either, option, whole
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from metamom.bias import Bias
     from metamom.diagnostics.while_training import TrackBias
     from metamom.training.callbacks import Callback
-    from metamom.training.plan import Scheduler
+    from metamom.training.plan import Schedulers
 
 
 def _evaluate_every(name: str, value: Any) -> int | None:
@@ -33,6 +33,15 @@ def _evaluate_every(name: str, value: Any) -> int | None:
     if (number := check_whole(name, value, -math.inf, MOST)) < 1:
         raise ValueError(f"{name} must be >= 1, or None for the end alone; got {value}.")
     return number
+
+
+def _clip_grad(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is the largest norm of the gradient, finite and > 0, or None for any; got {value}.")
+    return float(value)
 
 
 def _evaluate_tasks(name: str, value: Any) -> int:
@@ -111,7 +120,8 @@ class Options:
             commands=("train",),
         ),
     )
-    schedulers: Scheduler | Sequence[Scheduler] = option((), record="settings")
+    clip_grad: float | None = option(None, check=_clip_grad, record="settings", later=True)
+    schedulers: Schedulers = option((), record="settings")
     validation: Sampler | None = option(None, record="settings")
     iterations: int = option(
         check=whole(1, MOST),

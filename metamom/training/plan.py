@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
@@ -23,6 +23,7 @@ from metamom.server.aggregate import Aggregation
 from metamom.server.robust import Aggregate
 from metamom.training.contents import Contents
 from metamom.training.options import Options
+from metamom.training.schedule_state import COUNTED_AT_PLATEAUS
 
 
 @runtime_checkable
@@ -34,6 +35,9 @@ class Scheduler(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+Schedulers: TypeAlias = Scheduler | ReduceLROnPlateau | Sequence[Scheduler | ReduceLROnPlateau]
 
 
 def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World | None = None) -> Options:
@@ -134,20 +138,19 @@ def _steps_alone(optimizer: Optimizer) -> bool:
     return True
 
 
-def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimizer) -> list[Scheduler]:
+def as_schedulers(schedulers: Schedulers, optimizer: Optimizer) -> list[Scheduler | ReduceLROnPlateau]:
     """Convert one scheduler or several to a list.
 
     Raises:
-        TypeError: for anything but a scheduler, or one that needs a metric at each step.
+        TypeError: for anything but a scheduler.
         ValueError: for a scheduler of another optimizer, which would have no effect.
     """
     if not isinstance(schedulers, (Scheduler, Iterable)):
         raise TypeError(f"schedulers are one or a list of them, such as LambdaLR(optimizer, ...); got {schedulers!r}.")
-    found = [schedulers] if isinstance(schedulers, Scheduler) else list(schedulers)
+    found: list[Scheduler | ReduceLROnPlateau]
+    found = [schedulers] if isinstance(schedulers, (Scheduler, ReduceLROnPlateau)) else list(schedulers)
     scheduler: Any
     for scheduler in found:
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise TypeError("ReduceLROnPlateau wants a loss at each step; train's schedulers are stepped without one.")
         if isinstance(scheduler, (LRScheduler, LambdaBeta)) and scheduler.optimizer is not optimizer:
             raise ValueError(
                 f"{type(scheduler).__name__} schedules another optimizer than the one that trains, so that it would "
@@ -200,7 +203,7 @@ def describe(
         "autocast": None if learner.autocast is None else str(learner.autocast),
         "learner": learner.describe(),
         "optimizer": {"kind": type(optimizer).__name__, "groups": groups},
-        "schedulers": [{"kind": type(each).__name__, **_numbers(each.state_dict())} for each in schedulers],
+        "schedulers": [{"kind": type(each).__name__, **_of_schedule(each)} for each in schedulers],
         "sampler": described(sampler),
         "meta_batch": meta_batch,
         "workers": workers,
@@ -210,6 +213,14 @@ def describe(
         # validation determines the best checkpoint, so it is only recorded if there is one
         **({} if validation is None else {"validation": described(validation)}),
     }
+
+
+def _of_schedule(schedule: Any) -> dict[str, Any]:
+    """Describe a schedule: what it was made with, without its progress."""
+    described = _numbers(schedule.state_dict())
+    if isinstance(schedule, ReduceLROnPlateau):
+        return {name: value for name, value in described.items() if name not in (*COUNTED_AT_PLATEAUS, "mode_worse")}
+    return described
 
 
 def _of_function(function: Any) -> dict[str, Any]:
