@@ -34,7 +34,7 @@ from metamom.common.flag_types import (
     task_count,
 )
 from metamom.common.options import Flag, option
-from metamom.experiments.defaults import ADAPTIVE_LR, DTYPE_NAMES, OPTIMIZERS, OptimizerName
+from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
 from metamom.maml.estimators import (
     ESTIMATORS,
@@ -67,6 +67,14 @@ def _estimators(task: str) -> str:
         f"of the meta-gradient. On support sets of --shots: {', '.join(alone)}. On support sets of twice the --shots, "
         f"in two halves: {', '.join(halved)}. With --fixed-tasks, with a moving average for each task: "
         f"{', '.join(tracked_estimators())}"
+    )
+
+
+def _lr(task: str) -> str:
+    sizes = sorted({*STEP_SIZES.values()})
+    others = [", ".join(name for name in STEP_SIZES if STEP_SIZES[name] == size) for size in sizes]
+    return "; ".join(
+        [f"{task_defaults(task)['lr']}", *(f"{size} with {names}" for size, names in zip(sizes, others, strict=True))]
     )
 
 
@@ -160,19 +168,28 @@ class RecipeOptions:
             bare=True,
         ),
     )
-    optimizer: OptimizerName = option(
-        "momentum", flag=Flag("optimizer", "outer optimizer", choices=OPTIMIZERS, commands=TRAIN)
-    )
-    lr: float | None = option(
-        None,
+    optimizer: str = option(
+        "momentum",
         flag=Flag(
             "optimizer",
-            "step size γ",
-            lambda task: f"{task_defaults(task)['lr']}; {ADAPTIVE_LR} with adam and rmsprop",
-            type=number,
+            "outer optimizer: momentum, or one of torch.optim by name, such as sgd, adam or adamw",
+            type=str.lower,
+            metavar="NAME",
             commands=TRAIN,
         ),
     )
+    optimizer_args: str | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "further options of the optimizer by name, such as betas=0.9,0.99,eps=1e-6",
+            "its own",
+            metavar="NAME=VALUE,...",
+            commands=TRAIN,
+        ),
+    )
+    lr: float | None = option(None, flag=Flag("optimizer", "step size γ", _lr, type=number, commands=TRAIN))
     beta: float = option(
         0.1,
         flag=Flag("optimizer", "weight of the new gradient, 0 < β <= 1; 1 is plain SGD", type=number, commands=TRAIN),
@@ -186,10 +203,47 @@ class RecipeOptions:
         later=True,
         flag=Flag("optimizer", "move by γ v/‖v‖, so that every step has length γ", commands=TRAIN),
     )
+    weight_decay: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "weight decay, as the optimizer defines it; momentum adds the weights times it to the gradient",
+            lambda task: "; ".join(["0", *(f"{value} with {name}" for name, value in WEIGHT_DECAYS.items())]),
+            type=number,
+        ),
+    )
+    clip_grad: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "scale the aggregated gradient down to a norm of at most MAXNORM before the step",
+            "off",
+            type=number,
+            metavar="MAXNORM",
+        ),
+    )
     schedule: str = option(
         "constant",
         later=True,
-        flag=Flag("optimizer", "of γ: constant, or cosine:N, from γ to 0 in N iterations", metavar="SPEC"),
+        flag=Flag(
+            "optimizer",
+            "of γ: constant; cosine:N, from γ to 0 in N iterations; cosine, in all of them; plateau:FACTOR,PATIENCE, "
+            f"times FACTOR ({PLATEAU[0]}) after more than PATIENCE ({PLATEAU[1]}) validations without improvement",
+            metavar="SPEC",
+        ),
+    )
+    warmup: int | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "raise γ linearly in the first N iterations, before the schedule",
+            "0",
+            type=long_count,
+            metavar="N",
+        ),
     )
     meta_batch: int | None = option(None, flag=Flag("task", "tasks an iteration", type=task_count))
     workers: int = option(1, flag=Flag("bias", "workers that share the tasks", type=task_count))

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch.optim import SGD, Adam, Optimizer, RMSprop
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.common.checks import MOST, check_whole
-from metamom.common.numbers import shown, whole
 from metamom.common.options import declared
 from metamom.common.schema import as_record
-from metamom.experiments.defaults import ADAPTIVE_LR
-from metamom.experiments.defaults import OPTIMIZERS as OPTIMIZERS
 from metamom.experiments.families import FAMILIES, Family
 from metamom.experiments.families.family import TaskSettings
+from metamom.experiments.optimizers import (
+    checked_weight_decay,
+    default_lr,
+    find_optimizer,
+    make_optimizer,
+    parse_arguments,
+)
 from metamom.experiments.options import RecipeOptions, task_defaults
+from metamom.experiments.schedules import make_schedulers, over, parse_schedule
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
-from metamom.optim import CompositeMomentum
 from metamom.server.robust import check_aggregate
 from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
@@ -49,8 +53,6 @@ class Recipe(RecipeOptions):
     def __post_init__(self) -> None:
         if self.task not in list(FAMILIES):
             raise ValueError(f"the task must be one of {', '.join(FAMILIES)}; got {self.task!r}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
         if self.family.classes is None and self.ways is not None:
@@ -60,9 +62,9 @@ class Recipe(RecipeOptions):
             raise ValueError(
                 f"the network for {self.family.title} has no normalisation, so no norm; got norm={self.norm!r}."
             )
+        find_optimizer(self.optimizer)
         filled = task_defaults(self.task)
-        if self.optimizer in ("adam", "rmsprop"):
-            filled["lr"] = ADAPTIVE_LR
+        filled["lr"] = default_lr(self.optimizer, filled["lr"]) if self.lr is None else self.lr
         for each in fields(self):
             if getattr(self, each.name) is None and each.name in filled:
                 object.__setattr__(self, each.name, filled[each.name])
@@ -78,6 +80,12 @@ class Recipe(RecipeOptions):
             object.__setattr__(self, "adapt", tuple(self.adapt))
         check_seed(self.seed)
         check_aggregate(self.aggregate)
+        self._check_fixed_tasks()
+        self._check_optimizer()
+        self.operator()
+        self.callbacks()
+
+    def _check_fixed_tasks(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}.")
         if self.order != "replacement" and self.fixed_tasks is None:
@@ -92,9 +100,17 @@ class Recipe(RecipeOptions):
                 f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with fixed_tasks "
                 "(--fixed-tasks N)."
             )
-        self.operator()
-        self.callbacks()
-        _cosine_length(self.schedule)
+
+    def _check_optimizer(self) -> None:
+        """Check the options of the optimizer and the schedule; those at their defaults become ``None``.
+
+        So a run of an earlier version, which had none of them, is the same run.
+        """
+        parse_arguments(self.optimizer, self.optimizer_args)
+        object.__setattr__(self, "weight_decay", checked_weight_decay(self.optimizer, self.weight_decay))
+        parse_schedule(self.schedule)
+        if self.warmup is not None:
+            object.__setattr__(self, "warmup", check_whole("warmup", self.warmup, 0) or None)
 
     @property
     def family(self) -> Family:
@@ -188,18 +204,16 @@ class Recipe(RecipeOptions):
         """The optimizer over everything the learner learns.
 
         Raises:
-            ValueError: for a step size or a beta out of range.
+            ValueError: for an option out of range.
         """
-        params, lr = learner.parameters(), self.lr
-        assert lr is not None
+        if not 0 < (self.lr or 0) < math.inf:
+            raise ValueError(f"lr is the step size and must be > 0 and finite; got {self.lr}.")
+        arguments = {"lr": self.lr, **parse_arguments(self.optimizer, self.optimizer_args)}
+        if self.weight_decay is not None:
+            arguments["weight_decay"] = self.weight_decay
         if self.optimizer == "momentum":
-            return CompositeMomentum(
-                params, lr=lr, beta=self.beta, first_step=self.first_step, normalize=self.normalize
-            )
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
-        kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
-        return kinds[self.optimizer](params, lr=lr)  # type: ignore[call-arg]
+            arguments |= {"beta": self.beta, "first_step": self.first_step, "normalize": self.normalize}
+        return make_optimizer(self.optimizer, learner.parameters(), arguments)
 
     def callbacks(self) -> list[EarlyStopping]:
         """The callbacks of `metamom.train`: early stopping, if ``patience`` is set.
@@ -209,28 +223,21 @@ class Recipe(RecipeOptions):
         """
         return [] if self.patience is None else [EarlyStopping(self.patience)]
 
-    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR]:
-        """What moves the step size from step to step: nothing, or half a cosine from ``lr`` to 0."""
-        length = _cosine_length(self.schedule)
-        if length is None:
-            return []
-        return [LambdaLR(optimizer, lambda step: max(1 + math.cos(math.pi * min(step, length) / length), 1e-6) / 2)]
+    def over(self, iterations: int) -> Recipe:
+        """This recipe for a run of so many iterations: a ``cosine`` gets its length, which then stays.
 
+        Raises:
+            ValueError: if the warm-up takes all of them.
+        """
+        return replace(self, schedule=over(self.schedule, self.warmup, iterations))
 
-def _cosine_length(schedule: str) -> int | None:
-    """N of ``cosine:N``, ``None`` for ``constant``."""
-    kind, _, length = schedule.partition(":")
-    if schedule == "constant":
-        return None
-    try:
-        if kind == "cosine":
-            return check_whole("N", whole(length), 1, MOST)
-        why = ""
-    except ValueError as error:
-        why = f" ({error})"
-    raise ValueError(
-        f"the schedule is constant, or cosine:N with N iterations >= 1; got {shown(schedule)}{why.replace('.)', ')')}."
-    )
+    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR | LinearLR | ReduceLROnPlateau]:
+        """What moves the step size: the warm-up and the schedule.
+
+        Raises:
+            ValueError: for a ``cosine`` without a length, see `over`.
+        """
+        return make_schedulers(self.schedule, self.warmup, optimizer)
 
 
 def find_device(name: str) -> torch.device:

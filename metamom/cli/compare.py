@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     task = arguments.task
     family = FAMILIES[task]
     comparison = Comparison(
-        base=Recipe(task=task, **given_flags(arguments)),
+        base=Recipe(task=task, **given_flags(arguments)).over(arguments.iterations),
         betas=arguments.betas,
         first_steps=arguments.first_steps,
         lrs=arguments.lrs or family.comparison.lrs,

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
             "--beta, --first-step and --normalize belong to --optimizer momentum; got --optimizer "
             f"{given['optimizer']}."
         )
-    recipe = Recipe(task=arguments.task, **given)
+    recipe = Recipe(task=arguments.task, **given).over(arguments.iterations)
     learner = recipe.learner()
     optimizer = recipe.make_optimizer(learner)
     options = run_options(arguments)
@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         workers=recipe.workers,
         bias=recipe.operator(),
         aggregate=recipe.aggregate,
+        clip_grad=recipe.clip_grad,
         schedulers=recipe.schedulers(optimizer),
         callbacks=recipe.callbacks(),
         validation=recipe.sampler("validation", root=arguments.data_root),

@@ -26,7 +26,8 @@ EVERY_FLAG = {
     "--fixed-tasks": "8", "--order": "reshuffle",
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
     "--checkpoint-every": "2", "--shots": "4", "--queries": "3", "--evaluate-every": "2", "--evaluate-tasks": "5",
-    "--patience": "9",
+    "--patience": "9", "--optimizer-args": "foreach=false", "--weight-decay": "0.001", "--clip-grad": "0.5",
+    "--schedule": "constant", "--warmup": "2",
 }  # fmt: skip
 
 
@@ -46,7 +47,8 @@ def test_train_with_every_flag(metamom, tmp_path):
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
-        "schedule": "constant",
+        "optimizer_args": "foreach=false", "weight_decay": 0.001, "clip_grad": 0.5,
+        "schedule": "constant", "warmup": 2,
         "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
         "seed": 3, "patience": 9, "dtype": "float64", "device": "cpu",
@@ -63,6 +65,8 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert {"step_sizes.alpha:2:weight", "step_sizes.alpha:4:bias"} <= state["learner"].keys()
     group = state["optimizer"]["param_groups"][0]
     assert (group["lr"], group["beta"], group["first_step"], group["normalize"]) == (0.0001, 0.5, "gradient", True)
+    assert (group["foreach"], group["weight_decay"]) == (False, 0.001)
+    assert all(0 < line["clip_factor"] <= 1 for line in lines)
     assert list((run / "tensorboard").iterdir())
     again = metamom("train", "sinusoid", *flags, "--normalize", "--run-dir", run, "--resume", "--tensorboard")
     assert again.code == 0

@@ -150,7 +150,7 @@ def ending(kind, **options):
     options = {"workers": 2, "tasks": TASKS, **options}
     result = go(made, **options)
     weights = [p.tolist() for p in made.learner.parameters()]
-    return weights, made.optimizer.param_groups[0]["lr"], [line.get("clip_factor") for line in result.metrics]
+    return weights, made.optimizer.param_groups[0]["lr"], [line.get("clip_factor", 1.0) for line in result.metrics]
 
 
 @pytest.mark.xdist_group("processes")
@@ -161,4 +161,8 @@ def test_on_two_processes(tmp_path):
     for status, said in run_forked(both, 2, tmp_path, tmp_path):
         assert status == 0, said
         (line,) = [line for line in said.splitlines() if line.startswith("{")]
-        assert json.loads(line) == json.loads(json.dumps(one))
+        for kind, (weights, lr, factors) in json.loads(line).items():  # other batches are rounded differently
+            for a, b in zip(weights, one[kind][0], strict=True):
+                torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-6, atol=1e-6)
+            assert lr == one[kind][1]
+            assert factors == pytest.approx(one[kind][2], rel=1e-6)
