@@ -141,7 +141,7 @@ class Callbacks:
 
     def __enter__(self) -> Callbacks:
         stopping = [each for each in self._callbacks if each._may_stop]
-        on_steps = any(type(each).on_step is not Callback.on_step for each in stopping)
+        on_steps = any(getattr(each.on_step, "__func__", None) is not Callback.on_step for each in stopping)
         self._shared_steps, self._shared_validations = self._world.broadcast_object(lambda: (on_steps, bool(stopping)))
         assert self._state is not None
         with ExitStack() as ends:
