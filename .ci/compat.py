@@ -53,6 +53,7 @@ OLDEST = (
     "pooch==1.8.0",
     "requests==2.31.0",
     "pydantic==2.8.0",
+    "safetensors==0.4.3",
     "tensorboard==2.16.2",
     "pyparsing==3.1.4",
 )

@@ -13,18 +13,35 @@ from metamom.common.choices import (
     FIRST_STEPS,
     LEARNED_STEP_SIZES,
     NORMS,
+    ON_BROKEN,
     ORDERS,
+    ROTATIONS,
+    STANDARDIZED,
     Aggregate,
     ChunkSize,
     CompileMode,
     FirstStep,
     LearnInnerLR,
     Norm,
+    OnBroken,
     Order,
+    Rotations,
+    Standardize,
 )
-from metamom.common.flag_types import auto, count_or_auto, names, number, point_count, seed, step_count, task_count
-from metamom.common.options import Flag, option
-from metamom.experiments.defaults import ADAPTIVE_LR, DTYPE_NAMES, OPTIMIZERS, OptimizerName
+from metamom.common.flag_types import (
+    auto,
+    count_or_auto,
+    long_count,
+    names,
+    number,
+    path,
+    point_count,
+    seed,
+    step_count,
+    task_count,
+)
+from metamom.common.options import Flag, declared, option
+from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
 from metamom.maml.estimators import (
     ESTIMATORS,
@@ -42,7 +59,7 @@ TRAIN = ("train",)
 def task_defaults(task: str) -> dict[str, Any]:
     """The defaults of the options that have none of their own. ``None`` stands for an option that the task lacks."""
     family = FAMILIES[task]
-    return {**family.defaults._asdict(), "iterations": family.iterations}
+    return {**family.defaults._asdict(), **family.options, "iterations": family.iterations}
 
 
 def _points(text: str) -> Callable[[str], str]:
@@ -60,19 +77,138 @@ def _estimators(task: str) -> str:
     )
 
 
+def _lr(task: str) -> str:
+    sizes = sorted({*STEP_SIZES.values()})
+    others = [", ".join(name for name in STEP_SIZES if STEP_SIZES[name] == size) for size in sizes]
+    return "; ".join(
+        [f"{task_defaults(task)['lr']}", *(f"{size} with {names}" for size, names in zip(sizes, others, strict=True))]
+    )
+
+
 def _tracking(task: str) -> str:
     *others, last = tracked_estimators()
     return f"weight of a new inner step in the moving averages of {', '.join(others)} and {last}, 0 < B <= 1"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """The options that only families of images have; ``None`` for others."""
+
+    root: str | None = option(
+        None,
+        later=True,
+        own=True,
+        free=True,
+        flag=Flag(
+            "task",
+            "the folder of images, which must be given: DIR/train/CLASS/*.jpg, with validation and test beside train, "
+            "or DIR/CLASS/*.jpg with --splits",
+            "none",
+            type=path,
+            metavar="DIR",
+        ),
+    )
+    splits: str | None = option(
+        None,
+        later=True,
+        own=True,
+        flag=Flag(
+            "task",
+            "a folder with the classes of each split in train.csv, validation.csv and test.csv (filename,label), or in "
+            ".txt files (a class a line)",
+            "the folders in --root",
+            type=path,
+            metavar="DIR",
+        ),
+    )
+    image_size: int | None = option(
+        None, later=True, own=True, flag=Flag("task", "pixels a side", type=task_count, metavar="N")
+    )
+    channels: int | None = option(
+        None, later=True, own=True, flag=Flag("task", "3 for colour, 1 for grey", type=task_count, metavar="N")
+    )
+    augment: tuple[str, ...] | None = option(
+        None,
+        later=True,
+        own=True,
+        flag=Flag(
+            "task",
+            "random changes of training images: crop, flip, jitter",
+            "none",
+            type=names,
+            metavar="NAMES",
+        ),
+    )
+    standardize: Standardize | None = option(
+        None,
+        later=True,
+        own=True,
+        flag=Flag(
+            "task",
+            "shift and scale each channel to mean 0 and deviation 1, over the training split (data) or over ImageNet",
+            choices=STANDARDIZED,
+        ),
+    )
+    rotations: Rotations | None = option(
+        None,
+        later=True,
+        own=True,
+        flag=Flag(
+            "task",
+            "splits in which images rotated by 90, 180 and 270 degrees count as more classes",
+            choices=ROTATIONS,
+        ),
+    )
+    on_broken: OnBroken | None = option(
+        None,
+        later=True,
+        own=True,
+        flag=Flag("task", "raise an error for a file that cannot be decoded, or skip it", choices=ON_BROKEN),
+    )
+    model: str | None = option(
+        None,
+        later=True,
+        own=True,
+        flag=Flag(
+            "learner",
+            "the network: conv4, conv4-64 (filters), resnet12, or PACKAGE.MODULE:CALLABLE of your own, which gets the "
+            "number of classes as ways or num_classes",
+            metavar="NAME",
+        ),
+    )
+    constants: tuple[tuple[float, ...], tuple[float, ...]] | None = option(None, later=True, own=True)
+
+
 @dataclass(frozen=True)
-class RecipeOptions:
+class RecipeOptions(ImageOptions):
     """The options that decide how a run goes, but for its length.
 
     ``None`` stands for the task's default, unless the help says otherwise.
     """
 
     task: str
+    init: str | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "start from the weights in a file: safetensors, or a state dict saved by torch.save",
+            "weights drawn from --seed",
+            type=path,
+            metavar="FILE",
+        ),
+    )
+    init_except: tuple[str, ...] | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "with --init, modules that keep the weights drawn from --seed, such as head",
+            "none",
+            type=names,
+            metavar="NAMES",
+        ),
+    )
     ways: int | None = option(None, flag=Flag("task", "classes a task", type=task_count))
     shots: int | None = option(
         None, flag=Flag("task", _points("support points {}, in each inner batch"), type=point_count)
@@ -150,19 +286,28 @@ class RecipeOptions:
             bare=True,
         ),
     )
-    optimizer: OptimizerName = option(
-        "momentum", flag=Flag("optimizer", "outer optimizer", choices=OPTIMIZERS, commands=TRAIN)
-    )
-    lr: float | None = option(
-        None,
+    optimizer: str = option(
+        "momentum",
         flag=Flag(
             "optimizer",
-            "step size γ",
-            lambda task: f"{task_defaults(task)['lr']}; {ADAPTIVE_LR} with adam and rmsprop",
-            type=number,
+            "outer optimizer: momentum, or one of torch.optim by name, such as sgd, adam or adamw",
+            type=str.lower,
+            metavar="NAME",
             commands=TRAIN,
         ),
     )
+    optimizer_args: str | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "further options of the optimizer by name, such as betas=0.9,0.99,eps=1e-6",
+            "its own",
+            metavar="NAME=VALUE,...",
+            commands=TRAIN,
+        ),
+    )
+    lr: float | None = option(None, flag=Flag("optimizer", "step size γ", _lr, type=number, commands=TRAIN))
     beta: float = option(
         0.1,
         flag=Flag("optimizer", "weight of the new gradient, 0 < β <= 1; 1 is plain SGD", type=number, commands=TRAIN),
@@ -176,10 +321,47 @@ class RecipeOptions:
         later=True,
         flag=Flag("optimizer", "move by γ v/‖v‖, so that every step has length γ", commands=TRAIN),
     )
+    weight_decay: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "weight decay, as the optimizer defines it; momentum adds the weights times it to the gradient",
+            lambda task: "; ".join(["0", *(f"{value} with {name}" for name, value in WEIGHT_DECAYS.items())]),
+            type=number,
+        ),
+    )
+    clip_grad: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "scale the aggregated gradient down to a norm of at most MAXNORM before the step",
+            "off",
+            type=number,
+            metavar="MAXNORM",
+        ),
+    )
     schedule: str = option(
         "constant",
         later=True,
-        flag=Flag("optimizer", "of γ: constant, or cosine:N, from γ to 0 in N iterations", metavar="SPEC"),
+        flag=Flag(
+            "optimizer",
+            "of γ: constant; cosine:N, from γ to 0 in N iterations; cosine, in all of them; plateau:FACTOR,PATIENCE, "
+            f"times FACTOR ({PLATEAU[0]}) after more than PATIENCE ({PLATEAU[1]}) validations without improvement",
+            metavar="SPEC",
+        ),
+    )
+    warmup: int | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "raise γ linearly in the first N iterations, before the schedule",
+            "0",
+            type=long_count,
+            metavar="N",
+        ),
     )
     meta_batch: int | None = option(None, flag=Flag("task", "tasks an iteration", type=task_count))
     workers: int = option(1, flag=Flag("bias", "workers that share the tasks", type=task_count))
@@ -216,8 +398,27 @@ class RecipeOptions:
         0,
         flag=Flag("run", "of the initial weights and of the tasks", type=seed, commands=TRAIN, before="evaluate_every"),
     )
+    patience: int | None = option(
+        None,
+        later=True,
+        free=True,
+        flag=Flag(
+            "run",
+            "stop after N validations in a row without improvement",
+            "off",
+            type=long_count,
+            metavar="N",
+            commands=TRAIN,
+            before="checkpoint_every",
+        ),
+    )
     dtype: str = option(
         "float32",
         flag=Flag("learner", "bfloat16 is for matrix products only, summed in float32", choices=DTYPE_NAMES),
     )
     device: str = option("cpu", free=True, flag=Flag("run", "cpu or cuda", before="run_dir"))
+
+
+def options_of_some_families() -> list[str]:
+    """The names of the options that only families have which list them."""
+    return [each.name for each in declared(RecipeOptions) if each.option.own]

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch.optim import SGD, Adam, Optimizer, RMSprop
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.common.checks import MOST, check_whole
-from metamom.common.numbers import shown, whole
 from metamom.common.options import declared
 from metamom.common.schema import as_record
-from metamom.experiments.defaults import ADAPTIVE_LR
-from metamom.experiments.defaults import OPTIMIZERS as OPTIMIZERS
 from metamom.experiments.families import FAMILIES, Family
 from metamom.experiments.families.family import TaskSettings
-from metamom.experiments.options import RecipeOptions, task_defaults
+from metamom.experiments.optimizers import (
+    checked_weight_decay,
+    default_lr,
+    find_optimizer,
+    make_optimizer,
+    parse_arguments,
+)
+from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
+from metamom.experiments.schedules import make_schedulers, over, parse_schedule
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
-from metamom.optim import CompositeMomentum
 from metamom.server.robust import check_aggregate
 from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
+from metamom.training.early_stopping import EarlyStopping
+from metamom.weights import load_weights
 
 # of the weights; bfloat16 is for matrix products alone, and leaves the weights in float32
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
@@ -48,20 +56,14 @@ class Recipe(RecipeOptions):
     def __post_init__(self) -> None:
         if self.task not in list(FAMILIES):
             raise ValueError(f"the task must be one of {', '.join(FAMILIES)}; got {self.task!r}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
-        if self.family.classes is None and self.ways is not None:
-            raise ValueError(f"{self.family.title} have no classes, so no ways; got ways={self.ways}.")
-        check_norm(self.norm)
-        if self.family.classes is None and self.norm is not None:
-            raise ValueError(
-                f"the network for {self.family.title} has no normalisation, so no norm; got norm={self.norm!r}."
-            )
+        self._check_family()
+        if self.root is not None:  # a run may be evaluated from another folder
+            object.__setattr__(self, "root", os.path.abspath(self.root))
+        find_optimizer(self.optimizer)
         filled = task_defaults(self.task)
-        if self.optimizer in ("adam", "rmsprop"):
-            filled["lr"] = ADAPTIVE_LR
+        filled["lr"] = default_lr(self.optimizer, filled["lr"]) if self.lr is None else self.lr
         for each in fields(self):
             if getattr(self, each.name) is None and each.name in filled:
                 object.__setattr__(self, each.name, filled[each.name])
@@ -73,10 +75,32 @@ class Recipe(RecipeOptions):
             raise ValueError(
                 f"ways must be at most {MOST_WAYS:,}, about as many classes as there are; got {self.ways}."
             )
-        if self.adapt is not None:
-            object.__setattr__(self, "adapt", tuple(self.adapt))
+        for name in ("adapt", "augment", "init_except"):  # JSON has lists
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_seed(self.seed)
         check_aggregate(self.aggregate)
+        self._check_fixed_tasks()
+        self._check_optimizer()
+        self.operator()
+        self.callbacks()
+
+    def _check_family(self) -> None:
+        """Refuse options that the family does not have."""
+        if self.family.classes is None and self.ways is not None:
+            raise ValueError(f"{self.family.title} have no classes, so no ways; got ways={self.ways}.")
+        check_norm(self.norm)
+        if self.family.classes is None and self.norm is not None:
+            raise ValueError(
+                f"the network for {self.family.title} has no normalisation, so no norm; got norm={self.norm!r}."
+            )
+        for name in options_of_some_families():
+            if name not in self.family.options and getattr(self, name) is not None:
+                raise ValueError(f"{self.family.title} have no option {name}; got {name}={getattr(self, name)!r}.")
+        if self.init_except is not None and self.init is None:
+            raise ValueError("init_except leaves out a part of the weights of init; got no init (--init FILE).")
+
+    def _check_fixed_tasks(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}.")
         if self.order != "replacement" and self.fixed_tasks is None:
@@ -91,17 +115,40 @@ class Recipe(RecipeOptions):
                 f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with fixed_tasks "
                 "(--fixed-tasks N)."
             )
-        self.operator()
-        _cosine_length(self.schedule)
+
+    def _check_optimizer(self) -> None:
+        """Check the options of the optimizer and the schedule; those at their defaults become ``None``.
+
+        So a run of an earlier version, which had none of them, is the same run.
+        """
+        parse_arguments(self.optimizer, self.optimizer_args)
+        object.__setattr__(self, "weight_decay", checked_weight_decay(self.optimizer, self.weight_decay))
+        parse_schedule(self.schedule)
+        if self.warmup is not None:
+            object.__setattr__(self, "warmup", check_whole("warmup", self.warmup, 0) or None)
 
     @property
     def family(self) -> Family:
         """The record of the task family."""
         return FAMILIES[self.task]
 
+    def data(self) -> dict[str, Any]:
+        """The task, and the options of its family but for where the data is, as JSON values."""
+        own = {name: value for name, value in self.own().items() if name not in ("root", "model")}
+        return {"task": self.task, "ways": self.ways, "shots": self.shots, "queries": self.queries, **own}
+
+    def own(self) -> dict[str, Any]:
+        """The values of the options that only some families have, of those that this one has."""
+        return {name: getattr(self, name) for name in self.family.options}
+
+    def with_kept(self, sampler: TaskFamily | FixedTasks) -> Recipe:
+        """The recipe with what a run keeps of its training tasks, such as the images' mean and deviation."""
+        return replace(self, **self.family.kept(sampler.family if isinstance(sampler, FixedTasks) else sampler))
+
     def settings(self) -> dict[str, Any]:
-        """The recipe as JSON values."""
-        return asdict(self)
+        """The recipe as JSON values, without the options that only other families have."""
+        others = set(options_of_some_families()) - set(self.family.options)
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     @classmethod
     def free(cls) -> tuple[str, ...]:
@@ -155,16 +202,23 @@ class Recipe(RecipeOptions):
             shots *= support_parts(self.estimator, self.inner_steps, self.inner_batches)
         assert self.queries is not None
         tasks = self.family.tasks(
-            TaskSettings(split, self.ways, shots, self.queries, self.seed, DTYPES[self.dtype], root)
+            TaskSettings(split, self.ways, shots, self.queries, self.seed, DTYPES[self.dtype], root), **self.own()
         )
         if split == "train" and self.fixed_tasks is not None:
             return FixedTasks(tasks, self.fixed_tasks, order=self.order)
         return tasks
 
-    def learner(self) -> MAML:
-        """A learner with initial weights drawn from the seed."""
-        generator = torch.Generator().manual_seed(self.seed)
-        model = self.family.model(self.ways, generator)
+    def learner(self, model: nn.Module | None = None, *, initial: bool = True) -> MAML:
+        """A learner with initial weights, or around a given model.
+
+        Args:
+            model: with weights of its own; by default the family's, with weights drawn from the seed.
+            initial: whether to read the initial weights from the file of ``init``, if there is one.
+        """
+        if model is None:
+            model = self.family.model(self.ways, torch.Generator().manual_seed(self.seed), **self.own())
+            if initial and self.init is not None:
+                load_weights(model, self.init, skip=self.init_except or ())
         assert self.inner_lr is not None
         return MAML(
             model.to(device=find_device(self.device), dtype=DTYPES[self.dtype]),
@@ -186,41 +240,40 @@ class Recipe(RecipeOptions):
         """The optimizer over everything the learner learns.
 
         Raises:
-            ValueError: for a step size or a beta out of range.
+            ValueError: for an option out of range.
         """
-        params, lr = learner.parameters(), self.lr
-        assert lr is not None
+        if not 0 < (self.lr or 0) < math.inf:
+            raise ValueError(f"lr is the step size and must be > 0 and finite; got {self.lr}.")
+        arguments = {"lr": self.lr, **parse_arguments(self.optimizer, self.optimizer_args)}
+        if self.weight_decay is not None:
+            arguments["weight_decay"] = self.weight_decay
         if self.optimizer == "momentum":
-            return CompositeMomentum(
-                params, lr=lr, beta=self.beta, first_step=self.first_step, normalize=self.normalize
-            )
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
-        kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
-        return kinds[self.optimizer](params, lr=lr)  # type: ignore[call-arg]
+            arguments |= {"beta": self.beta, "first_step": self.first_step, "normalize": self.normalize}
+        return make_optimizer(self.optimizer, learner.parameters(), arguments)
 
-    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR]:
-        """What moves the step size from step to step: nothing, or half a cosine from ``lr`` to 0."""
-        length = _cosine_length(self.schedule)
-        if length is None:
-            return []
-        return [LambdaLR(optimizer, lambda step: max(1 + math.cos(math.pi * min(step, length) / length), 1e-6) / 2)]
+    def callbacks(self) -> list[EarlyStopping]:
+        """The callbacks of `metamom.train`: early stopping, if ``patience`` is set.
 
+        Raises:
+            ValueError: for a patience out of range.
+        """
+        return [] if self.patience is None else [EarlyStopping(self.patience)]
 
-def _cosine_length(schedule: str) -> int | None:
-    """N of ``cosine:N``, ``None`` for ``constant``."""
-    kind, _, length = schedule.partition(":")
-    if schedule == "constant":
-        return None
-    try:
-        if kind == "cosine":
-            return check_whole("N", whole(length), 1, MOST)
-        why = ""
-    except ValueError as error:
-        why = f" ({error})"
-    raise ValueError(
-        f"the schedule is constant, or cosine:N with N iterations >= 1; got {shown(schedule)}{why.replace('.)', ')')}."
-    )
+    def over(self, iterations: int) -> Recipe:
+        """This recipe for a run of so many iterations: a ``cosine`` gets its length, which then stays.
+
+        Raises:
+            ValueError: if the warm-up takes all of them.
+        """
+        return replace(self, schedule=over(self.schedule, self.warmup, iterations))
+
+    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR | LinearLR | ReduceLROnPlateau]:
+        """What moves the step size: the warm-up and the schedule.
+
+        Raises:
+            ValueError: for a ``cosine`` without a length, see `over`.
+        """
+        return make_schedulers(self.schedule, self.warmup, optimizer)
 
 
 def find_device(name: str) -> torch.device:

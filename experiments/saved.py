@@ -35,8 +35,26 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
         ValueError: if there is no run, or it was made by another version or with another model.
         CheckpointError: if it has no usable checkpoint.
     """
-    settings = read_config(path)["settings"]
-    recipe = replace(Recipe.from_settings(settings, f"the run in {path}"), device=device, compile=False)
+    recipe = recipe_of(read_config(path)["settings"], path, device)
+    state, step = read_state(path, which)
+    learner = recipe.learner(initial=False)
+    load_parts(
+        {"learner": learner}, state, f"the checkpoint in {path}", misfit="belongs to another model than its config.json"
+    )
+    return SavedRun(recipe, learner, step)
+
+
+def recipe_of(settings: dict[str, Any], path: str | Path, device: str) -> Recipe:
+    """The recipe of a run of ``metamom train``, for this device and not compiled."""
+    return replace(Recipe.from_settings(settings, f"the run in {path}"), device=device, compile=False)
+
+
+def read_state(path: str | Path, which: Which = "best") -> tuple[dict[str, Any], int]:
+    """The contents of a run's checkpoint, and the number of steps before it.
+
+    Raises:
+        CheckpointError: if it has no usable checkpoint.
+    """
     checkpoints = Checkpoints(Path(path) / "checkpoints")
     if which == "best" and checkpoints.best.exists():
         try:
@@ -49,8 +67,5 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
         state = checkpoints.load_newest()
     if state is None:
         raise CheckpointError(f"the run in {path} has no checkpoint yet.")
-    where = f"the checkpoint in {path}"
-    step, _ = checked_head(state, where)
-    learner = recipe.learner()
-    load_parts({"learner": learner}, state, where, misfit="belongs to another model than its config.json")
-    return SavedRun(recipe, learner, step)
+    step, _ = checked_head(state, f"the checkpoint in {path}")
+    return state, step

@@ -1,16 +1,20 @@
+from . import baselines as baselines
 from . import bias as bias
 from . import cli as cli
+from . import comparing as comparing
 from . import diagnostics as diagnostics
 from . import distributed as distributed
 from . import evaluation as evaluation
 from . import experiments as experiments
 from . import interop as interop
+from . import loading as loading
 from . import maml as maml
 from . import nets as nets
 from . import optim as optim
 from . import tasks as tasks
 from . import theory as theory
 from . import training as training
+from . import weights as weights
 from .batch import Sampler as Sampler
 from .batch import TaskBatch as TaskBatch
 from .batch import TaskSampler as TaskSampler
@@ -27,8 +31,14 @@ from .bias import Normalize as Normalize
 from .bias import RandK as RandK
 from .bias import Sign as Sign
 from .bias import TopK as TopK
+from .comparing import compare_runs as compare_runs
+from .evaluation import Adaptable as Adaptable
 from .evaluation import Evaluation as Evaluation
+from .evaluation import compare_learners as compare_learners
 from .evaluation import evaluate as evaluate
+from .evaluation import paired_difference as paired_difference
+from .loading import LoadedRun as LoadedRun
+from .loading import load as load
 from .maml.learner import MAML as MAML
 from .maml.padding import pad as pad
 from .optim import CompositeMomentum as CompositeMomentum
@@ -38,5 +48,7 @@ from .server.accumulator import BiasedAccumulator as BiasedAccumulator
 from .training.loop import TrainResult as TrainResult
 from .training.loop import train as train
 from .training.progress import DivergedError as DivergedError
+from .weights import load_weights as load_weights
+from .weights import save_weights as save_weights
 
 __version__: str

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.checks import AT_ONCE, check_whole
+from metamom.common.summaries import summary
 from metamom.common.trees import Tree, count, mapped, named_leaves
 
 if TYPE_CHECKING:
@@ -150,6 +151,9 @@ class TaskSampler(ABC):
     def with_stream(self, stream: str) -> Self:
         """The same sampler with tasks or points of another stream (``"validation"``, ``"test"``), or itself if none."""
         return self
+
+    def __repr__(self) -> str:
+        return summary(type(self).__name__, vars(self))
 
     def describe(self) -> dict[str, Any]:
         """Identify this sampler by JSON values. They are part of a run's settings, which a resumed run must share."""

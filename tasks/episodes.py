@@ -6,24 +6,20 @@ Legend: T tasks, N images in all, M = ways · (shots + queries) images of one ta
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metamom.batch import TaskBatch
 from metamom.common.checks import check_flag
-from metamom.rng import DrawCoordinates, Ints, Purpose, choose, uniforms
-from metamom.tasks.checks import check_count
-from metamom.tasks.family import TaskFamily
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]
+from metamom.rng import Ints
+from metamom.tasks.episodic import Augment as Augment
+from metamom.tasks.episodic import EpisodicFamily, augmentation_name
 
 
-class Episodes(TaskFamily):
+class Episodes(EpisodicFamily):
     """Tasks "tell these `ways` classes apart": random classes of a labelled data set, random images of each.
 
     A task's classes are drawn without replacement and labelled 0..ways-1 in the order drawn. The images of each class
@@ -76,51 +72,23 @@ class Episodes(TaskFamily):
         augment: Augment | None = None,
         rotations: bool = False,
     ) -> None:
-        super().__init__(seed=seed)
-        self.ways, self.shots, self.queries = (
-            check_count(name, value) for name, value in (("ways", ways), ("shots", shots), ("queries", queries))
-        )
         images, labels = _checked(_tensor("images", images), _tensor("labels", labels))
-        if augment is not None and not callable(augment):
-            raise TypeError(f"augment must be a function of images and a generator, or None; got {augment!r}.")
-        if check_flag("rotations", rotations):
+        self.rotations = check_flag("rotations", rotations)
+        if self.rotations:
             images, labels = _with_rotations(images, labels)
         self._images = images
-        classes, self._sizes = np.unique(labels.cpu().numpy(), return_counts=True)
-        # The images of class c are by_class[starts[c] : starts[c] + sizes[c]].
-        self._by_class: Ints = np.argsort(labels.cpu().numpy(), kind="stable").astype(np.int64)
-        self._starts: Ints = np.cumsum(self._sizes) - self._sizes
-        self.num_classes = len(classes)
-        self.rotations, self.augment = rotations, augment
-        if self.num_classes < self.ways:
-            raise ValueError(
-                f"an episode needs ways={self.ways} different classes; the data has {self.num_classes}. Use fewer ways."
-            )
-        if self.shots + self.queries > self._sizes.min():
-            smallest = int(self._sizes.argmin())
-            raise ValueError(
-                f"an episode needs shots + queries = {self.shots} + {self.queries} images of each class; class "
-                f"{classes[smallest]} has {self._sizes[smallest]}. Use fewer shots or queries, or leave that class out."
-            )
+        super().__init__(labels.cpu().numpy(), ways=ways, shots=shots, queries=queries, seed=seed, augment=augment)
 
-    def draw(self, tasks: DrawCoordinates, data: DrawCoordinates) -> TaskBatch:
-        """See `TaskFamily.draw`. A task's identity is its classes and their order."""
-        index = torch.from_numpy(self._indices(tasks, data)).to(self._images.device)
-        x = self._images.index_select(0, index.flatten()).view(*index.shape, *self._images.shape[1:])
-        if not x.is_floating_point():
-            x = x.to(torch.float32).div_(255)
-        if self.augment is not None:
-            x = self._augmented(x, self.augment, data)
-        support = self.ways * self.shots
-        y = torch.arange(self.ways, device=x.device).repeat(len(x), self.shots + self.queries)
-        return TaskBatch(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
+    def _items(self, index: Ints) -> Tensor:
+        places = torch.from_numpy(index).to(self._images.device)
+        return self._images.index_select(0, places.flatten()).view(*index.shape, *self._images.shape[1:])
 
     def describe(self) -> dict[str, Any]:
         """See `TaskFamily.describe`. It identifies data and augmentation, but does not contain them."""
         digest = hashlib.sha256()
         digest.update(self._images.cpu().contiguous().view(torch.uint8).numpy().data)
-        digest.update(self._by_class.data)
-        digest.update(self._starts.data)
+        digest.update(self._by_class.order.data)
+        digest.update(self._by_class.starts.data)
         return {
             "family": "Episodes",
             "images": list(self._images.shape),
@@ -129,31 +97,9 @@ class Episodes(TaskFamily):
             "shots": self.shots,
             "queries": self.queries,
             "rotations": self.rotations,
-            "augment": None if self.augment is None else getattr(self.augment, "__qualname__", repr(self.augment)),
+            "augment": augmentation_name(self.augment),
             "seed": self.seed,
         }
-
-    def _indices(self, tasks: DrawCoordinates, data: DrawCoordinates) -> Ints:
-        """The indices of the images, ``[T, M]``, shot by shot."""
-        shown = self.shots + self.queries
-        classes = choose(uniforms(self.seed, tasks, Purpose.TASK, self.ways), self.num_classes).reshape(-1)
-        u = uniforms(self.seed, data, Purpose.DATA, self.ways * shown).reshape(-1, shown)
-        drawings = choose(u, self._sizes[classes])
-        index = self._by_class[self._starts[classes, None] + drawings]
-        return np.ascontiguousarray(index.reshape(-1, self.ways, shown).swapaxes(1, 2)).reshape(-1, self.ways * shown)
-
-    def _augmented(self, x: Tensor, augment: Augment, data: DrawCoordinates) -> Tensor:
-        seeds = (uniforms(self.seed, data, Purpose.AUGMENT, 1)[:, 0] * 2**53).astype(np.int64)
-        out = []
-        for task, seed in zip(x, seeds.tolist(), strict=True):
-            new = augment(task, torch.Generator().manual_seed(seed))
-            if not isinstance(new, Tensor) or new.shape != task.shape or not new.is_floating_point():
-                raise ValueError(
-                    f"augment must return floating-point images of the shape it was given, {tuple(task.shape)}; got "
-                    f"{(tuple(new.shape), new.dtype) if isinstance(new, Tensor) else type(new).__name__}."
-                )
-            out.append(new)
-        return torch.stack(out)
 
 
 def _tensor(name: str, values: Any) -> Tensor:

@@ -9,16 +9,20 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up: rooms, and modules that stand by themselves, as they are named after "metamom."
     ["common", "rng", "moved"],
-    ["batch", "optim"],
+    ["batch", "optim", "weights"],
     ["distributed"],
     ["bias"],
     ["server", "nets", "theory"],
     ["compile"],
     ["maml"],
+    ["task_metrics"],
+    ["judging", "baselines"],
     ["evaluation", "diagnostics", "interop"],
     ["training"],
     ["tasks"],
     ["experiments"],
+    ["loading"],
+    ["comparing"],
     ["cli"],
     ["__main__"],
 ]

@@ -120,3 +120,10 @@ def test_a_venv_whose_python_is_gone_is_made_again(checkout):
     (checkout / ".venv" / "bin" / "python").unlink()
     assert "./old -m venv --clear .venv\n" in planned(checkout, "PYTHON=./old")
     assert "python3 -m venv --clear .venv\n" in planned(checkout)
+
+
+@pytest.mark.xdist_group("one")
+def test_the_groups_of_tests_are_kept_together(request):
+    """Otherwise every process sets up the fixtures of a group, which takes up to a minute."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@one"), "pytest-xdist ignores groups with this pytest. Run `make setup`."

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_forked
-from longer_options import LongerOptions, differ_in_patience, train_longer
+from longer_options import LongerOptions, differ_in_rest, train_longer
 from problems import assert_close, mlp, randomised, regression_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,33 +144,33 @@ def test_an_option_of_a_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         cli.main(["train", "sinusoid", "--help"])
-    assert "  --patience N              iterations to wait (default: 7)" in capsys.readouterr().out
-    assert "patience" not in parsed(parser(), ["compare", "sinusoid"])
-    for value in ([], ["--patience", "3"]):
+    assert "  --rest N                  iterations to wait (default: 7)" in capsys.readouterr().out
+    assert "rest" not in parsed(parser(), ["compare", "sinusoid"])
+    for value in ([], ["--rest", "3"]):
         run = tmp_path / "-".join(["run", *value])
         assert cli.main([*SMALL, *value, "--run-dir", str(run)]) == 0
-        assert read_config(run)["length"]["patience"] == (3 if value else 7)
+        assert read_config(run)["length"]["rest"] == (3 if value else 7)
         again = parsed(parser(), ["train", "sinusoid", "--config", str(run / "config.json")])
-        assert again.patience == (3 if value else 7)
+        assert again.rest == (3 if value else 7)
         assert parsed(parser(), ["compare", "sinusoid", "--config", str(run / "config.json")]).iterations == 2
     capsys.readouterr()
-    assert cli.main([*SMALL, "--patience", "0", "--run-dir", str(tmp_path / "refused")]) == 2
-    assert "error: patience must be >= 1; got 0." in capsys.readouterr().err
+    assert cli.main([*SMALL, "--rest", "0", "--run-dir", str(tmp_path / "refused")]) == 2
+    assert "error: rest must be >= 1; got 0." in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.xdist_group("processes")
 def test_processes_compare_an_option_of_a_run(tmp_path):
-    for status, said in run_forked(differ_in_patience, 2, tmp_path):
+    for status, said in run_forked(differ_in_rest, 2, tmp_path):
         assert status == 0, said
-        assert "the processes differ in patience: 3 on process 0, 4 on process 1" in said
+        assert "the processes differ in rest: 3 on process 0, 4 on process 1" in said
 
 
 @dataclass(frozen=True)
 class LongerRecipe(Recipe):
     """A recipe with one more option, declared as those of `RecipeOptions`."""
 
-    warmup: int = option(0, later=True, flag=Flag("optimizer", "iterations to warm up", type=long_count, metavar="N"))
+    pause: int = option(0, later=True, flag=Flag("optimizer", "iterations to pause", type=long_count, metavar="N"))
 
 
 def test_an_option_of_a_recipe(monkeypatch, tmp_path, capsys):
@@ -181,16 +181,16 @@ def test_an_option_of_a_recipe(monkeypatch, tmp_path, capsys):
     for command in ("train", "compare"):
         with pytest.raises(SystemExit):
             cli.main([command, "omniglot", "--help"])
-        assert "  --warmup N                iterations to warm up (default: 0)" in capsys.readouterr().out
+        assert "  --pause N                 iterations to pause (default: 0)" in capsys.readouterr().out
     run = tmp_path / "run"
-    assert cli.main([*SMALL, "--warmup", "3", "--run-dir", str(run)]) == 0
+    assert cli.main([*SMALL, "--pause", "3", "--run-dir", str(run)]) == 0
     settings = read_config(run)["settings"]
-    assert settings["warmup"] == 3
-    assert parsed(parser(), ["train", "sinusoid", "--config", str(run / "config.json")]).warmup == 3
-    assert cli.main([*SMALL, "--warmup", "4", "--run-dir", str(run), "--resume"]) == 2
-    assert "warmup is 3 there and 4 here" in capsys.readouterr().err
+    assert settings["pause"] == 3
+    assert parsed(parser(), ["train", "sinusoid", "--config", str(run / "config.json")]).pause == 3
+    assert cli.main([*SMALL, "--pause", "4", "--run-dir", str(run), "--resume"]) == 2
+    assert "pause is 3 there and 4 here" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--tasks", "4"]) == 0
-    assert LongerRecipe.from_settings({name: value for name, value in settings.items() if name != "warmup"}).warmup == 0
+    assert LongerRecipe.from_settings({name: value for name, value in settings.items() if name != "pause"}).pause == 0
 
 
 LINES = Family(
@@ -236,9 +236,9 @@ def test_a_family_in_the_help(monkeypatch, capsys):
     assert "(default: 0.04,0.08)" in said
     assert "validation error to count iterations to (default: 0.25)" in said
     said = help_of(capsys, "bias")
-    assert "RUN|sinusoid|omniglot|made-up" in said
+    assert "RUN|sinusoid|omniglot|images|made-up" in said
     assert "; for made-up, which are straight, 1,3)" in said
-    assert "300; for omniglot 60; for made-up 30" in said
+    assert "300; for omniglot 60; for images 60; for made-up 30" in said
 
 
 def test_a_family_in_the_commands(monkeypatch, tmp_path, capsys):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import metamom
 from metamom.cli.app import parser
+from metamom.cli.compare import with_runs
 from metamom.interop.learn2learn import AsTaskset, import_learn2learn
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Sinusoid
@@ -120,7 +121,7 @@ def test_commands_of_the_pages_parse(command, capsys):
     placeholders = {"[", "]", "...", "|"} & set("".join(words)) - {"."}
     assert not placeholders, f"{page}, line {line} cannot be typed as it stands: {words}"
     try:
-        parsed = parser().parse_args(words)
+        parsed = parser().parse_args(with_runs(words))
     except SystemExit as exit:
         if exit.code != 0:  # as of --version and --help
             pytest.fail(f"{page}, line {line}: {capsys.readouterr().err}")

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("metamom", "tasks", "experiments") for path in sorted((ROOT / folder).rglob("*.py"))]
 LINES = {ast.FunctionDef: 60, ast.ClassDef: 250}  # without docstrings
 ARGUMENTS = 12
-PUBLIC = {"Configured.__init__", "train"}  # their arguments and docstrings are the documentation of users
+# Their arguments and docstrings are the documentation of users. `train` has 24 keywords, callbacks and clip_grad among
+# them, since a run is one call: its options are one record inside, `metamom.training.options.Options`.
+PUBLIC = {"Configured.__init__", "ImageFolder.__init__", "train"}
 
 
 def definitions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:

@@ -94,9 +94,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "train": (
         train,
         {"learner": LEARNER, "optimizer": OPTIMIZER, "sampler": TASKS, "iterations": 1, "meta_batch": 4},
-        "learner optimizer sampler iterations meta_batch workers bias aggregate schedulers validation evaluate_every "
-        "evaluate_tasks run_dir resume checkpoint_every keep_checkpoints settings free tensorboard track_bias world "
-        "label",
+        "learner optimizer sampler iterations meta_batch workers bias aggregate clip_grad schedulers validation "
+        "evaluate_every evaluate_tasks run_dir resume checkpoint_every keep_checkpoints settings free callbacks "
+        "tensorboard track_bias world label",
     ),
     "TrackBias": (tracked, {}, "every pools inner_batch draws tasks_per_worker queries"),
     "measure": (
@@ -127,15 +127,17 @@ FINE = {  # where one of them is what it may be
     ("evaluate", "steps"): {"a pair"},
     ("evaluate", "stream"): {"text", "digits"},
     ("train", "bias"): {"None"},
+    ("train", "clip_grad"): {"None"},
     ("train", "schedulers"): {"a list", "a dict"},
     ("train", "validation"): {"None"},
     ("train", "evaluate_every"): {"None"},
     ("train", "run_dir"): {"text", "digits", "None"},
     ("train", "settings"): {"None", "a dict"},
     ("train", "free"): {"a list", "a dict"},
+    ("train", "callbacks"): {"a list", "a dict"},
     ("train", "track_bias"): {"None"},
     ("train", "world"): {"None"},
-    ("train", "label"): {"text", "digits"},
+    ("train", "label"): {"text", "digits", "None"},
     ("TrackBias", "queries"): {"None"},
     ("measure", "inner_batches"): {"a pair"},
     ("measure", "bias"): {"None"},

@@ -14,11 +14,12 @@ __all__ = ["FAMILIES", "Family"]
 
 
 def _load_all() -> dict[str, Family]:
-    """The records of all modules, by name: families without data on disk first."""
+    """The records of all modules, by name: families without data first, and those with options of their own last."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     records: list[Family] = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
     return {
-        record.name: record for record in sorted(records, key=lambda record: (record.data is not None, record.name))
+        record.name: record
+        for record in sorted(records, key=lambda record: (bool(record.options), record.data is not None, record.name))
     }
 
 

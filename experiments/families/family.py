@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -156,12 +156,17 @@ class Family:
         iterations: of a training run.
         metric: that reports show.
         comparison: defaults of ``metamom compare``.
-        tasks: creates the sampler.
-        model: creates the model for these ways, with weights drawn from the generator.
+        tasks: creates the sampler; takes the family's own options as keywords.
+        model: creates the model for these ways, with weights drawn from the generator; the same keywords.
         loss: returns the loss function.
         bias: defaults of ``metamom bias``.
         classes: ``None`` for a family without classes.
         splits: that tasks can be drawn from.
+        options: the options that only some families have, by name, with their defaults for this one; they are declared
+            with ``own=True`` in `metamom.experiments.options`.
+        kept: what a run keeps of its training tasks, as values of the family's options.
+        read: reads image files ``[N, C, H, W]`` as the tasks have them, given their paths and the family's options;
+            ``None`` for tasks that are not made of image files.
         data: the data set that must be on disk, as ``metamom data fetch`` spells it; ``None`` if there is none.
         curve: the points ``x [N]``, ``y [N]`` of the first test task's true function, for a figure of the adaptation
             to it; ``None`` for tasks that are not functions of one variable.
@@ -176,12 +181,15 @@ class Family:
     iterations: int
     metric: Metric
     comparison: ComparisonPlan
-    tasks: Callable[[TaskSettings], TaskFamily]
-    model: Callable[[int | None, torch.Generator], nn.Module]
+    tasks: Callable[..., TaskFamily]
+    model: Callable[..., nn.Module]
     loss: Callable[[], LossFn]
     bias: BiasPlan = USUAL_BIAS_PLAN
     classes: Classes | None = None
     splits: tuple[str, ...] = SPLITS
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kept: Callable[[Any], Mapping[str, Any]] = lambda tasks: {}
+    read: Callable[..., Tensor] | None = None
     data: str | None = None
     curve: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     train_examples: tuple[str, ...] = ()

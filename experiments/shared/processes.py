@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from metamom.training.log_lines import LogLines
+
 
 def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int, label: str) -> None:
     """Call ``function(*call)`` for each call, ``jobs`` at a time, sharing torch's threads between them.
@@ -30,7 +32,7 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
         function: a function that can be imported by name.
         calls: its arguments for each call; must be picklable.
         jobs: number of processes at a time, >= 1.
-        label: text of the progress bar.
+        label: of the progress: a bar in a terminal; elsewhere a line on standard error for each call that ends.
 
     Raises:
         ChildProcessError: if a call failed; the reason is on stderr. The others are stopped.
@@ -39,8 +41,10 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
     threads = max(1, torch.get_num_threads() // jobs)
     waiting = [context.Process(target=_child, args=(function, call, threads)) for call in calls]
     working: list[BaseProcess] = []
+    ended = 0
     try:
         with tqdm(total=len(calls), desc=label, unit="run", disable=None) as bar:
+            lines = LogLines(label, len(calls), "runs", since=0) if bar.disable else None
             while waiting or working:
                 while waiting and len(working) < jobs:
                     working.append(waiting.pop(0))
@@ -48,9 +52,12 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
                 connection.wait([process.sentinel for process in working])
                 for process in [p for p in working if not p.is_alive()]:
                     working.remove(process)
-                    bar.update()
                     if process.exitcode:
                         raise ChildProcessError(f"{label}: a run ended with status {process.exitcode}, see above.")
+                    bar.update()
+                    ended += 1
+                    if lines is not None:
+                        lines.stepped(ended, {}, now=True)
     finally:
         for process in working:
             if process.is_alive():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -170,17 +170,8 @@ def _omniglot(
     plain.load_state_dict(model.state_dict())
     images = torch.rand(400, 1, 28, 28, generator=generator)
     episodes = Episodes(images, torch.arange(400) // 10, ways=ways, shots=shots, queries=1)
-    return MetaRow(
-        f"28x28 Conv4-64, {tasks} tasks, {ways}-way {shots}-shot 1-query, {_steps_and_order(inner_steps, estimator)}",
-        model,
-        plain,
-        F.cross_entropy,
-        episodes.sample(0, tasks),
-        inner_lr=0.4,
-        tolerance=CONV4_TOLERANCE,
-        inner_steps=inner_steps,
-        estimator=estimator,
-        chunk_size=chunk_size,
+    return _classification(
+        "28x28 Conv4-64", model, plain, episodes, tasks, inner_steps, estimator, inner_lr=0.4, chunk_size=chunk_size
     )
 
 
@@ -205,18 +196,32 @@ def _images(
     inputs = torch.randn(ways * per_class, *shape, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(ways * per_class) // per_class
     episodes = Episodes(inputs, labels, ways=ways, shots=shots, queries=queries)
+    return _classification(
+        name, network, network, episodes, tasks, inner_steps, estimator, inner_lr=0.01, in_jax=False, head=head
+    )
+
+
+def _classification(
+    name: str,
+    model: nn.Module,
+    plain: nn.Module,
+    episodes: Episodes,
+    tasks: int,
+    inner_steps: int,
+    estimator: Estimator,
+    **options: Any,
+) -> MetaRow:
+    sizes = f"{episodes.ways}-way {episodes.shots}-shot {episodes.queries}-query"
     return MetaRow(
-        f"{name}, {tasks} tasks, {ways}-way {shots}-shot {queries}-query, {_steps_and_order(inner_steps, estimator)}",
-        network,
-        network,
+        f"{name}, {tasks} tasks, {sizes}, {_steps_and_order(inner_steps, estimator)}",
+        model,
+        plain,
         F.cross_entropy,
         episodes.sample(0, tasks),
-        inner_lr=0.01,
         tolerance=CONV4_TOLERANCE,
         inner_steps=inner_steps,
         estimator=estimator,
-        in_jax=False,
-        head=head,
+        **options,
     )
 
 

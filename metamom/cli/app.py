@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import metamom
-from metamom.cli import bias, compare, data, evaluate, reproduce, train
+from metamom.cli import adapt, bias, compare, data, evaluate, export, reproduce, train
 from metamom.cli.config_file import read_flags
 from metamom.cli.parser import Parser
 
@@ -18,6 +18,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.run,
     "evaluate": evaluate.run,
     "compare": compare.run,
+    "adapt": adapt.run,
+    "export": export.run,
     "bias": bias.run,
     "reproduce": reproduce.run,
     "table": reproduce.run_table,
@@ -42,7 +44,7 @@ def parser() -> Parser:
     root = Parser(prog="metamom", description="Meta-learners trained by composite momentum under biased gradients.")
     root.add_argument("--version", action="version", version=f"metamom {metamom.__version__}")
     kinds = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (train, evaluate, compare, bias, reproduce, data):
+    for command in (train, evaluate, compare, bias, adapt, export, reproduce, data):
         command.add(kinds)
     return root
 
@@ -54,6 +56,10 @@ def parsed(root: Parser, argv: Sequence[str]) -> argparse.Namespace:
         # which argparse takes for no value, or an empty list
         if name.startswith("--") and equals and value == "--":
             root.error(f"argument {name}: expected a value; got '--'")
+    try:
+        argv = compare.with_runs(argv)
+    except ValueError as error:
+        root.error(str(error))
     arguments = root.parse_args(argv)
     if getattr(arguments, "config", None) is None:
         return arguments

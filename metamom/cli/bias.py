@@ -8,11 +8,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from metamom.cli.flags import add_checkpoint, add_data_root, add_device, flag, given_flags, switch
+from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_own_options, flag, given_flags, switch
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import counts, number, path, point_count, seed, step_count, task_count
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.families.family import USUAL_BIAS_PLAN
+from metamom.experiments.options import options_of_some_families
 from metamom.maml.estimators import memoryless_estimators
 
 
@@ -45,21 +46,11 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         type=counts(point_count),
         metavar="M,M,...",
     )
+    flag(task, "--queries", "query points, a class or task", "as in training", type=point_count)
     flag(task, "--tasks", "number of tasks in all", _tasks(), type=task_count)
     add_data_root(task)
-    learner = leaf.add_argument_group("learner")
-    flag(
-        learner,
-        "--estimator",
-        ", ".join(memoryless_estimators()),
-        "as in training, exact",
-        choices=memoryless_estimators(),
-        metavar="NAME",
-    )
-    inner = "; ".join(f"{family.defaults.inner_lr} for {name}" for name, family in FAMILIES.items())
-    flag(learner, "--inner-lr", "inner step size, without a RUN", inner, type=number)
-    flag(learner, "--inner-steps", "inner steps, without a RUN", 1, type=step_count)
-    add_checkpoint(learner)
+    add_own_options(task, FAMILIES, but="model")
+    _add_learner(leaf.add_argument_group("learner"))
     operators = leaf.add_argument_group("bias")
     flag(operators, "--bias", "operator, see below", "as in training, none", metavar="SPEC")
     own = leaf.add_argument_group("run")
@@ -76,12 +67,37 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     switch(own, "--json", "print one JSON object and nothing else; write nothing without --out")
 
 
+def _add_learner(learner: argparse._ArgumentGroup) -> None:
+    flag(
+        learner,
+        "--estimator",
+        ", ".join(memoryless_estimators()),
+        "as in training, exact",
+        choices=memoryless_estimators(),
+        metavar="NAME",
+    )
+    inner = "; ".join(f"{family.defaults.inner_lr} for {name}" for name, family in FAMILIES.items())
+    flag(learner, "--inner-lr", "inner step size, without a RUN", inner, type=number)
+    flag(learner, "--inner-steps", "inner steps, without a RUN", 1, type=step_count)
+    flag(
+        learner,
+        "--model",
+        "the network: for images, conv4, conv4-64, resnet12 or PACKAGE.MODULE:CALLABLE; for a RUN from Python, the "
+        "callable that makes it",
+        "conv4; for a RUN, its own",
+        metavar="NAME",
+    )
+    add_checkpoint(learner)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
+    from metamom.common.named_objects import named_callable
     from metamom.experiments import bias_report
+    from metamom.experiments.python_runs import recipe_of_tasks
     from metamom.experiments.recipes import Recipe
-    from metamom.experiments.saved import load_run
+    from metamom.loading import load
 
     keep_freed_memory()
     what = arguments.what
@@ -90,26 +106,40 @@ def run(arguments: argparse.Namespace) -> int:
         learner = recipe.learner()
         title = f"{what}, weights as drawn"
     else:
-        fixed = [name for name in ("inner_lr", "inner_steps") if getattr(arguments, name) is not None]
+        decided = {"inner_lr", "inner_steps", *options_of_some_families()} - {"root", "model"}
+        fixed = sorted(name for name in decided if getattr(arguments, name, None) is not None)
         if fixed:
             raise ValueError(
                 f"--{fixed[0].replace('_', '-')} belongs to the learner that the run trained; give it with a task "
                 f"({', '.join(FAMILIES)}) in place of a run."
             )
-        saved = load_run(what, arguments.checkpoint, device=arguments.device or "cpu")
+        model = None if arguments.model is None else named_callable(arguments.model, "--model")
+        run = load(what, arguments.checkpoint, model, device=arguments.device or "cpu")
+        trained = recipe_of_tasks(run.settings) if run.recipe is None else run.recipe
+        if trained is None:
+            raise ValueError(
+                f"the run in {what} was made in Python with tasks that are none of {', '.join(FAMILIES)}: measure it "
+                "there, metamom.diagnostics.measure(run.learner, sampler), with run = metamom.load(RUN)."
+            )
         asked = {
-            name: value for name in ("estimator", "bias", "seed") if (value := getattr(arguments, name)) is not None
+            name: value
+            for name in ("estimator", "bias", "seed", "queries")
+            if (value := getattr(arguments, name)) is not None
         }
-        recipe = replace(saved.recipe, **asked)
-        learner = saved.learner.like(estimator=recipe.estimator)
-        title = f"{recipe.task}, after {saved.step} iterations"
+        recipe = replace(trained, **asked)
+        learner = run.learner.like(estimator=recipe.estimator)
+        title = f"{recipe.task}, after {run.step} iterations"
     where = arguments.out
     if where is None and not arguments.json:
         where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in FAMILIES else what
     if where is not None and Path(where).exists() and not Path(where).is_dir():
         raise ValueError(f"{where} is a file; the report needs a directory (--out).")
     found = bias_report.measure_recipe(
-        recipe, learner, inner_batches=arguments.inner_batch, tasks=arguments.tasks, root=arguments.data_root
+        recipe,
+        learner,
+        inner_batches=arguments.inner_batch,
+        tasks=arguments.tasks,
+        root=arguments.data_root or arguments.root,
     )
     report = None if where is None else bias_report.write(found, Path(where), title)
     if arguments.json:

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
 
-from metamom.cli.flags import add_options, add_steps, flag, given_flags
+from metamom.cli.flags import (
+    add_checkpoint,
+    add_device,
+    add_metric,
+    add_model,
+    add_options,
+    add_steps,
+    add_tasks,
+    flag,
+    given_flags,
+    switch,
+)
 from metamom.cli.parser import Parser
-from metamom.common.flag_types import long_count, names, number, numbers, run_count, task_count
+from metamom.common.flag_types import long_count, names, number, numbers, path, run_count, task_count
 from metamom.experiments.families import FAMILIES
+
+RUNS = "runs"
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -20,7 +37,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         leaf = comparing.add_parser(
             task, help=family.help, usage="%(prog)s [options]", specs=True, examples=family.compare_examples
         )
-        leaf.set_defaults(run=run, task=task, leaf=leaf)
+        leaf.set_defaults(run=run, task=task, leaf=leaf, data_root=None)
         for title in ("task", "learner", "bias"):
             add_options(leaf.add_argument_group(title), task, "compare")
         optimizer = leaf.add_argument_group("optimizer")
@@ -42,6 +59,79 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         processes = leaf.add_argument_group("processes")
         flag(processes, "--jobs", "runs at a time, each in a process", type=run_count, default=1)
 
+    _add_runs(comparing)
+
+
+def _add_runs(comparing: argparse._SubParsersAction[Parser]) -> None:
+    """Add the comparison of runs that exist: `with_runs` puts its name before their paths."""
+    leaf = comparing.add_parser(
+        RUNS,
+        help="existing runs on the same tasks: metamom compare RUN RUN ...",
+        usage="metamom compare RUN RUN ... [options]",
+        examples=(
+            "metamom compare runs runs/a runs/b",
+            "metamom compare runs runs/a runs/b --steps 1,5 --shots 5 --json",
+        ),
+    )
+    leaf.set_defaults(run=run_existing, leaf=leaf)
+    add_tasks(leaf.add_argument_group("task"))
+    add_steps(leaf.add_argument_group("learner"))
+    own = leaf.add_argument_group("run")
+    own.add_argument("run_paths", type=path, nargs="+", metavar="RUN", help="run directories")
+    add_checkpoint(own)
+    add_model(own)
+    add_device(own, default="cpu")
+    add_metric(own)
+    switch(own, "--json", "print one JSON object and nothing else")
+
+
+def with_runs(words: Sequence[str]) -> Sequence[str]:
+    """A command line with the name of the comparison of runs, if its first words are paths of runs.
+
+    Raises:
+        ValueError: for a mixture of tasks and runs.
+    """
+    if not words or words[0] != "compare":
+        return words
+    leading = list(takewhile(lambda word: not word.startswith("-"), words[1:]))
+    others = [word for word in leading if word not in (*FAMILIES, RUNS)]
+    runs = [word for word in others if Path(word).is_dir() or "/" in word]
+    tasks = [word for word in leading if word in FAMILIES]
+    if runs and tasks:
+        raise ValueError(
+            f"compare takes either a task ({', '.join(FAMILIES)}), to train on it, or existing runs; got both: "
+            f"{', '.join(leading)}. Leave out {', '.join(tasks)} to compare runs."
+        )
+    return [words[0], RUNS, *words[1:]] if runs and leading[0] != RUNS else words
+
+
+def run_existing(arguments: argparse.Namespace) -> int:
+    """Compare runs that exist; the result is the command's exit status."""
+    from metamom.cli.evaluate import asked_of_tasks, tasks_in_words
+    from metamom.common.named_objects import named_callable
+    from metamom.comparing import compare_runs
+
+    metric = arguments.metric
+    found = compare_runs(
+        arguments.run_paths,
+        split=arguments.split,
+        checkpoint=arguments.checkpoint,
+        model=arguments.model,
+        device=arguments.device,
+        root=arguments.data_root,
+        tasks=arguments.tasks,
+        steps=arguments.steps,
+        metric=named_callable(metric, "the metric") if metric is not None and ":" in metric else metric,
+        **asked_of_tasks(arguments),
+    )
+    if arguments.json:
+        print(json.dumps(found.as_json()))
+        return 0
+    words = tasks_in_words(found.runs[0], asked_of_tasks(arguments))
+    print(f"{words}, split {arguments.split}")
+    print(found.compared)
+    return 0
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
@@ -51,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     task = arguments.task
     family = FAMILIES[task]
     comparison = Comparison(
-        base=Recipe(task=task, **given_flags(arguments)),
+        base=Recipe(task=task, **given_flags(arguments)).over(arguments.iterations),
         betas=arguments.betas,
         first_steps=arguments.first_steps,
         lrs=arguments.lrs or family.comparison.lrs,

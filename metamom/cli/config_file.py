@@ -12,6 +12,8 @@ from metamom.cli.parser import Parser
 from metamom.common.did_you_mean import did_you_mean
 from metamom.common.flag_types import Listed
 from metamom.common.numbers import shown
+from metamom.common.options import declared
+from metamom.experiments.options import RecipeOptions
 
 LARGEST = 1 << 20  # bytes
 NAMES_OF_A_COMPARISON = {"validation_tasks": "evaluate_tasks", "test_tasks": "tasks"}
@@ -109,7 +111,9 @@ def _of_run(content: dict[Any, Any], known: set[str]) -> dict[str, Any]:
         settings = length | settings
     if isinstance(tracked := settings.get("track_bias"), list) and tracked:  # [every, draws]
         settings["track_bias"] = f"every={tracked[0]}"
-    left_out = ({*options, "server"} - known) | {"processes"}  # a run records options that not every command has
+    flagless = {each.name for each in declared(RecipeOptions) if each.option.flag is None} - {"task"}
+    # a run records options that not every command has
+    left_out = ({*options, "server"} - known) | flagless | {"processes"}
     if settings.get("optimizer", "momentum") != "momentum":
         left_out |= OF_MOMENTUM
     return {name: value for name, value in settings.items() if name not in left_out}

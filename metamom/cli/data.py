@@ -1,4 +1,4 @@
-"""``metamom data``: fetch or check data sets."""
+"""``metamom data``: fetch or check data sets, or check a folder of images."""
 
 from __future__ import annotations
 
@@ -8,24 +8,35 @@ from metamom.cli.flags import add_data_root
 from metamom.cli.parser import Parser
 from metamom.common.choices import DATA_SETS
 
+IMAGES = "images"
+
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
     leaf = kinds.add_parser(
         "data",
         help="fetch or check data sets",
-        usage=f"%(prog)s fetch|check {'|'.join(DATA_SETS)} [--root DIR]",
-        examples=("metamom data fetch omniglot", "metamom data check mnist --root data"),
+        usage=f"%(prog)s fetch|check {'|'.join(DATA_SETS)} [--root DIR]\n       %(prog)s check {IMAGES} --root DIR",
+        examples=(
+            "metamom data fetch omniglot",
+            f"metamom data check {IMAGES} --root my-images",
+        ),
     )
     leaf.set_defaults(run=run, leaf=leaf)
     task = leaf.add_argument_group("task")
     task.add_argument("action", choices=("fetch", "check"), help="what to do")
-    task.add_argument("dataset", choices=DATA_SETS, help="the data set")
+    task.add_argument(
+        "dataset",
+        choices=(*DATA_SETS, IMAGES),
+        help=f"the data set; {IMAGES} for a folder of your own, train/CLASS/*.png or CLASS/*.png",
+    )
     add_data_root(task, "root")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
+    if arguments.dataset == IMAGES:
+        return _check_images(arguments)
     from metamom.tasks.fetch import check, fetch
 
     if arguments.action == "fetch":
@@ -34,3 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
     for part in check(arguments.dataset, arguments.root):
         print(f"{part.path}: {', '.join(f'{count:,} {what}' for what, count in part.holds.items())}, all sound")
     return 0
+
+
+def _check_images(arguments: argparse.Namespace) -> int:
+    """Print what is in a folder of images; the status is 1 if something is broken."""
+    from metamom.tasks.image_check import check_images
+
+    if arguments.action != "check" or arguments.root is None:
+        arguments.leaf.error(f"a folder of your own images can be checked: metamom data check {IMAGES} --root DIR")
+    found = check_images(arguments.root)
+    print(found)
+    return 0 if found.sound else 1

@@ -6,16 +6,29 @@ import argparse
 import json
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_processes, add_steps, flag, switch
+from metamom.cli.flags import (
+    add_checkpoint,
+    add_device,
+    add_metric,
+    add_model,
+    add_processes,
+    add_steps,
+    add_tasks,
+    flag,
+    switch,
+)
 from metamom.cli.parser import Parser
 from metamom.common.choices import NORMS, STATISTICS_OF
-from metamom.common.flag_types import path, point_count, seed, task_count
-from metamom.experiments.families import FAMILIES
+from metamom.common.flag_types import number, path, step_count
 
 if TYPE_CHECKING:
+    from metamom.batch import Sampler
+    from metamom.cli.results import Row
     from metamom.distributed import World
+    from metamom.evaluation import Evaluation
+    from metamom.loading import LoadedRun
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -24,18 +37,11 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         "evaluate",
         help="evaluate a trained meta-learner on fresh tasks",
         usage="%(prog)s RUN [options]",
-        examples=("metamom evaluate runs/sine", "metamom evaluate runs/omni --split test --steps 0,1,5,10 --json"),
+        examples=("metamom evaluate runs/sine", "metamom evaluate runs/omni --split test --steps 0,1,5,10 --baselines"),
     )
     leaf.set_defaults(run=run, leaf=leaf)
     task = leaf.add_argument_group("task")
-    flag(task, "--tasks", "number of tasks", type=task_count, default=600)
-    *splits, last = dict.fromkeys(split for family in FAMILIES.values() for split in family.splits)
-    flag(task, "--split", f"{', '.join(splits)} or {last}", default="test")
-    flag(task, "--ways", "classes a task", "as in training", type=task_count)
-    flag(task, "--shots", "support points, a class or task", "as in training", type=point_count)
-    flag(task, "--queries", "query points, a class or task", "as in training", type=point_count)
-    flag(task, "--seed", "of the tasks", "as in training", type=seed)
-    add_data_root(task)
+    add_tasks(task)
     learner = leaf.add_argument_group("learner")
     add_steps(learner)
     flag(
@@ -46,32 +52,106 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         "as in training",
         choices=NORMS,
     )
+    flag(learner, "--inner-lr", "inner step size", "as in training", type=number)
     own = leaf.add_argument_group("run")
     own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
     add_checkpoint(own)
+    add_model(own)
     add_device(own, default="cpu")
+    add_metric(own)
+    switch(
+        own,
+        "--baselines",
+        "also evaluate nearest centroid and linear probe (of classes, on the learner's features), fine-tuning of all "
+        "weights, and training from scratch, on the same tasks",
+    )
+    flag(
+        own,
+        "--baseline-steps",
+        "steps of Adam in fine-tuning and from scratch",
+        type=step_count,
+        default=20,
+        metavar="J",
+    )
     switch(own, "--json", "print one JSON object and nothing else")
+    switch(own, "--per-task", "with --json, also every task's value")
+    flag(own, "--csv", "write every task's value into this file", "none", type=path, metavar="FILE")
     add_processes(leaf.add_argument_group("processes"))
 
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
+    from metamom.cli.results import as_json, table, write_csv
+    from metamom.common.named_objects import named_callable
     from metamom.evaluation import evaluate
-    from metamom.experiments.saved import load_run
+    from metamom.loading import load
 
-    saved = load_run(arguments.run_path, arguments.checkpoint, device=arguments.device)
-    asked = {
-        name: value
-        for name in ("ways", "shots", "queries", "seed", "norm")
-        if (value := getattr(arguments, name)) is not None
-    }
-    if saved.recipe.ways is not None and asked.get("ways", saved.recipe.ways) != saved.recipe.ways:
+    run = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
+    asked = asked_of_tasks(arguments)
+    _check(run, arguments, asked)
+    sampler = run.sampler(arguments.split, root=arguments.data_root, **asked)
+    metric = arguments.metric
+    if metric is not None and ":" in metric:
+        metric = named_callable(metric, "the metric")
+    options = {"tasks": arguments.tasks, "stream": arguments.split, "world": world, "metric": metric}
+    result = evaluate(
+        run.learner, sampler, steps=arguments.steps, norm=arguments.norm, inner_lr=arguments.inner_lr, **options
+    )
+    baselines = _baselines(run, sampler, result, arguments, options) if arguments.baselines else {}
+    if not world.first:
+        return 0
+    if arguments.csv is not None:
+        write_csv(arguments.csv, {"learner": result, **{name: row.result for name, row in baselines.items()}})
+    if arguments.json:
+        answer = as_json(result, baselines, per_task=arguments.per_task, metric=metric is not None)
+        print(json.dumps(answer))
+        return 0
+    print(
+        f"{tasks_in_words(run, asked)}, split {arguments.split}, {arguments.tasks} tasks, trained for {run.step} "
+        f"iterations; {STATISTICS_OF[result.norm]}"
+    )
+    print("\n".join(table(result, baselines)))
+    return 0
+
+
+def asked_of_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of tasks that were given."""
+    names = ("ways", "shots", "queries", "seed")
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _baselines(
+    run: LoadedRun, sampler: Sampler, result: Evaluation, arguments: argparse.Namespace, options: dict[str, Any]
+) -> dict[str, Row]:
+    """The baselines on the same tasks."""
+    from metamom.baselines import standard_baselines
+    from metamom.baselines.tuning import FineTuning
+    from metamom.cli.results import Row
+    from metamom.common.trees import lone
+    from metamom.evaluation import evaluate, paired_difference
+
+    labels = lone(sampler.sample(0, 1).support_y)
+    classes = labels is not None and not labels.is_floating_point() and labels.dim() == 2
+    found = {}
+    for name, baseline in standard_baselines(run.learner, classes=classes, make=run.new_model).items():
+        steps = arguments.baseline_steps if isinstance(baseline, FineTuning) else 0
+        of_baseline = evaluate(baseline, sampler, steps=(steps,), **options)
+        found[name] = Row(of_baseline, paired_difference(of_baseline, result.at(max(result.steps))))
+    return found
+
+
+def _check(run: LoadedRun, arguments: argparse.Namespace, asked: dict[str, Any]) -> None:
+    """Refuse tasks and statistics that the learner cannot have, and warn of classes that it has seen."""
+    recipe = run.recipe
+    if recipe is None:
+        return
+    if recipe.ways is not None and asked.get("ways", recipe.ways) != recipe.ways:
         raise ValueError(
-            f"the learner in {arguments.run_path} distinguishes {saved.recipe.ways} classes; got "
+            f"the learner in {arguments.run_path} distinguishes {recipe.ways} classes; got "
             f"--ways {asked['ways']}. Train one with that many --ways."
         )
-    # tasks of --shots support points, whatever the estimator trained on
-    recipe = replace(saved.recipe, **asked, estimator="exact", inner_batches="same")
+    if arguments.norm is not None:
+        recipe = replace(recipe, norm=arguments.norm)  # which checks it
     classes = recipe.family.classes
     if classes is not None and arguments.split in classes.seen_in:
         unseen = " or ".join(split for split in recipe.family.splits if split not in classes.seen_in)
@@ -80,28 +160,16 @@ def run(arguments: argparse.Namespace, world: World) -> int:
             f"accuracy on new {classes.noun}. Use {unseen}.",
             stacklevel=1,
         )
-    sampler = recipe.sampler(arguments.split, root=arguments.data_root)
-    result = evaluate(
-        saved.learner,
-        sampler,
-        tasks=arguments.tasks,
-        steps=arguments.steps,
-        stream=arguments.split,
-        world=world,
-        norm=arguments.norm,
-    )
-    if not world.first:
-        return 0
-    if arguments.json:
-        answer = {"steps": result.steps, "mean": result.mean, "halfwidth": result.halfwidth, "tasks": arguments.tasks}
-        print(json.dumps(answer if result.norm == "batch" else {**answer, "norm": result.norm}))
-        return 0
-    kind = f"{recipe.ways}-way {recipe.shots}-shot" if recipe.ways else f"{recipe.shots}-shot"
-    print(
-        f"{recipe.task} {kind}, split {arguments.split}, {arguments.tasks} tasks, trained for {saved.step} iterations; "
-        + STATISTICS_OF[result.norm]
-    )
-    print(f"{'steps':>5}  {result.metric:<8}  ± 95 %")
-    for steps, mean, halfwidth in zip(result.steps, result.mean, result.halfwidth, strict=True):
-        print(f"{steps:>5}  {mean:<8.4f}  {halfwidth:.4f}")
-    return 0
+
+
+def tasks_in_words(run: LoadedRun, asked: dict[str, Any]) -> str:
+    """The tasks of an evaluation in a few words: ``omniglot 5-way 1-shot``."""
+    if run.recipe is not None:
+        name, trained = run.recipe.task, run.recipe.settings()
+    else:
+        from metamom.experiments.python_runs import task_family
+
+        trained = task_family(run.settings)
+        name = str(trained["family"])
+    ways, shots = (asked.get(each, trained.get(each)) for each in ("ways", "shots"))
+    return f"{name} {ways}-way {shots}-shot" if ways else f"{name} {shots}-shot"

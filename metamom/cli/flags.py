@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING
+from collections.abc import Mapping
+from dataclasses import MISSING, replace
 from typing import Any, NamedTuple, Protocol
 
-from metamom.common.choices import SERVERS, TIMEOUT
-from metamom.common.flag_types import counts, number, path, step_count
+from metamom.common.choices import METRICS, SERVERS, TIMEOUT
+from metamom.common.flag_types import (
+    counts,
+    metric,
+    module_callable,
+    number,
+    path,
+    point_count,
+    seed,
+    step_count,
+    task_count,
+)
 from metamom.common.options import Flag, declared
+from metamom.experiments.families import FAMILIES, Family
 from metamom.experiments.options import RecipeOptions, task_defaults
 from metamom.training.options import Options
 
@@ -55,12 +67,14 @@ class Flagged(NamedTuple):
         default: of the option; ``None`` or ``MISSING`` if the task decides it, unless the flag says otherwise.
         flag: as declared.
         filled: whether the parser fills in the default. A recipe fills in its own, and has to know what was given.
+        own: whether only the task families that list it have it.
     """
 
     name: str
     default: Any
     flag: Flag
     filled: bool = False
+    own: bool = False
 
     def value(self, task: str) -> Any:
         """The default of the flag."""
@@ -68,8 +82,16 @@ class Flagged(NamedTuple):
         undecided = default is MISSING or (default is None and self.flag.shows is None)
         return task_defaults(task)[self.name] if undecided else default
 
+    def belongs(self, task: str) -> bool:
+        """Whether the task has the option."""
+        if self.name == "data_root":  # a family with a root of its own has no data set to find
+            return "root" not in FAMILIES[task].options
+        return not self.own or self.name in FAMILIES[task].options
+
     def shown(self, task: str) -> object:
         """The default in the help; ``None`` if the task does not have the option."""
+        if not self.belongs(task):
+            return None
         shows = self.flag.shows
         if shows is None:
             value = self.value(task)
@@ -84,8 +106,11 @@ class Flagged(NamedTuple):
             settings |= {"nargs": "?", "const": self.flag.bare}
         elif self.default is False:
             settings["action"] = "store_true"
-        meaning = self.flag.meaning if isinstance(self.flag.meaning, str) else self.flag.meaning(task)
-        flag(group, f"--{self.name.replace('_', '-')}", meaning, shown, default=default, **settings)
+        flag(group, f"--{self.name.replace('_', '-')}", self.meaning(task), shown, default=default, **settings)
+
+    def meaning(self, task: str) -> str:
+        """The help, without the default."""
+        return self.flag.meaning if isinstance(self.flag.meaning, str) else self.flag.meaning(task)
 
 
 def flagged() -> dict[str, Flagged]:
@@ -94,7 +119,9 @@ def flagged() -> dict[str, Flagged]:
     for kind in (RecipeOptions, Options):
         for each in declared(kind):
             if each.option.flag is not None:
-                found[each.name] = Flagged(each.name, each.default, each.option.flag, filled=kind is Options)
+                found[each.name] = Flagged(
+                    each.name, each.default, each.option.flag, filled=kind is Options, own=each.option.own
+                )
     found |= {name: Flagged(name, None, own) for name, own in OWN.items()}
     names = list(found)
     for name, entry in found.items():
@@ -113,6 +140,15 @@ def add_options(group: argparse._ArgumentGroup, task: str, command: str) -> None
                 each.add(group, shown, each.value(task) if each.filled else None, task)
 
 
+def add_own_options(group: argparse._ArgumentGroup, families: Mapping[str, Family], *, but: str = "") -> None:
+    """Add the options that belong to the group of this title and that only some of these families have, but for one."""
+    for each in flagged().values():
+        having = [name for name, family in families.items() if each.own and each.name in family.options]
+        if having and each.flag.group == group.title and each.name != but:
+            named = replace(each.flag, meaning=f"for {', '.join(having)}: {each.meaning(having[0])}")
+            each._replace(flag=named).add(group, each.shown(having[0]), None, having[0])
+
+
 def add_data_root(group: Group, name: str = "data_root") -> None:
     """Where the data is."""
     own = OWN["data_root"]
@@ -128,6 +164,43 @@ def add_device(group: Group, default: str | None = None) -> None:
 def add_checkpoint(group: Group) -> None:
     """Which of a run's checkpoints to load."""
     flag(group, "--checkpoint", "best by validation, or newest", choices=("best", "newest"), default="best")
+
+
+def add_model(group: Group) -> None:
+    """The model of a run that was made in Python."""
+    flag(
+        group,
+        "--model",
+        "class or function that makes the model of a RUN from Python; modules in the current directory are found",
+        "none",
+        type=module_callable,
+        metavar="PACKAGE.MODULE:CALLABLE",
+    )
+
+
+def add_tasks(group: Group) -> None:
+    """The tasks to evaluate runs on."""
+    flag(group, "--tasks", "number of tasks", type=task_count, default=600)
+    *splits, last = dict.fromkeys(split for family in FAMILIES.values() for split in family.splits)
+    flag(group, "--split", f"{', '.join(splits)} or {last}", default="test")
+    flag(group, "--ways", "classes a task", "as in training", type=task_count)
+    flag(group, "--shots", "support points, a class or task", "as in training", type=point_count)
+    flag(group, "--queries", "query points, a class or task", "as in training", type=point_count)
+    flag(group, "--seed", "of the tasks", "as in training", type=seed)
+    add_data_root(group)
+
+
+def add_metric(group: Group) -> None:
+    """What an evaluation measures."""
+    names = ", ".join(METRICS)
+    flag(
+        group,
+        "--metric",
+        f"{names}, or PACKAGE.MODULE:CALLABLE, a function (predictions, targets) -> number of one task",
+        "accuracy of classes, else the loss",
+        type=metric,
+        metavar="NAME",
+    )
 
 
 def add_steps(group: Group) -> None:

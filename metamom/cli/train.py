@@ -24,7 +24,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         leaf = training.add_parser(
             task, help=family.help, usage="%(prog)s [options]", specs=True, examples=family.train_examples
         )
-        leaf.set_defaults(run=run, task=task, leaf=leaf)
+        leaf.set_defaults(run=run, task=task, leaf=leaf, data_root=None)
         for title in ("task", "learner", "bias", "optimizer", "run"):
             add_options(leaf.add_argument_group(title), task, "train")
         add_processes(leaf.add_argument_group("processes"))
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
             "--beta, --first-step and --normalize belong to --optimizer momentum; got --optimizer "
             f"{given['optimizer']}."
         )
-    recipe = Recipe(task=arguments.task, **given)
+    recipe = Recipe(task=arguments.task, **given).over(arguments.iterations)
     learner = recipe.learner()
     optimizer = recipe.make_optimizer(learner)
     options = run_options(arguments)
@@ -55,17 +55,21 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         from metamom.experiments.bias_report import tracking
 
         options["track_bias"] = tracking(recipe, arguments.track_bias, root=arguments.data_root)
+    sampler = recipe.sampler(root=arguments.data_root)
+    recipe = recipe.with_kept(sampler)
     assert recipe.meta_batch is not None
     result = train(
         learner,
         optimizer,
-        recipe.sampler(root=arguments.data_root),
+        sampler,
         **options,
         meta_batch=recipe.meta_batch,
         workers=recipe.workers,
         bias=recipe.operator(),
         aggregate=recipe.aggregate,
+        clip_grad=recipe.clip_grad,
         schedulers=recipe.schedulers(optimizer),
+        callbacks=recipe.callbacks(),
         validation=recipe.sampler("validation", root=arguments.data_root),
         settings=recipe.settings(),
         free=recipe.free(),
@@ -80,10 +84,14 @@ def run(arguments: argparse.Namespace, world: World) -> int:
 def _print(result: TrainResult, options: dict[str, Any]) -> None:
     """Print what was done, and what to do next."""
     run_dir, checked = options["run_dir"], result.validation
-    if not result.metrics:
+    if result.stopped is not None:
+        done = result.resumed_from + len(result.metrics)
+        print(f"stopped after {done} of {options['iterations']} iterations, in {run_dir}: {result.stopped}")
+    elif not result.metrics:
         print(f"{run_dir} is trained for {result.resumed_from} iterations already; pass more --iterations to go on.")
         return
-    print(f"trained for {options['iterations']} iterations, in {run_dir}")
+    else:
+        print(f"trained for {options['iterations']} iterations, in {run_dir}")
     if checked is not None:
         print(
             f"validation {checked.metric} after {checked.steps[0]} step(s): {checked.mean[0]:.4f} "

@@ -26,8 +26,19 @@ STATISTICS_OF: dict[Norm, str] = {  # in results
     "support": "statistics of each task's support set",
 }
 
+# of `metamom.evaluate`
+METRICS = ("accuracy", "loss", "macro-f1", "rmse", "calibration-error")
+
 ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
 CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
 Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian": `metamom.server.robust.robust_mean`
+
+Standardize = Literal["data", "imagenet", "none"]  # of images: which channel means and deviations to take away
+STANDARDIZED: tuple[Standardize, ...] = get_args(Standardize)
+
+OnBroken = Literal["raise", "skip"]  # of `metamom.tasks.ImageFolder`
+ON_BROKEN: tuple[OnBroken, ...] = get_args(OnBroken)
+Rotations = Literal["none", "train", "all"]  # the splits in which turned images are more classes
+ROTATIONS: tuple[Rotations, ...] = get_args(Rotations)
 
 DATA_SETS = ("omniglot", "mnist", "fashion")  # of `metamom.tasks.fetch`

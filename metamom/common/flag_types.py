@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from metamom.common.checks import AT_ONCE, INNER_STEPS, MOST, POINTS, RUNS
+from metamom.common.choices import METRICS
+from metamom.common.did_you_mean import did_you_mean
 from metamom.common.numbers import real, shown, whole
 
 ENTRIES = 100  # the longest list
@@ -91,6 +93,23 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("wanted a path; got ''")
     return text
+
+
+def module_callable(text: str) -> str:
+    """The name of a callable in a module, which is imported later: see `metamom.common.named_objects`."""
+    module, colon, attribute = text.partition(":")
+    if not (colon and all(part.isidentifier() for name in (module, attribute) for part in name.split("."))):
+        raise argparse.ArgumentTypeError(f"wanted PACKAGE.MODULE:CALLABLE, such as my_models:Net; got {shown(text)}")
+    return text
+
+
+def metric(text: str) -> str:
+    """The name of a metric, or of a callable in a module."""
+    if text in METRICS or ":" in text:
+        return text if text in METRICS else module_callable(text)
+    raise argparse.ArgumentTypeError(
+        f"wanted {', '.join(METRICS)}, or PACKAGE.MODULE:CALLABLE; got {shown(text)}{did_you_mean([text], METRICS)}"
+    )
 
 
 def count_or_auto(text: str) -> int | str:

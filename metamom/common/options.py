@@ -64,6 +64,7 @@ class Option:
         compared: what processes must agree on instead, as a function of all options.
         later: earlier versions do not have it; a record without it has the default.
         free: only affects where and how a run is computed, so it may change on resume.
+        own: only the task families that list the option among their own have it.
     """
 
     flag: Flag | None = None
@@ -73,6 +74,7 @@ class Option:
     compared: Callable[[Any], Any] | None = None
     later: bool = False
     free: bool = False
+    own: bool = False
 
 
 def option(default: Any = dataclasses.MISSING, **declared: Any) -> Any:

@@ -1,1 +1,2 @@
+from . import huggingface as huggingface
 from . import learn2learn as learn2learn

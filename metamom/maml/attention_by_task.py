@@ -5,11 +5,15 @@ The fused kernels do not have a second derivative, and the CPU kernel does not h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from metamom.nets.linear import linear
 
 
 def attention(
@@ -40,10 +44,23 @@ def attention(
     return F.dropout(weights, dropout_p) @ value
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    found = linear(input, weight, bias)
+    return F.linear(input, weight, bias) if found is None else found
+
+
+def _with(function: Callable[..., Any], **names: Any) -> FunctionType:
+    """A copy of a function of `torch.nn.functional` that finds other objects under these names."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__, {**vars(F), **names}, argdefs=function.__defaults__)
+
+
 # `torch.nn.functional.multi_head_attention_forward`, with the attention above in place of the fused one. Its check for
 # overrides (`__torch_function__`) has already run.
-multi_head_attention = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "scaled_dot_product_attention": attention, "has_torch_function": lambda tensors: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
+multi_head_attention = _with(
+    F.multi_head_attention_forward,
+    scaled_dot_product_attention=attention,
+    has_torch_function=lambda tensors: False,
+    linear=_linear,
+    **{name: _with(getattr(F, name), linear=_linear) for name in ("_in_projection", "_in_projection_packed")},
 )

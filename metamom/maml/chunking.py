@@ -11,6 +11,8 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.common.choices import ChunkSize as ChunkSize
 from metamom.common.trees import device_of, leaves
+from metamom.nets.linear import as_of_many_tasks
+from metamom.nets.low_rank import LowRank, parts
 
 BUDGET = 256 * 2**20  # bytes, on a CPU: more is slower, since activations leave its caches
 # At the peak of a backward pass, saved activations and their cotangents are both alive.
@@ -52,13 +54,17 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
         weights: bytes of one task's weights.
     """
     sizes: dict[int, int] = {}
+    thin: dict[int, int] = {}  # bytes of weights that are kept as thin factors
 
     def note(saved: Tensor) -> Tensor:
         tensor = saved
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
+        for part in parts(tensor):
+            storage = part.untyped_storage()
+            sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
+        if isinstance(tensor, LowRank) and tensor.base is not None and tensor.terms:
+            thin[tensor.base.data_ptr()] = tensor.base.nbytes
         return saved
 
     device = device_of(one.support_x)
@@ -66,6 +72,7 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
     with (
         torch.random.fork_rng(devices=drawn),
         torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved),
+        as_of_many_tasks(),
     ):
         try:
             gradient()
@@ -76,4 +83,4 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
     each = sum(sizes.values()) + sum(x.nbytes for x in leaves(tuple(one[:4])))
     if device.type == "cuda":
         return max(1, int(torch.cuda.mem_get_info(device)[0] // 2 / (PEAK * each)))
-    return max(1, int(BUDGET / (PEAK * max(each, WEIGHT_PASSES * weights))))
+    return max(1, int(BUDGET / (PEAK * max(each, WEIGHT_PASSES * (weights - sum(thin.values()))))))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from metamom.bias import BiasOperator
+from metamom.bias.function import function_name
 from metamom.common.choices import Norm
-from metamom.common.trees import Tree, lone
+from metamom.common.summaries import summary
 from metamom.compile.graph import CompileMode
-from metamom.maml.batch_checks import check_adapted, check_mask
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml.gradient import MetaGradients, Plan
@@ -20,12 +20,10 @@ from metamom.maml.inner_loop import Problem, trainable
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
 from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.loss_readings import LossReadings
-from metamom.maml.metrics import accuracy
 from metamom.maml.model_checks import check_hooks, check_kind, structure
-from metamom.maml.modes import differentiable
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
-from metamom.maml.run_by_task import RunByTask, Support
+from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
 from metamom.maml.server_step import Backward as Backward
 from metamom.maml.swapping import alone, named
@@ -152,6 +150,20 @@ class Configured(nn.Module):
             **({} if self.norm is None else {"norm": self.norm}),
         }
 
+    def __repr__(self) -> str:
+        model, loss = self.model, self.loss_fn
+        every = {name for name, p in model.named_parameters() if p.requires_grad} == set(self.adapted)
+        step_sizes = self.inner_lr if self.step_sizes.kind is False else f"learned ({self.step_sizes.kind})"
+        values = {
+            "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
+            "inner_steps": self.inner_steps,
+            "estimator": self.estimator,
+            "adapt": None if every else self.adapted,
+            "norm": self.norm,
+        }
+        size = f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters"
+        return summary(type(self).__name__, values, size, function_name(loss).rpartition(".")[2])
+
     def reset_tracking(self) -> None:
         """Reset the moving averages of tracked estimators. Each task's next visit counts as its first."""
         if self.memory is not None:
@@ -228,26 +240,3 @@ class Configured(nn.Module):
 
     def _plan(self) -> Plan:
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)
-
-    def _support(self, params: Params, support_x: Tree, mask: Tensor | None) -> Support | None:
-        """The support sets that predictions need."""
-        if self.norm != "support":
-            return None
-        if support_x is None:
-            raise ValueError(
-                'norm="support" normalises queries by the statistics of their support set: call predict(params, x, '
-                "support_x=...) with the inputs that these parameters were adapted on."
-            )
-        check_adapted(params, support_x, named(self.model))
-        check_mask("support", support_x, mask)
-        return Support(differentiable(support_x), mask)
-
-    def _accuracy(self, predictions: Tree, y: Tree, mask: Tensor | None = None) -> Tensor | None:
-        """Each task's accuracy for predictions ``[T, N, ...]``. Their loss must have been computed before.
-
-        ``None`` for several tensors of predictions or of targets, since which one holds scores is not known.
-        """
-        scores, labels = lone(predictions), lone(y)
-        if scores is None or labels is None:
-            return None
-        return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)

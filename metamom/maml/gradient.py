@@ -33,6 +33,7 @@ from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids
 from metamom.maml.unused import from_outside
 from metamom.maml.vmap_errors import explained
+from metamom.nets.low_rank import plain
 from metamom.server.aggregate import flatten
 
 # Seconds to compile one layer in one pass through the model, measured on two cores.
@@ -295,9 +296,9 @@ def chunk_gradient(
             own = dict(zip(rows, grads[: len(rows)], strict=True))
             missing = [name for name, grad in own.items() if grad is None]
             check_cut(problem, missing, *term.query(), support_of(problem, term))
-            new = [torch.zeros_like(rows[name]) if grad is None else grad for name, grad in own.items()]
+            new = [torch.zeros_like(rows[name]) if grad is None else plain(grad) for name, grad in own.items()]
             if not totals:
-                averages = [u.detach() for u in found.adapted.values()] if memory else []
+                averages = [plain(u).detach() for u in found.adapted.values()] if memory else []
                 judged = lone(found.predictions)
                 judged = found.losses.new_empty(len(found.losses), 0) if judged is None else judged
                 first = found.losses.detach()[:: term.copies], judged.detach()[:: term.copies], *averages
@@ -309,7 +310,9 @@ def chunk_gradient(
 
 def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
     memory = plan.recall(batch)
-    each = [(term, episodes(plan.problem, rows, term, memory).losses.view(-1, term.copies)) for term in plan.cut(batch)]
+    thin = not torch.is_grad_enabled()  # the caller may keep the graph
+    found = [(term, episodes(plan.problem, rows, term, memory, thin=thin).losses) for term in plan.cut(batch)]
+    each = [(term, losses.view(-1, term.copies)) for term, losses in found]
     first = each[0][1][:, 0]
     if len(each) == 1 and each[0][0].copies == 1:
         return first

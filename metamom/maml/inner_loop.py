@@ -39,6 +39,7 @@ from metamom.maml.tracking import tracked
 from metamom.maml.unused import Uses
 from metamom.maml.vectorize import Part, Vectorization, map_over_tasks
 from metamom.maml.vmap_errors import explained, loss_draws_refused
+from metamom.nets.low_rank import plain
 
 LOSS = "loss_fn."  # prefix of the names of a loss module's parameters
 
@@ -257,10 +258,13 @@ def _with_parameters(
     return of_tasks
 
 
-def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep_graph: bool) -> Iterator[Params]:
+def trajectory(
+    problem: Problem, start: Start, steps: Iterable[InnerBatch], keep_graph: bool, *, thin: bool = False
+) -> Iterator[Params]:
     """Yield the adapted parameters after 0, 1, ..., J inner steps, ``[T, *shape]``.
 
-    ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator asks for.
+    ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator asks for. They are plain
+    tensors, unless they may be thin factors (`metamom.nets.low_rank`).
     """
     steps, own = list(steps), start.own
     features = _features(problem, steps, keep_graph)
@@ -277,12 +281,14 @@ def trajectory(problem: Problem, start: Start, steps: Iterable[InnerBatch], keep
                 name: w if (grad := grads[name]) is None else inner_step(w, _alpha(problem, name, start, w), grad)
                 for name, w in at.items()
             }
+        if not thin:
+            own = {name: plain(w) for name, w in own.items()}
         if not keep_graph:
             own = {name: w.detach() for name, w in own.items()}
         yield own
 
 
-def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) -> Episodes:
+def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, *, thin: bool = True) -> Episodes:
     """Adapt from the workers' parameters ``[n, *shape]`` and compute the query losses.
 
     Args:
@@ -290,9 +296,10 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params) 
         rows: the workers' meta-parameters.
         term: the inner batches and the query sets.
         memory: the moving averages of a tracked estimator; empty for other estimators.
+        thin: see `trajectory`; for graphs that are differentiated before anything else changes the weights.
     """
     start = start_of(problem, rows, count(term.query_x))
-    *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled())
+    *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=thin)
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
     given = support_of(problem, term)

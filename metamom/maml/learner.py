@@ -1,35 +1,32 @@
-"""MAML: adaptation by gradient steps, and meta-gradients through it, for all tasks at once.
+"""MAML: meta-gradients through adaptation by gradient steps, for all tasks at once.
 
-Legend: T tasks, n workers with T/n tasks each, S support points, Q query points, J inner steps.
+Adaptation itself and predictions are in `metamom.maml.adapting`.
+
+Legend: T tasks, n workers with T/n tasks each, J inner steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, as_operator
-from metamom.common.checks import check_whole
 from metamom.common.choices import Norm
-from metamom.common.trees import Tree, count
 from metamom.distributed import World, as_world
-from metamom.maml.batch_checks import check_adapted, check_mask, check_set
-from metamom.maml.configured import Configured
-from metamom.maml.estimators import Estimator, InnerBatch, InnerBatches
-from metamom.maml.features import shared
+from metamom.maml.adapting import Adapting
+from metamom.maml.estimators import Estimator, InnerBatches
 from metamom.maml.gradient import OfTasks
-from metamom.maml.inner_loop import losses, predictions, start_of, trajectory
 from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.misfits import asserts_explained
-from metamom.maml.modes import differentiable, differentiable_batch, out_of_inference
+from metamom.maml.modes import differentiable_batch, out_of_inference
 from metamom.maml.server_step import Backward as Backward
 from metamom.maml.server_step import server_step
-from metamom.maml.swapping import alone, named
-from metamom.maml.task_weights import Params, Start
+from metamom.maml.swapping import alone
+from metamom.maml.task_weights import Params
 from metamom.server.aggregate import unflatten
 from metamom.server.robust import Aggregate
 
@@ -41,7 +38,7 @@ class MetaGradient(NamedTuple):
     losses: Tensor
 
 
-class MAML(Configured):
+class MAML(Adapting):
     """Model-agnostic meta-learning around any model, with exact second-order meta-gradients.
 
     A task's weights after J inner steps are ``u_0 = w, u_{j+1} = u_j - alpha * grad L_support(u_j)``; its meta-loss is
@@ -124,8 +121,9 @@ class MAML(Configured):
         estimator: Estimator | None = None,
         inner_batches: InnerBatches | None = None,
         norm: Norm | None = None,
+        inner_lr: float | Tensor | Mapping[str, float | Tensor] | None = None,
     ) -> MAML:
-        """A learner with the same model, loss and step sizes but another estimator or normalisation, not compiled.
+        """A learner with the same model and loss, not compiled. Options that are ``None`` stay as they are.
 
         It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
@@ -133,6 +131,7 @@ class MAML(Configured):
             other = MAML(
                 self.model,
                 self.loss_fn,
+                inner_lr=0.01 if inner_lr is None else inner_lr,
                 inner_steps=self.inner_steps,
                 estimator=self.estimator if estimator is None else estimator,
                 inner_batches=self.inner_batches if inner_batches is None else inner_batches,
@@ -143,83 +142,9 @@ class MAML(Configured):
                 norm=self.norm if norm is None else norm,
             )
         other._run, other._vectorization = self._run, self._vectorization
-        other.step_sizes = self.step_sizes
+        if inner_lr is None:
+            other.step_sizes = self.step_sizes
         return other
-
-    def adapt(
-        self, support_x: Tree, support_y: Tree, *, steps: int | None = None, mask: Tensor | None = None
-    ) -> Params:
-        """Adapt to each task's support set. Every step uses the whole set, whatever the estimator.
-
-        Args:
-            support_x: ``[T, S, ...]``, a tensor or a tree (`metamom.TaskBatch`).
-            support_y: ``[T, S, ...]``, a tensor or a tree, or ``None`` for a loss without targets.
-            steps: number of inner steps >= 0; the learner's own by default.
-            mask: the points that count, ``[T, S]``, as ``support_mask`` of a batch from `metamom.pad`; all by default.
-
-        Returns:
-            Adapted parameters by name, ``[T, *shape]``, for use with `predict`. They are differentiable in the
-            meta-parameters if gradients are enabled.
-        """
-        with out_of_inference():
-            along = _whole(support_x, support_y, mask, self.inner_steps if steps is None else steps)
-            problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
-            start = start_of(problem, rows, count(support_x))
-            *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
-        return adapted
-
-    def trajectory(
-        self, support_x: Tree, support_y: Tree, *, steps: int, mask: Tensor | None = None
-    ) -> Iterator[Params]:
-        """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
-        with out_of_inference():
-            along = _whole(support_x, support_y, mask, steps)
-            problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
-            return trajectory(problem, start_of(problem, rows, count(support_x)), along, keep_graph=False)
-
-    def predict(
-        self,
-        params: Params,
-        x: Tree,
-        mask: Tensor | None = None,
-        *,
-        support_x: Tree = None,
-        support_mask: Tensor | None = None,
-    ) -> Any:
-        """Predict ``[T, N, ...]`` from inputs ``x: [T, N, ...]`` with each task's adapted weights (from `adapt`).
-
-        Args:
-            params: ``[T, *shape]`` by name.
-            x: ``[T, N, ...]``, a tensor or a tree; the result is a tree if the model returns one.
-            mask: ``[T, N]`` (``query_mask``); predictions of points outside mean nothing.
-            support_x: the tasks' support sets ``[T, S, ...]``, which only ``norm="support"`` reads.
-            support_mask: ``[T, S]``, the points of these that count.
-
-        Raises:
-            ValueError: with ``norm="support"``, without ``support_x``.
-        """
-        check_adapted(params, x, named(self.model))
-        check_mask("query", x, mask)
-        support = self._support(params, support_x, support_mask)
-        start, x = Start(params, {}, {}, {}), differentiable(x)
-        return predictions(self._problem(), start, params, x, mask, support=support, features=shared())
-
-    def judge(
-        self, params: Params, predictions: Tree, y: Tree, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the loss and accuracy of each task's predictions.
-
-        Args:
-            params: the adapted weights that made the predictions; a loss module may share some of them.
-            predictions: from `predict`, ``[T, N, ...]``.
-            y: their targets, ``[T, N, ...]``, or ``None``.
-            mask: the points that count, ``[T, N]``; all by default.
-
-        Returns:
-            The losses ``[T]``, and the accuracies ``[T]`` or ``None``: see `metamom.maml.metrics.accuracy`.
-        """
-        found = losses(self._problem(), Start(params, {}, {}, {}), params, predictions, differentiable(y), mask)
-        return found, self._accuracy(predictions, y, mask)
 
     def losses(self, batch: TaskBatch) -> Tensor:
         """Each task's query loss after adaptation, ``[T]``.
@@ -314,11 +239,3 @@ class MAML(Configured):
                 check_finite=check_finite,
                 accuracy=self._accuracy,
             )
-
-
-def _whole(support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int) -> list[InnerBatch]:
-    """Inner batches that use all support points in every step."""
-    steps = check_whole("the number of inner steps", steps, 0)
-    check_set("support", support_x, support_y, empty=steps == 0)
-    check_mask("support", support_x, mask)
-    return [InnerBatch(differentiable(support_x), differentiable(support_y), None, mask)] * steps

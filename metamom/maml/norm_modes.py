@@ -29,8 +29,41 @@ class Statistics(NamedTuple):
     variance: Tensor
 
 
+def normalised(
+    x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int
+) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps) * weight + bias`` along one axis of ``x``; the others are ``[C]``."""
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    wide, mean, variance = _wide(x), *(_wide(each) for each in statistics)
+    scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
+    centred = wide - mean.view(shape)  # first, since the mean may be large in units of the deviation
+    out = centred * scale.view(shape) if bias is None else torch.addcmul(bias.view(shape), centred, scale.view(shape))
+    return out.to(x.dtype)
+
+
+def in_one_pass(
+    x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int
+) -> Tensor:
+    """The same as `normalised`, in one pass over ``x`` if nothing is differentiated."""
+    if differentiated(x, weight, bias, *statistics):
+        return normalised(x, statistics, weight, bias, eps, axis)
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    mean, variance = (_wide(each) for each in statistics)
+    scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
+    shift = -mean * scale if bias is None else bias - mean * scale  # as PyTorch does
+    return torch.addcmul(shift.view(shape), _wide(x), scale.view(shape)).to(x.dtype)
+
+
 class Normalisation(TorchFunctionMode):
-    """Replaces the functions that normalise. Here, each set is normalised by its own statistics."""
+    """Replaces the functions that normalise. Here, each set is normalised by its own statistics.
+
+    Attributes:
+        by_channel: the function for batch normalisation by statistics that are not the input's own.
+    """
+
+    by_channel = staticmethod(normalised)
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +111,7 @@ class Normalisation(TorchFunctionMode):
         found = self.of_batch(input, _given(running_mean, running_var), 1)
         if found is None:
             return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-        return normalised(input, found, weight, bias, eps, 1)
+        return self.by_channel(input, found, weight, bias, eps, 1)
 
     def instance_norm(
         self,
@@ -128,6 +161,8 @@ class Normalisation(TorchFunctionMode):
 class Frozen(Normalisation):
     """Normalises by running statistics, in training mode too."""
 
+    by_channel = staticmethod(in_one_pass)
+
     def of_batch(self, input: Tensor, running: Statistics | None, axis: int) -> Statistics | None:
         """The running statistics.
 
@@ -140,27 +175,6 @@ class Frozen(Normalisation):
                 'norm="batch" or norm="support".'
             )
         return running
-
-    def batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """`torch.nn.functional.batch_norm`, in one pass over the input if nothing is differentiated."""
-        running = self.of_batch(input, _given(running_mean, running_var), 1)
-        if running is None or differentiated(input, weight, bias, *running):
-            return super().batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        mean, variance = (_wide(each) for each in running)
-        scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
-        shift = -mean * scale if bias is None else bias - mean * scale  # as PyTorch does
-        return torch.addcmul(shift.view(shape), _wide(input), scale.view(shape)).to(input.dtype)
 
     def of_instance(self, running: Statistics | None) -> Statistics | None:
         """The running statistics, if there are any."""
@@ -207,9 +221,7 @@ class OfSupport(Normalisation):
                 raise _different_calls()
             return found
         if self._recorded is not None:
-            axes = [i for i in range(input.dim()) if i != axis % input.dim()]
-            variance, mean = torch.var_mean(_wide(input), axes, correction=0)
-            self._recorded.append(Statistics(mean, variance))
+            self._recorded.append(statistics_of(input, axis))
         return None
 
 
@@ -231,17 +243,11 @@ def normalising(
         yield mode.call
 
 
-def normalised(
-    x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int
-) -> Tensor:
-    """``(x - mean) / sqrt(variance + eps) * weight + bias`` along one axis of ``x``; the others are ``[C]``."""
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    wide, mean, variance = _wide(x), *(_wide(each) for each in statistics)
-    scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
-    centred = wide - mean.view(shape)  # first, since the mean may be large in units of the deviation
-    out = centred * scale.view(shape) if bias is None else torch.addcmul(bias.view(shape), centred, scale.view(shape))
-    return out.to(x.dtype)
+def statistics_of(x: Tensor, axis: int) -> Statistics:
+    """The statistics of a set along a channel axis, as normalisation takes them."""
+    axes = [i for i in range(x.dim()) if i != axis % x.dim()]
+    variance, mean = torch.var_mean(_wide(x), axes, correction=0)
+    return Statistics(mean, variance)
 
 
 def _given(mean: Tensor | None, variance: Tensor | None) -> Statistics | None:

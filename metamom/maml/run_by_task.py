@@ -33,6 +33,7 @@ from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, t
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vectorize import one_by_one
 from metamom.maml.vmap_errors import explained, unchanged
+from metamom.nets.linear import are_many
 
 # Found in the errors of torch.autograd.grad and of hooks on tensors that do not require gradients.
 WITHOUT_GRADIENTS = (
@@ -62,6 +63,20 @@ class Masked(NamedTuple):
     mask: Tensor
 
 
+class Rows(NamedTuple):
+    """What differs between the tasks, a row for each.
+
+    Attributes:
+        own: the parameters that inner steps move, ``[T, *shape]``.
+        kept: the other parameters that differ between tasks, ``[T, *shape]``.
+        sets: ``[T, N, ...]``, tensors or trees; the last one gives the predictions.
+    """
+
+    own: Params
+    kept: Params
+    sets: tuple[Tree, ...]
+
+
 class RunByTask:
     """Runs a model with `torch.func.vmap`, with the same results as a loop over the tasks; or in that loop.
 
@@ -71,18 +86,21 @@ class RunByTask:
 
     Attributes:
         draws: the modes (values of ``model.training``) in which the model draws at random.
-        calls: whether the model calls such functions, by mode and by what its normalisations use.
+        calls: whether the model calls such functions, by mode, by what its normalisations use, and by the number of
+            tasks (for small numbers PyTorch's own functions may be faster) and whether more are to follow.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
+        points: the shapes and dtypes of sets for which the model was seen to take any number of points.
     """
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
-        self.calls: dict[tuple[bool, Norm | None], bool] = {}
+        self.calls: dict[tuple[bool, Norm | None, int, bool], bool] = {}
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
+        self.points: set[tuple[torch.Size, torch.dtype]] = set()
 
     def __call__(
         self,
@@ -199,7 +217,7 @@ class RunByTask:
             unchanged({**inputs, **watched}, model, loop=loop),
             in_mode(model),
             autocast(device_of(x), dtype),
-            self._functions(model, norm, fast=not loop),
+            self._functions(model, norm, count(x), fast=not loop),
             normalising(model, norm) as over_sets,  # its functions may be replaced again by those above
             self._attributes(model),
             carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
@@ -207,48 +225,32 @@ class RunByTask:
             differentiable_twice(model) if loop else uncompiled(),
         ):
             run = self._one_by_one if loop else self._over_tasks
-            return run(partial(one_task, over_sets), own, start.kept, sets, mode, draws)
+            return run(partial(one_task, over_sets), Rows(own, start.kept, sets), mode, draws)
 
-    def _over_tasks(
-        self,
-        one_task: Callable[..., Tree],
-        own: Params,
-        kept: Params,
-        sets: tuple[Tree, ...],
-        mode: bool,
-        draws: bool,
-    ) -> Tree:
+    def _over_tasks(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
-            return _vmap(one_task, "different")(own, kept, sets)
+            return _vmap(one_task, "different")(*rows)
         if not (draws and mode in self.draws):
             try:
-                return _vmap(one_task, "error")(own, kept, sets)
+                return _vmap(one_task, "error")(*rows)
             except RuntimeError as error:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
-        with DrawsByTask(count(sets[-1])):
-            return _vmap(one_task, "different")(own, kept, sets)
+        with DrawsByTask(count(rows.sets[-1])):
+            return _vmap(one_task, "different")(*rows)
 
-    def _one_by_one(
-        self,
-        one_task: Callable[..., Tree],
-        own: Params,
-        kept: Params,
-        sets: tuple[Tree, ...],
-        mode: bool,
-        draws: bool,
-    ) -> Tree:
+    def _one_by_one(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
         if is_tracing():
-            return one_by_one(one_task, own, kept, sets)
+            return one_by_one(one_task, *rows)
         if not (draws and mode in self.draws):
-            rewind, before = rewinder(), generator_states(device_of(sets))
+            rewind, before = rewinder(), generator_states(device_of(rows.sets))
             try:
                 with DrawsRefused() if mode not in self.leaves or mode in self.draws else nullcontext():
-                    found = one_by_one(one_task, own, kept, sets)
-                if all(torch.equal(a, b) for a, b in zip(before, generator_states(device_of(sets)), strict=True)):
+                    found = one_by_one(one_task, *rows)
+                if all(torch.equal(a, b) for a, b in zip(before, generator_states(device_of(rows.sets)), strict=True)):
                     return found
                 raise drawn()
             except RuntimeError as error:
@@ -256,12 +258,12 @@ class RunByTask:
                     raise
             rewind()
             self.draws.add(mode)
-        return one_by_one(DrawsByTask(count(sets[-1])).each(one_task), own, kept, sets)
+        return one_by_one(DrawsByTask(count(rows.sets[-1])).each(one_task), *rows)
 
     @contextmanager
-    def _functions(self, model: nn.Module, norm: Norm | None, *, fast: bool) -> Iterator[None]:
+    def _functions(self, model: nn.Module, norm: Norm | None, tasks: int, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model is new, has called them before, or has modules that may call them."""
-        kind = model.training, norm
+        kind = model.training, norm, tasks, are_many()
         if not self.calls.get(kind, True):
             yield
             return

@@ -125,6 +125,12 @@ def tensors_left(model: nn.Module) -> Iterator[list[str]]:
                 module.__dict__[name] = _holding(*attributes[name])
 
 
+def tensors_within(module: nn.Module) -> list[Tensor]:
+    """The tensors that a module keeps in attributes, without its parameters and buffers."""
+    kept = (value for name, value in module.__dict__.items() if name not in _REGISTERED)
+    return [item for value in kept for item in _held(value) if isinstance(item, Tensor)]
+
+
 def _held(value: object) -> Sequence[object]:
     """A tensor itself, or the items of a list, tuple or dict (keys, then values); nothing for other types."""
     if isinstance(value, dict):

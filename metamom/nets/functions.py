@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metamom.nets.convolution import convolve
 from metamom.nets.kernels.convolutions import Geometry
+from metamom.nets.linear import linear
 from metamom.nets.normalisation import Normalised, Pooling, normalise
 
 DTYPES = (torch.float32, torch.float64)
@@ -41,6 +42,7 @@ class FastFunctions:
         self._made = WeakIdKeyDictionary()  # tensors that hold normalised activations
         self._table: dict[Callable[..., Any], Callable[..., Any]] = {
             F.conv2d: self.conv2d,
+            F.linear: self.linear,
             F.batch_norm: self.batch_norm,
             F.relu: self.relu,
             torch.relu: self.relu,
@@ -74,6 +76,14 @@ class FastFunctions:
             return F.conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
         own_bias = None if bias is None else bias.unsqueeze(0)
         return _images(convolve(_group(input), weight.unsqueeze(0), own_bias, geometry))
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`torch.nn.functional.linear`."""
+        found = linear(input, weight, bias)
+        if found is None:
+            return F.linear(input, weight, bias)
+        self.seen = True
+        return found
 
     def batch_norm(
         self,

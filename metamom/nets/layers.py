@@ -70,11 +70,19 @@ class BatchNormReLU(nn.Module):
         device: of the weights.
     """
 
+    running_mean: Tensor  # only after `fix`
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels, device=device))
         self.bias = nn.Parameter(torch.zeros(channels, device=device))
+
+    def fix(self, mean: Tensor, variance: Tensor) -> None:
+        """Normalise by these statistics ``[C]`` from now on, which become buffers."""
+        self.register_buffer("running_mean", mean.clone())
+        self.register_buffer("running_var", variance.clone())
 
     def extra_repr(self) -> str:
         """The text that ``print`` shows."""
@@ -84,7 +92,11 @@ class BatchNormReLU(nn.Module):
         """Statistics are taken over all axes but the last."""
         if x.dim() < 2 or x.shape[-1] != len(self.weight):
             raise ValueError(f"BatchNormReLU wants [N, ..., {len(self.weight)}], channels last; got {tuple(x.shape)}.")
-        return batch_norm_relu(x, self.weight, self.bias, self.eps)
+        if "running_mean" not in self._buffers:
+            return batch_norm_relu(x, self.weight, self.bias, self.eps)
+        wide = x.to(self.running_mean.dtype)
+        scale = torch.rsqrt(self.running_var + self.eps) * self.weight
+        return torch.addcmul(self.bias, wide - self.running_mean, scale).relu().to(x.dtype)
 
 
 def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

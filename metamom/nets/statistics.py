@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -30,6 +31,18 @@ def hide(module: nn.Module) -> None:
     # Python looks here before it asks the module for its buffers
     module.__dict__.update(dict.fromkeys(STATISTICS))
     module.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
+
+
+def fix(module: _NormBase, mean: Tensor, variance: Tensor) -> None:
+    """Let a normalisation layer use these statistics ``[C]`` in ``eval()``, as its running ones."""
+    for name in STATISTICS:
+        module.__dict__.pop(name, None)  # of `hide`
+    module.track_running_stats = True
+    for name, value in (("running_mean", mean), ("running_var", variance)):
+        old = module._buffers.get(name)
+        module.register_buffer(name, value.clone() if old is None else value.to(old.dtype))
+    if module._buffers.get("num_batches_tracked") is None:
+        module.register_buffer("num_batches_tracked", torch.ones((), dtype=torch.long, device=mean.device))
 
 
 @contextmanager

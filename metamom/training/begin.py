@@ -6,18 +6,23 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from metamom.batch import Sampler, check_sampler
 from metamom.bias import BiasOperator, as_operator
 from metamom.diagnostics.while_training import check_track
 from metamom.distributed import SAME, World, digest
+from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
-from metamom.training import board
+from metamom.training import board, plateau
+from metamom.training.callbacks import STOP, Callback, Callbacks, as_callbacks
 from metamom.training.directory import RunDirectory
+from metamom.training.early_stopping import EarlyStopping
 from metamom.training.options import Options
 from metamom.training.plan import (
     LATER,
@@ -40,11 +45,25 @@ class Checked:
         options: as given, with NumPy's numbers converted to Python's.
         operator: the operator on the workers' gradients.
         schedulers: the schedulers as a list.
+        callbacks: the callbacks as a list, on the first process; none on the others.
     """
 
     options: Options
     operator: BiasOperator | None
-    schedulers: list[Scheduler]
+    schedulers: list[Scheduler | ReduceLROnPlateau]
+    callbacks: list[Callback]
+
+    def advance(self) -> None:
+        """Advance those schedulers that do so after each step."""
+        for each in self.schedulers:
+            if not isinstance(each, ReduceLROnPlateau):
+                each.step()
+
+    def advance_after(self, validation: Evaluation) -> None:
+        """Advance those schedulers that do so after each validation."""
+        for each in self.schedulers:
+            if isinstance(each, ReduceLROnPlateau):
+                plateau.advance(each, validation)
 
     def validates_after(self, done: int) -> bool:
         """Whether to validate after ``done`` steps."""
@@ -82,9 +101,19 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
         check_sampler(options.validation, "validation needs a sampler, which")
     if options.track_bias is not None:
         check_track(learner, operator, options.track_bias)
-    if options.tensorboard and world.first:
+    callbacks = as_callbacks(options.callbacks)
+    during = options.validation is not None and options.evaluate_every is not None
+    plateau.check_plateaus(schedulers, during)
+    if any(isinstance(each, EarlyStopping) for each in callbacks) and not during:
+        raise ValueError(
+            "EarlyStopping (--patience) needs validations during the run: pass validation= and evaluate_every= "
+            "(--evaluate-every N)."
+        )
+    if options.tensorboard:
+        callbacks.append(board.TensorBoard())
+    if world.first and any(isinstance(each, board.TensorBoard) for each in callbacks):
         board.find_writer()
-    return Checked(options, operator, schedulers)
+    return Checked(options, operator, schedulers, callbacks if world.first else [])
 
 
 @contextmanager
@@ -104,6 +133,9 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
     if operator is not None and operator.state_dict():
         operator.reset()
         parts["bias"] = operator
+    callbacks = Callbacks(checked.callbacks, world)
+    if checked.callbacks:
+        parts["callbacks"] = callbacks
     settings, free = checked.described(learner, optimizer, sampler)
     length = checked.length(world)
     _agree(learner, {name: value for name, value in settings.items() if name not in free} | length, checked, world)
@@ -138,16 +170,19 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
             saved,
             run=run,
             path=options.run_dir,
-            label=options.label,
+            label=options.label or "",
             unit="it",
-            hidden=None if world.first else True,
+            hidden=None if world.first and options.label is not None else True,
             due=lambda done, seconds: done % options.checkpoint_every == 0,
+            callbacks=callbacks,
         )
-        if options.tensorboard and run is not None:
-            session.log_to(stack.enter_context(board.writing_to(run.path / "tensorboard", progress.done)))
         if world.size > 1:  # the signal may reach any process, and is shared along with the gradients
-            session.stop = lambda: max(world.statuses)
-        yield stack.enter_context(session)
+            session.stop = lambda: max(0 if status == STOP else status for status in world.statuses)
+        stack.enter_context(session)
+        path = None if options.run_dir is None else Path(options.run_dir)
+        seen = {"learner": learner, "optimizer": optimizer, "run_dir": path, "settings": settings}
+        stack.enter_context(callbacks.starting(**seen, iterations=options.iterations, step=progress.done))
+        yield session
 
 
 def _agree(learner: MAML, plan: Mapping[str, Any], checked: Checked, world: World) -> None:

@@ -20,8 +20,9 @@ from metamom.maml.learner import MAML
 from metamom.maml.server_step import Backward
 from metamom.server.robust import Aggregate
 from metamom.training.begin import Checked, begin, check
+from metamom.training.callbacks import Callback
 from metamom.training.options import Options
-from metamom.training.plan import Scheduler, check_momentum
+from metamom.training.plan import Schedulers, check_momentum
 from metamom.training.session import Session
 from metamom.training.stall import StallMonitor
 
@@ -34,15 +35,18 @@ class TrainResult(NamedTuple):
 
     Attributes:
         metrics: one entry for each step of this call: ``step, loss, accuracy, grad_norm, bias_error, wire_bytes,
-            sent_bytes, seconds, world_size``; if measured, also ``validation`` with ``validation_halfwidth``, and
-            ``measured_bias`` (`metamom.diagnostics.track`).
+            sent_bytes, seconds, world_size``; with ``clip_grad``, also ``clip_factor``, while ``grad_norm`` is the norm
+            before; if measured, also ``validation`` with ``validation_halfwidth``, and ``measured_bias``
+            (`metamom.diagnostics.track`).
         validation: the last validation, if any.
         resumed_from: number of steps before this call.
+        stopped: the reason, if a callback has stopped the run.
     """
 
     metrics: list[dict[str, Any]]
     validation: Evaluation | None
     resumed_from: int
+    stopped: str | None = None
 
 
 def train(
@@ -55,7 +59,8 @@ def train(
     workers: int = 1,
     bias: Bias = None,
     aggregate: Aggregate = "mean",
-    schedulers: Scheduler | Sequence[Scheduler] = (),
+    clip_grad: float | None = None,
+    schedulers: Schedulers = (),
     validation: Sampler | None = None,
     evaluate_every: int | None = None,
     evaluate_tasks: int = 100,
@@ -65,10 +70,11 @@ def train(
     keep_checkpoints: int = 3,
     settings: Mapping[str, Any] | None = None,
     free: Collection[str] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     tensorboard: bool = False,
     track_bias: TrackBias | None = None,
     world: World | None = None,
-    label: str = "train",
+    label: str | None = "train",
 ) -> TrainResult:
     """Train a meta-learner: sample, composite meta-gradients, bias, aggregate, optimizer step.
 
@@ -87,7 +93,10 @@ def train(
         bias: the operator on each worker's gradient, its SPEC (``"topk:5%"``), or a function ``[d] -> [d]``. Its state
             is reset at the start of the run, and saved with it.
         aggregate: how the server combines the workers' gradients; see `metamom.server.robust.robust_mean`.
-        schedulers: one or several schedulers of this optimizer; each advances after every step.
+        clip_grad: the largest norm of the aggregated gradient; a longer one is scaled down to it before the step. (The
+            operator ``"clip:..."`` clips each worker's gradient.) The metrics get ``clip_factor``, in (0, 1].
+        schedulers: one or several schedulers of this optimizer; each advances after every step. `ReduceLROnPlateau`
+            advances at each validation; with ``mode="min"``, an accuracy counts as ``1 - accuracy``.
         validation: tasks for validation, drawn from stream ``"validation"``.
         evaluate_every: steps between validations; only after the last step if ``None``.
         evaluate_tasks: tasks for each validation.
@@ -98,6 +107,8 @@ def train(
         settings: the settings that define the run, as JSON values; derived from the arguments if ``None``. A resumed
             run must have the same.
         free: names of settings that only affect where and how the run is computed, and so may change on resume.
+        callbacks: one or several `metamom.training.Callback`, such as `metamom.training.EarlyStopping`: they see every
+            step and validation, and may stop the run. Only those of process 0 are called.
         tensorboard: also write losses for TensorBoard into ``run_dir``.
         track_bias: measure the bias at intervals, at the weights of the step's gradient, and add it to the metrics as
             ``measured_bias``. Training does not change, bit for bit.
@@ -105,14 +116,15 @@ def train(
             same arguments. The result does not depend on their number, so a run can resume with a different number.
             The only exception is a compiled model with random draws (dropout). Only process 0 reads and writes
             ``run_dir`` and shows progress.
-        label: label of the progress bar.
+        label: label of the progress: a bar in a terminal; elsewhere lines on standard error, every 30 seconds, at each
+            validation and at the end. ``None`` shows no progress.
 
     Returns:
         A `TrainResult`, the same on all processes except for the seconds.
 
     Raises:
-        TypeError: for anything but a learner, optimizer, sampler, scheduler or operator; for an optimizer that needs a
-            closure or sparse gradients; for settings that are not JSON values.
+        TypeError: for anything but a learner, optimizer, sampler, scheduler, operator or callback; for an optimizer
+            that needs a closure or sparse gradients; for settings that are not JSON values.
         ValueError: for an argument out of range; for an optimizer over parameters that are not the learner's, or
             without its learned step sizes; for a ``run_dir`` in use, with an existing run if ``resume`` is false, with
             a run of different settings, or with a run of more iterations. A refused run does not change.
@@ -159,22 +171,23 @@ def _steps(
         batch = world.sample(sampler, step, options.meta_batch).to(like.device, like.dtype)
         optimizer.zero_grad()
         loss, report = _gradient(learner, batch, step, checked, world, session)
+        report |= _clipped(learner, report, options.clip_grad)
         optimizer.step()
-        for scheduler in checked.schedulers:
-            scheduler.step()
+        checked.advance()
 
         line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}
         if monitor is not None:
-            monitor.update(line["loss"], line["grad_norm"])
+            monitor.update(line["loss"], line["grad_norm"] * line.get("clip_factor", 1.0))
         rate = options.meta_batch / session.stepped()
-        best = None
+        best = checkup = None
         if checked.validates_after(step + 1):
-            validation = _validated(learner, options, world)
+            validation = checkup = _validated(learner, options, world)
             line.update(validation=validation.mean[0], validation_halfwidth=validation.halfwidth[0])
+            checked.advance_after(validation)
             best = validation.mean[0] if _better(validation, session.progress.best) else None
         metrics.append(line)
-        session.finish(line, _shown(line, rate), best)
-    return TrainResult(metrics, validation, resumed_from)
+        session.finish(line, _shown(line, rate), best, checkup)
+    return TrainResult(metrics, validation, resumed_from, session.stopped)
 
 
 def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:
@@ -202,6 +215,19 @@ def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, worl
     norm = found.metrics["grad_norm"]
     session.check_finite({"the loss": float(found.loss), "the gradient": math.nan if norm is None else norm})
     return found
+
+
+def _clipped(learner: MAML, report: Mapping[str, Any], most: float | None) -> dict[str, float]:
+    """Scale the server's gradient to a norm of at most ``most``, and report the factor."""
+    if most is None:
+        return {}
+    norm = report["grad_norm"]
+    factor = 1.0 if norm <= most else most / norm
+    if factor < 1:
+        for parameter in learner.meta_parameters().values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+    return {"clip_factor": factor}
 
 
 def _validated(learner: MAML, options: Options, world: World) -> Evaluation:

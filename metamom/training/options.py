@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamom.common.checks import AT_ONCE, MOST, check_whole
+from metamom.common.checks import AT_ONCE, MOST, check_number, check_whole
 from metamom.common.choices import Aggregate
 from metamom.common.flag_types import every, long_count, path, task_count
 from metamom.common.options import Flag, declared, either, option, whole
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from metamom.batch import Sampler
     from metamom.bias import Bias
     from metamom.diagnostics.while_training import TrackBias
-    from metamom.training.plan import Scheduler
+    from metamom.training.callbacks import Callback
+    from metamom.training.plan import Schedulers
 
 
 def _evaluate_every(name: str, value: Any) -> int | None:
@@ -32,6 +33,15 @@ def _evaluate_every(name: str, value: Any) -> int | None:
     if (number := check_whole(name, value, -math.inf, MOST)) < 1:
         raise ValueError(f"{name} must be >= 1, or None for the end alone; got {value}.")
     return number
+
+
+def _clip_grad(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is the largest norm of the gradient, finite and > 0, or None for any; got {value}.")
+    return float(value)
 
 
 def _evaluate_tasks(name: str, value: Any) -> int:
@@ -53,8 +63,8 @@ def _run_dir(name: str, value: Any) -> Any:
 
 
 def _label(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is what the progress bar says, a text; got {value!r:.80}.")
+    if not (value is None or isinstance(value, str)):
+        raise TypeError(f"{name} is a text, for the progress, or None to show no progress; got {value!r:.80}.")
     return value
 
 
@@ -110,7 +120,8 @@ class Options:
             commands=("train",),
         ),
     )
-    schedulers: Scheduler | Sequence[Scheduler] = option((), record="settings")
+    clip_grad: float | None = option(None, check=_clip_grad, record="settings", later=True)
+    schedulers: Schedulers = option((), record="settings")
     validation: Sampler | None = option(None, record="settings")
     iterations: int = option(
         check=whole(1, MOST),
@@ -158,12 +169,13 @@ class Options:
     keep_checkpoints: int = option(3, check=_keep_checkpoints)
     settings: Mapping[str, Any] | None = option(None, check=_settings)
     free: Collection[str] = option((), check=_free)
+    callbacks: Callback | Sequence[Callback] = option(())
     tensorboard: bool = option(
         False,
         check=either,
         flag=Flag("run", "write TensorBoard files into the run directory", commands=("train",)),
     )
-    label: str = option("train", check=_label)
+    label: str | None = option("train", check=_label)
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Self:

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
@@ -18,11 +18,13 @@ from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.bias.function import Function, function_name
 from metamom.distributed import World
 from metamom.maml.learner import MAML
+from metamom.maml.norm import resolved
 from metamom.optim import CompositeMomentum, LambdaBeta
 from metamom.server.aggregate import Aggregation
 from metamom.server.robust import Aggregate
 from metamom.training.contents import Contents
 from metamom.training.options import Options
+from metamom.training.schedule_state import COUNTED_AT_PLATEAUS
 
 
 @runtime_checkable
@@ -34,6 +36,9 @@ class Scheduler(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+Schedulers: TypeAlias = Scheduler | ReduceLROnPlateau | Sequence[Scheduler | ReduceLROnPlateau]
 
 
 def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World | None = None) -> Options:
@@ -134,20 +139,19 @@ def _steps_alone(optimizer: Optimizer) -> bool:
     return True
 
 
-def as_schedulers(schedulers: Scheduler | Sequence[Scheduler], optimizer: Optimizer) -> list[Scheduler]:
+def as_schedulers(schedulers: Schedulers, optimizer: Optimizer) -> list[Scheduler | ReduceLROnPlateau]:
     """Convert one scheduler or several to a list.
 
     Raises:
-        TypeError: for anything but a scheduler, or one that needs a metric at each step.
+        TypeError: for anything but a scheduler.
         ValueError: for a scheduler of another optimizer, which would have no effect.
     """
     if not isinstance(schedulers, (Scheduler, Iterable)):
         raise TypeError(f"schedulers are one or a list of them, such as LambdaLR(optimizer, ...); got {schedulers!r}.")
-    found = [schedulers] if isinstance(schedulers, Scheduler) else list(schedulers)
+    found: list[Scheduler | ReduceLROnPlateau]
+    found = [schedulers] if isinstance(schedulers, (Scheduler, ReduceLROnPlateau)) else list(schedulers)
     scheduler: Any
     for scheduler in found:
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise TypeError("ReduceLROnPlateau wants a loss at each step; train's schedulers are stepped without one.")
         if isinstance(scheduler, (LRScheduler, LambdaBeta)) and scheduler.optimizer is not optimizer:
             raise ValueError(
                 f"{type(scheduler).__name__} schedules another optimizer than the one that trains, so that it would "
@@ -165,7 +169,7 @@ def _kind(thing: object) -> str:
 
 
 # entries of `describe` that earlier versions did not record
-LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code")
+LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code", "normalisation")
 
 
 def describe(
@@ -189,35 +193,45 @@ def describe(
     groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     operator = as_operator(bias)
     like = next(learner.model.parameters())
+    uses = resolved(learner.model, None) if learner.norm is None else None  # what the model's mode says
     loss, own = Contents(learner.loss_fn), Contents(*_functions(operator))
     contents = {"loss": loss.values[0], **({"bias": own.values} if own.values else {})}
     return {
         "model": str(learner.model),
-        "loss": _of_function(learner.loss_fn),
+        "loss": describe_loss(learner.loss_fn),
         "contents": json.loads(json.dumps(contents)),
         "code": [loss.code, own.code],
         "dtype": str(like.dtype),
         "autocast": None if learner.autocast is None else str(learner.autocast),
         "learner": learner.describe(),
         "optimizer": {"kind": type(optimizer).__name__, "groups": groups},
-        "schedulers": [{"kind": type(each).__name__, **_numbers(each.state_dict())} for each in schedulers],
+        "schedulers": [{"kind": type(each).__name__, **_of_schedule(each)} for each in schedulers],
         "sampler": described(sampler),
         "meta_batch": meta_batch,
         "workers": workers,
         "bias": "none" if operator is None else operator.spec,
         "aggregate": aggregate,
         **options,
+        **({} if uses is None else {"normalisation": uses}),
         # validation determines the best checkpoint, so it is only recorded if there is one
         **({} if validation is None else {"validation": described(validation)}),
     }
 
 
-def _of_function(function: Any) -> dict[str, Any]:
+def _of_schedule(schedule: Any) -> dict[str, Any]:
+    """Describe a schedule: what it was made with, without its progress."""
+    described = _numbers(schedule.state_dict())
+    if isinstance(schedule, ReduceLROnPlateau):
+        return {name: value for name, value in described.items() if name not in (*COUNTED_AT_PLATEAUS, "mode_worse")}
+    return described
+
+
+def describe_loss(function: Any) -> dict[str, Any]:
     """Describe a loss: its name, and the numbers and strings in a module or partial function."""
     if isinstance(function, nn.Module):
         return {"name": str(function), **_numbers(vars(function))}
     if isinstance(function, functools.partial):
-        return {**_of_function(function.func), **_numbers(function.keywords)}
+        return {**describe_loss(function.func), **_numbers(function.keywords)}
     return {"name": function_name(function)}
 
 

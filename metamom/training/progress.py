@@ -68,6 +68,7 @@ class Saved:
                 f"the run in {self.path} has done {step} iterations, more than the total of {iterations}. Pass "
                 f"iterations (--iterations) above {step} to go on, or take another directory for a shorter run."
             )
+        state = {"callbacks": {}, **state}  # a run without callbacks saves none
         generators = checked_generators(state.get("rng"), where)
         entries = sum(p.numel() for p in self.parts["learner"].meta_parameters().values())
         load_parts(self.parts, state, where, entries=entries, workers=self.workers, step=step, calls=step)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metamom.optim import LambdaBeta
 from metamom.training.alike import check_alike, refuse, same, short
@@ -23,6 +23,7 @@ _COUNTED = {
     "T_i",
     "last_step",
 }
+COUNTED_AT_PLATEAUS = ("best", "num_bad_epochs", "cooldown_counter")  # by ReduceLROnPlateau, at each validation
 _RATES = frozenset({"lr", "initial_lr"})
 _MOMENTA = frozenset({"momentum", "betas"})
 
@@ -57,6 +58,12 @@ def check_schedule(schedule: LRScheduler | LambdaBeta, state: Any, *, step: int)
     if isinstance(schedule, LambdaBeta):
         _check_count("its state.last_step", state["last_step"], step)
         _check_made(mine, state, "its state", step)
+    elif isinstance(schedule, ReduceLROnPlateau):  # it counts validations, and not steps
+        _check_made({name: mine[name] for name in mine if name not in COUNTED_AT_PLATEAUS}, state, "its state", 0)
+        for name in ("num_bad_epochs", "cooldown_counter"):
+            _check_count(f"its state.{name}", state[name], 0)
+        if state["best"] != state["best"]:
+            refuse("its state.best", "a number", state["best"])
     elif _is_torchs(schedule):
         _check_made(mine, state, "its state", step)
     elif "last_epoch" in mine:
@@ -77,6 +84,8 @@ def check_rates(optimizer: Optimizer, schedules: Iterable[Any]) -> None:
     rates = [schedule for schedule in schedules if isinstance(schedule, LRScheduler)]
     if not rates or not is_fixed(optimizer) or moved_by(schedules).others:
         return
+    if len(rates) > 1 and any(isinstance(schedule, ReduceLROnPlateau) for schedule in rates):
+        return  # the last that has set them may be any of them
     for i, (group, left) in enumerate(zip(optimizer.param_groups, rates[-1].get_last_lr(), strict=True)):
         if float(group["lr"]) != float(left):
             refuse(f"param_groups[{i}].lr", f"{float(left)!r}, as {type(rates[-1]).__name__} set it", group["lr"])

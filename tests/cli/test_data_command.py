@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from command import the_error
 from endings import contents
+from image_files import write_splits
 from tiny_omniglot import TINY, members, pixels, png, write_zip
 
 from metamom.tasks import fetch
@@ -64,3 +65,23 @@ def test_truncated_real_archive_in_training(metamom, data_root, tmp_path):
     said = metamom("train", "omniglot", "--data-root", tmp_path / "root", "--run-dir", tmp_path / "run")
     assert "images_background.zip" in the_error(said)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_check_of_images(metamom, tmp_path):
+    root = write_splits(tmp_path / "images", train=2, test=1)
+    said = metamom("data", "check", "images", "--root", root)
+    assert (said.code, said.err) == (0, "")
+    assert "train: 2 classes, 8 images; per class 4 to 4, median 4" in said.out
+    (root / "test" / "class02" / "0.png").write_bytes(b"")
+    said = metamom("data", "check", "images", "--root", root)
+    assert said.code == 1
+    assert "broken: test/class02/0.png is empty (0 bytes)" in said.out
+
+
+@pytest.mark.parametrize("arguments", [["check", "images"], ["fetch", "images", "--root", "."]])
+def test_images_of_ones_own_are_checked_in_a_folder(metamom, arguments):
+    assert "metamom data check images --root DIR" in the_error(metamom("data", *arguments))
+
+
+def test_data_check_of_no_images(metamom, tmp_path):
+    assert "has no images in class folders" in the_error(metamom("data", "check", "images", "--root", tmp_path))

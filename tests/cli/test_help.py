@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ from metamom.cli import spec_table
 from metamom.cli.app import parsed, parser
 from metamom.cli.parser import did_you_mean
 from metamom.common.choices import DATA_SETS
-from metamom.experiments import defaults
+from metamom.experiments import defaults, optimizers
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.recipes import DTYPES, Recipe
 from metamom.tasks.locate import LAYOUTS
@@ -79,9 +80,18 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     recipe = Recipe(task=task, optimizer=optimizer)
     (leaf,) = [leaf for leaf in leaves(parser()) if leaf.prog == f"metamom train {task}"]
     shown = {a.dest: re.search(r"\(default: (.*)\)$", a.help or "")[1] for a in leaf._actions if a.dest != "help"}
-    assert shown.pop("lr") == f"{Recipe(task=task).lr}; {Recipe(task=task, optimizer='adam').lr} with adam and rmsprop"
-    words = {"adapt": "all", "compile": "off", "learn_inner_lr": "off", "normalize": "off"}
+    if optimizer in ("momentum", "sgd"):
+        assert shown.pop("lr").startswith(f"{recipe.lr}; ")
+    else:
+        assert re.search(rf"; {recipe.lr} with [a-z, ]*\b{optimizer}\b", shown.pop("lr"))
+    decay = inspect.signature(optimizers.find_optimizer(optimizer)).parameters.get("weight_decay")
+    others = re.search(rf"; (\S+) with {optimizer}\b", shown.pop("weight_decay"))
+    assert float(others[1] if others else 0) == (0 if decay is None else decay.default)
+    words = {"adapt": "all", "compile": "off", "learn_inner_lr": "off", "normalize": "off", "patience": "off"}
     words |= {"fixed_tasks": "new tasks in each iteration", "tracking": "0.2", "optimizer": "momentum", "norm": "batch"}
+    words |= {"root": "none", "splits": "the folders in --root", "augment": "none"}
+    words |= {"init": "weights drawn from --seed", "init_except": "none"}
+    words |= {"optimizer_args": "its own", "clip_grad": "off", "warmup": "0"}
     for name, value in recipe.settings().items():
         if name in shown:
             assert shown[name] == words.get(name, str(value)), name

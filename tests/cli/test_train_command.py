@@ -26,6 +26,8 @@ EVERY_FLAG = {
     "--fixed-tasks": "8", "--order": "reshuffle",
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
     "--checkpoint-every": "2", "--shots": "4", "--queries": "3", "--evaluate-every": "2", "--evaluate-tasks": "5",
+    "--patience": "9", "--optimizer-args": "foreach=false", "--weight-decay": "0.001", "--clip-grad": "0.5",
+    "--schedule": "constant", "--warmup": "2",
 }  # fmt: skip
 
 
@@ -34,19 +36,23 @@ def test_train_with_every_flag(metamom, tmp_path):
     flags = [word for flag in EVERY_FLAG.items() for word in flag]
     said = metamom("train", "sinusoid", *flags, "--normalize", "--run-dir", run, "--resume", "--tensorboard")
     assert said.code == 0, said
-    assert said.err == ""
+    validated, ended = said.err.splitlines()
+    assert re.fullmatch(r"train sinusoid: 2/4 it, loss \S+, validation \S+ ± \S+, \S+ it/s, 0:00 left", validated)
+    assert re.fullmatch(r"train sinusoid: 4/4 it, loss \S+, validation \S+ ± \S+, \S+ it/s", ended)
     assert f"trained for 4 iterations, in {run}" in said.out
     assert "validation loss after 2 step(s): " in said.out
     config = read_config(run)
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
+        "init": None, "init_except": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
-        "schedule": "constant",
+        "optimizer_args": "foreach=false", "weight_decay": 0.001, "clip_grad": 0.5,
+        "schedule": "constant", "warmup": 2,
         "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
-        "seed": 3, "dtype": "float64", "device": "cpu",
+        "seed": 3, "patience": 9, "dtype": "float64", "device": "cpu",
     }  # fmt: skip
     assert config["length"] == {
         "iterations": 4, "checkpoint_every": 2, "evaluate_every": 2, "evaluate_tasks": 5,
@@ -60,6 +66,8 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert {"step_sizes.alpha:2:weight", "step_sizes.alpha:4:bias"} <= state["learner"].keys()
     group = state["optimizer"]["param_groups"][0]
     assert (group["lr"], group["beta"], group["first_step"], group["normalize"]) == (0.0001, 0.5, "gradient", True)
+    assert (group["foreach"], group["weight_decay"]) == (False, 0.001)
+    assert all(0 < line["clip_factor"] <= 1 for line in lines)
     assert list((run / "tensorboard").iterdir())
     again = metamom("train", "sinusoid", *flags, "--normalize", "--run-dir", run, "--resume", "--tensorboard")
     assert again.code == 0
@@ -192,5 +200,5 @@ def test_module_runs_from_anywhere(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "trained for 1 iterations, in run" in done.stdout
-    assert done.stderr == ""  # no bars where there is no terminal
+    assert re.fullmatch(r"train sinusoid: 1/1 it, .*\n", done.stderr)  # lines, since there is no terminal for a bar
     assert (tmp_path / "run" / "config.json").exists()

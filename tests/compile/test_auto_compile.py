@@ -27,6 +27,8 @@ import metamom.maml.gradient
 from metamom import MAML
 from metamom.nets.kernels.build import CompilerError, find_compiler, load
 
+pytestmark = pytest.mark.xdist_group("compile")  # while one process builds the kernels, others need not wait
+
 
 @pytest.fixture
 def clock(monkeypatch) -> None:

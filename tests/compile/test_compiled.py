@@ -33,6 +33,7 @@ from metamom.nets.kernels.build import CompilerError
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Sinusoid
 
+pytestmark = pytest.mark.xdist_group("compile")  # while one process builds the kernels, others need not wait
 Grads = dict[str, Tensor]
 
 

@@ -32,7 +32,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     estimator: Any = "exact"
     chunk_size: int | None = None
-    steps: int = 10
+    steps: int = 6
     dropout: float = 0.0
 
 
@@ -49,7 +49,7 @@ COMPRESSED = (
 )
 FED_BACK = ("ef14:topk:5%", "ef21:topk:5%", "ef21:qsgd:64:tensor", "clip21:0.1")
 CASES = {
-    **{f"{spec} {dtype}": Case(spec, dtype=dtype, steps=20) for spec in ("none", "topk:5%") for dtype in DTYPES},
+    **{f"{spec} {dtype}": Case(spec, dtype=dtype, steps=10) for spec in ("none", "topk:5%") for dtype in DTYPES},
     **{spec: Case(spec) for spec in ("clip:1", "normalize", "clip:0.5+topk:5%", *COMPRESSED, *FED_BACK)},
     **{
         f"{spec} rank0": Case(spec, server="rank0")

@@ -22,7 +22,7 @@ from metamom.training.options import Options
 class LongerOptions(Options):
     """With one more option, declared as the others are."""
 
-    patience: int = option(
+    rest: int = option(
         7,
         check=whole(1),
         record="length",
@@ -33,11 +33,11 @@ class LongerOptions(Options):
 def train_longer(
     learner: MAML, optimizer: Any, sampler: Any, *, world: World | None = None, **keywords: Any
 ) -> loop.TrainResult:
-    """`metamom.train` if ``patience`` were one of its keywords."""
+    """`metamom.train` if ``rest`` were one of its keywords."""
     return loop.run(LongerOptions.of(keywords), learner, optimizer, sampler, as_world(world))
 
 
-def differ_in_patience() -> None:
+def differ_in_rest() -> None:
     """A run that processes must refuse, since they have different options."""
     torch.manual_seed(0)
     learner = MAML(SinusoidMLP(), F.mse_loss)
@@ -49,7 +49,7 @@ def differ_in_patience() -> None:
                 Sinusoid(),
                 iterations=1,
                 meta_batch=2,
-                patience=3 + world.rank,
+                rest=3 + world.rank,
                 world=world,
             )
         except ValueError as error:

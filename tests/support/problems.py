@@ -71,10 +71,12 @@ def regression_batch(
     tasks: int = 4,
     support: int = 5,
     query: int = 3,
-    dim: int = 2,
+    dim: int | tuple[int, ...] = 2,
     dtype: torch.dtype = torch.float64,
 ) -> TaskBatch:
-    sizes = [(tasks, n, d) for n in (support, query) for d in (dim, 1)]
+    """Inputs of ``dim`` numbers, or of this shape, and a number for each."""
+    shape = (dim,) if isinstance(dim, int) else dim
+    sizes = [(tasks, n, *each) for n in (support, query) for each in (shape, (1,))]
     return TaskBatch(*(torch.randn(s, generator=generator(seed + i)).to(dtype) for i, s in enumerate(sizes)))
 
 
@@ -91,6 +93,25 @@ def image_batch(
     xs = [torch.rand(s, generator=generator(seed + i)).to(dtype) for i, s in enumerate(sizes)]
     ys = [torch.arange(WAYS).repeat(tasks, n) for n in shots]
     return TaskBatch(xs[0], ys[0], xs[1], ys[1])
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def labelled_batch(
+    *shape: int,
+    tasks: int = 4,
+    support: int = 2 * WAYS,
+    queries: int = 2 * WAYS,
+    dtype: torch.dtype = torch.float64,
+) -> TaskBatch:
+    """Inputs ``[T, N, *shape]`` of noise, with labels that count through WAYS classes."""
+    sets = []
+    for seed, points in enumerate((support, queries)):
+        sets += [noise(tasks, points, *shape, seed=seed, dtype=dtype)]
+        sets += [torch.arange(points).remainder(WAYS).repeat(tasks, 1)]
+    return TaskBatch(*sets)
 
 
 def problem(name: str) -> tuple[nn.Module, nn.Module, TaskBatch]:

@@ -65,22 +65,22 @@ def tied_language_model() -> nn.Module:
     return model
 
 
-def recurrent(kind: type[nn.RNNBase]) -> Callable[[], nn.Module]:
+def recurrent(kind: type[nn.RNNBase], inputs: int = 2, hidden: int = 3, **options: Any) -> Callable[[], nn.Module]:
+    directions = 2 if options.get("bidirectional") else 1
     return lambda: Of(
         lambda self, x: self.head(self.cell(x)[0][:, -1]),
-        cell=kind(2, 3, batch_first=True),
-        head=nn.Linear(3, 1),
-    )
+        cell=kind(inputs, hidden, batch_first=True, **options), head=nn.Linear(directions * hidden, 1),
+    )  # fmt: skip
 
 
-def recurrent_cell(kind: type[nn.RNNCellBase]) -> Callable[[], nn.Module]:
+def recurrent_cell(kind: type[nn.RNNCellBase], inputs: int = 2, hidden: int = 3) -> Callable[[], nn.Module]:
     def run(self: Any, x: Tensor) -> Tensor:
         state = None
         for t in range(x.shape[1]):
             state = self.cell(x[:, t], state)
         return self.head(state[0] if isinstance(state, tuple) else state)
 
-    return lambda: Of(run, cell=kind(2, 3), head=nn.Linear(3, 1))
+    return lambda: Of(run, cell=kind(inputs, hidden), head=nn.Linear(hidden, 1))
 
 
 def residual() -> nn.Module:

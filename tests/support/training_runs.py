@@ -61,6 +61,24 @@ def scheduled() -> Parts:
     return Parts(made, optimizer, both)
 
 
+def on_plateaus() -> Parts:
+    """The step size halves at each validation but the first, since none gains as much as it would have to."""
+    made = momentum()
+    plateau = schedulers.ReduceLROnPlateau(made.optimizer, factor=0.5, patience=0, threshold=0.9)
+    options = {"validation": TASKS, "evaluate_every": 4, "evaluate_tasks": 4}
+    return made._replace(schedulers=(schedulers.LinearLR(made.optimizer, 0.2, total_iters=4), plateau), options=options)
+
+
+def of_torch(name: str, **options: Any) -> Callable[[], Parts]:
+    """With one of torch's other optimizers."""
+
+    def make() -> Parts:
+        made = learner()
+        return Parts(made, getattr(torch.optim, name)(made.parameters(), lr=0.01, **options))
+
+    return make
+
+
 def learned_step_sizes() -> Parts:
     made = learner(inner_steps=2, learn_inner_lr=True)
     return Parts(made, CompositeMomentum(made.parameters(), lr=0.02))
@@ -88,6 +106,12 @@ KINDS: dict[str, Callable[[], Parts]] = {
     "from the first gradient": lambda: momentum(first_step="gradient"),
     "Adam": adam,
     "schedulers": scheduled,
+    "plateaus": on_plateaus,
+    "clipped": lambda: momentum()._replace(options={"clip_grad": 0.5, "workers": 2}),
+    "AdamW": of_torch("AdamW"),
+    "NAdam": of_torch("NAdam", weight_decay=0.1, decoupled_weight_decay=True),
+    "Adafactor": of_torch("Adafactor"),
+    "ASGD": of_torch("ASGD"),
     "learned inner lr": learned_step_sizes,
     "dropout": with_dropout,
     "workers and TopK": compressed,

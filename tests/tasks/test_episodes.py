@@ -145,3 +145,20 @@ def test_bad_arguments(change, error, message):
     Episodes(**good)
     with pytest.raises(error, match=message):
         Episodes(**good | change)
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_mean_and_standard_deviation(floating):
+    images = torch.randint(0, 256, (600, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = images.double() + 1000 if floating else images
+    tasks = Episodes(images, torch.arange(600) % 6, ways=5, shots=1, queries=1)
+    x = images if floating else images.double() / 255
+    mean, std = (torch.tensor(each, dtype=torch.float64) for each in tasks.mean_and_std())
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(std, x.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
+    assert tasks.mean_and_std() is tasks.mean_and_std()
+
+
+def test_only_images_have_channels():
+    with pytest.raises(ValueError, match=r"images \[C, H, W\] alone; these items are \[\]"):
+        numbered(torch.arange(40) % 8, ways=4, shots=1, queries=2).mean_and_std()

@@ -13,9 +13,23 @@ import torch
 from cases import loop_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import SIZE, write_class
+from torch.utils.data import TensorDataset
 
 from metamom.batch import Sampler, TaskBatch
-from metamom.tasks import Episodes, FixedTasks, LinearRegression, Omniglot, PerWorker, Quadratic, Sinusoid
+from metamom.tasks import (
+    Episodes,
+    FixedTasks,
+    ImageFolder,
+    LinearRegression,
+    Omniglot,
+    PerWorker,
+    Quadratic,
+    Sinusoid,
+    from_dataset,
+)
+from metamom.tasks.dataset import DatasetEpisodes
+from metamom.tasks.episodic import EpisodicFamily
 
 WAYS, SHOTS, QUERIES = 5, 2, 3
 Make = Callable[[int], Sampler]
@@ -29,6 +43,11 @@ def numbered_images() -> tuple[torch.Tensor, torch.Tensor]:
 
 def episodes(seed: int) -> Episodes:
     return Episodes(*numbered_images(), ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed, rotations=True)
+
+
+def dataset_episodes(seed: int) -> DatasetEpisodes:
+    dataset = TensorDataset(*numbered_images())
+    return from_dataset(dataset, ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed)
 
 
 def sinusoid(seed: int) -> Sinusoid:
@@ -51,6 +70,7 @@ def quadratic(seed: int, **options: Any) -> Quadratic:
 MAKERS: dict[str, Make] = {
     "Sinusoid": sinusoid,
     "Episodes": episodes,
+    "from_dataset": dataset_episodes,
     "LinearRegression": linear,
     "LinearRegression with random covariances": lambda seed: linear(seed, spectrum=(0.2, 2)),
     "LinearRegression of data": linear_of_data,
@@ -67,9 +87,20 @@ MAKERS: dict[str, Make] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*MAKERS, "Omniglot"])
-def make(request) -> Make:
+@pytest.fixture(scope="module", params=[*MAKERS, "ImageFolder", "Omniglot"])
+def make(request, tmp_path_factory) -> Make:
     """``make(seed)``: one of the samplers."""
+    if request.param == "ImageFolder":
+        root = tmp_path_factory.mktemp("images")
+        for number in range(40):
+            write_class(root / "train" / str(number), number, images=9)
+
+        @lru_cache
+        def image_folder(seed: int) -> ImageFolder:
+            options = {"image_size": SIZE, "rotations": True, "augment": ["crop", "jitter"], "seed": seed}
+            return ImageFolder(root, ways=WAYS, shots=SHOTS, queries=QUERIES, **options)
+
+        return image_folder
     if request.param != "Omniglot":
         return MAKERS[request.param]
     root = request.getfixturevalue("data_root")
@@ -87,7 +118,7 @@ def workers(sampler: Sampler) -> int:
 
 def is_episodic(sampler: Sampler) -> bool:
     inner = sampler.samplers[0] if isinstance(sampler, PerWorker) else sampler
-    return isinstance(inner.family if isinstance(inner, FixedTasks) else inner, Episodes)
+    return isinstance(inner.family if isinstance(inner, FixedTasks) else inner, EpisodicFamily)
 
 
 def has_fixed_tasks(sampler: Sampler) -> bool:

@@ -45,8 +45,8 @@ def test_a_run_goes_on_in_smaller_chunks_and_elsewhere(commanded, tmp_path):
     assert cli.main(["train", "sinusoid", *FLAGS, "--iterations", "8", "--run-dir", str(whole)]) == 0
     assert read_config(run)["settings"]["chunk_size"] == 1
     assert [entry["settings"] for entry in read_config(run)["history"]] == [
-        {"chunk_size": "auto", "compile": False, "device": "cpu"},
-        {"chunk_size": 1, "compile": False, "device": "cpu:0"},
+        {"chunk_size": "auto", "compile": False, "patience": None, "device": "cpu"},
+        {"chunk_size": 1, "compile": False, "patience": None, "device": "cpu:0"},
     ]
     for name, weight in newest(whole)["learner"].items():
         torch.testing.assert_close(newest(run)["learner"][name], weight, msg=name)
@@ -73,7 +73,7 @@ def test_what_may_differ_is_one_list():
         "tracking",
         "norm",
     }  # those described if they are set
-    assert options - decides - {"vectorize"} == set(Recipe.free()) - {"device"}
+    assert options - decides - {"vectorize"} == set(Recipe.free()) - {"device", "patience", "root"}
     assert {"loss", "dtype", "schedulers", "bias", "aggregate"} < set(described)
     assert set(Recipe.free()) < {field.name for field in fields(Recipe)}
 

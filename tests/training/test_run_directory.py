@@ -147,7 +147,7 @@ def test_files_that_are_none(name, make, run):
         ("adapt", ["0", 1], "adapt.1 should be a valid string"),
         ("chunk_size", "all", "chunk_size should be a valid integer or 'auto'|chunk_size should be"),
         ("estimator", "exactly", "estimator must be one of exact, independent"),
-        ("task", None, "task should be 'sinusoid' or 'omniglot'"),
+        ("task", None, "task should be 'sinusoid', 'omniglot' or 'images'"),
         ("fixed_tasks", 2**40, "fixed_tasks must be at most 2,147,483,647"),
         ("beta", 7.0, None),  # of the optimizer, which evaluation does not make
     ],

@@ -170,11 +170,6 @@ def test_signal_handlers_are_put_back():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_nothing_is_shown_where_there_is_no_terminal(capsys, tmp_path):
-    go(momentum(), tmp_path, validation=TASKS, evaluate_tasks=10)
-    assert capsys.readouterr() == ("", "")
-
-
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     go(momentum(), tmp_path, iterations=4, tensorboard=True)

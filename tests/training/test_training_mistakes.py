@@ -206,7 +206,7 @@ def test_one_scheduler_is_a_list_of_one():
         (lambda o: None, TypeError, "schedulers are one or a list of them, .*; got None"),
         (lambda o: o, TypeError, "got a CompositeMomentum"),
         (lambda o: [(StepLR(o, 1),)], TypeError, "got a tuple"),
-        (ReduceLROnPlateau, TypeError, "ReduceLROnPlateau wants a loss at each step"),
+        (ReduceLROnPlateau, ValueError, "ReduceLROnPlateau .* advances at each validation: pass validation="),
         (
             lambda o: StepLR(SGD([nn.Parameter(torch.ones(1))], lr=1), 1),
             ValueError,

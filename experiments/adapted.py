@@ -1,0 +1,155 @@
+"""Adapt a trained learner to the images in a folder, and classify others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metamom.common.choices import Norm
+from metamom.experiments.recipes import Recipe
+from metamom.maml.learner import MAML
+from metamom.maml.norm import resolved
+from metamom.tasks.image_files import SUFFIXES, find_tree
+from metamom.weights import save_weights
+
+AT_ONCE = 256  # images classified together
+
+
+class Prediction(NamedTuple):
+    """What an image is taken for.
+
+    Attributes:
+        file: its path, as given or below the folder given.
+        name: of the class.
+        probability: of this class, by the softmax of the scores.
+        probabilities: of all classes.
+    """
+
+    file: str
+    name: str
+    probability: float
+    probabilities: tuple[float, ...]
+
+    def as_json(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The prediction as JSON values."""
+        each = dict(zip(classes, self.probabilities, strict=True))
+        return {"file": self.file, "class": self.name, "probability": self.probability, "probabilities": each}
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model adapted to a folder of classes.
+
+    Attributes:
+        model: scores images ``[N, C, H, H]``; the first ``len(classes)`` scores are the classes'.
+        classes: their names, sorted.
+        images: the number of support images.
+        steps: inner steps taken.
+        norm: the statistics that normalise, if there are any: see `metamom.MAML`.
+        recipe: of the run.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    images: int
+    steps: int
+    norm: Norm
+    recipe: Recipe
+
+    def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
+        """Classify image files, and those in folders, in the order of their names.
+
+        Raises:
+            ValueError: for a path that does not exist, a folder without images, or a file that cannot be decoded.
+        """
+        files = [file for path in paths for file in _images(Path(path))]
+        found = []
+        for start in range(0, len(files), AT_ONCE):
+            part = files[start : start + AT_ONCE]
+            probabilities = self._probabilities(read(self.recipe, part)).tolist()
+            for file, row in zip(part, probabilities, strict=True):
+                best = max(range(len(row)), key=row.__getitem__)
+                found.append(Prediction(str(file), self.classes[best], row[best], tuple(row)))
+        return found
+
+    @torch.inference_mode()
+    def _probabilities(self, images: Tensor) -> Tensor:
+        like = next(self.model.parameters())
+        scores = self.model(images.to(like))
+        return torch.softmax(scores[:, : len(self.classes)].double(), -1).cpu()
+
+
+def adapt_to_folder(
+    recipe: Recipe, learner: MAML, support: str | Path, *, steps: int | None = None, norm: Norm | None = None
+) -> Adapted:
+    """Adapt a run's learner to ``SUPPORT/CLASS/*``.
+
+    Args:
+        recipe: of a run of ``metamom train images``.
+        learner: the run's.
+        support: a folder with a few images of each class.
+        steps: inner steps; as in training by default.
+        norm: see `metamom.MAML`. By default ``"frozen"`` if the run was trained so, else ``"support"``, by which the
+            prediction for an image does not depend on the others.
+
+    Raises:
+        ValueError: for a run on other tasks, for a folder without classes or with more than the model tells apart.
+    """
+    if recipe.family.read is None:
+        raise ValueError(
+            f"adapt takes runs on image files, of `metamom train images`; got one on {recipe.family.title}. In Python, "
+            "learner.fit adapts to any task."
+        )
+    folder = Path(support)
+    if not folder.is_dir():
+        raise ValueError(f"--support must be a folder with a folder of images for each class; got {folder}.")
+    listing = find_tree(folder)
+    classes = listing.classes
+    empty = [name for i, name in enumerate(classes) if not (listing.labels == i).any()]
+    if len(classes) < 2 or empty:
+        what = f"the class {empty[0]!r} has no images" if empty else f"it has {len(classes)} folders of classes"
+        raise ValueError(f"--support needs DIR/CLASS/*.jpg, two classes or more; in {folder}, {what}.")
+    if len(classes) > (recipe.ways or 0):
+        raise ValueError(
+            f"the run's model tells {recipe.ways} classes apart; {folder} has {len(classes)}. Remove some, or train "
+            f"with --ways {len(classes)}."
+        )
+    chosen: Norm = norm or ("frozen" if resolved(learner.model, learner.norm) == "frozen" else "support")
+    x = read(recipe, [listing.root / file.path for file in listing.files])
+    model = learner.like(norm=chosen).fit(x, torch.from_numpy(listing.labels), steps=steps)
+    return Adapted(model, classes, len(x), learner.inner_steps if steps is None else steps, chosen, recipe)
+
+
+def save(adapted: Adapted, file: str | Path, card: Mapping[str, Any]) -> Path:
+    """Write the adapted weights as safetensors, and beside them the run's card with the classes."""
+    details = {"classes": list(adapted.classes), "inner_steps": adapted.steps, "norm": adapted.norm}
+    return save_weights(adapted.model, file, {"adapted_to": details, **card, "model": str(adapted.model)})
+
+
+def read(recipe: Recipe, files: Sequence[Path]) -> Tensor:
+    """Image files as the run's tasks have them, ``[N, C, H, H]``."""
+    assert recipe.family.read is not None
+    return recipe.family.read(files, **recipe.own())
+
+
+def _images(path: Path) -> Iterator[Path]:
+    """A file, or the images of a folder and those below it, without hidden ones."""
+    if not path.is_dir():
+        if not path.exists():
+            raise ValueError(f"there is no file or folder {path} to classify.")
+        yield path
+        return
+    found = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        own = (name for name in sorted(names) if not name.startswith("."))
+        found += [Path(folder) / name for name in own if Path(name).suffix.lower() in SUFFIXES]
+    if not found:
+        raise ValueError(f"{path} has no images to classify.")
+    yield from found

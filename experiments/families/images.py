@@ -1,0 +1,226 @@
+"""Images in folders of classes, classified with a network of metamom's or of the user's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metamom.experiments.families.family import (
+    ACCURACY,
+    BiasPlan,
+    Classes,
+    ComparisonPlan,
+    Defaults,
+    Family,
+    TaskSettings,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from metamom.common.choices import OnBroken
+    from metamom.maml.loss_readings import LossFn
+    from metamom.tasks import ImageFolder
+    from metamom.tasks.family import TaskFamily
+
+Constants = tuple[tuple[float, ...], tuple[float, ...]]  # means and deviations of the channels
+
+FILTERS = {"conv4": 32, "conv4-64": 64}  # as in MAML on miniImageNet, and as in matching networks
+NETWORKS = (*FILTERS, "resnet12")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # channel means and deviations, of images in [0, 1]
+NAMES = {  # of what a network is created for, as models call it
+    "ways": ("ways", "num_classes"),
+    "channels": ("channels", "in_channels", "in_chans"),
+    "image_size": ("image_size", "img_size"),
+}
+
+
+def _tasks(
+    wanted: TaskSettings,
+    *,
+    root: str | None,
+    splits: str | None,
+    image_size: int,
+    channels: int,
+    augment: tuple[str, ...] | None,
+    standardize: str,
+    rotations: str,
+    on_broken: OnBroken,
+    constants: Constants | None,
+    model: str,
+) -> TaskFamily:
+    from metamom.tasks import ImageFolder
+
+    root = wanted.root or root
+    if root is None:
+        raise ValueError("images need the folder they are in: --root DIR, with DIR/train/CLASS/*.jpg.")
+    assert wanted.ways is not None
+    return ImageFolder(
+        root,
+        split=wanted.split,
+        ways=wanted.ways,
+        shots=wanted.shots,
+        queries=wanted.queries,
+        image_size=image_size,
+        channels=channels,
+        splits=None if splits is None else _lists(Path(splits)),
+        augment=augment if wanted.split == "train" else None,
+        rotations="all" if rotations == "all" else rotations == "train",
+        on_broken=on_broken,
+        normalize=constants or {"data": "dataset", "imagenet": IMAGENET, "none": None}[standardize],
+        seed=wanted.seed,
+    )
+
+
+def _kept(tasks: ImageFolder) -> dict[str, Constants | None]:
+    return {"constants": None if tasks.constants is None else (tasks.constants.mean, tasks.constants.std)}
+
+
+def _read(
+    files: Sequence[Path], *, image_size: int, channels: int, constants: Constants | None, **others: Any
+) -> Tensor:
+    import numpy as np
+    import torch
+
+    from metamom.tasks.decode import BrokenImageError, decode
+    from metamom.tasks.normalize import check_constants, normalised
+
+    images = []
+    for file in files:
+        try:
+            images.append(decode(file, image_size, channels).pixels)
+        except BrokenImageError as error:
+            raise ValueError(f"{file} {error}, or leave it out.") from error
+    x = torch.from_numpy(np.stack(images)).to(torch.float32).div_(255)
+    found = check_constants(constants, channels)
+    return x if found is None else normalised(x, found)
+
+
+def _lists(folder: Path) -> dict[str, Path]:
+    """The file that lists each split: ``train.csv`` or ``train.txt``, and so on.
+
+    Raises:
+        ValueError: if there is none for training.
+    """
+    found = {
+        split: folder / f"{name}{suffix}"
+        for split, names in (("train", ("train",)), ("validation", ("validation", "val")), ("test", ("test",)))
+        for name in names
+        for suffix in (".csv", ".txt")
+        if (folder / f"{name}{suffix}").is_file()
+    }
+    if "train" not in found:
+        raise ValueError(
+            f"--splits must be a folder with train.csv or train.txt (and validation, test); {folder} has neither."
+        )
+    return found
+
+
+def _model(
+    ways: int | None,
+    generator: torch.Generator,
+    *,
+    model: str,
+    image_size: int,
+    channels: int,
+    **of_tasks: Any,
+) -> nn.Module:
+    assert ways is not None
+    if model in FILTERS:
+        from metamom.nets.models import Conv4
+
+        return Conv4(ways, channels, FILTERS[model], image_size=image_size, pooling="max", generator=generator)
+    if model == "resnet12":
+        from metamom.nets.resnet import ResNet12
+
+        return ResNet12(ways, channels, generator=generator)
+    return own_network(model, {"ways": ways, "channels": channels, "image_size": image_size}, generator)
+
+
+def own_network(spelling: str, sizes: dict[str, int], generator: torch.Generator) -> nn.Module:
+    """The network that ``PACKAGE.MODULE:CALLABLE`` returns. Its initial weights are drawn from the generator.
+
+    Args:
+        spelling: names a class or a function that returns an `nn.Module`.
+        sizes: passed under the names that the callable has for them, see `NAMES`; the number of classes as
+            ``num_classes`` if it takes any keyword (``**kwargs``) and does not name one for it.
+        generator: the global one is seeded from it for the call, and restored.
+
+    Raises:
+        ValueError: if there is no such callable, or what it returns is not a module.
+    """
+    import torch
+    from torch import nn
+
+    from metamom.common.named_objects import named_callable
+
+    create = named_callable(spelling, f"--model is {', '.join(NETWORKS)} or a callable, which")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        network = create(**_arguments(create, sizes))
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"{spelling} must return a torch.nn.Module; got {type(network).__name__}. Name a class or a function that "
+            "creates the network."
+        )
+    return network
+
+
+def _arguments(create: Callable[..., Any], sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes under the names that the callable takes."""
+    taken = inspect.signature(create).parameters
+    arguments = {}
+    for what, names in NAMES.items():
+        if known := [name for name in names if name in taken]:
+            arguments[known[0]] = sizes[what]
+    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
+    if open_ended and not set(NAMES["ways"]) & set(arguments):
+        arguments["num_classes"] = sizes["ways"]
+    return arguments
+
+
+def _loss() -> LossFn:
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy
+
+
+FAMILY = Family(
+    name="images",
+    title="images",
+    help="on your own images, in a folder for each class",
+    defaults=Defaults(shots=1, queries=15, inner_lr=0.01, lr=0.03, meta_batch=4, ways=5),
+    iterations=1000,
+    metric=ACCURACY,
+    comparison=ComparisonPlan(lrs=(0.01, 0.03, 0.1), target=0.5),
+    tasks=_tasks,
+    model=_model,
+    loss=_loss,
+    bias=BiasPlan((1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32"),
+    classes=Classes("classes", seen_in=("train",)),
+    options={
+        "root": None,
+        "splits": None,
+        "image_size": 84,
+        "channels": 3,
+        "augment": None,
+        "standardize": "data",
+        "rotations": "none",
+        "on_broken": "raise",
+        "constants": None,
+        "model": "conv4",
+    },
+    kept=_kept,
+    read=_read,
+    train_examples=(
+        "metamom train images --root photos --ways 5 --shots 1 --run-dir runs/photos",
+        "metamom train images --root photos --model nets:Backbone --init weights.pt --adapt head",
+    ),
+    compare_examples=(
+        "metamom compare images --root photos --seeds 3 --lrs 0.03,0.1 --run-dir runs/compare",
+        "metamom compare images --root photos --model resnet12 --iterations 500",
+    ),
+)

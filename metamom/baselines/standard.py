@@ -1,0 +1,42 @@
+"""The baselines that go with a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from metamom.baselines.features import Penultimate
+from metamom.baselines.per_task import PerTask
+from metamom.baselines.probes import LinearProbe, NearestCentroid
+from metamom.baselines.tuning import FineTuning, FromScratch
+from metamom.maml.learner import MAML
+from metamom.maml.norm import resolved
+
+
+def standard_baselines(
+    learner: MAML, *, classes: bool, make: Callable[[], nn.Module] | None = None, lr: float = 0.01
+) -> dict[str, PerTask]:
+    """The baselines for a trained learner, by name.
+
+    Args:
+        learner: its weights are where all but ``"from scratch"`` start. Batch normalisation uses the statistics that
+            it uses, or those of the current set in place of the support set's.
+        classes: whether the tasks are classification. Only then are there ``"nearest centroid"`` and
+            ``"linear probe"``, on what the model's last linear layer gets.
+        make: returns a new model, for ``"from scratch"``; left out if ``None``.
+        lr: of Adam, in ``"fine-tuning"`` and ``"from scratch"``.
+    """
+    model, loss_fn = learner.model, learner.loss_fn
+    uses = resolved(model, learner.norm)
+    norm = "batch" if uses == "support" else uses
+    found: dict[str, PerTask] = {}
+    if classes and any(isinstance(module, nn.Linear) for module in model.modules()):
+        features = Penultimate(model)
+        found["nearest centroid"] = NearestCentroid(features, norm=norm)
+        found["linear probe"] = LinearProbe(features, norm=norm)
+    found["fine-tuning"] = FineTuning(model, loss_fn, lr=lr, norm=norm)
+    if make is not None:
+        like = next(model.parameters())
+        found["from scratch"] = FromScratch(make, loss_fn, lr=lr, norm=norm, device=like.device, dtype=like.dtype)
+    return found

@@ -1,0 +1,108 @@
+"""``metamom adapt``: adapt a trained meta-learner to one's own classes, from a few images of each."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from pathlib import Path
+
+from metamom.cli.flags import add_checkpoint, add_device, flag, switch
+from metamom.cli.parser import Parser
+from metamom.common.choices import NORMS
+from metamom.common.flag_types import path, step_count
+
+
+def add(kinds: argparse._SubParsersAction[Parser]) -> None:
+    """Add the command to the parser."""
+    leaf = kinds.add_parser(
+        "adapt",
+        help="adapt a trained meta-learner to your own classes, and classify images",
+        usage="%(prog)s RUN --support DIR --predict PATH [PATH ...] [options]",
+        examples=(
+            "metamom adapt runs/photos --support examples --predict inbox",
+            "metamom adapt runs/photos --support examples --predict a.jpg b.jpg --out predictions.csv",
+        ),
+    )
+    leaf.set_defaults(run=run, leaf=leaf)
+    task = leaf.add_argument_group("task")
+    task.add_argument(
+        "--support", required=True, type=path, metavar="DIR", help="DIR/CLASS/*.jpg: a few images of each (required)"
+    )
+    task.add_argument(
+        "--predict",
+        type=path,
+        nargs="+",
+        metavar="PATH",
+        help="images, or folders of them, to classify (default: none)",
+    )
+    learner = leaf.add_argument_group("learner")
+    flag(learner, "--steps", "inner steps", "as in training", type=step_count)
+    flag(
+        learner,
+        "--norm",
+        "statistics that normalise: of the support set (support), the model's running ones (frozen), or of the images "
+        "that are classified together (batch)",
+        "frozen if so trained, else support",
+        choices=NORMS,
+    )
+    own = leaf.add_argument_group("run")
+    own.add_argument("run_path", type=path, metavar="RUN", help="the run directory, of `metamom train images`")
+    add_checkpoint(own)
+    add_device(own, default="cpu")
+    flag(own, "--out", "a CSV file for the predictions", "print them", type=path, metavar="FILE")
+    flag(own, "--save", "a safetensors file for the adapted weights", "do not", type=path, metavar="FILE")
+    switch(own, "--json", "print one JSON object and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command with its flags; the result is its exit status."""
+    from metamom.common.files import write_atomically
+    from metamom.experiments.adapted import adapt_to_folder, save
+    from metamom.loading import load
+
+    if not arguments.predict and not arguments.save:
+        raise ValueError("nothing to do: give images to classify (--predict), or a file for the weights (--save).")
+    trained = load(arguments.run_path, arguments.checkpoint, device=arguments.device)
+    if trained.recipe is None:
+        raise ValueError(
+            f"adapt takes runs of `metamom train images`; the one in {arguments.run_path} is from Python. Use "
+            "metamom.load(RUN).learner.fit there."
+        )
+    adapted = adapt_to_folder(
+        trained.recipe, trained.learner, arguments.support, steps=arguments.steps, norm=arguments.norm
+    )
+    predictions = adapted.predict(arguments.predict or ())
+    if arguments.save:
+        save(adapted, arguments.save, trained.card())
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "classes": adapted.classes,
+                    "steps": adapted.steps,
+                    "norm": adapted.norm,
+                    "predictions": [each.as_json(adapted.classes) for each in predictions],
+                }
+            )
+        )
+    if arguments.out:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(("file", "class", "probability"))
+        rows.writerows((each.file, each.name, f"{each.probability:.6f}") for each in predictions)
+        write_atomically(Path(arguments.out), text.getvalue().encode())
+    if arguments.json:
+        return 0
+    print(f"adapted to {len(adapted.classes)} classes, {adapted.images} images, in {adapted.steps} step(s)")
+    if arguments.out:
+        print(f"{len(predictions)} predictions: {arguments.out}")
+    elif predictions:
+        width = min(60, max(len(each.file) for each in predictions))
+        print(f"{'file':<{width}}  probability  class")
+        for each in predictions:
+            print(f"{each.file:<{width}}  {each.probability:<11.3f}  {each.name}")
+    if arguments.save:
+        print(f"weights: {arguments.save}")
+    return 0

@@ -1,0 +1,143 @@
+"""The values of a learner on a block of tasks, for `metamom.evaluate`.
+
+Legend: T tasks, Q query points a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metamom.batch import TaskBatch
+from metamom.bias.checks import all_finite
+from metamom.common.trees import Tree, leaves, lone, mapped
+from metamom.maml.batch_checks import refuse_non_finite
+from metamom.maml.features import shared_between_predictions
+from metamom.maml.learner import MAML
+from metamom.maml.metrics import accuracy
+from metamom.maml.padding import cut_off
+from metamom.maml.task_weights import Params
+from metamom.task_metrics import Metric, of_tasks
+
+Judged = tuple[int, Tensor, bool]  # steps, values [T], whether they are accuracies
+
+
+def judged(
+    learner: MAML, batch: TaskBatch, steps: Collection[int], first: int, metric: str | Metric | None
+) -> Iterator[Judged]:
+    """Values of T tasks after each number of steps. The first of them has the number ``first``."""
+    with shared_between_predictions(batch.support_x, batch.query_x):
+        adapted = learner.trajectory(batch.support_x, batch.support_y, steps=max(steps), mask=batch.support_mask)
+        for step, params in enumerate(adapted):
+            if step in steps:
+                yield step, *_of_weights(learner, params, batch, first, metric)
+
+
+@torch.no_grad()
+def _of_weights(
+    learner: MAML, params: Params, batch: TaskBatch, first: int, metric: str | Metric | None
+) -> tuple[Tensor, bool]:
+    """The values at adapted weights, and whether they are accuracies; see `MAML.judge`."""
+    support = {}
+    if learner.norm == "support":
+        support = {"support_x": batch.support_x, "support_mask": batch.support_mask}
+    predictions = learner.predict(params, batch.query_x, batch.query_mask, **support)
+    if metric is not None and metric not in ("accuracy", "loss"):
+        return _measured(metric, predictions, batch, first), False
+    losses, right = learner.judge(params, predictions, batch.query_y, batch.query_mask)
+    if not (all_finite(losses) and (right is None or all(map(all_finite, leaves(predictions))))):
+        refuse_non_finite(batch, first)
+    if metric == "accuracy" and right is None:
+        raise _no_accuracy(predictions, batch.query_y)
+    return (losses, False) if right is None or metric == "loss" else (right, True)
+
+
+@torch.no_grad()
+def judged_by_protocol(
+    learner: Any, batch: TaskBatch, steps: Collection[int], first: int, metric: str | Metric | None
+) -> Iterator[Judged]:
+    """The same for any `metamom.evaluation.Adaptable`, which adapts from the start for each number of steps."""
+    parts = _without_padding(batch)
+    for step in sorted(steps):
+        each = []
+        is_accuracy = False
+        for number, part in enumerate(parts):
+            predictions = mapped(Tensor.detach, _predictions(learner, part, step))
+            values, is_accuracy = _of_predictions(learner, predictions, part, first + number, metric)
+            each.append(values)
+        yield step, torch.cat(each), is_accuracy
+
+
+def _predictions(learner: Any, batch: TaskBatch, steps: int) -> Tree:
+    """Predictions ``[T, Q, ...]`` of any learner.
+
+    Raises:
+        TypeError: for anything but tensors.
+        ValueError: for predictions of other tasks or points.
+    """
+    state = learner.adapt(batch.support_x, batch.support_y, steps=steps)
+    found = learner.predict(state, batch.query_x)
+    kind = type(learner).__name__
+    if not leaves(found) or not all(isinstance(each, Tensor) for each in leaves(found)):
+        raise TypeError(f"{kind}.predict must return predictions, a tensor [T, Q, ...]; got a {type(found).__name__}.")
+    for each in leaves(found):
+        if each.dim() < 2 or each.shape[0] != batch.num_tasks:
+            raise ValueError(
+                f"{kind}.predict must return predictions [T, Q, ...] for the queries of {batch.num_tasks} tasks; got "
+                f"{list(each.shape)}."
+            )
+    return found
+
+
+def _of_predictions(
+    learner: Any, predictions: Tree, batch: TaskBatch, first: int, metric: str | Metric | None
+) -> tuple[Tensor, bool]:
+    """The values of predictions, and whether they are accuracies."""
+    if metric is not None and metric not in ("accuracy", "loss"):
+        return _measured(metric, predictions, batch, first), False
+    scores, labels = lone(predictions), lone(batch.query_y)
+    right = accuracy(scores, labels) if scores is not None and labels is not None and metric != "loss" else None
+    if right is not None:
+        if not all_finite(predictions):
+            refuse_non_finite(batch, first)
+        return right, True
+    if metric == "accuracy":
+        raise _no_accuracy(predictions, batch.query_y)
+    loss_fn = getattr(learner, "loss_fn", None)
+    if not callable(loss_fn):
+        raise TypeError(
+            f"{type(learner).__name__} has no loss_fn to measure a loss with, and its predictions are not class "
+            'scores: choose a metric, such as metric="rmse", or a function (predictions, targets) -> number.'
+        )
+    return _measured(loss_fn, predictions, batch, first), False
+
+
+def _measured(metric: str | Metric, predictions: Tree, batch: TaskBatch, first: int) -> Tensor:
+    if not all(map(all_finite, leaves(predictions))):
+        refuse_non_finite(batch, first)
+    return of_tasks(metric, predictions, batch.query_y, batch.query_mask)
+
+
+def _no_accuracy(predictions: Tree, targets: Tree) -> ValueError:
+    shapes = [[list(each.shape) for each in leaves(tree)] for tree in (predictions, targets)]
+    return ValueError(
+        f"accuracy compares class scores with class indices, and these are not: predictions {shapes[0]}, targets "
+        f'{shapes[1]}. Choose another metric, such as metric="loss" or "rmse".'
+    )
+
+
+def _without_padding(batch: TaskBatch) -> list[TaskBatch]:
+    """A batch as it is, or each of its tasks as a batch of its own points if they are padded."""
+    if batch.support_mask is None and batch.query_mask is None:
+        return [batch]
+    parts = []
+    for t in range(batch.num_tasks):
+        one = [mapped(lambda x: x[t], field) for field in batch[:4]]  # noqa: B023
+        for mask, places in ((batch.support_mask, (0, 1)), (batch.query_mask, (2, 3))):
+            for place in places if mask is not None else ():
+                one[place] = cut_off(one[place], mask[t])  # type: ignore[index]
+        parts.append(TaskBatch(*(mapped(lambda x: x.unsqueeze(0), field) for field in one)))
+    return parts

@@ -1,0 +1,300 @@
+"""Load a run: the learner with its trained weights, its settings and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from metamom.batch import Sampler
+from metamom.common.named_objects import named_callable
+from metamom.common.weights import differences
+from metamom.evaluation import Evaluation
+from metamom.maml.learner import MAML
+from metamom.maml.loss_readings import LossFn
+from metamom.training.directory import read_config, read_metrics
+from metamom.weights import save_weights
+
+if TYPE_CHECKING:
+    from metamom.experiments.recipes import Recipe
+
+Checkpoint = Literal["best", "newest"]
+OF_A_MACHINE = ("root", "device")  # settings that a card leaves out
+GivenModel = nn.Module | MAML | Callable[[], nn.Module] | str | None
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run read from disk. See `load`.
+
+    Attributes:
+        path: the run directory.
+        learner: the learner with the weights of the checkpoint.
+        step: the number of training steps before the checkpoint.
+        settings: the settings in ``config.json``.
+        recipe: the settings of a run of ``metamom train`` as a record; ``None`` for a run from Python.
+        new_model: makes a new model of the same kind, with random weights; ``None`` if it is not known how.
+    """
+
+    path: Path
+    learner: MAML
+    step: int
+    settings: Mapping[str, Any]
+    recipe: Recipe | None = None
+    new_model: Callable[[], nn.Module] | None = None
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, one for each training step. A table: ``pandas.DataFrame(run.metrics)``.
+
+        Raises:
+            ValueError: for a damaged file.
+        """
+        return read_metrics(self.path)
+
+    def sampler(self, split: str = "test", *, root: str | None = None, **changes: Any) -> Sampler:
+        """The tasks of a split of the data that the run was trained on, with as many shots.
+
+        Args:
+            split: ``"train"``, ``"validation"``, ``"test"``, or another one that the task has.
+            root: the folder of the data.
+            **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training.
+
+        Raises:
+            ValueError: if the run's ``config.json`` does not say how to make its tasks.
+        """
+        from dataclasses import replace
+
+        from metamom.experiments.python_runs import known_sampler, task_family
+
+        if self.recipe is not None:
+            # tasks of `shots` support points, whatever the estimator trained on
+            return replace(self.recipe, **changes, estimator="exact", inner_batches="same").sampler(split, root=root)
+        trained_on = task_family(self.settings)
+        if "shots" not in changes and self.learner.support_parts > 1 and isinstance(trained_on.get("shots"), int):
+            changes["shots"] = trained_on["shots"] // self.learner.support_parts
+        made = known_sampler(self.settings, split, root=root, **changes)
+        if made is None:
+            raise ValueError(
+                f"the run in {self.path} was trained on tasks that its config.json cannot recreate "
+                f"({trained_on.get('family', 'unknown')}): evaluate it in Python, metamom.evaluate(run.learner, "
+                "sampler), with run = metamom.load(RUN)."
+            )
+        return made
+
+    def save_weights(
+        self, path: str | Path, *, evaluation: Evaluation | None = None, licence: str | None = None
+    ) -> Path:
+        """Write the model's weights as ``NAME.safetensors``, with the names of its ``state_dict``, and ``NAME.json``.
+
+        The card, ``NAME.json``, holds the architecture, the training data, the settings, and how the run was started.
+        `metamom.load_weights` reads the weights into a model.
+
+        Args:
+            path: of the file.
+            evaluation: from `metamom.evaluate`, for the card.
+            licence: of the weights, for the card, such as ``"MIT"``.
+
+        Returns:
+            The path of the weights.
+        """
+        return save_weights(self.learner.model, path, self.card(evaluation=evaluation, licence=licence))
+
+    def card(self, *, evaluation: Evaluation | None = None, licence: str | None = None) -> dict[str, Any]:
+        """What `save_weights` writes beside the weights, as JSON values."""
+        model, config = self.learner.model, read_config(self.path)
+        settings = {name: value for name, value in self.settings.items() if name not in OF_A_MACHINE}
+        data = settings.get("sampler") if self.recipe is None else self.recipe.data()
+        measured = None if evaluation is None else evaluation._asdict()
+        if measured is not None:
+            measured["tasks"] = measured.pop("values").shape[1]
+        return {
+            "architecture": type(model).__name__,
+            "model": str(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "data": data,
+            "learner": self.learner.describe(),
+            "settings": settings,
+            "iterations": self.step,
+            "validation": self._validation(),
+            "evaluation": measured,
+            "licence": licence,
+            "command": config["environment"].get("command"),
+            "versions": {name: config["environment"].get(name) for name in ("metamom", "torch", "python")},
+        }
+
+    def _validation(self) -> dict[str, Any] | None:
+        """The last validation before the checkpoint."""
+        for line in reversed(self.metrics):
+            if line["step"] < self.step and "validation" in line:
+                found = {"mean": line["validation"], "halfwidth": line.get("validation_halfwidth")}
+                return found | {"iterations": line["step"] + 1}
+        return None
+
+    def __repr__(self) -> str:
+        return f"LoadedRun({str(self.path)!r}, step={self.step}, learner={self.learner!r})"
+
+
+def load(
+    path: str | Path,
+    checkpoint: Checkpoint = "best",
+    model: GivenModel = None,
+    *,
+    loss_fn: LossFn | None = None,
+    device: torch.device | str | None = None,
+) -> LoadedRun:
+    """Load a run of ``metamom train`` or of ``metamom.train(run_dir=...)``.
+
+    Nothing in the run directory changes, and no code from it is run. But a run of ``metamom train --model
+    PACKAGE.MODULE:CALLABLE`` names the function that makes its model, which is imported from what is installed or from
+    the current folder, and called: pass ``model`` for a run that you do not trust.
+
+    Args:
+        path: the run directory.
+        checkpoint: ``"best"`` by validation where there was one, else the newest; or ``"newest"``.
+        model: needed for a run from Python whose model is not one of `metamom.nets`: the module, or a function or class
+            that makes it, or its name ``"PACKAGE.MODULE:CALLABLE"``; or the whole learner. The weights are loaded into
+            it.
+        loss_fn: the loss, needed for a run from Python whose loss is not one of PyTorch's.
+        device: the device of the learner; by default the CPU, or where a given model is.
+
+    Returns:
+        A `LoadedRun`.
+
+    Raises:
+        ValueError: if there is no run, if it cannot be made without ``model`` or ``loss_fn``, or if the model does not
+            fit the run's weights: the error lists the names and shapes that differ.
+        metamom.training.checkpoints.CheckpointError: if it has no usable checkpoint.
+
+    Example:
+        >>> run = load("runs/sine")  # doctest: +SKIP
+        >>> run.learner.fit(support_x, support_y)(query_x)  # doctest: +SKIP
+        >>> pandas.DataFrame(run.metrics).plot("step", "loss")  # doctest: +SKIP
+    """
+    from metamom.experiments.python_runs import is_python_run
+    from metamom.experiments.recipes import find_device
+    from metamom.experiments.saved import read_state, recipe_of
+
+    if checkpoint not in ("best", "newest"):
+        raise ValueError(f'checkpoint must be "best" or "newest"; got {checkpoint!r:.40}.')
+    given = _given(model)
+    settings = read_config(path)["settings"]
+    # a run with settings of its own says nothing about its learner, so only a whole learner helps
+    from_python = "task" not in settings and (Path(path) / "checkpoints").is_dir()
+    if from_python and not is_python_run(settings) and not isinstance(given, MAML):
+        raise ValueError(
+            f"the settings of the run in {path} were chosen by its caller, train(settings=...), and do not say how its "
+            "learner was made: pass the whole learner, metamom.load(RUN, model=learner)."
+        )
+    recipe = None if from_python else recipe_of(settings, path, str(device or "cpu"))
+    state, step = read_state(path, checkpoint)
+    where = f"the checkpoint in {path}"
+    weights = state.get("learner")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{where} holds no learner: another kind of run wrote it.")
+    if isinstance(given, MAML):
+        learner = given
+    elif recipe is not None:
+        learner = recipe.learner(given, initial=False)
+    else:
+        learner = _from_python(path, settings, weights, given, loss_fn)
+    if device is not None or (given is None and recipe is None):
+        learner.to(find_device(str(device or "cpu")))
+    _load_weights(learner, weights, where, given is not None)
+    made_by = _maker(model, recipe, settings, weights)
+    return LoadedRun(Path(path), learner, step, settings, recipe, made_by)
+
+
+def _maker(
+    model: GivenModel, recipe: Recipe | None, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> Callable[[], nn.Module] | None:
+    """How to make a new model of the run's kind, drawing from torch's generator."""
+    from metamom.experiments.python_runs import known_model
+
+    if isinstance(model, nn.Module):
+        return None
+    if model is not None:
+        return named_callable(model) if isinstance(model, str) else model
+    if recipe is not None:
+        return lambda: recipe.family.model(recipe.ways, torch.default_generator, **recipe.own())
+    return lambda: cast(nn.Module, known_model(settings, weights))  # the learner has one
+
+
+def _given(model: GivenModel) -> nn.Module | None:
+    """The module or learner that was given.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if model is None or isinstance(model, nn.Module):
+        return model
+    make = named_callable(model) if isinstance(model, str) else model
+    if not callable(make):
+        raise TypeError(f"model must be a module, or a function or class that makes it; got a {type(model).__name__}.")
+    made: object = make()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"the call for the model must return a torch.nn.Module; it returned a {type(made).__name__}.")
+    return made
+
+
+def _from_python(
+    path: str | Path,
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    model: nn.Module | None,
+    loss_fn: LossFn | None,
+) -> MAML:
+    """The learner of a run of `metamom.train`."""
+    from metamom.experiments.python_runs import as_dtype, known_loss, known_model, learner_of, model_weights
+
+    what = settings["model"].partition("(")[0]
+    made = known_model(settings, weights) if model is None else model
+    if made is None:
+        raise ValueError(
+            f"the run in {path} was made in Python with a model that metamom cannot make ({what:.60}): pass it, as "
+            'metamom.load(RUN, model=Net()), or by name, "PACKAGE.MODULE:CALLABLE" (--model on the command line).'
+        )
+    loss = known_loss(settings) if loss_fn is None else loss_fn
+    if loss is None:
+        named = settings.get("loss")
+        name = named.get("name") if isinstance(named, dict) else "unknown"
+        raise ValueError(
+            f"the run in {path} was made in Python with a loss that metamom cannot make ({name!s:.60}): pass it, as "
+            "metamom.load(RUN, loss_fn=...), or pass the whole learner as model=."
+        )
+    _check_fit(made.state_dict(), model_weights(weights), f"the checkpoint in {path}")
+    made.to(as_dtype(settings.get("dtype", "float32")))
+    try:
+        return learner_of(settings, weights, made, loss)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the settings of the run in {path} do not describe a learner of this version ({type(error).__name__}: "
+            f"{error}): pass the whole learner, metamom.load(RUN, model=learner)."
+        ) from error
+
+
+def _load_weights(learner: MAML, weights: Mapping[str, Any], where: str, given: bool) -> None:
+    from metamom.training.restore import load_parts
+
+    if given:
+        _check_fit(learner.state_dict(), weights, where)
+    misfit = "belongs to another model than " + ("the one given" if given else "its config.json")
+    load_parts({"learner": learner}, {"learner": weights}, where, misfit=misfit)
+
+
+def _check_fit(wanted: Mapping[str, Any], weights: Mapping[str, Any], where: str) -> None:
+    """Refuse a model with other names or shapes.
+
+    Raises:
+        ValueError: listing what differs.
+    """
+    tensors = ({n: w for n, w in each.items() if isinstance(w, Tensor)} for each in (wanted, weights))
+    if found := differences(*tensors):
+        raise ValueError(
+            f"{where} belongs to another model than the one given. In the checkpoint, {'; '.join(found)}. Pass the "
+            "model that the run was trained with."
+        )

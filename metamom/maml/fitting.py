@@ -1,0 +1,242 @@
+"""One task: adapt to it, and make a plain module of the result.
+
+Legend: S support points, Q query points, of one task without a task axis.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from metamom.batch import kind_of
+from metamom.common.choices import Norm
+from metamom.common.trees import Tree, leaves, mapped, named_leaves
+from metamom.maml.modes import out_of_inference
+from metamom.maml.norm import resolved
+from metamom.maml.norm_modes import Normalisation, Statistics, statistics_of
+from metamom.maml.run_by_task import RunByTask, call
+from metamom.maml.swapping import alone, evaluating, tensors_within
+from metamom.maml.task_weights import Params, Start
+from metamom.nets.layers import BatchNormReLU
+from metamom.nets.statistics import fix, hide
+
+if TYPE_CHECKING:
+    from metamom.maml.adapting import Adapting
+
+
+def fitted(learner: Adapting, support_x: Tree, support_y: Tree, steps: int | None) -> nn.Module:
+    """See `metamom.MAML.fit`."""
+    with out_of_inference(), evaluating():
+        support_x, support_y = _batch_of_one(learner, "support_x", support_x, "support_y", support_y)
+        adapted = _adapted(learner, support_x, support_y, steps)
+        norm = resolved(learner.model, learner.norm)
+        with alone(learner.model):
+            model = copied(learner.model)
+        own = dict(model.eval().named_parameters())
+        with torch.no_grad():
+            for name, w in adapted.items():
+                own[name].copy_(w[0])
+            _bake(model, norm, mapped(lambda x: x[0], support_x))
+        return model
+
+
+def fit_and_predict(learner: Adapting, support_x: Tree, support_y: Tree, query_x: Tree, steps: int | None) -> Tree:
+    """See `metamom.MAML.fit_predict`."""
+    with out_of_inference(), torch.no_grad(), evaluating():
+        support_x, support_y = _batch_of_one(learner, "support_x", support_x, "support_y", support_y)
+        (query_x,) = _batch_of_one(learner, "query_x", query_x)
+        adapted = _adapted(learner, support_x, support_y, steps)
+        predicted = learner.predict(adapted, query_x, support_x=support_x if learner.norm == "support" else None)
+        return mapped(lambda x: x[0], predicted)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy without gradients. Tensors that modules keep in attributes lose their graph."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for each in tensors_within(module):
+            if not each.is_leaf:  # which Python's deepcopy refuses
+                memo[id(each)] = each.detach().clone()
+    found: nn.Module = copy.deepcopy(model, memo)
+    found.zero_grad(set_to_none=True)
+    return found
+
+
+def _batch_of_one(learner: Adapting, *named_sets: object) -> tuple[Tree, ...]:
+    """The sets of one task with a task axis, on the learner's device and in its dtype.
+
+    Args:
+        learner: gives the device and the dtype.
+        *named_sets: name, set, name, set, ...
+    """
+    like = next(iter(learner.meta_parameters().values()))
+    found = []
+    for name, x in zip(named_sets[::2], named_sets[1::2], strict=True):
+        found_within = {} if x is None else named_leaves(str(name), x)
+        if not any(isinstance(leaf, Tensor) for leaf in found_within.values()) and x is not None:
+            found_within = {str(name): x}
+        for place, leaf in found_within.items():
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"{place} must be a tensor, the points of one task [N, ...]; got {kind_of(leaf)}. Convert it: "
+                    "torch.as_tensor(...)."
+                )
+            if leaf.dim() == 0:
+                raise ValueError(f"{place} must hold the points of one task, [N, ...]; got a single number.")
+
+        def move(x: Tensor) -> Tensor:
+            x = x.to(device=like.device, dtype=like.dtype if x.is_floating_point() else None)
+            return x.unsqueeze(0)
+
+        found.append(mapped(move, x))
+    return tuple(found)
+
+
+def _adapted(learner: Adapting, support_x: Tree, support_y: Tree, steps: int | None) -> Params:
+    """The adapted weights of a batch of one task, ``[1, *shape]``."""
+    steps = learner.inner_steps if steps is None else steps
+    *_, adapted = learner.trajectory(support_x, support_y, steps=steps)
+    return adapted
+
+
+def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:
+    """Let a model in ``eval()`` normalise as the learner does, without the learner.
+
+    Raises:
+        ValueError: for a model that normalises by functions of its own, whose statistics no layer can keep.
+    """
+    if norm is None or norm == "frozen":
+        return
+    calls = _calls(model, support_x)
+    for module in model.modules():
+        if isinstance(module, BatchNormReLU) and norm == "support":
+            module.fix(*_once(calls, module, model))
+        elif isinstance(module, _BatchNorm) and norm == "support":
+            fix(module, *_once(calls, module, model))
+        elif isinstance(module, _NormBase):
+            hide(module)
+    alone_standing = [running for of, _, running in calls if of is None]
+    if alone_standing and (norm == "support" or any(alone_standing)):
+        raise ValueError(
+            f'fit cannot put norm="{norm}" into the module that it returns: the model calls batch_norm itself, outside '
+            "of a normalisation layer. Use fit_predict, or write the model with layers (torch.nn.BatchNorm2d)."
+        )
+
+
+Call = tuple[nn.Module | None, Statistics, bool]  # its layer, the statistics of its input, whether it has running ones
+
+
+def _calls(model: nn.Module, x: Tree) -> list[Call]:
+    """The normalisations by statistics of several points in a call of the model on ``x``, each by its own."""
+    recorder = _Recorder()
+    with recorder.within(model), recorder:
+        call(model, x)
+    return recorder.calls
+
+
+def _once(calls: list[Call], module: nn.Module, model: nn.Module) -> Statistics:
+    """The statistics of the only call of a layer.
+
+    Raises:
+        ValueError: for a layer that the model calls several times, or never.
+    """
+    own = [statistics for of, statistics, _ in calls if of is module]
+    if len(own) != 1:
+        name = next(name for name, each in model.named_modules() if each is module)
+        raise ValueError(
+            f'fit with norm="support" puts the statistics of the support set into each normalisation layer, and the '
+            f"model calls {name or 'itself'} {len(own)} times. Use fit_predict, or give each call a layer of its own."
+        )
+    return own[0]
+
+
+class _Recorder(Normalisation):
+    """Normalises each set by its own statistics, and records them with the layer that asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._layer: nn.Module | None = None
+
+    @contextmanager
+    def within(self, model: nn.Module) -> Iterator[None]:
+        """Note which layer of a model is being called."""
+
+        def enter(module: nn.Module, _: object) -> None:
+            self._layer = module
+
+        def leave(*_: object) -> None:
+            self._layer = None
+
+        layers = [module for module in model.modules() if isinstance(module, (_NormBase, BatchNormReLU))]
+        hooks = [layer.register_forward_pre_hook(enter, prepend=True) for layer in layers]
+        hooks += [layer.register_forward_hook(leave) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def of_batch(self, input: Tensor, running: Statistics | None, axis: int) -> Statistics | None:
+        """Record the statistics of a call, and use them."""
+        self.calls.append((self._layer, statistics_of(input, axis), running is not None))
+        return None
+
+
+def refuse_one_task(learner: Adapting, support_x: object, support_y: object) -> None:
+    """Refuse the points of one task where a batch of tasks is wanted, as far as the two can be distinguished.
+
+    They can be if there is no axis left for the points, or if the model cannot take twice the points of a task, while
+    it takes the first axis for points.
+
+    Raises:
+        ValueError: naming `metamom.MAML.fit`.
+    """
+    if not isinstance(support_x, Tensor) or not (support_y is None or isinstance(support_y, Tensor)):
+        return
+    if support_x.dim() < 1 or (support_y is not None and support_y.shape[:1] != support_x.shape[:1]):
+        return
+    without_points = support_x.dim() == 1 or (support_y is not None and support_y.dim() == 1)
+    differ = support_y is not None and support_x.shape[:2] != support_y.shape[:2]
+    if not without_points and not differ:  # an axis of features or channels would rarely have the length of another
+        unclear = support_x.dim() == 2 or support_x.shape[1] == 1
+        differ = unclear and not _takes_points(learner, support_x)
+    if without_points or (differ and _runs(learner, support_x)):
+        got = f"support_x {list(support_x.shape)}"
+        got += "" if support_y is None else f" and support_y {list(support_y.shape)}"
+        raise ValueError(
+            "adapt takes a batch of tasks, support_x [T, S, ...] and support_y [T, S, ...]; got "
+            f"{got}, which are the points of one task. Use learner.fit(support_x, support_y), or add the axis of tasks "
+            "to both: x.unsqueeze(0)."
+        )
+
+
+def _takes_points(learner: Adapting, support_x: Tensor) -> bool:
+    """Whether the model takes any number of points ``[N, *shape]`` of a task; remembered by shape."""
+    known, kind = learner._run.points, (support_x.shape[1:], support_x.dtype)
+    if kind not in known:
+        one = support_x[:1].detach()
+        if 0 in one.shape or not _runs(learner, torch.cat([one[0], one[0]])):
+            return 0 in one.shape
+        known.add(kind)
+    return True
+
+
+def _runs(learner: Adapting, x: Tensor) -> bool:
+    """Whether the model maps the points ``[N, ...]`` to as many predictions."""
+    weights = {name: p.detach().unsqueeze(0) for name, p in learner.model.named_parameters()}
+    start, norm = Start(weights, {}, {}, {}), resolved(learner.model, learner.norm)
+    run = RunByTask()  # its notes on this model are of no other call
+    with out_of_inference(), torch.no_grad(), evaluating():
+        x = (x.clone() if x.is_inference() else x.detach()).unsqueeze(0)
+        try:
+            found = run(learner.model, start, weights, x, draws=False, dtype=learner.autocast, loop=True, norm=norm)
+        except Exception:  # noqa: BLE001 - whatever a model raises for points that it cannot take
+            return False
+    return all(each.dim() > 1 and each.shape[1] == x.shape[1] for each in leaves(found))

@@ -1,0 +1,253 @@
+"""Matrices of many tasks, kept as a plain tensor plus products of thin factors: gradients of linear layers.
+
+Legend: T tasks, matrices ``[out, in]``, thin factors of N rows.
+
+The gradient of a weight is ``left^T right`` of N points, so a weight after a few inner steps is the shared weight plus
+a few such products. As long as N is small, the factors take less memory and time than the T matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+# Factors may take up this share of the matrix. Beyond, plain matrices are as fast.
+SHARE = 0.5
+
+
+class Term(NamedTuple):
+    """A product ``left^T right`` for each task.
+
+    Attributes:
+        left: ``[*tasks, N, out]``.
+        right: ``[*tasks, N, in]``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+class LowRank(Tensor):
+    """A tensor ``[*tasks, out, in]`` equal to ``base + sum of terms``; see `low_rank`.
+
+    For autograd and for callers it is a tensor like any other. Sums, multiples and sums over tasks stay in this form.
+    Any other operation computes the entries, and from then on they are kept instead of the terms.
+
+    Attributes:
+        base: ``[*tasks, out, in]``, or ``None`` for zero.
+        terms: the products.
+    """
+
+    base: Tensor | None
+    terms: tuple[Term, ...]
+    _versions: list[int]
+
+    @staticmethod
+    def __new__(cls, base: Tensor | None, terms: tuple[Term, ...]) -> LowRank:
+        """Wrap these parts, whose own graphs play no role."""
+        like = terms[0].left if base is None else base
+        shape = base.shape if base is not None else (*like.shape[:-2], like.shape[-1], terms[0].right.shape[-1])
+        made: LowRank = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        made.base = base  # the same tensor, which counts its changes in place
+        made.terms = tuple(Term(*map(_without_graph, term)) for term in terms)
+        made._versions = made._written()
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # a class method, as PyTorch wants it
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Apply a rule of this form if there is one; else compute the entries."""
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is not None:
+            for each in args[:2]:
+                if isinstance(each, LowRank):
+                    each.check()
+            found = rule(*args, **kwargs)
+            if found is not None:
+                return found
+        plain_args, plain_kwargs = pytree.tree_map_only(LowRank, LowRank.entries, (args, kwargs))
+        out = func(*plain_args, **plain_kwargs)
+        # an operation in place has changed the entries, and returns its own argument
+        return args[0] if isinstance(args[0], LowRank) and out is plain_args[0] else out
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        """The parts; entries are not computed."""
+        return f"LowRank(shape={list(self.shape)}, base={self.base is not None}, terms={len(self.terms)})"
+
+    def check(self) -> None:
+        """Refuse to use factors that were changed in place since.
+
+        Raises:
+            RuntimeError: as autograd does for a tensor that it has saved.
+        """
+        if self.terms and self._written() != self._versions:
+            raise RuntimeError(
+                "a tensor that a gradient was computed from has been modified by an inplace operation, and is still "
+                "needed. Change a copy of it instead: tensor.clone()."
+            )
+
+    def _written(self) -> list[int]:
+        """How often each part has been written to."""
+        return [0 if part.is_inference() else part._version for part in parts(self)]
+
+    def entries(self) -> Tensor:
+        """The plain tensor, which is kept instead of the terms."""
+        if self.terms:
+            self.check()
+            total = self.base
+            for left, right in self.terms:
+                a, b = left.flatten(0, -3).mT, right.flatten(0, -3)
+                if total is None:
+                    total = torch.bmm(a, b).view(self.shape)
+                else:
+                    total = torch.baddbmm(total.reshape(-1, *self.shape[-2:]), a, b).view(self.shape)
+            self.base, self.terms = total, ()
+        assert self.base is not None
+        return self.base
+
+
+def fits(rank: int, out: int, fan_in: int) -> bool:
+    """Whether factors of this many rows are much smaller than the matrix."""
+    return rank * (out + fan_in) <= SHARE * out * fan_in
+
+
+def _without_graph(part: Tensor) -> Tensor:
+    return part.detach() if part.requires_grad else part
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that hold its values."""
+    if not isinstance(tensor, LowRank):
+        return [tensor]
+    return [*([] if tensor.base is None else [tensor.base]), *(x for term in tensor.terms for x in term)]
+
+
+def factors(matrices: Tensor) -> tuple[Tensor | None, tuple[Term, ...]]:
+    """Base and terms; a plain tensor is its own base."""
+    if not isinstance(matrices, LowRank):
+        return matrices, ()
+    matrices.check()
+    return matrices.base, matrices.terms
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same tensor, with its graph, as a plain one."""
+    return _Plain.apply(tensor) if isinstance(tensor, LowRank) else tensor  # type: ignore[no-untyped-call]
+
+
+def shared(matrices: Tensor) -> bool:
+    """Whether all tasks' matrices ``[T, out, in]`` are one in memory."""
+    return matrices.shape[0] == 1 or matrices.stride(0) == 0
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: LowRank) -> Tensor:
+        entries = tensor.entries()
+        return entries.view_as(entries)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return cotangents[0]
+
+
+def _add(a: Any, b: Any, alpha: float = 1) -> LowRank | Tensor | None:
+    """``a + alpha b``."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.dtype != b.dtype:
+        return None
+    first, second = (x if isinstance(x, LowRank) else LowRank(x, ()) for x in (a, b))
+    terms = first.terms + _scaled(second, alpha).terms if second.terms else first.terms
+    rank = sum(term.left.shape[-2] for term in terms)
+    if not terms or not fits(rank, *a.shape[-2:]):
+        return None
+    base = first.base
+    if second.base is not None:
+        if base is not None or alpha != 1:
+            return None
+        base = second.base
+    return LowRank(base, terms)
+
+
+def _sub(a: Any, b: Any, alpha: float = 1) -> LowRank | Tensor | None:
+    return _add(a, b, -alpha)
+
+
+def _mul(a: Any, b: Any) -> LowRank | None:
+    matrices, factor = (a, b) if isinstance(a, LowRank) else (b, a)
+    if isinstance(factor, (LowRank, complex)) or matrices.base is not None:
+        return None
+    if isinstance(factor, Tensor):
+        one_each = factor.dim() == 0 or (factor.dim() == matrices.dim() and factor.shape[-2:] == (1, 1))
+        if not one_each or factor.dtype != matrices.dtype:
+            return None
+    return _scaled(matrices, factor)
+
+
+def _scaled(matrices: LowRank, factor: float | Tensor) -> LowRank:
+    """The terms, times a number, or one for each task."""
+    if isinstance(factor, (int, float)) and factor == 1:
+        return matrices
+    return LowRank(None, tuple(Term(left * factor, right) for left, right in matrices.terms))
+
+
+def _neg(a: LowRank) -> LowRank | None:
+    return None if a.base is not None else _scaled(a, -1)
+
+
+def _same(a: LowRank) -> LowRank:
+    return LowRank(a.base, a.terms)
+
+
+def _clone(a: LowRank, memory_format: Any = None) -> LowRank | None:
+    return _same(a) if a.terms else None
+
+
+def _view(a: LowRank, size: Sequence[int]) -> LowRank | None:
+    """Other axes of tasks."""
+    if tuple(size[-2:]) != a.shape[-2:] or len(size) < 3 or a.base is not None:
+        return None
+    return LowRank(None, tuple(Term(*(x.reshape(*size[:-2], *x.shape[-2:]) for x in term)) for term in a.terms))
+
+
+def _sum(a: LowRank, dim: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Tensor | None:
+    """The sum over the last axes of tasks: one product for each term."""
+    if not dim or a.base is not None or dtype not in (None, a.dtype):
+        return None
+    dims = sorted(d % a.dim() for d in dim)
+    if dims != list(range(a.dim() - 2 - len(dims), a.dim() - 2)):
+        return None
+    kept = a.shape[: dims[0]]
+    total = None
+    for left, right in a.terms:
+        rows = [x.reshape(kept.numel(), -1, x.shape[-1]) for x in (left, right)]
+        if total is None:
+            total = torch.bmm(rows[0].mT, rows[1])
+        else:
+            total.baddbmm_(rows[0].mT, rows[1])
+    assert total is not None
+    return total.view(*kept, *([1] * len(dims) if keepdim else []), *a.shape[-2:])
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _sub,
+    aten.mul.Tensor: _mul,
+    aten.mul.Scalar: _mul,
+    aten.neg.default: _neg,
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _clone,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.sum.dim_IntList: _sum,
+}

@@ -1,0 +1,153 @@
+"""`metamom evaluate` with baselines, metrics and files, and `metamom compare` of existing runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from command import SMALL, the_error
+from endings import contents
+
+import metamom as library
+from metamom import evaluate
+from metamom.baselines import standard_baselines
+
+FEW = ("--tasks", 12, "--steps", "0,1")
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory, trained):
+    """Another run on the same tasks."""
+    from metamom import cli
+
+    run = tmp_path_factory.mktemp("second") / "run"
+    arguments = ["--iterations", "6", "--checkpoint-every", "3", *SMALL, "--lr", "0.1", "--beta", "1"]
+    assert cli.main(["train", "sinusoid", "--run-dir", str(run), *arguments]) == 0
+    return run
+
+
+def test_baselines_are_evaluated_on_the_same_tasks(metamom, trained):
+    before = contents(trained)
+    said = metamom("evaluate", trained, *FEW, "--baselines", "--baseline-steps", 3, "--json", "--per-task")
+    assert (said.code, said.err) == (0, "")
+    answer = json.loads(said.out)
+    assert list(answer) == ["steps", "mean", "halfwidth", "tasks", "values", "baselines"]
+    assert list(answer["baselines"]) == ["fine-tuning", "from scratch"]
+    run = library.load(trained)
+    for name, baseline in standard_baselines(run.learner, classes=False, make=run.new_model).items():
+        found = answer["baselines"][name]
+        values = evaluate(baseline, run.sampler(), tasks=12, steps=(3,)).values.numpy()
+        np.testing.assert_allclose(found["values"], values)
+        paired = values[0] - np.array(answer["values"][1])
+        np.testing.assert_allclose(found["difference"], paired.mean())
+        np.testing.assert_allclose(
+            found["difference_halfwidth"], 1.959964 * paired.std(ddof=1) / np.sqrt(12), rtol=1e-6
+        )
+    table = metamom("evaluate", trained, *FEW, "--baselines", "--baseline-steps", 3).out.splitlines()
+    assert table[5].startswith("baseline               loss      ± 95 %  minus the learner's after 1 steps")
+    assert table[6].startswith("fine-tuning, 3 steps ")
+    assert contents(trained) == before
+
+
+def test_baselines_of_classes(metamom, trained_omniglot, data_root):
+    options = ("--tasks", 6, "--steps", "1", "--baselines", "--baseline-steps", 2, "--data-root", data_root)
+    answer = json.loads(metamom("evaluate", trained_omniglot, *options, "--json").out)
+    assert list(answer["baselines"]) == ["nearest centroid", "linear probe", "fine-tuning", "from scratch"]
+    assert all(0 <= each["mean"][0] <= 1 for each in answer["baselines"].values())
+
+
+def test_metrics_and_step_sizes(metamom, trained, tmp_path, monkeypatch):
+    run = library.load(trained)
+    answer = json.loads(metamom("evaluate", trained, *FEW, "--json", "--metric", "rmse", "--inner-lr", 0.05).out)
+    expected = evaluate(run.learner, run.sampler(), tasks=12, steps=(0, 1), metric="rmse", inner_lr=0.05)
+    assert answer["metric"] == "rmse"
+    assert tuple(answer["mean"]) == expected.mean
+    (tmp_path / "measures_of_mine.py").write_text("def largest(p, y):\n    return (p - y).abs().max()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    table = metamom("evaluate", trained, *FEW, "--metric", "measures_of_mine:largest").out
+    assert "steps  largest" in table
+    plain = json.loads(metamom("evaluate", trained, *FEW, "--json").out)
+    assert list(plain) == ["steps", "mean", "halfwidth", "tasks"]
+
+
+def test_every_tasks_value_as_csv(metamom, trained, tmp_path):
+    file = tmp_path / "values.csv"
+    assert metamom("evaluate", trained, *FEW, "--csv", file).code == 0
+    with file.open() as opened:
+        rows = list(csv.DictReader(opened))
+    run = library.load(trained)
+    values = evaluate(run.learner, run.sampler(), tasks=12, steps=(0, 1)).values
+    assert [float(row["loss"]) for row in rows] == values.flatten().tolist()
+    assert [(row["learner"], row["steps"], row["task"]) for row in rows[11:13]] == [
+        ("learner", "0", "11"),
+        ("learner", "1", "0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metric", "acuracy"], "did you mean accuracy?"),
+        (["--metric", "accuracy"], "accuracy compares class scores with class indices"),
+        (["--metric", "nowhere_at_all:f"], "there is no module nowhere_at_all"),
+        (["--inner-lr", "-1"], "inner_lr"),
+        (["--inner-lr", "much"], "--inner-lr"),
+    ],
+)
+def test_bad_flags(flags, message, metamom, trained):
+    assert message in the_error(metamom("evaluate", trained, *FEW, *flags))
+
+
+# metamom compare RUN RUN
+
+
+def test_existing_runs_are_compared_on_the_same_tasks(metamom, trained, second):
+    said = metamom("compare", trained, second, *FEW, "--json")
+    assert (said.code, said.err) == (0, "")
+    answer = json.loads(said.out)
+    assert answer["tasks"] == 12
+    runs = [library.load(each) for each in (trained, second)]
+    first, other = (evaluate(run.learner, runs[0].sampler(), tasks=12, steps=(0, 1)) for run in runs)
+    found = answer["runs"]
+    assert list(found) == [str(trained), str(second)]
+    assert tuple(found[str(trained)]["mean"]) == first.mean
+    paired = (other.values - first.values).numpy()
+    np.testing.assert_allclose(found[str(second)]["difference"], paired.mean(1))
+    expected = 1.959964 * paired.std(1, ddof=1) / np.sqrt(12)
+    np.testing.assert_allclose(found[str(second)]["difference_halfwidth"], expected, rtol=1e-6)
+    table = metamom("compare", trained, second, *FEW).out.splitlines()
+    assert table[0] == "sinusoid 5-shot, split test"
+    assert len(table) == 7
+    assert metamom("compare", "runs", trained, second, *FEW).out.splitlines() == table
+
+
+def test_bad_comparisons(metamom, trained, second, tmp_path):
+    assert "got both:" in the_error(metamom("compare", trained, "sinusoid"))
+    assert "got both:" in the_error(metamom("compare", "sinusoid", trained, second))
+    assert "at least two different runs" in the_error(metamom("compare", trained))
+    assert "at least two different runs" in the_error(metamom("compare", trained, trained))
+    assert "holds no run" in the_error(metamom("compare", trained, tmp_path / "none"))
+    assert "holds no run" in the_error(metamom("compare", tmp_path / "none", trained))
+    assert "invalid choice" in the_error(metamom("compare", "sinusoids"))
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    config = json.loads((other / "config.json").read_text())
+    config["settings"] |= {"shots": 7, "seed": 3}
+    (other / "config.json").write_text(json.dumps(config))
+    message = the_error(metamom("compare", trained, other, *FEW))
+    assert (
+        f"{other} was trained on other tasks than {trained}: shots 7 for 5. Choose the same for all: --shots" in message
+    )
+    assert metamom("compare", trained, other, *FEW, "--shots", 5).code == 0
+
+
+def test_a_folder_of_a_tasks_name_is_still_the_task(metamom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("sinusoid")
+    message = the_error(metamom("compare", "sinusoid", "--seeds", 0))
+    assert "at least one seed" in message

@@ -1,0 +1,345 @@
+"""Image files in folders, from ``metamom train images`` to their use, by the command and in another process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from character_folders import write_characters
+from command import the_error
+
+from metamom import cli
+from metamom.experiments.saved import load_run
+from metamom.interop.imports import import_torchvision
+from metamom.maml.norm import resolved
+from metamom.tasks import ImageFolder
+from metamom.training.directory import read_config
+
+SMALL = ["--iterations", "4", "--meta-batch", "2", "--queries", "2", "--inner-lr", "0.1", "--image-size", "28"]
+SMALL += ["--evaluate-tasks", "4"]
+
+OWN_NETWORK = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_channels=3, width=8):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(in_channels, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+                                  nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def frozen(num_classes):
+    return Net(num_classes).eval()
+
+
+def number(ways):
+    return ways
+
+
+missing = None
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, data_root) -> Path:
+    """40 classes, 84 x 84."""
+    return write_characters(data_root, tmp_path_factory.mktemp("photos") / "photos")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, photos) -> Path:
+    """A short run of the default network on small images."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert cli.main(["train", "images", "--root", str(photos), *SMALL, "--run-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch) -> str:
+    """A user's module in the working folder."""
+    (tmp_path / "my_networks.py").write_text(OWN_NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_networks", None)
+    return "my_networks"
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))}
+
+
+def test_a_run_keeps_what_its_images_are_normalised_by(run, photos):
+    settings = read_config(run)["settings"]
+    tasks = ImageFolder(photos, image_size=28, normalize="dataset")
+    assert tasks.constants is not None
+    assert settings["constants"] == [list(tasks.constants.mean), list(tasks.constants.std)]
+    assert settings["root"] == str(photos)
+    pixels = torch.cat([tasks.sample(step, 8).support_x.flatten(0, 1) for step in range(20)])
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), atol=0.1, rtol=0)
+    torch.testing.assert_close(pixels.std((0, 2, 3)), torch.ones(3), atol=0.1, rtol=0)
+
+
+def test_evaluation_on_classes_that_were_not_seen(run, photos, metamom, tmp_path):
+    before = snapshot(photos)
+    said = metamom("evaluate", run, "--tasks", "6", "--steps", "0,1", "--json")
+    assert said.code == 0, said
+    answer = json.loads(said.out)
+    assert answer["tasks"] == 6
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    again = metamom("evaluate", run, "--tasks", "6", "--steps", "0,1", "--json", "--data-root", moved)
+    assert json.loads(again.out) == answer, "the same images in another place"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert "shares classes with it" in metamom("evaluate", run, "--tasks", "4", "--split", "train").err
+    assert snapshot(photos) == before, "the folder of images is never changed"
+
+
+def test_a_run_goes_on_and_is_repeated(photos, metamom, tmp_path):
+    arguments = ["train", "images", "--root", photos, *SMALL]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert metamom(*arguments, "--run-dir", whole).code == 0
+    assert metamom(*arguments, "--iterations", "2", "--run-dir", parts).code == 0
+    assert metamom(*arguments, "--run-dir", parts, "--resume").code == 0
+    repeated = metamom("train", "images", "--config", whole / "config.json", "--run-dir", tmp_path / "repeated")
+    assert repeated.code == 0, repeated
+    weights = [load_run(each, "newest").learner.state_dict() for each in (whole, parts, tmp_path / "repeated")]
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][name], other[name]) for name in weights[0])
+    refused = metamom(*arguments, "--image-size", "32", "--run-dir", parts, "--resume")
+    assert "image_size is 28 there and 32 here" in the_error(refused)
+
+
+def test_images_are_adapted_to_and_classified(run, photos, metamom, tmp_path):
+    support, inbox = tmp_path / "support", tmp_path / "inbox"
+    classes = sorted(path.name for path in (photos / "test").iterdir())[:3]
+    for name in classes:
+        (support / name).mkdir(parents=True)
+        (inbox / name).mkdir(parents=True)
+        for i in range(5):
+            shutil.copy(photos / "test" / name / f"{i:02}.jpg", support / name)
+        shutil.copy(photos / "test" / name / "10.jpg", inbox / name)
+    (inbox / ".hidden.jpg").write_bytes(b"")
+    out = tmp_path / "predictions.csv"
+    arguments = ["adapt", run, "--support", support, "--predict", inbox, "--steps", "5"]
+    said = metamom(*arguments, "--out", out)
+    assert said.code == 0, said
+    assert "adapted to 3 classes, 15 images, in 5 step(s)" in said.out
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["file"]) for row in rows] == [inbox / name / "10.jpg" for name in classes]
+    assert {row["class"] for row in rows} <= set(classes)
+    answer = json.loads(metamom(*arguments, "--json").out)
+    assert answer["classes"] == classes
+    assert [each["class"] for each in answer["predictions"]] == [row["class"] for row in rows]
+    for each, row in zip(answer["predictions"], rows, strict=True):
+        assert sum(each["probabilities"].values()) == pytest.approx(1)
+        assert each["probability"] == pytest.approx(float(row["probability"]), abs=1e-6)
+        alone = json.loads(
+            metamom("adapt", run, "--support", support, "--predict", each["file"], "--steps", "5", "--json").out
+        )
+        assert alone["predictions"][0]["probability"] == pytest.approx(each["probability"], rel=1e-4), (
+            "a prediction does not depend on the other images"
+        )
+
+
+@pytest.mark.parametrize("create", ["Net", "frozen"])
+def test_a_network_of_the_users_own(create, photos, own_module, metamom, tmp_path):
+    folder = tmp_path / "own"
+    said = metamom(
+        "train", "images", "--root", photos, "--model", f"{own_module}:{create}", *SMALL, "--run-dir", folder
+    )
+    assert said.code == 0, said
+    assert metamom("evaluate", folder, "--tasks", "4", "--steps", "1").code == 0
+    first, second = (load_run(folder).learner for _ in range(2))
+    assert type(first.model).__name__ == "Net"
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+    assert resolved(first.model, first.norm) == ("frozen" if create == "frozen" else "batch")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet", "got 'resnet'"),
+        ("my_networks:Nett", "Net"),
+        ("my_networks:missing", "NoneType"),
+        ("my_networks:number", "must return a torch.nn.Module; got int"),
+        ("nowhere:Net", "nowhere"),
+    ],
+)
+def test_a_network_that_cannot_be_made(model, message, photos, own_module, metamom, tmp_path):
+    said = metamom("train", "images", "--root", photos, "--model", model, *SMALL, "--run-dir", tmp_path / "run")
+    assert message in the_error(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_initial_weights_from_a_file(photos, own_module, metamom, tmp_path):
+    from my_networks import Net  # type: ignore[import-not-found]
+
+    network = Net(5)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    arguments = ["--root", photos, "--model", "my_networks:Net", "--init", tmp_path / "weights.pt", "--lr", "1e-12"]
+    said = metamom("train", "images", *arguments, *SMALL, "--run-dir", tmp_path / "run")
+    assert said.code == 0, said
+    (tmp_path / "weights.pt").unlink()
+    trained = load_run(tmp_path / "run").learner.model
+    for name, weights in network.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), weights)
+
+
+def test_another_process_uses_the_run(run, photos, tmp_path):
+    """The command in a process of its own, from another folder."""
+    support = tmp_path / "support"
+    for name in sorted(path.name for path in (photos / "test").iterdir())[:2]:
+        shutil.copytree(photos / "test" / name, support / name)
+    program = [sys.executable, "-m", "metamom", "adapt", str(run), "--support", str(support), "--json"]
+    found = [
+        json.loads(
+            subprocess.run(
+                [*program, "--predict", str(photos / "validation")], cwd=place, capture_output=True, check=True
+            ).stdout
+        )
+        for place in (tmp_path, photos)
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]["predictions"]) == 8 * 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--support", "nowhere", "--predict", "{photos}"], "--support must be a folder"),
+        (["--support", "{photos}/test", "--predict", "{photos}"], "tells 5 classes apart"),
+        (["--support", "{photos}/test"], "nothing to do"),
+        (["--support", "{photos}", "--predict", "nowhere.jpg"], "no file or folder nowhere.jpg"),
+        (["--support", "{empty}", "--predict", "{photos}"], "two classes or more"),
+    ],
+)
+def test_what_adapt_refuses(arguments, message, run, photos, metamom, tmp_path):
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    given = [each.format(photos=photos, empty=tmp_path / "empty") for each in arguments]
+    assert message in the_error(metamom("adapt", run, *given))
+
+
+def test_adapt_takes_runs_on_images(trained, photos, metamom):
+    said = metamom("adapt", trained, "--support", photos / "test", "--predict", photos)
+    assert "adapt takes runs on image files" in the_error(said)
+
+
+def test_images_need_a_folder(metamom, tmp_path):
+    assert "--root DIR" in the_error(metamom("train", "images", "--run-dir", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["compare", "bias"])
+def test_the_other_commands_take_images(command, photos, metamom, tmp_path):
+    arguments = ["images", "--root", photos, "--image-size", "28", "--queries", "2"]
+    if command == "compare":
+        arguments += ["--iterations", "2", "--meta-batch", "2", "--seeds", "1", "--lrs", "0.03"]
+        arguments += ["--evaluate-tasks", "4", "--tasks", "4", "--steps", "0,1", "--run-dir", tmp_path / "compared"]
+    else:
+        arguments += ["--inner-batch", "1,2", "--tasks", "4", "--out", tmp_path / "bias"]
+    said = metamom(command, *arguments)
+    assert said.code == 0, said
+    assert "report: " in said.out
+
+
+BACKBONE = '''
+import torch
+
+from metamom.interop.imports import import_torchvision
+
+
+def resnet(num_classes):
+    """A ResNet-18 whose head alone learns, over features of other data."""
+    model = import_torchvision().models.resnet18(weights=None)
+    model.load_state_dict(torch.load("resnet18.pt", weights_only=True))
+    model.requires_grad_(False)
+    model.fc = torch.nn.Linear(512, num_classes)
+    return model.eval()
+'''
+
+USE = """
+import json, sys
+from pathlib import Path
+
+import torch
+from metamom import load_weights
+from metamom.tasks.decode import decode
+from my_backbone import resnet
+
+model = load_weights(resnet(5), "adapted.safetensors").eval()
+mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+found = []
+for file in sys.argv[1:]:
+    image = torch.from_numpy(decode(Path(file), 224, 3).pixels) / 255
+    scores = model(((image - mean) / std)[None])[0]
+    found.append(torch.softmax(scores[:3].double(), 0).tolist())
+print(json.dumps(found))
+"""
+
+
+def test_a_frozen_backbone_of_224_pixels_from_training_to_its_use_elsewhere(photos, metamom, tmp_path, monkeypatch):
+    """ANIL on a pretrained ResNet-18, whose weights are random here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    pretrained = import_torchvision().models.resnet18(weights=None).state_dict()
+    torch.save(pretrained, "resnet18.pt")
+    Path("my_backbone.py").write_text(BACKBONE)
+    arguments = ["--model", "my_backbone:resnet", "--image-size", "224", "--standardize", "imagenet", "--adapt", "fc"]
+    arguments += ["--iterations", "2", "--meta-batch", "1", "--queries", "1", "--evaluate-tasks", "2"]
+    said = metamom("train", "images", "--root", photos, *arguments, "--run-dir", "run")
+    assert said.code == 0, said
+    model = load_run("run").learner.model
+    assert all(torch.equal(model.state_dict()[name], w) for name, w in pretrained.items() if not name.startswith("fc."))
+    for name in sorted(path.name for path in (photos / "test").iterdir())[:3]:
+        shutil.copytree(photos / "test" / name, tmp_path / "support" / name)
+    files = [str(file) for file in sorted((photos / "validation").rglob("0[01].jpg"))][:4]
+    answer = metamom(
+        "adapt", "run", "--support", "support", "--predict", *files, "--json", "--save", "adapted.safetensors"
+    )
+    predictions = json.loads(answer.out)
+    assert predictions["norm"] == "frozen"
+    expected = [list(each["probabilities"].values()) for each in predictions["predictions"]]
+    Path("use.py").write_text(USE)
+    done = subprocess.run([sys.executable, "use.py", *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    card = json.loads(Path("adapted.json").read_text())
+    assert card["adapted_to"]["classes"] == predictions["classes"]
+
+
+def test_exported_weights_in_another_process(run, photos, metamom, tmp_path):
+    """The plain PyTorch network with the weights of the file predicts what the run's model does."""
+    file = tmp_path / "weights.safetensors"
+    said = metamom("export", run, file, "--licence", "CC-BY-4.0", "--tasks", "4")
+    assert said.code == 0, said
+    card = json.loads(file.with_suffix(".json").read_text())
+    assert card["licence"] == "CC-BY-4.0"
+    assert card["validation"]["iterations"] == 4
+    assert card["evaluation"]["tasks"] == 4
+    assert str(photos) not in json.dumps(card), "the card says what the weights are, not where the data was"
+    batch = ImageFolder(photos, split="test", image_size=28, seed=3).sample(0, 1)
+    torch.save(batch.query_x[0], tmp_path / "x.pt")
+    program = (
+        "import sys, torch; from safetensors.torch import load_file; from metamom.nets import Conv4\n"
+        "model = Conv4(5, 3, 32, image_size=28, pooling='max'); model.load_state_dict(load_file(sys.argv[1]))\n"
+        "torch.save(model(torch.load(sys.argv[2])).detach(), sys.argv[3])"
+    )
+    names = [str(file), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = load_run(run).learner.model(batch.query_x[0])
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), expected.detach())

@@ -1,0 +1,75 @@
+"""What `check_images` finds in a folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from endings import contents
+from image_files import pixels, write_class, write_splits
+from PIL import Image
+
+from metamom.tasks import check_images
+from metamom.tasks.locate import DataError, DataNotFoundError
+
+
+def test_splits(tmp_path):
+    root = write_splits(tmp_path / "data", train=3, val=2)
+    Image.fromarray(pixels(0, 20, 30)).save(root / "train" / "class00" / "large.png")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "train" / "class01" / "grey.png")
+    (root / "train" / "class01" / "0.png").write_bytes(b"")
+    before = contents(root)
+    found = check_images(root)
+    assert contents(root) == before
+    assert list(found.splits) == ["train", "validation"]
+    train = found.splits["train"]
+    assert train.images == {"class00": 5, "class01": 4, "class02": 4}
+    assert train.sizes == {(12, 12): 11, (30, 20): 1, (9, 9): 1}
+    assert train.modes == {"RGB": 12, "L": 1}
+    assert [(each.path, each.fault) for each in train.broken] == [("train/class01/0.png", "is empty (0 bytes)")]
+    assert not found.sound
+    assert found.splits["validation"].broken == []
+    assert str(found).splitlines()[1:] == [
+        "  train: 3 classes, 13 images; per class 4 to 5, median 4",
+        "    pixels: 12x12 (11 images); width 9 to 30, height 9 to 20",
+        "    modes: RGB (12), L (1)",
+        "    broken: train/class01/0.png is empty (0 bytes)",
+        "  validation: 2 classes, 8 images; per class 4 to 4, median 4",
+        "    pixels: 12x12 (8 images)",
+        "    modes: RGB (8)",
+    ]
+
+
+def test_one_tree(tmp_path):
+    for c in range(3):
+        write_class(tmp_path / f"class{c}", c)
+    (tmp_path / "empty").mkdir()
+    found = check_images(tmp_path)
+    assert list(found.splits) == ["all classes"]
+    assert found.splits["all classes"].images == {"class0": 4, "class1": 4, "class2": 4, "empty": 0}
+    assert not found.sound
+    assert "empty: empty has no images" in str(found)
+    of_splits = check_images(tmp_path, splits={"train": ["class0"], "test": ["class2", "class1"]})
+    assert {name: list(split.images) for name, split in of_splits.splits.items()} == {
+        "train": ["class0"],
+        "test": ["class1", "class2"],
+    }
+    assert of_splits.sound
+
+
+def test_many_broken_files(tmp_path):
+    write_class(tmp_path / "a", 0)
+    for i in range(30):
+        (tmp_path / "a" / f"x{i}.png").write_bytes(b"x")
+    assert str(check_images(tmp_path)).count("broken: a/x") == 20
+    assert str(check_images(tmp_path)).endswith("broken: 10 others")
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(DataNotFoundError, match="does not exist"):
+        check_images(tmp_path / "none")
+    with pytest.raises(DataError, match="has no images in class folders"):
+        check_images(tmp_path)
+    write_class(tmp_path / "train" / "a", 0)
+    write_class(tmp_path / "test" / "a", 0)
+    with pytest.raises(DataError, match="class 'a' is in two splits"):
+        check_images(tmp_path)
