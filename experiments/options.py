@@ -101,7 +101,7 @@ class ImageOptions:
         free=True,
         flag=Flag(
             "task",
-            "the folder of images, which must be given: DIR/train/CLASS/*.jpg, with validation and test beside train, "
+            "the folder of images, which must be given: DIR/train/CLASS/*.jpg, with validation and test next to train, "
             "or DIR/CLASS/*.jpg with --splits",
             "none",
             type=path,

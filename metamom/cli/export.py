@@ -23,7 +23,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     leaf.set_defaults(run=run, leaf=leaf)
     own = leaf.add_argument_group("run")
     own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
-    own.add_argument("file", type=path, metavar="FILE", help="NAME.safetensors; NAME.json beside it says what they are")
+    own.add_argument("file", type=path, metavar="FILE", help="NAME.safetensors; NAME.json says what they are")
     add_checkpoint(own)
     add_model(own)
     flag(own, "--tasks", "test tasks to evaluate on, for the card", "only the last validation", type=task_count)

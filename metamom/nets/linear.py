@@ -155,4 +155,4 @@ def _times(x: Tensor, matrices: Tensor) -> Tensor:
     """``[T, N, a]`` times ``[T, a, b]``: one product if all tasks share the matrix."""
     if not shared(matrices):
         return torch.bmm(x, matrices)
-    return torch.mm(x.reshape(-1, x.shape[2]), matrices[0]).view(*x.shape[:2], -1)
+    return torch.mm(x.reshape(-1, x.shape[2]), matrices[0]).view(*x.shape[:2], matrices[0].shape[-1])

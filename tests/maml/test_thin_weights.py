@@ -81,6 +81,18 @@ class Unused(nn.Module):
         return self.head(torch.tanh(self.inner(x)))
 
 
+class NoRows(nn.Module):
+    """A layer that gets no points in one of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTHS[0], 30)
+        self.head = nn.Linear(30, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(x))) + self.inner(x[:0]).sum()
+
+
 def mlp() -> nn.Module:
     a, b, c = WIDTHS
     return nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, CLASSES))
@@ -98,6 +110,7 @@ MODELS = {
     "unused": Unused,
     "weight norm": weight_norm,
     "tokens": Sequence,
+    "no rows": NoRows,
 }
 
 
@@ -135,7 +148,7 @@ def test_meta_gradients(thin, name, steps, estimator):
     learner = MAML(model, F.cross_entropy, inner_lr=0.05, inner_steps=steps, estimator=estimator)
     grads, losses = learner.meta_gradient(tasks, workers=2)
     check_plain(grads)
-    assert bool(thin) == (name in ("MLP", "unused", "tokens"))  # others read the weights in other ways, too
+    assert bool(thin) == (name in ("MLP", "unused", "tokens", "no rows"))  # others read the weights in other ways, too
     for i, part in enumerate(tasks.split(2)):
         expected, expected_losses = slow_meta_gradient(
             model, F.cross_entropy, part, steps=steps, inner_lr=0.05, first_order=estimator == "first-order"
