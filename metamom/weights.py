@@ -29,13 +29,18 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
         The path.
 
     Raises:
-        ValueError: for another suffix, or a state that holds something other than tensors.
+        ValueError: for another suffix, a state that holds something other than tensors, and a file in the card's place.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are written as safetensors; name the file {path.name}.safetensors, not {path.name}.")
+    described = path.with_suffix(".json")
+    if card is not None and described.exists() and not path.exists():  # somebody else's
+        raise ValueError(
+            f"{described} exists and is not the card of {path}: it would be overwritten. Use another name."
+        )
     state = model.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
@@ -46,7 +51,7 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     if card is not None:
-        write_atomically(path.with_suffix(".json"), (json.dumps(card, indent=2, default=str) + "\n").encode())
+        write_atomically(described, (json.dumps(card, indent=2, default=str) + "\n").encode())
     return path
 
 

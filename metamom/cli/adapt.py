@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     from metamom.experiments.adapted import adapt_to_folder, save
     from metamom.loading import load
 
+    if arguments.out and Path(arguments.out).suffix.lower() != ".csv":  # it might be one of the images
+        raise ValueError(f"--out writes a CSV file: name it NAME.csv; got {arguments.out}.")
     if not arguments.predict and not arguments.save:
         raise ValueError("nothing to do: give images to classify (--predict), or a file for the weights (--save).")
     trained = load(arguments.run_path, arguments.checkpoint, device=arguments.device)
@@ -92,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(("file", "class", "probability"))
         rows.writerows((each.file, each.name, f"{each.probability:.6f}") for each in predictions)
+        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(arguments.out), text.getvalue().encode())
     if arguments.json:
         return 0

@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamom.cli.flags import add_options, add_processes, given_flags, run_options
@@ -50,6 +51,10 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     options["run_dir"] = arguments.run_dir or world.broadcast_object(
         lambda: f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
+    if recipe.root is not None and Path(options["run_dir"]).resolve().is_relative_to(Path(recipe.root).resolve()):
+        raise ValueError(
+            f"the run would be written into the folder of images {recipe.root}: name another folder with --run-dir."
+        )
     _warn_of_restarts(arguments, world)
     if arguments.track_bias is not None:
         from metamom.experiments.bias_report import tracking

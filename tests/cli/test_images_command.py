@@ -223,6 +223,7 @@ def test_another_process_uses_the_run(run, photos, tmp_path):
         (["--support", "nowhere", "--predict", "{photos}"], "--support must be a folder"),
         (["--support", "{photos}/test", "--predict", "{photos}"], "tells 5 classes apart"),
         (["--support", "{photos}/test"], "nothing to do"),
+        (["--support", "{photos}/test", "--predict", "a.jpg", "--out", "a.jpg"], "--out writes a CSV file"),
         (["--support", "{photos}", "--predict", "nowhere.jpg"], "no file or folder nowhere.jpg"),
         (["--support", "{empty}", "--predict", "{photos}"], "two classes or more"),
     ],
@@ -241,6 +242,20 @@ def test_adapt_takes_runs_on_images(trained, photos, metamom):
 def test_images_need_a_folder(metamom, tmp_path):
     assert "--root DIR" in the_error(metamom("train", "images", "--run-dir", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_written_among_the_images_or_over_files_of_others(photos, run, metamom, tmp_path, monkeypatch):
+    before = snapshot(photos)
+    said = metamom("train", "images", "--root", photos, *SMALL, "--run-dir", photos / "run")
+    assert "would be written into the folder of images" in the_error(said)
+    monkeypatch.chdir(photos)
+    assert "name another folder with --run-dir" in the_error(metamom("train", "images", "--root", ".", *SMALL))
+    assert snapshot(photos) == before
+    (tmp_path / "weights.json").write_text("mine")
+    assert "would be overwritten" in the_error(metamom("export", run, tmp_path / "weights.safetensors"))
+    assert (tmp_path / "weights.json").read_text() == "mine"
+    for _ in range(2):  # its own files are replaced
+        assert metamom("export", run, tmp_path / "others.safetensors").code == 0
 
 
 @pytest.mark.parametrize("command", ["compare", "bias"])
