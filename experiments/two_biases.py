@@ -3,9 +3,9 @@
     python -m metamom.experiments.two_biases [--run-dir DIR]
 
 Five workers' quadratics ``1/2 (x - c_i)^T A_i (x - c_i)`` of different curvature in two dimensions, float64, exact
-gradients. For each robust mean: the bias at the optimum, its bound (docs/theory.md), and the floor of the squared
-gradient norm. For one task per step: the bias of a step given the steps before it, at the optimum, and the floor of
-the norm averaged over rounds, at two step sizes.
+gradients. For each robust mean: the bias at the optimum, its bound (docs/theory/sources.md), and the floor of the
+squared gradient norm. For one task per step: the bias of a step given the steps before it, at the optimum, and the
+floor of the norm averaged over rounds, at two step sizes.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Population(TaskSampler):
         torch.Size([4, 3, 3])
 
     Reference:
-        docs/theory.md, "Linear regression": a loss with ½ and its derivatives depend on Σ and θ alone.
+        docs/theory/maml.md, "Linear regression": a loss with ½ and its derivatives depend on Σ and θ alone.
     """
 
     def __init__(self, family: LinearRegression | Quadratic) -> None:

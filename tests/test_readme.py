@@ -156,12 +156,20 @@ def test_there_are_examples():
 
 
 def test_references_to_the_theory_name_what_is_there():
-    """``docs/theory.md, "X"`` in the code is a heading, or a bold title of a paragraph."""
-    theory = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
-    titles = {*re.findall(r"^#+ (.+)$", theory, re.MULTILINE), *re.findall(r"^\*\*(.+?)\.?\*\*", theory, re.MULTILINE)}
-    files = [p for folder in ("metamom", "tasks", "experiments") for p in (ROOT / folder).rglob("*.py")]
+    """``docs/theory/x.md, "X"`` in the code is a heading of that page, or a bold title of a paragraph."""
+    pages = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "theory").glob("*.md")}
     named = {
-        (p.name, t) for p in files for t in re.findall(r'docs/theory\.md,\s+"([^"]+)"', p.read_text(encoding="utf-8"))
+        (page, " ".join((quoted or theorem).split()))
+        for folder in ("metamom", "tasks", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+        for page, quoted, theorem in re.findall(
+            r'docs/theory/(\w+\.md)(?:,\s+"([^"]+)"|,\s+(Theorem \w+))?', path.read_text(encoding="utf-8")
+        )
     }
-    assert len(named) > 15
-    assert sorted(each for each in named if each[1] not in titles) == []
+    assert len(named) > 20
+    missing = [
+        (page, title)
+        for page, title in sorted(named)
+        if not re.search(rf"^(#+ |\*\*){re.escape(title)}" if title else "", pages[page], re.MULTILINE)
+    ]
+    assert missing == []

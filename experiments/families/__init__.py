@@ -24,3 +24,4 @@ def _load_all() -> dict[str, Family]:
 
 
 FAMILIES = _load_all()
+"""The families of tasks by name, each from its module."""

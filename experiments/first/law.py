@@ -1,4 +1,4 @@
-"""Momentum with unbiased gradients on a convex quadratic, against the exact stationary law (docs/theory.md)."""
+"""Momentum with unbiased gradients on a convex quadratic, against the exact law (docs/theory/quadratics.md)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Two linear regressions of different covariance (I and I/4), where each estimator's floor is known.
 
 One inner step of 1/2 on m points, with `MAML` and `CompositeMomentum` throughout. The limit of the mean iterate is
-known exactly for the estimators that are affine in the weights (docs/theory.md, "Fixed points of tasks that differ");
-for Top-K and its error feedback it is only measured.
+known exactly for the estimators that are affine in the weights (docs/theory/maml.md, "Fixed points of tasks that
+differ"); for Top-K and its error feedback it is only measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Known constants of an operator's bias (docs/theory.md)."""
+"""Known constants of an operator's bias (docs/theory/operators.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metamom.bias.coordinates import Sizes
 
 
 class Constants(NamedTuple):
-    """Bounds on the distance between the mean of the workers' biased gradients and the gradient (docs/theory.md).
+    """Bounds on the distance between the mean of the workers' biased gradients and the gradient.
 
     ``||bias||^2 <= B ||grad f||^2 + b2`` and ``E ||noise||^2 <= M ||grad f||^2 + sigma2``.
     """
@@ -52,7 +52,7 @@ class Contraction(ABC):
         bound: float | None = None,
         sizes: Sizes | None = None,
     ) -> Constants:
-        """The operator's row of the table in docs/theory.md, for full local gradients.
+        """The operator's row of the table in docs/theory/operators.md, for full local gradients.
 
         Args:
             d: length of the gradients, >= 1.

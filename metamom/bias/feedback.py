@@ -33,7 +33,7 @@ class EF14(ErrorFeedback):
     step size and an operator with ``C(a g) = a C(g)`` for a > 0.
 
     Reference:
-        docs/theory.md; Seide et al., 2014; Karimireddy et al., 2019.
+        docs/theory/operators.md; Seide et al., 2014; Karimireddy et al., 2019.
     """
 
     names = ("error",)
@@ -61,7 +61,7 @@ class EF21(ErrorFeedback):
     Compression leaves no floor, however much the workers differ.
 
     Reference:
-        docs/theory.md; Richtárik, Sokolov, Fatkhullin, "EF21", 2021.
+        docs/theory/operators.md; Richtárik, Sokolov, Fatkhullin, "EF21", 2021.
     """
 
     names: tuple[str, ...] = ("estimate",)
@@ -165,7 +165,7 @@ class EF21SGDM(EF21):
         ValueError: for eta out of range.
 
     Reference:
-        docs/theory.md; Fatkhullin, Tyurin, Richtárik, "Momentum provably improves error feedback!", 2023.
+        docs/theory/operators.md; Fatkhullin, Tyurin, Richtárik, "Momentum provably improves error feedback!", 2023.
     """
 
     names = ("estimate", "momentum")
@@ -205,7 +205,7 @@ class Clip21(EF21):
         max_norm: tau > 0.
 
     Reference:
-        docs/theory.md; Khirirat et al., "Clip21", 2023.
+        docs/theory/operators.md; Khirirat et al., "Clip21", 2023.
     """
 
     def __init__(self, max_norm: float) -> None:

@@ -72,6 +72,7 @@ def function_name(function: object) -> str:
 
 
 Bias = BiasOperator | Callable[[Tensor], Tensor] | str | None
+"""What ``bias=`` takes: an operator, a function ``[d] -> [d]``, a SPEC such as ``"topk:5%"``, or nothing."""
 
 
 def as_operator(bias: Bias) -> BiasOperator | None:

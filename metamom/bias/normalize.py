@@ -62,7 +62,7 @@ class Sign(BiasOperator):
         tensor([ 1.6250, -1.6250,  1.6250,  1.6250])
 
     Reference:
-        docs/theory.md; Karimireddy et al., "Error feedback fixes SignSGD", 2019.
+        docs/theory/operators.md; Karimireddy et al., "Error feedback fixes SignSGD", 2019.
     """
 
     compresses = True

@@ -120,7 +120,7 @@ class RandK(Sparse, Draws):
         ValueError: unless exactly one of k and ratio is given and in range; when called, if K > d.
 
     Reference:
-        docs/theory.md.
+        docs/theory/operators.md.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class QSGD(Draws):
         ValueError: for levels out of range.
 
     Reference:
-        docs/theory.md; Alistarh et al., "QSGD", 2017.
+        docs/theory/operators.md; Alistarh et al., "QSGD", 2017.
     """
 
     compresses = True

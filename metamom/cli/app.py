@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "table": reproduce.run_table,
     "data": data.run,
 }
+"""The actions of the commands, by name: each takes the parsed arguments and returns an exit status."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

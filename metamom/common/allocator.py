@@ -30,8 +30,8 @@ def keep_freed_memory() -> bool:
 
     A training step allocates and frees the same tens of megabytes again and again. By default glibc returns each large
     tensor's pages to the system and gets zeroed ones for the next. This causes thousands of page faults in each
-    meta-gradient of Conv4 over 16 tasks, and takes 6 % of its time or more (docs/performance.md). The cost of keeping
-    memory is that the process stays at its largest size.
+    meta-gradient of Conv4 over 16 tasks, and takes 6 % of its time or more (docs/performance/tried.md). The cost of
+    keeping memory is that the process stays at its largest size.
 
     Returns:
         Whether it took effect, which is only the case on Linux with glibc.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-FirstStep = Literal["zero", "gradient"]  # of `metamom.CompositeMomentum`
+FirstStep = Literal["zero", "gradient"]
+"""The first value of v in `metamom.CompositeMomentum`."""
 FIRST_STEPS: tuple[FirstStep, ...] = get_args(FirstStep)
 
 Order = Literal["replacement", "reshuffle"]  # of `metamom.tasks.FixedTasks`
 ORDERS: tuple[Order, ...] = get_args(Order)
 
-Server = Literal["replicated", "rank0"]  # of `metamom.distributed`
+Server = Literal["replicated", "rank0"]
+"""Where the server of `metamom.distributed` runs: on every process (all compute the same), or on process 0."""
 SERVERS: tuple[Server, ...] = get_args(Server)
-TIMEOUT = 600.0  # of `metamom.distributed`, in seconds; a first compiled step takes minutes
+"""The kinds of `Server`."""
+TIMEOUT = 600.0
+"""How long processes of `metamom.distributed` wait for each other, in seconds; a first compiled step takes minutes."""
 
 LearnedStepSizes = Literal["scalar", "tensor", "entry"]
 LEARNED_STEP_SIZES: tuple[LearnedStepSizes, ...] = get_args(LearnedStepSizes)

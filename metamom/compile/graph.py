@@ -23,7 +23,7 @@ from metamom.nets.kernels.build import CompilerError, find_compiler, gist
 from metamom.nets.products import enlarge_products
 
 # Assumed speed-up for "auto". On two cores a compiled meta-gradient was 2.6 times (Conv4) to 10 times (an MLP) as fast
-# as an eager one; see docs/performance.md.
+# as an eager one; see docs/performance/tried.md.
 SPEED_UP = 2.5
 FIRST_CALLS = 3  # eager calls to time before deciding
 GRAPHS_KEPT = 16  # the most recently used ones

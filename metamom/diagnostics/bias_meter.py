@@ -168,7 +168,7 @@ def measure(
         ([1, 2], ['curvature', 'coupling'])
 
     Reference:
-        arXiv 2403.00853, the composite gradient; docs/theory.md, "MAML's gradients".
+        arXiv 2403.00853, the composite gradient; docs/theory/maml.md, "MAML's gradients".
     """
     if not isinstance(inner_batches, Iterable):
         raise TypeError(f"inner_batches are numbers of shots, such as (1, 2, 5); got {inner_batches!r:.80}.")

@@ -117,7 +117,7 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
         ValueError: if the pool does not hold two inner batches.
 
     Reference:
-        docs/theory.md, "MAML's gradients".
+        docs/theory/maml.md, "MAML's gradients".
     """
     batch, count = pairs(pool, half_points(learner, inner_batch, pool), most)
     T = pool.num_tasks

@@ -18,7 +18,9 @@ from metamom.distributed.collectives import Collectives, ProcessError
 from metamom.distributed.messages import digest, pack_error, unpack_error
 
 SAME = "Give every process the same arguments and weights: make models after the same torch.manual_seed, or load them."
-WEIGHTS_EVERY = 50  # steps between comparisons of the weights, to detect processes that diverge
+"""What an error advises if processes differ."""
+WEIGHTS_EVERY = 50
+"""Steps between comparisons of the weights, to detect processes that diverge."""
 T = TypeVar("T")
 
 

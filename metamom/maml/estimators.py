@@ -283,7 +283,7 @@ def cut(batch: TaskBatch, estimator: Estimator, steps: int, inner_batches: Inner
         [(2.0, 1, torch.Size([8, 6, 2])), (-0.5, 2, torch.Size([16, 3, 2]))]
 
     Reference:
-        Fallah, Mokhtari, Ozdaglar (2020) for Hessians on a separate batch; docs/theory.md, "Linear regression".
+        Fallah, Mokhtari, Ozdaglar (2020) for Hessians on a separate batch; docs/theory/maml.md, "Linear regression".
     """
     from metamom.common import trees  # not at the top: it imports torch
 

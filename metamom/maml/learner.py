@@ -66,7 +66,7 @@ class MAML(Adapting):
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
         adapt: which parameters inner steps move: names of parameters or modules, or a predicate on a parameter's
             name; all trainable ones by default. ANIL is ``adapt=["head"]``: features that no inner step changes are
-            computed once for all inner steps (docs/performance.md says for which models).
+            computed once for all inner steps (docs/performance/index.md says for which models).
         chunk_size: compute at most this many tasks at a time, or ``None`` for all. This bounds memory and does not
             change the result (except for a compiled model's random draws). ``"auto"`` measures the memory of one task,
             once for each shape of batch, and uses about 256 MiB on a CPU, or half of the free memory on a GPU.
@@ -80,7 +80,8 @@ class MAML(Adapting):
             rate, a plain tensor) becomes a constant. ``"auto"`` compiles once it pays off (see `expect`). If
             compiling fails, it warns once and continues without. Batches from `metamom.pad` run without.
         autocast: dtype of the model's matrix products and convolutions: `torch.bfloat16`, accumulated in float32, or
-            ``None``. Less accurate (docs/performance.md), and faster only on hardware that multiplies in bfloat16.
+            ``None``. Less accurate (docs/performance/memory.md), and faster only on hardware that multiplies in
+            bfloat16.
         norm: what batch normalisation uses: ``"batch"``, the statistics of the current set (transductive, as in MAML);
             ``"frozen"``, the model's running statistics; or ``"support"``, for queries, the statistics of their task's
             support set at the adapted weights, so that predictions do not depend on the other queries (inductive). By

@@ -16,7 +16,8 @@ from metamom.maml.class_scores import ClassScores, Reading, tensors_among
 from metamom.maml.functions_by_task import by_task
 from metamom.maml.pairings import Pairings
 
-LossFn = Callable[..., Tensor]  # (predictions, targets) -> loss; (predictions) -> loss without targets
+LossFn = Callable[..., Tensor]
+"""``(predictions, targets) -> loss``, or ``(predictions) -> loss`` for batches without targets."""
 
 KEPT = 64  # the number of most recent readings to keep
 

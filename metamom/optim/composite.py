@@ -30,13 +30,10 @@ class CompositeMomentum(Optimizer):
     plain SGD, bit for bit. The first value of v matters: with ``"gradient"``, the first gradient enters the sum of all
     steps with weight 1/beta instead of 1.
 
-    ============ ===================== ====================================================================
-    first_step   start                 equivalent to
-    ============ ===================== ====================================================================
-    "zero"       ``v_{-1} = 0``        ``SGD(lr=lr * beta, momentum=1 - beta)``; the form of the analysis
-    "gradient"   ``v_0 = g_0``         ``SGD(lr, momentum=1 - beta, dampening=1 - beta)``; the form of the
-                                       paper's experiments
-    ============ ===================== ====================================================================
+    | first_step | start | equivalent to |
+    |---|---|---|
+    | ``"zero"`` | ``v_{-1} = 0`` | ``SGD(lr=lr * beta, momentum=1 - beta)``; as in the analysis |
+    | ``"gradient"`` | ``v_0 = g_0`` | ``SGD(lr, momentum=1 - beta, dampening=1 - beta)``; as in the paper's runs |
 
     Args:
         params: parameters or parameter groups. Every option below can differ per group.

@@ -39,7 +39,7 @@ def robust_mean(vectors: Tensor, how: Aggregate = "mean") -> Tensor:
 
     Reference:
         Yin, Chen, Ramchandran, Bartlett, "Byzantine-robust distributed learning", 2018 (median, trimmed mean);
-        Weiszfeld, 1937, and Vardi, Zhang, 2000 (geometric median). docs/theory.md bounds their bias.
+        Weiszfeld, 1937, and Vardi, Zhang, 2000 (geometric median). docs/theory/sources.md bounds their bias.
     """
     share = check_aggregate(how)
     if how == "mean":

@@ -1,4 +1,4 @@
-"""Step-size limits, error bounds and closed forms, as functions; statements and proofs in docs/theory.md.
+"""Step-size limits, error bounds and closed forms, as functions; statements and proofs in docs/theory/index.md.
 
 `suggest_step`, `explain` and `diagnose` are for practitioners. The bounds follow by theorem, then the closed forms, one
 module each: `designs`, `regression`, `wishart`, `quadratic`, `fixed_points`. Bias operators provide their constants,

@@ -35,7 +35,8 @@ def meta_smoothness(L: float, rho: float, alpha: float, outer_grad: float, *, co
         >>> meta_smoothness(L=1.0, rho=2.0, alpha=0.5, outer_grad=3.0)
         5.25
 
-    Reference: docs/theory.md, "Smoothness of the meta-objective"; of the form of Fallah, Mokhtari, Ozdaglar (2020).
+    Reference: docs/theory/maml.md, "Smoothness of the meta-objective"; of the form of Fallah, Mokhtari, Ozdaglar
+    (2020).
     """
     checks.positive(L=L)
     checks.not_negative(rho=rho, alpha=alpha, outer_grad=outer_grad)
@@ -70,7 +71,7 @@ def bias_bound(L: float, rho: float, alpha: float, sigma_g: float, m: int, *, si
         >>> bias_bound(L=1.0, rho=0.0, alpha=0.5, sigma_g=1.0, m=5, sigma_h=2.0)
         0.1
 
-    Reference: docs/theory.md, "Bias of the estimators".
+    Reference: docs/theory/maml.md, "Bias of the estimators".
     """
     checks.positive(L=L, alpha=alpha)
     checks.not_negative(sigma_g=sigma_g, sigma_h=sigma_h or 0.0)
@@ -104,7 +105,7 @@ def bias_bound_steps(
         >>> round(bias_bound_steps(L=1.0, rho=0.0, alpha=0.5, sigma_g=1.0, m=4, steps=1, outer_grad=1.0), 9)
         0.375
 
-    Reference: docs/theory.md, "Several inner steps".
+    Reference: docs/theory/maml.md, "Several inner steps".
     """
     checks.positive(L=L, alpha=alpha)
     checks.not_negative(rho=rho, sigma_g=sigma_g, outer_grad=outer_grad)
@@ -151,7 +152,7 @@ def mean_square_bound(
         >>> mean_square_bound(1.0, 0.5, 1.0, 4.0, 0.0, 1.0, m_in=4, m_h=4, m_out=8)
         1.0
 
-    Reference: docs/theory.md, "Bias of the estimators".
+    Reference: docs/theory/maml.md, "Bias of the estimators".
     """
     checks.positive(L=L, alpha=alpha, Lambda=Lambda)
     sigma_out2 = sigma_g2 if sigma_out2 is None else sigma_out2
@@ -183,7 +184,7 @@ def first_order_constants(L: float, alpha: float, zeta2: float) -> Constants:
         >>> round(first_order_constants(L=2.0, alpha=0.1, zeta2=2.0).floor, 9)
         0.133333333
 
-    Reference: docs/theory.md, "Bias of the estimators".
+    Reference: docs/theory/maml.md, "Bias of the estimators".
     """
     checks.positive(L=L, alpha=alpha)
     checks.not_negative(zeta2=zeta2)
@@ -225,7 +226,7 @@ def composite_constants(
         >>> composite_constants(1, 1, 1, 4, 4, 0, m_F=4, m_g=8, m_J=8).b2
         2.0
 
-    Reference: docs/theory.md, "Bias of the estimators".
+    Reference: docs/theory/maml.md, "Bias of the estimators".
     """
     checks.not_negative(C_J=C_J, C_F=C_F, L_F=L_F, sigma_F2=sigma_F2, sigma_g2=sigma_g2, sigma_J2=sigma_J2)
     checks.counts(m_F=m_F, m_g=m_g, m_J=m_J)

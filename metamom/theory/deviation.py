@@ -31,7 +31,7 @@ def max_step_1b(
         >>> round(max_step_1b(L=1.0, beta=0.1), 6), round(max_step_1b(L=1.0, beta=0.1, form="simple"), 6)
         (0.052649, 0.051317)
 
-    Reference: docs/theory.md, Theorem 1B.
+    Reference: docs/theory/theorems.md, Theorem 1B.
     """
     checks.positive(L=L)
     checks.weight(beta=beta)
@@ -62,7 +62,7 @@ def theta_star(L: float, beta: float, gamma: float) -> float:
         >>> round(theta_star(L=1.0, beta=0.1, gamma=0.01), 9)
         0.008257512
 
-    Reference: docs/theory.md, Theorem 1B.
+    Reference: docs/theory/theorems.md, Theorem 1B.
     """
     checks.step(gamma, max_step_1b(L, beta), f"Theorem 1B (L={L}, beta={beta})")
     if beta == 1:
@@ -92,7 +92,7 @@ def phi0_1b(delta0: float, beta: float, gamma: float, start_error_sq: float, the
         >>> round(phi0_1b(1.0, beta=0.19, gamma=0.1, start_error_sq=2.0), 9)
         1.9
 
-    Reference: docs/theory.md, Theorem 1B.
+    Reference: docs/theory/theorems.md, Theorem 1B.
     """
     checks.positive(gamma=gamma)
     checks.not_negative(delta0=delta0, start_error_sq=start_error_sq)
@@ -133,7 +133,7 @@ def bound_1b(
         >>> round(bound_1b(L=2, beta=0.2, gamma=0.05, phi0=3, K=1000, b2=0.04, sigma2=0.5, B=0.1, M=0.3), 9)
         0.552768579
 
-    Reference: docs/theory.md, Theorem 1B.
+    Reference: docs/theory/theorems.md, Theorem 1B.
     """
     checks.not_negative(phi0=phi0, b2=b2, sigma2=sigma2, B=B, M=M)
     checks.horizon(K)
@@ -176,7 +176,7 @@ def bound_1b_schedule(
         >>> round(bound_1b_schedule(1.0, [0.5, 0.5], [0.2, 0.1], phi0=0.3, b2=0.0, sigma2=0.0), 9)
         2.0
 
-    Reference: docs/theory.md, Theorem 1B.
+    Reference: docs/theory/theorems.md, Theorem 1B.
     """
     checks.positive(L=L)
     checks.not_negative(phi0=phi0, b2=b2, sigma2=sigma2, B=B, M=M)

@@ -86,7 +86,7 @@ def diagnose(
         >>> diagnose([2.0**k for k in range(40)], beta=0.1).cause
         'gamma'
 
-    Reference: docs/theory.md, "Diagnosis from a loss history".
+    Reference: docs/theory/quadratics.md, "Diagnosis from a loss history".
     """
     checks.weight(beta=beta)
     checks.positive(tolerance=tolerance)

@@ -29,7 +29,7 @@ def ef21_step(alpha_c: float, L: float, L_tilde: float) -> float:
         >>> round(ef21_step(alpha_c=0.25, L=1.0, L_tilde=1.5), 9)
         0.093491562
 
-    Reference: Richtárik, Sokolov, Fatkhullin (2021); docs/theory.md, "Error feedback".
+    Reference: Richtárik, Sokolov, Fatkhullin (2021); docs/theory/operators.md, "Error feedback".
     """
     checks.weight(alpha_c=alpha_c)
     checks.positive(L=L, L_tilde=L_tilde)
@@ -60,7 +60,7 @@ def bound_ef21(
         >>> bound_ef21(1.0, L=1.0, L_tilde=1.0, gamma=1.0, delta0=1.0, start_error_sq=0.0, K=100)
         0.02
 
-    Reference: Richtárik, Sokolov, Fatkhullin (2021); docs/theory.md, "Error feedback".
+    Reference: Richtárik, Sokolov, Fatkhullin (2021); docs/theory/operators.md, "Error feedback".
     """
     checks.step(gamma, ef21_step(alpha_c, L, L_tilde), f"EF21 (alpha_c={alpha_c}, L={L}, L_tilde={L_tilde})")
     checks.not_negative(delta0=delta0, start_error_sq=start_error_sq)
@@ -83,7 +83,7 @@ def ef14_step(alpha_c: float, L: float) -> float:
         >>> round(ef14_step(alpha_c=0.25, L=1.0), 9)
         0.07179677
 
-    Reference: docs/theory.md, "Error feedback"; the method is Seide et al.'s (2014).
+    Reference: docs/theory/operators.md, "Error feedback"; the method is Seide et al.'s (2014).
     """
     checks.weight(alpha_c=alpha_c)
     checks.positive(L=L)
@@ -125,7 +125,7 @@ def bound_ef14(
         >>> bound_ef14(0.75, L=1.0, gamma=0.25, delta0=1.0, K=100, zeta2=2.0)
         0.58
 
-    Reference: docs/theory.md, "Error feedback".
+    Reference: docs/theory/operators.md, "Error feedback".
     """
     checks.step(gamma, ef14_step(alpha_c, L), f"EF14 (alpha_c={alpha_c}, L={L})")
     checks.not_negative(delta0=delta0, zeta2=zeta2, b2=b2, sigma_w2=sigma_w2)
@@ -156,7 +156,7 @@ def clip21_inactive(tau: float, gamma: float, L_max: float, estimate_norm: float
         >>> clip21_inactive(tau=1.0, gamma=0.1, L_max=2.0, estimate_norm=2.0)
         True
 
-    Reference: docs/theory.md, "Clip21"; the method is Khirirat et al.'s (2023).
+    Reference: docs/theory/operators.md, "Clip21"; the method is Khirirat et al.'s (2023).
     """
     checks.positive(tau=tau, gamma=gamma, L_max=L_max)
     checks.not_negative(estimate_norm=estimate_norm)
@@ -178,7 +178,7 @@ def clip21_steps(tau: float, distance: float) -> int:
         >>> clip21_steps(tau=0.5, distance=6.0)
         22
 
-    Reference: docs/theory.md, "Clip21".
+    Reference: docs/theory/operators.md, "Clip21".
     """
     checks.positive(tau=tau)
     checks.not_negative(distance=distance)

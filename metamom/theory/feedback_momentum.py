@@ -46,8 +46,8 @@ def ef21_sgdm_step(alpha_c: float, eta: float, L: float, L_tilde: float) -> floa
         >>> round(ef21_sgdm_step(alpha_c=0.25, eta=0.1, L=1.0, L_tilde=1.5), 9)
         0.022263812
 
-    Reference: docs/theory.md, "EF21-SGDM"; the method is Fatkhullin, Tyurin and Richtárik's (2023), whose constants
-    differ.
+    Reference: docs/theory/operators.md, "EF21-SGDM"; the method is Fatkhullin, Tyurin and Richtárik's (2023), whose
+    constants differ.
     """
     checks.weight(alpha_c=alpha_c, eta=eta)
     checks.positive(L=L, L_tilde=L_tilde)
@@ -92,7 +92,7 @@ def bound_ef21_sgdm(
         >>> round(floor, 9)
         0.267547787
 
-    Reference: docs/theory.md, "EF21-SGDM".
+    Reference: docs/theory/operators.md, "EF21-SGDM".
     """
     limit = ef21_sgdm_step(alpha_c, eta, L, L_tilde)
     checks.step(gamma, limit, f"EF21-SGDM (alpha_c={alpha_c}, eta={eta}, L={L}, L_tilde={L_tilde})")

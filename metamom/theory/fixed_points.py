@@ -79,7 +79,7 @@ def fixed_point(means: Sequence[AffineMean], thetas: Tensor) -> Tensor:
         >>> fixed_point([AffineMean(eye, zero), AffineMean(3 * eye, zero)], torch.tensor([[0.0], [1.0]]))
         tensor([0.7500], dtype=torch.float64)
 
-    Reference: docs/theory.md, "Fixed points of tasks that differ".
+    Reference: docs/theory/maml.md, "Fixed points of tasks that differ".
     """
     gain, pull = _mean(means, thetas)
     end: Tensor = torch.linalg.solve(gain, pull)
@@ -108,7 +108,7 @@ def bias_floor(exact: Sequence[AffineMean], biased: Sequence[AffineMean], thetas
         >>> floor.end, floor.floor
         (tensor([0.7500], dtype=torch.float64), 0.0625)
 
-    Reference: docs/theory.md, "Fixed points of tasks that differ".
+    Reference: docs/theory/maml.md, "Fixed points of tasks that differ".
     """
     if len(exact) != len(biased):
         raise ValueError(f"each task needs an exact and a biased mean; got {len(exact)} and {len(biased)}.")

@@ -49,7 +49,7 @@ def max_step(L: float, beta: float) -> float:
         >>> round(max_step(L=1.0, beta=0.1), 6)
         0.052632
 
-    Reference: docs/theory.md, Theorem 1A.
+    Reference: docs/theory/theorems.md, Theorem 1A.
     """
     checks.positive(L=L)
     checks.weight(beta=beta)
@@ -87,8 +87,8 @@ def bound_1a(
         >>> round(bound_1a(L=2, beta=0.2, gamma=0.05, delta0=3, K=1000, b2=0.04, sigma2=0.5, B=0.1, M=0.3), 9)
         0.295508274
 
-    Reference: docs/theory.md, Theorem 1A. The paper (arXiv 2403.00853) has a theorem of this kind; its constants may
-    differ.
+    Reference: docs/theory/theorems.md, Theorem 1A. The paper (arXiv 2403.00853) has a theorem of this kind; its
+    constants may differ.
     """
     return terms_1a(L, beta, gamma, delta0, K, b2, sigma2, B, M).total
 
@@ -105,7 +105,7 @@ def terms_1a(
         >>> terms_1a(L=1, beta=1, gamma=0.5, delta0=1, K=100, b2=0.25, sigma2=2)
         Terms(distance=0.04, bias=0.25, noise=1.0)
 
-    Reference: docs/theory.md, Theorem 1A.
+    Reference: docs/theory/theorems.md, Theorem 1A.
     """
     checks.not_negative(delta0=delta0, b2=b2, sigma2=sigma2, B=B, M=M)
     checks.horizon(K)
@@ -138,7 +138,7 @@ def delta0_from(delta0: float, beta: float, gamma: float, start_error_sq: float,
         >>> delta0_from(1.0, beta=0.5, gamma=0.2, start_error_sq=0.0, start_grad_sq=4.0)
         0.6
 
-    Reference: docs/theory.md, Theorem 1A, "Other starts".
+    Reference: docs/theory/theorems.md, Theorem 1A, "Other starts".
     """
     checks.weight(beta=beta)
     checks.positive(gamma=gamma)
@@ -167,7 +167,7 @@ def best_step(
         >>> round(best_step(L=1.0, beta=1.0, delta0=1.0, K=200, b2=0.0, sigma2=1.0), 6)
         0.1
 
-    Reference: docs/theory.md, Theorem 1A, "The best step".
+    Reference: docs/theory/theorems.md, Theorem 1A, "The best step".
     """
     limit = max_step(L, beta)
     checks.positive(delta0=delta0, K=K)

@@ -35,7 +35,7 @@ def bound_1c(
         >>> round(bound_1c(L=1, beta=0.1, gamma=0.01, delta0=1, grad0=1, K=float("inf"), b=0.3, sigma2=0.5), 9)
         1.109442842
 
-    Reference: docs/theory.md, Theorem 1C; the method is Cutkosky and Mehta's (2020).
+    Reference: docs/theory/theorems.md, Theorem 1C; the method is Cutkosky and Mehta's (2020).
     """
     checks.positive(L=L, gamma=gamma)
     checks.weight(beta=beta)

@@ -47,7 +47,7 @@ def max_step_2a(L: float, beta: float) -> float:
         >>> max_step_2a(L=1.0, beta=0.75)
         0.25
 
-    Reference: docs/theory.md, Theorem 2A.
+    Reference: docs/theory/theorems.md, Theorem 2A.
     """
     checks.positive(L=L)
     checks.weight(beta=beta)
@@ -80,7 +80,7 @@ def rate_2a(
         >>> round(rate.bound(phi0=3, K=500), 9)
         2.451536474
 
-    Reference: docs/theory.md, Theorem 2A.
+    Reference: docs/theory/theorems.md, Theorem 2A.
     """
     _check(L, mu, b2, sigma2)
     checks.step(gamma, max_step_2a(L, beta), f"Theorem 2A (L={L}, beta={beta})")
@@ -117,7 +117,7 @@ def rate_2a_affine(
         >>> round(rate.rate, 12), round(rate.floor, 9)
         (0.000631625975, 1.855685515)
 
-    Reference: docs/theory.md, Theorem 2A.
+    Reference: docs/theory/theorems.md, Theorem 2A.
     """
     _check(L, mu, b2, sigma2)
     checks.weight(beta=beta)
@@ -165,7 +165,7 @@ def rate_2b(
         >>> round(rate.bound(phi0=3, K=500), 9)
         1.730533765
 
-    Reference: docs/theory.md, Theorem 2B.
+    Reference: docs/theory/theorems.md, Theorem 2B.
     """
     _check(L, mu, b2, sigma2)
     checks.weight(beta=beta)
@@ -195,7 +195,7 @@ def rate_2b_bias(L: float, mu: float, beta: float, gamma: float, b2: float) -> L
         >>> round(rate_2b_bias(L=1.0, mu=0.5, beta=1.0, gamma=0.5, b2=0.2).floor, 9)
         0.2
 
-    Reference: docs/theory.md, Theorem 2B.
+    Reference: docs/theory/theorems.md, Theorem 2B.
     """
     _check(L, mu, b2, 0.0)
     checks.weight(beta=beta)

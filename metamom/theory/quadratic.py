@@ -29,7 +29,7 @@ def population(A: Tensor, alpha: float, steps: int = 1) -> AffineMean:
         >>> population(torch.eye(1), alpha=0.5, steps=2).gain
         tensor([[0.0625]], dtype=torch.float64)
 
-    Reference: docs/theory.md, "Quadratic tasks".
+    Reference: docs/theory/maml.md, "Quadratic tasks".
     """
     checks.counts(steps=steps)
     A, M = _matrices(A, alpha)
@@ -50,7 +50,7 @@ def first_order(A: Tensor, alpha: float, steps: int = 1) -> AffineMean:
         >>> first_order(torch.eye(1), alpha=0.5).gain
         tensor([[0.5000]], dtype=torch.float64)
 
-    Reference: docs/theory.md, "Quadratic tasks".
+    Reference: docs/theory/maml.md, "Quadratic tasks".
     """
     checks.counts(steps=steps)
     A, M = _matrices(A, alpha)
@@ -76,7 +76,7 @@ def coupled(A: Tensor, alpha: float, hessian_var: float, m: int) -> AffineMean:
         >>> coupled(torch.eye(1), alpha=0.5, hessian_var=1.0, m=2).gain
         tensor([[0.5000]], dtype=torch.float64)
 
-    Reference: docs/theory.md, "Quadratic tasks".
+    Reference: docs/theory/maml.md, "Quadratic tasks".
     """
     checks.not_negative(hessian_var=hessian_var)
     checks.counts(m=m)
@@ -104,7 +104,7 @@ def variance_additive(A: Tensor, alpha: float, noise_var: float, *, m_in: int, m
         >>> variance_additive(torch.eye(1), alpha=0.5, noise_var=1.0, m_in=1, m_out=1)
         0.3125
 
-    Reference: docs/theory.md, "Quadratic tasks".
+    Reference: docs/theory/maml.md, "Quadratic tasks".
     """
     checks.not_negative(noise_var=noise_var)
     checks.counts(m_in=m_in, m_out=m_out)
@@ -137,7 +137,7 @@ def quartic(a: float, c: float, w: float, alpha: float, noise_var: float, m: int
         >>> round(gradient, 9), round(bias, 9)
         (0.321212, 0.001845872)
 
-    Reference: docs/theory.md, "A quartic task".
+    Reference: docs/theory/maml.md, "A quartic task".
     """
     checks.finite(a=a, c=c, w=w)
     checks.not_negative(alpha=alpha, noise_var=noise_var)

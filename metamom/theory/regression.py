@@ -38,7 +38,7 @@ def population(design: Design, alpha: float, steps: int = 1) -> AffineMean:
         >>> population(Gaussian(torch.eye(1)), alpha=0.1).gain
         tensor([[0.8100]], dtype=torch.float64)
 
-    Reference: docs/theory.md, "Linear regression".
+    Reference: docs/theory/maml.md, "Linear regression".
     """
     checks.not_negative(alpha=alpha)
     checks.counts(steps=steps)
@@ -72,7 +72,7 @@ def coupled(
         >>> coupled(Gaussian(torch.eye(3)), alpha=0.1, m=5).gain.diagonal()
         tensor([0.8180, 0.8180, 0.8180], dtype=torch.float64)
 
-    Reference: docs/theory.md, "Linear regression".
+    Reference: docs/theory/maml.md, "Linear regression".
     """
     checks.counts(m=m)
     checks.not_negative(share=share)
@@ -102,7 +102,7 @@ def first_order(design: Design, alpha: float, steps: int = 1) -> AffineMean:
         >>> first_order(Gaussian(torch.eye(1)), alpha=0.1).gain
         tensor([[0.9000]], dtype=torch.float64)
 
-    Reference: docs/theory.md, "Linear regression".
+    Reference: docs/theory/maml.md, "Linear regression".
     """
     checks.not_negative(alpha=alpha)
     checks.counts(steps=steps)
@@ -131,7 +131,7 @@ def fresh_batches(design: Design, alpha: float, m: int, steps: int) -> AffineMea
         >>> fresh_batches(Gaussian(torch.eye(3)), alpha=0.1, m=5, steps=2).gain[0, 0].item()
         0.669124
 
-    Reference: docs/theory.md, "Linear regression".
+    Reference: docs/theory/maml.md, "Linear regression".
     """
     checks.not_negative(alpha=alpha)
     checks.counts(m=m, steps=steps)

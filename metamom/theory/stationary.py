@@ -62,7 +62,7 @@ def stationary(lam: Numbers, sigma2: Numbers, bias: Numbers, beta: float, gamma:
         >>> round(law.grad_sq, 6), round(law.deviation_sq, 6)
         (0.171199, 0.256873)
 
-    Reference: docs/theory.md, "Stationary law on quadratics"; the variance of an AR(2) process.
+    Reference: docs/theory/quadratics.md, "Stationary law on quadratics"; the variance of an AR(2) process.
     """
     lam, sigma2, bias = _vectors(lam, sigma2, bias)
     _check(lam, sigma2, bias, beta, gamma)
@@ -100,7 +100,7 @@ def stable_limit(lam_max: float, beta: float) -> float:
         >>> stable_limit(1.0, beta=1.0)
         2.0
 
-    Reference: docs/theory.md, "Stationary law on quadratics"; the Jury conditions of an AR(2) process.
+    Reference: docs/theory/quadratics.md, "Stationary law on quadratics"; the Jury conditions of an AR(2) process.
     """
     if not 0 < beta <= 1:
         raise ValueError(f"beta must be in (0, 1]; got {beta!r}. beta=1 is plain SGD.")

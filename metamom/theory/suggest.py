@@ -66,7 +66,7 @@ def suggest_step(
         >>> round(suggest_step(L=1.0, beta=1.0, delta0=1.0, K=200, sigma2=1.0), 6)
         0.1
 
-    Reference: docs/theory.md, Theorem 1A.
+    Reference: docs/theory/theorems.md, Theorem 1A.
     """
     if (delta0 is None) != (K is None):
         raise ValueError("the best step for a run needs both delta0 and K; got one of them. Pass both, or neither.")
@@ -85,8 +85,7 @@ def explain(
 
     The bound is a worst case. The error itself may be smaller, and its largest part may be a different one.
 
-    Args:
-        As for `bound_1a`.
+    The arguments are those of `bound_1a`.
 
     Returns:
         The terms, the name of the largest, and the text.
@@ -98,7 +97,7 @@ def explain(
         >>> explain(L=1.0, beta=0.5, gamma=0.1, delta0=1.0, K=10_000, b2=0.2, sigma2=0.1).dominant
         'bias'
 
-    Reference: docs/theory.md, Theorem 1A and Proposition 1.
+    Reference: docs/theory/theorems.md, Theorem 1A and Proposition 1.
     """
     terms = terms_1a(L, beta, gamma, delta0, K, b2, sigma2, B, M)
     parts: dict[Part, float] = {"distance": terms.distance, "bias": terms.bias, "noise": terms.noise}

@@ -33,7 +33,7 @@ def moml_kappa(Lambda: float, L_g: float, b_u: float) -> float:
         >>> round(moml_kappa(Lambda=2.25, L_g=1.5, b_u=0.2), 6)
         363.371506
 
-    Reference: docs/theory.md, Theorem M.
+    Reference: docs/theory/maml.md, Theorem M.
     """
     checks.positive(Lambda=Lambda, L_g=L_g)
     checks.weight(b_u=b_u)
@@ -58,7 +58,7 @@ def scsc_kappa(Lambda: float, b_u: float, alpha: float, sigma_h2: float, m: int)
         >>> scsc_kappa(Lambda=1.0, b_u=1.0, alpha=0.1, sigma_h2=1.0, m=5)
         0.0
 
-    Reference: docs/theory.md, Theorem M.
+    Reference: docs/theory/maml.md, Theorem M.
     """
     checks.positive(Lambda=Lambda, alpha=alpha)
     checks.weight(b_u=b_u)
@@ -85,7 +85,7 @@ def tracking_step(L: float, beta: float, kappa: float) -> float:
         >>> round(tracking_step(L=2.25, beta=0.1, kappa=moml_kappa(2.25, 1.5, 0.2)), 9)
         0.019993914
 
-    Reference: docs/theory.md, Theorem M.
+    Reference: docs/theory/maml.md, Theorem M.
     """
     checks.positive(L=L)
     checks.weight(beta=beta)
@@ -116,7 +116,7 @@ def inner_floor(
         >>> round(inner_floor("moml", Lambda=2.25, b_u=0.2, alpha=0.5, sigma_g2=1.0, m=5), 9)
         0.042624612
 
-    Reference: docs/theory.md, Theorem M.
+    Reference: docs/theory/maml.md, Theorem M.
     """
     checks.positive(Lambda=Lambda, alpha=alpha)
     checks.weight(b_u=b_u)
@@ -168,7 +168,7 @@ def bound_tracking(
         >>> bound_tracking("scsc", 1.0, 1.0, 1.0, 1.0, 100, 0.0, 0.0, 0.0, Lambda=1.0, b_u=1.0, start_error_sq=1.0)
         0.03
 
-    Reference: docs/theory.md, Theorem M. MOML is Wang et al.'s (2021), SCSC Chen, Sun and Yin's.
+    Reference: docs/theory/maml.md, Theorem M. MOML is Wang et al.'s (2021), SCSC Chen, Sun and Yin's.
     """
     checks.step(gamma, tracking_step(L, beta, kappa), f"Theorem M (L={L}, beta={beta}, kappa={kappa:.6g})")
     checks.positive(Lambda=Lambda)

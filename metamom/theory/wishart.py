@@ -44,7 +44,7 @@ def moment(k: int, d: int, m: int) -> float:
         >>> [moment(k, d=3, m=5) for k in (1, 2, 3)]
         [1.0, 1.8, 4.28]
 
-    Reference: docs/theory.md, "Gaussian inputs"; from the pairings of Isserlis' theorem.
+    Reference: docs/theory/maml.md, "Gaussian inputs"; from the pairings of Isserlis' theorem.
     """
     checks.counts(d=d, m=m)
     if not 0 <= k <= len(_POLYNOMIALS) or k != int(k):
@@ -80,7 +80,7 @@ def same_batch(alpha: float, d: int, m: int, steps: int = 1) -> float:
         >>> round(same_batch(alpha=0.1, d=3, m=5, steps=2), 7)
         0.6920952
 
-    Reference: docs/theory.md, "Gaussian inputs".
+    Reference: docs/theory/maml.md, "Gaussian inputs".
     """
     checks.not_negative(alpha=alpha)
     checks.counts(steps=steps)
@@ -107,7 +107,7 @@ def full_reuse(alpha: float, d: int, m: int, steps: int = 1) -> float:
         >>> round(full_reuse(alpha=0.1, d=3, m=5), 6)
         0.6828
 
-    Reference: docs/theory.md, "Gaussian inputs".
+    Reference: docs/theory/maml.md, "Gaussian inputs".
     """
     checks.not_negative(alpha=alpha)
     checks.counts(steps=steps)
@@ -134,7 +134,7 @@ def variance_independent(
         >>> round(variance_independent(0.1, 3, 5.25, 0.25, m_in=5, m_h=5, m_out=7), 9)
         2.165319
 
-    Reference: docs/theory.md, "Gaussian inputs".
+    Reference: docs/theory/maml.md, "Gaussian inputs".
     """
     checks.not_negative(alpha=alpha, delta_sq=delta_sq, sigma2=sigma2)
     checks.counts(m_out=m_out)
@@ -158,7 +158,7 @@ def variance_coupled(alpha: float, d: int, delta_sq: float, sigma2: float, *, m:
         >>> round(variance_coupled(0.1, 3, 5.25, 0.25, m=5, m_out=7), 9)
         2.242655571
 
-    Reference: docs/theory.md, "Gaussian inputs".
+    Reference: docs/theory/maml.md, "Gaussian inputs".
     """
     checks.not_negative(alpha=alpha, delta_sq=delta_sq, sigma2=sigma2)
     checks.counts(d=d, m=m, m_out=m_out)

@@ -179,7 +179,7 @@ def largest_ef21_step(alpha: float, smoothness: float, mean_smoothness: float) -
 
 @each([TopK(1), TopK(2), TopK(6), Sign()])
 def test_ef21_keeps_its_bound_at_the_largest_step(operator):
-    """avg ||grad f||^2 <= 2 D0 / (gamma K) + G0 / ((1-a) K), for every K (docs/theory.md)."""
+    """avg ||grad f||^2 <= 2 D0 / (gamma K) + G0 / ((1-a) K), for every K (docs/theory/operators.md)."""
     assert largest_ef21_step(0.25, 1.0, 1.5) == pytest.approx(0.0934915622441133, abs=1e-15)
     workers = random_workers()
     alpha = operator.contraction(6)

@@ -158,7 +158,7 @@ def test_normalize_divides_by_the_norm(g):
 @settings(deadline=None, max_examples=40)
 @given(g=gradients(min_d=1))
 def test_sign_and_its_exact_error(g):
-    """||C(g) - g||^2 = ||g||^2 - ||g||_1^2 / d where no entry is zero, and no more where one is (docs/theory.md)."""
+    """||C(g) - g||^2 = ||g||^2 - ||g||_1^2 / d where no entry is zero, else no more (docs/theory/operators.md)."""
     exact, d = g.double().reshape(-1, g.shape[-1]), g.shape[-1]
     error = (Sign()(exact) - exact).square().sum(-1)
     equal = exact.square().sum(-1) - exact.abs().sum(-1).square() / d

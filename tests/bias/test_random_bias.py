@@ -212,7 +212,7 @@ def test_two_of_a_kind_draw_independently():
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_rand_k_over_all_sets(d, scaled):
-    """Mean and mean square error, exact: (1 - K/d) ||g||^2 unscaled, (d/K - 1) ||g||^2 scaled (docs/theory.md)."""
+    """Mean and mean square error: (1 - K/d) ||g||^2 unscaled, (d/K - 1) ||g||^2 scaled (docs/theory/operators.md)."""
     g = WIDE[:d]
     for k in range(1, d + 1):
         sets = torch.tensor(list(itertools.combinations(range(d), k)))
@@ -296,7 +296,7 @@ def test_qsgd_is_unbiased_as_it_draws(levels):
     ids=repr,
 )
 def test_bias_and_noise_of_the_mean_over_workers(operator):
-    """The row (B, b2, M, sigma2) of docs/theory.md on workers that differ; Rand-K's is exact."""
+    """The row (B, b2, M, sigma2) of docs/theory/operators.md on workers that differ; Rand-K's is exact."""
     n, d = 3, 6
     generator = torch.Generator().manual_seed(1)
     g = torch.randn(n, d, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The bounds of docs/theory.md on what `experiments.two_biases` measures."""
+"""The bounds of docs/theory/sources.md on what `experiments.two_biases` measures."""
 
 from __future__ import annotations
 
@@ -84,4 +84,4 @@ def test_the_bias_of_a_reshuffled_step():
     expected = problem.heterogeneity * (1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4
     assert bias_of_order(problem, "reshuffle") == pytest.approx(expected, rel=1e-12)
     assert bias_of_order(problem, "replacement") < 1e-30
-    assert expected == pytest.approx(0.136, abs=5e-4)  # as docs/theory.md says
+    assert expected == pytest.approx(0.136, abs=5e-4)  # as docs/theory/sources.md says

@@ -3,7 +3,7 @@
 Training amplifies rounding: of images of 14 pixels, whose last layer normalises three values, 1e-16 becomes 1e-3 within
 30 iterations. The runs here are such that in float64 it stays where it began. In float32 it does so too, until a ReLU's
 input within rounding of zero falls on the other side; with that, two curves of a Conv4 part by some per cent (see
-docs/performance.md), so that its float32 curves are compared on average only.
+docs/performance/memory.md), so that its float32 curves are compared on average only.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def test_a_fast_path_learns_in_float32(name, path, traced):
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_bfloat16_learns_as_float32_does(name, compile, traced):
-    """Eight bits round each product by up to 0.4 %, and Conv4's first gradients by much more (docs/performance.md).
+    """Eight bits round products by up to 0.4 %, Conv4's first gradients by much more (docs/performance/memory.md).
 
     Measured: on average the MLP's curve is 0.2 % from float32's at most, Conv4's 3 %, and so is that of PyTorch's own
     layers in bfloat16. The bounds are three times and more of that; being no part of it at all would be below 1e-6.
