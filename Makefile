@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
+DOCS_STAMP := $(VENV)/.docs-up-to-date
 JOBS ?= auto
 
 # The .venv keeps its Python until another one is named: make test PYTHON=python3.13 replaces it.
@@ -15,13 +16,14 @@ else ifneq ($(or $(shell $(PYTHON) $(IDENTITY) 2>/dev/null),none),$(THERE))
 MAKE_VENV := $(PYTHON) -m venv --clear $(VENV)
 endif
 
-.PHONY: help setup test test-slow lint demo wheel-check compat clean
+.PHONY: help setup test test-slow lint demo docs wheel-check compat clean
 
 help:
 	@echo "make setup        the .venv with everything pinned (about 2 minutes, once)"
 	@echo "make demo         train on sinusoids, momentum and plain meta-SGD; report in runs/demo/report.md"
 	@echo "make test         ruff, mypy and the test suite"
 	@echo "make test-slow    the tests that take minutes: all of the paper's MNIST runs"
+	@echo "make docs         the documentation, in site/index.html (needs Python >= 3.11)"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, import every module"
 	@echo "make compat       the core tests on every supported Python, oldest to newest torch and NumPy (hours, 5 GB at a time)"
 	@echo
@@ -56,6 +58,13 @@ test-slow: setup
 demo: setup
 	$(BIN)/metamom compare sinusoid --seeds 3 --betas 1,0.1 --lrs 0.03 --iterations 2000 --jobs 2 --run-dir runs/demo --resume
 
+docs: $(DOCS_STAMP)
+	$(BIN)/python .ci/docs/build.py
+
+$(DOCS_STAMP): requirements-docs.txt $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $(DOCS_STAMP)
+
 wheel-check: setup
 	$(BIN)/python .ci/wheel_check.py
 
@@ -63,4 +72,4 @@ compat:
 	$(PYTHON) .ci/compat.py
 
 clean:
-	rm -rf $(VENV) .compat build dist *.egg-info
+	rm -rf $(VENV) .compat build dist site *.egg-info
