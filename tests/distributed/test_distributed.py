@@ -177,7 +177,7 @@ def test_the_command_line_under_torchrun(tmp_path):
 
 @pytest.mark.slow
 def test_two_machines_are_two_torchruns(tmp_path):
-    """The README's command for two boxes, both of them this one."""
+    """The command for two boxes of docs/howto/many-machines.md, both of them this one."""
     port = free_port()
     train = ["-m", "metamom", "train", "sinusoid", "--workers", "4", "--bias", "topk:5%", "--iterations", "6"]
     train += ["--dtype", "float64", "--run-dir"]
@@ -193,12 +193,10 @@ def test_two_machines_are_two_torchruns(tmp_path):
     assert_same_weights(*([w for w in each.values() if isinstance(w, torch.Tensor)] for each in weights))
 
 
-def test_the_readmes_own_script_under_torchrun(tmp_path):
+def test_the_script_of_the_documentation_under_torchrun(tmp_path):
     """On one process and on two: the same evaluation, to what the order of sums may change."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (code,) = (
-        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "distributed.start()" in block
-    )
+    page = (REPOSITORY / "docs" / "howto" / "many-machines.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "distributed.start()" in block)
     assert "range(200)" in code
     path = tmp_path / "script.py"
     path.write_text(code.replace("range(200)", "range(8)") + "\nif world.first:\n    print(list(result.mean))\n")

@@ -1,4 +1,4 @@
-"""The callbacks of docs/callbacks.md work as written, with the real packages where they are installed."""
+"""The callbacks of docs/howto/watch.md work as written, with the real packages where they are installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "callbacks.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "watch.md"
 SETUP, *BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 OF = {re.findall(r"callbacks=\[?(\w+)", block)[0]: block for block in BLOCKS}
 
