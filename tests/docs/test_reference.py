@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.machinery
 import inspect
 import pkgutil
 import re
@@ -92,3 +93,15 @@ def test_every_public_name_has_a_docstring():
 def test_no_page_is_over_300_lines():
     pages = REFERENCE.parent.rglob("*.md")
     assert {str(page): n for page in pages if (n := page.read_text(encoding="utf-8").count("\n")) > 300} == {}
+
+
+def test_entries_do_not_mean_a_module_of_the_same_name():
+    """The build reads the source, where a module hides what a package has under the module's name."""
+    hidden = []
+    for name in ENTRIES:
+        package, _, last = name.rpartition(".")
+        path = getattr(importlib.import_module(package), "__path__", None)
+        is_module = path is not None and importlib.machinery.PathFinder.find_spec(last, list(path)) is not None
+        if is_module and not inspect.ismodule(found(name)):
+            hidden.append(name)
+    assert hidden == []
