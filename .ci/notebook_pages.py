@@ -1,4 +1,4 @@
-"""MkDocs hook: each notebook below docs/ becomes a Markdown page, with the outputs that are stored in it.
+"""Each notebook below docs/ becomes a Markdown page, with the outputs that are stored in it.
 
 The pages then look like all others (highlighting, light and dark, search) and need no scripts from elsewhere, and the
 build needs no Jupyter. `notebooks/NAME.md` in the nav is `docs/notebooks/NAME.ipynb`; the notebook itself is copied to
@@ -8,13 +8,7 @@ the site, and each page links to it.
 from __future__ import annotations
 
 import base64
-import json
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from mkdocs.config.defaults import MkDocsConfig
-    from mkdocs.structure.files import Files
+from typing import Any, NamedTuple
 
 NO_DESCRIPTION = "Figure of the cell above"
 
@@ -56,19 +50,6 @@ def as_page(notebook: dict[str, Any], name: str) -> Page:
     title, _, rest = parts[0].partition("\n")
     download = f"[Download this notebook]({name}.ipynb)"
     return Page("\n\n".join([title, download, rest.strip(), *parts[1:]]) + "\n", pictures)
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page, and its pictures, for every notebook."""
-    from mkdocs.structure.files import File
-
-    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
-        at = PurePosixPath(file.src_uri)
-        page = as_page(json.loads(file.content_string), at.stem)
-        files.append(File.generated(config, str(at.with_suffix(".md")), content=page.markdown))
-        for name, picture in page.pictures.items():
-            files.append(File.generated(config, str(at.with_name(name)), content=picture))
-    return files
 
 
 def _fenced(text: str, info: str) -> str:
