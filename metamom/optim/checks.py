@@ -16,7 +16,6 @@ from metamom.common.checks import check_number, is_word
 INSTEAD = {
     "momentum": "a momentum of 0.9 elsewhere is beta=0.1 here, the weight of the new gradient",
     "dampening": 'first_step="gradient" is SGD with dampening = momentum, first_step="zero" the form of the analysis',
-    "nesterov": "there is no Nesterov form; leave it out",
     "betas": "betas=(0.9, ...) is beta=0.1 here, the weight of the new gradient, and there is no second moment",
     "eps": "there is no second moment to keep away from zero; leave it out",
     "amsgrad": "there is no second moment; leave it out",
@@ -55,7 +54,7 @@ def check_names(options: Mapping[str, Any], *, strict: bool) -> None:
         if strict:
             raise TypeError(
                 f"CompositeMomentum has no option {name!r}; its options are lr, beta, first_step, weight_decay, "
-                "maximize, foreach and normalize."
+                "decoupled_weight_decay, nesterov, normalize, maximize, foreach, fused and differentiable."
             )
 
 
@@ -67,16 +66,24 @@ def check_options(options: dict[str, Any]) -> None:
         elif options[name].numel() != 1:
             shape = tuple(options[name].shape)
             raise ValueError(f"{name} must be a number or a tensor with one element; got shape {shape}.")
-    if not 0 < float(lr) < math.inf:
-        raise ValueError(f"lr is the step size and must be > 0 and finite; got {lr}.")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr is the step size and must be >= 0 and finite; got {lr}.")
     check_beta(options["beta"])
     if not is_word(options["first_step"], ("zero", "gradient")):
         raise ValueError(f'first_step must be "zero" or "gradient"; got {options["first_step"]!r}.')
     if not 0 <= options["weight_decay"] < math.inf:
         raise ValueError(f"weight_decay must be >= 0 and finite; got {options['weight_decay']}.")
+    if options.get("fused"):
+        for other in ("foreach", "differentiable", "normalize", "nesterov"):
+            if options.get(other):
+                raise ValueError(f"fused=True has no kernel with {other}=True. Leave one of the two out.")
+    if options.get("differentiable") and options.get("foreach"):
+        raise ValueError("differentiable=True updates the tensors one by one: leave foreach=True out.")
 
 
-def check_beta(beta: float) -> float:
+def check_beta(beta: Any) -> Any:
+    if isinstance(beta, Tensor) and torch.compiler.is_compiling():
+        return beta  # its value is not known while torch.compile traces
     if not 0 < beta <= 1:
         raise ValueError(
             f"beta is the weight of the new gradient and must be in (0, 1]; got {beta}. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, NoReturn, overload
+from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +20,36 @@ from metamom.optim.checks import (
     check_not_averaged,
     check_options,
 )
-from metamom.optim.update import momentum_update_, momentum_updates_, move_, together, total_norm
+from metamom.optim.from_sgd import from_sgd, is_from_sgd
+from metamom.optim.fused import check_fused, fused_step_
+from metamom.optim.groups import Defaults, take_scheduled_momentum
+from metamom.optim.sharded import check_norm_is_known, total_norm
+from metamom.optim.update import (
+    look_ahead,
+    momentum_update,
+    momentum_update_,
+    momentum_updates_,
+    move_,
+    of_unit_length,
+    shrink_,
+    together,
+)
+
+LATER = {  # options that states of earlier versions lack
+    "normalize": False,
+    "nesterov": False,
+    "decoupled_weight_decay": False,
+    "fused": None,
+    "differentiable": False,
+}
+
+
+class _Pending(NamedTuple):
+    """A group's parameters that have a gradient, and these gradients."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
 
 
 class CompositeMomentum(Optimizer):
@@ -37,19 +66,30 @@ class CompositeMomentum(Optimizer):
 
     Args:
         params: parameters or parameter groups. Every option below can differ per group.
-        lr: the step size gamma, > 0. A 0-d tensor is accepted where torch accepts one.
-        beta: 0 < beta <= 1; can change between steps (see `LambdaBeta`).
+        lr: the step size gamma, >= 0. A 0-d tensor is accepted too: a compiled step then runs with any lr.
+        beta: 0 < beta <= 1, or a 0-d tensor; can change between steps (see `LambdaBeta`). torch's OneCycleLR and
+            CyclicLR cycle it as the momentum 1 - beta.
         first_step: the first value of v (see above).
         weight_decay: adds ``weight_decay * w`` to the gradient (L2), >= 0.
+        decoupled_weight_decay: multiply w by ``1 - lr * weight_decay`` in each step instead, outside v.
+        nesterov: move by ``(1 - beta) v_k + beta g_k`` instead of by v_k. From ``first_step="zero"`` it is
+            ``SGD(lr=lr * beta, momentum=1 - beta, nesterov=True)``.
+        normalize: move by ``lr v / ||v||``, so that every step has length lr. The norm is over all parameters with a
+            gradient, in all groups that normalise; if v is zero, nothing moves. This needs no bound on lr. Its bias
+            floor is 2b in the mean gradient norm (`metamom.theory.bound_1c`), which a lower lr approaches. Of
+            DTensors, as `fully_shard` and tensor parallelism make them, it is the norm of the full tensors.
         maximize: ascend instead of descend.
         foreach: update all tensors of a group together (True), one by one (False), or together if all of them are
             plain strided tensors (None). The result is the same.
-        normalize: move by ``lr v / ||v||``, so that every step has length lr. The norm is over all parameters with a
-            gradient, in all groups that normalise; if v is zero, nothing moves. This needs no bound on lr. Its bias
-            floor is 2b in the mean gradient norm (`metamom.theory.bound_1c`), which a lower lr approaches.
+        fused: use torch's fused SGD kernel, which supports `torch.amp.GradScaler` without a synchronisation. The
+            result is the same up to rounding.
+        differentiable: let autograd differentiate through `step`, as in torch.optim: with respect to gradients, and
+            to lr and beta if they are tensors. The parameters must not be leaves, and change in place: compute the
+            gradients from copies of them.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: for an option out of range, options that exclude each other, or ``normalize=True`` under
+            ZeroRedundancyOptimizer or FullyShardedDataParallel, where no process knows the norm.
         TypeError: for other optimizers' options, here or in a group, with what to use instead; at `step`, for a
             sparse gradient.
 
@@ -70,13 +110,17 @@ class CompositeMomentum(Optimizer):
         self,
         params: Any,
         lr: float | Tensor,
-        beta: float = 0.1,
+        beta: float | Tensor = 0.1,
         *,
         first_step: FirstStep = "zero",
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        nesterov: bool = False,
+        normalize: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
-        normalize: bool = False,
+        fused: bool | None = None,
+        differentiable: bool = False,
         **others: NoReturn,
     ) -> None:
         check_names(others, strict=True)
@@ -85,15 +129,39 @@ class CompositeMomentum(Optimizer):
             "beta": beta,
             "first_step": first_step,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "nesterov": nesterov,
+            "normalize": normalize,
             "maximize": maximize,
             "foreach": foreach,
-            "normalize": normalize,
+            "fused": fused,
+            "differentiable": differentiable,
         }
         check_options(defaults)
-        super().__init__(as_parameters(params), defaults)
+        super().__init__(as_parameters(params), Defaults(defaults))
+        # torch's GradScaler leaves the division by its scale to the optimizer if this is set
+        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state, which is copied: two optimizers never share their momentum.
+
+        Args:
+            state_dict: from `CompositeMomentum.state_dict` of this or an earlier version, or from
+                `torch.optim.SGD.state_dict`. The step size and momentum of the latter are converted, so that the next
+                steps are the same.
+
+        Raises:
+            ValueError: for options out of range, or a state of SGD that has no equivalent here; nothing changes then.
+        """
+        if is_from_sgd(state_dict):
+            state_dict = from_sgd(state_dict)
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "momentum" in state:
+                state["momentum"] = state["momentum"].clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a saved state, including one from a version without normalisation.
+        """Restore a saved state, including one from an earlier version with fewer options.
 
         Raises:
             ValueError: for options out of range; nothing changes then.
@@ -103,17 +171,29 @@ class CompositeMomentum(Optimizer):
                 raise ValueError(
                     f"the state of CompositeMomentum lacks {', '.join(sorted(missing))} in a parameter group."
                 )
-            check_options({**group, "lr": 1.0})  # except lr, which a schedule may have taken to 0
+            check_options(group)
         super().__setstate__(state)
+        self.defaults = Defaults(self.defaults)
         for group in self.param_groups:
-            group.setdefault("normalize", False)
+            for name, value in LATER.items():
+                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Options that it does not set come from the constructor."""
         check_names(param_group, strict=False)
-        check_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        check_options(options)
         super().add_param_group(param_group)
-        forget(self.param_groups[-1]["params"])  # notes from other optimizers do not apply to this one
+        group = self.param_groups[-1]
+        try:
+            if options["normalize"]:
+                check_norm_is_known(group["params"])
+            if options["fused"]:
+                check_fused(group["params"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        forget(group["params"])  # notes from other optimizers do not apply to this one
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to ``None`` or to zero, like every optimizer. ``None`` takes a tenth of the time."""
@@ -132,7 +212,6 @@ class CompositeMomentum(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one momentum step on every parameter that has a gradient.
 
@@ -150,56 +229,105 @@ class CompositeMomentum(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pending = []
-        for group in self.param_groups:  # check all before any weight moves, so that an error changes nothing
-            check_beta(group["beta"])  # it may have been scheduled or changed by hand
-            pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
-            check_gradients(pairs)
-            if group["beta"] != 1:
-                check_not_averaged(pairs, group["beta"])
-            pending.append((group, pairs))
-        moved = [(group, *self._average(group, pairs)) for group, pairs in pending if pairs]
-        norm = total_norm([v for group, _, bufs in moved if group["normalize"] for v in bufs])
-        for group, params, bufs in moved:
-            lr = float(group["lr"])
-            if not group["normalize"]:
-                move_(params, bufs, lr, group["foreach"])
-            elif norm != 0:  # v = 0 has no direction; a NaN reaches the weights, where it shows
-                directions = [v / norm for v in bufs]  # lr / norm may be too large for a float16
-                move_(params, directions, lr, group["foreach"])
-            forget(params)  # these gradients have been used
+        with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
+            self._step()
         return loss
 
-    def _average(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Update a group's momenta. Returns the parameters and their ``v_k``."""
-        beta = group["beta"]
-        params = [p for p, _ in pairs]
-        grads = [g for _, g in pairs]
-        if group["maximize"] or group["weight_decay"]:
-            grads = [_descent_gradient(p, g, group) for p, g in pairs]
-        states = [self.state[p] for p in params]
-        started = ["momentum" in state for state in states]
-        for state, has_begun, p, g in zip(states, started, params, grads, strict=True):
-            if not has_begun:
-                # v_{-1}, the value before the first step; v_{-1} = g_0 gives v_0 = g_0
-                state["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
-        bufs = [state["momentum"] for state in states]
-        moving_bufs, moving_grads = bufs, grads
+    def _step(self) -> None:
+        pending = [self._pending(group) for group in self.param_groups]  # all checks before any weight moves
+        moves = []
+        for each in pending:
+            if not each.params:
+                continue
+            if each.group["decoupled_weight_decay"] and each.group["weight_decay"]:
+                factor = 1 - _value(each.group, "lr") * each.group["weight_decay"]
+                shrink_(each.params, factor, each.group["foreach"])
+            if each.group["fused"]:
+                self._step_fused(each)
+            else:
+                moves.append((each, self._directions(each)))
+        normalised = [v for each, vs in moves if each.group["normalize"] for v in vs]
+        norm = total_norm(normalised) if normalised else None
+        for (group, params, _), directions in moves:
+            if group["normalize"] and norm is not None:
+                directions = of_unit_length(directions, norm)
+            move_(params, directions, _value(group, "lr"), group["foreach"])
+        for each in pending:
+            forget(each.params)  # these gradients have been used
+
+    def _pending(self, group: dict[str, Any]) -> _Pending:
+        """The group's parameters that have a gradient, checked."""
+        take_scheduled_momentum(group)
+        check_beta(group["beta"])  # it may have been scheduled or changed by hand
+        pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+        check_gradients(pairs)
+        if isinstance(group["beta"], Tensor) or group["beta"] != 1:
+            check_not_averaged(pairs, group["beta"])
+        return _Pending(group, [p for p, _ in pairs], [g for _, g in pairs])
+
+    def _directions(self, pending: _Pending) -> list[Tensor]:
+        """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""
+        group, params, grads = pending
+        if group["maximize"] or (group["weight_decay"] and not group["decoupled_weight_decay"]):
+            grads = [_descent_gradient(p, g, group) for p, g in zip(params, grads, strict=True)]
+        beta = _value(group, "beta")
+        started = self._start(pending._replace(grads=grads))
+        moving, new_grads = params, grads
         if group["first_step"] == "gradient" and not all(started):
             # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding. So new buffers, which are already v_0, are skipped.
-            moving_bufs, moving_grads = list(compress(bufs, started)), list(compress(grads, started))
-        if together(group["foreach"], params):
-            momentum_updates_(moving_bufs, moving_grads, beta)
+            moving, new_grads = list(compress(params, started)), list(compress(grads, started))
+        bufs = [self.state[p]["momentum"] for p in moving]
+        if group["differentiable"]:
+            for p, v, g in zip(moving, bufs, new_grads, strict=True):
+                self.state[p]["momentum"] = momentum_update(v, g, beta)
+        elif together(group["foreach"], params):
+            momentum_updates_(bufs, new_grads, beta)
         else:
-            for v, g in zip(moving_bufs, moving_grads, strict=True):
+            for v, g in zip(bufs, new_grads, strict=True):
                 momentum_update_(v, g, beta)
-        return params, bufs
+        bufs = [self.state[p]["momentum"] for p in params]
+        if group["nesterov"]:
+            return look_ahead(bufs, grads, beta, False if group["differentiable"] else group["foreach"])
+        return bufs
+
+    def _start(self, pending: _Pending) -> list[bool]:
+        """Make the momenta that do not exist yet: v_{-1}. Returns which ones did exist."""
+        group, params, grads = pending
+        started = ["momentum" in self.state[p] for p in params]
+        for has_begun, p, g in zip(started, params, grads, strict=True):
+            if not has_begun:  # v_{-1} = g_0 gives v_0 = g_0
+                self.state[p]["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
+        return started
+
+    def _step_fused(self, pending: _Pending) -> None:
+        group = pending.group
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        fresh = group["first_step"] == "gradient" and not all("momentum" in self.state[p] for p in pending.params)
+        if fresh and found_inf is not None and found_inf.item():
+            return  # the first gradient to be finite is g_0
+        started = self._start(pending)
+        if group["first_step"] == "zero":
+            started = [True] * len(started)
+        bufs = [self.state[p]["momentum"] for p in pending.params]
+        for new in (False, True):
+            chosen = [begun != new for begun in started]
+            params, grads, vs = (list(compress(x, chosen)) for x in (pending.params, pending.grads, bufs))
+            if params:
+                fused_step_(params, grads, vs, group, new=new, grad_scale=grad_scale, found_inf=found_inf)
+
+
+def _value(group: dict[str, Any], name: str) -> float | Tensor:
+    """An option as a number, or as a tensor if it is one that autograd or torch.compile must see."""
+    value = group[name]
+    if isinstance(value, Tensor) and not (group["differentiable"] or torch.compiler.is_compiling()):
+        return float(value.detach())
+    return value  # type: ignore[no-any-return]
 
 
 def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """The gradient to average, with sign and weight decay applied. ``p.grad`` itself does not change."""
     if group["maximize"]:
         grad = -grad
-    if group["weight_decay"]:
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
         grad = grad.add(p, alpha=group["weight_decay"])
     return grad

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from metamom.common.sharded import is_sharded
 from metamom.optim.checks import check_beta
 
+Number = float | Tensor
 
-def momentum_update(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
+
+def momentum_update(buf: Tensor, grad: Tensor, beta: Number) -> Tensor:
     """Update the momentum once: ``v_k = (1 - beta) v_{k-1} + beta g_k``.
 
     This recurrence is an exponential moving average of gradients. `torch.optim.SGD`'s
@@ -21,7 +24,7 @@ def momentum_update(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
     Args:
         buf: ``v_{k-1}``, any shape. Left unchanged.
         grad: ``g_k``, same shape.
-        beta: weight of the new gradient, 0 < beta <= 1; 1 discards the past.
+        beta: weight of the new gradient, 0 < beta <= 1; 1 discards the past. As a 0-d tensor, it can be differentiated.
 
     Returns:
         ``v_k``, a new tensor.
@@ -36,23 +39,30 @@ def momentum_update(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
     Reference:
         arXiv 2403.00853, the momentum step of the algorithm.
     """
-    return momentum_update_(buf.clone(), grad, check_beta(beta))
+    check_beta(beta)
+    return momentum_update_(buf.clone(), grad, beta)
 
 
-def momentum_update_(buf: Tensor, grad: Tensor, beta: float) -> Tensor:
+def momentum_update_(buf: Tensor, grad: Tensor, beta: Number) -> Tensor:
     """`momentum_update` in place: ``buf`` becomes ``v_k`` and is returned. Beta is not checked."""
+    if isinstance(beta, Tensor):
+        return buf.mul_(1 - beta).add_(grad * beta)
     if beta == 1:  # 0 * v would keep past infinities and NaN
         return buf.copy_(grad)
     return buf.mul_(1 - beta).add_(grad, alpha=beta)
 
 
-def momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> None:
-    """`momentum_update_` of many tensors at once, with the same results."""
+def momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: Number) -> None:
+    """`momentum_update_` of many tensors at once, with the same results. A tensor beta is for torch.compile."""
     for vs, gs in by_kind(bufs, grads):
-        if beta == 1:
+        if isinstance(beta, Tensor):
+            torch._foreach_mul_(vs, 1 - beta)
+            torch._foreach_add_(vs, torch._foreach_mul(gs, beta))
+        elif beta == 1 and not is_sharded(vs[0]):
             torch._foreach_copy_(vs, gs)
-        elif vs[0].is_cpu and vs[0].element_size() == 2:
-            # _foreach_mul_ would round 1 - beta to 16 bits: in bfloat16, 0.99 becomes 0.988, a beta of 0.012
+        elif beta == 1 or (vs[0].is_cpu and vs[0].element_size() == 2):
+            # _foreach_copy_ knows no DTensors, and _foreach_mul_ would round 1 - beta to 16 bits: in bfloat16, 0.99
+            # becomes 0.988, a beta of 0.012
             for v, g in zip(vs, gs, strict=True):
                 momentum_update_(v, g, beta)
         else:
@@ -60,20 +70,43 @@ def momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: float) -> N
             torch._foreach_add_(vs, gs, alpha=beta)
 
 
-def move_(params: list[Tensor], bufs: list[Tensor], lr: float, foreach: bool | None) -> None:
+def look_ahead(bufs: list[Tensor], grads: list[Tensor], beta: Number, foreach: bool | None) -> list[Tensor]:
+    """Nesterov's direction: one more update with the same gradient, ``(1 - beta) v_k + beta g_k``."""
+    ahead = [v.clone() for v in bufs]
+    if together(foreach, bufs):
+        momentum_updates_(ahead, grads, beta)
+        return ahead
+    return [momentum_update_(v, g, beta) for v, g in zip(ahead, grads, strict=True)]
+
+
+def move_(params: list[Tensor], directions: list[Tensor], lr: Number, foreach: bool | None) -> None:
     """``w <- w - lr v``."""
-    if together(foreach, params):
-        for ps, vs in by_kind(params, bufs):
+    if isinstance(lr, Tensor):  # to be differentiated, or while torch.compile traces
+        for p, v in zip(params, directions, strict=True):
+            p.addcmul_(v, lr.to(v.dtype), value=-1)
+    elif together(foreach, params):
+        for ps, vs in by_kind(params, directions):
             torch._foreach_add_(ps, vs, alpha=-lr)
     else:
-        for p, v in zip(params, bufs, strict=True):
+        for p, v in zip(params, directions, strict=True):
             p.add_(v, alpha=-lr)
 
 
-def total_norm(bufs: list[Tensor]) -> float:
-    """The norm of the whole of v. It is wider than 16 bits, in which squares would overflow or vanish."""
-    parts = [torch.linalg.vector_norm(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in bufs]
-    return math.hypot(*map(float, parts))
+def shrink_(params: list[Tensor], factor: Number, foreach: bool | None) -> None:
+    """``w <- factor w``: weight decay that does not pass through the average."""
+    if together(foreach, params) and not isinstance(factor, Tensor):
+        for (ps,) in by_kind(params):
+            torch._foreach_mul_(ps, factor)
+    else:
+        for p in params:
+            p.mul_(factor)
+
+
+def of_unit_length(bufs: list[Tensor], norm: Tensor) -> list[Tensor]:
+    """``v / norm``, and v itself if it is zero. A NaN reaches the weights, where it shows."""
+    norm = torch.where(norm == 0, 1.0, norm)
+    # divided in 32 bits or more: the norm of 16-bit numbers need not be one
+    return [(v.to(torch.promote_types(v.dtype, torch.float32)) / norm).to(v.dtype) for v in bufs]
 
 
 def together(foreach: bool | None, params: list[Tensor]) -> bool:
@@ -84,10 +117,15 @@ def together(foreach: bool | None, params: list[Tensor]) -> bool:
 
 
 def by_kind(*lists: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
-    """Split the lists into groups of one device and dtype, as torch's multi-tensor functions need them."""
-    if len({(x.device, x.dtype) for x in lists[0]}) <= 1:
+    """Split the lists into groups of one device, dtype and mesh, as torch's multi-tensor functions need them."""
+    if len({_kind(x) for x in lists[0]}) <= 1:
         return (lists,) if lists[0] else ()
-    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
+    kinds: dict[object, list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists, strict=True):
-        kinds.setdefault((row[0].device, row[0].dtype), []).append(row)
+        kinds.setdefault(_kind(row[0]), []).append(row)
     return [tuple([row[i] for row in rows] for i in range(len(lists))) for rows in kinds.values()]
+
+
+def _kind(x: Tensor) -> tuple[object, ...]:
+    mesh = cast(object, x.device_mesh) if is_sharded(x) else None  # type: ignore[attr-defined]
+    return x.device, x.dtype, mesh

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from metamom.bias import Bias, as_operator
+from metamom.common.sharded import is_sharded
 from metamom.distributed import World, as_world
 from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
 
@@ -58,7 +59,7 @@ class BiasedAccumulator:
 
     Raises:
         ValueError: without a trainable parameter, for ``workers`` below 1, or if they cannot be split over processes.
-        TypeError: for any other kind of bias.
+        TypeError: for any other kind of bias, or for DTensors.
 
     Example:
         >>> from metamom import Clip
@@ -93,6 +94,11 @@ class BiasedAccumulator:
         odd = next((p for p in params if not isinstance(p, Tensor)), None)
         if odd is not None:
             raise TypeError(f"BiasedAccumulator takes parameters (no names, no groups); got a {type(odd).__name__}.")
+        if any(is_sharded(p) for p in params):
+            raise TypeError(
+                "BiasedAccumulator needs each worker's whole gradient; got DTensors, of which a process holds a part. "
+                "Pass the parameters of a model that is not sharded; world= spreads the workers over processes."
+            )
         self.params = list({id(p): p for p in params if p.requires_grad}.values())
         if not self.params:
             raise ValueError("BiasedAccumulator needs at least one parameter that requires a gradient; got none.")

@@ -38,7 +38,6 @@ def test_groups_have_their_own_options():
 
 
 BAD_OPTIONS = [
-    ({"lr": 0.0}, "lr is the step size"),
     ({"lr": -0.1}, "lr is the step size"),
     ({"lr": math.nan}, "lr is the step size"),
     ({"lr": math.inf}, "lr is the step size"),
@@ -171,7 +170,6 @@ def test_states_saved_before_normalisation_load():
         ({"momentum": 0}, r"momentum=0 is beta=1 here"),
         ({"momentum": None}, r"a momentum of 0\.9 elsewhere is beta=0\.1 here"),
         ({"dampening": 0.9}, 'first_step="gradient" is SGD with dampening'),
-        ({"nesterov": True}, "no Nesterov form"),
         ({"betas": (0.9, 0.999)}, r"beta=0\.1 here.*no second moment"),
         ({"eps": 1e-8}, "no second moment"),
         ({"learning_rate": 0.1}, "the step size is lr"),

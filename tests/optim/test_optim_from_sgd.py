@@ -1,0 +1,88 @@
+"""States of torch.optim.SGD, taken over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from optimizers import make_params, set_gradients
+
+from metamom import CompositeMomentum
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.9},
+        {"momentum": 0.9, "dampening": 0.5},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.7, "weight_decay": 0.1},
+        {"momentum": 0.0},
+        {"momentum": 0.0, "weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.5, "maximize": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("moved", [0, 1, 5])
+def test_the_steps_after_it_are_sgds(options, moved):
+    moved = max(moved, int(options.get("dampening") == 0.5))  # its first step is refused, see below
+    params = make_params(torch.float64)
+    sgd = torch.optim.SGD(params, 0.01, **options)
+    for step in range(moved):
+        set_gradients(params, step)
+        sgd.step()
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = CompositeMomentum(twins, lr=123.0)
+    ours.load_state_dict(sgd.state_dict())
+    for step in range(moved, moved + 6):
+        for group in (params, twins):
+            set_gradients(group, step)
+        sgd.step()
+        ours.step()
+        for p, q in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "moved", "message"),
+    [
+        ({"momentum": 0.9, "dampening": 0.5}, 0, r"dampening=0\.5 and momentum=0\.9 in group 0, and parameters that"),
+        ({"momentum": 1.0}, 1, r"momentum=1\.0 and dampening=0 in group 0: .* only for 0 <= momentum < 1"),
+        ({"momentum": 0.9, "dampening": 1.0}, 1, r"dampening=1\.0 in group 0"),
+    ],
+)
+def test_states_without_an_equivalent_are_refused(options, moved, message):
+    params = make_params()
+    sgd = torch.optim.SGD(params, 0.01, **options)
+    for step in range(moved):
+        set_gradients(params, step)
+        sgd.step()
+    ours = CompositeMomentum(params, lr=0.5)
+    before = ours.state_dict()
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(sgd.state_dict())
+    assert ours.state_dict() == before
+
+
+def test_a_state_of_adam_is_refused():
+    params = make_params()
+    adam = torch.optim.Adam(params)
+    with pytest.raises(ValueError, match="the state of CompositeMomentum lacks beta"):
+        CompositeMomentum(params, lr=0.1).load_state_dict(adam.state_dict())
+
+
+def test_loaded_states_are_copies():
+    """Stepping one optimizer must not move the other's momentum (pytorch issue 196083)."""
+    for make in (
+        lambda p: CompositeMomentum(p, 0.1, 0.5),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.5, dampening=0.5),
+    ):
+        params, twins = make_params(), make_params()
+        first, second = make(params), CompositeMomentum(twins, 0.1, 0.5)
+        set_gradients(params, 0)
+        first.step()
+        second.load_state_dict(first.state_dict())
+        kept = [second.state[p]["momentum"].clone() for p in twins]
+        set_gradients(params, 1)
+        first.step()
+        assert all(torch.equal(second.state[p]["momentum"], v) for p, v in zip(twins, kept, strict=True))

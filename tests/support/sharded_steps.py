@@ -1,0 +1,124 @@
+"""Steps on parameters that lie on two processes, for `torchrun`; prints OK where they equal the whole ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from metamom import BiasedAccumulator, CompositeMomentum
+
+OPTIONS = [
+    {},
+    {"normalize": True},
+    {"normalize": True, "foreach": True},
+    {"nesterov": True, "first_step": "gradient"},
+    {"beta": 1.0, "foreach": True},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"fused": True},
+]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for k in steps:
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(k))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def assert_alike(sharded: nn.Module, plain: nn.Module, case: object) -> None:
+    for p, q in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(p), q.detach(), rtol=0, atol=1e-6, msg=lambda m: f"{case}: {m}")
+
+
+def sharded_by_fsdp(mesh) -> nn.Module:
+    model = network()
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
+def sharded_by_layer(mesh) -> nn.Module:
+    return parallelize_module(network(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def check_steps(mesh) -> None:
+    for make, options in itertools.product((sharded_by_fsdp, sharded_by_layer), OPTIONS):
+        plain, model = network(), make(mesh)
+        train(plain, CompositeMomentum(plain.parameters(), lr=0.1, **options), range(4))
+        train(model, CompositeMomentum(model.parameters(), lr=0.1, **options), range(4))
+        assert_alike(model, plain, (make.__name__, options))
+
+
+def check_checkpoints(mesh) -> None:
+    """Whole states, as torch.distributed.checkpoint takes and gives them, go on as without the break."""
+    plain = network()
+    train(plain, CompositeMomentum(plain.parameters(), lr=0.1), range(6))
+    model = sharded_by_fsdp(mesh)
+    optimizer = CompositeMomentum(model.parameters(), lr=0.1)
+    train(model, optimizer, range(3))
+    state = get_optimizer_state_dict(model, optimizer)
+    fresh = CompositeMomentum(model.parameters(), lr=5.0)
+    set_optimizer_state_dict(model, fresh, state)
+    train(model, fresh, range(3, 6))
+    assert_alike(model, plain, "checkpoint")
+
+
+def check_mixed(mesh) -> None:
+    """A DTensor beside a plain tensor: v has the entries of ones, 8 of them."""
+    for foreach, beta in itertools.product((True, False, None), (1.0, 0.5)):
+        sharded = nn.Parameter(distribute_tensor(torch.zeros(2, 3), mesh, [Shard(0)]))
+        plain = nn.Parameter(torch.zeros(2))
+        sharded.grad, plain.grad = distribute_tensor(torch.ones(2, 3), mesh, [Shard(0)]), torch.ones(2)
+        CompositeMomentum([sharded, plain], 1.0, beta, foreach=foreach, normalize=True).step()
+        torch.testing.assert_close(whole(sharded), torch.full((2, 3), -(8**-0.5)))
+        torch.testing.assert_close(plain.detach(), torch.full((2,), -(8**-0.5)))
+
+
+def check_wrappers() -> None:
+    """Norms that no process knows are refused; without them, ZeRO's steps are the plain ones."""
+    with pytest.raises(ValueError, match="under ZeroRedundancyOptimizer a process has only its own share"):
+        ZeroRedundancyOptimizer(network().parameters(), CompositeMomentum, lr=0.1, normalize=True)
+    plain, model = network(), network()
+    train(plain, CompositeMomentum(plain.parameters(), lr=0.1), range(4))
+    train(model, ZeroRedundancyOptimizer(model.parameters(), CompositeMomentum, lr=0.1), range(4))
+    assert_alike(model, plain, "ZeroRedundancyOptimizer")
+    for original in (True, False):
+        flat = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="under FullyShardedDataParallel a process has only its own share"):
+            CompositeMomentum(flat.parameters(), lr=0.1, normalize=True)
+
+
+def check_accumulator(mesh) -> None:
+    with pytest.raises(TypeError, match="needs each worker's whole gradient; got DTensors"):
+        BiasedAccumulator(sharded_by_fsdp(mesh).parameters(), bias="topk:5%", workers=2)
+
+
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    check_steps(mesh)
+    check_checkpoints(mesh)
+    check_mixed(mesh)
+    check_wrappers()
+    check_accumulator(mesh)
+    print("OK")
+    distributed.destroy_process_group()
