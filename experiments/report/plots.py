@@ -32,13 +32,34 @@ TABLE_STYLE = """
 """
 BOX_STYLE = ":host { color: var(--text, #1b1b1f); font: 15px system-ui, sans-serif; }"
 
+# Headings cannot be reached from the keyboard in Bokeh's table (SlickGrid): a list of the columns can.
+SORT = """
+const columns = Object.entries(listed.data)
+const order = [...columns[0][1].keys()]
+const keys = cb_obj.value ? listed.data[cb_obj.value] : order
+order.sort((a, b) => keys[a] > keys[b] ? 1 : keys[a] < keys[b] ? -1 : a - b)
+source.data = Object.fromEntries(columns.map(([name, values]) => [name, order.map((i) => values[i])]))
+table.change.emit()
+"""
+
 
 class Column(NamedTuple):
-    """A column of a sortable table: its heading, its values, and decimals of numbers; ``None`` for text."""
+    """A column of a sortable table.
+
+    Attributes:
+        title: the heading.
+        keys: what rows are sorted by: numbers, infinite where there is none, or texts.
+        cells: what they show.
+    """
 
     title: str
-    values: Sequence[Any]
-    decimals: int | None = None
+    keys: Sequence[Any]
+    cells: Sequence[str]
+
+    @property
+    def numeric(self) -> bool:
+        """Whether the keys are numbers, which stand on the right."""
+        return not any(isinstance(key, str) for key in self.keys)
 
 
 def curves(series: Series, *, ylabel: str, metric: Metric, target: float | None = None, log: bool = False) -> Any:
@@ -77,9 +98,16 @@ def adaptation(series: Series, *, ylabel: str, metric: Metric) -> Any:
     from bokeh.models import ColumnDataSource, HoverTool, Whisker
 
     figure = _figure("adaptation steps", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}")
-    figure.xaxis.ticker = sorted({at for points in series.values() for at, _ in points})
+    steps = sorted({at for points in series.values() for at, _ in points})
+    figure.xaxis.ticker = steps
+    ends = [metric.factor * end for points in series.values() for _, e in points for end in (e.low, e.high)]
+    margin = 0.06 * (max(ends) - min(ends)) or 0.5
+    figure.y_range.start, figure.y_range.end = min(ends) - margin, max(ends) + margin  # the range of dots is too small
+    apart = 0.012 * (steps[-1] - steps[0])  # so that whiskers do not cover each other
     for number, (label, points) in enumerate(series.items()):
-        source = ColumnDataSource(_columns(points, metric))
+        columns = _columns(points, metric)
+        columns |= {"steps": columns["x"], "x": [x + apart * (number - (len(series) - 1) / 2) for x in columns["x"]]}
+        source = ColumnDataSource(columns)
         colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
         figure.line("x", "y", source=source, color=colour, line_width=2, line_dash=dash, legend_label=label, name=label)
         dots = figure.scatter("x", "y", source=source, color=colour, size=9, legend_label=label, name=label)
@@ -88,7 +116,7 @@ def adaptation(series: Series, *, ylabel: str, metric: Metric) -> Any:
             head.size, head.line_color = 8, colour
         figure.add_layout(bars)
         dots.js_link("visible", bars, "visible")
-        tips = [("method", label), ("steps", "@x"), (ylabel, "@shown")]
+        tips = [("method", label), ("steps", "@steps"), (ylabel, "@shown")]
         figure.add_tools(HoverTool(renderers=[dots], tooltips=tips, visible=False))
     return _finished(figure)
 
@@ -147,29 +175,44 @@ def switches(labels: Sequence[str], figures: Sequence[Any]) -> Any:
 
 
 def table(columns: Sequence[Column]) -> Any:
-    """A table that a click on a column's heading sorts."""
-    from bokeh.models import ColumnDataSource, DataTable, InlineStyleSheet, NumberFormatter, TableColumn
+    """A table that a click on a column's heading sorts, and a list of the columns that does it from the keyboard."""
+    from bokeh.layouts import column as stacked
+    from bokeh.models import (
+        ColumnDataSource,
+        CustomJS,
+        DataTable,
+        HTMLTemplateFormatter,
+        InlineStyleSheet,
+        Select,
+        TableColumn,
+    )
 
-    data, shown = {}, []
+    data: dict[str, list[Any]] = {}
+    shown = []
     for number, column in enumerate(columns):
-        name = f"c{number}"
-        data[name] = list(column.values)
-        if column.decimals is None:
-            widest = max([len(column.title), *(len(str(value)) for value in column.values)])
-            shown.append(TableColumn(field=name, title=column.title, width=max(80, min(300, 8 * widest))))
-        else:
-            style = "0,0" if column.decimals == 0 else f"0,0.{'0' * column.decimals}"
-            formatter = NumberFormatter(format=style, nan_format="–", null_format="–", text_align="right")
-            width = max(64, 9 * len(column.title))
-            shown.append(
-                TableColumn(field=name, title=column.title, width=width, formatter=formatter, default_sort="descending")
+        data[f"key{number}"], data[f"cell{number}"] = list(column.keys), list(column.cells)
+        side = "right" if column.numeric else "left"
+        template = f'<div style="text-align: {side}"><%- cell{number} %></div>'
+        widest = max(len(column.title) + 3, *map(len, column.cells))
+        shown.append(
+            TableColumn(
+                field=f"key{number}", title=column.title, formatter=HTMLTemplateFormatter(template=template),
+                width=max(64, min(250, round(7.5 * widest))),
             )
-    rows = len(columns[0].values)
-    return DataTable(
-        source=ColumnDataSource(data), columns=shown, index_position=None, row_height=ROW, selectable=False,
-        height=ROW * min(rows, 14) + 48, sizing_mode="stretch_width", autosize_mode="none", reorderable=False,
-        stylesheets=[InlineStyleSheet(css=TABLE_STYLE)],
+        )  # fmt: skip
+    source = ColumnDataSource(data)
+    grid = DataTable(
+        source=source, columns=shown, index_position=None, row_height=ROW, selectable=False,
+        height=ROW * min(len(columns[0].keys), 14) + 46, sizing_mode="stretch_width", autosize_mode="none",
+        reorderable=False, stylesheets=[InlineStyleSheet(css=TABLE_STYLE)],
     )  # fmt: skip
+    options = [(f"key{number}", column.title) for number, column in enumerate(columns)]
+    choice = Select(title="Sort by", value="", options=[("", "as listed"), *options], width=220)
+    choice.stylesheets = [InlineStyleSheet(css=BOX_STYLE)]
+    choice.js_on_change(
+        "value", CustomJS(args={"source": source, "listed": ColumnDataSource(data), "table": grid}, code=SORT)
+    )
+    return stacked(choice, grid, sizing_mode="stretch_width")
 
 
 def _figure(xlabel: str, ylabel: str, *, log: bool = False, rows: Sequence[str] | None = None) -> Any:
@@ -189,6 +232,8 @@ def _figure(xlabel: str, ylabel: str, *, log: bool = False, rows: Sequence[str] 
 
 def _finished(figure: Any, height: int = HEIGHT) -> Any:
     """The legend below the plot: beside it, narrow screens have no room."""
+    from bokeh.models import InlineStyleSheet
+
     if figure.legend:
         legend = figure.legend[0]
         legend.click_policy = "hide"
@@ -196,6 +241,7 @@ def _finished(figure: Any, height: int = HEIGHT) -> Any:
         legend.border_line_color = None
         legend.ncols, legend.location, legend.margin, legend.padding = 1, "left", 0, 4
         legend.label_text_font_size = "13px"
+        legend.stylesheets = [InlineStyleSheet(css=".bk-label { color: var(--text) !important; }")]
         figure.add_layout(legend, "below")
         figure.height = height + 24 * len(legend.items)
     return figure

@@ -12,6 +12,7 @@ from metamom.common.intervals import student_halfwidth
 from metamom.experiments.report.contents import Curve, Method, Section, SeedRun
 
 POINTS = 300  # of a curve, at most
+BLOCKS = 100  # of iterations that the training loss is averaged over, at most: it is noisy
 
 
 class Estimate(NamedTuple):
@@ -88,7 +89,7 @@ def validation(method: Method, most: int = POINTS) -> list[tuple[int, Estimate]]
 def training_loss(method: Method, most: int = POINTS) -> list[tuple[int, Estimate]]:
     """The training loss of a method, averaged over blocks of iterations where it is long."""
     longest = max((run.loss[-1][0] for run in method.finished if run.loss), default=0)
-    return mean_curve([averaged(run.loss, math.ceil(longest / most)) for run in method.finished], most)
+    return mean_curve([averaged(run.loss, math.ceil(longest / min(most, BLOCKS))) for run in method.finished], most)
 
 
 def tested(method: Method, steps: int) -> Estimate | None:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metamom.experiments.families.family import Metric
 from metamom.experiments.report import plots, summary
 from metamom.experiments.report.contents import Method, Section, SeedRun
 from metamom.experiments.report.plots import Column, Series, shown
 from metamom.experiments.report.summary import Estimate, Pairs
-from metamom.experiments.shared.numerals import shortest
 
 MOST = 12  # methods in a figure: more lines cannot be told apart
 LINES = 11  # iterations in the numbers of a curve
@@ -214,76 +214,71 @@ def _of_differences(section: Section, what: str) -> str:
 
 
 def _table(section: Section) -> Part:
-    columns = [column for column in _table_columns(section) if any(map(_present, column.values))]
-    plain = [[_cell(column, row) for column in columns] for row in range(len(section.methods))]
-    target = ""
-    if any(column.title == TO_TARGET for column in columns):
-        assert section.target is not None
-        target = (
-            f" {TO_TARGET.capitalize()}: until validation {section.metric.name} is at "
+    columns = table_columns(section)
+    rows = [[column.cells[row] for column in columns] for row in range(len(section.methods))]
+    notes = ["A row for each method; a click on a heading sorts by that column."]
+    if len({len(method.runs) for method in section.methods} | {1}) > 1:
+        notes.append("± is the 95 % interval of the mean over seeds (Student's t).")
+    if section.target is not None:
+        notes.append(
+            f"{TO_TARGET.capitalize()}: until validation {section.metric.name} is at "
             f"{'least' if section.metric.higher_is_better else 'most'} {section.metric.exactly(section.target)}, the "
             "median over the seeds that reach it."
         )
-    if section.metric.unit:
-        target += f" Values of {section.metric.name} are in {section.metric.unit.strip()}."
-    caption = f"A row for each method; a click on a heading sorts by that column.{target}"
-    return Part(
-        "table",
-        "All methods",
-        caption,
-        "All methods, a row each",
-        Numbers([column.title for column in columns], plain),
-        plots.table(columns),
-    )
+    numbers = Numbers([column.title for column in columns], rows)
+    return Part("table", "All methods", " ".join(notes), "", numbers, plots.table(columns))
 
 
-TO_TARGET = "iterations to target"
+TO_TARGET, SENT, EXCHANGED = "iterations to target", "bytes sent by workers", "bytes between processes"
+NONE = "–"
 
 
-def _table_columns(section: Section) -> list[Column]:
+def table_columns(section: Section) -> list[Column]:
+    """The columns of the table of methods: those with anything in them."""
+    found = _all_columns(section)
+    return [column for column in found if set(column.cells) - {NONE, "0" if column.title != "method" else NONE}]
+
+
+def _all_columns(section: Section) -> list[Column]:
     methods, metric = section.methods, section.metric
-    columns = [
-        Column("method", [method.label for method in methods]),
-        Column("runs", [len(method.runs) for method in methods], 0),
-        Column("diverged", [len(method.runs) - len(method.finished) for method in methods], 0),
-        Column("iterations", [max((run.iterations for run in method.runs), default=0) for method in methods], 0),
-    ]
+    labels = [method.label for method in methods]
     finals = [summary.over_seeds([run.final for run in method.finished]) for method in methods]
-    columns += _with_interval(f"validation {metric.short}", finals, metric.factor, metric.digits)
-    for at in section.steps:
-        name = f"test, {at} step{'s' * (at != 1)}"
-        columns += _with_interval(
-            name, [summary.tested(method, at) for method in methods], metric.factor, metric.digits
-        )
-    firsts = [summary.to_target(section, method) for method in methods]
-    columns += [
-        Column(TO_TARGET, [float(np.median(each)) if each else math.nan for each in firsts], 0),
-        Column("seeds that reach it", [len(each) if section.target is not None else math.nan for each in firsts], 0),
-        Column("bytes sent by workers", [_mean(method, lambda run: run.sent) for method in methods], 0),
-        Column("bytes between processes", [_mean(method, lambda run: run.exchanged) for method in methods], 0),
+    return [
+        Column("method", labels, labels),
+        _estimates(f"validation {metric.short}", finals, metric),
+        *(
+            _estimates(f"test, {at} step{'s' * (at != 1)}", [summary.tested(method, at) for method in methods], metric)
+            for at in section.steps
+        ),
+        _to_target(section),
+        _counts("diverged", [len(method.runs) - len(method.finished) for method in methods]),
+        _counts("runs", [len(method.runs) for method in methods]),
+        _counts("iterations", [max((run.iterations for run in method.runs), default=0) for method in methods]),
+        _counts(SENT, [_mean(method, lambda run: run.sent) for method in methods]),
+        _counts(EXCHANGED, [_mean(method, lambda run: run.exchanged) for method in methods]),
     ]
-    return columns
 
 
-def _with_interval(name: str, found: Sequence[Estimate | None], factor: int, digits: int) -> list[Column]:
-    means = [math.nan if each is None else factor * each.mean for each in found]
-    halves = [math.nan if each is None or each.half is None else factor * each.half for each in found]
-    return [Column(name, means, digits), Column("± 95 %", halves, digits)]
+def _to_target(section: Section) -> Column:
+    found = [summary.to_target(section, method) for method in section.methods]
+    medians = [float(np.median(each)) if each else math.inf for each in found]
+    cells = []
+    for method, reached, median in zip(section.methods, found, medians, strict=True):
+        share = f" ({len(reached)} of {len(method.runs)})" if 0 < len(reached) < len(method.runs) else ""
+        cells.append(NONE if section.target is None else f"{median:,g}{share}" if reached else "never")
+    return Column(TO_TARGET, medians, cells)
+
+
+def _estimates(title: str, found: Sequence[Estimate | None], metric: Metric) -> Column:
+    keys = [math.inf if each is None else metric.factor * each.mean for each in found]
+    return Column(title, keys, [shown(metric, each) for each in found])
+
+
+def _counts(title: str, values: Sequence[float]) -> Column:
+    keys = [value if math.isfinite(value) else math.inf for value in values]
+    return Column(title, keys, [f"{value:,.0f}" if math.isfinite(value) else NONE for value in values])
 
 
 def _mean(method: Method, of: Callable[[SeedRun], int | None]) -> float:
     found = [value for run in method.runs if (value := of(run))]
     return float(np.mean(found)) if found else math.nan
-
-
-def _present(value: Any) -> bool:
-    return not (isinstance(value, float) and math.isnan(value))
-
-
-def _cell(column: Column, row: int) -> str:
-    value = column.values[row]
-    if column.decimals is None:
-        return str(value)
-    if not _present(value):
-        return "–"
-    return f"{value:,.{column.decimals}f}" if column.decimals else shortest(value) if value % 1 else f"{value:,.0f}"
