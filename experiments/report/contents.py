@@ -18,7 +18,7 @@ class SeedRun:
 
     Attributes:
         seed: what pairs the run with those of other methods.
-        curve: validation, ``(iterations done, value)``.
+        curve: validation, ``(iterations done, value)`` by rising iterations.
         loss: the training loss, ``(iterations done, value)``.
         test: ``(adaptation steps, mean, half-width over the test tasks)``; the half-width may be ``None``.
         diverged: the iteration at which the run diverged, if it did. No mean includes such a run.
@@ -39,7 +39,9 @@ class SeedRun:
     @property
     def iterations(self) -> int:
         """Iterations done; 0 if nothing says how many."""
-        return max((at for at, _ in (*self.curve, *self.loss)), default=0) if self.done is None else self.done
+        if self.done is not None:
+            return self.done
+        return max((curve[-1][0] for curve in (self.curve, self.loss) if curve), default=0)
 
     @property
     def final(self) -> float:

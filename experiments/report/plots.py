@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from metamom.experiments.families.family import Metric
-from metamom.experiments.report.contents import Section
 from metamom.experiments.report.summary import Estimate, Pairs
 
 COLOURS = ("#0077BB", "#D55E00", "#009E73", "#B8558F", "#A67C00", "#7B68C8")
@@ -30,8 +29,17 @@ TABLE_STYLE = """
   border-color: var(--line, #ccc) !important; }
 .bk-data-table { background: var(--page, #fff); border: 1px solid var(--line, #ccc); }
 """
-BOX_STYLE = ":host { color: var(--text, #1b1b1f); font: 15px system-ui, sans-serif; }"
+BOX_STYLE = """
+:host { color: var(--text, #1b1b1f); font: 15px system-ui, sans-serif; }
+.bk-input-group { display: flex; flex-flow: row wrap; gap: 4px 16px; }
+"""
 
+# The checkboxes switch what is drawn, and what the legend switches shows in the checkboxes.
+SWITCH = "found.forEach((renderers, i) => renderers.forEach((each) => { each.visible = cb_obj.active.includes(i) }))"
+SWITCHED = """
+const others = boxes.active.filter((i) => i != number)
+boxes.active = cb_obj.visible ? [...others, number].sort((a, b) => a - b) : others
+"""
 # Headings cannot be reached from the keyboard in Bokeh's table (SlickGrid): a list of the columns can.
 SORT = """
 const columns = Object.entries(listed.data)
@@ -62,23 +70,22 @@ class Column(NamedTuple):
         return not any(isinstance(key, str) for key in self.keys)
 
 
-def curves(series: Series, *, ylabel: str, metric: Metric, target: float | None = None, log: bool = False) -> Any:
+def curves(series: Series, order: Sequence[str], *, ylabel: str, metric: Metric, target: float | None = None) -> Any:
     """A line for each method with the band of its 95 % intervals, against iterations."""
     from bokeh.models import ColumnDataSource, HoverTool
 
-    figure = _figure("iterations", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}", log=log)
-    for number, (label, points) in enumerate(series.items()):
+    figure = _figure(
+        "iterations", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}", log=_logarithmic(series, metric)
+    )
+    for label, points in series.items():
         source = ColumnDataSource(_columns(points, metric))
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        line = figure.line(
-            "x", "y", source=source, color=colour, line_width=2.5, line_dash=dash, legend_label=label, name=label
-        )
+        colour, dash = _look(label, order)
+        style = {"source": source, "color": colour}
+        line = figure.line("x", "y", line_width=2.5, line_dash=dash, legend_label=label, name=label, **style)
         if len(points) == 1:
-            figure.scatter("x", "y", source=source, color=colour, size=8, legend_label=label, name=label)
+            _follow(line, figure.scatter("x", "y", size=8, **style))
         if any(estimate.half for _, estimate in points):
-            figure.varea(
-                "x", "low", "high", source=source, fill_color=colour, fill_alpha=0.18, legend_label=label, name=label
-            )
+            _follow(line, figure.varea("x", "low", "high", source=source, fill_color=colour, fill_alpha=0.18))
         figure.add_tools(
             HoverTool(
                 renderers=[line],
@@ -93,7 +100,7 @@ def curves(series: Series, *, ylabel: str, metric: Metric, target: float | None 
     return _finished(figure)
 
 
-def adaptation(series: Series, *, ylabel: str, metric: Metric) -> Any:
+def adaptation(series: Series, order: Sequence[str], *, ylabel: str, metric: Metric) -> Any:
     """A line for each method with whiskers, against the number of adaptation steps."""
     from bokeh.models import ColumnDataSource, HoverTool, Whisker
 
@@ -108,14 +115,14 @@ def adaptation(series: Series, *, ylabel: str, metric: Metric) -> Any:
         columns = _columns(points, metric)
         columns |= {"steps": columns["x"], "x": [x + apart * (number - (len(series) - 1) / 2) for x in columns["x"]]}
         source = ColumnDataSource(columns)
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        figure.line("x", "y", source=source, color=colour, line_width=2, line_dash=dash, legend_label=label, name=label)
+        colour, dash = _look(label, order)
+        line = figure.line("x", "y", source=source, color=colour, line_width=2, line_dash=dash)
         dots = figure.scatter("x", "y", source=source, color=colour, size=9, legend_label=label, name=label)
-        bars = Whisker(base="x", lower="low", upper="high", source=source, line_color=colour, line_width=2, name=label)
+        bars = Whisker(base="x", lower="low", upper="high", source=source, line_color=colour, line_width=2)
         for head in (bars.lower_head, bars.upper_head):
             head.size, head.line_color = 8, colour
         figure.add_layout(bars)
-        dots.js_link("visible", bars, "visible")
+        _follow(dots, line, bars)
         tips = [("method", label), ("steps", "@steps"), (ylabel, "@shown")]
         figure.add_tools(HoverTool(renderers=[dots], tooltips=tips, visible=False))
     return _finished(figure)
@@ -133,7 +140,7 @@ def pairs(found: Sequence[Pairs], order: Sequence[str], *, xlabel: str, metric: 
     figure.x_range.start, figure.x_range.end = min(ends) - margin, max(ends) + margin
     figure.add_layout(Span(location=0, dimension="height", line_color="#808080", line_width=1.5))
     for each in found:
-        colour = COLOURS[list(order).index(each.label) % len(COLOURS)]
+        colour, _ = _look(each.label, order)
         values = [metric.factor * gap for _, gap in each.by_seed]
         dots = figure.scatter(
             "x", "y", size=9, fill_alpha=0.35, color=colour, name=each.label, legend_label=each.label,
@@ -145,33 +152,43 @@ def pairs(found: Sequence[Pairs], order: Sequence[str], *, xlabel: str, metric: 
         figure.add_tools(HoverTool(renderers=[dots], tooltips=tips, visible=False))
         low, mean, high = (metric.factor * v for v in (each.estimate.low, each.estimate.mean, each.estimate.high))
         source = ColumnDataSource({"y": [each.label], "x": [mean], "low": [low], "high": [high]})
-        figure.scatter(
-            "x", "y", source=source, marker="diamond", size=16, color=colour, name=each.label, legend_label=each.label
-        )
+        mark = figure.scatter("x", "y", source=source, marker="diamond", size=16, color=colour)
         bars = Whisker(
             base="y", lower="low", upper="high", dimension="width", source=source, line_color=colour, line_width=3
         )
         bars.lower_head.line_color = bars.upper_head.line_color = colour
         bars.level = "overlay"
         figure.add_layout(bars)
-        dots.js_link("visible", bars, "visible")
+        _follow(dots, mark, bars)
     return _finished(figure, 110 + 40 * len(found))
 
 
 def switches(labels: Sequence[str], figures: Sequence[Any]) -> Any:
     """A checkbox for each method, which shows or hides it in all figures; the legends' entries do the same."""
-    from bokeh.layouts import row
-    from bokeh.models import Checkbox, InlineStyleSheet
+    from bokeh.models import CheckboxGroup, CustomJS, InlineStyleSheet
 
-    boxes = []
-    for label in labels:
-        box = Checkbox(label=label, active=True, margin=(4, 16, 4, 0))
-        box.stylesheets = [InlineStyleSheet(css=BOX_STYLE)]
-        for renderer in (each for figure in figures for each in figure.renderers if each.name == label):
-            box.js_link("active", renderer, "visible")
-            renderer.js_link("visible", box, "active")
-        boxes.append(box)
-    return row(*boxes, styles={"flex-wrap": "wrap", "display": "flex"}, sizing_mode="stretch_width")
+    found = [[each for figure in figures for each in figure.renderers if each.name == label] for label in labels]
+    boxes = CheckboxGroup(
+        labels=list(labels), active=list(range(len(labels))), inline=True, sizing_mode="stretch_width"
+    )
+    boxes.stylesheets = [InlineStyleSheet(css=BOX_STYLE)]
+    boxes.js_on_change("active", CustomJS(args={"found": found}, code=SWITCH))
+    for number, renderers in enumerate(found):
+        for each in renderers:
+            each.js_on_change("visible", CustomJS(args={"boxes": boxes, "number": number}, code=SWITCHED))
+    return boxes
+
+
+def _look(label: str, order: Sequence[str]) -> tuple[str, str]:
+    """The colour and dashes of a method, the same in all figures of a section."""
+    number = list(order).index(label)
+    return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+
+
+def _follow(lead: Any, *others: Any) -> None:
+    """Show and hide the rest of a method with the part that the legend and the checkbox switch."""
+    for each in others:
+        lead.js_link("visible", each, "visible")
 
 
 def table(columns: Sequence[Column]) -> Any:
@@ -288,7 +305,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def logarithmic(section: Section, series: Series) -> bool:
-    """Whether the values of an error span enough, and are positive, for a logarithmic axis."""
+def _logarithmic(series: Series, metric: Metric) -> bool:
+    """Whether a logarithmic axis fits: of an error that is positive, its interval too."""
     lows = [estimate.low for points in series.values() for _, estimate in points]
-    return not section.metric.higher_is_better and bool(lows) and min(lows) > 0
+    return not metric.higher_is_better and min(lows) > 0

@@ -97,7 +97,9 @@ def read_run(path: Path, config: dict[str, Any]) -> Logged:
     """What a run has logged so far. Unreadable lines are left out, with a warning."""
     log = read_log(path)
     if log.damaged:
-        warnings.warn(f"{path / 'metrics.jsonl'}: {len(log.damaged)} unreadable lines are left out.", stacklevel=2)
+        count = len(log.damaged)
+        lines_are = "line is" if count == 1 else "lines are"
+        warnings.warn(f"{path / 'metrics.jsonl'}: {count} unreadable {lines_are} left out.", stacklevel=2)
     lines = log.lines
     done = lines[-1]["step"] + 1 if lines else 0
     losses = _curve(lines, "loss")

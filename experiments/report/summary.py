@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from metamom.common.intervals import student_halfwidth
 from metamom.experiments.report.contents import Curve, Method, Section, SeedRun
@@ -53,9 +55,23 @@ class Pairs(NamedTuple):
 def over_seeds(values: Sequence[float]) -> Estimate | None:
     """Mean and Student's 95 % interval of one value for each seed; ``None`` of no values."""
     finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return None
-    return Estimate(float(np.mean(finite)), student_halfwidth(finite) if len(finite) > 1 else None)
+    return _estimates(np.array(finite)[:, None])[0] if finite else None
+
+
+def _estimates(values: npt.NDArray[np.float64]) -> list[Estimate]:
+    """Means over the first axis of ``[seeds, points]`` with their intervals."""
+    seeds = len(values)
+    means = values.mean(0).tolist()
+    if seeds < 2:
+        return [Estimate(mean, None) for mean in means]
+    halves = _quantile(seeds) * values.std(0, ddof=1) / math.sqrt(seeds)
+    return [Estimate(mean, half) for mean, half in zip(means, halves.tolist(), strict=True)]
+
+
+@cache
+def _quantile(seeds: int) -> float:
+    """Half of Student's interval in standard errors: computed once, since a curve has hundreds of intervals."""
+    return student_halfwidth([float(i) for i in range(seeds)]) / float(np.std(range(seeds), ddof=1) / math.sqrt(seeds))
 
 
 def averaged(curve: Curve, width: int) -> Curve:
@@ -77,8 +93,8 @@ def mean_curve(curves: Sequence[Curve], most: int = POINTS) -> list[tuple[int, E
     common = [at for at in found[0] if all(at in each for each in found)]
     stride = math.ceil(len(common) / most)
     kept = [at for number, at in enumerate(common) if (len(common) - 1 - number) % max(1, stride) == 0]
-    estimates = [(at, over_seeds([each[at] for each in found])) for at in kept]
-    return [(at, estimate) for at, estimate in estimates if estimate is not None]
+    values = np.array([[each[at] for at in kept] for each in found])
+    return list(zip(kept, _estimates(values), strict=True)) if kept else []
 
 
 def validation(method: Method, most: int = POINTS) -> list[tuple[int, Estimate]]:

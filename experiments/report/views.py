@@ -72,11 +72,9 @@ def view(section: Section, points: int = summary.POINTS) -> View:
     found = summary.differences(section)
     made.parts = [*figures, _table(section)]
     if found:
-        made.parts.append(_differences(section, found))
+        made.parts.append(_differences(section, drawn, found))
     if figures and len(drawn) > 1:
-        made.switches = plots.switches(
-            [method.label for method in drawn], [part.model for part in made.parts if part.kind == "plot"]
-        )
+        made.switches = plots.switches(_names(drawn), [part.model for part in made.parts if part.kind == "plot"])
     return made
 
 
@@ -94,6 +92,10 @@ def _drawn(section: Section) -> list[Method]:
     return [method for method in section.methods if method in kept]
 
 
+def _names(methods: Sequence[Method]) -> list[str]:
+    return [method.label for method in methods]
+
+
 def _series(methods: Sequence[Method], points: Callable[[Method], list[tuple[int, Estimate]]]) -> Series:
     return {method.label: found for method in methods if (found := points(method))}
 
@@ -104,7 +106,11 @@ def _validation(section: Section, drawn: Sequence[Method], points: int) -> Part 
         return None
     name = f"validation {section.metric.name}"
     model = plots.curves(
-        series, ylabel=name, metric=section.metric, target=section.target, log=plots.logarithmic(section, series)
+        series,
+        _names(drawn),
+        ylabel=name,
+        metric=section.metric,
+        target=section.target,
     )
     target = (
         "" if section.target is None else f" The dashed line is the target, {section.metric.exactly(section.target)}."
@@ -118,7 +124,7 @@ def _loss(section: Section, drawn: Sequence[Method], points: int) -> Part | None
     if not series:
         return None
     metric = section.metric._replace(name="loss", digits=3, factor=1, unit="", higher_is_better=False)
-    model = plots.curves(series, ylabel="training loss", metric=metric, log=plots.logarithmic(section, series))
+    model = plots.curves(series, _names(drawn), ylabel="training loss", metric=metric)
     caption = f"Query loss on the training tasks, averaged over blocks of iterations: {_of_seeds(drawn)} {HOW}"
     return _curve_part("Training loss", caption, Section("", metric, section.methods), series, model)
 
@@ -155,7 +161,7 @@ def _adaptation(section: Section, drawn: Sequence[Method]) -> Part | None:
     if not series:
         return None
     metric = section.metric
-    model = plots.adaptation(series, ylabel=f"test {metric.name}", metric=metric)
+    model = plots.adaptation(series, _names(drawn), ylabel=f"test {metric.name}", metric=metric)
     single = all(len(method.runs) == 1 for method in drawn)
     of = "over the test tasks of the single run" if single else "of the mean over seeds (Student's t)"
     values = {label: dict(points) for label, points in series.items()}
@@ -171,13 +177,13 @@ def _adaptation(section: Section, drawn: Sequence[Method]) -> Part | None:
     )
 
 
-def _differences(section: Section, found: Sequence[Pairs]) -> Part:
+def _differences(section: Section, drawn: Sequence[Method], found: Sequence[Pairs]) -> Part:
     metric = section.metric
     last = max((each.steps for each in found if each.steps is not None), default=None)
     what = "last validation" if last is None else f"test, {last} adaptation step{'s' * (last != 1)}"
     model = plots.pairs(
-        [each for each in found if each.steps == last],
-        [method.label for method in section.methods],
+        [each for each in found if each.steps == last and each.label in _names(drawn)],
+        _names(drawn),
         xlabel=f"difference in {metric.name}, {what}",
         metric=metric,
     )
