@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import metamom
-from metamom.cli import adapt, bias, compare, data, evaluate, export, reproduce, train
+from metamom.cli import adapt, bias, compare, data, evaluate, export, report, reproduce, train
 from metamom.cli.config_file import read_flags
 from metamom.cli.parser import Parser
 
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.run,
     "evaluate": evaluate.run,
     "compare": compare.run,
+    "report": report.run,
     "adapt": adapt.run,
     "export": export.run,
     "bias": bias.run,
@@ -44,7 +45,7 @@ def parser() -> Parser:
     root = Parser(prog="metamom", description="Meta-learners trained by composite momentum under biased gradients.")
     root.add_argument("--version", action="version", version=f"metamom {metamom.__version__}")
     kinds = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (train, evaluate, compare, bias, adapt, export, reproduce, data):
+    for command in (train, evaluate, compare, report, bias, adapt, export, reproduce, data):
         command.add(kinds)
     return root
 

@@ -155,5 +155,21 @@ def run(arguments: argparse.Namespace) -> int:
     )
     run_dir = arguments.run_dir or f"runs/compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
     report = compare(comparison, run_dir, root=arguments.data_root, resume=arguments.resume, jobs=arguments.jobs)
-    print(f"report: {report}")
+    _show(report)
     return 0
+
+
+def _show(report: Path) -> None:
+    """Print each method at its best step size, write the page, and say where the reports are."""
+    from metamom.cli.report import NAME
+    from metamom.experiments.report import can_write_page, write_page
+    from metamom.experiments.report.reading import read_page
+    from metamom.experiments.report.terminal import table_lines
+
+    page = read_page([report.parent]).page
+    print(page.sections[0].title, *table_lines(page.sections[0]), "", sep="\n")
+    print(f"report: {report}")
+    if can_write_page():
+        print(f"page: {write_page(report.parent / NAME, page)}")
+    else:
+        print(f"page: none without Bokeh; pip install 'metamom[report]', then metamom report {report.parent}")

@@ -13,6 +13,7 @@ from endings import contents
 from PIL import Image
 
 from metamom import cli
+from metamom.experiments.report import can_write_page
 
 COMPARE = ["compare", "sinusoid", "--seeds", "2", "--lrs", "0.01,0.03", "--iterations", "30", "--evaluate-every", "15",
            "--tasks", "10", "--target", "4", "--steps", "0,1", *SMALL]  # fmt: skip
@@ -69,7 +70,16 @@ def test_finished_runs_are_not_done_again(metamom, compared):
     (compared / "report.md").unlink()
     said = metamom(*COMPARE, "--run-dir", compared, "--resume")
     assert said.code == 0
-    assert said.out == f"report: {compared}/report.md\n"
+    title, head, *methods, blank, report, page = said.out.splitlines()
+    assert (title, blank, report) == (
+        "sinusoids: each method at its best step size",
+        "",
+        f"report: {compared}/report.md",
+    )
+    assert head.split("  ")[0] == "method"
+    assert [line.split(",")[0].split("  ")[0] for line in methods] == ["SGD (β = 1)", "momentum"]
+    assert max(map(len, [head, *methods])) <= 100
+    assert page == f"page: {compared}/report.html" or (not can_write_page() and "metamom[report]" in page)
     assert len(rows((compared / "report.md").read_text())) == 4
     assert {p: p.stat().st_mtime_ns for p in (compared / "runs").rglob("*") if p.is_file()} == times
 

@@ -61,8 +61,8 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
         The path of ``report.md``.
     """
     metric = comparison.base.family.metric
-    arms = _arms(outcomes)
-    best = _best_of_each(arms, metric)
+    arms = arms_of(outcomes)
+    best = best_of_each(arms, metric)
     pictures = _draw(comparison, arms, best, metric, folder)
     base = comparison.base
     lines = [
@@ -115,7 +115,8 @@ def write_report(comparison: Comparison, outcomes: Sequence[Outcome], folder: Pa
     return path
 
 
-def _arms(outcomes: Iterable[Outcome]) -> list[Arm]:
+def arms_of(outcomes: Iterable[Outcome]) -> list[Arm]:
+    """The methods at each step size, with their runs."""
     groups: dict[tuple[str, float], Arm] = {}
     for outcome in outcomes:
         recipe = outcome.recipe
@@ -141,11 +142,11 @@ def best_learners(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[s
     """
     if comparison.base.family.curve is None:
         return {}
-    best = _best_of_each(_arms(outcomes), comparison.base.family.metric)
+    best = best_of_each(arms_of(outcomes), comparison.base.family.metric)
     return {arm.label: load_run(arm.finished[0].path, "newest").learner for arm in best if arm.finished}
 
 
-def _best_of_each(arms: list[Arm], metric: Metric) -> list[Arm]:
+def best_of_each(arms: list[Arm], metric: Metric) -> list[Arm]:
     """Each method at its best step size."""
     return [
         _best([arm for arm in arms if arm.label == label], metric) for label in dict.fromkeys(a.label for a in arms)

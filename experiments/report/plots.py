@@ -1,0 +1,294 @@
+"""The figures and the sortable tables of a page, in Bokeh.
+
+Colours of text, axes and grid are CSS variables, so that a page follows the reader's light or dark theme. The colours
+of methods have a contrast of at least 3 on both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from metamom.experiments.families.family import Metric
+from metamom.experiments.report.contents import Section
+from metamom.experiments.report.summary import Estimate, Pairs
+
+COLOURS = ("#0077BB", "#D55E00", "#009E73", "#B8558F", "#A67C00", "#7B68C8")
+DASHES = ("solid", "dashed", "dotdash", "dotted")
+HEIGHT = 340
+ROW = 28  # pixels of a table's row
+
+Series = dict[str, list[tuple[int, Estimate]]]
+TABLE_STYLE = """
+:host { --t: var(--text, #1b1b1f); color: var(--t); font: 14px system-ui, sans-serif; }
+.slick-header-column, .slick-header.ui-state-default, .slick-headerrow { background: var(--soft, #eee) !important;
+  color: var(--t) !important; border-color: var(--line, #ccc) !important; }
+.slick-header-column { font-weight: 600; }
+.slick-header-column:focus-visible { outline: 2px solid var(--accent, #0059b3); outline-offset: -2px; }
+.slick-cell { background: var(--page, #fff) !important; color: var(--t) !important;
+  border-color: var(--line, #ccc) !important; }
+.bk-data-table { background: var(--page, #fff); border: 1px solid var(--line, #ccc); }
+"""
+BOX_STYLE = ":host { color: var(--text, #1b1b1f); font: 15px system-ui, sans-serif; }"
+
+# Headings cannot be reached from the keyboard in Bokeh's table (SlickGrid): a list of the columns can.
+SORT = """
+const columns = Object.entries(listed.data)
+const order = [...columns[0][1].keys()]
+const keys = cb_obj.value ? listed.data[cb_obj.value] : order
+order.sort((a, b) => keys[a] > keys[b] ? 1 : keys[a] < keys[b] ? -1 : a - b)
+source.data = Object.fromEntries(columns.map(([name, values]) => [name, order.map((i) => values[i])]))
+table.change.emit()
+"""
+
+
+class Column(NamedTuple):
+    """A column of a sortable table.
+
+    Attributes:
+        title: the heading.
+        keys: what rows are sorted by: numbers, infinite where there is none, or texts.
+        cells: what they show.
+    """
+
+    title: str
+    keys: Sequence[Any]
+    cells: Sequence[str]
+
+    @property
+    def numeric(self) -> bool:
+        """Whether the keys are numbers, which stand on the right."""
+        return not any(isinstance(key, str) for key in self.keys)
+
+
+def curves(series: Series, *, ylabel: str, metric: Metric, target: float | None = None, log: bool = False) -> Any:
+    """A line for each method with the band of its 95 % intervals, against iterations."""
+    from bokeh.models import ColumnDataSource, HoverTool
+
+    figure = _figure("iterations", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}", log=log)
+    for number, (label, points) in enumerate(series.items()):
+        source = ColumnDataSource(_columns(points, metric))
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        line = figure.line(
+            "x", "y", source=source, color=colour, line_width=2.5, line_dash=dash, legend_label=label, name=label
+        )
+        if len(points) == 1:
+            figure.scatter("x", "y", source=source, color=colour, size=8, legend_label=label, name=label)
+        if any(estimate.half for _, estimate in points):
+            figure.varea(
+                "x", "low", "high", source=source, fill_color=colour, fill_alpha=0.18, legend_label=label, name=label
+            )
+        figure.add_tools(
+            HoverTool(
+                renderers=[line],
+                tooltips=[("method", label), ("iteration", "@x{0,0}"), (ylabel, "@shown")],
+                mode="vline",
+                description=f"values of {label}",
+                visible=False,
+            )
+        )
+    if target is not None:
+        _target(figure, target * metric.factor, metric.exactly(target))
+    return _finished(figure)
+
+
+def adaptation(series: Series, *, ylabel: str, metric: Metric) -> Any:
+    """A line for each method with whiskers, against the number of adaptation steps."""
+    from bokeh.models import ColumnDataSource, HoverTool, Whisker
+
+    figure = _figure("adaptation steps", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}")
+    steps = sorted({at for points in series.values() for at, _ in points})
+    figure.xaxis.ticker = steps
+    ends = [metric.factor * end for points in series.values() for _, e in points for end in (e.low, e.high)]
+    margin = 0.06 * (max(ends) - min(ends)) or 0.5
+    figure.y_range.start, figure.y_range.end = min(ends) - margin, max(ends) + margin  # the range of dots is too small
+    apart = 0.012 * (steps[-1] - steps[0])  # so that whiskers do not cover each other
+    for number, (label, points) in enumerate(series.items()):
+        columns = _columns(points, metric)
+        columns |= {"steps": columns["x"], "x": [x + apart * (number - (len(series) - 1) / 2) for x in columns["x"]]}
+        source = ColumnDataSource(columns)
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        figure.line("x", "y", source=source, color=colour, line_width=2, line_dash=dash, legend_label=label, name=label)
+        dots = figure.scatter("x", "y", source=source, color=colour, size=9, legend_label=label, name=label)
+        bars = Whisker(base="x", lower="low", upper="high", source=source, line_color=colour, line_width=2, name=label)
+        for head in (bars.lower_head, bars.upper_head):
+            head.size, head.line_color = 8, colour
+        figure.add_layout(bars)
+        dots.js_link("visible", bars, "visible")
+        tips = [("method", label), ("steps", "@steps"), (ylabel, "@shown")]
+        figure.add_tools(HoverTool(renderers=[dots], tooltips=tips, visible=False))
+    return _finished(figure)
+
+
+def pairs(found: Sequence[Pairs], order: Sequence[str], *, xlabel: str, metric: Metric) -> Any:
+    """A dot for each seed's difference from the baseline, and each method's mean with its interval."""
+    from bokeh.models import ColumnDataSource, HoverTool, Span, Whisker
+
+    figure = _figure(f"{xlabel}{metric.unit and f' ({metric.unit.strip()})'}", "", rows=[p.label for p in found][::-1])
+    figure.yaxis.visible = False  # the legend has the names: narrow screens have no room beside the plot
+    ends = [0.0, *(metric.factor * v for p in found for v in (p.estimate.low, p.estimate.high))]
+    ends += [metric.factor * gap for p in found for _, gap in p.by_seed]
+    margin = 0.06 * (max(ends) - min(ends)) or 1.0
+    figure.x_range.start, figure.x_range.end = min(ends) - margin, max(ends) + margin
+    figure.add_layout(Span(location=0, dimension="height", line_color="#808080", line_width=1.5))
+    for each in found:
+        colour = COLOURS[list(order).index(each.label) % len(COLOURS)]
+        values = [metric.factor * gap for _, gap in each.by_seed]
+        dots = figure.scatter(
+            "x", "y", size=9, fill_alpha=0.35, color=colour, name=each.label, legend_label=each.label,
+            source=ColumnDataSource({"x": values, "y": [each.label] * len(values),
+                                     "seed": [str(seed) for seed, _ in each.by_seed],
+                                     "shown": [_signed(metric, gap) for _, gap in each.by_seed]}),
+        )  # fmt: skip
+        tips = [("method", "@y"), ("seed", "@seed"), ("difference", "@shown")]
+        figure.add_tools(HoverTool(renderers=[dots], tooltips=tips, visible=False))
+        low, mean, high = (metric.factor * v for v in (each.estimate.low, each.estimate.mean, each.estimate.high))
+        source = ColumnDataSource({"y": [each.label], "x": [mean], "low": [low], "high": [high]})
+        figure.scatter(
+            "x", "y", source=source, marker="diamond", size=16, color=colour, name=each.label, legend_label=each.label
+        )
+        bars = Whisker(
+            base="y", lower="low", upper="high", dimension="width", source=source, line_color=colour, line_width=3
+        )
+        bars.lower_head.line_color = bars.upper_head.line_color = colour
+        bars.level = "overlay"
+        figure.add_layout(bars)
+        dots.js_link("visible", bars, "visible")
+    return _finished(figure, 110 + 40 * len(found))
+
+
+def switches(labels: Sequence[str], figures: Sequence[Any]) -> Any:
+    """A checkbox for each method, which shows or hides it in all figures; the legends' entries do the same."""
+    from bokeh.layouts import row
+    from bokeh.models import Checkbox, InlineStyleSheet
+
+    boxes = []
+    for label in labels:
+        box = Checkbox(label=label, active=True, margin=(4, 16, 4, 0))
+        box.stylesheets = [InlineStyleSheet(css=BOX_STYLE)]
+        for renderer in (each for figure in figures for each in figure.renderers if each.name == label):
+            box.js_link("active", renderer, "visible")
+            renderer.js_link("visible", box, "active")
+        boxes.append(box)
+    return row(*boxes, styles={"flex-wrap": "wrap", "display": "flex"}, sizing_mode="stretch_width")
+
+
+def table(columns: Sequence[Column]) -> Any:
+    """A table that a click on a column's heading sorts, and a list of the columns that does it from the keyboard."""
+    from bokeh.layouts import column as stacked
+    from bokeh.models import (
+        ColumnDataSource,
+        CustomJS,
+        DataTable,
+        HTMLTemplateFormatter,
+        InlineStyleSheet,
+        Select,
+        TableColumn,
+    )
+
+    data: dict[str, list[Any]] = {}
+    shown = []
+    for number, column in enumerate(columns):
+        data[f"key{number}"], data[f"cell{number}"] = list(column.keys), list(column.cells)
+        side = "right" if column.numeric else "left"
+        template = f'<div style="text-align: {side}"><%- cell{number} %></div>'
+        widest = max(len(column.title) + 3, *map(len, column.cells))
+        shown.append(
+            TableColumn(
+                field=f"key{number}", title=column.title, formatter=HTMLTemplateFormatter(template=template),
+                width=max(64, min(250, round(7.5 * widest))),
+            )
+        )  # fmt: skip
+    source = ColumnDataSource(data)
+    grid = DataTable(
+        source=source, columns=shown, index_position=None, row_height=ROW, selectable=False,
+        height=ROW * min(len(columns[0].keys), 14) + 46, sizing_mode="stretch_width", autosize_mode="none",
+        reorderable=False, stylesheets=[InlineStyleSheet(css=TABLE_STYLE)],
+    )  # fmt: skip
+    options = [(f"key{number}", column.title) for number, column in enumerate(columns)]
+    choice = Select(title="Sort by", value="", options=[("", "as listed"), *options], width=220)
+    choice.stylesheets = [InlineStyleSheet(css=BOX_STYLE)]
+    choice.js_on_change(
+        "value", CustomJS(args={"source": source, "listed": ColumnDataSource(data), "table": grid}, code=SORT)
+    )
+    return stacked(choice, grid, sizing_mode="stretch_width")
+
+
+def _figure(xlabel: str, ylabel: str, *, log: bool = False, rows: Sequence[str] | None = None) -> Any:
+    from bokeh.plotting import figure
+
+    options: dict[str, Any] = {"y_axis_type": "log" if log else "linear"} if rows is None else {"y_range": list(rows)}
+    made = figure(
+        height=HEIGHT, sizing_mode="stretch_width", x_axis_label=xlabel, y_axis_label=ylabel or None,
+        tools="pan,box_zoom,wheel_zoom,zoom_in,zoom_out,reset,save", active_drag="box_zoom", active_scroll=None,
+        background_fill_alpha=0.0, border_fill_alpha=0.0, outline_line_color=None, toolbar_location="above", **options,
+    )  # fmt: skip
+    made.toolbar.logo = None
+    made.axis.axis_label_text_font_style = "normal"
+    made.axis.axis_label_text_font_size = made.axis.major_label_text_font_size = "13px"
+    return made
+
+
+def _finished(figure: Any, height: int = HEIGHT) -> Any:
+    """The legend below the plot: beside it, narrow screens have no room."""
+    from bokeh.models import InlineStyleSheet
+
+    if figure.legend:
+        legend = figure.legend[0]
+        legend.click_policy = "hide"
+        legend.background_fill_alpha = 0.0
+        legend.border_line_color = None
+        legend.ncols, legend.location, legend.margin, legend.padding = 1, "left", 0, 4
+        legend.label_text_font_size = "13px"
+        legend.stylesheets = [InlineStyleSheet(css=".bk-label { color: var(--text) !important; }")]
+        figure.add_layout(legend, "below")
+        figure.height = height + 24 * len(legend.items)
+    return figure
+
+
+def _target(figure: Any, value: float, shown: str) -> None:
+    from bokeh.models import Label, Span
+
+    figure.add_layout(Span(location=value, dimension="width", line_color="#808080", line_dash="dashed"))
+    figure.add_layout(
+        Label(
+            x=6, y=value, x_units="screen", y_offset=3, text=f"target {shown}", text_font_size="12px",
+            text_color="#808080",
+        )
+    )  # fmt: skip
+
+
+def _columns(points: Sequence[tuple[int, Estimate]], metric: Metric) -> dict[str, list[Any]]:
+    factor = metric.factor
+    return {
+        "x": [at for at, _ in points],
+        "y": [_rounded(factor * e.mean) for _, e in points],
+        "low": [_rounded(factor * e.low) for _, e in points],
+        "high": [_rounded(factor * e.high) for _, e in points],
+        "shown": [shown(metric, e) for _, e in points],
+    }
+
+
+def shown(metric: Metric, estimate: Estimate | None) -> str:
+    """An estimate in words: ``90.6 ± 1.1 %``; a dash for none."""
+    if estimate is None or not math.isfinite(estimate.mean):
+        return "–"
+    if estimate.half is None:
+        return f"{metric.show(estimate.mean)}{metric.unit}"
+    return metric.with_interval(estimate.mean, estimate.half)
+
+
+def _signed(metric: Metric, gap: float) -> str:
+    return f"{'+' if gap >= 0 else ''}{metric.show(gap)}{metric.unit}"
+
+
+def _rounded(value: float) -> float:
+    """Seven digits, which no figure shows more of: the file stays small."""
+    return float(f"{value:.7g}")
+
+
+def logarithmic(section: Section, series: Series) -> bool:
+    """Whether the values of an error span enough, and are positive, for a logarithmic axis."""
+    lows = [estimate.low for points in series.values() for _, estimate in points]
+    return not section.metric.higher_is_better and bool(lows) and min(lows) > 0
