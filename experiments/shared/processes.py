@@ -107,10 +107,14 @@ def _counting_steps(label: str, steps: Steps) -> Iterator[Callable[[int], None]]
     with tqdm(total=steps.total, initial=since, desc=label, unit=steps.unit, disable=None) as bar:
         lines = LogLines(label, steps.total, f"{steps.unit}s", since=since) if bar.disable else None
 
+        ended = False
+
         def show(done: int) -> None:
+            nonlocal ended
             bar.update(done - bar.n)
-            if lines is not None:
-                lines.stepped(done, {}, now=done == steps.total)
+            if lines is not None and not ended:
+                ended = done == steps.total
+                lines.stepped(done, {}, now=ended)
 
         yield show
 
