@@ -20,7 +20,7 @@ endif
 
 help:
 	@echo "make setup        the .venv with everything pinned (about 2 minutes, once)"
-	@echo "make demo         train on sinusoids, momentum and plain meta-SGD; report in runs/demo/report.md"
+	@echo "make demo         momentum against plain meta-SGD where it gains and where it does not (2 minutes); report in runs/demo/"
 	@echo "make test         ruff, mypy and the test suite"
 	@echo "make test-slow    the tests that take minutes: all of the paper's MNIST runs"
 	@echo "make docs         the documentation, in site/index.html (needs Python >= 3.11)"
@@ -56,7 +56,7 @@ test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m slow
 
 demo: setup
-	$(BIN)/metamom compare sinusoid --seeds 3 --betas 1,0.1 --lrs 0.03 --iterations 2000 --jobs 2 --run-dir runs/demo --resume
+	$(BIN)/python -m metamom.experiments.demo --run-dir runs/demo --resume
 
 docs: $(DOCS_STAMP)
 	$(BIN)/python .ci/docs/build.py

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,27 @@ from tqdm import tqdm
 from metamom.training.log_lines import LogLines
 
 
-def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int, label: str) -> None:
+class Steps(NamedTuple):
+    """The progress of all calls together, in steps.
+
+    Attributes:
+        total: expected steps of all calls.
+        done: returns the completed ones, in this process; asked every second.
+        unit: what they are.
+    """
+
+    total: int
+    done: Callable[[], int]
+    unit: str = "step"
+
+
+def run_in_processes(
+    function: Callable[..., object],
+    calls: Sequence[tuple[Any, ...]],
+    jobs: int,
+    label: str,
+    steps: Steps | None = None,
+) -> None:
     """Call ``function(*call)`` for each call, ``jobs`` at a time, sharing torch's threads between them.
 
     Nothing is returned: calls must write their results to disk. When this process is interrupted, Ctrl-C or SIGTERM
@@ -33,6 +54,7 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
         calls: its arguments for each call; must be picklable.
         jobs: number of processes at a time, >= 1.
         label: of the progress: a bar in a terminal; elsewhere a line on standard error for each call that ends.
+        steps: shows progress by steps and not by calls; outside a terminal, a line every 30 seconds.
 
     Raises:
         ChildProcessError: if a call failed; the reason is on stderr. The others are stopped.
@@ -43,27 +65,58 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
     working: list[BaseProcess] = []
     ended = 0
     try:
-        with tqdm(total=len(calls), desc=label, unit="run", disable=None) as bar:
-            lines = LogLines(label, len(calls), "runs", since=0) if bar.disable else None
+        with _counting_calls(label, len(calls)) if steps is None else _counting_steps(label, steps) as show:
             while waiting or working:
                 while waiting and len(working) < jobs:
                     working.append(waiting.pop(0))
                     working[-1].start()
-                connection.wait([process.sentinel for process in working])
+                connection.wait([process.sentinel for process in working], None if steps is None else 1.0)
                 for process in [p for p in working if not p.is_alive()]:
                     working.remove(process)
                     if process.exitcode:
                         raise ChildProcessError(f"{label}: a run ended with status {process.exitcode}, see above.")
-                    bar.update()
                     ended += 1
-                    if lines is not None:
-                        lines.stepped(ended, {}, now=True)
+                    if steps is None:
+                        show(ended)
+                if steps is not None:
+                    show(steps.done())
     finally:
         for process in working:
             if process.is_alive():
                 process.terminate()
         for process in working:
             process.join()
+
+
+@contextmanager
+def _counting_calls(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=total, desc=label, unit="run", disable=None) as bar:
+        lines = LogLines(label, total, "runs", since=0) if bar.disable else None
+
+        def show(ended: int) -> None:
+            bar.update(ended - bar.n)
+            if lines is not None:
+                lines.stepped(ended, {}, now=True)
+
+        yield show
+
+
+@contextmanager
+def _counting_steps(label: str, steps: Steps) -> Iterator[Callable[[int], None]]:
+    since = steps.done()
+    with tqdm(total=steps.total, initial=since, desc=label, unit=steps.unit, disable=None) as bar:
+        lines = LogLines(label, steps.total, f"{steps.unit}s", since=since) if bar.disable else None
+
+        ended = False
+
+        def show(done: int) -> None:
+            nonlocal ended
+            bar.update(done - bar.n)
+            if lines is not None and not ended:
+                ended = done == steps.total
+                lines.stepped(done, {}, now=ended)
+
+        yield show
 
 
 def _child(function: Callable[..., object], call: tuple[Any, ...], threads: int) -> None:

@@ -17,7 +17,7 @@ from metamom.experiments.paper.protocol import protocol
 from metamom.experiments.paper.training import Training
 from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
 from metamom.experiments.shared.numerals import distinguishable, shortest
-from metamom.experiments.when.tuning import HEAD, Tuned, cells, counted, listed, tune
+from metamom.experiments.shared.tuning import HEAD, Tuned, cells, counted, listed, tune
 from metamom.tasks.images import LabelledImages
 
 TITLE = "Compressed MNIST"

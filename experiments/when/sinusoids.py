@@ -13,15 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from metamom import nets
 from metamom.batch import TaskBatch
-from metamom.bias.coordinates import NonFiniteError
-from metamom.bias.spec import parse
 from metamom.common import tables
 from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
-from metamom.experiments.when.tuning import HEAD, Tuned, cells, counted, listed, tune
+from metamom.experiments.shared.sinusoid_bench import SinusoidBench
+from metamom.experiments.shared.tuning import HEAD, Tuned, cells, counted, listed, tune
 from metamom.maml.learner import MAML
-from metamom.optim import CompositeMomentum
 from metamom.tasks import Sinusoid
 
 TITLE = "Sinusoid MAML"
@@ -59,42 +56,8 @@ class Problem(NamedTuple):
         return 4 * self.smoothness * gap * tasks / self.variance
 
 
-class Bench:
-    """A learner that is reused for all runs with new weights, so that it is compiled only once."""
-
-    def __init__(self, config: SinusoidSearch) -> None:
-        self.config = config
-        self.learner = MAML(nets.SinusoidMLP(), F.mse_loss, inner_lr=config.inner_lr, compile=config.compile)
-        self.validation = Sinusoid(seed=1000).with_stream("validation").sample(0, config.validation)
-
-    def start(self, seed: int) -> None:
-        """Draw the weights."""
-        fresh = nets.SinusoidMLP(generator=torch.Generator().manual_seed(seed))
-        self.learner.model.load_state_dict(fresh.state_dict())
-
-    @torch.no_grad()
-    def error(self) -> float:
-        """Mean squared error after one inner step, on the validation tasks."""
-        return float(self.learner.losses(self.validation).mean())
-
-    def run(self, tasks: int, operator: str, lr: float, beta: float, seed: int, cap: int) -> float:
-        """Train, and return the iterations to the target."""
-        self.start(seed)
-        family, bias = Sinusoid(seed=seed), parse(operator)
-        workers = 1 if operator == "none" else self.config.workers
-        optimizer = CompositeMomentum(self.learner.parameters(), lr=lr, beta=beta)
-        for step in range(cap):
-            optimizer.zero_grad()
-            try:
-                loss = self.learner.backward(family.sample(step, tasks), workers=workers, bias=bias).loss
-            except NonFiniteError:
-                return math.inf
-            optimizer.step()
-            if not math.isfinite(float(loss)):
-                return math.inf
-            if (step + 1) % self.config.every == 0 and self.error() <= self.config.target:
-                return step + 1
-        return math.inf
+class Bench(SinusoidBench[SinusoidSearch]):
+    """The runs of the search, and the constants of R."""
 
     def gradients(self, batch: TaskBatch, workers: int) -> Tensor:
         """Meta-gradients ``[workers, d]`` of blocks of tasks; not compiled, since there are only a few calls."""

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
 import stoppable
 from processes import with_support
 
-from metamom.experiments.shared.processes import run_in_processes
+from metamom.experiments.shared.processes import Steps, run_in_processes
 
 PATIENCE = 120.0  # seconds
 
@@ -56,6 +57,14 @@ def test_a_failed_call_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ChildProcessError, match="calls: a run ended with status 1, see above"):
         run_in_processes(int, [("word",)], 2, "calls")
     assert "metamom: invalid literal for int() with base 10: 'word'" in capfd.readouterr().err
+
+
+def test_progress_by_steps(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_processes(int, [("1",)], 1, "calls", Steps(7, lambda: 3, "thing"))
+    assert "calls:" not in capfd.readouterr().err  # a line only every 30 seconds, and at the end of all
+    counts = chain([3], repeat(7))
+    run_in_processes(time.sleep, [(1.5,)], 1, "calls", Steps(7, lambda: next(counts), "thing"))
+    assert capfd.readouterr().err.count("calls: 7/7 things") == 1
 
 
 def test_a_killed_call_is_not_waited_for() -> None:

@@ -13,11 +13,11 @@ from torch import nn
 from metamom.experiments.paper.protocol import PROTOCOLS
 from metamom.experiments.quadratics import Quadratics as Workers
 from metamom.experiments.quadratics import descend
+from metamom.experiments.shared.tuning import tune
 from metamom.experiments.when import law, mnist, relative, rule, search, sinusoids
 from metamom.experiments.when import map as quadratics
 from metamom.experiments.when.report import WhenMomentumWins, report
 from metamom.experiments.when.transient import moments, turning_limit
-from metamom.experiments.when.tuning import tune
 from metamom.tasks.images import LabelledImages
 from metamom.theory import stable_limit, stationary
 

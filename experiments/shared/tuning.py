@@ -1,4 +1,4 @@
-"""The tuning protocol for both networks: gamma and beta on the same grid, and the best of each side run again."""
+"""The tuning protocol: SGD and momentum search the same step sizes, and the best of each side runs again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Run = Callable[[float, float, int, int], float]
 
 
 class Cell(NamedTuple):
-    """One gamma and beta, and its median steps over the seeds of the search."""
+    """One gamma and beta, and its steps over the seeds of the search: their median, or what the search took instead."""
 
     lr: float
     beta: float
@@ -98,7 +98,13 @@ def tune(
     For each beta, step sizes are tried from ``first`` upwards, then downwards; a direction ends after ``tries`` in a
     row that are slower than the best so far or do not arrive. A run is stopped at ``patience`` times the best so far.
     """
-    cells = [cell for beta in betas for cell in _search(run, sorted(lrs), beta, first, seeds, cap, patience, tries)]
+    cells = [
+        cell
+        for beta in betas
+        for cell in search_lrs(
+            run, sorted(lrs), beta, first=first, seeds=seeds, cap=cap, patience=patience, tries=tries
+        )
+    ]
     sides = []
     for chosen in ([c for c in cells if c.beta == 1], [c for c in cells if c.beta < 1]):
         best = min(chosen, key=lambda cell: cell.steps)
@@ -106,24 +112,26 @@ def tune(
     return Tuned(cells, *sides)
 
 
-def _search(
+def search_lrs(
     run: Run,
     lrs: Sequence[float],
     beta: float,
+    *,
     first: float,
     seeds: Sequence[int],
     cap: int,
-    patience: float,
-    tries: int,
+    patience: float = 1.25,
+    tries: int = 2,
+    over: Callable[[Sequence[float]], float] = median,
 ) -> list[Cell]:
-    """Of one beta."""
+    """The search of one beta, as `tune` has it; ``over`` sums up the steps of the seeds."""
     cells: list[Cell] = []
     fewest = math.inf
     for direction in ([lr for lr in lrs if lr >= first], [lr for lr in reversed(lrs) if lr < first]):
         slower = 0
         for lr in direction:
             limit = min(cap, math.ceil(patience * fewest)) if math.isfinite(fewest) else cap
-            cell = Cell(lr, beta, median(run(lr, beta, seed, limit) for seed in seeds))
+            cell = Cell(lr, beta, over([run(lr, beta, seed, limit) for seed in seeds]))
             cells.append(cell)
             slower = 0 if cell.steps < fewest else slower + 1
             fewest = min(fewest, cell.steps)

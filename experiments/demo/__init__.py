@@ -1,0 +1,1 @@
+"""The demo: where momentum beats plain meta-SGD, and where it gains little."""
