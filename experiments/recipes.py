@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from metamom.bias import BiasOperator, Identity, parse
-from metamom.common.checks import MOST, check_whole
+from metamom.common.checks import MOST, check_ways, check_whole
 from metamom.common.options import declared
 from metamom.common.schema import as_record
 from metamom.experiments.families import FAMILIES, Family
@@ -71,6 +71,8 @@ class Recipe(RecipeOptions):
             value = getattr(self, each.name)
             if each.name != "seed" and isinstance(value, int) and value > MOST:
                 raise ValueError(f"{each.name} must be at most {MOST:,}; got {value}.")
+        if self.ways is not None:
+            check_ways(self.ways)
         if (self.ways or 0) > MOST_WAYS:
             raise ValueError(
                 f"ways must be at most {MOST_WAYS:,}, about as many classes as there are; got {self.ways}."
@@ -78,6 +80,7 @@ class Recipe(RecipeOptions):
         for name in ("adapt", "augment", "init_except"):  # JSON has lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.family.check(**self.own())
         check_seed(self.seed)
         check_aggregate(self.aggregate)
         self._check_fixed_tasks()

@@ -164,6 +164,7 @@ class Family:
         splits: that tasks can be drawn from.
         options: the options that only some families have, by name, with their defaults for this one; they are declared
             with ``own=True`` in `metamom.experiments.options`.
+        check: raises an error for values of the family's options that nothing can be made with, before anything is.
         kept: what a run keeps of its training tasks, as values of the family's options.
         read: reads image files ``[N, C, H, W]`` as the tasks have them, given their paths and the family's options;
             ``None`` for tasks that are not made of image files.
@@ -188,6 +189,7 @@ class Family:
     classes: Classes | None = None
     splits: tuple[str, ...] = SPLITS
     options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[..., None] = lambda **own: None
     kept: Callable[[Any], Mapping[str, Any]] = lambda tasks: {}
     read: Callable[..., Tensor] | None = None
     data: str | None = None

@@ -75,6 +75,14 @@ def _tasks(
     )
 
 
+def _check(*, image_size: int, channels: int, augment: tuple[str, ...] | None, **others: Any) -> None:
+    from metamom.tasks.augment import augmentation
+    from metamom.tasks.image_folder import check_pixels
+
+    check_pixels(image_size, channels)
+    augmentation(augment)
+
+
 def _kept(tasks: ImageFolder) -> dict[str, Constants | None]:
     return {"constants": None if tasks.constants is None else (tasks.constants.mean, tasks.constants.std)}
 
@@ -213,6 +221,7 @@ FAMILY = Family(
         "constants": None,
         "model": "conv4",
     },
+    check=_check,
     kept=_kept,
     read=_read,
     train_examples=(

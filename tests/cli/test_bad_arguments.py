@@ -91,7 +91,10 @@ def test_bad_arguments(what, metamom, tmp_path, monkeypatch):
     [
         (["--ways", "5000"], r"needs ways=5000 different classes; the data has 4400"),
         (["--shots", "15", "--queries", "6"], r"needs shots \+ queries = 15 \+ 6 images of each class.*has 20"),
-        (["--ways", "0"], "ways must be >= 1; got 0"),
+        (["--ways", "0"], "ways must be >= 2, since one class leaves nothing to distinguish; got 0"),
+        (["--ways", "1"], "ways must be >= 2, since one class leaves nothing to distinguish; got 1"),
+        (["--shots", "0"], "shots must be >= 1; got 0"),
+        (["--queries", "0"], "queries must be >= 1; got 0"),
     ],
 )
 def test_more_than_the_data_has(flags, message, metamom, data_root, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -241,6 +242,26 @@ def test_adapt_takes_runs_on_images(trained, photos, metamom):
 
 def test_images_need_a_folder(metamom, tmp_path):
     assert "--root DIR" in the_error(metamom("train", "images", "--run-dir", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image-size", "100000"], r"at most 1,024 pixels a side; got 100000: one image .* 114,441 MiB"),
+        (["--image-size", "0"], "must be >= 1; got 0"),
+        (["--channels", "2"], r"channels must be 3 \(RGB\) or 1 \(grey\); got 2"),
+        (["--augment", "crop,crop"], "augment has 'crop' 2 times"),
+        (["--augment", "crop,flipp"], "got 'flipp'; did you mean flip"),
+        (["--ways", "1"], "ways must be >= 2"),
+        (["--ways", "25"], "different classes; the data has 24"),
+        (["--shots", "0"], "shots must be >= 1"),
+        (["--queries", "0"], "queries must be >= 1"),
+    ],
+)
+def test_flags_that_are_refused_before_anything_is_made(flags, message, photos, metamom, tmp_path):
+    said = metamom("train", "images", "--root", photos, *flags, "--run-dir", tmp_path / "run")
+    assert re.search(message, the_error(said))
     assert not (tmp_path / "run").exists()
 
 

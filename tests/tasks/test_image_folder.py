@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,6 +273,18 @@ def test_processes_that_start_together(root, cache, tmp_path):
     assert not list(cache.glob("*.tmp"))
 
 
+def test_no_room_in_the_cache(root, cache, monkeypatch):
+    monkeypatch.setattr(image_store.decode, "decode", forbidden)
+    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=8639))
+    with pytest.raises(DataError, match=r"20 images of 3 x 12 x 12 bytes need 0\.00 GB in the cache.*METAMOM_CACHE"):
+        ImageFolder(root, **SMALL)
+    assert not list(cache.glob("*.u8"))
+    monkeypatch.undo()
+    monkeypatch.setenv("METAMOM_CACHE", str(cache))
+    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=8640))
+    ImageFolder(root, **SMALL)
+
+
 def test_a_cache_below_a_file(root, cache):
     cache.write_text("a file")
     with pytest.raises(DataError, match=r"can't write decoded images to the cache .*METAMOM_CACHE"):
@@ -371,11 +384,16 @@ def loose(root: Path) -> None:
         (None, {"root": "/no/such/folder"}, DataNotFoundError, "/no/such/folder does not exist; root must be a folder"),
         (None, {"root": 3}, TypeError, "root must be the path of a folder; got 3"),
         (None, {"image_size": 0}, ValueError, "image_size must be >= 1"),
-        (None, {"image_size": 9999}, ValueError, "image_size must be at most 1,024"),
+        (
+            None,
+            {"image_size": 100_000},
+            ValueError,
+            "at most 1,024 pixels a side; got 100000: one .* 114,441 MiB, and the limit is 12 MiB",
+        ),
         (None, {"channels": 4}, ValueError, "channels must be 3"),
         (None, {"rotations": "no"}, ValueError, "rotations must be"),
         (None, {"on_broken": "ignore"}, ValueError, "on_broken must be one of raise, skip"),
-        (None, {"augment": ["crop", "flipp"]}, ValueError, "augment knows .*; got 'flipp'; did you mean flip?"),
+        (None, {"augment": "crop,flipp"}, ValueError, "augment knows .*; got 'flipp'; did you mean flip?"),
         (None, {"augment": 3}, TypeError, "augment must be names"),
         (None, {"normalize": ([0.5], [0.5])}, ValueError, "3 means and standard deviations; got 1 and 1"),
         (None, {"normalize": ([0.5] * 3, [0, 1, 1])}, ValueError, "standard deviations above 0"),
