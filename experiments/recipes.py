@@ -107,7 +107,7 @@ class Recipe(RecipeOptions):
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}.")
         if self.order != "replacement" and self.fixed_tasks is None:
-            raise ValueError(f"order={self.order!r} is of a fixed set of tasks: say how many, with fixed_tasks.")
+            raise ValueError(f"order={self.order!r} is of a fixed set of tasks: say how many, with fixed_tasks=N.")
         if self.order == "reshuffle" and (self.fixed_tasks or 0) % (self.meta_batch or 1):
             raise ValueError(
                 f"a meta-batch must divide the {self.fixed_tasks} fixed tasks that come in turn; got {self.meta_batch}."
@@ -115,8 +115,8 @@ class Recipe(RecipeOptions):
         check_estimator(self.estimator, self.inner_batches)
         if ESTIMATORS[self.estimator].averages is not None and self.fixed_tasks is None:
             raise ValueError(
-                f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with fixed_tasks "
-                "(--fixed-tasks N)."
+                f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with "
+                "fixed_tasks=N."
             )
 
     def _check_optimizer(self) -> None:

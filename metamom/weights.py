@@ -35,7 +35,9 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"weights are written as safetensors; name the file {path.name}.safetensors, not {path.name}.")
+        raise ValueError(
+            f"weights are written as safetensors: name the file {path.stem}.safetensors; got {path.name!r}."
+        )
     described = path.with_suffix(".json")
     if card is not None and described.exists() and not path.exists():  # somebody else's
         raise ValueError(

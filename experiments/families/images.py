@@ -53,6 +53,7 @@ def _tasks(
     model: str,
 ) -> TaskFamily:
     from metamom.tasks import ImageFolder
+    from metamom.tasks.image_files import split_lists
 
     root = wanted.root or root
     if root is None:
@@ -66,7 +67,7 @@ def _tasks(
         queries=wanted.queries,
         image_size=image_size,
         channels=channels,
-        splits=None if splits is None else _lists(Path(splits)),
+        splits=None if splits is None else split_lists(splits),
         augment=augment if wanted.split == "train" else None,
         rotations="all" if rotations == "all" else rotations == "train",
         on_broken=on_broken,
@@ -101,30 +102,10 @@ def _read(
         try:
             images.append(decode(file, image_size, channels).pixels)
         except BrokenImageError as error:
-            raise ValueError(f"{file} {error}, or leave it out.") from error
+            raise ValueError(f"{file} {error}. Repair it, or leave it out.") from error
     x = torch.from_numpy(np.stack(images)).to(torch.float32).div_(255)
     found = check_constants(constants, channels)
     return x if found is None else normalised(x, found)
-
-
-def _lists(folder: Path) -> dict[str, Path]:
-    """The file that lists each split: ``train.csv`` or ``train.txt``, and so on.
-
-    Raises:
-        ValueError: if there is none for training.
-    """
-    found = {
-        split: folder / f"{name}{suffix}"
-        for split, names in (("train", ("train",)), ("validation", ("validation", "val")), ("test", ("test",)))
-        for name in names
-        for suffix in (".csv", ".txt")
-        if (folder / f"{name}{suffix}").is_file()
-    }
-    if "train" not in found:
-        raise ValueError(
-            f"--splits must be a folder with train.csv or train.txt (and validation, test); {folder} has neither."
-        )
-    return found
 
 
 def _model(
