@@ -36,6 +36,7 @@ from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
+from metamom.tasks.preprocessing import Preprocessing
 from metamom.training.early_stopping import EarlyStopping
 from metamom.weights import load_weights
 
@@ -143,6 +144,11 @@ class Recipe(RecipeOptions):
     def own(self) -> dict[str, Any]:
         """The values of the options that only some families have, of those that this one has."""
         return {name: getattr(self, name) for name in self.family.options}
+
+    def preprocessing(self) -> Preprocessing | None:
+        """How image files become inputs; ``None`` for tasks that are not made of image files."""
+        make = self.family.preprocessing
+        return None if make is None else make(**self.own())
 
     def with_kept(self, sampler: TaskFamily | FixedTasks) -> Recipe:
         """The recipe with what a run keeps of its training tasks, such as the images' mean and deviation."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,6 +21,7 @@ from metamom.weights import save_weights
 
 if TYPE_CHECKING:
     from metamom.experiments.recipes import Recipe
+    from metamom.tasks.preprocessing import Preprocessing
 
 Checkpoint = Literal["best", "newest"]
 OF_A_MACHINE = ("root", "device")  # settings that a card leaves out
@@ -86,12 +87,45 @@ class LoadedRun:
             )
         return made
 
+    def images(self, paths: str | Path | Sequence[str | Path]) -> Tensor:
+        """Image files as the run's network takes them: decoded, turned, cut, resized and normalised as in training.
+
+        Only for runs on image files: of ``metamom train images``, or on `metamom.tasks.ImageFolder`.
+
+        Args:
+            paths: a file, a folder, of which all images are read in the order of their names, or a list of them.
+
+        Returns:
+            ``[N, C, H, H]`` float32, on the CPU.
+
+        Raises:
+            FileNotFoundError: for a path that does not exist.
+            ValueError: for a file that cannot be decoded, a folder without images, and a run on other tasks.
+
+        Example:
+            >>> run = load("runs/photos")  # doctest: +SKIP
+            >>> run.learner.fit(run.images("examples"), labels)(run.images("photo.jpg"))  # doctest: +SKIP
+        """
+        preprocessing = self._preprocessing()
+        if preprocessing is None:
+            raise ValueError(
+                f"images reads files for runs on image files (`metamom train images`, or ImageFolder); the run in "
+                f"{self.path} was trained on other tasks."
+            )
+        return preprocessing.read(paths)
+
+    def _preprocessing(self) -> Preprocessing | None:
+        from metamom.experiments.python_runs import preprocessing_of
+
+        return preprocessing_of(self.settings) if self.recipe is None else self.recipe.preprocessing()
+
     def save_weights(
         self, path: str | Path, *, evaluation: Evaluation | None = None, licence: str | None = None
     ) -> Path:
         """Write the model's weights as ``NAME.safetensors``, with the names of its ``state_dict``, and ``NAME.json``.
 
-        The card, ``NAME.json``, holds the architecture, the training data, the settings, and how the run was started.
+        The card, ``NAME.json``, holds the architecture, the training data, the settings, and how the run was started;
+        of a run on image files, also how files become inputs (``"preprocessing"``).
         `metamom.load_weights` reads the weights into a model.
 
         Args:
@@ -112,11 +146,13 @@ class LoadedRun:
         measured = None if evaluation is None else evaluation._asdict()
         if measured is not None:
             measured["tasks"] = measured.pop("values").shape[1]
+        preprocessing = self._preprocessing()
         return {
             "architecture": type(model).__name__,
             "model": str(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "data": data,
+            **({} if preprocessing is None else {"preprocessing": preprocessing.as_json()}),
             "learner": self.learner.describe(),
             "settings": settings,
             "iterations": self.step,

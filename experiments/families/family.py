@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from metamom.maml.loss_readings import LossFn
     from metamom.tasks.family import TaskFamily
+    from metamom.tasks.preprocessing import Preprocessing
 
 SPLITS = ("train", "validation", "test")
 
@@ -166,8 +167,8 @@ class Family:
             with ``own=True`` in `metamom.experiments.options`.
         check: raises an error for values of the family's options that nothing can be made with, before anything is.
         kept: what a run keeps of its training tasks, as values of the family's options.
-        read: reads image files ``[N, C, H, W]`` as the tasks have them, given their paths and the family's options;
-            ``None`` for tasks that are not made of image files.
+        preprocessing: how image files become inputs, given the family's options; ``None`` for tasks that are not made
+            of image files.
         data: the data set that must be on disk, as ``metamom data fetch`` spells it; ``None`` if there is none.
         curve: the points ``x [N]``, ``y [N]`` of the first test task's true function, for a figure of the adaptation
             to it; ``None`` for tasks that are not functions of one variable.
@@ -191,7 +192,7 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[..., None] = lambda **own: None
     kept: Callable[[Any], Mapping[str, Any]] = lambda tasks: {}
-    read: Callable[..., Tensor] | None = None
+    preprocessing: Callable[..., Preprocessing] | None = None
     data: str | None = None
     curve: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     train_examples: tuple[str, ...] = ()

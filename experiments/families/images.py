@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from metamom.experiments.families.family import (
@@ -19,12 +18,13 @@ from metamom.experiments.families.family import (
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from metamom.common.choices import OnBroken
     from metamom.maml.loss_readings import LossFn
     from metamom.tasks import ImageFolder
     from metamom.tasks.family import TaskFamily
+    from metamom.tasks.preprocessing import Preprocessing
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # means and deviations of the channels
 
@@ -88,24 +88,11 @@ def _kept(tasks: ImageFolder) -> dict[str, Constants | None]:
     return {"constants": None if tasks.constants is None else (tasks.constants.mean, tasks.constants.std)}
 
 
-def _read(
-    files: Sequence[Path], *, image_size: int, channels: int, constants: Constants | None, **others: Any
-) -> Tensor:
-    import numpy as np
-    import torch
+def _preprocessing(*, image_size: int, channels: int, constants: Constants | None, **others: Any) -> Preprocessing:
+    from metamom.tasks.normalize import check_constants
+    from metamom.tasks.preprocessing import Preprocessing
 
-    from metamom.tasks.decode import BrokenImageError, decode
-    from metamom.tasks.normalize import check_constants, normalised
-
-    images = []
-    for file in files:
-        try:
-            images.append(decode(file, image_size, channels).pixels)
-        except BrokenImageError as error:
-            raise ValueError(f"{file} {error}. Repair it, or leave it out.") from error
-    x = torch.from_numpy(np.stack(images)).to(torch.float32).div_(255)
-    found = check_constants(constants, channels)
-    return x if found is None else normalised(x, found)
+    return Preprocessing(image_size, channels, check_constants(constants, channels))
 
 
 def _model(
@@ -204,7 +191,7 @@ FAMILY = Family(
     },
     check=_check,
     kept=_kept,
-    read=_read,
+    preprocessing=_preprocessing,
     train_examples=(
         "metamom train images --root photos --ways 5 --shots 1 --run-dir runs/photos",
         "metamom train images --root photos --model nets:Backbone --init weights.pt --adapt head",

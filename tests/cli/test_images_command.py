@@ -17,6 +17,7 @@ from character_folders import write_characters
 from command import the_error
 
 from metamom import cli
+from metamom import load as metamom_load
 from metamom.experiments.saved import load_run
 from metamom.interop.imports import import_torchvision
 from metamom.maml.norm import resolved
@@ -90,6 +91,17 @@ def test_a_run_keeps_what_its_images_are_normalised_by(run, photos):
     pixels = torch.cat([tasks.sample(step, 8).support_x.flatten(0, 1) for step in range(20)])
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), atol=0.1, rtol=0)
     torch.testing.assert_close(pixels.std((0, 2, 3)), torch.ones(3), atol=0.1, rtol=0)
+
+
+def test_images_of_a_run_are_those_of_training(run, photos):
+    loaded = metamom_load(run)
+    tasks = ImageFolder(photos, split="test", ways=5, image_size=28, normalize=loaded.settings["constants"])
+    files = sorted((photos / "test" / tasks.classes[0]).iterdir())
+    assert torch.equal(loaded.images(photos / "test" / tasks.classes[0]), loaded.images(files))
+    drawn = {tuple(x.flatten().tolist()) for x in tasks.sample(0, 200).support_x.flatten(0, 1)}
+    assert {tuple(x.flatten().tolist()) for x in loaded.images(photos / "test")} == drawn
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*none\.jpg"):
+        loaded.images([files[0], photos / "none.jpg"])
 
 
 def test_evaluation_on_classes_that_were_not_seen(run, photos, metamom, tmp_path):
@@ -366,6 +378,8 @@ def test_exported_weights_in_another_process(run, photos, metamom, tmp_path):
     assert card["licence"] == "CC-BY-4.0"
     assert card["validation"]["iterations"] == 4
     assert card["evaluation"]["tasks"] == 4
+    constants = read_config(run)["settings"]["constants"]
+    assert [card["preprocessing"][name] for name in ("image_size", "channels", "mean", "std")] == [28, 3, *constants]
     assert str(photos) not in json.dumps(card), "the card says what the weights are, not where the data was"
     batch = ImageFolder(photos, split="test", image_size=28, seed=3).sample(0, 1)
     torch.save(batch.query_x[0], tmp_path / "x.pt")
