@@ -150,9 +150,13 @@ class Recipe(RecipeOptions):
         make = self.family.preprocessing
         return None if make is None else make(**self.own())
 
-    def with_kept(self, sampler: TaskFamily | FixedTasks) -> Recipe:
-        """The recipe with what a run keeps of its training tasks, such as the images' mean and deviation."""
-        return replace(self, **self.family.kept(sampler.family if isinstance(sampler, FixedTasks) else sampler))
+    def with_kept(self, *samplers: TaskFamily | FixedTasks) -> Recipe:
+        """The recipe with what a run keeps of its tasks, such as the images' mean and deviation.
+
+        Args:
+            *samplers: its training tasks, then those of other splits.
+        """
+        return replace(self, **self.family.kept(*(s.family if isinstance(s, FixedTasks) else s for s in samplers)))
 
     def settings(self) -> dict[str, Any]:
         """The recipe as JSON values, without the options that only other families have."""

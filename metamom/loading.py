@@ -62,11 +62,14 @@ class LoadedRun:
 
         Args:
             split: ``"train"``, ``"validation"``, ``"test"``, or another one that the task has.
-            root: the folder of the data.
+            root: the folder of the data. For a run on images, any folder with this split will do, such as a copy or
+                other images. By default it is the folder of training, and the splits that the run trained and validated
+                on must not have changed.
             **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training.
 
         Raises:
-            ValueError: if the run's ``config.json`` does not say how to make its tasks.
+            ValueError: if the run's ``config.json`` does not say how to make its tasks, and for images that have
+                changed.
         """
         from dataclasses import replace
 
@@ -74,7 +77,10 @@ class LoadedRun:
 
         if self.recipe is not None:
             # tasks of `shots` support points, whatever the estimator trained on
-            return replace(self.recipe, **changes, estimator="exact", inner_batches="same").sampler(split, root=root)
+            tasks = replace(self.recipe, **changes, estimator="exact", inner_batches="same").sampler(split, root=root)
+            if root is None:
+                self._check_unchanged(tasks, self.recipe.own().get("data_sha256") or {})
+            return tasks
         trained_on = task_family(self.settings)
         if "shots" not in changes and self.learner.support_parts > 1 and isinstance(trained_on.get("shots"), int):
             changes["shots"] = trained_on["shots"] // self.learner.support_parts
@@ -86,6 +92,20 @@ class LoadedRun:
                 "sampler), with run = metamom.load(RUN)."
             )
         return made
+
+    def _check_unchanged(self, tasks: Any, digests: Mapping[str, str]) -> None:
+        """Refuse images that have changed since training, where the run's own folder is read.
+
+        Raises:
+            ValueError: with what to do.
+        """
+        family = getattr(tasks, "family", tasks)  # of fixed tasks
+        split = str(getattr(family, "split", None))
+        if split in digests and digests[split] != family.data_sha256:
+            raise ValueError(
+                f"the images of the split {split!r} in {family.root} have changed since the run in {self.path} was "
+                "trained. Put them back; or, to use other images on purpose, name their folder with root=."
+            )
 
     def images(self, paths: str | Path | Sequence[str | Path]) -> Tensor:
         """Image files as the run's network takes them: decoded, turned, cut, resized and normalised as in training.

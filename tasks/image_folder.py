@@ -154,12 +154,17 @@ class ImageFolder(EpisodicFamily):
         """Mean and standard deviation of each channel over this split's images in [0, 1], kept with the cache."""
         return self._store.mean_and_std()
 
+    @property
+    def data_sha256(self) -> str:
+        """A digest of the split's images and their names. It does not depend on the root."""
+        return self._store.record.sha256
+
     def describe(self) -> dict[str, Any]:
         """See `TaskFamily.describe`. The data is identified by its contents, not by its location."""
         return {
             "family": "ImageFolder",
             "split": self.split,
-            "data_sha256": self._store.record.sha256,
+            "data_sha256": self.data_sha256,
             "images": len(self._rows),
             "ways": self.ways,
             "shots": self.shots,

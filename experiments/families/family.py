@@ -166,7 +166,7 @@ class Family:
         options: the options that only some families have, by name, with their defaults for this one; they are declared
             with ``own=True`` in `metamom.experiments.options`.
         check: raises an error for values of the family's options that nothing can be made with, before anything is.
-        kept: what a run keeps of its training tasks, as values of the family's options.
+        kept: what a run keeps of its tasks (of training, then of other splits), as values of the family's options.
         preprocessing: how image files become inputs, given the family's options; ``None`` for tasks that are not made
             of image files.
         data: the data set that must be on disk, as ``metamom data fetch`` spells it; ``None`` if there is none.
@@ -191,7 +191,7 @@ class Family:
     splits: tuple[str, ...] = SPLITS
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[..., None] = lambda **own: None
-    kept: Callable[[Any], Mapping[str, Any]] = lambda tasks: {}
+    kept: Callable[..., Mapping[str, Any]] = lambda *tasks: {}
     preprocessing: Callable[..., Preprocessing] | None = None
     data: str | None = None
     curve: Callable[[Any], tuple[Tensor, Tensor]] | None = None

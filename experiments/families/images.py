@@ -50,7 +50,7 @@ def _tasks(
     rotations: str,
     on_broken: OnBroken,
     constants: Constants | None,
-    model: str,
+    **others: Any,
 ) -> TaskFamily:
     from metamom.tasks import ImageFolder
     from metamom.tasks.image_files import split_lists
@@ -84,8 +84,11 @@ def _check(*, image_size: int, channels: int, augment: tuple[str, ...] | None, *
     augmentation(augment)
 
 
-def _kept(tasks: ImageFolder) -> dict[str, Constants | None]:
-    return {"constants": None if tasks.constants is None else (tasks.constants.mean, tasks.constants.std)}
+def _kept(tasks: ImageFolder, *others: ImageFolder) -> dict[str, Any]:
+    return {
+        "constants": None if tasks.constants is None else (tasks.constants.mean, tasks.constants.std),
+        "data_sha256": {each.split: each.data_sha256 for each in (tasks, *others)},
+    }
 
 
 def _preprocessing(*, image_size: int, channels: int, constants: Constants | None, **others: Any) -> Preprocessing:
@@ -187,6 +190,7 @@ FAMILY = Family(
         "rotations": "none",
         "on_broken": "raise",
         "constants": None,
+        "data_sha256": None,
         "model": "conv4",
     },
     check=_check,

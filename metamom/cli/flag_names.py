@@ -18,6 +18,8 @@ PHRASES: Mapping[str, tuple[tuple[str, str], ...]] = {  # by the flag that the c
         ("normalize needs", "--standardize data needs"),
         ("leave normalize out, or pass a standard deviation of 1", "pass --standardize none"),
     ),
+    "evaluate_every": (("pass validation= and evaluate_every= (--evaluate-every N)", "pass --evaluate-every N"),),
+    "resume": (("(--resume, or resume=True)", "(--resume)"),),
     "image_size": (("a smaller image_size", "a smaller --image-size"),),
     "": (  # for every command; none has a flag for this limit
         (", or raise the limit if you trust the data: PIL.Image.MAX_IMAGE_PIXELS", ""),
@@ -51,8 +53,10 @@ def in_flags(message: str, arguments: argparse.Namespace) -> str:
 
     def with_value(found: re.Match[str]) -> str:
         name = flag(found["name"])
-        if name is None or _in_a_call(message[: found.start()]):
+        if name is None or found["bare"] in ("None", "False") or _in_a_call(message[: found.start()]):
             return found[0]
+        if found["bare"] == "True":
+            return name
         if found["list"] is not None:
             return f"{name} {re.sub(QUOTES, '', found['list']).replace(', ', ',')}"
         values = [found[kind] for kind in ("double", "single", "bare") if found[kind] is not None]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from command import the_error
 from image_files import write_splits
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import metamom
 from metamom.cli.app import parsed, parser
@@ -25,6 +28,9 @@ TRAIN = ["train", "images", "--root", "photos"]
         (TRAIN, "or CLASS/*.png with splits=.", "or CLASS/*.png with --splits."),
         (TRAIN, "needs ways=6 different classes", "needs --ways 6 different classes"),
         (TRAIN, "(lr=-0.5, beta=1e3)", "(--lr -0.5, --beta 1e3)"),
+        (TRAIN, "resume it (--resume, or resume=True), or", "resume it (--resume), or"),
+        (TRAIN, "pass normalize=True", "pass --normalize"),
+        (TRAIN, "pass adapt=None", None),
         (TRAIN, "image_size must be at most 1,024", "--image-size must be at most 1,024"),
         (TRAIN, "lr is the step size", "--lr is the step size"),
         (TRAIN, "device=cuda, but PyTorch sees no GPU", "--device cuda, but PyTorch sees no GPU"),
@@ -75,3 +81,13 @@ def test_what_the_command_says_of_weights(metamom, trained, tmp_path):
     assert metamom("export", trained, tmp_path / "w.safetensors").code == 0
     init = ["train", "sinusoid", "--init", tmp_path / "w.safetensors", "--run-dir", tmp_path / "run"]
     assert "has no tail to skip" in the_error(metamom(*init, "--init-except", "tail"))
+    state = load_file(tmp_path / "w.safetensors")
+    first = next(iter(state))
+    save_file({**state, first: torch.full_like(state[first], math.nan)}, tmp_path / "nan.safetensors")
+    said = the_error(metamom(*init, "--init", tmp_path / "nan.safetensors"))
+    assert f"nan.safetensors are not finite: {first} ({state[first].numel()} values of {state[first].numel()})" in said
+    save_file({**state, first: torch.zeros(3)}, tmp_path / "odd.safetensors")
+    said = the_error(metamom(*init, "--init", tmp_path / "odd.safetensors"))
+    assert f"odd.safetensors do not fit the model. In the file, of other shapes: {first} [3] for" in said
+    assert "such as the head: --init-except head." in said
+    assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from character_folders import write_characters
 from command import the_error
+from image_files import write_splits
 
 from metamom import cli
 from metamom import load as metamom_load
@@ -275,6 +276,41 @@ def test_flags_that_are_refused_before_anything_is_made(flags, message, photos, 
     said = metamom("train", "images", "--root", photos, *flags, "--run-dir", tmp_path / "run")
     assert re.search(message, the_error(said))
     assert not (tmp_path / "run").exists()
+
+
+def test_images_that_have_changed(metamom, tmp_path, monkeypatch):
+    """A run does not go on with other images; it is evaluated on them if their folder is named."""
+    monkeypatch.chdir(tmp_path)
+    root = write_splits(Path("photos"), train=3, validation=3, test=3)
+    shutil.copytree(root, "before")
+    small = ["--ways", "2", "--meta-batch", "2", "--queries", "2", "--image-size", "16", "--evaluate-tasks", "4"]
+    for standardize in ("none", "data"):
+        arguments = ["train", "images", "--root", root, *small, "--standardize", standardize]
+        run = ["--run-dir", f"run-{standardize}"]
+        assert metamom(*arguments, *run, "--iterations", "1").code == 0
+        assert set(read_config(run[1])["settings"]["data_sha256"]) == {"train", "validation"}
+        (root / "train" / "class00" / "0.png").write_bytes((root / "train" / "class01" / "0.png").read_bytes())
+        before = snapshot(Path(run[1]))
+        said = the_error(metamom(*arguments, *run, "--iterations", "2", "--resume"))
+        assert f"the data of the run in {run[1]} have changed since it began (data_sha256.train): a resumed run" in said
+        assert "constants" not in said
+        assert {name: found for name, found in snapshot(Path(run[1])).items() if name in before} == before
+        said = the_error(metamom(*arguments, *run, "--iterations", "2", "--resume", "--image-size", "17"))
+        assert "image_size is 16 there and 17 here" in said
+        evaluated = ["evaluate", run[1], "--tasks", "4", "--steps", "1"]
+        assert metamom(*evaluated).code == 0, "the test images are the same"
+        assert metamom(*evaluated, "--split", "validation").code == 0, "and those of validation"
+        shutil.rmtree(root)
+        shutil.copytree("before", root)
+        assert metamom(*arguments, *run, "--iterations", "2", "--resume").code == 0
+    (root / "validation" / "class03" / "0.png").unlink()
+    few = ["--tasks", "4", "--steps", "1", "--split", "validation", "--queries", "1"]
+    said = the_error(metamom("evaluate", "run-none", *few))
+    assert "the images of the split 'validation' in" in said
+    assert said.rstrip().endswith("on purpose, name their folder with --data-root.")
+    assert "the images of the split 'validation' in" in the_error(metamom("compare", "run-none", "run-none/.", *few))
+    for folder in ("before", root):
+        assert metamom("evaluate", "run-none", *few, "--data-root", folder).code == 0
 
 
 def test_nothing_is_written_among_the_images_or_over_files_of_others(photos, run, metamom, tmp_path, monkeypatch):
