@@ -121,11 +121,12 @@ class EpisodicFamily(TaskFamily):
         x = self._items(index)
         if turns.any():
             x = _rotated(x, torch.from_numpy(turns))
+        fresh = not x.is_floating_point()  # then `scaled` makes a new tensor, which may be changed in place
         x = scaled(x)
         if self.augment is not None:
             x = self._augmented(x, self.augment, data)
         if self.constants is not None:
-            x = normalised(x, self.constants)
+            x = normalised(x, self.constants, in_place=fresh or self.augment is not None)
         support = self.ways * self.shots
         y = torch.arange(self.ways, device=x.device).repeat(len(x), self.shots + self.queries)
         return TaskBatch(x[:, :support], y[:, :support], x[:, support:], y[:, support:])

@@ -62,7 +62,7 @@ class Preprocessing(NamedTuple):
                 except BrokenImageError as error:
                     raise DataError(f"{file} {error}. Repair it, or leave it out.") from error
         x = torch.from_numpy(images).to(torch.float32).div_(255)
-        return x if self.constants is None else normalised(x, self.constants)
+        return x if self.constants is None else normalised(x, self.constants, in_place=True)
 
     def as_json(self) -> dict[str, Any]:
         """For a card: enough to do the same with Pillow and PyTorch."""

@@ -22,7 +22,6 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         examples=(
             "metamom data fetch omniglot",
             f"metamom data check {IMAGES} --root my-images",
-            f"metamom data check {IMAGES} --root my-images --splits my-lists --json",
         ),
     )
     leaf.set_defaults(run=run, leaf=leaf)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import metamom
 from metamom import MAML, CompositeMomentum, train
-from metamom.tasks import ImageFolder
+from metamom.tasks import ImageFolder, from_dataset
 from metamom.tasks.locate import DataError, DataNotFoundError
-from metamom.tasks.normalize import Constants
+from metamom.tasks.normalize import Constants, normalised
 from metamom.tasks.preprocessing import Preprocessing
 
 SIDE = 8
@@ -92,6 +92,19 @@ def test_files_and_folders(tmp_path, odd_files):
     (tmp_path / "bare" / "empty.png").touch()
     with pytest.raises(DataError, match=r"empty\.png is empty \(0 bytes\)\. Repair it, or leave it out"):
         preprocessing.read(tmp_path / "bare")
+
+
+def test_normalisation_in_place():
+    x = torch.rand(2, 5, 3, 4, 4)
+    expected = normalised(x, SOME)
+    again = x.clone()
+    assert normalised(again, SOME, in_place=True) is again
+    assert torch.equal(again, expected)
+    data = [(x[0, i], i) for i in range(5)]  # floating point: the data set's own tensors
+    before = x[0].clone()
+    tasks = from_dataset([*data, *data], ways=5, normalize=SOME)
+    assert float(tasks.sample(0, 4).query_x.sum()) != 0
+    assert torch.equal(x[0], before)
 
 
 @pytest.mark.parametrize("normalize", [None, "dataset"])
