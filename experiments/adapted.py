@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ from metamom.common.choices import Norm
 from metamom.experiments.recipes import Recipe
 from metamom.maml.learner import MAML
 from metamom.maml.norm import resolved
-from metamom.tasks.image_files import SUFFIXES, find_tree
+from metamom.tasks.image_files import find_tree
+from metamom.tasks.preprocessing import Preprocessing, image_paths
 from metamom.weights import save_weights
 
 AT_ONCE = 256  # images classified together
@@ -52,7 +52,7 @@ class Adapted:
         images: the number of support images.
         steps: inner steps taken.
         norm: the statistics that normalise, if there are any: see `metamom.MAML`.
-        recipe: of the run.
+        preprocessing: of images, as in the run.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Adapted:
     images: int
     steps: int
     norm: Norm
-    recipe: Recipe
+    preprocessing: Preprocessing
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
         """Classify image files, and those in folders, in the order of their names.
@@ -68,11 +68,11 @@ class Adapted:
         Raises:
             ValueError: for a path that does not exist, a folder without images, or a file that cannot be decoded.
         """
-        files = [file for path in paths for file in _images(Path(path))]
+        files = image_paths(paths) if paths else []
         found = []
         for start in range(0, len(files), AT_ONCE):
             part = files[start : start + AT_ONCE]
-            probabilities = self._probabilities(read(self.recipe, part)).tolist()
+            probabilities = self._probabilities(self.preprocessing.read_files(part)).tolist()
             for file, row in zip(part, probabilities, strict=True):
                 best = max(range(len(row)), key=row.__getitem__)
                 found.append(Prediction(str(file), self.classes[best], row[best], tuple(row)))
@@ -101,7 +101,8 @@ def adapt_to_folder(
     Raises:
         ValueError: for a run on other tasks, for a folder without classes or with more than the model tells apart.
     """
-    if recipe.family.read is None:
+    preprocessing = recipe.preprocessing()
+    if preprocessing is None:
         raise ValueError(
             f"adapt takes runs on image files, of `metamom train images`; got one on {recipe.family.title}. In Python, "
             "learner.fit adapts to any task."
@@ -121,35 +122,12 @@ def adapt_to_folder(
             f"with --ways {len(classes)}."
         )
     chosen: Norm = norm or ("frozen" if resolved(learner.model, learner.norm) == "frozen" else "support")
-    x = read(recipe, [listing.root / file.path for file in listing.files])
+    x = preprocessing.read_files([listing.root / file.path for file in listing.files])
     model = learner.like(norm=chosen).fit(x, torch.from_numpy(listing.labels), steps=steps)
-    return Adapted(model, classes, len(x), learner.inner_steps if steps is None else steps, chosen, recipe)
+    return Adapted(model, classes, len(x), learner.inner_steps if steps is None else steps, chosen, preprocessing)
 
 
 def save(adapted: Adapted, file: str | Path, card: Mapping[str, Any]) -> Path:
     """Write the adapted weights as safetensors, and beside them the run's card with the classes."""
     details = {"classes": list(adapted.classes), "inner_steps": adapted.steps, "norm": adapted.norm}
     return save_weights(adapted.model, file, {"adapted_to": details, **card, "model": str(adapted.model)})
-
-
-def read(recipe: Recipe, files: Sequence[Path]) -> Tensor:
-    """Image files as the run's tasks have them, ``[N, C, H, H]``."""
-    assert recipe.family.read is not None
-    return recipe.family.read(files, **recipe.own())
-
-
-def _images(path: Path) -> Iterator[Path]:
-    """A file, or the images of a folder and those below it, without hidden ones."""
-    if not path.is_dir():
-        if not path.exists():
-            raise ValueError(f"there is no file or folder {path} to classify.")
-        yield path
-        return
-    found = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        own = (name for name in sorted(names) if not name.startswith("."))
-        found += [Path(folder) / name for name in own if Path(name).suffix.lower() in SUFFIXES]
-    if not found:
-        raise ValueError(f"{path} has no images to classify.")
-    yield from found

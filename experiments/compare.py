@@ -208,11 +208,12 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
     if not ending.exists():
         learner = recipe.learner()
         optimizer = recipe.make_optimizer(learner)
+        sampler, validation = (recipe.sampler(split, root=root) for split in ("train", "validation"))
         try:
             train(
                 learner,
                 optimizer,
-                recipe.sampler(root=root),
+                sampler,
                 iterations=comparison.iterations,
                 meta_batch=recipe.meta_batch or 1,
                 workers=recipe.workers,
@@ -220,14 +221,14 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
                 aggregate=recipe.aggregate,
                 clip_grad=recipe.clip_grad,
                 schedulers=recipe.schedulers(optimizer),
-                validation=recipe.sampler("validation", root=root),
+                validation=validation,
                 evaluate_every=comparison.evaluate_every,
                 evaluate_tasks=comparison.validation_tasks,
                 run_dir=path,
                 resume=True,
                 checkpoint_every=comparison.evaluate_every,
                 keep_checkpoints=1,
-                settings=recipe.settings(),
+                settings=recipe.with_kept(sampler, validation).settings(),
                 free=recipe.free(),
                 label=path.name,
             )

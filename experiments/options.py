@@ -177,6 +177,7 @@ class ImageOptions:
         ),
     )
     constants: tuple[tuple[float, ...], tuple[float, ...]] | None = option(None, later=True, own=True)
+    data_sha256: dict[str, str] | None = option(None, later=True, own=True)  # of the images of each split
 
 
 @dataclass(frozen=True)

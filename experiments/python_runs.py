@@ -23,6 +23,8 @@ from metamom.maml.loss_readings import LossFn
 from metamom.maml.norm import resolved
 from metamom.maml.task_weights import Params
 from metamom.nets.models import Conv4, SinusoidMLP
+from metamom.tasks.normalize import check_constants
+from metamom.tasks.preprocessing import Preprocessing
 from metamom.training.plan import describe_loss
 
 MODEL = "model."  # prefixes in a learner's state
@@ -162,6 +164,16 @@ def known_sampler(
     if on_disk:
         return kind(**{**arguments, **asked, "split": split}, **on_disk)  # type: ignore[no-any-return]
     return kind(**{**arguments, **asked}).with_stream(split)  # type: ignore[no-any-return]
+
+
+def preprocessing_of(settings: Mapping[str, Any]) -> Preprocessing | None:
+    """How image files become inputs, of a run on `metamom.tasks.ImageFolder`; ``None`` for another run."""
+    described = task_family(settings)
+    if described.get("family") != "ImageFolder":
+        return None
+    given = described["normalize"]
+    constants = None if given is None else check_constants((given["mean"], given["std"]), described["channels"])
+    return Preprocessing(described["image_size"], described["channels"], constants)
 
 
 def recipe_of_tasks(settings: Mapping[str, Any]) -> Recipe | None:

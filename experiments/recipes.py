@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from metamom.bias import BiasOperator, Identity, parse
-from metamom.common.checks import MOST, check_whole
+from metamom.common.checks import MOST, check_ways, check_whole
 from metamom.common.options import declared
 from metamom.common.schema import as_record
 from metamom.experiments.families import FAMILIES, Family
@@ -36,6 +36,7 @@ from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
+from metamom.tasks.preprocessing import Preprocessing
 from metamom.training.early_stopping import EarlyStopping
 from metamom.weights import load_weights
 
@@ -71,6 +72,8 @@ class Recipe(RecipeOptions):
             value = getattr(self, each.name)
             if each.name != "seed" and isinstance(value, int) and value > MOST:
                 raise ValueError(f"{each.name} must be at most {MOST:,}; got {value}.")
+        if self.ways is not None:
+            check_ways(self.ways)
         if (self.ways or 0) > MOST_WAYS:
             raise ValueError(
                 f"ways must be at most {MOST_WAYS:,}, about as many classes as there are; got {self.ways}."
@@ -78,6 +81,7 @@ class Recipe(RecipeOptions):
         for name in ("adapt", "augment", "init_except"):  # JSON has lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.family.check(**self.own())
         check_seed(self.seed)
         check_aggregate(self.aggregate)
         self._check_fixed_tasks()
@@ -104,7 +108,7 @@ class Recipe(RecipeOptions):
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}.")
         if self.order != "replacement" and self.fixed_tasks is None:
-            raise ValueError(f"order={self.order!r} is of a fixed set of tasks: say how many, with fixed_tasks.")
+            raise ValueError(f"order={self.order!r} is of a fixed set of tasks: say how many, with fixed_tasks=N.")
         if self.order == "reshuffle" and (self.fixed_tasks or 0) % (self.meta_batch or 1):
             raise ValueError(
                 f"a meta-batch must divide the {self.fixed_tasks} fixed tasks that come in turn; got {self.meta_batch}."
@@ -112,8 +116,8 @@ class Recipe(RecipeOptions):
         check_estimator(self.estimator, self.inner_batches)
         if ESTIMATORS[self.estimator].averages is not None and self.fixed_tasks is None:
             raise ValueError(
-                f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with fixed_tasks "
-                "(--fixed-tasks N)."
+                f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with "
+                "fixed_tasks=N."
             )
 
     def _check_optimizer(self) -> None:
@@ -141,9 +145,18 @@ class Recipe(RecipeOptions):
         """The values of the options that only some families have, of those that this one has."""
         return {name: getattr(self, name) for name in self.family.options}
 
-    def with_kept(self, sampler: TaskFamily | FixedTasks) -> Recipe:
-        """The recipe with what a run keeps of its training tasks, such as the images' mean and deviation."""
-        return replace(self, **self.family.kept(sampler.family if isinstance(sampler, FixedTasks) else sampler))
+    def preprocessing(self) -> Preprocessing | None:
+        """How image files become inputs; ``None`` for tasks that are not made of image files."""
+        make = self.family.preprocessing
+        return None if make is None else make(**self.own())
+
+    def with_kept(self, *samplers: TaskFamily | FixedTasks) -> Recipe:
+        """The recipe with what a run keeps of its tasks, such as the images' mean and deviation.
+
+        Args:
+            *samplers: its training tasks, then those of other splits.
+        """
+        return replace(self, **self.family.kept(*(s.family if isinstance(s, FixedTasks) else s for s in samplers)))
 
     def settings(self) -> dict[str, Any]:
         """The recipe as JSON values, without the options that only other families have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,6 +21,7 @@ from metamom.weights import save_weights
 
 if TYPE_CHECKING:
     from metamom.experiments.recipes import Recipe
+    from metamom.tasks.preprocessing import Preprocessing
 
 Checkpoint = Literal["best", "newest"]
 OF_A_MACHINE = ("root", "device")  # settings that a card leaves out
@@ -61,11 +62,14 @@ class LoadedRun:
 
         Args:
             split: ``"train"``, ``"validation"``, ``"test"``, or another one that the task has.
-            root: the folder of the data.
+            root: the folder of the data. For a run on images, any folder with this split will do, such as a copy or
+                other images. By default it is the folder of training, and the splits that the run trained and validated
+                on must not have changed.
             **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training.
 
         Raises:
-            ValueError: if the run's ``config.json`` does not say how to make its tasks.
+            ValueError: if the run's ``config.json`` does not say how to make its tasks, and for images that have
+                changed.
         """
         from dataclasses import replace
 
@@ -73,7 +77,10 @@ class LoadedRun:
 
         if self.recipe is not None:
             # tasks of `shots` support points, whatever the estimator trained on
-            return replace(self.recipe, **changes, estimator="exact", inner_batches="same").sampler(split, root=root)
+            tasks = replace(self.recipe, **changes, estimator="exact", inner_batches="same").sampler(split, root=root)
+            if root is None:
+                self._check_unchanged(tasks, self.recipe.own().get("data_sha256") or {})
+            return tasks
         trained_on = task_family(self.settings)
         if "shots" not in changes and self.learner.support_parts > 1 and isinstance(trained_on.get("shots"), int):
             changes["shots"] = trained_on["shots"] // self.learner.support_parts
@@ -86,12 +93,59 @@ class LoadedRun:
             )
         return made
 
+    def _check_unchanged(self, tasks: Any, digests: Mapping[str, str]) -> None:
+        """Refuse images that have changed since training, where the run's own folder is read.
+
+        Raises:
+            ValueError: with what to do.
+        """
+        family = getattr(tasks, "family", tasks)  # of fixed tasks
+        split = str(getattr(family, "split", None))
+        if split in digests and digests[split] != family.data_sha256:
+            raise ValueError(
+                f"the images of the split {split!r} in {family.root} have changed since the run in {self.path} was "
+                "trained. Put them back; or, to use other images on purpose, name their folder with root=."
+            )
+
+    def images(self, paths: str | Path | Sequence[str | Path]) -> Tensor:
+        """Image files as the run's network takes them: decoded, turned, cut, resized and normalised as in training.
+
+        Only for runs on image files: of ``metamom train images``, or on `metamom.tasks.ImageFolder`.
+
+        Args:
+            paths: a file, a folder, of which all images are read in the order of their names, or a list of them.
+
+        Returns:
+            ``[N, C, H, H]`` float32, on the CPU.
+
+        Raises:
+            FileNotFoundError: for a path that does not exist.
+            ValueError: for a file that cannot be decoded, a folder without images, and a run on other tasks.
+
+        Example:
+            >>> run = load("runs/photos")  # doctest: +SKIP
+            >>> run.learner.fit(run.images("examples"), labels)(run.images("photo.jpg"))  # doctest: +SKIP
+        """
+        preprocessing = self._preprocessing()
+        if preprocessing is None:
+            raise ValueError(
+                f"images reads files for runs on image files (`metamom train images`, or ImageFolder); the run in "
+                f"{self.path} was trained on other tasks."
+            )
+        return preprocessing.read(paths)
+
+    def _preprocessing(self) -> Preprocessing | None:
+        from metamom.experiments.python_runs import preprocessing_of
+
+        return preprocessing_of(self.settings) if self.recipe is None else self.recipe.preprocessing()
+
     def save_weights(
         self, path: str | Path, *, evaluation: Evaluation | None = None, licence: str | None = None
     ) -> Path:
         """Write the model's weights as ``NAME.safetensors``, with the names of its ``state_dict``, and ``NAME.json``.
 
-        The card, ``NAME.json``, holds the architecture, the training data, the settings, and how the run was started.
+        The card, ``NAME.json``, holds the architecture, the training data, the settings, and how the run was started;
+        of a run on image files, also how files become inputs (``"preprocessing"``).
         `metamom.load_weights` reads the weights into a model.
 
         Args:
@@ -112,11 +166,13 @@ class LoadedRun:
         measured = None if evaluation is None else evaluation._asdict()
         if measured is not None:
             measured["tasks"] = measured.pop("values").shape[1]
+        preprocessing = self._preprocessing()
         return {
             "architecture": type(model).__name__,
             "model": str(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "data": data,
+            **({} if preprocessing is None else {"preprocessing": preprocessing.as_json()}),
             "learner": self.learner.describe(),
             "settings": settings,
             "iterations": self.step,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.files import replacing, write_atomically
-from metamom.common.weights import differences
+from metamom.common.numbers import counted
+from metamom.common.weights import MOST, differences
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep the state of a model
 
@@ -35,7 +36,9 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"weights are written as safetensors; name the file {path.name}.safetensors, not {path.name}.")
+        raise ValueError(
+            f"weights are written as safetensors: name the file {path.stem}.safetensors; got {path.name!r}."
+        )
     described = path.with_suffix(".json")
     if card is not None and described.exists() and not path.exists():  # somebody else's
         raise ValueError(
@@ -69,7 +72,8 @@ def load_weights(model: nn.Module, file: str | Path, *, skip: Iterable[str] = ()
         The same model.
 
     Raises:
-        ValueError: for a file that cannot be read, or names and shapes that differ; one error lists all of them.
+        ValueError: for a file that cannot be read, names and shapes that differ (one error lists all of them), and
+            weights that are not finite.
 
     Example:
         >>> load_weights(model, "conv4.safetensors", skip=["head"])  # doctest: +SKIP
@@ -93,8 +97,29 @@ def load_weights(model: nn.Module, file: str | Path, *, skip: Iterable[str] = ()
             f"the weights in {file} do not fit the model. In the file, {'; '.join(differ)}. Name what may differ, such "
             'as the head: skip=["head"].'
         )
+    _check_finite(file, model, found)
     model.load_state_dict({**own, **found})
     return model
+
+
+def _check_finite(file: str | Path, model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Refuse NaN, and infinity in parameters; a buffer such as an attention mask may hold infinity.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    odd = []
+    for name, x in found.items():
+        bad = x.isnan() if name not in learned else ~x.isfinite()
+        if bad.any():
+            odd.append(f"{name} ({counted(int(bad.sum()), 'value')} of {x.numel():,})")
+    if odd:
+        others = f" and {len(odd) - MOST} more" * (len(odd) > MOST)
+        raise ValueError(
+            f"the weights in {file} are not finite: {', '.join(odd[:MOST])}{others}. Use a file from "
+            "before its training diverged."
+        )
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:

@@ -168,11 +168,13 @@ AUGMENTATIONS: dict[str, Augment] = {
 
 
 def augmentation(given: Any) -> Augment | None:
-    """The augmentation that a user named: a function, a name, or a list of names and functions, applied in order.
+    """The augmentation that a user named: a function, names with commas between, or a list of names and functions.
+
+    They are applied in order.
 
     Raises:
         TypeError: for anything else.
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, and for a name that comes twice.
 
     Example:
         >>> augment = augmentation(["crop", "flip"])
@@ -181,7 +183,7 @@ def augmentation(given: Any) -> Augment | None:
     """
     if given is None or (callable(given) and not isinstance(given, str)):
         return given
-    names = [given] if isinstance(given, str) else given
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     if not isinstance(names, Sequence) or not all(isinstance(name, str) or callable(name) for name in names):
         raise TypeError(
             f"augment must be names of augmentations ({', '.join(AUGMENTATIONS)}), a function of images and a "
@@ -192,6 +194,9 @@ def augmentation(given: Any) -> Augment | None:
         raise ValueError(
             f"augment knows {', '.join(AUGMENTATIONS)}; got {unknown[0]!r}{did_you_mean(unknown, AUGMENTATIONS) or '.'}"
         )
+    named = [name for name in names if isinstance(name, str)]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ValueError(f"augment has {twice[0]!r} {named.count(twice[0])} times. Name each augmentation once.")
     steps = tuple(AUGMENTATIONS[name] if isinstance(name, str) else name for name in names)
     return Chain(steps) if steps else None
 

@@ -85,7 +85,7 @@ def decode(path: Path, size: int, channels: int) -> Decoded:
         BrokenImageError: if it can't be decoded.
     """
     data = _read(path)
-    with _faults(), Image.open(BytesIO(data), formats=_formats()) as image:
+    with _faults(data), Image.open(BytesIO(data), formats=_formats()) as image:
         _check_pixels(image)
         image.draft(None, (2 * size, 2 * size))  # JPEG: decode at the smallest scale that is still twice as large
         image.load()
@@ -103,7 +103,7 @@ def examine(path: Path) -> Header:
         BrokenImageError: if it can't be decoded.
     """
     data = _read(path)
-    with _faults(), Image.open(BytesIO(data), formats=_formats()) as image:
+    with _faults(data), Image.open(BytesIO(data), formats=_formats()) as image:
         _check_pixels(image)
         whole, mode = image.size, image.mode
         image.draft(None, (1, 1))  # JPEG: every byte is read, but few pixels are computed
@@ -170,13 +170,18 @@ def _read(path: Path) -> bytes:
 
 
 @contextmanager
-def _faults() -> Iterator[None]:
+def _faults(data: bytes) -> Iterator[None]:
     """Turn everything that Pillow raises for a bad file into one error."""
     try:
         yield
     except BrokenImageError:
         raise
     except UnidentifiedImageError as error:
+        if data.startswith((b"II*\0", b"MM\0*")):
+            raise BrokenImageError(
+                "is not a TIFF of a known kind. Convert it to 8 bits, if it has several channels of floating point, or "
+                "floating point of 16 or 64 bits"
+            ) from error
         raise BrokenImageError("is not an image of a known format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BrokenImageError(_too_large()) from error

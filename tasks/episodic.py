@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from metamom.batch import TaskBatch
+from metamom.common.checks import check_ways
 from metamom.rng import DrawCoordinates, Ints, Purpose, choose, uniforms
 from metamom.tasks.checks import check_count
 from metamom.tasks.family import TaskFamily
@@ -70,7 +71,7 @@ class EpisodicFamily(TaskFamily):
 
     Raises:
         ValueError: for more ways than classes, more shots + queries than the smallest class has items, or a count
-            below 1.
+            below 1, or fewer than 2 ways.
         TypeError: for an ``augment`` that can't be called.
     """
 
@@ -87,9 +88,8 @@ class EpisodicFamily(TaskFamily):
         names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(seed=seed)
-        self.ways, self.shots, self.queries = (
-            check_count(name, value) for name, value in (("ways", ways), ("shots", shots), ("queries", queries))
-        )
+        self.ways = check_ways(ways)
+        self.shots, self.queries = check_count("shots", shots), check_count("queries", queries)
         if augment is not None and not callable(augment):
             raise TypeError(f"augment must be a function of images and a generator, or None; got {augment!r}.")
         self.augment = augment
@@ -121,11 +121,12 @@ class EpisodicFamily(TaskFamily):
         x = self._items(index)
         if turns.any():
             x = _rotated(x, torch.from_numpy(turns))
+        fresh = not x.is_floating_point()  # then `scaled` makes a new tensor, which may be changed in place
         x = scaled(x)
         if self.augment is not None:
             x = self._augmented(x, self.augment, data)
         if self.constants is not None:
-            x = normalised(x, self.constants)
+            x = normalised(x, self.constants, in_place=fresh or self.augment is not None)
         support = self.ways * self.shots
         y = torch.arange(self.ways, device=x.device).repeat(len(x), self.shots + self.queries)
         return TaskBatch(x[:, :support], y[:, :support], x[:, support:], y[:, support:])

@@ -145,7 +145,7 @@ def _fetched(url: str, md5: str, target: Path) -> Path:
                     url, known_hash=f"md5:{md5}", fname=target.name, path=target.parent, downloader=downloader
                 )
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-        raise DataError(f"can't write {target} ({error}). Name another folder with root= (--root).") from error
+        raise DataError(f"can't write {target} ({error}). Name another folder with root=.") from error
     except DataError:
         raise
     except ValueError as error:  # pooch: a wrong digest

@@ -6,17 +6,33 @@ import statistics
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from metamom.common.numbers import counted
 from metamom.tasks.decode import BrokenImageError, Header, examine, quiet
-from metamom.tasks.image_files import Listing, Splits, check_disjoint, find_images, find_root, find_splits, find_tree
+from metamom.tasks.image_files import (
+    FOLDERS,
+    Listing,
+    Splits,
+    check_disjoint,
+    find_images,
+    find_root,
+    find_splits,
+    find_tree,
+)
 from metamom.tasks.image_store import Broken, threads
 from metamom.tasks.locate import DataError, PathLike
 
 TREE = "all classes"  # what a single tree without splits is called
-SHOWN = 20  # broken files in the text
+SHOWN = 20  # lines of one kind in the text
+USUAL = 16  # shots + queries where nothing is given
+NEEDED_BY = {  # what cannot be done without a split
+    "train": "`metamom train images` needs it",
+    "validation": "`metamom train images` needs it to choose the best checkpoint",
+    "test": "`metamom evaluate` needs it",
+}
 
 
 class SplitCheck(NamedTuple):
@@ -39,20 +55,44 @@ class SplitCheck(NamedTuple):
         if not counts:
             return "no classes"
         lines = [
-            f"{len(counts):,} classes, {sum(counts):,} images; per class {min(counts):,} to {max(counts):,}, median "
-            f"{statistics.median(counts):g}"
+            f"{counted(len(counts), 'class', 'classes')}, {counted(sum(counts), 'image')}; "
+            f"per class {min(counts):,} to {max(counts):,}, median {statistics.median(counts):g}"
         ]
         if self.sizes:
             widths, heights = ([size[side] for size in self.sizes] for side in (0, 1))
             (width, height), most = self.sizes.most_common(1)[0]
             others = f"; width {min(widths)} to {max(widths)}, height {min(heights)} to {max(heights)}"
-            lines.append(f"pixels: {width}x{height} ({most:,} images){others if len(self.sizes) > 1 else ''}")
+            lines.append(f"pixels: {width}x{height} ({counted(most, 'image')}){others if len(self.sizes) > 1 else ''}")
             lines.append("modes: " + ", ".join(f"{mode} ({count:,})" for mode, count in self.modes.most_common()))
-        lines += [f"empty: {name} has no images" for name, count in self.images.items() if not count][:SHOWN]
-        lines += [f"broken: {each.path} {each.fault}" for each in self.broken[:SHOWN]]
-        if len(self.broken) > SHOWN:
-            lines.append(f"broken: {len(self.broken) - SHOWN:,} others")
+        lines += _listed([f"empty: {name} has no images" for name, count in self.images.items() if not count])
+        lines += _listed([f"too few: {name} has 1 image; a task needs a shot and a query" for name in self.single])
+        if not self.single and 0 < min(counts) < USUAL:
+            name = min(self.images, key=self.images.__getitem__)
+            lines.append(f"few: {name} has {min(counts)} images, so shots + queries must be at most {min(counts)}")
+        lines += _listed([f"broken: {each.path} {each.fault}" for each in self.broken])
         return "\n".join(lines)
+
+    @property
+    def single(self) -> list[str]:
+        """The classes with one image, of which no task can be made."""
+        return [name for name, count in self.images.items() if count == 1]
+
+    @property
+    def sound(self) -> bool:
+        """Whether every file can be decoded and every class has two images or more."""
+        return not self.broken and all(count > 1 for count in self.images.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        sizes = [{"width": width, "height": height, "images": n} for (width, height), n in self.sizes.most_common()]
+        broken = [{"path": each.path, "fault": each.fault} for each in self.broken]
+        return {"images": self.images, "sizes": sizes, "modes": dict(self.modes), "broken": broken, "sound": self.sound}
+
+
+def _listed(lines: list[str]) -> list[str]:
+    """The first lines, and how many others there are."""
+    kind = lines[0].partition(":")[0] if lines else ""
+    return lines[:SHOWN] + [f"{kind}: {counted(len(lines) - SHOWN, 'other')}"] * (len(lines) > SHOWN)
 
 
 class ImagesCheck(NamedTuple):
@@ -68,14 +108,25 @@ class ImagesCheck(NamedTuple):
 
     @property
     def sound(self) -> bool:
-        """Whether every file can be decoded and every class has images."""
-        return not any(split.broken or 0 in split.images.values() for split in self.splits.values())
+        """Whether every file can be decoded and every class has two images or more."""
+        return all(split.sound for split in self.splits.values())
+
+    @property
+    def missing(self) -> list[str]:
+        """Of train, validation and test, the splits that are not there; none of a tree without splits."""
+        return [] if TREE in self.splits else [name for name in FOLDERS if name not in self.splits]
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        splits = {name: split.as_json() for name, split in self.splits.items()}
+        return {"root": self.root, "splits": splits, "missing": self.missing, "sound": self.sound}
 
     def __str__(self) -> str:
         lines = [str(self.root)]
         for name, split in self.splits.items():
             first, *others = str(split).splitlines()
             lines += [f"  {name}: {first}", *(f"    {line}" for line in others)]
+        lines += [f"  {name}: missing; {NEEDED_BY[name]}" for name in self.missing]
         return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from metamom.common.did_you_mean import did_you_mean
 from metamom.common.files import named_folder
+from metamom.common.numbers import counted
 from metamom.common.reading import NotAFileError, read_regular_file
 from metamom.rng import Ints
 from metamom.tasks.locate import DataError, DataNotFoundError, PathLike
@@ -27,6 +28,7 @@ FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "t
 MAX_LIST = 1 << 28  # bytes of a list of a split
 
 Splits = Mapping[str, Sequence[str] | PathLike]
+_Files = dict[str, list["ImageFile"]]
 
 
 class ImageFile(NamedTuple):
@@ -199,9 +201,9 @@ def _of_folders(root: Path, split: str) -> dict[str, list[ImageFile]]:
     names = class_folders(folder)
     if not names:
         loose = sum(1 for name in os.listdir(folder) if _is_image(name))
+        holds = f" but {counted(loose, 'image')}" if loose else ""
         raise DataError(
-            f"{folder} has no class folders{f' but {loose:,} images' if loose else ''}; wanted {folder}/CLASS/*.png, "
-            "one folder for each class."
+            f"{folder} has no class folders{holds}; wanted {folder}/CLASS/*.png, one folder for each class."
         )
     return {name: [_moved(file, folder.name) for file in _images_below(folder, name)] for name in names}
 
@@ -248,10 +250,8 @@ def _of_splits(root: Path, split: str, splits: Splits) -> dict[str, list[ImageFi
         raise DataError(f"splits has no split {split!r}; it has {', '.join(map(repr, given)) or 'none'}.")
     members = {name: _members(root, name, value) for name, value in given.items()}
     check_disjoint(members)
-    return {
-        name: list(_listed_files(root, name, files)) if files is not None else _class_files(root, name)
-        for name, files in members[split].items()
-    }
+    listed = _listed_files(root, split, members)
+    return {name: _class_files(root, name) if files is None else listed[name] for name, files in members[split].items()}
 
 
 def _class_files(root: Path, name: str) -> list[ImageFile]:
@@ -299,17 +299,70 @@ def _read_list(root: Path, named: Path) -> dict[str, list[str] | None]:
     return members
 
 
-def _listed_files(root: Path, label: str, names: list[str]) -> Iterator[ImageFile]:
-    """Find the listed files in ROOT, ROOT/LABEL or ROOT/images."""
-    for name in dict.fromkeys(names):
-        for path in (name, f"{label}/{name}", f"images/{name}"):
-            try:
-                status = os.stat(root / path)
-            except OSError:
-                continue
-            yield ImageFile.of(Path(path).as_posix(), status)
-            break
-        else:
-            raise DataNotFoundError(
-                f"{root} has no file {name} of the class {label!r}; looked there and in {label}/ and images/."
+def _listed_files(root: Path, split: str, members: Mapping[str, Mapping[str, list[str] | None]]) -> _Files:
+    """Find the files that the lists of all splits name, and return those of one split by class.
+
+    Raises:
+        DataNotFoundError: for files of this split that are not there.
+        DataError: for a file that is listed twice: in two splits, as two classes, or in one class.
+    """
+    seen: dict[str, str] = {}
+    missing: list[str] = []
+    files: _Files = {}
+    for each, classes in members.items():
+        for label, names in classes.items():
+            place = f"as the class {label!r} of the split {each!r}"
+            for name in names or ():
+                file = _listed_file(root, label, name)
+                if file is None:
+                    if each == split:
+                        missing.append(f"{name} of the class {label!r}; looked there and in {label}/ and images/")
+                    continue
+                before = seen.get(file.path)
+                if before is not None:
+                    twice = f"twice {place}" if before == place else f"{before} and {place}"
+                    raise DataError(f"the file {file.path} in {root} is listed {twice}. Keep one of the lines.")
+                seen[file.path] = place
+                if each == split:
+                    files.setdefault(label, []).append(file)
+    if missing:
+        others = f" Of the split {split!r}, {counted(len(missing), 'listed file')} are missing." * (len(missing) > 1)
+        raise DataNotFoundError(f"{root} has no file {missing[0]}.{others}")
+    return files
+
+
+def _listed_file(root: Path, label: str, name: str) -> ImageFile | None:
+    """A listed file in ROOT, ROOT/LABEL or ROOT/images; ``None`` if it is in none of them."""
+    for path in (name, f"{label}/{name}", f"images/{name}"):
+        try:
+            return ImageFile.of(os.path.normpath(path).replace(os.sep, "/"), os.stat(root / path))
+        except OSError:
+            continue
+    return None
+
+
+def split_lists(folder: PathLike) -> dict[str, Path]:
+    """The file that lists each split: ``train.csv`` or ``train.txt``, and so on.
+
+    Args:
+        folder: holds the lists, as `find_images` takes them.
+
+    Raises:
+        DataError: if there is none for training, or several for one split.
+    """
+    path = named_folder(folder, "splits")
+    found: dict[str, Path] = {}
+    for split, names in FOLDERS.items():
+        there = [path / f"{name}{suffix}" for name in names for suffix in (".csv", ".txt")]
+        there = [each for each in there if each.is_file()]
+        if len(there) > 1:
+            raise DataError(
+                f"{path} has several lists of the split {split!r}: {', '.join(each.name for each in there)}. Keep one."
             )
+        if there:
+            found[split] = there[0]
+    if "train" not in found:
+        raise DataError(
+            f"splits must be a folder with train.csv or train.txt (and validation, test); {path} has neither."
+        )
+    return found

@@ -48,9 +48,9 @@ class ImageFolder(EpisodicFamily):
         queries: query images per class.
         image_size: H, pixels a side, up to 1024.
         channels: 3 for RGB, 1 for grey.
-        augment: names of augmentations (see `metamom.tasks.augment`), such as ``["crop", "flip", "jitter"]``, or a
-            function ``augment(images, generator)`` of one task's images ``[M, channels, H, H]`` in [0, 1] (support,
-            then query) and a generator seeded by counter.
+        augment: names of augmentations (see `metamom.tasks.augment`), such as ``["crop", "flip"]`` or ``"crop,flip"``,
+            or a function ``augment(images, generator)`` of one task's images ``[M, channels, H, H]`` in [0, 1]
+            (support, then query) and a generator seeded by counter.
         rotations: ``True``: in ``"train"``, images rotated by 90°, 180° and 270° count as new classes. ``"all"``: in
             every split. ``False``: in none.
         normalize: subtract a mean and divide by a standard deviation of each channel, after augmentation: ``(mean,
@@ -114,9 +114,7 @@ class ImageFolder(EpisodicFamily):
         splits: Splits | None = None,
         on_broken: Literal["raise", "skip"] = "raise",
     ) -> None:
-        self.split, self.image_size = canonical(split), check_count("image_size", image_size, MAX_IMAGE_SIZE)
-        if channels not in CHANNELS or isinstance(channels, bool):
-            raise ValueError(f"channels must be 3 (RGB) or 1 (grey); got {channels!r}.")
+        self.split, self.image_size = canonical(split), check_pixels(image_size, channels)
         if not isinstance(rotations, bool | str) or rotations not in (True, False, "all"):
             raise ValueError(f"rotations must be True, False or 'all'; got {rotations!r}.")
         check_word("on_broken", on_broken, ON_BROKEN)
@@ -156,12 +154,17 @@ class ImageFolder(EpisodicFamily):
         """Mean and standard deviation of each channel over this split's images in [0, 1], kept with the cache."""
         return self._store.mean_and_std()
 
+    @property
+    def data_sha256(self) -> str:
+        """A digest of the split's images and their names. It does not depend on the root."""
+        return self._store.record.sha256
+
     def describe(self) -> dict[str, Any]:
         """See `TaskFamily.describe`. The data is identified by its contents, not by its location."""
         return {
             "family": "ImageFolder",
             "split": self.split,
-            "data_sha256": self._store.record.sha256,
+            "data_sha256": self.data_sha256,
             "images": len(self._rows),
             "ways": self.ways,
             "shots": self.shots,
@@ -193,6 +196,25 @@ class ImageFolder(EpisodicFamily):
     def _items(self, index: Ints) -> Tensor:
         images = self._store.read(self._rows[index.ravel()])
         return torch.from_numpy(images).view(*index.shape, *images.shape[1:])
+
+
+def check_pixels(image_size: int, channels: int) -> int:
+    """Check the size and the channels of decoded images, and return the size.
+
+    Raises:
+        TypeError: for a size that is not an integer.
+        ValueError: for other channels than 1 and 3, and for a size outside 1..1024.
+    """
+    if channels not in CHANNELS or isinstance(channels, bool):
+        raise ValueError(f"channels must be 3 (RGB) or 1 (grey); got {channels!r}.")
+    size = check_count("image_size", image_size)
+    if size > MAX_IMAGE_SIZE:
+        one, limit = (4 * channels * side**2 / 2**20 for side in (size, MAX_IMAGE_SIZE))
+        raise ValueError(
+            f"image_size must be at most {MAX_IMAGE_SIZE:,} pixels a side; got {size}: one image as float32 would take "
+            f"{one:,.0f} MiB, and the limit is {limit:,.0f} MiB."
+        )
+    return size
 
 
 def _skipped(store: ImageStore, root: str) -> tuple[str, ...]:

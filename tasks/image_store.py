@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import struct
 import threading
 import weakref
@@ -225,6 +226,7 @@ def _not_writable(path: Path, error: Exception) -> DataError:
 def _store(
     path: Path, identity: bytes, listing: Listing, shape: tuple[int, int, int], label: str, skip_broken: bool
 ) -> Record:
+    _check_room(path, len(listing.files), shape)
     try:
         with replacing(path) as temporary, temporary.open("rb+") as file:
             record = _decode_all(file.fileno(), listing, shape, label)
@@ -241,6 +243,21 @@ def _store(
     except OSError as error:
         raise _not_writable(path, error) from error
     return record
+
+
+def _check_room(path: Path, count: int, shape: tuple[int, int, int]) -> None:
+    """Refuse to decode images for which the cache has no room.
+
+    Raises:
+        DataError: with the bytes that are needed and those that are free.
+    """
+    needed, free = count * int(np.prod(shape)), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise DataError(
+            f"{count:,} images of {shape[0]} x {shape[1]} x {shape[2]} bytes need {needed / 1e9:,.2f} GB in the cache; "
+            f"{path.parent} has {free / 1e9:,.2f} GB free. Set $METAMOM_CACHE to a folder with more room, or choose a "
+            "smaller image_size."
+        )
 
 
 def _remove_older(path: Path, family: str) -> None:

@@ -49,8 +49,13 @@ def check_constants(given: Any, channels: int | None = None) -> Constants | None
     return Constants(mean, std)
 
 
-def normalised(x: Tensor, constants: Constants) -> Tensor:
+def normalised(x: Tensor, constants: Constants, *, in_place: bool = False) -> Tensor:
     """Subtract the mean and divide by the standard deviation of each channel of ``[..., C, H, W]``.
+
+    Args:
+        x: the images.
+        constants: of as many channels.
+        in_place: change ``x`` and return it, which saves its memory.
 
     Raises:
         ValueError: for images of another number of channels.
@@ -61,7 +66,7 @@ def normalised(x: Tensor, constants: Constants) -> Tensor:
             f"{', '.join(map(str, x.shape[-3:]))}], not [..., {len(constants.mean)}, height, width]."
         )
     mean, std = (torch.tensor(each, dtype=x.dtype, device=x.device)[:, None, None] for each in constants)
-    return (x - mean).div_(std)
+    return (x.sub_(mean) if in_place else x - mean).div_(std)
 
 
 def measured(parts: Iterable[Tensor]) -> Constants:

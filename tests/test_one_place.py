@@ -155,7 +155,7 @@ def test_an_option_of_a_run(monkeypatch, tmp_path, capsys):
         assert parsed(parser(), ["compare", "sinusoid", "--config", str(run / "config.json")]).iterations == 2
     capsys.readouterr()
     assert cli.main([*SMALL, "--rest", "0", "--run-dir", str(tmp_path / "refused")]) == 2
-    assert "error: rest must be >= 1; got 0." in capsys.readouterr().err
+    assert "error: --rest must be >= 1; got 0." in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
 
 

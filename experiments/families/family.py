@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from metamom.maml.loss_readings import LossFn
     from metamom.tasks.family import TaskFamily
+    from metamom.tasks.preprocessing import Preprocessing
 
 SPLITS = ("train", "validation", "test")
 
@@ -164,9 +165,10 @@ class Family:
         splits: that tasks can be drawn from.
         options: the options that only some families have, by name, with their defaults for this one; they are declared
             with ``own=True`` in `metamom.experiments.options`.
-        kept: what a run keeps of its training tasks, as values of the family's options.
-        read: reads image files ``[N, C, H, W]`` as the tasks have them, given their paths and the family's options;
-            ``None`` for tasks that are not made of image files.
+        check: raises an error for values of the family's options that nothing can be made with, before anything is.
+        kept: what a run keeps of its tasks (of training, then of other splits), as values of the family's options.
+        preprocessing: how image files become inputs, given the family's options; ``None`` for tasks that are not made
+            of image files.
         data: the data set that must be on disk, as ``metamom data fetch`` spells it; ``None`` if there is none.
         curve: the points ``x [N]``, ``y [N]`` of the first test task's true function, for a figure of the adaptation
             to it; ``None`` for tasks that are not functions of one variable.
@@ -188,8 +190,9 @@ class Family:
     classes: Classes | None = None
     splits: tuple[str, ...] = SPLITS
     options: Mapping[str, Any] = field(default_factory=dict)
-    kept: Callable[[Any], Mapping[str, Any]] = lambda tasks: {}
-    read: Callable[..., Tensor] | None = None
+    check: Callable[..., None] = lambda **own: None
+    kept: Callable[..., Mapping[str, Any]] = lambda *tasks: {}
+    preprocessing: Callable[..., Preprocessing] | None = None
     data: str | None = None
     curve: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     train_examples: tuple[str, ...] = ()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from metamom.experiments.families.family import (
@@ -19,12 +18,13 @@ from metamom.experiments.families.family import (
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from metamom.common.choices import OnBroken
     from metamom.maml.loss_readings import LossFn
     from metamom.tasks import ImageFolder
     from metamom.tasks.family import TaskFamily
+    from metamom.tasks.preprocessing import Preprocessing
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # means and deviations of the channels
 
@@ -50,9 +50,10 @@ def _tasks(
     rotations: str,
     on_broken: OnBroken,
     constants: Constants | None,
-    model: str,
+    **others: Any,
 ) -> TaskFamily:
     from metamom.tasks import ImageFolder
+    from metamom.tasks.image_files import split_lists
 
     root = wanted.root or root
     if root is None:
@@ -66,7 +67,7 @@ def _tasks(
         queries=wanted.queries,
         image_size=image_size,
         channels=channels,
-        splits=None if splits is None else _lists(Path(splits)),
+        splits=None if splits is None else split_lists(splits),
         augment=augment if wanted.split == "train" else None,
         rotations="all" if rotations == "all" else rotations == "train",
         on_broken=on_broken,
@@ -75,48 +76,26 @@ def _tasks(
     )
 
 
-def _kept(tasks: ImageFolder) -> dict[str, Constants | None]:
-    return {"constants": None if tasks.constants is None else (tasks.constants.mean, tasks.constants.std)}
+def _check(*, image_size: int, channels: int, augment: tuple[str, ...] | None, **others: Any) -> None:
+    from metamom.tasks.augment import augmentation
+    from metamom.tasks.image_folder import check_pixels
+
+    check_pixels(image_size, channels)
+    augmentation(augment)
 
 
-def _read(
-    files: Sequence[Path], *, image_size: int, channels: int, constants: Constants | None, **others: Any
-) -> Tensor:
-    import numpy as np
-    import torch
-
-    from metamom.tasks.decode import BrokenImageError, decode
-    from metamom.tasks.normalize import check_constants, normalised
-
-    images = []
-    for file in files:
-        try:
-            images.append(decode(file, image_size, channels).pixels)
-        except BrokenImageError as error:
-            raise ValueError(f"{file} {error}, or leave it out.") from error
-    x = torch.from_numpy(np.stack(images)).to(torch.float32).div_(255)
-    found = check_constants(constants, channels)
-    return x if found is None else normalised(x, found)
-
-
-def _lists(folder: Path) -> dict[str, Path]:
-    """The file that lists each split: ``train.csv`` or ``train.txt``, and so on.
-
-    Raises:
-        ValueError: if there is none for training.
-    """
-    found = {
-        split: folder / f"{name}{suffix}"
-        for split, names in (("train", ("train",)), ("validation", ("validation", "val")), ("test", ("test",)))
-        for name in names
-        for suffix in (".csv", ".txt")
-        if (folder / f"{name}{suffix}").is_file()
+def _kept(tasks: ImageFolder, *others: ImageFolder) -> dict[str, Any]:
+    return {
+        "constants": None if tasks.constants is None else (tasks.constants.mean, tasks.constants.std),
+        "data_sha256": {each.split: each.data_sha256 for each in (tasks, *others)},
     }
-    if "train" not in found:
-        raise ValueError(
-            f"--splits must be a folder with train.csv or train.txt (and validation, test); {folder} has neither."
-        )
-    return found
+
+
+def _preprocessing(*, image_size: int, channels: int, constants: Constants | None, **others: Any) -> Preprocessing:
+    from metamom.tasks.normalize import check_constants
+    from metamom.tasks.preprocessing import Preprocessing
+
+    return Preprocessing(image_size, channels, check_constants(constants, channels))
 
 
 def _model(
@@ -211,10 +190,12 @@ FAMILY = Family(
         "rotations": "none",
         "on_broken": "raise",
         "constants": None,
+        "data_sha256": None,
         "model": "conv4",
     },
+    check=_check,
     kept=_kept,
-    read=_read,
+    preprocessing=_preprocessing,
     train_examples=(
         "metamom train images --root photos --ways 5 --shots 1 --run-dir runs/photos",
         "metamom train images --root photos --model nets:Backbone --init weights.pt --adapt head",

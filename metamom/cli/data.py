@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 
-from metamom.cli.flags import add_data_root
+from metamom.cli.flags import add_data_root, add_splits, switch
 from metamom.cli.parser import Parser
 from metamom.common.choices import DATA_SETS
 
@@ -16,7 +17,8 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     leaf = kinds.add_parser(
         "data",
         help="fetch or check data sets",
-        usage=f"%(prog)s fetch|check {'|'.join(DATA_SETS)} [--root DIR]\n       %(prog)s check {IMAGES} --root DIR",
+        usage=f"%(prog)s fetch|check {'|'.join(DATA_SETS)} [--root DIR]\n"
+        f"       %(prog)s check {IMAGES} --root DIR [--splits DIR] [--json]",
         examples=(
             "metamom data fetch omniglot",
             f"metamom data check {IMAGES} --root my-images",
@@ -31,12 +33,16 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         help=f"the data set; {IMAGES} for a folder of your own, train/CLASS/*.png or CLASS/*.png",
     )
     add_data_root(task, "root")
+    add_splits(task)
+    switch(task, "--json", f"with {IMAGES}, print one JSON object and nothing else")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     if arguments.dataset == IMAGES:
         return _check_images(arguments)
+    if arguments.splits is not None or arguments.json:
+        arguments.leaf.error(f"--splits and --json belong to `metamom data check {IMAGES}`; got {arguments.dataset}")
     from metamom.tasks.fetch import check, fetch
 
     if arguments.action == "fetch":
@@ -50,9 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_images(arguments: argparse.Namespace) -> int:
     """Print what is in a folder of images; the status is 1 if something is broken."""
     from metamom.tasks.image_check import check_images
+    from metamom.tasks.image_files import split_lists
 
     if arguments.action != "check" or arguments.root is None:
         arguments.leaf.error(f"a folder of your own images can be checked: metamom data check {IMAGES} --root DIR")
-    found = check_images(arguments.root)
-    print(found)
+    splits = None if arguments.splits is None else split_lists(arguments.splits)
+    found = check_images(arguments.root, splits=splits)
+    print(json.dumps(found.as_json()) if arguments.json else found)
     return 0 if found.sound else 1

@@ -155,6 +155,14 @@ def add_data_root(group: Group, name: str = "data_root") -> None:
     Flagged(name, None, own).add(group, own.shows, None)
 
 
+def add_splits(group: Group) -> None:
+    """The lists of the classes of each split of images."""
+    each = flagged()["splits"]
+    each._replace(flag=replace(each.flag, meaning=f"for images: {each.meaning('images')}")).add(
+        group, each.shown("images"), None
+    )
+
+
 def add_device(group: Group, default: str | None = None) -> None:
     """The device."""
     each = flagged()["device"]

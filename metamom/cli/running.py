@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from metamom.cli.flag_names import in_flags
 from metamom.common.allocator import out_of_memory
 from metamom.distributed import ProcessError, start
 from metamom.training.interrupts import TrainingInterrupted
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("METAMOM_DEBUG"):
             raise
-        print(f"metamom: error: {error}", file=sys.stderr)
+        print(f"metamom: error: {in_flags(str(error), arguments)}", file=sys.stderr)
         return 2
 
 

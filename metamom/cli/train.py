@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace, world: World) -> int:
 
         options["track_bias"] = tracking(recipe, arguments.track_bias, root=arguments.data_root)
     sampler = recipe.sampler(root=arguments.data_root)
-    recipe = recipe.with_kept(sampler)
+    validation = recipe.sampler("validation", root=arguments.data_root)
+    recipe = recipe.with_kept(sampler, validation)
     assert recipe.meta_batch is not None
     result = train(
         learner,
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         clip_grad=recipe.clip_grad,
         schedulers=recipe.schedulers(optimizer),
         callbacks=recipe.callbacks(),
-        validation=recipe.sampler("validation", root=arguments.data_root),
+        validation=validation,
         settings=recipe.settings(),
         free=recipe.free(),
         world=world,

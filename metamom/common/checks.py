@@ -37,6 +37,19 @@ def check_whole(name: str, value: object, least: float, most: float = math.inf) 
     return int(value)
 
 
+def check_ways(ways: object) -> int:
+    """Check the number of classes of a task and return it. With one class, the loss is 0 and nothing is learned.
+
+    Raises:
+        TypeError: if it is not a whole number.
+        ValueError: if it is below 2 or above `AT_ONCE`.
+    """
+    ways = check_whole("ways", ways, -math.inf, AT_ONCE)
+    if ways < 2:
+        raise ValueError(f"ways must be >= 2, since one class leaves nothing to distinguish; got {ways}.")
+    return ways
+
+
 def check_number(name: str, value: object) -> None:
     """Check for a real number (Python's or NumPy's).
 

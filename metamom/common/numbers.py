@@ -39,6 +39,17 @@ def real(text: str) -> float:
     return float(plain)
 
 
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """A number of things: ``1 class``, ``2,000 classes``.
+
+    Args:
+        n: how many.
+        one: the word for one.
+        many: for any other number; ``one`` with an s by default.
+    """
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def shown(text: str, longest: int = 60) -> str:
     """Quote a user's text for an error: invisible characters are escaped, and a long text loses its middle."""
     if len(text) > longest:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -34,6 +35,11 @@ from metamom.common.schema import read_record
 from metamom.training.checkpoints import CheckpointError, Checkpoints
 
 LONGEST = 300  # characters of a setting in an error
+# settings that identify the data, and those that follow from it
+OF_DATA = re.compile(
+    r"((?P<digest>((sampler|validation)\.)*data_sha256(\.\w+)?)|((sampler|validation)\.)+(images|items|normalize)\b"
+    r"|constants\b)"
+)
 
 
 @dataclass
@@ -120,6 +126,11 @@ class RunDirectory:
         if not str(config["environment"].get("python")).startswith("{}.{}.".format(*sys.version_info)):
             unrecorded.append("code")  # only comparable within one version of Python
         differences = list(_differences(config["settings"], settings, {*free, *unrecorded}))
+        if changed := _changed_data(differences):
+            raise ValueError(
+                f"the data of the run in {self.path} have changed since it began ({changed}): a resumed run must have "
+                "the same files. Put them back, or start a new run in another directory."
+            )
         if differences:
             raise ValueError(
                 f"the run in {self.path} was made with other settings: {'; '.join(differences)}. "
@@ -348,6 +359,14 @@ def _differences(there: Any, here: Any, free: Collection[str], place: str = "") 
         return  # NaN in both
     elif there != here or isinstance(there, bool) != isinstance(here, bool):
         yield f"{place} is {_text(there)} there and {_text(here)} here"
+
+
+def _changed_data(differences: list[str]) -> str | None:
+    """Which entries say that the data have changed, if nothing else but what follows from it has."""
+    matches = [OF_DATA.match(each) for each in differences]
+    if not all(matches):
+        return None
+    return ", ".join(match["digest"] for match in matches if match is not None and match["digest"]) or None
 
 
 def _text(value: Any) -> str:

@@ -169,7 +169,7 @@ def _kind(thing: object) -> str:
 
 
 # entries of `describe` that earlier versions did not record
-LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code", "normalisation")
+LATER = ("loss", "dtype", "schedulers", "validation", "contents", "code", "normalisation", "data_sha256")
 
 
 def describe(

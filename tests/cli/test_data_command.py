@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,35 @@ def test_data_check_of_images(metamom, tmp_path):
     said = metamom("data", "check", "images", "--root", root)
     assert said.code == 1
     assert "broken: test/class02/0.png is empty (0 bytes)" in said.out
+
+
+def test_data_check_of_images_in_lists(metamom, tmp_path):
+    """The lists are those that `metamom train images --splits` takes."""
+    root = write_splits(tmp_path / "images", all=4) / "all"
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "train.txt").write_text("class00\nclass01\n")
+    (lists / "val.csv").write_text("filename,label\n" + "".join(f"class02/{i}.png,class02\n" for i in range(4)))
+    arguments = ["data", "check", "images", "--root", root, "--splits", lists]
+    said = metamom(*arguments)
+    assert (said.code, said.err) == (0, "")
+    assert "train: 2 classes, 8 images" in said.out
+    assert "validation: 1 class, 4 images" in said.out
+    assert "test: missing; `metamom evaluate` needs it" in said.out
+    answer = json.loads(metamom(*arguments, "--json").out)
+    assert answer["sound"] is True
+    assert answer["missing"] == ["test"]
+    assert answer["splits"]["validation"]["images"] == {"class02": 4}
+    (lists / "test.txt").write_text("class03\nclass01\n")
+    assert "class 'class01' is in two splits, 'train' and 'test'" in the_error(metamom(*arguments))
+    (lists / "test.txt").unlink()
+    for i in (1, 2, 3):
+        (root / "class00" / f"{i}.png").unlink()
+    said = metamom(*arguments, "--json")
+    assert said.code == 1
+    assert json.loads(said.out)["splits"]["train"]["sound"] is False
+    assert "--splits must be a folder with train.csv" in the_error(metamom(*arguments, "--splits", tmp_path))
+    assert "belong to `metamom data check images`" in the_error(metamom("data", "check", "omniglot", "--json"))
 
 
 @pytest.mark.parametrize("arguments", [["check", "images"], ["fetch", "images", "--root", "."]])

@@ -95,7 +95,7 @@ def test_every_tasks_value_as_csv(metamom, trained, tmp_path):
         (["--metric", "acuracy"], "did you mean accuracy?"),
         (["--metric", "accuracy"], "accuracy compares class scores with class indices"),
         (["--metric", "nowhere_at_all:f"], "there is no module nowhere_at_all"),
-        (["--inner-lr", "-1"], "inner_lr"),
+        (["--inner-lr", "-1"], "--inner-lr must be > 0"),
         (["--inner-lr", "much"], "--inner-lr"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 import torch
 from character_folders import write_characters
 from command import the_error
+from image_files import write_splits
 
 from metamom import cli
+from metamom import load as metamom_load
 from metamom.experiments.saved import load_run
 from metamom.interop.imports import import_torchvision
 from metamom.maml.norm import resolved
@@ -89,6 +92,17 @@ def test_a_run_keeps_what_its_images_are_normalised_by(run, photos):
     pixels = torch.cat([tasks.sample(step, 8).support_x.flatten(0, 1) for step in range(20)])
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), atol=0.1, rtol=0)
     torch.testing.assert_close(pixels.std((0, 2, 3)), torch.ones(3), atol=0.1, rtol=0)
+
+
+def test_images_of_a_run_are_those_of_training(run, photos):
+    loaded = metamom_load(run)
+    tasks = ImageFolder(photos, split="test", ways=5, image_size=28, normalize=loaded.settings["constants"])
+    files = sorted((photos / "test" / tasks.classes[0]).iterdir())
+    assert torch.equal(loaded.images(photos / "test" / tasks.classes[0]), loaded.images(files))
+    drawn = {tuple(x.flatten().tolist()) for x in tasks.sample(0, 200).support_x.flatten(0, 1)}
+    assert {tuple(x.flatten().tolist()) for x in loaded.images(photos / "test")} == drawn
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*none\.jpg"):
+        loaded.images([files[0], photos / "none.jpg"])
 
 
 def test_evaluation_on_classes_that_were_not_seen(run, photos, metamom, tmp_path):
@@ -244,6 +258,61 @@ def test_images_need_a_folder(metamom, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image-size", "100000"], r"at most 1,024 pixels a side; got 100000: one image .* 114,441 MiB"),
+        (["--image-size", "0"], "must be >= 1; got 0"),
+        (["--channels", "2"], r"channels must be 3 \(RGB\) or 1 \(grey\); got 2"),
+        (["--augment", "crop,crop"], "augment has 'crop' 2 times"),
+        (["--augment", "crop,flipp"], "got 'flipp'; did you mean flip"),
+        (["--ways", "1"], "ways must be >= 2"),
+        (["--ways", "25"], "different classes; the data has 24"),
+        (["--shots", "0"], "shots must be >= 1"),
+        (["--queries", "0"], "queries must be >= 1"),
+    ],
+)
+def test_flags_that_are_refused_before_anything_is_made(flags, message, photos, metamom, tmp_path):
+    said = metamom("train", "images", "--root", photos, *flags, "--run-dir", tmp_path / "run")
+    assert re.search(message, the_error(said))
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_have_changed(metamom, tmp_path, monkeypatch):
+    """A run does not go on with other images; it is evaluated on them if their folder is named."""
+    monkeypatch.chdir(tmp_path)
+    root = write_splits(Path("photos"), train=3, validation=3, test=3)
+    shutil.copytree(root, "before")
+    small = ["--ways", "2", "--meta-batch", "2", "--queries", "2", "--image-size", "16", "--evaluate-tasks", "4"]
+    for standardize in ("none", "data"):
+        arguments = ["train", "images", "--root", root, *small, "--standardize", standardize]
+        run = ["--run-dir", f"run-{standardize}"]
+        assert metamom(*arguments, *run, "--iterations", "1").code == 0
+        assert set(read_config(run[1])["settings"]["data_sha256"]) == {"train", "validation"}
+        (root / "train" / "class00" / "0.png").write_bytes((root / "train" / "class01" / "0.png").read_bytes())
+        before = snapshot(Path(run[1]))
+        said = the_error(metamom(*arguments, *run, "--iterations", "2", "--resume"))
+        assert f"the data of the run in {run[1]} have changed since it began (data_sha256.train): a resumed run" in said
+        assert "constants" not in said
+        assert {name: found for name, found in snapshot(Path(run[1])).items() if name in before} == before
+        said = the_error(metamom(*arguments, *run, "--iterations", "2", "--resume", "--image-size", "17"))
+        assert "image_size is 16 there and 17 here" in said
+        evaluated = ["evaluate", run[1], "--tasks", "4", "--steps", "1"]
+        assert metamom(*evaluated).code == 0, "the test images are the same"
+        assert metamom(*evaluated, "--split", "validation").code == 0, "and those of validation"
+        shutil.rmtree(root)
+        shutil.copytree("before", root)
+        assert metamom(*arguments, *run, "--iterations", "2", "--resume").code == 0
+    (root / "validation" / "class03" / "0.png").unlink()
+    few = ["--tasks", "4", "--steps", "1", "--split", "validation", "--queries", "1"]
+    said = the_error(metamom("evaluate", "run-none", *few))
+    assert "the images of the split 'validation' in" in said
+    assert said.rstrip().endswith("on purpose, name their folder with --data-root.")
+    assert "the images of the split 'validation' in" in the_error(metamom("compare", "run-none", "run-none/.", *few))
+    for folder in ("before", root):
+        assert metamom("evaluate", "run-none", *few, "--data-root", folder).code == 0
+
+
 def test_nothing_is_written_among_the_images_or_over_files_of_others(photos, run, metamom, tmp_path, monkeypatch):
     before = snapshot(photos)
     said = metamom("train", "images", "--root", photos, *SMALL, "--run-dir", photos / "run")
@@ -345,6 +414,8 @@ def test_exported_weights_in_another_process(run, photos, metamom, tmp_path):
     assert card["licence"] == "CC-BY-4.0"
     assert card["validation"]["iterations"] == 4
     assert card["evaluation"]["tasks"] == 4
+    constants = read_config(run)["settings"]["constants"]
+    assert [card["preprocessing"][name] for name in ("image_size", "channels", "mean", "std")] == [28, 3, *constants]
     assert str(photos) not in json.dumps(card), "the card says what the weights are, not where the data was"
     batch = ImageFolder(photos, split="test", image_size=28, seed=3).sample(0, 1)
     torch.save(batch.query_x[0], tmp_path / "x.pt")

@@ -394,7 +394,7 @@ def test_the_command_on_a_run_says_json_alone(tmp_path, capsys, monkeypatch):
     [
         (["nowhere"], "nowhere"),
         (["sinusoid", "--inner-batch", "0"], "numbers of shots >= 1"),
-        (["sinusoid", "--tasks", "2"], "at least 3 tasks; got tasks=2"),
+        (["sinusoid", "--tasks", "2"], "at least 3 tasks; got --tasks 2"),
         (["sinusoid", "--bias", "ef21:topk:5%"], "has error feedback"),
         (["run", "--inner-lr", "0.1"], "--inner-lr belongs to the learner that the run trained"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_names_are_the_models_own(tmp_path):
     with safe_open(tmp_path / "w.safetensors", "pt") as file:
         assert set(file.keys()) == set(model.state_dict())
     assert not (tmp_path / "w.json").exists()
-    with pytest.raises(ValueError, match=r"name the file w\.pt\.safetensors"):
+    with pytest.raises(ValueError, match=r"name the file w\.safetensors; got 'w\.pt'"):
         save_weights(model, tmp_path / "w.pt")
 
 
@@ -94,6 +95,31 @@ def test_the_head_may_differ_if_that_is_said(suffix, tmp_path):
     assert_same(target.features, source.features)
     with pytest.raises(ValueError, match="the model has no heads to skip"):
         load_weights(target, file, skip="heads")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model, target = network(), network(seed=1)
+    before = copy.deepcopy(target)
+    with torch.no_grad():
+        model.head.weight[0, :2] = math.nan
+        model.features[1][1].bias[0] = math.inf
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    message = (
+        r"weights in .*w\.pt are not finite: features\.1\.1\.bias \(1 value of 4\), head\.weight \(2 values of 12\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_weights(target, tmp_path / "w.pt")
+    assert_same(target, before)
+    with pytest.raises(ValueError, match=r"not finite: features\.1\.1\.bias \(1 value of 4\)\."):
+        load_weights(target, tmp_path / "w.pt", skip="head")
+    masked = nn.Linear(2, 2)
+    masked.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    torch.save(masked.state_dict(), tmp_path / "mask.pt")
+    assert load_weights(masked, tmp_path / "mask.pt") is masked, "a mask may hold infinity"
+    masked.mask[0] = math.nan
+    torch.save(masked.state_dict(), tmp_path / "mask.pt")
+    with pytest.raises(ValueError, match=r"not finite: mask \(1 value of 2\)"):
+        load_weights(masked, tmp_path / "mask.pt")
 
 
 def test_state_dicts_of_training_scripts(tmp_path):

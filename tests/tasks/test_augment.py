@@ -99,6 +99,7 @@ def test_lists_and_names():
     assert augmentation(None) is None
     assert augmentation([]) is None
     assert augmentation("flip") == augmentation(["flip"])
+    assert augmentation("crop,flip") == augmentation("crop, flip") == augmentation(["crop", "flip"])
     both = augmentation(["crop", "flip"])
     used = generator()
     expected = Flip()(PadCrop()(x, used), used)
@@ -121,6 +122,11 @@ def test_lists_and_names():
         (lambda: ResizedCrop(ratio=(2, 1)), "ratio must be a range"),
         (lambda: Flip(2), "probability must be in"),
         (lambda: ColorJitter(contrast=2), "contrast must be in"),
+        (lambda: augmentation("crop,crop"), "augment has 'crop' 2 times. Name each augmentation once"),
+        (lambda: augmentation(["flip", "crop", "flip"]), "augment has 'flip' 2 times"),
+        (lambda: augmentation("crop,flipp"), "augment knows crop, resized-crop, flip, jitter; got 'flipp'"),
+        (lambda: augmentation("crop,"), "augment knows crop, resized-crop, flip, jitter; got ''"),
+        (lambda: augmentation(""), "augment knows crop, resized-crop, flip, jitter; got ''"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -156,9 +156,41 @@ def test_sixteen_bits_are_scaled(suffix, tmp_path):
         assert all(np.array_equal(plane, np.arange(SIDE * SIDE).reshape(SIDE, SIDE)) for plane in found)
 
 
-def test_floating_point_is_scaled(tmp_path):
+@pytest.mark.parametrize("compression", [None, "tiff_deflate", "tiff_lzw"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_floating_point_is_scaled(channels, compression, tmp_path):
     real = np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)
-    assert np.array_equal(decoded(Image.fromarray(real), tmp_path / "a.tif", 1)[0], np.rint(real * 255))
+    found = decoded(Image.fromarray(real), tmp_path / "a.tif", channels, compression=compression)
+    assert all(np.array_equal(plane, np.rint(real * 255)) for plane in found)
+
+
+def write_float_tiff(path: Path, pixels: np.ndarray) -> None:
+    """Write ``[H, W]`` or ``[H, W, C]`` of floating point, which Pillow can't: one strip, little-endian."""
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    data, entries, more = np.ascontiguousarray(pixels).tobytes(), b"", b""
+    fields = {256: SIDE, 257: SIDE, 258: 8 * pixels.itemsize, 259: 1, 262: 2 if channels == 3 else 1, 273: 8}
+    fields |= {277: channels, 278: SIDE, 279: len(data), 284: 1, 339: 3}  # 339: the sample format, 3 is floating point
+    after = 8 + len(data) + 2 + 12 * len(fields) + 4
+    for tag, value in fields.items():
+        if tag in (258, 339) and channels == 3:  # a value for each channel, too long for the entry
+            entries += struct.pack("<HHII", tag, 3, 3, after + len(more))
+            more += struct.pack("<3H", value, value, value)
+        else:
+            entries += struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(fields)) + entries + bytes(4) + more)
+
+
+def test_floating_point_of_other_kinds(tmp_path):
+    """One channel of 32 bits is read; what Pillow does not know is refused by name."""
+    real = np.linspace(0, 1, SIDE * SIDE).reshape(SIDE, SIDE)
+    write_float_tiff(tmp_path / "a.tif", real.astype(np.float32))
+    assert np.array_equal(decode(tmp_path / "a.tif", SIDE, 1).pixels[0], np.rint(real * 255))
+    for pixels in (real.astype(np.float64), real.astype(np.float16), np.stack([real] * 3, -1).astype(np.float32)):
+        write_float_tiff(tmp_path / "b.tif", pixels)
+        for read in (lambda path: decode(path, SIDE, 3), examine):
+            with pytest.raises(BrokenImageError, match=r"is not a TIFF of a known kind\. Convert it to 8 bits"):
+                read(tmp_path / "b.tif")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +226,7 @@ def test_truncated_files(suffix, kept, tmp_path):
     noise.save(path)
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(BrokenImageError, match=r"is damaged \(|is not an image of a known format"):
+    with pytest.raises(BrokenImageError, match=r"is damaged \(|is not an image of a known format|is not a TIFF of"):
         decode(path, SIDE, 3)
     with pytest.raises(BrokenImageError):
         examine(path)

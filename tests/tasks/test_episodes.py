@@ -26,7 +26,7 @@ def test_images_belong_to_the_labels(data):
     sizes = data.draw(st.lists(st.integers(3, 9), min_size=3, max_size=7))
     names = data.draw(st.lists(st.integers(-(10**6), 10**6), min_size=len(sizes), max_size=len(sizes), unique=True))
     labels = data.draw(st.permutations([name for name, size in zip(names, sizes, strict=True) for _ in range(size)]))
-    ways = data.draw(st.integers(1, len(sizes)))
+    ways = data.draw(st.integers(2, len(sizes)))
     tasks = numbered(torch.tensor(labels), ways=ways, shots=1, queries=2, seed=data.draw(st.integers(0, 99)))
     batch = tasks.sample(5, 4)
     assert tasks.num_classes == len(sizes)
@@ -128,7 +128,8 @@ def test_description_tells_data_apart():
     ("change", "error", "message"),
     [
         ({"ways": 9}, ValueError, "ways=9 different classes; the data has 8"),
-        ({"ways": 0}, ValueError, "ways must be >= 1"),
+        ({"ways": 0}, ValueError, "ways must be >= 2"),
+        ({"ways": 1}, ValueError, "ways must be >= 2, since one class leaves nothing to distinguish; got 1"),
         ({"shots": 1.5}, TypeError, "shots must be an integer"),
         ({"shots": 3, "queries": 3}, ValueError, r"shots \+ queries = 3 \+ 3 images of each class; class 0 has 5"),
         ({"labels": torch.arange(39)}, ValueError, r"images \[40, 1, 4, 5\] and labels \[39\]"),

@@ -32,10 +32,13 @@ def test_splits(tmp_path):
         "  train: 3 classes, 13 images; per class 4 to 5, median 4",
         "    pixels: 12x12 (11 images); width 9 to 30, height 9 to 20",
         "    modes: RGB (12), L (1)",
+        "    few: class01 has 4 images, so shots + queries must be at most 4",
         "    broken: train/class01/0.png is empty (0 bytes)",
         "  validation: 2 classes, 8 images; per class 4 to 4, median 4",
         "    pixels: 12x12 (8 images)",
         "    modes: RGB (8)",
+        "    few: class03 has 4 images, so shots + queries must be at most 4",
+        "  test: missing; `metamom evaluate` needs it",
     ]
 
 
@@ -54,6 +57,36 @@ def test_one_tree(tmp_path):
         "test": ["class1", "class2"],
     }
     assert of_splits.sound
+
+
+def test_classes_of_one_image_and_splits_that_are_missing(tmp_path):
+    write_class(tmp_path / "train" / "one", 0, images=1)
+    write_class(tmp_path / "train" / "many", 1, images=16)
+    found = check_images(tmp_path)
+    assert not found.sound
+    assert found.missing == ["validation", "test"]
+    assert found.splits["train"].single == ["one"]
+    lines = str(found).splitlines()
+    assert "    too few: one has 1 image; a task needs a shot and a query" in lines
+    assert "  validation: missing; `metamom train images` needs it to choose the best checkpoint" in lines
+    write_class(tmp_path / "train" / "one", 2, images=16)
+    found = check_images(tmp_path)
+    assert found.sound
+    assert "few" not in str(found)
+    assert found.as_json() == {
+        "root": str(tmp_path),
+        "splits": {
+            "train": {
+                "images": {"many": 16, "one": 16},
+                "sizes": [{"width": 12, "height": 12, "images": 32}],
+                "modes": {"RGB": 32},
+                "broken": [],
+                "sound": True,
+            }
+        },
+        "missing": ["validation", "test"],
+        "sound": True,
+    }
 
 
 def test_many_broken_files(tmp_path):

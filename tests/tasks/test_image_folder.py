@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 
 from metamom.rng import DrawCoordinates
 from metamom.tasks import Episodes, FixedTasks, ImageFolder, image_store
+from metamom.tasks.image_files import split_lists
 from metamom.tasks.locate import DataError, DataNotFoundError
 
 SMALL = {"ways": 3, "shots": 1, "queries": 2, "image_size": SIZE}
@@ -272,6 +274,18 @@ def test_processes_that_start_together(root, cache, tmp_path):
     assert not list(cache.glob("*.tmp"))
 
 
+def test_no_room_in_the_cache(root, cache, monkeypatch):
+    monkeypatch.setattr(image_store.decode, "decode", forbidden)
+    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=8639))
+    with pytest.raises(DataError, match=r"20 images of 3 x 12 x 12 bytes need 0\.00 GB in the cache.*METAMOM_CACHE"):
+        ImageFolder(root, **SMALL)
+    assert not list(cache.glob("*.u8"))
+    monkeypatch.undo()
+    monkeypatch.setenv("METAMOM_CACHE", str(cache))
+    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=8640))
+    ImageFolder(root, **SMALL)
+
+
 def test_a_cache_below_a_file(root, cache):
     cache.write_text("a file")
     with pytest.raises(DataError, match=r"can't write decoded images to the cache .*METAMOM_CACHE"):
@@ -360,7 +374,7 @@ def loose(root: Path) -> None:
             DataError,
             "several folders for the split 'validation': validation, val",
         ),
-        (loose, {}, DataError, "has no class folders but 1 images; wanted"),
+        (loose, {}, DataError, "has no class folders but 1 image; wanted"),
         (
             None,
             {"split": "novel"},
@@ -371,11 +385,16 @@ def loose(root: Path) -> None:
         (None, {"root": "/no/such/folder"}, DataNotFoundError, "/no/such/folder does not exist; root must be a folder"),
         (None, {"root": 3}, TypeError, "root must be the path of a folder; got 3"),
         (None, {"image_size": 0}, ValueError, "image_size must be >= 1"),
-        (None, {"image_size": 9999}, ValueError, "image_size must be at most 1,024"),
+        (
+            None,
+            {"image_size": 100_000},
+            ValueError,
+            "at most 1,024 pixels a side; got 100000: one .* 114,441 MiB, and the limit is 12 MiB",
+        ),
         (None, {"channels": 4}, ValueError, "channels must be 3"),
         (None, {"rotations": "no"}, ValueError, "rotations must be"),
         (None, {"on_broken": "ignore"}, ValueError, "on_broken must be one of raise, skip"),
-        (None, {"augment": ["crop", "flipp"]}, ValueError, "augment knows .*; got 'flipp'; did you mean flip?"),
+        (None, {"augment": "crop,flipp"}, ValueError, "augment knows .*; got 'flipp'; did you mean flip?"),
         (None, {"augment": 3}, TypeError, "augment must be names"),
         (None, {"normalize": ([0.5], [0.5])}, ValueError, "3 means and standard deviations; got 1 and 1"),
         (None, {"normalize": ([0.5] * 3, [0, 1, 1])}, ValueError, "standard deviations above 0"),
@@ -403,7 +422,23 @@ def test_bad_folders_and_arguments(change, arguments, error, message, root):
     [
         ("", "is empty"),
         ("filename,label\n0.png\n", r"line 2 of .* is '0.png'; wanted filename,label"),
-        ("filename,label\nnone.png,class00\n", "no file none.png of the class 'class00'"),
+        (
+            "filename,label\nnone.png,class00\n",
+            r"no file none.png of the class 'class00'; looked there and in class00/",
+        ),
+        (
+            "0.png,class00\nx.png,class00\ny.png,class00\n",
+            "no file x.png of the class 'class00'; .* Of the split 'train', 2 listed files are missing",
+        ),
+        (
+            "0.png,class00\n0.png,class00\n",
+            "file class00/0.png in .* is listed twice as the class 'class00' of the split",
+        ),
+        ("0.png,class00\nclass00/0.png,class00\n", "file class00/0.png in .* is listed twice as the class 'class00'"),
+        (
+            "0.png,class00\n./class00/0.png,class01\n",
+            "file class00/0.png in .* is listed as the class 'class00' of the split 'train' and as the class 'class01'",
+        ),
         (b"\xff\xfe\x00,", "can't be read"),
     ],
 )
@@ -411,6 +446,35 @@ def test_bad_lists(text, message, root):
     (root / "list.csv").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(DataError, match=message):
         ImageFolder(root / "train", splits={"train": root / "list.csv"}, **SMALL)
+
+
+def test_one_file_in_the_lists_of_two_splits(root):
+    tree = root / "train"
+    (tree / "train.csv").write_text("".join(f"{i}.png,class00\n{i}.png,class01\n{i}.png,class02\n" for i in range(4)))
+    (tree / "test.csv").write_text("class02/3.png,owls\n")
+    splits = split_lists(tree)
+    assert splits == {"train": tree / "train.csv", "test": tree / "test.csv"}
+    message = (
+        r"the file class02/3\.png in .* is listed as the class 'class02' of the split 'train' and as the class "
+        r"'owls' of the split 'test'\. Keep one"
+    )
+    with pytest.raises(DataError, match=message):
+        ImageFolder(tree, splits=splits, **SMALL)
+    (tree / "test.csv").write_text("not-here.png,owls\n")  # of another split: found out when it is used
+    assert ImageFolder(tree, splits=splits, **SMALL).num_classes == 3
+    with pytest.raises(DataNotFoundError, match=r"no file not-here\.png of the class 'owls'"):
+        ImageFolder(tree, split="test", splits=splits, **SMALL)
+
+
+def test_lists_in_a_folder(tmp_path):
+    with pytest.raises(DataError, match=r"must be a folder with train\.csv or train\.txt .*has neither"):
+        split_lists(tmp_path)
+    for name in ("train.csv", "val.txt"):
+        (tmp_path / name).touch()
+    assert split_lists(tmp_path) == {"train": tmp_path / "train.csv", "validation": tmp_path / "val.txt"}
+    (tmp_path / "train.txt").touch()
+    with pytest.raises(DataError, match=r"several lists of the split 'train': train\.csv, train\.txt\. Keep one"):
+        split_lists(tmp_path)
 
 
 def test_an_interrupted_decoding_leaves_nothing(root, cache, monkeypatch):

@@ -18,6 +18,7 @@ from metamom import (
 )
 from metamom.tasks import Sinusoid
 from metamom.training.checkpoints import CheckpointError
+from metamom.training.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("global_state")
 
@@ -57,6 +58,31 @@ def test_resume_with_other_settings_names_them(what, started):
     with pytest.raises(ValueError, match=message):
         go(parts(), started, resume=True, **options)
     assert contents(started) == before
+
+
+@pytest.mark.parametrize("place", ["top", "sampler", "validation"])
+def test_resume_with_other_data(place, tmp_path):
+    """What follows from the data, such as the images' mean, is not named; another difference is."""
+
+    def settings(digest: str, mean: float, seed: int = 0) -> dict[str, Any]:
+        if place == "top":
+            return {"data_sha256": {"train": digest}, "constants": [[mean]], "seed": seed}
+        return {place: {"data_sha256": digest, "images": mean, "normalize": {"mean": [mean]}}, "seed": seed}
+
+    with RunDirectory(tmp_path, settings("a", 1.0)) as run:
+        run.write_config()
+        run.log({"step": 0})
+    digest = "data_sha256.train" if place == "top" else f"{place}.data_sha256"
+    changed = (
+        rf"the data of the run in .* have changed since it began \({digest}\): a resumed run must have the same files"
+    )
+    with pytest.raises(ValueError, match=changed):
+        RunDirectory(tmp_path, settings("b", 2.0), resume=True)
+    with pytest.raises(
+        ValueError, match=r"other settings: .*sha256.* is 'a' there and 'b' here; .*seed is 0 there and 1"
+    ):
+        RunDirectory(tmp_path, settings("b", 2.0, seed=1), resume=True)
+    RunDirectory(tmp_path, settings("a", 1.0), resume=True).close()
 
 
 def test_checkpoint_of_another_model(tmp_path):
