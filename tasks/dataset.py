@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from metamom.common.numbers import counted
 from metamom.rng import Ints
 from metamom.tasks.augment import augmentation
 from metamom.tasks.checks import check_stream
@@ -44,6 +45,10 @@ def from_dataset(
     Items are read when they are drawn. Labels come from the data set where it keeps them (``.targets``, ``.labels``,
     ``.samples``, a column; also of a ``Subset`` or ``ConcatDataset``), without reading items; otherwise from one pass
     over it, with a progress bar.
+
+    Where reading items takes more than a tenth of a training step, draw ahead: ``Prefetched(from_dataset(...))``. For
+    items of 5 ms each, 120 a step, the fastest step took 0.67 s with it and 1.12 s without: drawing (0.69 s) and
+    computing (0.45 s) at the same time instead of one after the other.
 
     Images of Pillow and uint8 arrays ``[H, W, channels]`` become float32 tensors ``[channels, H, W]`` in [0, 1], uint8
     tensors float32 in [0, 1]; floating-point arrays and tensors are kept. All items must have one shape: resize images
@@ -151,7 +156,8 @@ class DatasetEpisodes(EpisodicFamily):
     def __repr__(self) -> str:
         return (
             f"from_dataset({type(self.dataset).__name__}, ways={self.ways}, shots={self.shots}, "
-            f"queries={self.queries}, seed={self.seed}): {len(self._labels):,} items of {len(self.classes):,} classes"
+            f"queries={self.queries}, seed={self.seed}): {counted(len(self._labels), 'item')} of "
+            f"{counted(len(self.classes), 'class', 'classes')}"
         )
 
     def _items(self, index: Ints) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.checks import check_word
+from metamom.common.numbers import counted
 from metamom.rng import Ints
 from metamom.tasks.augment import augmentation
 from metamom.tasks.checks import check_count
@@ -181,7 +182,7 @@ class ImageFolder(EpisodicFamily):
         return (
             f"ImageFolder({self.root!r}, split={self.split!r}, ways={self.ways}, shots={self.shots}, "
             f"queries={self.queries}, image_size={self.image_size}, channels={self.channels}, seed={self.seed}): "
-            f"{len(self._rows):,} images of {len(self.classes):,} classes"
+            f"{counted(len(self._rows), 'image')} of {counted(len(self.classes), 'class', 'classes')}"
         )
 
     def _check_left(self, labels: Ints) -> None:
@@ -221,7 +222,7 @@ def _skipped(store: ImageStore, root: str) -> tuple[str, ...]:
     broken = store.record.broken
     if broken:
         warnings.warn(
-            f"skipped {len(broken):,} of {store.count:,} images in {root} that can't be read; the first: "
+            f"skipped {len(broken):,} of {counted(store.count, 'image')} in {root} that can't be read; the first: "
             f"{broken[0].path} {broken[0].fault}.",
             RuntimeWarning,
             stacklevel=3,

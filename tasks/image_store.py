@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from metamom.common.files import cache_folder, replacing
+from metamom.common.numbers import counted, plural
 from metamom.tasks import decode
 from metamom.tasks.image_files import Listing
 from metamom.tasks.locate import DataError
@@ -167,7 +168,8 @@ def check_sound(root: Path, broken: Sequence[Broken], count: int) -> None:
         DataError: naming the first, and how many others there are.
     """
     if broken:
-        others = f" {len(broken) - 1:,} others of {count:,} files are broken too." if len(broken) > 1 else ""
+        more, verb = counted(len(broken) - 1, "other"), plural(len(broken) - 1, "is", "are")
+        others = f" {more} of {count:,} files {verb} broken too." if len(broken) > 1 else ""
         raise DataError(
             f"{root / broken[0].path} {broken[0].fault}.{others} Repair or remove "
             f"{'them' if others else 'it'}, or leave broken files out: on_broken='skip'. `metamom data check images "
@@ -234,7 +236,7 @@ def _store(
                 check_sound(listing.root, record.broken, len(listing.files))
             if len(record.broken) == len(listing.files):
                 raise DataError(
-                    f"none of the {len(listing.files):,} images in {listing.root} can be read; the first: "
+                    f"none of the {counted(len(listing.files), 'image')} in {listing.root} can be read; the first: "
                     f"{record.broken[0].path} {record.broken[0].fault}."
                 )
             text = json.dumps(record._asdict()).encode()
@@ -254,9 +256,9 @@ def _check_room(path: Path, count: int, shape: tuple[int, int, int]) -> None:
     needed, free = count * int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if needed > free:
         raise DataError(
-            f"{count:,} images of {shape[0]} x {shape[1]} x {shape[2]} bytes need {needed / 1e9:,.2f} GB in the cache; "
-            f"{path.parent} has {free / 1e9:,.2f} GB free. Set $METAMOM_CACHE to a folder with more room, or choose a "
-            "smaller image_size."
+            f"{counted(count, 'image')} of {shape[0]} x {shape[1]} x {shape[2]} bytes need {needed / 1e9:,.2f} GB in "
+            f"the cache; {path.parent} has {free / 1e9:,.2f} GB free. Set $METAMOM_CACHE to a folder with room, or "
+            "choose a smaller image_size."
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_own_options, flag, given_flags, switch
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import counts, number, path, point_count, seed, step_count, task_count
+from metamom.common.numbers import plural
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.families.family import USUAL_BIAS_PLAN
 from metamom.experiments.options import options_of_some_families
@@ -128,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
         recipe = replace(trained, **asked)
         learner = run.learner.like(estimator=recipe.estimator)
-        title = f"{recipe.task}, after {run.step} iterations"
+        title = f"{recipe.task}, after {run.step} {plural(run.step, 'iteration')}"
     where = arguments.out
     if where is None and not arguments.json:
         where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in FAMILIES else what

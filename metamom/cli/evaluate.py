@@ -22,6 +22,7 @@ from metamom.cli.flags import (
 from metamom.cli.parser import Parser
 from metamom.common.choices import NORMS, STATISTICS_OF
 from metamom.common.flag_types import number, path, step_count
+from metamom.common.numbers import plural
 
 if TYPE_CHECKING:
     from metamom.batch import Sampler
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         return 0
     print(
         f"{tasks_in_words(run, asked)}, split {arguments.split}, {arguments.tasks} tasks, trained for {run.step} "
-        f"iterations; {STATISTICS_OF[result.norm]}"
+        f"{plural(run.step, 'iteration')}; {STATISTICS_OF[result.norm]}"
     )
     print("\n".join(table(result, baselines)))
     return 0

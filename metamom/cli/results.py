@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metamom.common.files import write_atomically
+from metamom.common.numbers import plural
 
 if TYPE_CHECKING:
     from metamom.evaluation import Difference, Evaluation
@@ -30,7 +31,7 @@ def table(result: Evaluation, baselines: Mapping[str, Row]) -> list[str]:
     if not baselines:
         return lines
     named = {_name(name, row): row for name, row in baselines.items()}
-    first, minus = max(map(len, named)), f"minus the learner's after {max(result.steps)} steps"
+    first, minus = max(map(len, named)), _after(max(result.steps))
     lines += ["", f"{'baseline':<{first}}  {result.metric:<{width}}  ± 95 %  {minus}  ± 95 %"]
     for name, (found, difference) in named.items():
         own = f"{name:<{first}}  {found.mean[0]:<{width}.4f}  {found.halfwidth[0]:<6.4f}"
@@ -82,4 +83,8 @@ def _values(result: Evaluation) -> dict[str, Any]:
 
 def _name(name: str, row: Row) -> str:
     steps = row.result.steps[0]
-    return f"{name}, {steps} steps" if steps else name
+    return f"{name}, {steps} {plural(steps, 'step')}" if steps else name
+
+
+def _after(steps: int) -> str:
+    return f"minus the learner's after {steps} {plural(steps, 'step')}"

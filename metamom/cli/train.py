@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from metamom.cli.flags import add_options, add_processes, given_flags, run_options
 from metamom.cli.parser import Parser
+from metamom.common.numbers import plural
 from metamom.experiments.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -92,18 +93,22 @@ def _print(result: TrainResult, options: dict[str, Any]) -> None:
     run_dir, checked = options["run_dir"], result.validation
     if result.stopped is not None:
         done = result.resumed_from + len(result.metrics)
-        print(f"stopped after {done} of {options['iterations']} iterations, in {run_dir}: {result.stopped}")
+        print(f"stopped after {done} of {_iterations(options['iterations'])}, in {run_dir}: {result.stopped}")
     elif not result.metrics:
-        print(f"{run_dir} is trained for {result.resumed_from} iterations already; pass more --iterations to go on.")
+        print(f"{run_dir} is trained for {_iterations(result.resumed_from)} already; pass more --iterations to go on.")
         return
     else:
-        print(f"trained for {options['iterations']} iterations, in {run_dir}")
+        print(f"trained for {_iterations(options['iterations'])}, in {run_dir}")
     if checked is not None:
         print(
             f"validation {checked.metric} after {checked.steps[0]} step(s): {checked.mean[0]:.4f} "
             f"± {checked.halfwidth[0]:.4f} ({checked.values.shape[1]} tasks)"
         )
     print(f"next: metamom evaluate {run_dir}")
+
+
+def _iterations(n: int) -> str:
+    return f"{n} {plural(n, 'iteration')}"
 
 
 def _warn_of_restarts(arguments: argparse.Namespace, world: World) -> None:

@@ -47,7 +47,12 @@ def counted(n: int, one: str, many: str | None = None) -> str:
         one: the word for one.
         many: for any other number; ``one`` with an s by default.
     """
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
+    return f"{n:,} {plural(n, one, many)}"
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """The word for ``n`` things, see `counted`."""
+    return one if n == 1 else many or f"{one}s"
 
 
 def shown(text: str, longest: int = 60) -> str:

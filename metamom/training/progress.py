@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.diverged import DivergedError as DivergedError
+from metamom.common.numbers import plural
 from metamom.distributed import World, digest
 from metamom.training.checkpoints import CheckpointError
 from metamom.training.directory import RunDirectory
@@ -65,8 +66,9 @@ class Saved:
             )
         if iterations < step:
             raise ValueError(
-                f"the run in {self.path} has done {step} iterations, more than the total of {iterations}. Pass "
-                f"iterations (--iterations) above {step} to go on, or take another directory for a shorter run."
+                f"the run in {self.path} has done {step} {plural(step, 'iteration')}, more than the total of "
+                f"{iterations}. Pass iterations (--iterations) above {step} to go on, or take another "
+                "directory for a shorter run."
             )
         state = {"callbacks": {}, **state}  # a run without callbacks saves none
         generators = checked_generators(state.get("rng"), where)

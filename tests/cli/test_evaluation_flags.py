@@ -48,7 +48,7 @@ def test_baselines_are_evaluated_on_the_same_tasks(metamom, trained):
             found["difference_halfwidth"], 1.959964 * paired.std(ddof=1) / np.sqrt(12), rtol=1e-6
         )
     table = metamom("evaluate", trained, *FEW, "--baselines", "--baseline-steps", 3).out.splitlines()
-    assert table[5].startswith("baseline               loss      ± 95 %  minus the learner's after 1 steps")
+    assert table[5].startswith("baseline               loss      ± 95 %  minus the learner's after 1 step")
     assert table[6].startswith("fine-tuning, 3 steps ")
     assert contents(trained) == before
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import metamom
 from metamom.cli.app import parsed, parser
 from metamom.cli.flag_names import PHRASES, in_flags
+from metamom.common.numbers import counted, plural
 
 TRAIN = ["train", "images", "--root", "photos"]
 
@@ -74,6 +75,12 @@ def test_what_the_command_says_of_images(metamom, tmp_path):
     flat = the_error(metamom(*arguments))
     assert "--standardize data needs" in flat
     assert "pass --standardize none" in flat
+
+
+@pytest.mark.parametrize(("n", "said"), [(1, "1 class"), (0, "0 classes"), (2000, "2,000 classes")])
+def test_words_for_one_and_many(n, said):
+    assert counted(n, "class", "classes") == said
+    assert plural(n, "step") == ("step" if n == 1 else "steps")
 
 
 def test_what_the_command_says_of_weights(metamom, trained, tmp_path):

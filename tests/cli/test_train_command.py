@@ -199,6 +199,6 @@ def test_module_runs_from_anywhere(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "trained for 1 iterations, in run" in done.stdout
+    assert "trained for 1 iteration" in done.stdout
     assert re.fullmatch(r"train sinusoid: 1/1 it, .*\n", done.stderr)  # lines, since there is no terminal for a bar
     assert (tmp_path / "run" / "config.json").exists()

@@ -300,7 +300,7 @@ def test_broken_files_are_named_or_skipped(root, cache, monkeypatch):
     (train / "class01" / "0.png").write_bytes(b"")
     (train / "class02" / "1.png").write_bytes(b"not an image")
     with pytest.raises(
-        DataError, match=r"class01/0.png is empty \(0 bytes\)\. 1 others of 20 files .*on_broken='skip'"
+        DataError, match=r"class01/0.png is empty \(0 bytes\)\. 1 other of 20 files is broken too\..*on_broken='skip'"
     ):
         ImageFolder(root, **SMALL)
     assert not list(cache.glob("*.u8"))
