@@ -159,6 +159,10 @@ class TaskSampler(ABC):
         """Identify this sampler by JSON values. They are part of a run's settings, which a resumed run must share."""
         return {"family": type(self).__name__}
 
+    def location(self) -> dict[str, Any]:
+        """Where the data is, as JSON values. A run records it, and a resumed run may find its data elsewhere."""
+        return {}
+
 
 def of_stream(sampler: Sampler, stream: str) -> Sampler:
     """The sampler for another stream; the sampler itself if it is not a `TaskSampler`."""
@@ -168,6 +172,11 @@ def of_stream(sampler: Sampler, stream: str) -> Sampler:
 def described(sampler: Sampler) -> dict[str, Any]:
     """Identify a sampler by JSON values: only its type if it is not a `TaskSampler`."""
     return sampler.describe() if isinstance(sampler, TaskSampler) else {"family": type(sampler).__name__}
+
+
+def located(sampler: Sampler) -> dict[str, Any]:
+    """Where a sampler's data is; see `TaskSampler.location`."""
+    return sampler.location() if isinstance(sampler, TaskSampler) else {}
 
 
 def check_sampler(sampler: object, what: str = "a sampler") -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from metamom.experiments.recipes import Recipe
 
 Checkpoint = Literal["best", "newest"]
-OF_A_MACHINE = ("root", "device")  # settings that a card leaves out
+OF_A_MACHINE = ("root", "location", "device")  # settings that a card leaves out
 GivenModel = nn.Module | MAML | Callable[[], nn.Module] | str | None
 
 
@@ -69,7 +69,7 @@ class LoadedRun:
         """
         from dataclasses import replace
 
-        from metamom.experiments.python_runs import known_sampler, task_family
+        from metamom.experiments.python_tasks import known_sampler, task_family
 
         if self.recipe is not None:
             # tasks of `shots` support points, whatever the estimator trained on
@@ -81,7 +81,7 @@ class LoadedRun:
         if made is None:
             raise ValueError(
                 f"the run in {self.path} was trained on tasks that its config.json cannot recreate "
-                f"({trained_on.get('family', 'unknown')}): evaluate it in Python, metamom.evaluate(run.learner, "
+                f"({trained_on.get('family', 'unknown')}): in Python, pass your sampler, metamom.evaluate(run.learner, "
                 "sampler), with run = metamom.load(RUN)."
             )
         return made

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_own_options, flag, given_flags, switch
@@ -95,12 +96,13 @@ def run(arguments: argparse.Namespace) -> int:
     from metamom.common.allocator import keep_freed_memory
     from metamom.common.named_objects import named_callable
     from metamom.experiments import bias_report
-    from metamom.experiments.python_runs import recipe_of_tasks
+    from metamom.experiments.python_tasks import recipe_of_tasks, tasks_of
     from metamom.experiments.recipes import Recipe
     from metamom.loading import load
 
     keep_freed_memory()
-    what = arguments.what
+    what, root = arguments.what, arguments.data_root or arguments.root
+    sampler = None
     if what in FAMILIES:
         recipe = Recipe(task=what, **given_flags(arguments))
         learner = recipe.learner()
@@ -115,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         model = None if arguments.model is None else named_callable(arguments.model, "--model")
         run = load(what, arguments.checkpoint, model, device=arguments.device or "cpu")
-        trained = recipe_of_tasks(run.settings) if run.recipe is None else run.recipe
+        trained = recipe_of_tasks(run.settings, root=root) if run.recipe is None else run.recipe
         if trained is None:
             raise ValueError(
                 f"the run in {what} was made in Python with tasks that are none of {', '.join(FAMILIES)}: measure it "
@@ -127,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
             if (value := getattr(arguments, name)) is not None
         }
         recipe = replace(trained, **asked)
+        if run.recipe is None:
+            sampler = partial(tasks_of, run.settings)
         learner = run.learner.like(estimator=recipe.estimator)
         title = f"{recipe.task}, after {run.step} iterations"
     where = arguments.out
@@ -139,7 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
         learner,
         inner_batches=arguments.inner_batch,
         tasks=arguments.tasks,
-        root=arguments.data_root or arguments.root,
+        root=root,
+        sampler=sampler,
     )
     report = None if where is None else bias_report.write(found, Path(where), title)
     if arguments.json:
