@@ -161,7 +161,7 @@ def adapt_to_folder(
         )
     chosen: Norm = norm or ("frozen" if resolved(learner.model, learner.norm) == "frozen" else "support")
     x = reader.read([listing.root / file.path for file in listing.files])
-    model = learner.like(norm=chosen).fit(x, torch.from_numpy(listing.labels), steps=steps)
+    model = learner.fit(x, torch.from_numpy(listing.labels), steps=steps, norm=chosen)
     return Adapted(model, classes, len(x), learner.inner_steps if steps is None else steps, chosen, reader)
 
 

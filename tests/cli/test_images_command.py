@@ -358,3 +358,17 @@ def test_exported_weights_in_another_process(run, photos, metamom, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = load_run(run).learner.model(batch.query_x[0])
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), expected.detach())
+
+
+def test_adapt_with_the_statistics_of_the_images_that_are_classified_together(run, photos, metamom, tmp_path):
+    files = sorted((photos / "test").rglob("0[01].jpg"))[:6]
+    classes = sorted({file.parent for file in files})
+    assert len(classes) == 3
+    support = tmp_path / "support"
+    for folder in classes:
+        shutil.copytree(folder, support / folder.name)
+    arguments = ["adapt", run, "--support", support, "--norm", "batch", "--json"]
+    together = json.loads(metamom(*arguments, "--predict", *files).out)
+    alone = json.loads(metamom(*arguments, "--predict", files[0]).out)
+    assert together["norm"] == "batch"
+    assert together["predictions"][0]["probability"] != pytest.approx(alone["predictions"][0]["probability"], rel=1e-3)

@@ -125,7 +125,7 @@ def test_adapt_and_export(run, photos, tmp_path):
     for number in range(WAYS):
         shutil.copytree(photos / "test" / f"test{number}", support / f"test{number}")
     command(tmp_path, "adapt", run, "--support", "support", "--predict", photos / "test", "--steps", "3", "--out", out)
-    learner = load(run).learner.like(norm="support")
+    learner = load(run).learner
     constants = images(photos).constants
     tasks = images(photos, "test", ways=WAYS, normalize=None)
     everything = tasks._store.read(np.arange(20 * 4))  # in the order of their names
