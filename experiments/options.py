@@ -177,6 +177,7 @@ class ImageOptions:
         ),
     )
     constants: tuple[tuple[float, ...], tuple[float, ...]] | None = option(None, later=True, own=True)
+    model_folder: str | None = option(None, later=True, own=True, free=True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.common.checks import MOST, check_whole
+from metamom.common.named_objects import module_folder
 from metamom.common.options import declared
 from metamom.common.schema import as_record
 from metamom.experiments.families import FAMILIES, Family
@@ -134,7 +135,7 @@ class Recipe(RecipeOptions):
 
     def data(self) -> dict[str, Any]:
         """The task, and the options of its family but for where the data is, as JSON values."""
-        own = {name: value for name, value in self.own().items() if name not in ("root", "model")}
+        own = {name: value for name, value in self.own().items() if name not in ("root", "model", "model_folder")}
         return {"task": self.task, "ways": self.ways, "shots": self.shots, "queries": self.queries, **own}
 
     def own(self) -> dict[str, Any]:
@@ -142,8 +143,12 @@ class Recipe(RecipeOptions):
         return {name: getattr(self, name) for name in self.family.options}
 
     def with_kept(self, sampler: TaskFamily | FixedTasks) -> Recipe:
-        """The recipe with what a run keeps of its training tasks, such as the images' mean and deviation."""
-        return replace(self, **self.family.kept(sampler.family if isinstance(sampler, FixedTasks) else sampler))
+        """The recipe with what a run keeps: of its training tasks, such as the images' mean and deviation; and the
+        folder of a module of the user's that has created the model."""
+        kept = dict(self.family.kept(sampler.family if isinstance(sampler, FixedTasks) else sampler))
+        if self.model is not None and ":" in self.model:
+            kept["model_folder"] = module_folder(self.model)
+        return replace(self, **kept)
 
     def settings(self) -> dict[str, Any]:
         """The recipe as JSON values, without the options that only other families have."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import Sampler
-from metamom.common.named_objects import named_callable
+from metamom.common.named_objects import created, named_callable
 from metamom.common.weights import differences
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from metamom.experiments.recipes import Recipe
 
 Checkpoint = Literal["best", "newest"]
-OF_A_MACHINE = ("root", "location", "device")  # settings that a card leaves out
+OF_A_MACHINE = ("root", "location", "model_folder", "device")  # settings that a card leaves out
 GivenModel = nn.Module | MAML | Callable[[], nn.Module] | str | None
 
 
@@ -235,7 +235,7 @@ def _given(model: GivenModel) -> nn.Module | None:
     make = named_callable(model) if isinstance(model, str) else model
     if not callable(make):
         raise TypeError(f"model must be a module, or a function or class that makes it; got a {type(model).__name__}.")
-    made: object = make()
+    made: object = created(model, make) if isinstance(model, str) else make()
     if not isinstance(made, nn.Module):
         raise TypeError(f"the call for the model must return a torch.nn.Module; it returned a {type(made).__name__}.")
     return made
