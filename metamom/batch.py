@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+class _Shape:
+    """Prints a tensor's shape and dtype."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.text = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 class TaskBatch(NamedTuple):
     """T tasks, each with a support set to adapt on and a query set to evaluate on.
 
@@ -53,6 +63,10 @@ class TaskBatch(NamedTuple):
     task_ids: Tensor | None = None
     support_mask: Tensor | None = None
     query_mask: Tensor | None = None
+
+    def __repr__(self) -> str:
+        shapes = {name: mapped(_Shape, field) for name, field in zip(self._fields, self, strict=True)}
+        return f"TaskBatch({', '.join(f'{name}={shape}' for name, shape in shapes.items() if shape is not None)})"
 
     @property
     def num_tasks(self) -> int:

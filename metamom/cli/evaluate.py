@@ -86,6 +86,8 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     from metamom.evaluation import evaluate
     from metamom.loading import load
 
+    if arguments.per_task and not arguments.json:
+        raise ValueError("--per-task is a part of --json: give both, or write every task's value with --csv FILE.")
     run = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
     asked = asked_of_tasks(arguments)
     _check(run, arguments, asked)

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from metamom.batch import kind_of
+from metamom.batch import TaskBatch, kind_of
+from metamom.bias.checks import all_finite
 from metamom.common.choices import Norm
 from metamom.common.trees import Tree, leaves, mapped, named_leaves
+from metamom.maml.batch_checks import NonFiniteDataError, refuse_non_finite
 from metamom.maml.inner_loop import Problem
 from metamom.maml.modes import out_of_inference
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.norm_modes import Normalisation, Statistics, statistics_of
+from metamom.maml.not_finite import NonFiniteStepError
 from metamom.maml.run_by_task import RunByTask, Support, call
 from metamom.maml.swapping import alone, evaluating, tensors_within
 from metamom.maml.task_weights import Params, Start
@@ -129,7 +132,33 @@ def _adapted(learner: Adapting, problem: Problem, support_x: Tree, support_y: Tr
     """The adapted weights of a batch of one task, ``[1, *shape]``."""
     steps = learner.inner_steps if steps is None else steps
     *_, adapted = learner._trajectory(problem, support_x, support_y, steps)
+    if not all(all_finite(w) for w in adapted.values()):
+        _refuse_non_finite(support_x, support_y)
+        raise NonFiniteStepError(
+            f"the weights are not finite after {steps} inner steps, although the data is: the steps are too large, or "
+            "the model or the loss has a derivative that is not finite. Try a smaller inner_lr, or fewer steps."
+        )
     return adapted
+
+
+def _refuse_non_finite(support_x: Tree, support_y: Tree) -> None:
+    """Refuse data of one task that is not finite, or without any label that counts.
+
+    Raises:
+        NonFiniteDataError: naming the set and the first point.
+    """
+    places = {
+        **named_leaves("support_x", support_x),
+        **({} if support_y is None else named_leaves("support_y", support_y)),
+    }
+    for name, x in places.items():
+        points = (~x.isfinite())[0].flatten(1).any(1) if x.dim() > 2 else ~x.isfinite()[0]
+        if points.any():
+            raise NonFiniteDataError(
+                f"{name} has NaN or infinite values in {int(points.sum())} of {len(points)} points, first in point "
+                f"{int(points.nonzero()[0])}, so the weights would not be finite. Clean the data."
+            )
+    refuse_non_finite(TaskBatch(support_x, support_y, None, None))
 
 
 def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:

@@ -20,9 +20,10 @@ from metamom.distributed import SAME, World, digest
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
 from metamom.training import board, plateau
-from metamom.training.callbacks import STOP, Callback, Callbacks, as_callbacks
+from metamom.training.callbacks import STOP, Callback, Callbacks
 from metamom.training.directory import RunDirectory
 from metamom.training.early_stopping import EarlyStopping
+from metamom.training.given_callbacks import as_callbacks
 from metamom.training.options import Options
 from metamom.training.plan import (
     LATER,

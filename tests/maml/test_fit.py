@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, evaluate
+from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.maml.norm import resolved
+from metamom.maml.not_finite import NonFiniteStepError
 from metamom.nets.layers import BatchNormReLU
 from metamom.nets.models import Conv4, SinusoidMLP, use_batch_statistics
 
@@ -289,6 +291,26 @@ def test_weight_normalisation_in_attributes():
     learner.model(x)  # leaves a tensor with a graph behind
     model = learner.fit(x, y)
     torch.testing.assert_close(model(queries).detach(), learner.fit_predict(x, y, queries))
+
+
+@pytest.mark.parametrize("name", ["MLP", "Conv4"])
+def test_data_that_is_not_finite(name):
+    learner = LEARNERS[name]()
+    x, y, queries = data_for(learner)
+    x[4].flatten()[0] = torch.nan
+    for fitting in (lambda: learner.fit(x, y), lambda: learner.fit_predict(x, y, queries)):
+        with pytest.raises(NonFiniteDataError, match=r"support_x has NaN .* in 1 of \d+ points, first in point 4, "):
+            fitting()
+
+
+def test_steps_that_are_too_large():
+    x, y, queries = line()
+    learner = MAML(seeded(SinusoidMLP), F.mse_loss, inner_lr=1e9, inner_steps=50)
+    for fitting in (lambda: learner.fit(x, y), lambda: learner.fit_predict(x, y, queries)):
+        with pytest.raises(NonFiniteStepError, match=r"not finite after 50 inner steps, although the data is"):
+            fitting()
+    with pytest.raises(NonFiniteDataError, match="support_y has NaN or infinite values in 1 of 10 points"):
+        learner.fit(x, y.index_fill(0, torch.tensor(2), torch.inf))
 
 
 class Functional(nn.Module):
