@@ -17,12 +17,14 @@ from threading import Thread
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from metamom.training.log_lines import LogLines
+from metamom.experiments.shared.overall import Overall
+from metamom.training.log_lines import EVERY
 
 
-def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int, label: str) -> None:
+def run_in_processes(
+    function: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int, label: str, *, ended: int = 0
+) -> None:
     """Call ``function(*call)`` for each call, ``jobs`` at a time, sharing torch's threads between them.
 
     Nothing is returned: calls must write their results to disk. When this process is interrupted, Ctrl-C or SIGTERM
@@ -32,7 +34,9 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
         function: a function that can be imported by name.
         calls: its arguments for each call; must be picklable.
         jobs: number of processes at a time, >= 1.
-        label: of the progress: a bar in a terminal; elsewhere a line on standard error for each call that ends.
+        label: of the progress: a bar in a terminal; elsewhere a line on standard error for each call that ends, and
+            one every 30 seconds.
+        ended: the number of calls that had ended before, for the progress.
 
     Raises:
         ChildProcessError: if a call failed; the reason is on stderr. The others are stopped.
@@ -41,23 +45,19 @@ def run_in_processes(function: Callable[..., object], calls: Sequence[tuple[Any,
     threads = max(1, torch.get_num_threads() // jobs)
     waiting = [context.Process(target=_child, args=(function, call, threads)) for call in calls]
     working: list[BaseProcess] = []
-    ended = 0
     try:
-        with tqdm(total=len(calls), desc=label, unit="run", disable=None) as bar:
-            lines = LogLines(label, len(calls), "runs", since=0) if bar.disable else None
+        with Overall(label, ended + len(calls), ended) as overall:
             while waiting or working:
                 while waiting and len(working) < jobs:
                     working.append(waiting.pop(0))
                     working[-1].start()
-                connection.wait([process.sentinel for process in working])
+                connection.wait([process.sentinel for process in working], timeout=EVERY / 10)
+                overall.now(f"{len(working)} running")
                 for process in [p for p in working if not p.is_alive()]:
                     working.remove(process)
                     if process.exitcode:
                         raise ChildProcessError(f"{label}: a run ended with status {process.exitcode}, see above.")
-                    bar.update()
-                    ended += 1
-                    if lines is not None:
-                        lines.stepped(ended, {}, now=True)
+                    overall.end()
     finally:
         for process in working:
             if process.is_alive():
