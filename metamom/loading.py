@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from metamom.batch import Sampler
 from metamom.common.named_objects import created, named_callable
-from metamom.common.weights import differences
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
@@ -177,7 +176,7 @@ def load(
     """
     from metamom.experiments.python_runs import is_python_run
     from metamom.experiments.recipes import find_device
-    from metamom.experiments.saved import read_state, recipe_of
+    from metamom.experiments.saved import learner_state, load_learner, read_state, recipe_of
 
     if checkpoint not in ("best", "newest"):
         raise ValueError(f'checkpoint must be "best" or "newest"; got {checkpoint!r:.40}.')
@@ -193,9 +192,7 @@ def load(
     recipe = None if from_python else recipe_of(settings, path, str(device or "cpu"))
     state, step = read_state(path, checkpoint)
     where = f"the checkpoint in {path}"
-    weights = state.get("learner")
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{where} holds no learner: another kind of run wrote it.")
+    weights = learner_state(state, where)
     if isinstance(given, MAML):
         learner = given
     elif recipe is not None:
@@ -204,7 +201,7 @@ def load(
         learner = _from_python(path, settings, weights, given, loss_fn)
     if device is not None or (given is None and recipe is None):
         learner.to(find_device(str(device or "cpu")))
-    _load_weights(learner, weights, where, given is not None)
+    load_learner(learner, weights, where, given=given is not None)
     made_by = _maker(model, recipe, settings, weights)
     return LoadedRun(Path(path), learner, step, settings, recipe, made_by)
 
@@ -250,6 +247,7 @@ def _from_python(
 ) -> MAML:
     """The learner of a run of `metamom.train`."""
     from metamom.experiments.python_runs import as_dtype, known_loss, known_model, learner_of, model_weights
+    from metamom.experiments.saved import check_fit
 
     what = settings["model"].partition("(")[0]
     made = known_model(settings, weights) if model is None else model
@@ -266,7 +264,7 @@ def _from_python(
             f"the run in {path} was made in Python with a loss that metamom cannot make ({name!s:.60}): pass it, as "
             "metamom.load(RUN, loss_fn=...), or pass the whole learner as model=."
         )
-    _check_fit(made.state_dict(), model_weights(weights), f"the checkpoint in {path}")
+    check_fit(made.state_dict(), model_weights(weights), f"the checkpoint in {path}")
     made.to(as_dtype(settings.get("dtype", "float32")))
     try:
         return learner_of(settings, weights, made, loss)
@@ -275,26 +273,3 @@ def _from_python(
             f"the settings of the run in {path} do not describe a learner of this version ({type(error).__name__}: "
             f"{error}): pass the whole learner, metamom.load(RUN, model=learner)."
         ) from error
-
-
-def _load_weights(learner: MAML, weights: Mapping[str, Any], where: str, given: bool) -> None:
-    from metamom.training.restore import load_parts
-
-    if given:
-        _check_fit(learner.state_dict(), weights, where)
-    misfit = "belongs to another model than " + ("the one given" if given else "its config.json")
-    load_parts({"learner": learner}, {"learner": weights}, where, misfit=misfit)
-
-
-def _check_fit(wanted: Mapping[str, Any], weights: Mapping[str, Any], where: str) -> None:
-    """Refuse a model with other names or shapes.
-
-    Raises:
-        ValueError: listing what differs.
-    """
-    tensors = ({n: w for n, w in each.items() if isinstance(w, Tensor)} for each in (wanted, weights))
-    if found := differences(*tensors):
-        raise ValueError(
-            f"{where} belongs to another model than the one given. In the checkpoint, {'; '.join(found)}. Pass the "
-            "model that the run was trained with."
-        )
