@@ -226,13 +226,13 @@ def _place(recipe: Recipe, run_dir: Path) -> Path:
 
 def _run(
     comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None, overall: Overall | None = None
-) -> None:
-    """Do one run and its final evaluation, unless it is finished."""
+) -> Outcome:
+    """Do one run and its final evaluation, or read it from disk if it is finished."""
     keep_freed_memory()
     path = _place(recipe, run_dir)
     ending = path / "outcome.json"
     if ending.exists():
-        return
+        return _ended(comparison, recipe, run_dir)
     with without_bars():
         learner = recipe.learner()
         optimizer = recipe.make_optimizer(learner)
@@ -270,6 +270,7 @@ def _run(
             if not _finite(test.mean, test.halfwidth):  # on test tasks: the loss has no mean
                 end = Ending(comparison.iterations, None, None)
     write_atomically(ending, json.dumps(asdict(end)).encode())
+    return _ended(comparison, recipe, run_dir)
 
 
 def _ended(comparison: Comparison, recipe: Recipe, run_dir: Path) -> Outcome:
