@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
+from metamom.experiments.python_tasks import preprocessing_of, task_family
 from metamom.experiments.recipes import Recipe
 from metamom.maml.learner import MAML
 from metamom.maml.norm import resolved
@@ -19,6 +20,43 @@ from metamom.tasks.preprocessing import Preprocessing, image_paths
 from metamom.weights import save_weights
 
 AT_ONCE = 256  # images classified together
+
+
+class Reader(NamedTuple):
+    """How a run reads image files.
+
+    Attributes:
+        ways: the number of classes that its model tells apart.
+        preprocessing: from image files to the model's inputs.
+    """
+
+    ways: int
+    preprocessing: Preprocessing
+
+
+def reader_of(recipe: Recipe | None, settings: Mapping[str, Any]) -> Reader:
+    """How a run of ``metamom train images``, or one from Python on an `ImageFolder`, reads image files.
+
+    Args:
+        recipe: the run's; ``None`` for a run from Python.
+        settings: the run's.
+
+    Raises:
+        ValueError: for a run on other tasks.
+    """
+    if recipe is not None:
+        preprocessing, ways, on = recipe.preprocessing(), recipe.ways, recipe.family.title
+    else:
+        described = task_family(settings)
+        preprocessing, ways = preprocessing_of(settings), described.get("ways")
+        on = described.get("family", "unknown tasks")
+    if preprocessing is None:
+        raise ValueError(
+            "adapt takes runs on image files, of `metamom train images` or of metamom.train on an ImageFolder; got one "
+            f"on {on}. In Python, learner.fit adapts to any task."
+        )
+    assert ways is not None
+    return Reader(ways, preprocessing)
 
 
 class Prediction(NamedTuple):
@@ -52,7 +90,7 @@ class Adapted:
         images: the number of support images.
         steps: inner steps taken.
         norm: the statistics that normalise, if there are any: see `metamom.MAML`.
-        preprocessing: of images, as in the run.
+        reader: of the run.
     """
 
     model: nn.Module
@@ -60,7 +98,7 @@ class Adapted:
     images: int
     steps: int
     norm: Norm
-    preprocessing: Preprocessing
+    reader: Reader
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
         """Classify image files, and those in folders, in the order of their names.
@@ -72,7 +110,7 @@ class Adapted:
         found = []
         for start in range(0, len(files), AT_ONCE):
             part = files[start : start + AT_ONCE]
-            probabilities = self._probabilities(self.preprocessing.read_files(part)).tolist()
+            probabilities = self._probabilities(self.reader.preprocessing.read_files(part)).tolist()
             for file, row in zip(part, probabilities, strict=True):
                 best = max(range(len(row)), key=row.__getitem__)
                 found.append(Prediction(str(file), self.classes[best], row[best], tuple(row)))
@@ -86,12 +124,12 @@ class Adapted:
 
 
 def adapt_to_folder(
-    recipe: Recipe, learner: MAML, support: str | Path, *, steps: int | None = None, norm: Norm | None = None
+    reader: Reader, learner: MAML, support: str | Path, *, steps: int | None = None, norm: Norm | None = None
 ) -> Adapted:
     """Adapt a run's learner to ``SUPPORT/CLASS/*``.
 
     Args:
-        recipe: of a run of ``metamom train images``.
+        reader: of the run, see `reader_of`.
         learner: the run's.
         support: a folder with a few images of each class.
         steps: inner steps; as in training by default.
@@ -99,14 +137,8 @@ def adapt_to_folder(
             prediction for an image does not depend on the others.
 
     Raises:
-        ValueError: for a run on other tasks, for a folder without classes or with more than the model tells apart.
+        ValueError: for a folder without classes or with more than the model tells apart.
     """
-    preprocessing = recipe.preprocessing()
-    if preprocessing is None:
-        raise ValueError(
-            f"adapt takes runs on image files, of `metamom train images`; got one on {recipe.family.title}. In Python, "
-            "learner.fit adapts to any task."
-        )
     folder = Path(support)
     if not folder.is_dir():
         raise ValueError(f"--support must be a folder with a folder of images for each class; got {folder}.")
@@ -116,15 +148,15 @@ def adapt_to_folder(
     if len(classes) < 2 or empty:
         what = f"the class {empty[0]!r} has no images" if empty else f"it has {len(classes)} folders of classes"
         raise ValueError(f"--support needs DIR/CLASS/*.jpg, two classes or more; in {folder}, {what}.")
-    if len(classes) > (recipe.ways or 0):
+    if len(classes) > reader.ways:
         raise ValueError(
-            f"the run's model tells {recipe.ways} classes apart; {folder} has {len(classes)}. Remove some, or train "
+            f"the run's model tells {reader.ways} classes apart; {folder} has {len(classes)}. Remove some, or train "
             f"with --ways {len(classes)}."
         )
     chosen: Norm = norm or ("frozen" if resolved(learner.model, learner.norm) == "frozen" else "support")
-    x = preprocessing.read_files([listing.root / file.path for file in listing.files])
-    model = learner.like(norm=chosen).fit(x, torch.from_numpy(listing.labels), steps=steps)
-    return Adapted(model, classes, len(x), learner.inner_steps if steps is None else steps, chosen, preprocessing)
+    x = reader.preprocessing.read_files([listing.root / file.path for file in listing.files])
+    model = learner.fit(x, torch.from_numpy(listing.labels), steps=steps, norm=chosen)
+    return Adapted(model, classes, len(x), learner.inner_steps if steps is None else steps, chosen, reader)
 
 
 def save(adapted: Adapted, file: str | Path, card: Mapping[str, Any]) -> Path:

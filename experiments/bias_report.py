@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def measure_recipe(
     inner_batches: tuple[int, ...] | None = None,
     tasks: int | None = None,
     root: str | None = None,
+    sampler: Callable[[Recipe, str | None], Sampler] | None = None,
 ) -> Measured:
     """The bias meter on a recipe's training tasks, with a pool for each.
 
@@ -54,6 +56,7 @@ def measure_recipe(
         inner_batches: in shots; ``None`` for the family's default.
         tasks: the total; ``None`` for the family's default. With an operator, at least 12 workers of several tasks.
         root: of the data.
+        sampler: makes the training tasks of a recipe, given the root of the data; the recipe's own by default.
 
     Raises:
         ValueError: see `measure`.
@@ -66,7 +69,7 @@ def measure_recipe(
     operator, each = recipe.operator(), _tasks_per_worker(recipe)
     return measure(
         learner.to(DTYPES[plan.dtype]),
-        pools(recipe, plan.pool, plan.queries, sizes, root=root),
+        pools(recipe, plan.pool, plan.queries, sizes, root=root, sampler=sampler),
         inner_batches=sizes,
         bias=operator,
         draws=count if each == 1 else max(FEWEST, count // each),
@@ -98,7 +101,13 @@ def tracking(recipe: Recipe, every: int, *, root: str | None = None) -> TrackBia
 
 
 def pools(
-    recipe: Recipe, shots: int, queries: int, inner_batches: tuple[int, ...], *, root: str | None = None
+    recipe: Recipe,
+    shots: int,
+    queries: int,
+    inner_batches: tuple[int, ...],
+    *,
+    root: str | None = None,
+    sampler: Callable[[Recipe, str | None], Sampler] | None = None,
 ) -> Sampler:
     """A recipe's training tasks with larger sets, and independent draws where the tasks are fixed."""
     assert recipe.queries is not None
@@ -111,7 +120,7 @@ def pools(
         inner_batches="same",
         order="replacement",
     )
-    return larger.sampler(root=root)
+    return larger.sampler(root=root) if sampler is None else sampler(larger, root)
 
 
 def _tasks_per_worker(recipe: Recipe) -> int:

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from metamom.common.allocator import keep_freed_memory
+from metamom.common.bars import without_bars
 from metamom.common.checks import MOST, RUNS, check_whole
 from metamom.common.files import write_atomically
 from metamom.common.schema import read_record
 from metamom.evaluation import evaluate
+from metamom.experiments.finished import ComparisonInterrupted, finished_table
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import best_learners, write_report
 from metamom.experiments.shared.numerals import shortest
+from metamom.experiments.shared.overall import Overall, ShowRun
 from metamom.experiments.shared.processes import run_in_processes
 from metamom.optim import FirstStep
 from metamom.training.directory import RunDirectory, read_log
@@ -157,6 +161,7 @@ def compare(
 
     Raises:
         ValueError: for a ``run_dir`` that holds something else; see `RunDirectory`.
+        ComparisonInterrupted: after a signal, once the state of each run is saved.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be a number of processes >= 1; got {jobs}.")
@@ -187,11 +192,30 @@ def compare(
         if len(finished) == len(recipes):
             best_learners(comparison, ended)
         run.write_config()
-        calls = [(comparison, recipe, run.path, root) for recipe in recipes]
-        if jobs > 1:
-            run_in_processes(_run, calls, jobs, "compare")
-        outcomes = [_run(*call) for call in calls]  # runs of other processes are read from disk
+        left = [recipe for recipe in recipes if recipe not in finished]
+        try:
+            _run_all(comparison, left, run.path, root, jobs, len(finished))
+        except KeyboardInterrupt as interrupt:
+            there = [recipe for recipe in recipes if (_place(recipe, run.path) / "outcome.json").exists()]
+            table = finished_table(comparison, [_ended(comparison, each, run.path) for each in there], len(recipes))
+            number = getattr(interrupt, "signal_number", signal.SIGINT)
+            raise ComparisonInterrupted(str(interrupt) or "interrupted.", number, table) from interrupt
+        outcomes = [_ended(comparison, recipe, run.path) for recipe in recipes]
         return write_report(comparison, outcomes, run.path, len(finished))
+
+
+def _run_all(
+    comparison: Comparison, recipes: Sequence[Recipe], run_dir: Path, root: str | None, jobs: int, finished: int
+) -> None:
+    """Do the runs that are not finished, in this process or in others."""
+    calls = [(comparison, recipe, run_dir, root) for recipe in recipes]
+    if jobs > 1:
+        run_in_processes(_run, calls, jobs, "compare", ended=finished)
+        return
+    with Overall("compare", finished + len(calls), finished) as overall:
+        for call in calls:
+            _run(*call, overall=overall)
+            overall.end(_place(call[1], run_dir).name)
 
 
 def _place(recipe: Recipe, run_dir: Path) -> Path:
@@ -200,12 +224,16 @@ def _place(recipe: Recipe, run_dir: Path) -> Path:
     return run_dir / "runs" / name
 
 
-def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None) -> Outcome:
+def _run(
+    comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None, overall: Overall | None = None
+) -> Outcome:
     """Do one run and its final evaluation, or read it from disk if it is finished."""
     keep_freed_memory()
     path = _place(recipe, run_dir)
     ending = path / "outcome.json"
-    if not ending.exists():
+    if ending.exists():
+        return _ended(comparison, recipe, run_dir)
+    with without_bars():
         learner = recipe.learner()
         optimizer = recipe.make_optimizer(learner)
         sampler, validation = (recipe.sampler(split, root=root) for split in ("train", "validation"))
@@ -230,7 +258,8 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
                 keep_checkpoints=1,
                 settings=recipe.with_kept(sampler, validation).settings(),
                 free=recipe.free(),
-                label=path.name,
+                callbacks=None if overall is None else ShowRun(overall, path.name),
+                label=None,
             )
         except DivergedError as error:
             end = Ending(error.step, None, None)
@@ -241,7 +270,7 @@ def _run(comparison: Comparison, recipe: Recipe, run_dir: Path, root: str | None
             end = Ending(None, test.mean, test.halfwidth)
             if not _finite(test.mean, test.halfwidth):  # on test tasks: the loss has no mean
                 end = Ending(comparison.iterations, None, None)
-        write_atomically(ending, json.dumps(asdict(end)).encode())
+    write_atomically(ending, json.dumps(asdict(end)).encode())
     return _ended(comparison, recipe, run_dir)
 
 

@@ -1,6 +1,7 @@
 """The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
 
-To add one, add a field to `RecipeOptions`; `metamom.experiments.recipes.Recipe` is where it takes effect.
+To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it.
+`metamom.experiments.recipes.Recipe` is where it takes effect.
 """
 
 # The annotations are objects and not text, since pydantic reads them for `Recipe`, in another module.
@@ -13,20 +14,14 @@ from metamom.common.choices import (
     FIRST_STEPS,
     LEARNED_STEP_SIZES,
     NORMS,
-    ON_BROKEN,
     ORDERS,
-    ROTATIONS,
-    STANDARDIZED,
     Aggregate,
     ChunkSize,
     CompileMode,
     FirstStep,
     LearnInnerLR,
     Norm,
-    OnBroken,
     Order,
-    Rotations,
-    Standardize,
 )
 from metamom.common.flag_types import (
     auto,
@@ -43,6 +38,7 @@ from metamom.common.flag_types import (
 from metamom.common.options import Flag, declared, option
 from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
+from metamom.experiments.image_options import ImageOptions
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -88,96 +84,6 @@ def _lr(task: str) -> str:
 def _tracking(task: str) -> str:
     *others, last = tracked_estimators()
     return f"weight of a new inner step in the moving averages of {', '.join(others)} and {last}, 0 < B <= 1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageOptions:
-    """The options that only families of images have; ``None`` for others."""
-
-    root: str | None = option(
-        None,
-        later=True,
-        own=True,
-        free=True,
-        flag=Flag(
-            "task",
-            "the folder of images, which must be given: DIR/train/CLASS/*.jpg, with validation and test next to train, "
-            "or DIR/CLASS/*.jpg with --splits",
-            "none",
-            type=path,
-            metavar="DIR",
-        ),
-    )
-    splits: str | None = option(
-        None,
-        later=True,
-        own=True,
-        flag=Flag(
-            "task",
-            "a folder with the classes of each split in train.csv, validation.csv and test.csv (filename,label), or in "
-            ".txt files (a class a line)",
-            "the folders in --root",
-            type=path,
-            metavar="DIR",
-        ),
-    )
-    image_size: int | None = option(
-        None, later=True, own=True, flag=Flag("task", "pixels a side", type=task_count, metavar="N")
-    )
-    channels: int | None = option(
-        None, later=True, own=True, flag=Flag("task", "3 for colour, 1 for grey", type=task_count, metavar="N")
-    )
-    augment: tuple[str, ...] | None = option(
-        None,
-        later=True,
-        own=True,
-        flag=Flag(
-            "task",
-            "random changes of training images: crop, flip, jitter",
-            "none",
-            type=names,
-            metavar="NAMES",
-        ),
-    )
-    standardize: Standardize | None = option(
-        None,
-        later=True,
-        own=True,
-        flag=Flag(
-            "task",
-            "shift and scale each channel to mean 0 and deviation 1, over the training split (data) or over ImageNet",
-            choices=STANDARDIZED,
-        ),
-    )
-    rotations: Rotations | None = option(
-        None,
-        later=True,
-        own=True,
-        flag=Flag(
-            "task",
-            "splits in which images rotated by 90, 180 and 270 degrees count as more classes",
-            choices=ROTATIONS,
-        ),
-    )
-    on_broken: OnBroken | None = option(
-        None,
-        later=True,
-        own=True,
-        flag=Flag("task", "raise an error for a file that cannot be decoded, or skip it", choices=ON_BROKEN),
-    )
-    model: str | None = option(
-        None,
-        later=True,
-        own=True,
-        flag=Flag(
-            "learner",
-            "the network: conv4, conv4-64 (filters), resnet12, or PACKAGE.MODULE:CALLABLE of your own, which gets the "
-            "number of classes as ways or num_classes",
-            metavar="NAME",
-        ),
-    )
-    constants: tuple[tuple[float, ...], tuple[float, ...]] | None = option(None, later=True, own=True)
-    data_sha256: dict[str, str] | None = option(None, later=True, own=True)  # of the images of each split
 
 
 @dataclass(frozen=True)

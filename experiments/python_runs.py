@@ -1,11 +1,12 @@
-"""Make the learner and the tasks of a run of ``metamom.train(run_dir=...)`` again, from its ``config.json``.
+"""Make the learner of a run of ``metamom.train(run_dir=...)`` again, from its ``config.json``.
 
-The file says how the learner adapts and, for metamom's own models, losses and tasks, what they are. Other models and
-losses have to be given.
+The file says how the learner adapts and, for metamom's own models and losses, what they are. Other models and losses
+have to be given. `metamom.experiments.python_tasks` does the same for the tasks.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom import tasks
-from metamom.batch import TaskSampler
-from metamom.experiments.recipes import Recipe
-from metamom.maml.estimators import support_parts
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
 from metamom.maml.norm import resolved
 from metamom.maml.task_weights import Params
-from metamom.nets.models import Conv4, SinusoidMLP
-from metamom.tasks.normalize import check_constants
-from metamom.tasks.preprocessing import Preprocessing
+from metamom.nets.models import SMALLEST, Conv4, SinusoidMLP
+from metamom.nets.resnet import ResNet12
 from metamom.training.plan import describe_loss
 
 MODEL = "model."  # prefixes in a learner's state
@@ -38,15 +34,51 @@ def is_python_run(settings: Mapping[str, Any]) -> bool:
 
 def known_model(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module | None:
     """One of metamom's own models, if the run trained one; sizes come from the weights."""
-    weights = {name.removeprefix(MODEL): w for name, w in state.items() if name.startswith(MODEL)}
+    weights, text = model_weights(state), settings["model"]
     matrices = [w for w in weights.values() if w.dim() == 2]
     made: nn.Module | None = None
-    if settings["model"].startswith("SinusoidMLP(") and len(matrices) > 1:
-        made = SinusoidMLP([w.shape[0] for w in matrices[:-1]])
-    elif settings["model"].startswith("Conv4(") and {"head.weight", "features.0.0.weight"} <= weights.keys():
-        hidden, channels = weights["features.0.0.weight"].shape[:2]
-        made = Conv4(weights["head.weight"].shape[0], channels, hidden)
-    return made if str(made) == settings["model"] else None
+    try:
+        if text.startswith("SinusoidMLP(") and len(matrices) > 1:
+            made = SinusoidMLP([w.shape[0] for w in matrices[:-1]])
+        elif text.startswith("Conv4("):
+            made = _conv4(weights, text, settings)
+        elif text.startswith("ResNet12("):
+            made = _resnet12(weights, text)
+    except (LookupError, ValueError):  # a class of the user's with this name
+        return None
+    return made if str(made) == text else None
+
+
+def _conv4(weights: Params, text: str, settings: Mapping[str, Any]) -> nn.Module:
+    hidden, channels = weights["features.0.0.weight"].shape[:2]
+    ways, inputs = weights["head.weight"].shape
+    if "MaxPool2d" not in text:
+        return Conv4(ways, channels, hidden)
+    size = _image_size(settings.get("sampler"), SMALLEST * math.isqrt(inputs // hidden))
+    kept = "features.0.1.running_mean" in weights
+    return Conv4(ways, channels, hidden, image_size=size, pooling="max", running_statistics=kept)
+
+
+def _image_size(described: Any, smallest: int) -> int:
+    """The images' size in pixels, from the description of a run's tasks; else the smallest that fits the classifier."""
+    if isinstance(described, dict) and described.get("family") == "FixedTasks":
+        described = described.get("sampler")
+    described = described if isinstance(described, dict) else {}
+    for name in ("image_size", "images", "shape"):
+        found = described.get(name)
+        if isinstance(found, list) and len(found) > 1:
+            return int(found[-1])
+        if name == "image_size" and isinstance(found, int):
+            return found
+    return smallest
+
+
+def _resnet12(weights: Params, text: str) -> nn.Module:
+    widths = [weights[f"features.{block}.convs.0.weight"].shape[0] for block in range(4)]
+    ways, channels = weights["head.weight"].shape[0], weights["features.0.convs.0.weight"].shape[1]
+    dropped = re.search(r"Dropout\(p=([0-9.e-]+)", text)
+    kept = "features.0.norms.0.running_mean" in weights
+    return ResNet12(ways, channels, widths, drop_rate=float(dropped[1]) if dropped else 0.0, running_statistics=kept)
 
 
 def known_loss(settings: Mapping[str, Any]) -> LossFn | None:
@@ -125,83 +157,6 @@ def _learned(learned: list[str], state: Mapping[str, Tensor]) -> Any:
 def model_weights(state: Mapping[str, Tensor]) -> Params:
     """The model's own weights and buffers in a learner's state."""
     return {name.removeprefix(MODEL): w for name, w in state.items() if name.startswith(MODEL)}
-
-
-def task_family(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of the run's family of tasks: of fixed tasks, that of the family they are from."""
-    described = settings.get("sampler")
-    if isinstance(described, dict) and described.get("family") == "FixedTasks":
-        described = described.get("sampler")
-    return described if isinstance(described, dict) else {}
-
-
-def known_sampler(
-    settings: Mapping[str, Any], split: str, *, root: str | None = None, **asked: Any
-) -> TaskSampler | None:
-    """The run's family of tasks, if it is metamom's own and needs no data but what can be found on disk.
-
-    Args:
-        settings: the run's.
-        split: of the tasks, or a stream of the family's seed.
-        root: of the data.
-        **asked: arguments of the family to replace: ways, shots, queries, seed.
-    """
-    described = task_family(settings)
-    kinds = (tasks.Sinusoid, tasks.LinearRegression, tasks.Quadratic, tasks.Omniglot)
-    kind: Any = next((kind for kind in kinds if kind.__name__ == described.get("family")), None)
-    if kind is None:
-        return None
-    arguments = {name: _argument(name, value) for name, value in described.items() if name != "family"}
-    on_disk = {"root": root} if kind is tasks.Omniglot else {}
-    try:
-        made: TaskSampler = kind(**arguments, **on_disk)
-    except TypeError:  # large arrays, which settings hold by digest
-        return None
-    if made.describe() != described:
-        return None
-    if unknown := asked.keys() - arguments.keys():
-        raise ValueError(f"tasks of {kind.__name__} have no {', '.join(sorted(unknown))}.")
-    if on_disk:
-        return kind(**{**arguments, **asked, "split": split}, **on_disk)  # type: ignore[no-any-return]
-    return kind(**{**arguments, **asked}).with_stream(split)  # type: ignore[no-any-return]
-
-
-def preprocessing_of(settings: Mapping[str, Any]) -> Preprocessing | None:
-    """How image files become inputs, of a run on `metamom.tasks.ImageFolder`; ``None`` for another run."""
-    described = task_family(settings)
-    if described.get("family") != "ImageFolder":
-        return None
-    given = described["normalize"]
-    constants = None if given is None else check_constants((given["mean"], given["std"]), described["channels"])
-    return Preprocessing(described["image_size"], described["channels"], constants)
-
-
-def recipe_of_tasks(settings: Mapping[str, Any]) -> Recipe | None:
-    """A recipe with the tasks, estimator, workers and bias of a run, if the command can train on those tasks."""
-    described, options = settings.get("sampler"), settings["learner"]
-    if not isinstance(described, dict):
-        return None
-    fixed = described if described.get("family") == "FixedTasks" else {}
-    within = described.get("sampler", described)
-    chosen = {
-        "task": str(within.get("family")).lower(),
-        **{name: within[name] for name in ("ways", "queries", "seed", "dtype") if name in within},
-        **{name: options[name] for name in ("inner_steps", "inner_batches", "estimator") if name in options},
-        **{name: settings[name] for name in ("workers", "meta_batch", "bias", "aggregate") if name in settings},
-        **({"fixed_tasks": fixed["n"], "order": fixed["order"]} if fixed else {}),
-    }
-    try:
-        parts = support_parts(chosen["estimator"], chosen["inner_steps"], chosen["inner_batches"])
-        made = Recipe(**chosen, shots=within["shots"] // parts)
-        return made if made.sampler().describe() == described else None
-    except (ValueError, TypeError, LookupError, OSError):  # not tasks of the command
-        return None
-
-
-def _argument(name: str, value: Any) -> Any:
-    if name == "dtype":
-        return as_dtype(value)
-    return tuple(value) if isinstance(value, list) and name != "alphabets" else value
 
 
 def as_dtype(name: str) -> torch.dtype:

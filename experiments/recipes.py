@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from metamom.bias import BiasOperator, Identity, parse
 from metamom.common.checks import MOST, check_ways, check_whole
+from metamom.common.named_objects import module_folder
 from metamom.common.options import declared
 from metamom.common.schema import as_record
 from metamom.experiments.families import FAMILIES, Family
@@ -138,7 +139,7 @@ class Recipe(RecipeOptions):
 
     def data(self) -> dict[str, Any]:
         """The task, and the options of its family but for where the data is, as JSON values."""
-        own = {name: value for name, value in self.own().items() if name not in ("root", "model")}
+        own = {name: value for name, value in self.own().items() if name not in ("root", "model", "model_folder")}
         return {"task": self.task, "ways": self.ways, "shots": self.shots, "queries": self.queries, **own}
 
     def own(self) -> dict[str, Any]:
@@ -151,12 +152,17 @@ class Recipe(RecipeOptions):
         return None if make is None else make(**self.own())
 
     def with_kept(self, *samplers: TaskFamily | FixedTasks) -> Recipe:
-        """The recipe with what a run keeps of its tasks, such as the images' mean and deviation.
+        """The recipe with what a run keeps: of its tasks, such as the images' mean and deviation; and the folder of the
+        user's module that has created the model.
 
         Args:
             *samplers: its training tasks, then those of other splits.
         """
-        return replace(self, **self.family.kept(*(s.family if isinstance(s, FixedTasks) else s for s in samplers)))
+        families = (s.family if isinstance(s, FixedTasks) else s for s in samplers)
+        kept = dict(self.family.kept(*families))
+        if self.model is not None and ":" in self.model:
+            kept["model_folder"] = module_folder(self.model)
+        return replace(self, **kept)
 
     def settings(self) -> dict[str, Any]:
         """The recipe as JSON values, without the options that only other families have."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
+from metamom.common.weights import differences
 from metamom.experiments.recipes import Recipe
 from metamom.maml.learner import MAML
 from metamom.training.checkpoints import CheckpointError, CheckpointFormatError, Checkpoints, load
@@ -37,10 +41,8 @@ def load_run(path: str | Path, which: Which = "best", *, device: str = "cpu") ->
     """
     recipe = recipe_of(read_config(path)["settings"], path, device)
     state, step = read_state(path, which)
-    learner = recipe.learner(initial=False)
-    load_parts(
-        {"learner": learner}, state, f"the checkpoint in {path}", misfit="belongs to another model than its config.json"
-    )
+    learner, where = recipe.learner(initial=False), f"the checkpoint in {path}"
+    load_learner(learner, learner_state(state, where), where)
     return SavedRun(recipe, learner, step)
 
 
@@ -69,3 +71,47 @@ def read_state(path: str | Path, which: Which = "best") -> tuple[dict[str, Any],
         raise CheckpointError(f"the run in {path} has no checkpoint yet.")
     step, _ = checked_head(state, f"the checkpoint in {path}")
     return state, step
+
+
+def learner_state(state: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The learner's state in a checkpoint.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    found = state.get("learner")
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{where} holds no learner: another kind of run wrote it.")
+    return found
+
+
+def load_learner(learner: MAML, weights: Mapping[str, Any], where: str, *, given: bool = False) -> None:
+    """Load a learner's state, all of it or nothing.
+
+    Args:
+        learner: around the run's model, or one of the caller's.
+        weights: from `learner_state`.
+        where: the origin of the state, for errors.
+        given: whether the caller has made the model.
+
+    Raises:
+        ValueError: for a state that does not fit.
+    """
+    if given:
+        check_fit(learner.state_dict(), weights, where)
+    misfit = "belongs to another model than " + ("the one given" if given else "its config.json")
+    load_parts({"learner": learner}, {"learner": weights}, where, misfit=misfit)
+
+
+def check_fit(wanted: Mapping[str, Any], weights: Mapping[str, Any], where: str) -> None:
+    """Refuse a model with other names or shapes.
+
+    Raises:
+        ValueError: listing what differs.
+    """
+    tensors = ({n: w for n, w in each.items() if isinstance(w, Tensor)} for each in (wanted, weights))
+    if found := differences(*tensors):
+        raise ValueError(
+            f"{where} belongs to another model than the one given. In the checkpoint, {'; '.join(found)}. Pass the "
+            "model that the run was trained with."
+        )

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+class _Shape:
+    """Prints a tensor's shape and dtype."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.text = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 class TaskBatch(NamedTuple):
     """T tasks, each with a support set to adapt on and a query set to evaluate on.
 
@@ -53,6 +63,10 @@ class TaskBatch(NamedTuple):
     task_ids: Tensor | None = None
     support_mask: Tensor | None = None
     query_mask: Tensor | None = None
+
+    def __repr__(self) -> str:
+        shapes = {name: mapped(_Shape, field) for name, field in zip(self._fields, self, strict=True)}
+        return f"TaskBatch({', '.join(f'{name}={shape}' for name, shape in shapes.items() if shape is not None)})"
 
     @property
     def num_tasks(self) -> int:
@@ -159,6 +173,10 @@ class TaskSampler(ABC):
         """Identify this sampler by JSON values. They are part of a run's settings, which a resumed run must share."""
         return {"family": type(self).__name__}
 
+    def location(self) -> dict[str, Any]:
+        """Where the data is, as JSON values. A run records it, and a resumed run may find its data elsewhere."""
+        return {}
+
 
 def of_stream(sampler: Sampler, stream: str) -> Sampler:
     """The sampler for another stream; the sampler itself if it is not a `TaskSampler`."""
@@ -168,6 +186,11 @@ def of_stream(sampler: Sampler, stream: str) -> Sampler:
 def described(sampler: Sampler) -> dict[str, Any]:
     """Identify a sampler by JSON values: only its type if it is not a `TaskSampler`."""
     return sampler.describe() if isinstance(sampler, TaskSampler) else {"family": type(sampler).__name__}
+
+
+def located(sampler: Sampler) -> dict[str, Any]:
+    """Where a sampler's data is; see `TaskSampler.location`."""
+    return sampler.location() if isinstance(sampler, TaskSampler) else {}
 
 
 def check_sampler(sampler: object, what: str = "a sampler") -> None:

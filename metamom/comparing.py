@@ -49,11 +49,12 @@ def compare_runs(
     tasks: int = 600,
     steps: Sequence[int] = (0, 1, 5, 10),
     metric: str | Metric | None = None,
+    sampler: Sampler | None = None,
     **asked: Any,
 ) -> ComparedRuns:
     """Evaluate runs on the same tasks, with paired intervals of their differences from the first.
 
-    The tasks are the first run's: its split, seed and sizes, unless they are given.
+    The tasks are the first run's: its split, seed and sizes, unless they are given; or those of ``sampler``.
 
     Args:
         paths: of at least two run directories.
@@ -65,6 +66,8 @@ def compare_runs(
         tasks: T >= 2.
         steps: numbers of adaptation steps.
         metric: as in `metamom.evaluate`.
+        sampler: of the tasks, for runs that cannot recreate their own, such as those on `Episodes`. The stream of its
+            seed is ``split``.
         **asked: ``ways``, ``shots``, ``queries`` or ``seed`` of the tasks.
 
     Raises:
@@ -75,10 +78,14 @@ def compare_runs(
     if len(set(names)) < max(2, len(names)):
         raise ValueError(f"a comparison needs at least two different runs; got {', '.join(names) or 'none'}.")
     runs = tuple(load(path, checkpoint, model, device=device) for path in paths)
-    sampler = runs[0].sampler(split, root=root, **asked)
-    wanted = described(sampler)
-    for name, run in zip(names[1:], runs[1:], strict=True):
-        _check_same(name, names[0], described(run.sampler(split, root=root, **_seeded(sampler, asked))), wanted)
+    if sampler is None:
+        sampler = runs[0].sampler(split, root=root, **asked)
+        wanted = described(sampler)
+        for name, run in zip(names[1:], runs[1:], strict=True):
+            _check_same(name, names[0], described(run.sampler(split, root=root, **_seeded(sampler, asked))), wanted)
+    elif asked or root is not None:
+        given = ", ".join([*asked, *(["root"] if root is not None else [])])
+        raise ValueError(f"the sampler decides the tasks; got {given} as well. Leave out one of them.")
     learners = {name: run.learner for name, run in zip(names, runs, strict=True)}
     found = compare_learners(learners, sampler, tasks=tasks, steps=steps, stream=split, metric=metric)
     return ComparedRuns(runs, found)

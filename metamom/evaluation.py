@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
+from metamom.common.bars import bars_hidden
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.common.choices import STATISTICS_OF, Norm
 from metamom.common.intervals import normal_halfwidth
@@ -171,7 +172,7 @@ def evaluate(
     values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # zero for tasks of others; last: the metric
     with world.together(), evaluating():
         count, parts = _parts(source, tasks, world)
-        hidden = None if world.first else True
+        hidden = None if world.first and not bars_hidden() else True
         bar = tqdm(parts, total=count, desc="evaluate", unit="block", leave=False, disable=hidden)
         for first, part in bar:
             check_batch(part)

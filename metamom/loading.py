@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import Sampler
-from metamom.common.named_objects import named_callable
-from metamom.common.weights import differences
+from metamom.common.named_objects import created, named_callable
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from metamom.tasks.preprocessing import Preprocessing
 
 Checkpoint = Literal["best", "newest"]
-OF_A_MACHINE = ("root", "device")  # settings that a card leaves out
+OF_A_MACHINE = ("root", "location", "model_folder", "device")  # settings that a card leaves out
 GivenModel = nn.Module | MAML | Callable[[], nn.Module] | str | None
 
 
@@ -73,7 +72,7 @@ class LoadedRun:
         """
         from dataclasses import replace
 
-        from metamom.experiments.python_runs import known_sampler, task_family
+        from metamom.experiments.python_tasks import known_sampler, task_family
 
         if self.recipe is not None:
             # tasks of `shots` support points, whatever the estimator trained on
@@ -88,7 +87,7 @@ class LoadedRun:
         if made is None:
             raise ValueError(
                 f"the run in {self.path} was trained on tasks that its config.json cannot recreate "
-                f"({trained_on.get('family', 'unknown')}): evaluate it in Python, metamom.evaluate(run.learner, "
+                f"({trained_on.get('family', 'unknown')}): in Python, pass your sampler, metamom.evaluate(run.learner, "
                 "sampler), with run = metamom.load(RUN)."
             )
         return made
@@ -135,7 +134,7 @@ class LoadedRun:
         return preprocessing.read(paths)
 
     def _preprocessing(self) -> Preprocessing | None:
-        from metamom.experiments.python_runs import preprocessing_of
+        from metamom.experiments.python_tasks import preprocessing_of
 
         return preprocessing_of(self.settings) if self.recipe is None else self.recipe.preprocessing()
 
@@ -233,7 +232,7 @@ def load(
     """
     from metamom.experiments.python_runs import is_python_run
     from metamom.experiments.recipes import find_device
-    from metamom.experiments.saved import read_state, recipe_of
+    from metamom.experiments.saved import learner_state, load_learner, read_state, recipe_of
 
     if checkpoint not in ("best", "newest"):
         raise ValueError(f'checkpoint must be "best" or "newest"; got {checkpoint!r:.40}.')
@@ -249,9 +248,7 @@ def load(
     recipe = None if from_python else recipe_of(settings, path, str(device or "cpu"))
     state, step = read_state(path, checkpoint)
     where = f"the checkpoint in {path}"
-    weights = state.get("learner")
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{where} holds no learner: another kind of run wrote it.")
+    weights = learner_state(state, where)
     if isinstance(given, MAML):
         learner = given
     elif recipe is not None:
@@ -260,7 +257,7 @@ def load(
         learner = _from_python(path, settings, weights, given, loss_fn)
     if device is not None or (given is None and recipe is None):
         learner.to(find_device(str(device or "cpu")))
-    _load_weights(learner, weights, where, given is not None)
+    load_learner(learner, weights, where, given=given is not None)
     made_by = _maker(model, recipe, settings, weights)
     return LoadedRun(Path(path), learner, step, settings, recipe, made_by)
 
@@ -291,7 +288,7 @@ def _given(model: GivenModel) -> nn.Module | None:
     make = named_callable(model) if isinstance(model, str) else model
     if not callable(make):
         raise TypeError(f"model must be a module, or a function or class that makes it; got a {type(model).__name__}.")
-    made: object = make()
+    made: object = created(model, make) if isinstance(model, str) else make()
     if not isinstance(made, nn.Module):
         raise TypeError(f"the call for the model must return a torch.nn.Module; it returned a {type(made).__name__}.")
     return made
@@ -306,6 +303,7 @@ def _from_python(
 ) -> MAML:
     """The learner of a run of `metamom.train`."""
     from metamom.experiments.python_runs import as_dtype, known_loss, known_model, learner_of, model_weights
+    from metamom.experiments.saved import check_fit
 
     what = settings["model"].partition("(")[0]
     made = known_model(settings, weights) if model is None else model
@@ -322,7 +320,7 @@ def _from_python(
             f"the run in {path} was made in Python with a loss that metamom cannot make ({name!s:.60}): pass it, as "
             "metamom.load(RUN, loss_fn=...), or pass the whole learner as model=."
         )
-    _check_fit(made.state_dict(), model_weights(weights), f"the checkpoint in {path}")
+    check_fit(made.state_dict(), model_weights(weights), f"the checkpoint in {path}")
     made.to(as_dtype(settings.get("dtype", "float32")))
     try:
         return learner_of(settings, weights, made, loss)
@@ -331,26 +329,3 @@ def _from_python(
             f"the settings of the run in {path} do not describe a learner of this version ({type(error).__name__}: "
             f"{error}): pass the whole learner, metamom.load(RUN, model=learner)."
         ) from error
-
-
-def _load_weights(learner: MAML, weights: Mapping[str, Any], where: str, given: bool) -> None:
-    from metamom.training.restore import load_parts
-
-    if given:
-        _check_fit(learner.state_dict(), weights, where)
-    misfit = "belongs to another model than " + ("the one given" if given else "its config.json")
-    load_parts({"learner": learner}, {"learner": weights}, where, misfit=misfit)
-
-
-def _check_fit(wanted: Mapping[str, Any], weights: Mapping[str, Any], where: str) -> None:
-    """Refuse a model with other names or shapes.
-
-    Raises:
-        ValueError: listing what differs.
-    """
-    tensors = ({n: w for n, w in each.items() if isinstance(w, Tensor)} for each in (wanted, weights))
-    if found := differences(*tensors):
-        raise ValueError(
-            f"{where} belongs to another model than the one given. In the checkpoint, {'; '.join(found)}. Pass the "
-            "model that the run was trained with."
-        )

@@ -9,6 +9,7 @@ Legend: M images, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -199,6 +200,26 @@ def augmentation(given: Any) -> Augment | None:
         raise ValueError(f"augment has {twice[0]!r} {named.count(twice[0])} times. Name each augmentation once.")
     steps = tuple(AUGMENTATIONS[name] if isinstance(name, str) else name for name in names)
     return Chain(steps) if steps else None
+
+
+def named_augmentation(text: str) -> Augment | None:
+    """The augmentation that is described by a text, if it is made of those of this file.
+
+    Example:
+        >>> named_augmentation(str(augmentation_name(augmentation(["crop", "flip"]))))
+        [PadCrop(padding=0.1), Flip(probability=0.5)]
+    """
+    kinds: dict[str, Any] = {type(each).__name__: type(each) for each in AUGMENTATIONS.values()}
+    try:
+        tree: Any = ast.parse(text, mode="eval").body
+        calls: list[Any] = tree.elts if isinstance(tree, ast.List) else [tree]
+        steps = []
+        for each in calls:
+            steps.append(kinds[each.func.id](**{one.arg: ast.literal_eval(one.value) for one in each.keywords}))
+    except (SyntaxError, AttributeError, LookupError, TypeError, ValueError):  # a function of the user's
+        return None
+    made: Augment = Chain(tuple(steps)) if isinstance(tree, ast.List) else steps[0]
+    return made if augmentation_name(made) == text else None
 
 
 def _grey(images: Tensor) -> Tensor:

@@ -107,6 +107,10 @@ class FixedTasks(TaskSampler):
             "order": self.order,
         }
 
+    def location(self) -> dict[str, Any]:
+        """Where the family's data is."""
+        return self.family.location()
+
     def _chosen(self, step: int, num_tasks: int) -> Ints:
         if num_tasks == self.n:
             return np.arange(self.n, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -122,12 +123,12 @@ class ImageFolder(EpisodicFamily):
         of_data = isinstance(normalize, str) and normalize == "dataset"
         constants = None if of_data else check_constants(normalize, channels)
         self.root, self.channels, self.rotations = str(find_root(root)), channels, rotations
+        self._splits, self._skips = splits, on_broken == "skip"
         turns = 4 if rotations == "all" or (rotations and self.split == "train") else 1
 
         def opened(split: str) -> tuple[ImageStore, tuple[str, ...], Ints]:
             listing = find_images(root, split, splits)
-            skip = on_broken == "skip"
-            store = stored(listing, self.image_size, channels, label=split, skip_broken=skip)
+            store = stored(listing, self.image_size, channels, label=split, skip_broken=self._skips)
             return store, listing.classes, listing.labels
 
         self._store, self.classes, labels = opened(self.split)
@@ -178,6 +179,13 @@ class ImageFolder(EpisodicFamily):
             "seed": self.seed,
         }
 
+    def location(self) -> dict[str, Any]:
+        """The folder, and what says how to read it: ``splits`` and ``on_broken``, where they are not the defaults."""
+        splits = (
+            {} if self._splits is None else {"splits": {name: _listed(each) for name, each in self._splits.items()}}
+        )
+        return {"root": os.path.abspath(self.root), **splits, **({"on_broken": "skip"} if self._skips else {})}
+
     def __repr__(self) -> str:
         return (
             f"ImageFolder({self.root!r}, split={self.split!r}, ways={self.ways}, shots={self.shots}, "
@@ -216,6 +224,14 @@ def check_pixels(image_size: int, channels: int) -> int:
             f"{one:,.0f} MiB, and the limit is {limit:,.0f} MiB."
         )
     return size
+
+
+def _listed(value: Sequence[str] | PathLike) -> list[str] | str:
+    """A split's classes, or the path of its list, as JSON values. A list not in the current folder is in ROOT."""
+    if isinstance(value, str | os.PathLike):
+        path = os.path.expanduser(value)
+        return os.path.abspath(path) if os.path.exists(path) else str(path)
+    return list(value)
 
 
 def _skipped(store: ImageStore, root: str) -> tuple[str, ...]:

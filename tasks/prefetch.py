@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metamom.batch import Sampler, TaskBatch, TaskSampler, check_sampler, described, of_stream, takes_blocks
+from metamom.batch import Sampler, TaskBatch, TaskSampler, check_sampler, described, located, of_stream, takes_blocks
 from metamom.common.checks import check_number, check_whole
 
 if TYPE_CHECKING:
@@ -134,6 +134,10 @@ class Prefetched(TaskSampler):
     def describe(self) -> dict[str, Any]:
         """The description of ``sampler``: its tasks are the same."""
         return described(self.sampler)
+
+    def location(self) -> dict[str, Any]:
+        """Where the sampler's data is."""
+        return located(self.sampler)
 
     def __repr__(self) -> str:
         return f"Prefetched({self.sampler!r}, ahead={self.ahead})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, compare_learners, evaluate, evaluation, paired_difference
 from metamom.evaluation import Adaptable
+from metamom.interop.imports import import_torchvision
 from metamom.maml.padding import pad
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.task_metrics import calibration_error, macro_f1, rmse
@@ -145,6 +147,8 @@ def test_rmse_refuses_shapes_that_would_broadcast():
 
 
 def test_metrics_of_torchmetrics():
+    with contextlib.suppress(ImportError):
+        import_torchvision()  # which torchmetrics imports, and which may lack its compiled operators
     functional = pytest.importorskip("torchmetrics.functional.classification", reason="torchmetrics is not installed")
     family, learner = images(), classifier()
     for theirs, name in (

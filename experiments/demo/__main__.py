@@ -24,7 +24,8 @@ from metamom.experiments.demo.report import results, table, verdicts, write_repo
 from metamom.experiments.demo.search import Search, search, search_table
 from metamom.experiments.demo.settings import METHODS, Demo, Tuned, tuned
 from metamom.experiments.demo.training import Arm, ending, finish, steps_done
-from metamom.experiments.shared.processes import Steps, run_in_processes
+from metamom.experiments.shared.overall import Steps
+from metamom.experiments.shared.processes import run_in_processes
 from metamom.training.directory import RunDirectory, read_config
 
 RUN_DIRS = {False: Path("runs/demo"), True: Path("runs/demo-search")}
@@ -116,7 +117,9 @@ def run(demo: Demo, found: Tuned, run_dir: Path, *, jobs: int, threads: int, res
         if missing:
             steps = Steps(sum(arm.expected for arm in todo), lambda: sum(steps_done(arm, run_dir) for arm in todo))
             try:
-                run_in_processes(finish, [(demo, pair, run_dir, threads) for pair in missing], jobs, "demo", steps)
+                run_in_processes(
+                    finish, [(demo, pair, run_dir, threads) for pair in missing], jobs, "demo", steps=steps
+                )
             except KeyboardInterrupt as interrupt:
                 done = sum(ending(arm, run_dir) is not None for arm in todo)
                 raise KeyboardInterrupt(

@@ -18,7 +18,8 @@ from metamom.common.allocator import keep_freed_memory
 from metamom.common.files import write_atomically
 from metamom.common.schema import read_record
 from metamom.experiments.demo.settings import METHODS, Case, Choice, Demo, Method, Tuned
-from metamom.experiments.shared.processes import Steps, run_in_processes
+from metamom.experiments.shared.overall import Steps
+from metamom.experiments.shared.processes import run_in_processes
 from metamom.experiments.shared.sinusoid_bench import SinusoidBench
 from metamom.experiments.shared.tuning import Cell, search_lrs
 from metamom.training.directory import RunDirectory, environment
@@ -79,7 +80,7 @@ def search(demo: Demo, grid: Search, run_dir: Path, jobs: int, resume: bool) -> 
         ]:
             places = [_place(run_dir, case, beta) for _, _, case, beta, _ in missing]
             run_in_processes(
-                search_lrs_of, missing, jobs, "search", Steps(len(places), partial(_existing, places), "beta")
+                search_lrs_of, missing, jobs, "search", steps=Steps(len(places), partial(_existing, places), "beta")
             )
         cells = {case.name: _cells(run_dir, case, _betas(run_dir, case, grid)) for case in demo.cases}
         best = {name: _best_of_both(name, tried, grid) for name, tried in cells.items()}

@@ -105,6 +105,7 @@ def _model(
     model: str,
     image_size: int,
     channels: int,
+    model_folder: str | None = None,
     **of_tasks: Any,
 ) -> nn.Module:
     assert ways is not None
@@ -116,10 +117,13 @@ def _model(
         from metamom.nets.resnet import ResNet12
 
         return ResNet12(ways, channels, generator=generator)
-    return own_network(model, {"ways": ways, "channels": channels, "image_size": image_size}, generator)
+    sizes = {"ways": ways, "channels": channels, "image_size": image_size}
+    return own_network(model, sizes, generator, folder=model_folder)
 
 
-def own_network(spelling: str, sizes: dict[str, int], generator: torch.Generator) -> nn.Module:
+def own_network(
+    spelling: str, sizes: dict[str, int], generator: torch.Generator, *, folder: str | None = None
+) -> nn.Module:
     """The network that ``PACKAGE.MODULE:CALLABLE`` returns. Its initial weights are drawn from the generator.
 
     Args:
@@ -127,19 +131,21 @@ def own_network(spelling: str, sizes: dict[str, int], generator: torch.Generator
         sizes: passed under the names that the callable has for them, see `NAMES`; the number of classes as
             ``num_classes`` if it takes any keyword (``**kwargs``) and does not name one for it.
         generator: the global one is seeded from it for the call, and restored.
+        folder: where its module was imported from before, for the error if it is not found now.
 
     Raises:
-        ValueError: if there is no such callable, or what it returns is not a module.
+        ValueError: if there is no such callable, if it raises an error, or what it returns is not a module.
     """
     import torch
     from torch import nn
 
-    from metamom.common.named_objects import named_callable
+    from metamom.common.named_objects import created, named_callable
 
-    create = named_callable(spelling, f"--model is {', '.join(NETWORKS)} or a callable, which")
+    what = "the model" if ":" in spelling else f"--model is {', '.join(NETWORKS)} or a callable, which"
+    create = named_callable(spelling, what, folder=folder)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        network = create(**_arguments(create, sizes))
+        network = created(spelling, create, _arguments(create, sizes))
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"{spelling} must return a torch.nn.Module; got {type(network).__name__}. Name a class or a function that "
@@ -192,6 +198,7 @@ FAMILY = Family(
         "constants": None,
         "data_sha256": None,
         "model": "conv4",
+        "model_folder": None,
     },
     check=_check,
     kept=_kept,

@@ -14,7 +14,8 @@ from metamom.common.schema import read_record
 from metamom.experiments.compare import Ending, Outcome
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.families.family import ACCURACY, Metric
-from metamom.experiments.python_runs import is_python_run, task_family
+from metamom.experiments.python_runs import is_python_run
+from metamom.experiments.python_tasks import task_family
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.report.contents import Curve, Method, Page, Section, SeedRun
 from metamom.experiments.report.evaluations import evaluation_sections

@@ -10,31 +10,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from metamom.training.log_lines import LogLines
-
-
-class Steps(NamedTuple):
-    """The progress of all calls together, in steps.
-
-    Attributes:
-        total: expected steps of all calls.
-        done: returns the completed ones, in this process; asked every second.
-        unit: what they are.
-    """
-
-    total: int
-    done: Callable[[], int]
-    unit: str = "step"
+from metamom.experiments.shared.overall import Overall, OverallSteps, Steps
 
 
 def run_in_processes(
@@ -42,6 +26,8 @@ def run_in_processes(
     calls: Sequence[tuple[Any, ...]],
     jobs: int,
     label: str,
+    *,
+    ended: int = 0,
     steps: Steps | None = None,
 ) -> None:
     """Call ``function(*call)`` for each call, ``jobs`` at a time, sharing torch's threads between them.
@@ -53,8 +39,10 @@ def run_in_processes(
         function: a function that can be imported by name.
         calls: its arguments for each call; must be picklable.
         jobs: number of processes at a time, >= 1.
-        label: of the progress: a bar in a terminal; elsewhere a line on standard error for each call that ends.
-        steps: shows progress by steps and not by calls; outside a terminal, a line every 30 seconds.
+        label: of the progress: a bar in a terminal; elsewhere a line on standard error for each call that ends, and
+            one every 30 seconds.
+        ended: the number of calls that had ended before, for the progress.
+        steps: shows progress by steps and not by calls.
 
     Raises:
         ChildProcessError: if a call failed; the reason is on stderr. The others are stopped.
@@ -63,60 +51,26 @@ def run_in_processes(
     threads = max(1, torch.get_num_threads() // jobs)
     waiting = [context.Process(target=_child, args=(function, call, threads)) for call in calls]
     working: list[BaseProcess] = []
-    ended = 0
     try:
-        with _counting_calls(label, len(calls)) if steps is None else _counting_steps(label, steps) as show:
+        progress = Overall(label, ended + len(calls), ended) if steps is None else OverallSteps(label, steps)
+        with progress as overall:
             while waiting or working:
                 while waiting and len(working) < jobs:
                     working.append(waiting.pop(0))
                     working[-1].start()
-                connection.wait([process.sentinel for process in working], None if steps is None else 1.0)
+                connection.wait([process.sentinel for process in working], timeout=1.0)
+                overall.now(f"{len(working)} running")
                 for process in [p for p in working if not p.is_alive()]:
                     working.remove(process)
                     if process.exitcode:
                         raise ChildProcessError(f"{label}: a run ended with status {process.exitcode}, see above.")
-                    ended += 1
-                    if steps is None:
-                        show(ended)
-                if steps is not None:
-                    show(steps.done())
+                    overall.end()
     finally:
         for process in working:
             if process.is_alive():
                 process.terminate()
         for process in working:
             process.join()
-
-
-@contextmanager
-def _counting_calls(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    with tqdm(total=total, desc=label, unit="run", disable=None) as bar:
-        lines = LogLines(label, total, "runs", since=0) if bar.disable else None
-
-        def show(ended: int) -> None:
-            bar.update(ended - bar.n)
-            if lines is not None:
-                lines.stepped(ended, {}, now=True)
-
-        yield show
-
-
-@contextmanager
-def _counting_steps(label: str, steps: Steps) -> Iterator[Callable[[int], None]]:
-    since = steps.done()
-    with tqdm(total=steps.total, initial=since, desc=label, unit=steps.unit, disable=None) as bar:
-        lines = LogLines(label, steps.total, f"{steps.unit}s", since=since) if bar.disable else None
-
-        ended = False
-
-        def show(done: int) -> None:
-            nonlocal ended
-            bar.update(done - bar.n)
-            if lines is not None and not ended:
-                ended = done == steps.total
-                lines.stepped(done, {}, now=ended)
-
-        yield show
 
 
 def _child(function: Callable[..., object], call: tuple[Any, ...], threads: int) -> None:

@@ -24,7 +24,9 @@ def standard_baselines(
             it uses, or those of the current set in place of the support set's.
         classes: whether the tasks are classification. Only then are there ``"nearest centroid"`` and
             ``"linear probe"``, on what the model's last linear layer gets.
-        make: returns a new model, for ``"from scratch"``; left out if ``None``.
+        make: returns a new model, for ``"from scratch"``; left out if ``None``. It is also left out of a model with
+            frozen weights, such as a pretrained backbone: training the others from random values is what
+            ``"fine-tuning"`` does, but for their start.
         lr: of Adam, in ``"fine-tuning"`` and ``"from scratch"``.
     """
     model, loss_fn = learner.model, learner.loss_fn
@@ -36,7 +38,7 @@ def standard_baselines(
         found["nearest centroid"] = NearestCentroid(features, norm=norm)
         found["linear probe"] = LinearProbe(features, norm=norm)
     found["fine-tuning"] = FineTuning(model, loss_fn, lr=lr, norm=norm)
-    if make is not None:
+    if make is not None and all(p.requires_grad for p in model.parameters()):
         like = next(model.parameters())
         found["from scratch"] = FromScratch(make, loss_fn, lr=lr, norm=norm, device=like.device, dtype=like.dtype)
     return found

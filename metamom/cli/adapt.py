@@ -8,7 +8,7 @@ import io
 import json
 from pathlib import Path
 
-from metamom.cli.flags import add_checkpoint, add_device, flag, switch
+from metamom.cli.flags import add_checkpoint, add_device, add_model, flag, switch
 from metamom.cli.parser import Parser
 from metamom.common.choices import NORMS
 from metamom.common.flag_types import path, step_count
@@ -35,7 +35,8 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         type=path,
         nargs="+",
         metavar="PATH",
-        help="images, or folders of them, to classify (default: none)",
+        help="image files to classify, and folders, of which all images count, also those in folders below "
+        "(default: none, with --save alone)",
     )
     learner = leaf.add_argument_group("learner")
     flag(learner, "--steps", "inner steps", "as in training", type=step_count)
@@ -48,8 +49,9 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         choices=NORMS,
     )
     own = leaf.add_argument_group("run")
-    own.add_argument("run_path", type=path, metavar="RUN", help="the run directory, of `metamom train images`")
+    own.add_argument("run_path", type=path, metavar="RUN", help="the run directory, of a run on image files")
     add_checkpoint(own)
+    add_model(own)
     add_device(own, default="cpu")
     flag(own, "--out", "a CSV file for the predictions", "print them", type=path, metavar="FILE")
     flag(own, "--save", "a safetensors file for the adapted weights", "do not", type=path, metavar="FILE")
@@ -59,22 +61,16 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.files import write_atomically
-    from metamom.experiments.adapted import adapt_to_folder, save
+    from metamom.experiments.adapted import adapt_to_folder, reader_of, save
     from metamom.loading import load
 
     if arguments.out and Path(arguments.out).suffix.lower() != ".csv":  # it might be one of the images
         raise ValueError(f"--out writes a CSV file: name it NAME.csv; got {arguments.out}.")
     if not arguments.predict and not arguments.save:
         raise ValueError("nothing to do: give images to classify (--predict), or a file for the weights (--save).")
-    trained = load(arguments.run_path, arguments.checkpoint, device=arguments.device)
-    if trained.recipe is None:
-        raise ValueError(
-            f"adapt takes runs of `metamom train images`; the one in {arguments.run_path} is from Python. Use "
-            "metamom.load(RUN).learner.fit there."
-        )
-    adapted = adapt_to_folder(
-        trained.recipe, trained.learner, arguments.support, steps=arguments.steps, norm=arguments.norm
-    )
+    trained = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
+    reader = reader_of(trained.recipe, trained.settings)
+    adapted = adapt_to_folder(reader, trained.learner, arguments.support, steps=arguments.steps, norm=arguments.norm)
     predictions = adapted.predict(arguments.predict or ())
     if arguments.save:
         save(adapted, arguments.save, trained.card())

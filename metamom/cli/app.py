@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Its exit status: 0, 1 (diverged), 2 (bad input), 3 (another process is gone or hangs), 130, 143 (interrupted).
     """
-    arguments = parsed(parser(), sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parsed(parser(), words)
+    arguments.words = words
     from metamom.cli.running import run  # which imports torch
 
     return run(arguments)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metamom.cli.flags import add_checkpoint, add_data_root, add_device, add_own_options, flag, given_flags, switch
 from metamom.cli.parser import Parser
@@ -16,6 +19,11 @@ from metamom.experiments.families import FAMILIES
 from metamom.experiments.families.family import USUAL_BIAS_PLAN
 from metamom.experiments.options import options_of_some_families
 from metamom.maml.estimators import memoryless_estimators
+
+if TYPE_CHECKING:
+    from metamom.batch import Sampler
+    from metamom.experiments.recipes import Recipe
+    from metamom.maml.learner import MAML
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -94,42 +102,18 @@ def _add_learner(learner: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
-    from metamom.common.named_objects import named_callable
     from metamom.experiments import bias_report
-    from metamom.experiments.python_runs import recipe_of_tasks
     from metamom.experiments.recipes import Recipe
-    from metamom.loading import load
 
     keep_freed_memory()
-    what = arguments.what
+    what, root = arguments.what, arguments.data_root or arguments.root
+    sampler = None
     if what in FAMILIES:
         recipe = Recipe(task=what, **given_flags(arguments))
         learner = recipe.learner()
         title = f"{what}, weights as drawn"
     else:
-        decided = {"inner_lr", "inner_steps", *options_of_some_families()} - {"root", "model"}
-        fixed = sorted(name for name in decided if getattr(arguments, name, None) is not None)
-        if fixed:
-            raise ValueError(
-                f"--{fixed[0].replace('_', '-')} belongs to the learner that the run trained; give it with a task "
-                f"({', '.join(FAMILIES)}) in place of a run."
-            )
-        model = None if arguments.model is None else named_callable(arguments.model, "--model")
-        run = load(what, arguments.checkpoint, model, device=arguments.device or "cpu")
-        trained = recipe_of_tasks(run.settings) if run.recipe is None else run.recipe
-        if trained is None:
-            raise ValueError(
-                f"the run in {what} was made in Python with tasks that are none of {', '.join(FAMILIES)}: measure it "
-                "there, metamom.diagnostics.measure(run.learner, sampler), with run = metamom.load(RUN)."
-            )
-        asked = {
-            name: value
-            for name in ("estimator", "bias", "seed", "queries")
-            if (value := getattr(arguments, name)) is not None
-        }
-        recipe = replace(trained, **asked)
-        learner = run.learner.like(estimator=recipe.estimator)
-        title = f"{recipe.task}, after {run.step} {plural(run.step, 'iteration')}"
+        recipe, learner, title, sampler = _of_run(arguments, root)
     where = arguments.out
     if where is None and not arguments.json:
         where = f"runs/bias-{what}-{time.strftime('%Y%m%d-%H%M%S')}" if what in FAMILIES else what
@@ -140,7 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
         learner,
         inner_batches=arguments.inner_batch,
         tasks=arguments.tasks,
-        root=arguments.data_root or arguments.root,
+        root=root,
+        sampler=sampler,
     )
     report = None if where is None else bias_report.write(found, Path(where), title)
     if arguments.json:
@@ -149,6 +134,39 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n".join([title, *bias_report.summary(found), "", bias_report.table(found), "", *bias_report.slopes(found)]))
     print(f"report: {report}")
     return 0
+
+
+def _of_run(
+    arguments: argparse.Namespace, root: str | None
+) -> tuple[Recipe, MAML, str, Callable[[Recipe, str | None], Sampler] | None]:
+    """The recipe and the learner of a run, a title, and what makes its tasks if it is from Python."""
+    from metamom.experiments.python_tasks import recipe_of_tasks, tasks_of
+    from metamom.loading import load
+
+    what = arguments.what
+    decided = {"inner_lr", "inner_steps", *options_of_some_families()} - {"root", "model"}
+    fixed = sorted(name for name in decided if getattr(arguments, name, None) is not None)
+    if fixed:
+        raise ValueError(
+            f"--{fixed[0].replace('_', '-')} belongs to the learner that the run trained; give it with a task "
+            f"({', '.join(FAMILIES)}) in place of a run."
+        )
+    run = load(what, arguments.checkpoint, arguments.model, device=arguments.device or "cpu")
+    trained = recipe_of_tasks(run.settings, root=root) if run.recipe is None else run.recipe
+    if trained is None:
+        raise ValueError(
+            f"the run in {what} was made in Python with tasks that are none of {', '.join(FAMILIES)}: measure it "
+            "there, metamom.diagnostics.measure(run.learner, sampler), with run = metamom.load(RUN)."
+        )
+    asked = {
+        name: value
+        for name in ("estimator", "bias", "seed", "queries")
+        if (value := getattr(arguments, name)) is not None
+    }
+    recipe = replace(trained, **asked)
+    learner = run.learner.like(estimator=recipe.estimator)
+    sampler = partial(tasks_of, run.settings) if run.recipe is None else None
+    return recipe, learner, f"{recipe.task}, after {run.step} {plural(run.step, 'iteration')}", sampler
 
 
 def _sizes() -> str:

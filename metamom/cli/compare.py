@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from itertools import takewhile
@@ -136,6 +137,7 @@ def run_existing(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.experiments.compare import Comparison, compare
+    from metamom.experiments.finished import ComparisonInterrupted
     from metamom.experiments.recipes import Recipe
 
     task = arguments.task
@@ -154,7 +156,12 @@ def run(arguments: argparse.Namespace) -> int:
         target=family.comparison.target if arguments.target is None else arguments.target,
     )
     run_dir = arguments.run_dir or f"runs/compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    report = compare(comparison, run_dir, root=arguments.data_root, resume=arguments.resume, jobs=arguments.jobs)
+    try:
+        report = compare(comparison, run_dir, root=arguments.data_root, resume=arguments.resume, jobs=arguments.jobs)
+    except ComparisonInterrupted as interrupt:
+        print("\n".join(interrupt.table))
+        print(f"continue: {_continued(arguments, run_dir)}")
+        raise
     _show(report)
     return 0
 
@@ -173,3 +180,10 @@ def _show(report: Path) -> None:
         print(f"page: {write_page(report.parent / NAME, page)}")
     else:
         print(f"page: none without Bokeh; pip install 'metamom[report]', then metamom report {report.parent}")
+
+
+def _continued(arguments: argparse.Namespace, run_dir: str) -> str:
+    """The command line that continues an interrupted comparison."""
+    words = ["metamom", *arguments.words]
+    words += [] if arguments.run_dir else ["--run-dir", run_dir]
+    return shlex.join([*words, *([] if arguments.resume else ["--resume"])])

@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     from metamom.evaluation import evaluate
     from metamom.loading import load
 
+    if arguments.per_task and not arguments.json:
+        raise ValueError("--per-task is a part of --json: give both, or write every task's value with --csv FILE.")
     run = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
     asked = asked_of_tasks(arguments)
     _check(run, arguments, asked)
@@ -145,6 +147,7 @@ def _check(run: LoadedRun, arguments: argparse.Namespace, asked: dict[str, Any])
     """Refuse tasks and statistics that the learner cannot have, and warn of classes that it has seen."""
     recipe = run.recipe
     if recipe is None:
+        _check_split(run, arguments)
         return
     if recipe.ways is not None and asked.get("ways", recipe.ways) != recipe.ways:
         raise ValueError(
@@ -163,12 +166,25 @@ def _check(run: LoadedRun, arguments: argparse.Namespace, asked: dict[str, Any])
         )
 
 
+def _check_split(run: LoadedRun, arguments: argparse.Namespace) -> None:
+    """Warn if a run from Python is evaluated on the classes that it was trained on."""
+    from metamom.experiments.python_tasks import task_family
+
+    described = task_family(run.settings)
+    if described.get("split") == arguments.split and "ways" in described:
+        warnings.warn(
+            f"the learner was trained on split {arguments.split}: this is no accuracy on new classes. Use another "
+            "split, such as test.",
+            stacklevel=1,
+        )
+
+
 def tasks_in_words(run: LoadedRun, asked: dict[str, Any]) -> str:
     """The tasks of an evaluation in a few words: ``omniglot 5-way 1-shot``."""
     if run.recipe is not None:
         name, trained = run.recipe.task, run.recipe.settings()
     else:
-        from metamom.experiments.python_runs import task_family
+        from metamom.experiments.python_tasks import task_family
 
         trained = task_family(run.settings)
         name = str(trained["family"])

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 from metamom.cli.flag_names import in_flags
 from metamom.common.allocator import out_of_memory
+from metamom.common.user_code import raised_by_metamom, user_frames
 from metamom.distributed import ProcessError, start
 from metamom.training.interrupts import TrainingInterrupted
 from metamom.training.progress import DivergedError
@@ -45,16 +47,30 @@ def run(arguments: argparse.Namespace) -> int:
     except ProcessError as error:
         print(f"metamom: error: {error}", file=sys.stderr)
         return 3
-    except (MemoryError, RuntimeError) as error:
-        if (why := out_of_memory(error)) is None:
+    except Exception as error:
+        if (said := _explained(error)) is None:
             raise
-        print(f"metamom: error: not enough memory: {why}. Take smaller batches.", file=sys.stderr)
+        print(f"metamom: error: {in_flags(said, arguments)}", file=sys.stderr)
         return 2
-    except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("METAMOM_DEBUG"):
-            raise
-        print(f"metamom: error: {in_flags(str(error), arguments)}", file=sys.stderr)
-        return 2
+
+
+def _explained(error: Exception) -> str | None:
+    """What to print for an error in place of its traceback; ``None`` for one of metamom's own, a bug.
+
+    Of an error in the user's code, such as the forward of a model, it is the part of the traceback in that code.
+    """
+    if isinstance(error, (MemoryError, RuntimeError)) and (why := out_of_memory(error)) is not None:
+        return f"not enough memory: {why}. Take smaller batches."
+    if os.environ.get("METAMOM_DEBUG"):
+        return None
+    said = str(error) if isinstance(error, (ValueError, TypeError, OSError)) else None
+    cause: BaseException | None = error
+    while cause is not None and not (frames := user_frames(cause)):
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    if cause is None or (said is not None and frames[-1].filename in said):  # which says it all
+        return said
+    first = said if said is not None and raised_by_metamom(error) else f"{type(error).__name__}: {error}"
+    return f"{first}\n{''.join(traceback.format_list(frames)).rstrip()}"
 
 
 def _refuse_processes() -> None:

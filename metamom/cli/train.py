@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
             f"{given['optimizer']}."
         )
     recipe = Recipe(task=arguments.task, **given).over(arguments.iterations)
-    learner = recipe.learner()
+    learner = recipe.learner(initial=not world.broadcast_object(lambda: _goes_on(arguments)))
     optimizer = recipe.make_optimizer(learner)
     options = run_options(arguments)
     options["run_dir"] = arguments.run_dir or world.broadcast_object(
@@ -86,6 +86,14 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     if world.first:
         _print(result, options)
     return 0
+
+
+def _goes_on(arguments: argparse.Namespace) -> bool:
+    """Whether a checkpoint will replace the initial weights, so that their file is not read again."""
+    from metamom.training.checkpoints import Checkpoints
+
+    there = arguments.resume and arguments.run_dir is not None
+    return bool(there and Checkpoints(Path(arguments.run_dir) / "checkpoints").beyond_start())
 
 
 def _print(result: TrainResult, options: dict[str, Any]) -> None:

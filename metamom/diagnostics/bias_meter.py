@@ -108,6 +108,14 @@ class Measured(NamedTuple):
     pool: int
     confidence: float
 
+    def __repr__(self) -> str:
+        lines = [f"{'m':>4}  bias      {100 * self.confidence:g} % interval"]
+        for at in self.sizes:
+            norm = at.bias.norm
+            lines.append(f"{at.inner_batch:>4}  {norm.value:<8.3g}  {norm.low:.3g} to {norm.high:.3g}")
+        about = f"norms; that of the gradient is {self.gradient.value:.3g}; estimator {self.estimator}"
+        return "\n".join([*lines, f"({about}, operator {self.bias}, {self.draws} draws)"])
+
 
 def measure(
     learner: MAML,

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.checks import check_whole
+from metamom.common.choices import Norm
 from metamom.common.trees import Tree, count, lone
 from metamom.maml.batch_checks import check_adapted, check_mask, check_set
 from metamom.maml.configured import Configured
 from metamom.maml.estimators import InnerBatch
 from metamom.maml.features import shared
 from metamom.maml.fitting import fit_and_predict, fitted, refuse_one_task
-from metamom.maml.inner_loop import losses, predictions, start_of, trajectory
+from metamom.maml.inner_loop import Problem, losses, predictions, start_of, trajectory
 from metamom.maml.metrics import accuracy
 from metamom.maml.modes import differentiable, out_of_inference
 from metamom.maml.run_by_task import Support
@@ -55,19 +56,26 @@ class Adapting(Configured):
             *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
         return adapted
 
-    def fit(self, support_x: Tree, support_y: Tree, steps: int | None = None) -> nn.Module:
+    def fit(self, support_x: Tree, support_y: Tree, steps: int | None = None, *, norm: Norm | None = None) -> nn.Module:
         """Adapt to one task, and return the adapted model as a module of its own.
 
         It is a deep copy of the model with the adapted weights, in ``eval()``, and shares nothing with the learner. So
         it works under `torch.inference_mode`, and can be pickled, saved, exported and moved. Dropout is off during
-        adaptation, as in `metamom.evaluate`, and predictions are the same as there. With ``norm="support"``, the
-        module's normalisation layers keep the statistics of the support set as their running statistics. It computes in
-        the dtype of its weights, without the learner's ``autocast``.
+        adaptation, as in `metamom.evaluate`. It computes in the dtype of its weights, without the learner's
+        ``autocast``.
+
+        Its prediction for a point does not depend on the other points of a call: batch normalisation layers keep the
+        statistics of the support set as their running statistics, unless the learner uses its own running ones.
+        `metamom.evaluate` predicts in the same way with ``norm="support"``. With ``norm="batch"``, the usual choice
+        for MAML in evaluations, it normalises all queries of a task together.
 
         Args:
             support_x: the points of one task, ``[S, ...]``, a tensor or a tree.
             support_y: their targets, ``[S, ...]`` (class labels: ``[S]``), a tensor or a tree, or ``None``.
             steps: number of inner steps >= 0; the learner's own by default.
+            norm: what the module's batch normalisation uses: ``"support"``, the statistics of the support set;
+                ``"frozen"``, the model's running ones; ``"batch"``, those of the points of each call. By default
+                ``"frozen"`` if the learner's is, else ``"support"``.
 
         Raises:
             ValueError: for sets that do not fit the model or each other, and for statistics that no layer can keep
@@ -82,9 +90,17 @@ class Adapting(Configured):
             >>> torch.allclose(model(x), 2 * x, atol=1e-2)
             True
         """
-        return fitted(self, support_x, support_y, steps)
+        return fitted(self, support_x, support_y, steps, norm)
 
-    def fit_predict(self, support_x: Tree, support_y: Tree, query_x: Tree, steps: int | None = None) -> Any:
+    def fit_predict(
+        self,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        steps: int | None = None,
+        *,
+        norm: Norm | None = None,
+    ) -> Any:
         """Adapt to one task, and predict ``[Q, ...]`` for its queries, without a graph.
 
         The same as ``fit(support_x, support_y)(query_x)`` without making a module, so for any model.
@@ -94,16 +110,23 @@ class Adapting(Configured):
             support_y: their targets, ``[S, ...]``, a tensor or a tree, or ``None``.
             query_x: ``[Q, ...]``, a tensor or a tree.
             steps: number of inner steps >= 0; the learner's own by default.
+            norm: as for `fit`. With ``"batch"``, the statistics are those of ``query_x``.
         """
-        return fit_and_predict(self, support_x, support_y, query_x, steps)
+        return fit_and_predict(self, support_x, support_y, query_x, steps, norm)
 
     def trajectory(
         self, support_x: Tree, support_y: Tree, *, steps: int, mask: Tensor | None = None
     ) -> Iterator[Params]:
         """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
+        return self._trajectory(self._problem(), support_x, support_y, steps, mask)
+
+    def _trajectory(
+        self, problem: Problem, support_x: Tree, support_y: Tree, steps: int, mask: Tensor | None = None
+    ) -> Iterator[Params]:
+        """See `trajectory`."""
         with out_of_inference():
             along = _whole(support_x, support_y, mask, steps)
-            problem, rows = self._problem(), {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
+            rows = {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
             return trajectory(problem, start_of(problem, rows, count(support_x)), along, keep_graph=False)
 
     def predict(
@@ -130,8 +153,12 @@ class Adapting(Configured):
         check_adapted(params, x, named(self.model))
         check_mask("query", x, mask)
         support = self._support(params, support_x, support_mask)
+        return self._predict(self._problem(), params, x, mask, support)
+
+    def _predict(self, problem: Problem, params: Params, x: Tree, mask: Tensor | None, support: Support | None) -> Any:
+        """See `predict`."""
         start, x = Start(params, {}, {}, {}), differentiable(x)
-        return predictions(self._problem(), start, params, x, mask, support=support, features=shared())
+        return predictions(problem, start, params, x, mask, support=support, features=shared())
 
     def judge(
         self, params: Params, predictions: Tree, y: Tree, mask: Tensor | None = None

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from metamom.batch import kind_of
+from metamom.batch import TaskBatch, kind_of
+from metamom.bias.checks import all_finite
 from metamom.common.choices import Norm
 from metamom.common.trees import Tree, leaves, mapped, named_leaves
+from metamom.maml.batch_checks import NonFiniteDataError, refuse_non_finite
+from metamom.maml.inner_loop import Problem
 from metamom.maml.modes import out_of_inference
-from metamom.maml.norm import resolved
+from metamom.maml.norm import check_norm, resolved
 from metamom.maml.norm_modes import Normalisation, Statistics, statistics_of
-from metamom.maml.run_by_task import RunByTask, call
+from metamom.maml.not_finite import NonFiniteStepError
+from metamom.maml.run_by_task import RunByTask, Support, call
 from metamom.maml.swapping import alone, evaluating, tensors_within
 from metamom.maml.task_weights import Params, Start
 from metamom.nets.layers import BatchNormReLU
@@ -30,30 +34,56 @@ if TYPE_CHECKING:
     from metamom.maml.adapting import Adapting
 
 
-def fitted(learner: Adapting, support_x: Tree, support_y: Tree, steps: int | None) -> nn.Module:
+def fitted(learner: Adapting, support_x: Tree, support_y: Tree, steps: int | None, norm: Norm | None) -> nn.Module:
     """See `metamom.MAML.fit`."""
     with out_of_inference(), evaluating():
         support_x, support_y = _batch_of_one(learner, "support_x", support_x, "support_y", support_y)
-        adapted = _adapted(learner, support_x, support_y, steps)
-        norm = resolved(learner.model, learner.norm)
+        problem = _problem(learner, norm, support_x)
+        adapted = _adapted(learner, problem, support_x, support_y, steps)
         with alone(learner.model):
             model = copied(learner.model)
         own = dict(model.eval().named_parameters())
         with torch.no_grad():
             for name, w in adapted.items():
                 own[name].copy_(w[0])
-            _bake(model, norm, mapped(lambda x: x[0], support_x))
+            _bake(model, problem.norm, mapped(lambda x: x[0], support_x))
         return model
 
 
-def fit_and_predict(learner: Adapting, support_x: Tree, support_y: Tree, query_x: Tree, steps: int | None) -> Tree:
+def fit_and_predict(
+    learner: Adapting, support_x: Tree, support_y: Tree, query_x: Tree, steps: int | None, norm: Norm | None
+) -> Tree:
     """See `metamom.MAML.fit_predict`."""
     with out_of_inference(), torch.no_grad(), evaluating():
         support_x, support_y = _batch_of_one(learner, "support_x", support_x, "support_y", support_y)
         (query_x,) = _batch_of_one(learner, "query_x", query_x)
-        adapted = _adapted(learner, support_x, support_y, steps)
-        predicted = learner.predict(adapted, query_x, support_x=support_x if learner.norm == "support" else None)
+        problem = _problem(learner, norm, support_x)
+        adapted = _adapted(learner, problem, support_x, support_y, steps)
+        support = Support(support_x, None) if problem.norm == "support" else None
+        predicted = learner._predict(problem, adapted, query_x, None, support)
         return mapped(lambda x: x[0], predicted)
+
+
+def _problem(learner: Adapting, norm: Norm | None, support_x: Tree) -> Problem:
+    """The learner's, with the normalisation of a model that is used on single points, unless the caller decides.
+
+    Adaptation itself is the same with ``"batch"`` and ``"support"``: the support set is the batch.
+    """
+    check_norm(norm)
+    problem = learner._problem()
+    if norm is not None:
+        return problem._replace(norm=resolved(learner.model, norm))
+    if problem.norm == "frozen" or (problem.norm is None and not _mixes(learner.model, support_x)):
+        return problem
+    return problem._replace(norm=resolved(learner.model, "support"))
+
+
+def _mixes(model: nn.Module, support_x: Tree) -> bool:
+    """Whether a model normalises its points by statistics of several of them, in layers or by functions."""
+    if any(isinstance(module, (_BatchNorm, BatchNormReLU)) for module in model.modules()):
+        return True
+    with alone(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return bool(_calls(model, mapped(lambda x: x[0], support_x)))
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -98,11 +128,37 @@ def _batch_of_one(learner: Adapting, *named_sets: object) -> tuple[Tree, ...]:
     return tuple(found)
 
 
-def _adapted(learner: Adapting, support_x: Tree, support_y: Tree, steps: int | None) -> Params:
+def _adapted(learner: Adapting, problem: Problem, support_x: Tree, support_y: Tree, steps: int | None) -> Params:
     """The adapted weights of a batch of one task, ``[1, *shape]``."""
     steps = learner.inner_steps if steps is None else steps
-    *_, adapted = learner.trajectory(support_x, support_y, steps=steps)
+    *_, adapted = learner._trajectory(problem, support_x, support_y, steps)
+    if not all(all_finite(w) for w in adapted.values()):
+        _refuse_non_finite(support_x, support_y)
+        raise NonFiniteStepError(
+            f"the weights are not finite after {steps} inner steps, although the data is: the steps are too large, or "
+            "the model or the loss has a derivative that is not finite. Try a smaller inner_lr, or fewer steps."
+        )
     return adapted
+
+
+def _refuse_non_finite(support_x: Tree, support_y: Tree) -> None:
+    """Refuse data of one task that is not finite, or without any label that counts.
+
+    Raises:
+        NonFiniteDataError: naming the set and the first point.
+    """
+    places = {
+        **named_leaves("support_x", support_x),
+        **({} if support_y is None else named_leaves("support_y", support_y)),
+    }
+    for name, x in places.items():
+        points = (~x.isfinite())[0].flatten(1).any(1) if x.dim() > 2 else ~x.isfinite()[0]
+        if points.any():
+            raise NonFiniteDataError(
+                f"{name} has NaN or infinite values in {int(points.sum())} of {len(points)} points, first in point "
+                f"{int(points.nonzero()[0])}, so the weights would not be finite. Clean the data."
+            )
+    refuse_non_finite(TaskBatch(support_x, support_y, None, None))
 
 
 def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:
@@ -121,11 +177,13 @@ def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:
             fix(module, *_once(calls, module, model))
         elif isinstance(module, _NormBase):
             hide(module)
+    free = norm == "support"  # to choose another norm
     alone_standing = [running for of, _, running in calls if of is None]
     if alone_standing and (norm == "support" or any(alone_standing)):
         raise ValueError(
             f'fit cannot put norm="{norm}" into the module that it returns: the model calls batch_norm itself, outside '
-            "of a normalisation layer. Use fit_predict, or write the model with layers (torch.nn.BatchNorm2d)."
+            "of a normalisation layer. Use fit_predict, or write the model with layers (torch.nn.BatchNorm2d)"
+            + (', or pass norm="batch", by which a prediction depends on the other points of a call.' if free else ".")
         )
 
 
@@ -150,8 +208,9 @@ def _once(calls: list[Call], module: nn.Module, model: nn.Module) -> Statistics:
     if len(own) != 1:
         name = next(name for name, each in model.named_modules() if each is module)
         raise ValueError(
-            f'fit with norm="support" puts the statistics of the support set into each normalisation layer, and the '
-            f"model calls {name or 'itself'} {len(own)} times. Use fit_predict, or give each call a layer of its own."
+            f"fit puts the statistics of the support set into each normalisation layer, and the model calls "
+            f"{name or 'itself'} {len(own)} times. Use fit_predict, or give each call a layer of its own, or pass "
+            'norm="batch", by which a prediction depends on the other points of a call.'
         )
     return own[0]
 

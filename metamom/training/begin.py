@@ -13,16 +13,17 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from metamom.batch import Sampler, check_sampler
+from metamom.batch import Sampler, check_sampler, located
 from metamom.bias import BiasOperator, as_operator
 from metamom.diagnostics.while_training import check_track
 from metamom.distributed import SAME, World, digest
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
 from metamom.training import board, plateau
-from metamom.training.callbacks import STOP, Callback, Callbacks, as_callbacks
+from metamom.training.callbacks import STOP, Callback, Callbacks
 from metamom.training.directory import RunDirectory
 from metamom.training.early_stopping import EarlyStopping
+from metamom.training.given_callbacks import as_callbacks
 from metamom.training.options import Options
 from metamom.training.plan import (
     LATER,
@@ -81,8 +82,9 @@ class Checked:
         if options.settings is not None:
             return options.settings, [*options.free]
         decided = {**options.recorded("settings"), "bias": self.operator, "schedulers": self.schedulers}
-        settings = describe(learner, optimizer, sampler, **decided)
-        return settings, [*options.free, *(["validation"] if options.validation is None else [])]
+        where = located(sampler)
+        settings = {**describe(learner, optimizer, sampler, **decided), **({"location": where} if where else {})}
+        return settings, [*options.free, "location", *(["validation"] if options.validation is None else [])]
 
 
 def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sampler, world: World) -> Checked:

@@ -70,6 +70,11 @@ class Callback:
 
     _may_stop = True
 
+    @property
+    def kind(self) -> type:
+        """The class that names the saved state."""
+        return type(self)
+
     def on_start(self, state: RunState) -> None:
         """Before the first step of this call, after a resumed state was loaded."""
 
@@ -93,25 +98,6 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; called before `on_start`, if the checkpoint has a state for this class."""
-
-
-def as_callbacks(callbacks: object) -> list[Callback]:
-    """Convert one callback or several to a list.
-
-    Raises:
-        TypeError: for anything but callbacks.
-    """
-    if isinstance(callbacks, Callback):
-        return [callbacks]
-    wanted = "callbacks are one or a list of metamom.training.Callback, such as EarlyStopping(patience=5)"
-    if not isinstance(callbacks, Iterable):
-        raise TypeError(f"{wanted}; got {callbacks!r:.80}.")
-    found = list(callbacks)
-    for each in found:
-        if not isinstance(each, Callback):
-            kind = f"the class {each.__name__} itself" if isinstance(each, type) else f"a {type(each).__name__}"
-            raise TypeError(f"{wanted}; got {kind}.")
-    return found
 
 
 class Callbacks:
@@ -197,8 +183,8 @@ class Callbacks:
         """Names for their states: the class, and a number for further ones of the same class."""
         found: dict[str, Callback] = {}
         for each in self._callbacks:
-            name = type(each).__qualname__
-            repeated = sum(type(other).__qualname__ == name for other in found.values())
+            name = each.kind.__qualname__
+            repeated = sum(other.kind.__qualname__ == name for other in found.values())
             found[f"{name}-{repeated + 1}" if repeated else name] = each
         return found
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from metamom.batch import Sampler, TaskBatch
 from metamom.bias import Bias, BiasOperator, NonFiniteError
+from metamom.common.summaries import summary
 from metamom.diagnostics.while_training import TrackBias, track
 from metamom.distributed import World, as_world
 from metamom.evaluation import Evaluation, evaluate
@@ -41,12 +42,28 @@ class TrainResult(NamedTuple):
         validation: the last validation, if any.
         resumed_from: number of steps before this call.
         stopped: the reason, if a callback has stopped the run.
+        run_dir: the run directory, if any.
     """
 
     metrics: list[dict[str, Any]]
     validation: Evaluation | None
     resumed_from: int
     stopped: str | None = None
+    run_dir: Path | None = None
+
+    def __repr__(self) -> str:
+        done = self.resumed_from + len(self.metrics)
+        values: dict[str, Any] = {"steps": done, "resumed_from": self.resumed_from or None}
+        if self.metrics:
+            values["loss"] = self.metrics[-1]["loss"]
+        if self.validation is not None:
+            values[f"validation_{self.validation.metric}"] = self.validation.mean[0]
+            measured = [line["validation"] for line in self.metrics if not math.isnan(line.get("validation", math.nan))]
+            best = max if self.validation.metric == "accuracy" else min
+            values["best"] = best(measured, default=None)
+        whole = {"run_dir": None if self.run_dir is None else str(self.run_dir), "stopped": self.stopped}
+        ends = [f", {name}={value!r}" for name, value in whole.items() if value is not None]
+        return f"{summary(type(self).__name__, values).removesuffix(')')}{''.join(ends)})"
 
 
 def train(
@@ -70,7 +87,7 @@ def train(
     keep_checkpoints: int = 3,
     settings: Mapping[str, Any] | None = None,
     free: Collection[str] = (),
-    callbacks: Callback | Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] | None = (),
     tensorboard: bool = False,
     track_bias: TrackBias | None = None,
     world: World | None = None,
@@ -187,7 +204,8 @@ def _steps(
             best = validation.mean[0] if _better(validation, session.progress.best) else None
         metrics.append(line)
         session.finish(line, _shown(line, rate), best, checkup)
-    return TrainResult(metrics, validation, resumed_from, session.stopped)
+    run_dir = None if options.run_dir is None else Path(options.run_dir)
+    return TrainResult(metrics, validation, resumed_from, session.stopped, run_dir)
 
 
 def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:

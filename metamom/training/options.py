@@ -169,7 +169,7 @@ class Options:
     keep_checkpoints: int = option(3, check=_keep_checkpoints)
     settings: Mapping[str, Any] | None = option(None, check=_settings)
     free: Collection[str] = option((), check=_free)
-    callbacks: Callback | Sequence[Callback] = option(())
+    callbacks: Callback | Sequence[Callback] | None = option(())
     tensorboard: bool = option(
         False,
         check=either,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, evaluate, evaluation
-from metamom.baselines import FineTuning, FromScratch, LinearProbe, NearestCentroid, Penultimate
+from metamom.baselines import FineTuning, FromScratch, LinearProbe, NearestCentroid, Penultimate, standard_baselines
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
 
@@ -229,3 +229,16 @@ def test_representations():
     assert repr(NearestCentroid(embedding())) == "NearestCentroid(Sequential, distance='euclidean')"
     assert repr(LinearProbe(embedding())) == "LinearProbe(Sequential, l2=1.0, normalize=True)"
     assert repr(scratch()) == "FromScratch(SinusoidMLP, lr=0.02, optimizer='sgd')"
+
+
+def test_frozen_weights_leave_nothing_to_train_from_scratch():
+    def make() -> SinusoidMLP:
+        return SinusoidMLP((4, 4))
+
+    assert list(standard_baselines(MAML(make(), F.mse_loss), classes=False, make=make)) == [
+        "fine-tuning",
+        "from scratch",
+    ]
+    model = make()
+    model[0].requires_grad_(False)
+    assert list(standard_baselines(MAML(model, F.mse_loss), classes=False, make=make)) == ["fine-tuning"]

@@ -12,7 +12,8 @@ from command import SMALL, the_error
 from endings import contents
 from PIL import Image
 
-from metamom import cli
+from metamom import cli, evaluate
+from metamom.experiments import compare as comparisons
 from metamom.experiments.report import can_write_page
 
 COMPARE = ["compare", "sinusoid", "--seeds", "2", "--lrs", "0.01,0.03", "--iterations", "30", "--evaluate-every", "15",
@@ -117,6 +118,33 @@ def test_an_interrupted_comparison_goes_on(metamom, compared, tmp_path):
     assert metamom(*COMPARE, "--run-dir", run, "--resume").code == 0
     assert outcomes(run) == outcomes(compared)
     assert rows((run / "report.md").read_text()) == rows((compared / "report.md").read_text())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_ctrl_c_shows_what_is_finished_and_how_to_go_on(named, metamom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def evaluated(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(comparisons, "evaluate", evaluated)
+    words = [*COMPARE, "--seeds", "1", "--lrs", "0.01,1e12", "--betas", "1,0.1"]
+    said = metamom(*words, *(["--run-dir", "run"] if named else []))
+    assert said.code == 130
+    (run,) = [Path("run")] if named else Path("runs").glob("compare-sinusoid-*")
+    test = json.loads(outcomes(run)["beta1-zero_lr0.01_seed0"])
+    first, head, finished, diverged, command = said.out.splitlines()
+    assert first == "2 of 4 runs are finished"
+    assert head.split("  ")[0] == "run"
+    assert finished.endswith(f"{test['test'][1]:.3f} ± {test['halfwidth'][1]:.3f}")
+    assert re.fullmatch(r"beta1-zero_lr1e\+12_seed0 .* diverged at step \d+", diverged)
+    assert command == f"continue: metamom {' '.join(words)} --run-dir {run} --resume"
+    assert metamom(*command.split()[2:]).code == 0
+    assert len(outcomes(run)) == 4
 
 
 def test_step_size_that_diverges_is_counted(metamom, tmp_path):

@@ -32,6 +32,7 @@ def second(tmp_path_factory, trained):
 
 def test_baselines_are_evaluated_on_the_same_tasks(metamom, trained):
     before = contents(trained)
+    assert "--per-task is a part of --json" in the_error(metamom("evaluate", trained, *FEW, "--per-task"))
     said = metamom("evaluate", trained, *FEW, "--baselines", "--baseline-steps", 3, "--json", "--per-task")
     assert (said.code, said.err) == (0, "")
     answer = json.loads(said.out)

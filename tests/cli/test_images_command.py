@@ -22,6 +22,7 @@ from metamom import load as metamom_load
 from metamom.experiments.saved import load_run
 from metamom.interop.imports import import_torchvision
 from metamom.maml.norm import resolved
+from metamom.nets import Conv4
 from metamom.tasks import ImageFolder
 from metamom.training.directory import read_config
 
@@ -211,6 +212,94 @@ def test_initial_weights_from_a_file(photos, own_module, metamom, tmp_path):
     trained = load_run(tmp_path / "run").learner.model
     for name, weights in network.named_parameters():
         torch.testing.assert_close(trained.get_parameter(name), weights)
+
+
+def test_a_run_goes_on_without_the_file_of_its_initial_weights(photos, metamom, tmp_path):
+    torch.save(Conv4(5, 3, 32, image_size=28, pooling="max").state_dict(), tmp_path / "weights.pt")
+    arguments = ["train", "images", "--root", photos, "--init", tmp_path / "weights.pt", *SMALL]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert metamom(*arguments, "--run-dir", whole).code == 0
+    assert metamom(*arguments, "--iterations", "2", "--run-dir", parts).code == 0
+    (tmp_path / "weights.pt").unlink()
+    assert "weights.pt" in the_error(metamom(*arguments, "--run-dir", tmp_path / "new", "--resume"))
+    assert metamom(*arguments, "--run-dir", parts, "--resume").code == 0
+    one, other = (load_run(each, "newest").learner.state_dict() for each in (whole, parts))
+    assert all(map(torch.equal, one.values(), other.values()))
+
+
+def test_a_run_of_the_users_own_network_says_where_its_module_was(photos, own_module, metamom, tmp_path, monkeypatch):
+    model = ["--model", f"{own_module}:Net"]
+    assert metamom("train", "images", "--root", photos, *model, *SMALL, "--run-dir", "run").code == 0
+    assert read_config("run")["settings"]["model_folder"] == str(tmp_path)
+    sys.modules.pop(own_module)
+    monkeypatch.undo()
+    message = f"It was in {tmp_path} before: start from there (cd {tmp_path}), or set PYTHONPATH={tmp_path}."
+    assert message in the_error(metamom("evaluate", tmp_path / "run", "--tasks", "4"))
+
+
+FAULTY = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(28 * 28 * 3, num_classes)
+
+    def forward(self, x):
+        return self.scores(x)
+
+    def scores(self, x):
+        return self.head(x)
+
+
+class Strict(Net):
+    def scores(self, x):
+        raise KeyError("of mine")
+
+
+def refuses(num_classes):
+    raise ValueError("no weights here")
+
+
+def fails(num_classes):
+    return nn.Linear(num_classes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("create", "message"),
+    [
+        ("refuses", "the model faulty:refuses(num_classes=5) raised ValueError: no weights here ({}, line 24)"),
+        ("fails", "({}, line 28)"),
+    ],
+)
+def test_errors_of_the_users_network(create, message, photos, metamom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("faulty.py").write_text(FAULTY)
+    sys.modules.pop("faulty", None)
+    said = metamom("train", "images", "--root", photos, "--model", f"faulty:{create}", *SMALL, "--run-dir", "run")
+    assert the_error(said).endswith(message.format(tmp_path / "faulty.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "scores"),
+    [("Net", "the model cannot take inputs of shape [5, 3, 28, 28]", 15), ("Strict", "KeyError: 'of mine'", 20)],
+)
+def test_errors_in_the_forward_of_the_users_network(name, message, scores, photos, metamom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("faulty.py").write_text(FAULTY)
+    sys.modules.pop("faulty", None)
+    said = metamom("train", "images", "--root", photos, "--model", f"faulty:{name}", *SMALL, "--run-dir", "run")
+    assert said.code == 2
+    first, *frames = said.err[said.err.index("metamom: error") :].splitlines()
+    assert first.startswith(f"metamom: error: {message}")
+    places = [line.strip() for line in frames if line.strip().startswith("File")]
+    file = tmp_path / "faulty.py"
+    assert places == [f'File "{file}", line {n}, in {name}' for n, name in ((12, "forward"), (scores, "scores"))]
 
 
 def test_another_process_uses_the_run(run, photos, tmp_path):
@@ -429,3 +518,17 @@ def test_exported_weights_in_another_process(run, photos, metamom, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = load_run(run).learner.model(batch.query_x[0])
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), expected.detach())
+
+
+def test_adapt_with_the_statistics_of_the_images_that_are_classified_together(run, photos, metamom, tmp_path):
+    files = sorted((photos / "test").rglob("0[01].jpg"))[:6]
+    classes = sorted({file.parent for file in files})
+    assert len(classes) == 3
+    support = tmp_path / "support"
+    for folder in classes:
+        shutil.copytree(folder, support / folder.name)
+    arguments = ["adapt", run, "--support", support, "--norm", "batch", "--json"]
+    together = json.loads(metamom(*arguments, "--predict", *files).out)
+    alone = json.loads(metamom(*arguments, "--predict", files[0]).out)
+    assert together["norm"] == "batch"
+    assert together["predictions"][0]["probability"] != pytest.approx(alone["predictions"][0]["probability"], rel=1e-3)

@@ -410,3 +410,12 @@ def test_too_little_memory_is_reported(capsys):
     with bounded(60, 512):
         assert cli.main(["bias", "sinusoid", "--inner-batch", "100000"]) == 2
     assert "not enough memory" in capsys.readouterr().err
+
+
+def test_it_is_printed_as_a_small_table():
+    found = measured("exact", regression(), draws=4)
+    lines = repr(found).splitlines()
+    assert lines[0] == "   m  bias      95 % interval"
+    norm = found.sizes[1].bias.norm
+    assert lines[2] == f"  10  {norm.value:<8.3g}  {norm.low:.3g} to {norm.high:.3g}"
+    assert len(lines) == 4

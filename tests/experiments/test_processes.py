@@ -15,7 +15,8 @@ import pytest
 import stoppable
 from processes import with_support
 
-from metamom.experiments.shared.processes import Steps, run_in_processes
+from metamom.experiments.shared.overall import Steps
+from metamom.experiments.shared.processes import run_in_processes
 
 PATIENCE = 120.0  # seconds
 
@@ -60,10 +61,10 @@ def test_a_failed_call_is_named(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_by_steps(capfd: pytest.CaptureFixture[str]) -> None:
-    run_in_processes(int, [("1",)], 1, "calls", Steps(7, lambda: 3, "thing"))
+    run_in_processes(int, [("1",)], 1, "calls", steps=Steps(7, lambda: 3, "thing"))
     assert "calls:" not in capfd.readouterr().err  # a line only every 30 seconds, and at the end of all
     counts = chain([3], repeat(7))
-    run_in_processes(time.sleep, [(1.5,)], 1, "calls", Steps(7, lambda: next(counts), "thing"))
+    run_in_processes(time.sleep, [(1.5,)], 1, "calls", steps=Steps(7, lambda: next(counts), "thing"))
     assert capfd.readouterr().err.count("calls: 7/7 things") == 1
 
 

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, evaluate
+from metamom.maml.batch_checks import NonFiniteDataError
+from metamom.maml.norm import resolved
+from metamom.maml.not_finite import NonFiniteStepError
+from metamom.nets.layers import BatchNormReLU
 from metamom.nets.models import Conv4, SinusoidMLP, use_batch_statistics
 
 WAYS = 3
@@ -61,8 +65,12 @@ def line(points: int = 10) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.sin(x), x[:4] + 0.1
 
 
-def through_adapt(learner: MAML, x: Tensor, y: Tensor, queries: Tensor, steps: int | None = None) -> Tensor:
+def through_adapt(
+    learner: MAML, x: Tensor, y: Tensor, queries: Tensor, steps: int | None = None, norm: str | None = None
+) -> Tensor:
     """The same by the functional path: a batch of one task."""
+    frozen = resolved(learner.model, learner.norm) == "frozen"
+    learner = learner.like(norm=norm or ("frozen" if frozen else "support"))
     adapted = learner.adapt(x.unsqueeze(0), y.unsqueeze(0), steps=steps)
     support = x.unsqueeze(0) if learner.norm == "support" else None
     return learner.predict(adapted, queries.unsqueeze(0), support_x=support)[0].detach()
@@ -117,6 +125,37 @@ def test_the_module_predicts_as_the_learner_does(learner):
         found = learner.fit_predict(x, y, queries, steps)
         assert not found.requires_grad
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_prediction_does_not_depend_on_the_other_points(learner):
+    x, y, queries = data_for(learner)
+    model = learner.fit(x, y)
+    together = model(queries)
+    torch.testing.assert_close(torch.cat([model(one[None]) for one in queries]), together, rtol=1e-9, atol=1e-9)
+    by_learner = torch.cat([learner.fit_predict(x, y, one[None]) for one in queries])
+    torch.testing.assert_close(by_learner, together.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "running statistics, frozen"])
+@pytest.mark.parametrize("norm", ["batch", "support"])
+def test_the_caller_may_choose_the_statistics(name, norm):
+    learner = LEARNERS[name]()
+    x, y, queries = data_for(learner)
+    expected = through_adapt(learner, x, y, queries, norm=norm)
+    model = learner.fit(x, y, norm=norm)
+    torch.testing.assert_close(model(queries).detach(), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(learner.fit_predict(x, y, queries, norm=norm), expected, rtol=1e-10, atol=1e-10)
+    if norm == "batch" and any(isinstance(each, (nn.BatchNorm2d, BatchNormReLU)) for each in model.modules()):
+        assert not torch.allclose(model(queries[:1]), expected[:1]), "transductive"
+
+
+def test_only_known_statistics_can_be_chosen():
+    x, y, _ = line()
+    learner = LEARNERS["MLP"]()
+    with pytest.raises(ValueError, match="norm must be"):
+        learner.fit(x, y, norm="layer")
+    with pytest.raises(ValueError, match='norm="frozen" normalises by running statistics'):
+        LEARNERS["Conv4"]().fit(*images()[:2], norm="frozen")
 
 
 def test_nothing_of_the_learner_changes_or_is_kept(learner):
@@ -254,6 +293,26 @@ def test_weight_normalisation_in_attributes():
     torch.testing.assert_close(model(queries).detach(), learner.fit_predict(x, y, queries))
 
 
+@pytest.mark.parametrize("name", ["MLP", "Conv4"])
+def test_data_that_is_not_finite(name):
+    learner = LEARNERS[name]()
+    x, y, queries = data_for(learner)
+    x[4].flatten()[0] = torch.nan
+    for fitting in (lambda: learner.fit(x, y), lambda: learner.fit_predict(x, y, queries)):
+        with pytest.raises(NonFiniteDataError, match=r"support_x has NaN .* in 1 of \d+ points, first in point 4, "):
+            fitting()
+
+
+def test_steps_that_are_too_large():
+    x, y, queries = line()
+    learner = MAML(seeded(SinusoidMLP), F.mse_loss, inner_lr=1e9, inner_steps=50)
+    for fitting in (lambda: learner.fit(x, y), lambda: learner.fit_predict(x, y, queries)):
+        with pytest.raises(NonFiniteStepError, match=r"not finite after 50 inner steps, although the data is"):
+            fitting()
+    with pytest.raises(NonFiniteDataError, match="support_y has NaN or infinite values in 1 of 10 points"):
+        learner.fit(x, y.index_fill(0, torch.tensor(2), torch.inf))
+
+
 class Functional(nn.Module):
     """Normalises by a function."""
 
@@ -287,8 +346,15 @@ def test_statistics_that_no_layer_can_keep():
     with pytest.raises(ValueError, match="calls norm 2 times"):
         twice.fit(x, y)
     assert torch.isfinite(twice.fit_predict(x, y, queries)).all()
-    learner.norm = "batch"  # which the function does anyway
-    torch.testing.assert_close(learner.fit(x, y)(queries).detach(), learner.fit_predict(x, y, queries))
+    for norm in ("batch", None):  # also a learner that leaves the choice to the model
+        learner.norm = norm
+        with pytest.raises(ValueError, match='pass norm="batch", by which a prediction depends on the other points'):
+            learner.fit(x, y)
+        transductive = learner.fit_predict(x, y, queries, norm="batch")
+        torch.testing.assert_close(learner.fit(x, y, norm="batch")(queries).detach(), transductive)
+        torch.testing.assert_close(
+            learner.fit_predict(x, y, queries[:1]), through_adapt(learner, x, y, queries, norm="support")[:1]
+        )
 
 
 # a batch of tasks, or one task

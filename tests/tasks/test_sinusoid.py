@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from metamom import TaskBatch
 from metamom.rng import DrawCoordinates
 from metamom.tasks import Sinusoid
 
@@ -82,3 +83,14 @@ def test_description_is_json():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Sinusoid(**arguments)
+
+
+def test_a_batch_is_printed_by_shapes():
+    shown = repr(Sinusoid(shots=3, queries=2).sample(0, 4))
+    assert shown == (
+        "TaskBatch(support_x=[4, 3, 1] float32, support_y=[4, 3, 1] float32, query_x=[4, 2, 1] float32, "
+        "query_y=[4, 2, 1] float32)"
+    )
+    assert repr(TaskBatch({"a": torch.ones(2, 3)}, None, torch.ones(2, 3), None)) == (
+        "TaskBatch(support_x={'a': [2, 3] float32}, query_x=[2, 3] float32)"
+    )

@@ -54,6 +54,38 @@ def test_what_a_callback_sees(tmp_path):
         state.metrics["loss"] = 0.0  # type: ignore[index]
 
 
+class Watcher:
+    """Has some of a callback's methods, and is none."""
+
+    def __init__(self, at: int = 3) -> None:
+        self.at, self.seen, self.loaded = at, 0, 0
+
+    def on_step(self, state: RunState) -> None:
+        self.seen += 1
+        if state.step == self.at:
+            state.stop("enough")
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.loaded = state["seen"]
+
+
+def test_objects_with_some_of_the_methods(tmp_path):
+    alone, listed = Watcher(), Watcher(5)
+    assert go(momentum(), tmp_path, callbacks=alone).stopped == "enough"
+    assert alone.seen == 3
+    assert go(momentum(), tmp_path, callbacks=[listed, Recorder()], resume=True).stopped == "enough"
+    assert (listed.loaded, listed.seen) == (3, 2)
+    assert newest(tmp_path)["callbacks"]["Watcher"] == {"seen": 2}
+
+
+def test_no_callbacks_at_all(tmp_path):
+    assert go(momentum(), tmp_path, iterations=2, callbacks=None).stopped is None
+    assert "callbacks" not in newest(tmp_path)
+
+
 def test_callbacks_change_nothing(uninterrupted, tmp_path):
     go(momentum(), tmp_path, callbacks=[Recorder(), TensorBoard()])
     whole = uninterrupted("from zero")
@@ -182,7 +214,9 @@ def test_a_state_that_does_not_fit(state, tmp_path, monkeypatch):
         (EarlyStopping, "callbacks are one or a list of .*; got <class"),
         ([EarlyStopping], "got the class EarlyStopping itself"),
         ([print], "got a builtin_function_or_method"),
-        (3, "got 3"),
+        (3, "or objects with a method on_start, on_step, on_validation or on_end; got 3"),
+        ([momentum()], "or objects with a method .*; got a Parts"),
+        (torch.nn.Linear(1, 1), r"got Linear\("),  # which has a state, but no events
     ],
 )
 def test_no_callbacks(callbacks, message):

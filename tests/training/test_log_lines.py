@@ -79,15 +79,38 @@ def test_in_a_terminal(capsys, monkeypatch):
     assert " it, " not in err
 
 
-def test_of_runs_side_by_side(capfd, tmp_path):
-    """Each run's lines have its name, and the comparison says how many runs are done."""
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_of_the_runs_of_a_comparison(jobs, capfd, tmp_path):
+    """A line for each run that ends, and none for its validations."""
     small = ["--iterations", "4", "--evaluate-every", "2", "--evaluate-tasks", "4", "--tasks", "4", "--meta-batch", "2"]
-    words = ["compare", "sinusoid", "--seeds", "1", "--lrs", "0.03", "--jobs", "2", *small]
+    words = ["compare", "sinusoid", "--seeds", "1", "--lrs", "0.03", "--jobs", jobs, *small]
     assert cli.main([*words, "--run-dir", str(tmp_path)]) == 0
     err = capfd.readouterr().err.splitlines()
-    for arm in ("beta1-zero", "beta0.1-zero"):
-        mine = [line for line in err if line.startswith(f"{arm}_lr0.03_seed0: ")]
-        assert [line.split(", ")[0].split()[1] for line in mine] == ["2/4", "4/4"]
-    assert [line.split(", ")[0] for line in err if line.startswith("compare")] == [
-        f"compare: {n}/2 runs" for n in (1, 2)
+    err = [line for line in err if not line.startswith("compare: 0/2 runs, 2 running")]  # after 30 s of imports
+    assert [line.split(", ")[0] for line in err] == [f"compare: {n}/2 runs" for n in (1, 2)]
+    if jobs == "1":
+        assert [line.split(", ")[1] for line in err] == [f"beta{beta}-zero_lr0.03_seed0 finished" for beta in (1, 0.1)]
+
+
+def test_of_a_comparison_every_30_seconds(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(log_lines, "EVERY", 0.0)
+    small = ["--iterations", "2", "--evaluate-tasks", "4", "--tasks", "4", "--meta-batch", "2"]
+    words = ["compare", "sinusoid", "--seeds", "1", "--lrs", "0.03", "--betas", "0.1", *small]
+    assert cli.main([*words, "--run-dir", str(tmp_path)]) == 0
+    err = capsys.readouterr().err.splitlines()
+    name = "beta0.1-zero_lr0.03_seed0"
+    assert [line.split(", ")[:2] for line in err] == [
+        ["compare: 0/1 runs", f"{name} at 1/2 it"],
+        ["compare: 0/1 runs", f"{name} at 2/2 it"],
+        ["compare: 1/1 runs", f"{name} finished"],
     ]
+
+
+def test_of_a_comparison_in_a_terminal(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    small = ["--iterations", "2", "--evaluate-tasks", "4", "--tasks", "4", "--meta-batch", "2"]
+    words = ["compare", "sinusoid", "--seeds", "1", "--lrs", "0.03", *small]
+    assert cli.main([*words, "--run-dir", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "2/2 [" in err
+    assert set(re.findall(r"(\w+): +\d+%", err)) == {"compare"}, "one bar"

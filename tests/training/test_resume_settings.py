@@ -73,7 +73,7 @@ def test_what_may_differ_is_one_list():
         "tracking",
         "norm",
     }  # those described if they are set
-    assert options - decides - {"vectorize"} == set(Recipe.free()) - {"device", "patience", "root"}
+    assert options - decides - {"vectorize"} == set(Recipe.free()) - {"device", "patience", "root", "model_folder"}
     assert {"loss", "dtype", "schedulers", "bias", "aggregate"} < set(described)
     assert set(Recipe.free()) < {field.name for field in fields(Recipe)}
 

@@ -90,6 +90,23 @@ def test_metrics_lines(tmp_path):
     assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(lines))
 
 
+def test_the_result_is_printed_in_one_line(tmp_path):
+    options = {"validation": TASKS, "evaluate_every": 2, "evaluate_tasks": 4, "run_dir": tmp_path / "run"}
+    result = go(momentum(), iterations=5, **options)
+    values = [line["validation"] for line in result.metrics if "validation" in line]
+    assert len(values) == 3
+    shown = (result.metrics[-1]["loss"], values[-1], min(values))
+    loss, last, best = (f"{value:.6g}" for value in shown)
+    where = f"run_dir={str(tmp_path / 'run')!r}"
+    text = repr(result)
+    assert text == f"TrainResult(steps=5, loss={loss}, validation_loss={last}, best={best}, {where})"
+    again = go(momentum(), iterations=6, resume=True, **options)
+    assert repr(again).startswith("TrainResult(steps=6, resumed_from=5, loss=")
+    assert (
+        repr(go(momentum(), iterations=6, resume=True, **options)) == f"TrainResult(steps=6, resumed_from=6, {where})"
+    )
+
+
 def test_configuration_says_how_to_run_it_again(tmp_path):
     go(compressed(), tmp_path)
     config = read_config(tmp_path)
