@@ -40,7 +40,7 @@ def as_page(notebook: dict[str, Any], name: str) -> Page:
         if cell["cell_type"] != "code":
             continue
         parts.append(_fenced(source, "python"))
-        for output in cell["outputs"]:
+        for output in _joined(cell["outputs"]):
             if "image/png" in output.get("data", {}):
                 picture = f"{name}-{len(pictures) + 1}.png"
                 pictures[picture] = base64.b64decode("".join(output["data"]["image/png"]))
@@ -50,6 +50,17 @@ def as_page(notebook: dict[str, Any], name: str) -> Page:
     title, _, rest = parts[0].partition("\n")
     download = f"[Download this notebook]({name}.ipynb)"
     return Page("\n\n".join([title, download, rest.strip(), *parts[1:]]) + "\n", pictures)
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs, with pieces of text that were printed one after another as one."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if joined and output["output_type"] == joined[-1]["output_type"] == "stream":
+            joined[-1] = {**output, "text": [*joined[-1]["text"], *output["text"]]}
+        else:
+            joined.append(output)
+    return joined
 
 
 def _fenced(text: str, info: str) -> str:

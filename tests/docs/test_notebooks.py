@@ -202,6 +202,13 @@ def test_page_names_pictures_by_number() -> None:
     assert "![A line.](two-2.png)" in page.markdown
 
 
+def test_page_joins_what_a_cell_prints() -> None:
+    printed = [{"output_type": "stream", "name": "stdout", "text": [f"{word}\n"]} for word in ("one", "two")]
+    cell = {"cell_type": "code", "source": ["talk()"], "metadata": {}, "outputs": printed}
+    page = pages().as_page({"cells": [{"cell_type": "markdown", "source": ["# Words"]}, cell]}, "words")
+    assert '```text title="Output"\none\ntwo\n```' in page.markdown
+
+
 def pages() -> Any:
     """The module that makes the pages."""
     spec = importlib.util.spec_from_file_location("notebook_pages", ROOT / ".ci" / "notebook_pages.py")
