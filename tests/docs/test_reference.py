@@ -21,12 +21,14 @@ ENTRIES = Counter(
     for page in sorted(REFERENCE.glob("*.md"))
     for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 )
+FAMILIES = "metamom.experiments.families"  # which users extend; the other experiments are programs
 SHOWN_BY_NAMES = {"metamom.interop.learn2learn"}  # a module whose own public names have entries
 
 
 def public_names() -> list[str]:
     """``package.name`` for every name in an ``__all__`` of metamom and the packages below it."""
-    packages = [m.name for m in pkgutil.walk_packages(metamom.__path__, "metamom.") if m.ispkg] + ["metamom"]
+    packages = ["metamom", *(m.name for m in pkgutil.walk_packages(metamom.__path__, "metamom.") if m.ispkg)]
+    packages = [p for p in packages if p == FAMILIES or not p.startswith("metamom.experiments.")]
     modules = [importlib.import_module(name) for name in [*packages, "metamom.interop.learn2learn"]]
     return [f"{module.__name__}.{name}" for module in modules for name in getattr(module, "__all__", ())]
 
