@@ -9,6 +9,7 @@ from typing import Any
 
 from metamom.experiments.families.family import Metric
 
+NO_SEED = "–"  # of a result over tasks
 Curve = tuple[tuple[int, float], ...]
 
 

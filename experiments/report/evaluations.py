@@ -14,7 +14,7 @@ import torch
 from metamom.common.intervals import normal_halfwidth, standard_error
 from metamom.common.schema import LARGEST
 from metamom.experiments.families.family import ACCURACY, Metric
-from metamom.experiments.report.contents import Measured, Method, Section, SeedRun
+from metamom.experiments.report.contents import NO_SEED, Measured, Method, Section, SeedRun
 
 Results = dict[str, tuple[tuple[int, float, float | None], ...]]
 RISING = ("macro-f1",)  # metrics besides accuracy of which more is better
@@ -51,7 +51,7 @@ def metric_of(name: str) -> Metric:
 
 
 def _method(label: str, test: tuple[tuple[int, float, float | None], ...]) -> Method:
-    return Method(label, (SeedRun("–", test=test),))
+    return Method(label, (SeedRun(NO_SEED, test=test),))
 
 
 def _read(file: Path) -> tuple[str, Results, tuple[Measured, ...], str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metamom.common.files import write_atomically
-from metamom.experiments.report.contents import Page, Section
+from metamom.experiments.report.contents import NO_SEED, Page, Section
 from metamom.experiments.report.summary import POINTS
 
 GENERATOR = "metamom report"  # marks a file as one that may be replaced
@@ -132,11 +132,12 @@ def _facts(page: Page) -> list[tuple[str, str]]:
         if any(values):
             found.append((name, ", ".join(value for value in values if value)))
     found.append(("seeds", _seeds(page.sections)))
-    return found
+    return [(name, value) for name, value in found if value]
 
 
 def _seeds(sections: tuple[Section, ...]) -> str:
     seeds = {str(run.seed) for section in sections for method in section.methods for run in method.runs}
+    seeds.discard(NO_SEED)
     ordered = sorted(seeds, key=lambda seed: (0, int(seed), "") if seed.isdecimal() else (1, 0, seed))
     return ", ".join(ordered[:60]) + f" and {len(ordered) - 60} more" * (len(ordered) > 60)
 

@@ -112,11 +112,16 @@ def _validation(section: Section, drawn: Sequence[Method], points: int) -> Part 
         metric=section.metric,
         target=section.target,
     )
-    target = (
-        "" if section.target is None else f" The dashed line is the target, {section.metric.exactly(section.target)}."
-    )
+    target = "" if section.target is None else _of_target(section, section.target, series)
     caption = f"{name.capitalize()} during training: {_of_seeds(drawn)}{target} {HOW}"
     return _curve_part("Learning curves", caption, section, series, model)
+
+
+def _of_target(section: Section, target: float, series: Series) -> str:
+    ends = [end for points in series.values() for _, estimate in points for end in (estimate.low, estimate.high)]
+    inside = min(ends) <= target <= max(ends)
+    where = "The dashed line is the target" if inside else "Outside the figure is the target"
+    return f" {where}, {section.metric.exactly(target)}."
 
 
 def _loss(section: Section, drawn: Sequence[Method], points: int) -> Part | None:
