@@ -17,7 +17,7 @@ LOWEST, HIGHEST = 0.8, 5.0  # errors shown, as multiples of the target
 
 
 def draw(path: Path, demo: Demo, arms: Sequence[Arm], run_dir: Path) -> None:
-    """Plot each method's mean and range over the seeds until its first seed arrives, and every seed's arrival."""
+    """Plot each method's median and range over the seeds until its first seed arrives, and every seed's arrival."""
     figure, panels = row_of_panels(len(demo.cases))
     for panel, case in zip(panels, demo.cases, strict=True):
         for number, (method, label) in enumerate(METHODS.items()):
@@ -40,7 +40,7 @@ def _arm(panel: Axes, number: int, label: str, demo: Demo, arms: Sequence[Arm], 
     values = np.array([[each[step] for step in steps] for each in curves])
     colour = COLOURS[number]
     if steps:
-        panel.plot(steps, values.mean(0), color=colour, linestyle=DASHES[number], label=label)
+        panel.plot(steps, np.median(values, 0), color=colour, linestyle=DASHES[number], label=label)
         panel.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     ends = [end.steps for arm in arms if (end := ending(arm, run_dir)) is not None and end.steps is not None]
     panel.plot(ends, [demo.target] * len(ends), "os"[number], color=colour, markersize=5, clip_on=False, alpha=0.8)

@@ -163,7 +163,7 @@ def text(demo: Demo, tuned: Tuned, found: Sequence[Result]) -> list[str]:
         "",
         "![Validation error against steps, both methods, a panel for each case](figures/demo.png)",
         "",
-        f"Mean and range over {demo.seeds} seeds, drawn until the first of them arrives; a mark for each seed's "
+        f"Median and range over {demo.seeds} seeds, drawn until the first of them arrives; a mark for each seed's "
         "arrival.",
         "",
         "## What was run",
