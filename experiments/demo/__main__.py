@@ -3,8 +3,8 @@
     python -m metamom.experiments.demo [--run-dir runs/demo] [--seeds N] [--jobs N] [--resume]
     python -m metamom.experiments.demo --search
 
-The first takes about two minutes of two cores, and writes ``RUN/report.html`` and ``RUN/report.md``. The second searches
-γ and β on other seeds and writes ``RUN/tuned.json``; the demo's own copy is ``tuned.json`` in this folder.
+The first takes about two minutes of two cores, and writes ``RUN/report.html`` and ``RUN/report.md``. The second
+searches γ and β on other seeds and writes ``RUN/tuned.json``; the demo's own copy is ``tuned.json`` in this folder.
 """
 
 from __future__ import annotations
