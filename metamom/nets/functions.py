@@ -44,6 +44,8 @@ class FastFunctions:
             F.conv2d: self.conv2d,
             F.linear: self.linear,
             F.batch_norm: self.batch_norm,
+            F.instance_norm: self.instance_norm,
+            F.group_norm: self.group_norm,
             F.relu: self.relu,
             torch.relu: self.relu,
             torch.Tensor.relu: self.relu,
@@ -106,6 +108,53 @@ class FastFunctions:
         self.seen = True
         return self._keep(normalise(_group(input), weight.unsqueeze(0), bias.unsqueeze(0), eps))
 
+    def instance_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.instance_norm`."""
+        own = use_input_stats and running_mean is None and running_var is None  # of each image
+        found = self._of_images(input, weight, bias, eps, 0) if own else None
+        if found is None:
+            return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return found
+
+    def group_norm(
+        self,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.group_norm`."""
+        found = self._of_images(input, weight, bias, eps, num_groups)
+        return F.group_norm(input, num_groups, weight, bias, eps) if found is None else found
+
+    def _of_images(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sets: int
+    ) -> Tensor | None:
+        """Images normalised by statistics of their own; ``None`` if PyTorch must do it (or raise its error)."""
+        if (weight is None) != (bias is None) or input.dim() != 4 or not _suitable(input, *_present(weight, bias)):
+            return None
+        N, C, H, W = input.shape
+        if N == 0 or sets < 0 or (sets and C % sets) or C // (sets or C) * H * W < 2:
+            return None
+        if any(x.shape != (C,) for x in _present(weight, bias)):
+            return None
+        self.seen = True
+        gain = input.new_ones(C) if weight is None else weight
+        shift = input.new_zeros(C) if bias is None else bias
+        images = input.permute(0, 2, 3, 1).unsqueeze(1)  # each one is a group
+        return self._keep(normalise(images, gain.expand(N, C), shift.expand(N, C), eps, sets))
+
     def relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         """`torch.nn.functional.relu`."""
         found = self._activate(input, 0.0, inplace)
@@ -143,7 +192,9 @@ class FastFunctions:
             return None
         if inplace:  # PyTorch's own, but a pooling of it is still part of the normalisation
             out = F.leaky_relu(input, slope, inplace=True) if slope else F.relu(input, inplace=True)
-            self._made[out] = _Made(made._replace(value=_group(out.detach()), slope=slope), _version(out))
+            self._made[out] = _Made(
+                made._replace(value=_group(out.detach()).view_as(made.value), slope=slope), _version(out)
+            )
             return out
         return self._keep(made.activated(slope))
 
@@ -183,8 +234,8 @@ def _group(images: Tensor) -> Tensor:
 
 
 def _images(group: Tensor) -> Tensor:
-    """``[1, N, H, W, C]`` as ``[N, C, H, W]``."""
-    return group.squeeze(0).permute(0, 3, 1, 2)
+    """``[1, N, H, W, C]``, or ``[N, 1, H, W, C]``, as ``[N, C, H, W]``."""
+    return group.squeeze(0 if group.shape[0] == 1 else 1).permute(0, 3, 1, 2)
 
 
 def _channels_last(images: Tensor) -> Tensor:
@@ -230,6 +281,10 @@ def _geometry(
     geometry = Geometry(steps, _pair(padding), dilations, groups)
     valid = min(*steps, *dilations) >= 1 and min(geometry.padding) >= 0
     return geometry if valid and min(geometry.size(input.shape[2:], kernel)) >= 1 else None
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
 def _suitable(*tensors: Tensor) -> bool:

@@ -1,6 +1,7 @@
-"""Batch normalisation with separate statistics for each group (task), and the activation and pooling that follow it.
+"""Normalisation with separate statistics for each group, and the activation and pooling that follow it.
 
-Legend: G groups, N images of each, C channels.
+Legend: G groups, N images of each, C channels. A group is a task in batch normalisation, and an image in instance and
+group normalisation.
 
 Images are channels-last, ``[G, N, H, W, C]``. A ReLU or max-pooling that follows becomes part of the normalisation in
 the derivatives: cotangents are masked and summed after the pooling, where they are small, and each derivative passes
@@ -38,6 +39,7 @@ class Normalised(NamedTuple):
         eps: added to the variance.
         slope: of the activation function below 0; 1 if there is none so far.
         value: the result so far, ``[G, N, H, W, C]``.
+        sets: the number of sets of channels that share statistics; 0 if none do.
     """
 
     y: Tensor
@@ -48,44 +50,50 @@ class Normalised(NamedTuple):
     eps: float
     slope: float
     value: Tensor
+    sets: int = 0
 
     def activated(self, slope: float) -> Normalised:
         """Apply ``z if z > 0 else slope * z``."""
-        value, _ = _Then.run(*self._inputs(), slope, None, self.eps)
+        value, _ = _Then.run(*self._inputs(), slope, None, self.eps, self.sets)
         return self._replace(value=value, slope=slope)
 
     def pooled(self, pooling: Pooling) -> Tensor:
         """The maximum over windows, ``[G, N, H', W', C]``."""
-        value: Tensor = _Then.run(*self._inputs(), self.slope, pooling, self.eps)[0]
+        value: Tensor = _Then.run(*self._inputs(), self.slope, pooling, self.eps, self.sets)[0]
         return value
 
     def _inputs(self) -> tuple[Tensor, ...]:
         return self.y, self.gain, self.shift, self.mean, self.rstd, self.value.detach()
 
 
-def normalise(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Normalised:
-    """Normalise ``[G, N, H, W, C]`` by the statistics of each group and channel. ``gain``, ``shift``: ``[G, C]``."""
-    value, mean, rstd = _Norm.run(y, gain, shift, eps)
-    return Normalised(y, gain, shift, mean, rstd, eps, 1.0, value)
+def normalise(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> Normalised:
+    """Normalise ``[G, N, H, W, C]`` by the statistics of each group and channel. ``gain``, ``shift``: ``[G, C]``.
+
+    With ``sets``, the channels are that many sets of neighbours, each with common statistics.
+    """
+    value, mean, rstd = _Norm.run(y, gain, shift, eps, sets)
+    return Normalised(y, gain, shift, mean, rstd, eps, 1.0, value, sets)
 
 
 class _Norm(Grouped):
     """``(z, mean, rstd)``; mean and rstd are for the derivatives of z alone."""
 
     @staticmethod
-    def forward(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int) -> tuple[Tensor, Tensor, Tensor]:
+        if sets:
+            return normalisations.norm(y.contiguous(), gain, shift, eps, sets)
         return kernels.norm(y.contiguous(), gain, shift, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        y, gain, _, ctx.eps = inputs
+        y, gain, _, ctx.eps, ctx.sets = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(y, gain, mean, rstd)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_NormBackward.run(dz, *ctx.saved_tensors, None, None, 1.0, ctx.eps), None
+        return *_NormBackward.run(dz, *ctx.saved_tensors, None, None, 1.0, ctx.eps, ctx.sets), None, None
 
 
 class _Then(Grouped):
@@ -102,6 +110,7 @@ class _Then(Grouped):
         slope: float,
         pooling: Pooling | None,
         eps: float,
+        sets: int,
     ) -> tuple[Tensor, Tensor]:
         y = y.contiguous()
         # compiled operators compute `before` again: a graph in which nothing else needs it never writes it
@@ -112,7 +121,7 @@ class _Then(Grouped):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        y, gain, _, mean, rstd, before, ctx.slope, ctx.pooling, ctx.eps = inputs
+        y, gain, _, mean, rstd, before, ctx.slope, ctx.pooling, ctx.eps, ctx.sets = inputs
         z, places = output
         ctx.mark_non_differentiable(places)
         # as PyTorch's functions do: the result of a ReLU must not change in place, that of a leaky one may
@@ -122,8 +131,9 @@ class _Then(Grouped):
     @staticmethod
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, places = ctx.saved_tensors
-        found = _NormBackward.run(dz, *tensors, None if ctx.pooling is None else places, ctx.slope, ctx.eps)
-        return *found, None, None, None, None, None, None
+        places = None if ctx.pooling is None else places
+        found = _NormBackward.run(dz, *tensors, places, ctx.slope, ctx.eps, ctx.sets)
+        return *found, None, None, None, None, None, None, None
 
 
 class _NormBackward(Grouped):
@@ -140,12 +150,14 @@ class _NormBackward(Grouped):
         places: Tensor | None,
         slope: float,
         eps: float,
+        sets: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.norm_backward(dz.contiguous(), y.contiguous(), gain, mean, rstd, z, places, slope)
+        given = (dz.contiguous(), y.contiguous(), gain, mean, rstd, z, places, slope)
+        return normalisations.norm_backward(*given, sets) if sets else kernels.norm_backward(*given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.slope, ctx.eps = inputs
+        *tensors, ctx.slope, ctx.eps, ctx.sets = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -153,8 +165,9 @@ class _NormBackward(Grouped):
         dz, y, gain, mean, rstd, z, places = ctx.saved_tensors
         given = (v.contiguous(), a, s, dz.contiguous(), y.contiguous(), gain)
         if torch.is_grad_enabled():  # for a third derivative, recompute everything from y with plain autograd
-            mean, rstd = normalisations.moments(given[4].flatten(1, 3), ctx.eps)
-            found = normalisations.norm_double_backward(*given, mean, rstd, z, places, ctx.slope)
+            mean, rstd = normalisations.moments(given[4].flatten(1, 3), ctx.eps, ctx.sets)
+        if torch.is_grad_enabled() or ctx.sets:
+            found = normalisations.norm_double_backward(*given, mean, rstd, z, places, ctx.slope, ctx.sets)
         else:
             found = kernels.norm_double_backward(*given, mean, rstd, z, places, ctx.slope)
-        return *found, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from metamom.maml.functions_by_task import FunctionsByTask
 from metamom.nets import kernels
 from metamom.nets.kernels import convolutions, normalisations
+from metamom.nets.normalisation import normalise
 
 Model = Callable[..., Tensor]
 
@@ -272,3 +273,51 @@ def test_the_layout_of_images_changes_nothing():
     last = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     run, _ = batched(lambda x, w: F.conv2d(x, w, padding=1))
     torch.testing.assert_close(run(x, weight), run(last, weight), rtol=0, atol=1e-12)
+
+
+def of_images(x: Tensor, gain: Tensor | None, shift: Tensor | None, sets: int) -> Tensor:
+    """Group normalisation under vmap; instance normalisation with 0 sets. In a loop it is written out."""
+    if torch._C._functorch.is_batchedtensor(x):
+        if sets:
+            return F.group_norm(x, sets, gain, shift, eps=1e-3)
+        return F.instance_norm(x, weight=gain, bias=shift, eps=1e-3)
+    rows = x.reshape(len(x), sets or x.shape[1], -1)
+    centred = rows - rows.mean(2, keepdim=True)
+    out = (centred * torch.rsqrt((centred**2).mean(2, keepdim=True) + 1e-3)).view(x.shape)
+    return out if gain is None or shift is None else out * gain[:, None, None] + shift[:, None, None]
+
+
+@pytest.mark.parametrize("sets", [0, 1, 2, 6])
+def test_statistics_of_each_image(sets):
+    x, gain, shift = draw(3, 4, 6, 5, 4, seed=1), draw(3, 6, seed=2), draw(3, 6, seed=3)
+    for name in ("none", "relu", "in place", "leaky", "gelu"):
+        f = activations()[name]
+        check(lambda *own, f=f: f(of_images(*own, sets)), x, gain, shift)
+        check(lambda *own, f=f: F.max_pool2d(f(of_images(*own, sets)), 2), x, gain, shift)
+    check(lambda x: F.relu(of_images(x, None, None, sets)), x)
+    check(lambda *own: F.relu(of_images(*own, sets)), x[:, :1], gain, shift)  # one image
+
+
+@pytest.mark.parametrize("sets", [0, 3])
+def test_what_pytorch_must_normalise_is_left_to_it(sets):
+    """Points without height and width."""
+    x, gain, shift = draw(3, 4, 6, 5, seed=1), draw(3, 6, seed=2), draw(3, 6, seed=3)
+    run, functions = batched(lambda *own: F.group_norm(own[0], 3, *own[1:]))
+    expected = looped(lambda *own: F.group_norm(own[0], 3, *own[1:]))
+    if not sets:
+        run, functions = batched(lambda x, a, b: F.instance_norm(x, weight=a, bias=b))
+        expected = looped(lambda x, a, b: F.instance_norm(x, weight=a, bias=b))
+    torch.testing.assert_close(run(x, gain, shift), expected(x, gain, shift), rtol=1e-12, atol=1e-12)
+    assert not functions.seen
+    wrong, _ = batched(lambda x: F.group_norm(x, 4))
+    with pytest.raises(RuntimeError, match="divisible"):
+        wrong(draw(2, 2, 6, 3, 3, seed=1))
+
+
+@pytest.mark.parametrize("sets", [0, 2])
+def test_derivatives_of_a_normalisation_numerically(sets):
+    y, gain, shift = draw(2, 1, 2, 3, 4, seed=1), draw(2, 4, seed=2), draw(2, 4, seed=3)
+    own = [x.requires_grad_() for x in (y, gain, shift)]
+    run = lambda *args: normalise(*args, 1e-3, sets).value  # noqa: E731
+    assert torch.autograd.gradcheck(run, own)
+    assert torch.autograd.gradgradcheck(run, own)

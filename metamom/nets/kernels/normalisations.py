@@ -3,6 +3,9 @@
 Legend: G groups (tasks), N images of each, C channels, M = N H W positions with common statistics, P pooled positions.
 
 Images are channels-last, ``[G, N, H, W, C]``. They match kernels.cpp.
+
+Each channel has statistics of its own, or the channels form ``sets`` that share theirs, as in group normalisation;
+kernels.cpp does not have those. Statistics are ``[G, C]`` in both cases.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 LARGE = 2**14
 
 
-def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each group.
 
     Args:
@@ -25,11 +28,12 @@ def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Te
         gain: ``[G, C]``.
         shift: ``[G, C]``.
         eps: added to the variance.
+        sets: the number of sets of channels; 0 for statistics of each channel.
 
     Returns:
         ``(gain x + shift, mean [G, C], rstd [G, C])`` for ``x = (y - mean) rstd``.
     """
-    if y[0].numel() >= LARGE:
+    if not sets and y[0].numel() >= LARGE:
         each = [
             torch.native_batch_norm(own.permute(0, 3, 1, 2), g, s, None, None, True, 0.0, eps)
             for own, g, s in zip(y, gain, shift, strict=True)
@@ -38,7 +42,7 @@ def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Te
         z = torch.stack(images) if len(each) > 1 else images[0].unsqueeze(0)
         return z, torch.stack([one[1] for one in each]), torch.stack([one[2] for one in each])
     rows = _rows(y)
-    mean, rstd = moments(rows, eps)
+    mean, rstd = moments(rows, eps, sets)
     scale = gain * rstd
     return torch.addcmul(_over(shift - mean * scale), rows, _over(scale)).view(y.shape), mean, rstd
 
@@ -93,12 +97,14 @@ def norm_backward(
     z: Tensor | None,
     places: Tensor | None,
     slope: float,
+    sets: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of ``y``, gain and shift from that of the result ``z``.
 
     With ``x = (y - mean) rstd``, the cotangent e of ``gain x + shift``, and the projection
     ``P(e) = e - mean(e) - x mean(e x)``: ``dy = gain rstd P(e), dgain = sum(e x), dshift = sum(e)``. If there is a
     pooling, e is 0 except at the P ``places`` that it chose, so it is kept and summed as ``[G, P, C]``.
+    Channels that share statistics share the means in P, in which each one's e counts times its gain.
     """
     rows = _rows(y)
     M = rows.shape[1]
@@ -106,8 +112,8 @@ def norm_backward(
     dshift = e.sum(1)
     dgain = rstd * ((e * there).sum(1) - mean * dshift)
     scale = gain * rstd
-    on_y = -scale * rstd * dgain / M
-    dy = torch.addcmul(_over(-scale * dshift / M - on_y * mean), rows, _over(on_y))
+    on_y = _shared(-scale * rstd * dgain / M, sets)
+    dy = torch.addcmul(_over(_shared(-scale * dshift / M, sets) - on_y * mean), rows, _over(on_y))
     return _add(dy, e, scale, y, places).view(y.shape), dgain, dshift
 
 
@@ -123,6 +129,7 @@ def norm_double_backward(
     z: Tensor | None,
     places: Tensor | None,
     slope: float,
+    sets: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of dz, ``y`` and gain from those (v, a, s) of `norm_backward`'s results.
 
@@ -134,7 +141,8 @@ def norm_double_backward(
     M = rows.shape[1]
     e, there = _passed(dz, z, slope), _chosen(rows, y, places)
     v_mean = V.sum(1) / M
-    vx_mean = rstd * ((V * rows).sum(1) / M - mean * v_mean)
+    vx_mean = _shared(rstd * ((V * rows).sum(1) / M - mean * v_mean), sets)
+    v_mean = _shared(v_mean, sets)
     v_there, e_mean = _chosen(V, y, places), e.sum(1) / M
     ex_mean = rstd * ((e * there).sum(1) / M - mean * e_mean)
     scale = gain * rstd
@@ -143,19 +151,28 @@ def norm_double_backward(
     to_e = _plus(to_e, v_there, scale)
     to_dz = _masked(to_e, None if z is None else _rows(z), slope).view(dz.shape)
     inner = (v_there * e).sum(1) - M * (v_mean * e_mean + vx_mean * ex_mean)  # <v, P(e)>
-    on_v, on_e = -scale * ex_mean, a - scale * vx_mean
-    level, on_x = on_v * v_mean + on_e * e_mean, on_v * vx_mean + on_e * ex_mean + scale * inner / M
+    on_v, on_e = _shared(-scale * ex_mean, sets), a - scale * vx_mean
+    level = on_v * v_mean + _shared(on_e * e_mean, sets)
+    on_x = on_v * vx_mean + _shared(on_e * ex_mean, sets) + _shared(scale * inner / M, sets)
     on_y = -rstd * rstd * on_x
     to_y = torch.addcmul(_over(-rstd * level - on_y * mean), rows, _over(on_y))
     to_y = _plus(to_y, V, rstd * on_v)
     return to_dz, _add(to_y, e, rstd * on_e, y, places).view(y.shape), rstd * inner
 
 
-def moments(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def moments(rows: Tensor, eps: float, sets: int = 0) -> tuple[Tensor, Tensor]:
     """Mean and ``1 / sqrt(variance + eps)`` over positions: ``[G, M, C] -> [G, C]`` each."""
-    mean = rows.mean(1)
+    mean = _shared(rows.mean(1), sets)
     centred = rows - _over(mean)
-    return mean, torch.rsqrt((centred * centred).mean(1) + eps)
+    return mean, torch.rsqrt(_shared((centred * centred).mean(1), sets) + eps)
+
+
+def _shared(of_channels: Tensor, sets: int) -> Tensor:
+    """The means over the channels of each set, for each of its channels, ``[G, C]``."""
+    if not sets:
+        return of_channels
+    each = of_channels.reshape(len(of_channels), sets, -1)
+    return each.mean(2, keepdim=True).expand_as(each).flatten(1)
 
 
 def _rows(x: Tensor) -> Tensor:
