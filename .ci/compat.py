@@ -55,6 +55,7 @@ OLDEST = (
     "pydantic==2.8.0",
     "safetensors==0.4.3",
     "tensorboard==2.16.2",
+    "bokeh==3.9.0",
     "pyparsing==3.1.4",
 )
 # Each Python once at least; of torch and NumPy the oldest, what is pinned, and the newest.

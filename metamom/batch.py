@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.checks import AT_ONCE, check_whole
+from metamom.common.kinds import named_type
 from metamom.common.summaries import summary
 from metamom.common.trees import Tree, count, mapped, named_leaves
 
@@ -208,8 +209,8 @@ def check_sampler(sampler: object, what: str = "a sampler") -> None:
         raise TypeError(f"{what} must have a method sample(step, num_tasks); got the class {sampler.__name__} itself.")
     if not isinstance(sampler, Sampler):
         raise TypeError(
-            f"{what} must have a method sample(step, num_tasks), as metamom.tasks.Sinusoid() does; got a "
-            f"{type(sampler).__name__}. For batches of your own, write a class with that method."
+            f"{what} must have a method sample(step, num_tasks), as metamom.tasks.Sinusoid() does; got "
+            f"{named_type(sampler)}. For batches of your own, write a class with that method."
         )
     if not _binds(sampler, 0, 1):
         raise TypeError(
@@ -296,8 +297,8 @@ def kind_of(thing: object) -> str:
     if isinstance(thing, Tensor):
         return f"a tensor {list(thing.shape)} of {thing.dtype}"
     if isinstance(thing, (tuple, list, dict)):
-        return f"a {type(thing).__name__} of {len(thing)} items"
-    return "None" if thing is None else f"a {type(thing).__name__}"
+        return f"{named_type(thing)} of {len(thing)} items"
+    return "None" if thing is None else named_type(thing)
 
 
 def takes_blocks(sampler: Sampler) -> bool:
@@ -356,7 +357,7 @@ def drawn(
     if not isinstance(batch, TaskBatch):
         raise TypeError(
             f"{type(sampler).__name__}.sample must return a metamom.TaskBatch(support_x, support_y, query_x, "
-            f"query_y); got a {type(batch).__name__}."
+            f"query_y); got {named_type(batch)}."
         )
     for name, field in zip(batch._fields[:4], batch[:4], strict=True):
         check_points(f"{name} of {type(sampler).__name__}.sample", field, absent=name.endswith("_y"))

@@ -15,13 +15,14 @@ from metamom.common.bars import bars_hidden
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.common.choices import STATISTICS_OF, Norm
 from metamom.common.intervals import normal_halfwidth
+from metamom.common.kinds import named_type
 from metamom.common.trees import Tree
 from metamom.distributed import World, as_world, digest
 from metamom.judging import judged, judged_by_protocol
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.learner import MAML
 from metamom.maml.misfits import asserts_explained
-from metamom.maml.norm import check_norm, resolved
+from metamom.maml.norm import check_norm, statistics_used
 from metamom.maml.swapping import evaluating
 from metamom.task_metrics import Metric, check_metric, name_of
 
@@ -71,7 +72,8 @@ class Evaluation(NamedTuple):
         metric: ``"accuracy"`` in [0, 1] for classification (`metamom.maml.metrics.accuracy`), else ``"loss"``; or the
             one that was asked for.
         confidence: level of the intervals.
-        norm: the statistics that batch normalisation used, if there is any: see `metamom.MAML`.
+        norm: the statistics that batch normalisation used: see `metamom.MAML`. ``None`` if the model has none, or for
+            a learner that is not a `metamom.MAML`.
     """
 
     steps: tuple[int, ...]
@@ -80,14 +82,19 @@ class Evaluation(NamedTuple):
     values: Tensor
     metric: str
     confidence: float
-    norm: Norm = "batch"
+    norm: Norm | None = None
 
     def __repr__(self) -> str:
         width = max(8, len(self.metric))
         lines = [f"{'steps':>5}  {self.metric:<{width}}  ± {100 * self.confidence:g} %"]
         for steps, mean, halfwidth in zip(self.steps, self.mean, self.halfwidth, strict=True):
             lines.append(f"{steps:>5}  {mean:<{width}.4f}  {halfwidth:.4f}")
-        return "\n".join([*lines, f"({self.values.shape[1]} tasks; {STATISTICS_OF[self.norm]})"])
+        return "\n".join([*lines, f"({'; '.join([f'{self.values.shape[1]} tasks', *self.normalised])})"])
+
+    @property
+    def normalised(self) -> list[str]:
+        """What batch normalisation used, in words; empty if there is none."""
+        return [] if self.norm is None else [STATISTICS_OF[self.norm]]
 
     def at(self, steps: int) -> Evaluation:
         """The part of the result after this number of adaptation steps.
@@ -186,7 +193,7 @@ def evaluate(
         all_values,
         name_of(metric) if metric is not None else "accuracy" if bool(is_accuracy.any()) else "loss",
         confidence,
-        (resolved(learner.model, learner.norm) if isinstance(learner, MAML) else None) or "batch",
+        statistics_used(learner.model, learner.norm) if isinstance(learner, MAML) else None,
     )
 
 
@@ -306,7 +313,7 @@ def _checked(learner: object, sampler: object, tasks: int, steps: Iterable[int],
     """Check arguments of `evaluate`, and return the numbers of steps."""
     methods = [getattr(learner, name, None) for name in ("adapt", "predict")]
     if isinstance(learner, type) or not all(map(callable, methods)):
-        kind = f"the class {learner.__name__} itself" if isinstance(learner, type) else f"a {type(learner).__name__}"
+        kind = named_type(learner)
         raise TypeError(
             f"evaluate takes a learner, MAML(model, loss_fn, ...), or another one with methods adapt and predict; got "
             f"{kind}."
@@ -336,7 +343,7 @@ def _with_options(learner: Adaptable, norm: Norm | None, inner_lr: float | None)
     if not given:
         return learner
     if not isinstance(learner, MAML):
-        raise TypeError(f"{' and '.join(given)} can be chosen for a metamom.MAML; got a {type(learner).__name__}.")
+        raise TypeError(f"{' and '.join(given)} can be chosen for a metamom.MAML; got {named_type(learner)}.")
     return learner.like(norm=norm, inner_lr=inner_lr)
 
 

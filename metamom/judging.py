@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.bias.checks import all_finite
+from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, leaves, lone, mapped
 from metamom.maml.batch_checks import refuse_non_finite
 from metamom.maml.features import shared_between_predictions
@@ -82,7 +83,7 @@ def _predictions(learner: Any, batch: TaskBatch, steps: int) -> Tree:
     found = learner.predict(state, batch.query_x)
     kind = type(learner).__name__
     if not leaves(found) or not all(isinstance(each, Tensor) for each in leaves(found)):
-        raise TypeError(f"{kind}.predict must return predictions, a tensor [T, Q, ...]; got a {type(found).__name__}.")
+        raise TypeError(f"{kind}.predict must return predictions, a tensor [T, Q, ...]; got {named_type(found)}.")
     for each in leaves(found):
         if each.dim() < 2 or each.shape[0] != batch.num_tasks:
             raise ValueError(

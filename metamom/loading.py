@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import Sampler
+from metamom.common.kinds import named_type
 from metamom.common.named_objects import created, named_callable
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
@@ -287,10 +288,10 @@ def _given(model: GivenModel) -> nn.Module | None:
         return model
     make = named_callable(model) if isinstance(model, str) else model
     if not callable(make):
-        raise TypeError(f"model must be a module, or a function or class that makes it; got a {type(model).__name__}.")
+        raise TypeError(f"model must be a module, or a function or class that makes it; got {named_type(model)}.")
     made: object = created(model, make) if isinstance(model, str) else make()
     if not isinstance(made, nn.Module):
-        raise TypeError(f"the call for the model must return a torch.nn.Module; it returned a {type(made).__name__}.")
+        raise TypeError(f"the call for the model must return a torch.nn.Module; it returned {named_type(made)}.")
     return made
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from metamom.bias.function import function_name
 from metamom.common.choices import METRICS
 from metamom.common.did_you_mean import did_you_mean
+from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, count, mapped
 from metamom.maml.padding import cut_off
 
@@ -128,7 +129,7 @@ def of_tasks(metric: str | Metric, predictions: Tree, targets: Tree, mask: Tenso
             own = cut_off(own, mask[t])
         value = function(*own)
         if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
-            kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else named_type(value)
             raise ValueError(f"the metric {name_of(metric)} must return one number for each task; got {kind}.")
         values.append(float(value))
     return torch.tensor(values, dtype=torch.float64)

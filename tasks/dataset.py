@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from metamom.common.kinds import named_type
 from metamom.common.numbers import counted
 from metamom.rng import Ints
 from metamom.tasks.augment import augmentation
@@ -196,7 +197,7 @@ def as_tensor(x: Any) -> Tensor:
     elif isinstance(x, (float, list, tuple)):
         x = torch.tensor(x)
     if not isinstance(x, Tensor):
-        kind = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+        kind = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else named_type(x)
         raise TypeError(f"is {kind}; wanted an image, an array or a tensor. Convert it in transform=.")
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise TypeError(f"is a tensor of {x.dtype}; wanted uint8 or floating point. Convert it in transform=.")
@@ -211,13 +212,13 @@ def _check(dataset: Any) -> None:
     """
     if isinstance(dataset, Mapping):
         raise TypeError(
-            f"from_dataset takes one data set; got a {type(dataset).__name__} of {', '.join(map(repr, dataset))}. Pass "
+            f"from_dataset takes one data set; got {named_type(dataset)} of {', '.join(map(repr, dataset))}. Pass "
             f"one of them: dataset[{next(iter(dataset), 'train')!r}]."
         )
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(
-            f"from_dataset needs a map-style data set, with len(dataset) and dataset[i]; got a "
-            f"{type(dataset).__name__}. Items of an iterable one can't be drawn in any order: keep them in a list, "
+            f"from_dataset needs a map-style data set, with len(dataset) and dataset[i]; got "
+            f"{named_type(dataset)}. Items of an iterable one can't be drawn in any order: keep them in a list, "
             "list(dataset), if they fit into memory, or write them to files for ImageFolder."
         )
     if not len(dataset):

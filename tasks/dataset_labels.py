@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from tqdm.auto import tqdm
 
+from metamom.common.kinds import named_type
 from metamom.rng import Ints
 
 X_KEYS = ("image", "img", "pixel_values", "x", "input", "inputs", "features", "text")
@@ -81,8 +82,8 @@ def pair(item: Any, keys: Keys | None) -> tuple[Any, Any]:
     if isinstance(item, (tuple, list)) and len(item) >= 2:
         return item[0], item[1]
     raise TypeError(
-        f"from_dataset needs items (x, label), or dicts such as {{'image': ..., 'label': ...}}; dataset[i] gave a "
-        f"{type(item).__name__}."
+        f"from_dataset needs items (x, label), or dicts such as {{'image': ..., 'label': ...}}; dataset[i] gave "
+        f"{named_type(item)}."
     )
 
 
@@ -158,9 +159,7 @@ def _listed(values: Any) -> list[Any]:
     try:
         return list(values)
     except TypeError as error:
-        raise TypeError(
-            f"labels must be a list with one entry for each item; got a {type(values).__name__}."
-        ) from error
+        raise TypeError(f"labels must be a list with one entry for each item; got {named_type(values)}.") from error
 
 
 def _plain(label: Any) -> Label:

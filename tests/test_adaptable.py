@@ -273,7 +273,7 @@ def test_what_is_printed_is_a_small_table():
     assert lines == repr(result).splitlines()
     assert lines[0] == "steps  loss      ± 95 %"
     assert lines[2] == f"   10  {result.mean[1]:<8.4f}  {result.halfwidth[1]:.4f}"
-    assert lines[3] == "(50 tasks; batch statistics)"
+    assert lines[3] == "(50 tasks)"
     assert isinstance(result, tuple)
     other = sinusoid_learner()
     other.inner_lr = 0.05

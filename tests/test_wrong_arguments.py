@@ -134,7 +134,7 @@ FINE = {  # where one of them is what it may be
     ("train", "run_dir"): {"text", "digits", "None"},
     ("train", "settings"): {"None", "a dict"},
     ("train", "free"): {"a list", "a dict"},
-    ("train", "callbacks"): {"a list", "a dict"},
+    ("train", "callbacks"): {"a list", "a dict", "None"},
     ("train", "track_bias"): {"None"},
     ("train", "world"): {"None"},
     ("train", "label"): {"text", "digits", "None"},

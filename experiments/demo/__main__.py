@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from metamom.common.checks import RUNS
+from metamom.common.flag_types import count
 from metamom.experiments.demo.report import results, table, verdicts, write_report
 from metamom.experiments.demo.search import Search, search, search_table
 from metamom.experiments.demo.settings import METHODS, Demo, Tuned, tuned
@@ -37,19 +39,28 @@ def main() -> None:
         description="Momentum against plain meta-SGD, each at its own best step size.",
         allow_abbrev=False,
     )
+    at_least_one = count(RUNS, 1)
     parser.add_argument("--search", action="store_true", help="search γ and β on other seeds, and run no demo")
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="where to write (default: runs/demo; of a search, runs/demo-search)"
     )
     parser.add_argument(
-        "--seeds", type=int, metavar="N", default=Demo.seeds, help="seeds of each method (default: %(default)s)"
+        "--seeds",
+        type=at_least_one,
+        metavar="N",
+        default=Demo.seeds,
+        help="seeds of each method (default: %(default)s)",
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", default=_cores(), help="runs at a time (default: the cores, at most 8)"
+        "--jobs",
+        type=at_least_one,
+        metavar="N",
+        default=_cores(),
+        help="runs at a time (default: the cores, at most 8)",
     )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=at_least_one,
         metavar="N",
         default=1,
         help="threads of each run (default: 1, fastest on so small a network)",
@@ -62,9 +73,6 @@ def main() -> None:
     run_dir: Path = given.run_dir or RUN_DIRS[given.search]
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        for name in ("jobs", "threads"):
-            if getattr(given, name) < 1:
-                raise ValueError(f"--{name} must be at least 1; got {getattr(given, name)}.")
         demo = Demo(seeds=given.seeds, dtype=given.dtype)
         if given.search:
             result = search(demo, Search(), run_dir, given.jobs, given.resume)

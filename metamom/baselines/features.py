@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metamom.common.kinds import named_type
 from metamom.maml.run_by_task import call
 
 
@@ -65,6 +66,6 @@ def features_of(embedding: nn.Module, x: Any) -> Tensor:
     with torch.no_grad():
         found = call(embedding, x)
     if not isinstance(found, Tensor) or found.dim() < 2:
-        got = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        got = list(found.shape) if isinstance(found, Tensor) else named_type(found)
         raise ValueError(f"an embedding must return features [N, F]; got {got}.")
     return found.flatten(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
+from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, count, joined, mapped
 from metamom.maml.batch_checks import check_set
 from metamom.maml.fitting import copied
@@ -66,7 +67,7 @@ def frozen_copy(model: nn.Module, norm: Norm | None) -> nn.Module:
         ValueError: for another choice, or one that the model does not allow.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"wanted a model, a torch.nn.Module; got a {type(model).__name__}.")
+        raise TypeError(f"wanted a model, a torch.nn.Module; got {named_type(model)}.")
     check_norm(norm)
     if norm == "support":
         raise ValueError('a baseline normalises by norm="batch" or norm="frozen"; got norm="support".')

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 from metamom.baselines.per_task import PerTask, frozen_copy
 from metamom.common.checks import check_number, check_whole
 from metamom.common.choices import Norm
+from metamom.common.kinds import named_type
 from metamom.common.summaries import summary
 from metamom.common.trees import Tree, leaves, mapped
 from metamom.distributed import digest
@@ -137,7 +138,7 @@ class FromScratch(FineTuning):
         dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(make, nn.Module) or not callable(make):
-            raise TypeError(f"make must be a function that returns a new model; got a {type(make).__name__}.")
+            raise TypeError(f"make must be a function that returns a new model; got {named_type(make)}.")
         self.make = make
         self.seed = check_whole("seed", seed, 0)
         self._place = device, dtype
@@ -151,7 +152,7 @@ class FromScratch(FineTuning):
         with _seeded(f"{self.seed} {place}"):
             made: object = self.make()
         if not isinstance(made, nn.Module):
-            raise TypeError(f"make must return a model, a torch.nn.Module; it returned a {type(made).__name__}.")
+            raise TypeError(f"make must return a model, a torch.nn.Module; it returned {named_type(made)}.")
         device, dtype = self._place
         made = made if device is None else made.to(device)
         return made if dtype is None else made.to(dtype)

@@ -20,7 +20,7 @@ from metamom.cli.flags import (
     switch,
 )
 from metamom.cli.parser import Parser
-from metamom.common.choices import NORMS, STATISTICS_OF
+from metamom.common.choices import NORMS
 from metamom.common.flag_types import number, path, step_count
 from metamom.common.numbers import plural
 
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         return 0
     print(
         f"{tasks_in_words(run, asked)}, split {arguments.split}, {arguments.tasks} tasks, trained for {run.step} "
-        f"{plural(run.step, 'iteration')}; {STATISTICS_OF[result.norm]}"
+        f"{'; '.join([plural(run.step, 'iteration'), *result.normalised])}"
     )
     print("\n".join(table(result, baselines)))
     return 0

@@ -43,7 +43,7 @@ def as_json(result: Evaluation, baselines: Mapping[str, Row], *, per_task: bool,
     """The result as JSON values; ``metric`` says whether to name it."""
     answer: dict[str, Any] = _values(result)
     answer["tasks"] = result.values.shape[1]
-    if result.norm != "batch":
+    if result.norm not in (None, "batch"):
         answer["norm"] = result.norm
     if metric:
         answer["metric"] = result.metric

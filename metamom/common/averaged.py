@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # Keyed by the parameter's identity, not its entries; removed with the parameter. The value is the operator's SPEC.
 _specs: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
-_in_use = False  # whether there ever was a note; torch.compile can read this, and not the dictionary
+_in_use = False  # whether there may be a note; torch.compile can read this, and not the dictionary
 
 
 def note(parameter: Tensor, spec: str) -> None:
@@ -32,6 +32,8 @@ def averaged_by(parameters: Iterable[Tensor]) -> str | None:
 
 def forget(parameters: Iterable[Tensor]) -> None:
     """Remove the notes on these parameters' gradients."""
+    global _in_use
     if _in_use:
         for parameter in parameters:
             _specs.pop(parameter, None)
+        _in_use = bool(_specs)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metamom.common.did_you_mean import did_you_mean
+from metamom.common.kinds import named_type
 from metamom.common.user_code import place_in_user_code
 
 FORM = "PACKAGE.MODULE:CALLABLE"
@@ -37,7 +38,7 @@ def named_callable(text: str, what: str = "the model", *, folder: str | None = N
             raise ValueError(f"{what} {text}: {module_name} has no {name}{did_you_mean([name], known) or '.'}")
         found = getattr(found, name)
     if not callable(found):
-        raise ValueError(f"{what} {text} must be a class or a function that returns it; got a {type(found).__name__}.")
+        raise ValueError(f"{what} {text} must be a class or a function that returns it; got {named_type(found)}.")
     result: Callable[..., Any] = found
     return result
 

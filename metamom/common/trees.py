@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metamom.common.kinds import named_type
+
 # Tensor | Mapping[str, Tree] | Sequence[Tree] | None. It is Any, so that nobody has to cast batch.support_x.
 Tree: TypeAlias = Any
 
@@ -84,7 +86,7 @@ def shown(tree: Tree) -> str:
         return f"{{{', '.join(f'{key!r}: {shown(each)}' for key, each in tree.items())}}}"
     if isinstance(tree, (tuple, list)):
         return f"({', '.join(shown(each) for each in tree)})"
-    return "None" if tree is None else f"a {type(tree).__name__}"
+    return "None" if tree is None else named_type(tree)
 
 
 def flattened(fields: tuple[Tree, ...]) -> tuple[pytree.TreeSpec, list[Tensor]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from metamom.common.kinds import named_type
+
 MOST = 6  # names of one kind in an error
 
 
@@ -33,7 +35,7 @@ def differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
 
 
 def _shape(x: Any) -> str:
-    return str(list(x.shape)) if hasattr(x, "shape") else f"a {type(x).__name__}"
+    return str(list(x.shape)) if hasattr(x, "shape") else named_type(x)
 
 
 def _listed(names: Collection[str]) -> str:

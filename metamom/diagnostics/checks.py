@@ -7,6 +7,7 @@ import math
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator
 from metamom.common.checks import AT_ONCE, check_number, check_whole
+from metamom.common.kinds import named_type
 from metamom.diagnostics.sources import half_points, pairs, points_per_shot
 from metamom.maml.estimators import memoryless_estimators
 from metamom.maml.learner import MAML
@@ -28,7 +29,7 @@ def check_plan(
         ValueError: for one that is out of range, an estimator with a memory, or an operator with error feedback.
     """
     if not isinstance(learner, MAML):
-        raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got a {type(learner).__name__}.")
+        raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got {named_type(learner)}.")
     if learner.estimator not in memoryless_estimators():
         raise ValueError(
             f"the bias is measured for estimators without memory: {', '.join(memoryless_estimators())}; got "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import Sampler, TaskBatch, TaskSampler, block, check_sampler
+from metamom.common.kinds import named_type
 from metamom.interop.imports import import_learn2learn
 from metamom.maml.estimators import Estimator
 from metamom.maml.learner import MAML, LossFn
@@ -98,9 +99,7 @@ class FromTaskset(TaskSampler):
             with seeded(f"{self.seed} {which}"):  # its first use fixes a task: make it the same for all
                 task = self.taskset[which]
         if not isinstance(task, (tuple, list)) or len(task) != 2:
-            raise ValueError(
-                f"a task must be (data, labels); got a {type(task).__name__}. Add LoadData to the transforms."
-            )
+            raise ValueError(f"a task must be (data, labels); got {named_type(task)}. Add LoadData to the transforms.")
         return self._split(task[0], torch.as_tensor(task[1]))
 
     def describe(self) -> dict[str, Any]:

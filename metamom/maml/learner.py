@@ -27,7 +27,7 @@ from metamom.maml.server_step import Backward as Backward
 from metamom.maml.server_step import server_step
 from metamom.maml.swapping import alone
 from metamom.maml.task_weights import Params
-from metamom.server.aggregate import unflatten
+from metamom.server.aggregate import after_hooks, unflatten
 from metamom.server.robust import Aggregate
 
 
@@ -166,7 +166,8 @@ class MAML(Adapting):
         """Compute each worker's composite meta-gradient, the mean over its own tasks.
 
         ``g_i = 1/m sum_t d L_query,t(u_J,t) / dw`` over the m = T/n tasks that `TaskBatch.split` deals to worker i.
-        Tracked estimators update their moving averages, unless a loss or a gradient is not finite.
+        Tracked estimators update their moving averages, unless a loss or a gradient is not finite. Hooks of the
+        parameters (`torch.Tensor.register_hook`) run on each worker's gradient; those of `backward` on their aggregate.
 
         Args:
             batch: T tasks.
@@ -185,7 +186,11 @@ class MAML(Adapting):
             rows, of_tasks = zip(*self._gradients.by_worker(weights, differentiable_batch(batch), workers), strict=True)
             grads, tasks = torch.cat(rows), OfTasks.joined(of_tasks)
             self._plan().remember(batch.task_ids, tasks.averages, grads, tasks.losses)
-            return MetaGradient(unflatten(grads, weights), tasks.losses)
+            found = unflatten(grads, weights)
+            for name, weight in weights.items():
+                if weight._backward_hooks:
+                    found[name] = torch.stack([after_hooks(weight, row) for row in found[name]])
+            return MetaGradient(found, tasks.losses)
 
     @asserts_explained()
     def backward(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, leaves, shown
 from metamom.maml.batch_checks import IGNORED
 from metamom.maml.class_scores import class_axes
@@ -241,4 +242,4 @@ def _said(error: Exception) -> str:
 
 
 def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else named_type(value)

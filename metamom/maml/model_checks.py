@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules import module as every_module
 from torch.nn.parameter import is_lazy
 
+from metamom.common.kinds import named_type
 from metamom.maml.vmap_errors import VmapError
 
 # The wrapper classes, by module and name. They are looked up only in modules that are already imported: importing these
@@ -38,7 +39,7 @@ def check_kind(model: object) -> None:
     if isinstance(model, type):
         raise TypeError(f"wanted a model, such as {model.__name__}(...); got the class {model.__name__} itself.")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"wanted a model, a torch.nn.Module; got a {type(model).__name__}.")
+        raise TypeError(f"wanted a model, a torch.nn.Module; got {named_type(model)}.")
     wrappers, sharded = _loaded(WRAPPERS), _loaded(SHARDED)
     wrapped = [f"{n or 'the model'} ({type(m).__name__})" for n, m in model.named_modules() if isinstance(m, wrappers)]
     wrapped += [n for n, p in model.named_parameters() if isinstance(p, sharded)]

@@ -63,6 +63,14 @@ def resolved(model: nn.Module, norm: Norm | None) -> Norm | None:
     return norm
 
 
+def statistics_used(model: nn.Module, norm: Norm | None) -> Norm | None:
+    """As `resolved`, but ``"batch"`` for layers that keep no statistics; ``None`` if no layer normalises a batch."""
+    chosen = resolved(model, norm)
+    if chosen is None and any(isinstance(module, (_BatchNorm, BatchNormReLU)) for module in model.modules()):
+        return "batch"
+    return chosen
+
+
 def _of_mode(model: nn.Module) -> Norm:
     """What layers with running statistics use in PyTorch: those in ``eval()``, else those of the current batch."""
     with alone(model):  # another thread may have put it into evaluation mode for a call

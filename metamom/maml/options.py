@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from metamom.common.checks import INNER_STEPS, check_whole, is_word
+from metamom.common.kinds import named_type
 from metamom.maml.estimators import check_estimator, tracked_estimators
 from metamom.maml.model_checks import check_hooks, check_kind
 from metamom.maml.norm import check_norm, resolved
@@ -70,7 +71,7 @@ def check_loss_owner(loss_fn: Any) -> None:
         loss_fn = getattr(loss_fn, "__self__", None)
     if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
         raise ValueError(
-            f"loss_fn calls a {type(loss_fn).__name__} with parameters, which would get no gradients: pass a module "
+            f"loss_fn calls {named_type(loss_fn)} with parameters, which would get no gradients: pass a module "
             "whose forward(predictions, targets) is the loss."
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metamom.common.averaged import averaged_by
 from metamom.common.checks import check_number, is_word
+from metamom.common.kinds import named_type
 
 # Option names of other optimizers, and what to use instead.
 INSTEAD = {
@@ -39,7 +40,7 @@ def as_parameters(params: Any) -> list[Any]:
         raise ValueError("wanted parameters, such as model.parameters(); got none.")
     for each in found:
         if not isinstance(each, (Tensor, dict, tuple)):
-            raise TypeError(f"wanted parameters, such as model.parameters(); got a {type(each).__name__} among them.")
+            raise TypeError(f"wanted parameters, such as model.parameters(); got {named_type(each)} among them.")
     return found
 
 

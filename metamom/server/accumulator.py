@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from metamom.bias import Bias, as_operator
+from metamom.common.kinds import named_type
 from metamom.common.sharded import is_sharded
 from metamom.distributed import World, as_world
 from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
@@ -93,7 +94,7 @@ class BiasedAccumulator:
         params = list(params)
         odd = next((p for p in params if not isinstance(p, Tensor)), None)
         if odd is not None:
-            raise TypeError(f"BiasedAccumulator takes parameters (no names, no groups); got a {type(odd).__name__}.")
+            raise TypeError(f"BiasedAccumulator takes parameters (no names, no groups); got {named_type(odd)}.")
         if any(is_sharded(p) for p in params):
             raise TypeError(
                 "BiasedAccumulator needs each worker's whole gradient; got DTensors, of which a process holds a part. "

@@ -38,9 +38,7 @@ def deliver(parameter: Tensor, gradient: Tensor, operator: BiasOperator | None =
     It also notes for `CompositeMomentum` whether ``operator`` has averaged the gradient over steps.
     """
     if add:
-        for hook in (parameter._backward_hooks or {}).values():
-            changed = hook(gradient)
-            gradient = gradient if changed is None else changed
+        gradient = after_hooks(parameter, gradient)
     before = parameter.grad if add else None
     parameter.grad = gradient if before is None else before + gradient
     if operator is not None and operator.carries_momentum:
@@ -50,6 +48,14 @@ def deliver(parameter: Tensor, gradient: Tensor, operator: BiasOperator | None =
     if add:
         for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
             hook(parameter)
+
+
+def after_hooks(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """What the parameter's hooks (`torch.Tensor.register_hook`) make of its gradient."""
+    for hook in (parameter._backward_hooks or {}).values():
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    return gradient
 
 
 class Aggregation:

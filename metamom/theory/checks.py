@@ -16,6 +16,8 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
+from metamom.common.kinds import with_article
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -65,7 +67,7 @@ def _argument(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
         return value
     if not any(_is_a(value, kind) for kind in kinds):
-        wanted = " or ".join(_WORDS.get(kind) or f"a {kind.__name__}" for kind in kinds)
+        wanted = " or ".join(_WORDS.get(kind) or with_article(kind.__name__) for kind in kinds)
         raise TypeError(f"{name} must be {wanted}; got {value!r}.")
     if int in kinds and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         return int(value)

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from metamom.common.kinds import named_type
+
 
 def check_kind(mine: Tensor, saved: Tensor, place: str) -> None:
     """Check that both tensors are floating-point, complex, integer or boolean. Widths may differ."""
@@ -48,7 +50,7 @@ def check_alike(mine: Any, saved: Any, place: str) -> None:
         for i, (a, b) in enumerate(zip(mine, saved, strict=True)):
             check_alike(a, b, f"{place}[{i}]")
     elif type(saved) is not type(mine):
-        refuse(place, f"a {type(mine).__name__}", saved)
+        refuse(place, named_type(mine), saved)
 
 
 def same(mine: Any, saved: Any) -> bool:
@@ -89,5 +91,5 @@ def short(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a whole number of {value.bit_length():,} bits"
-    text = repr(value) if isinstance(value, (int, float, str, bytes, type(None))) else f"a {type(value).__name__}"
+    text = repr(value) if isinstance(value, (int, float, str, bytes, type(None))) else named_type(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from metamom.common.kinds import named_type
 from metamom.training.callbacks import Callback
 
 EVENTS = ("on_start", "on_step", "on_validation", "on_end")
@@ -51,7 +52,7 @@ def as_callbacks(callbacks: object) -> list[Callback]:
     found = list(callbacks)
     for each in found:
         if not _is_callback(each):
-            kind = f"the class {each.__name__} itself" if isinstance(each, type) else f"a {type(each).__name__}"
+            kind = named_type(each)
             raise TypeError(f"{wanted}, or objects with a method {_or(EVENTS)}; got {kind}.")
     return [_callback(each) for each in found]
 

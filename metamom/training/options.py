@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from metamom.common.checks import AT_ONCE, MOST, check_number, check_whole
 from metamom.common.choices import Aggregate
 from metamom.common.flag_types import every, long_count, path, task_count
+from metamom.common.kinds import named_type
 from metamom.common.options import Flag, declared, either, option, whole
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _settings(name: str, value: Any) -> Any:
         try:
             json.dumps(entry, sort_keys=True)
         except (TypeError, ValueError, RecursionError) as error:
-            kind = f"the class {entry.__name__} itself" if isinstance(entry, type) else f"a {type(entry).__name__}"
+            kind = named_type(entry)
             raise TypeError(
                 f"{name} must hold JSON values: None, truth values, numbers, text, lists and dicts of them; got "
                 f"{kind} as {key!r} ({error}). Leave it out, or put a number or a text in its place."

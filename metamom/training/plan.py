@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.bias.function import Function, function_name
+from metamom.common.kinds import named_type
 from metamom.distributed import World
 from metamom.maml.learner import MAML
 from metamom.maml.norm import resolved
@@ -52,7 +53,7 @@ def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World |
         ValueError: for an option out of range, or options in conflict.
     """
     if not isinstance(learner, MAML):
-        raise TypeError(f"train takes a metamom.MAML learner; got a {type(learner).__name__}. Wrap the model in MAML.")
+        raise TypeError(f"train takes a metamom.MAML learner; got {named_type(learner)}. Wrap the model in MAML.")
     check_sampler(sampler, "train needs a sampler, which")
     options = options.in_range()
     workers = options.workers
@@ -165,7 +166,7 @@ def as_schedulers(schedulers: Schedulers, optimizer: Optimizer) -> list[Schedule
 
 def _kind(thing: object) -> str:
     """Describe an object, for errors."""
-    return f"the class {thing.__name__} itself" if isinstance(thing, type) else f"a {type(thing).__name__}"
+    return named_type(thing)
 
 
 # entries of `describe` that earlier versions did not record

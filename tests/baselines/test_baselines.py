@@ -207,7 +207,7 @@ def test_they_rank_as_one_expects():
         (lambda: FineTuning(embedding(), F.cross_entropy, optimizer="sdg"), ValueError, "optimizer must be sgd, adam"),
         (lambda: FineTuning(embedding(), 3), TypeError, "loss_fn"),
         (lambda: FromScratch(embedding(), F.cross_entropy), TypeError, "make must be a function"),
-        (lambda: FromScratch(lambda: 3, F.cross_entropy), TypeError, "it returned a int"),
+        (lambda: FromScratch(lambda: 3, F.cross_entropy), TypeError, "it returned an int"),
         (
             lambda: evaluate(NearestCentroid(nn.Flatten()), Sinusoid(), tasks=4, steps=(0,)),
             TypeError,

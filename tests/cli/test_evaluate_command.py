@@ -33,7 +33,7 @@ def test_evaluate_prints_a_table(metamom, trained):
     said = metamom("evaluate", trained, "--tasks", 10, "--steps", "0,1", "--shots", 7)
     assert said.code == 0
     head, columns, *rows = said.out.splitlines()
-    assert head == ("sinusoid 7-shot, split test, 10 tasks, trained for 6 iterations; batch statistics")
+    assert head == ("sinusoid 7-shot, split test, 10 tasks, trained for 6 iterations")
     assert columns.split() == ["steps", "loss", "±", "95", "%"]
     answer = json.loads(metamom("evaluate", trained, "--tasks", 10, "--steps", "0,1", "--shots", 7, "--json").out)
     assert [row.split() for row in rows] == [

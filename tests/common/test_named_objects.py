@@ -41,7 +41,7 @@ def test_what_is_found(here):
         ("nets-of-mine:Net", "is named as"),
         ("nowhere:Net", r"there is no module nowhere, here in .*"),
         ("nets_of_mine:Nett", "nets_of_mine has no Nett; did you mean Net?"),
-        ("nets_of_mine:number", "must be a class or a function that returns it; got a int"),
+        ("nets_of_mine:number", "must be a class or a function that returns it; got an int"),
         ("needs_more:Net", "needs_more imports nothing_of_this_name, which is not installed"),
     ],
 )

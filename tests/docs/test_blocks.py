@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def trained_on_photos(tmp_path_factory, data_root) -> Path:
     words = ["train", "images", "--root", str(photos), "--iterations", "2", "--meta-batch", "2", "--queries", "2"]
     words += ["--inner-lr", "0.1", "--image-size", "28", "--evaluate-tasks", "4"]
     assert cli.main([*words, "--run-dir", str(folder / "runs" / "photos")]) == 0
+    shutil.copytree(next((photos / "test").iterdir()), folder / "inbox")
     return folder
 
 

@@ -326,18 +326,24 @@ def test_the_loop_of_the_readme_learns():
 
 
 def test_hooks_of_parameters_run_as_in_a_backward_pass():
-    """Before a gradient is added to what is there, and after; but not for `meta_gradient`, which leaves none."""
+    """Before a gradient is added to what is there, and after. `meta_gradient` adds none: only the first kind runs."""
     torch.manual_seed(0)
     model, batch = nn.Linear(2, 1).double(), regression_batch(tasks=2)
     learner, calls = MAML(model, F.mse_loss, inner_lr=0.1), []
     model.weight.register_hook(lambda gradient: gradient / 2)
     model.weight.register_hook(lambda gradient: calls.append("seen"))
     model.bias.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.clone()))
+    plain = MAML(copy.deepcopy(model), F.mse_loss, inner_lr=0.1).meta_gradient(batch, workers=2).grads
+    grads = learner.meta_gradient(batch, workers=2).grads
+    torch.testing.assert_close(grads["weight"], plain["weight"] / 2)
+    assert calls == ["seen", "seen"]  # once for each worker
+    calls.clear()
     grads = learner.meta_gradient(batch).grads
-    assert not calls
+    assert calls == ["seen"]
+    calls.clear()
     for n in (1, 2):
         learner.backward(batch)
-        torch.testing.assert_close(model.weight.grad, n * grads["weight"][0] / 2)
+        torch.testing.assert_close(model.weight.grad, n * grads["weight"][0])
         torch.testing.assert_close(model.bias.grad, n * grads["bias"][0])
     assert calls[0] == calls[2] == "seen"
     torch.testing.assert_close(calls[3], 2 * grads["bias"][0])

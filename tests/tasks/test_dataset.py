@@ -229,7 +229,7 @@ def ragged() -> list:
             r"got a dict of 'train', 'test'. Pass one of them: dataset\['train'\]",
         ),
         ([], {}, ValueError, "the data set is empty"),
-        ([1, 2], {}, TypeError, r"items \(x, label\).*gave a int"),
+        ([1, 2], {}, TypeError, r"items \(x, label\).*gave an int"),
         ([(1.0, 0.5)], {}, TypeError, r"whole numbers or text, one class each; got 0.5"),
         ([(1.0, torch.zeros(3))], {}, TypeError, r"got a tensor of shape \[3\]"),
         ([(1.0, 1), (1.0, "a")], {}, TypeError, "all whole numbers or all text"),

@@ -199,7 +199,7 @@ def test_streams_reach_every_member_that_has_them():
     ("samplers", "error", "message"),
     [
         ([], ValueError, "a sampler for each worker; got none"),
-        ([SINUSOID, 3], TypeError, r"samplers\[1\] must have a method .*got a int"),
+        ([SINUSOID, 3], TypeError, r"samplers\[1\] must have a method .*got an int"),
         ([PerWorker([SINUSOID])], TypeError, "in one list"),
         ([SINUSOID, FixedTasks(SINUSOID, 2)], TypeError, "1 of the 2 samplers are FixedTasks"),
     ],

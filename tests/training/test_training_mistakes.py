@@ -89,7 +89,7 @@ def test_learned_step_sizes_left_out_of_the_optimizer(kind):
     go(made, over(made.model.parameters()))
 
 
-@pytest.mark.parametrize(("optimizer", "got"), [(SGD, "the class SGD itself"), (3, "a int"), (None, "a NoneType")])
+@pytest.mark.parametrize(("optimizer", "got"), [(SGD, "the class SGD itself"), (3, "an int"), (None, "a NoneType")])
 def test_what_is_no_optimizer(optimizer, got):
     with pytest.raises(TypeError, match=f"a torch optimizer over learner.parameters.*got {got}"):
         go(learner(), optimizer)
