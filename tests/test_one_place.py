@@ -249,7 +249,7 @@ def test_a_family_in_the_commands(monkeypatch, tmp_path, capsys):
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
     assert (settings["task"], settings["shots"], settings["meta_batch"], settings["ways"]) == ("made-up", 6, 4, None)
     assert cli.main(["evaluate", str(run), "--tasks", "4", "--steps", "1"]) == 0
-    assert capsys.readouterr().out.startswith("made-up 6-shot, split test, 4 tasks, trained for 7 iterations; ")
+    assert capsys.readouterr().out.startswith("made-up 6-shot, split test, 4 tasks, trained for 7 iterations\n")
     assert cli.main(["evaluate", str(run), "--split", "background"]) == 2
     assert "lines have the splits train, validation and test; got 'background'" in capsys.readouterr().err
     for what in ("made-up", str(run)):

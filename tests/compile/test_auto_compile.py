@@ -166,6 +166,7 @@ except CompilerError as failure:
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_that_breaks_after_the_kernels_were_built(tmp_path):
     """A real one: it still tells its version, by which the kernels are found, but TorchInductor's code fails in it."""
     load()

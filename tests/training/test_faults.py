@@ -135,7 +135,8 @@ def restarted_by_torchrun(arguments: list[str], times: int, said: Path) -> Itera
             os.kill(child.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("bias", ["ef21:topk:5%", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", ["ef21:topk:5%", "none"])
 def test_killed_twice_under_torchrun_ends_as_undisturbed(bias, tmp_path):
     draw = random.Random(bias)
     run, said = tmp_path / "run", tmp_path / "said.txt"

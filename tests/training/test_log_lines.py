@@ -79,7 +79,7 @@ def test_in_a_terminal(capsys, monkeypatch):
     assert " it, " not in err
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_of_the_runs_of_a_comparison(jobs, capfd, tmp_path):
     """A line for each run that ends, and none for its validations."""
     small = ["--iterations", "4", "--evaluate-every", "2", "--evaluate-tasks", "4", "--tasks", "4", "--meta-batch", "2"]

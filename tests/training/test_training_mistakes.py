@@ -412,7 +412,7 @@ def test_what_is_no_sampler(sampler):
     for name, take in takers.items():
         if name == "validation" and sampler is None:
             continue
-        with pytest.raises(TypeError, match=r"must have a method sample\(step, num_tasks\).*got (a|the class) \w+"):
+        with pytest.raises(TypeError, match=r"must have a method sample\(step, num_tasks\).*got (an?|the class) \w+"):
             take()
 
 
