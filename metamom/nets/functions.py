@@ -8,6 +8,7 @@ activations becomes part of the normalisation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metamom.nets import cells
 from metamom.nets.convolution import convolve
 from metamom.nets.kernels.convolutions import Geometry
 from metamom.nets.linear import linear
@@ -53,11 +55,22 @@ class FastFunctions:
             F.max_pool2d: self.max_pool2d,
             torch.max_pool2d: self.max_pool2d,
             F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+            **{func: self._seeing(made) for func, made in cells.replacements(self.linear).items()},
         }
 
     def get(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """The replacement of a function, if there is one."""
         return self._table.get(func)
+
+    def _seeing(self, replacement: Callable[..., Any]) -> Callable[..., Any]:
+        """The replacement, which is seen whenever it is called."""
+
+        @wraps(replacement)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.seen = True
+            return replacement(*args, **kwargs)
+
+        return called
 
     def conv2d(
         self,
