@@ -43,3 +43,15 @@ def replacements(linear: Linear) -> dict[Callable[..., Any], Callable[..., Any]]
         torch.rnn_relu_cell: relu_cell,
         torch.gru_cell: gru_cell,
     }
+
+
+def fits(x: Tensor, h: Tensor, w_x: Tensor, w_h: Tensor, *biases: Tensor | None) -> bool:
+    """Whether the arguments are those of a cell, of one dtype and device: ``x [N, in]``, ``h [N, hidden]``, weights."""
+    given = [x, h, w_x, w_h, *(b for b in biases if b is not None)]
+    if torch.is_autocast_enabled(x.device.type) or any((t.dtype, t.device) != (x.dtype, x.device) for t in given):
+        return False
+    if not (x.dtype.is_floating_point and x.dim() == h.dim() == w_x.dim() == w_h.dim() == 2):
+        return False
+    gates, hidden = w_h.shape
+    sizes = x.shape[1] == w_x.shape[1] and w_x.shape[0] == gates and h.shape == (x.shape[0], hidden)
+    return sizes and all(b.shape == (gates,) for b in given[4:])

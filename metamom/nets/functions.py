@@ -55,20 +55,29 @@ class FastFunctions:
             F.max_pool2d: self.max_pool2d,
             torch.max_pool2d: self.max_pool2d,
             F.adaptive_avg_pool2d: adaptive_avg_pool2d,
-            **{func: self._seeing(made) for func, made in cells.replacements(self.linear).items()},
+            **{cell: self._cell(cell, composed) for cell, composed in cells.replacements(self.linear).items()},
         }
 
     def get(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """The replacement of a function, if there is one."""
         return self._table.get(func)
 
-    def _seeing(self, replacement: Callable[..., Any]) -> Callable[..., Any]:
-        """The replacement, which is seen whenever it is called."""
+    def _cell(self, original: Callable[..., Tensor], composed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A recurrent cell; PyTorch's own where the composed one may round differently, or PyTorch raises an error."""
 
-        @wraps(replacement)
-        def called(*args: Any, **kwargs: Any) -> Any:
+        @wraps(composed)
+        def called(
+            input: Tensor,
+            hx: Tensor,
+            w_ih: Tensor,
+            w_hh: Tensor,
+            b_ih: Tensor | None = None,
+            b_hh: Tensor | None = None,
+        ) -> Tensor:
+            if not cells.fits(input, hx, w_ih, w_hh, b_ih, b_hh):
+                return original(input, hx, w_ih, w_hh, b_ih, b_hh)
             self.seen = True
-            return replacement(*args, **kwargs)
+            return composed(input, hx, w_ih, w_hh, b_ih, b_hh)
 
         return called
 

@@ -65,6 +65,20 @@ def test_cells_with_one_state(cell, bias, points):
         check(cell, x, h, *weights(CELLS[cell], bias))
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [((4, 2), (1, 5), (15, 2), (15, 5)), ((4, 2), (4, 6), (15, 2), (15, 5)), ((4, 2), (4, 5), (12, 2), (15, 5))],
+    ids=["one state for all points", "another width", "other gates"],
+)
+def test_sizes_that_do_not_fit_are_errors_of_pytorch(shapes):
+    args = [draw(TASKS, *shape, seed=i) for i, shape in enumerate(shapes)]
+    with FunctionsByTask(), pytest.raises(RuntimeError) as ours:
+        torch.func.vmap(torch.gru_cell)(*args)
+    with pytest.raises(RuntimeError) as theirs:
+        torch.gru_cell(*(x[0] for x in args))
+    assert str(ours.value) == str(theirs.value)
+
+
 class Recurrent(nn.Module):
     """Reads a sequence ``[N, L, 2]``, cell by cell."""
 
