@@ -17,7 +17,7 @@ from metamom.experiments.demo.pictures import draw
 from metamom.experiments.demo.search import search_table
 from metamom.experiments.demo.settings import METHODS, Case, Demo, Tuned
 from metamom.experiments.demo.settings import Method as MethodName
-from metamom.experiments.demo.training import Arm, Ending, curve, ending
+from metamom.experiments.demo.training import Arm, Ending, curve, ending, sent
 from metamom.experiments.demo.verdict import Ratio, Verdict, gain, quotient
 from metamom.experiments.families.family import MEAN_SQUARED_ERROR
 from metamom.experiments.report import Method, Page, Section, SeedRun, can_write_page, write_page
@@ -190,7 +190,7 @@ def text(demo: Demo, tuned: Tuned, found: Sequence[Result]) -> list[str]:
 
 
 def page(demo: Demo, found: Sequence[Result], run_dir: Path) -> Page:
-    """The report as a page that can be looked into: curves, steps to the target, and differences seed by seed."""
+    """The report as a page that can be looked into: curves, steps, bytes, and each seed's ratio."""
     env = environment()
     words = [line.replace("\n    ", " ") for line in verdicts(found)]
     sections = []
@@ -198,13 +198,15 @@ def page(demo: Demo, found: Sequence[Result], run_dir: Path) -> Page:
         methods = []
         for method, label in METHODS.items():
             runs = [
-                SeedRun(arm.seed, curve=tuple(curve(arm, run_dir)), diverged=end.diverged)
+                SeedRun(arm.seed, curve=tuple(curve(arm, run_dir)), diverged=end.diverged, sent=sent(arm, run_dir))
                 for arm, end in zip(result.arms[method], result.ends[method], strict=True)
             ]
             arm = result.arms[method][0]
             methods.append(Method(f"{label}, γ = {arm.lr:.3g}" + f", β = {arm.beta:g}" * (arm.beta < 1), tuple(runs)))
         title = f"({result.case.name}) {result.case.title}"
-        sections.append(Section(title, MEAN_SQUARED_ERROR, tuple(methods), demo.target, line))
+        each = ", ".join("none" if math.isnan(log) else f"{math.exp(log):.2f}" for log in result.gain.logs)
+        text = f"{line} By seed: {each}."
+        sections.append(Section(title, MEAN_SQUARED_ERROR, tuple(methods), demo.target, text))
     note = f"A run ends once its error is at most {demo.target:g}: compare the iterations to the target."
     return Page(TITLE, tuple(sections), (*words, note), ({**env, "command": _words(env)},))
 

@@ -165,6 +165,12 @@ def curve(arm: Arm, run_dir: Path) -> list[tuple[int, float]]:
     return [(step, value) for step, value in values if math.isfinite(value)]
 
 
+def sent(arm: Arm, run_dir: Path) -> int | None:
+    """The bytes that a run's workers sent in all; ``None`` if there is nothing to send."""
+    found = [line["wire_bytes"] for line in read_metrics(arm.folder(run_dir)) if line.get("wire_bytes")]
+    return sum(found) if found else None
+
+
 def steps_done(arm: Arm, run_dir: Path) -> int:
     """A run's steps so far, in units of the expected ones: all of them once it has ended, and never all before."""
     folder = arm.folder(run_dir)

@@ -33,6 +33,7 @@ BOX_STYLE = """
 :host { color: var(--text, #1b1b1f); font: 15px system-ui, sans-serif; }
 .bk-input-group { display: flex; flex-flow: row wrap; gap: 4px 16px; }
 .bk-input-group > label { margin: 0; }
+select.bk-input { background-color: var(--page, #fff); color: var(--text, #1b1b1f); border-color: var(--line, #999); }
 """
 
 # The checkboxes switch what is drawn, and what the legend switches shows in the checkboxes.

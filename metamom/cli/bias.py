@@ -55,7 +55,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         type=counts(point_count),
         metavar="M,M,...",
     )
-    flag(task, "--queries", "query points, a class or task", "as in training", type=point_count)
+    flag(task, "--queries", "query points, a class or task", "as in training, of a class at most 4", type=point_count)
     flag(task, "--tasks", "number of tasks in all", _tasks(), type=task_count)
     add_data_root(task)
     add_own_options(task, FAMILIES, but="model")
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     what, root = arguments.what, arguments.data_root or arguments.root
     sampler = None
     if what in FAMILIES:
-        recipe = Recipe(task=what, **given_flags(arguments))
+        recipe = _with_few_queries(Recipe(task=what, **given_flags(arguments)), arguments.queries)
         learner = recipe.learner()
         title = f"{what}, weights as drawn"
     else:
@@ -163,10 +163,17 @@ def _of_run(
         for name in ("estimator", "bias", "seed", "queries")
         if (value := getattr(arguments, name)) is not None
     }
-    recipe = replace(trained, **asked)
+    recipe = _with_few_queries(replace(trained, **asked), arguments.queries)
     learner = run.learner.like(estimator=recipe.estimator)
     sampler = partial(tasks_of, run.settings) if run.recipe is None else None
     return recipe, learner, f"{recipe.task}, after {run.step} {plural(run.step, 'iteration')}", sampler
+
+
+def _with_few_queries(recipe: Recipe, asked: int | None) -> Recipe:
+    """The recipe with at most the plan's queries of a class, unless some were asked for: a class may have 20 images."""
+    if asked is not None or recipe.family.classes is None or recipe.queries is None:
+        return recipe
+    return replace(recipe, queries=min(recipe.queries, recipe.family.bias.queries))
 
 
 def _sizes() -> str:

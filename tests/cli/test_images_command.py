@@ -532,3 +532,18 @@ def test_adapt_with_the_statistics_of_the_images_that_are_classified_together(ru
     alone = json.loads(metamom(*arguments, "--predict", files[0]).out)
     assert together["norm"] == "batch"
     assert together["predictions"][0]["probability"] != pytest.approx(alone["predictions"][0]["probability"], rel=1e-3)
+
+
+def test_a_folder_that_has_moved_and_few_images_of_a_class(run, photos, metamom, tmp_path):
+    """The error names the flag; the bias meter draws at most four queries of a class, for classes of 20 images."""
+    copy, gone = tmp_path / "run", tmp_path / "gone"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["settings"]["root"] = str(gone)
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    said = metamom("evaluate", copy, "--tasks", "4")
+    assert said.code == 2
+    assert f"{gone} does not exist" in said.err
+    assert "If the data has moved, name its folder with --data-root." in said.err
+    measured = metamom("bias", copy, "--data-root", photos, "--tasks", "12", "--inner-batch", "1,2", "--json")
+    assert measured.code == 0, measured.err

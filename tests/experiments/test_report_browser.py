@@ -189,3 +189,7 @@ def test_a_narrow_screen_and_both_themes(browser, url, theme):
         colour = legend.evaluate("e => getComputedStyle(e).color")
         assert colour == page.evaluate("getComputedStyle(document.body).color")
         assert page.locator("div.plot").first.bounding_box()["width"] <= 390
+        chosen = page.locator("select").first.evaluate(
+            "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]"
+        )
+        assert chosen == [background, colour]
