@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from character_folders import write_characters
 from command import SMALL, Answer
 
 from metamom import cli
@@ -43,3 +44,9 @@ def trained_omniglot(tmp_path_factory, data_root) -> Path:
     root = ["--data-root", str(data_root)]
     assert cli.main(["train", "omniglot", "--run-dir", str(run), *arguments, *root]) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory, data_root) -> Path:
+    """40 classes of images, 84 x 84."""
+    return write_characters(data_root, tmp_path_factory.mktemp("photos") / "photos")

@@ -6,6 +6,8 @@ import re
 from typing import NamedTuple
 
 SMALL = ["--meta-batch", "4", "--shots", "5", "--evaluate-tasks", "4"]
+SMALL_IMAGES = ["--iterations", "4", "--meta-batch", "2", "--queries", "2", "--inner-lr", "0.1", "--image-size", "28"]
+SMALL_IMAGES += ["--evaluate-tasks", "4"]
 
 
 class Answer(NamedTuple):
