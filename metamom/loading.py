@@ -71,16 +71,6 @@ class LoadedRun:
             ValueError: if the run's ``config.json`` does not say how to make its tasks, and for images that have
                 changed.
         """
-        from metamom.tasks.locate import DataNotFoundError
-
-        if root is None:
-            try:
-                return self._sampler(split, None, changes)
-            except DataNotFoundError as error:
-                raise DataNotFoundError(f"{error} If the data has moved, name its folder with root=.") from error
-        return self._sampler(split, root, changes)
-
-    def _sampler(self, split: str, root: str | None, changes: Mapping[str, Any]) -> Sampler:
         from dataclasses import replace
 
         from metamom.experiments.python_tasks import known_sampler, task_family
@@ -92,7 +82,6 @@ class LoadedRun:
                 self._check_unchanged(tasks, self.recipe.own().get("data_sha256") or {})
             return tasks
         trained_on = task_family(self.settings)
-        changes = dict(changes)
         if "shots" not in changes and self.learner.support_parts > 1 and isinstance(trained_on.get("shots"), int):
             changes["shots"] = trained_on["shots"] // self.learner.support_parts
         made = known_sampler(self.settings, split, root=root, **changes)

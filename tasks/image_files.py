@@ -89,7 +89,7 @@ def find_root(root: PathLike) -> Path:
     if not path.is_dir():
         raise DataNotFoundError(
             f"{path} {'is not a folder' if path.exists() else 'does not exist'}; root must be a folder with "
-            "train/CLASS/*.png (and validation, test), or CLASS/*.png with splits=."
+            "train/CLASS/*.png (and validation, test), or CLASS/*.png and lists of the splits. Name it with root=."
         )
     return path
 
@@ -152,11 +152,13 @@ def split_folder(root: Path, split: str) -> Path:
         return folder
     there = class_folders(root)
     shown = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
-    raise DataNotFoundError(
-        f"{root} has no folder {split!r} for the split; it has {shown or 'no folders'}. Name another split, or, if "
-        "these are the classes, say which of them make each split: splits={'train': [...], 'test': [...]}, or the path "
-        "of a CSV file filename,label for each."
+    advice = (
+        "Name one of these."
+        if find_splits(root)
+        else "Name another split, or, if these are the classes, say which of them make each split: splits={'train': "
+        "[...], 'test': [...]}, or the path of a CSV file filename,label for each."
     )
+    raise DataNotFoundError(f"{root} has no folder {split!r} for the split; it has {shown or 'no folders'}. {advice}")
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -55,7 +55,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         type=counts(point_count),
         metavar="M,M,...",
     )
-    flag(task, "--queries", "query points, a class or task", "as in training, of a class at most 4", type=point_count)
+    flag(task, "--queries", "query points, a class or task", _queries(), type=point_count)
     flag(task, "--tasks", "number of tasks in all", _tasks(), type=task_count)
     add_data_root(task)
     add_own_options(task, FAMILIES, but="model")
@@ -174,6 +174,12 @@ def _with_few_queries(recipe: Recipe, asked: int | None) -> Recipe:
     if asked is not None or recipe.family.classes is None or recipe.queries is None:
         return recipe
     return replace(recipe, queries=min(recipe.queries, recipe.family.bias.queries))
+
+
+def _queries() -> str:
+    """The number of query points where none is given, for the help."""
+    most = max(family.bias.queries for family in FAMILIES.values() if family.classes is not None)
+    return f"as in training; of a class, {most} at most"
 
 
 def _sizes() -> str:

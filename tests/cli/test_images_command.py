@@ -365,6 +365,10 @@ def test_a_folder_that_has_moved_and_few_images_of_a_class(run, photos, metamom,
     said = metamom("evaluate", copy, "--tasks", "4")
     assert said.code == 2
     assert f"{gone} does not exist" in said.err
-    assert "If the data has moved, name its folder with --data-root." in said.err
+    assert said.err.endswith("Name it with --data-root.\n")
+    said = metamom("evaluate", run, "--tasks", "4", "--split", "tset")
+    assert the_error(said).endswith(
+        "has no folder 'tset' for the split; it has test, train, validation. Name one of these."
+    )
     measured = metamom("bias", copy, "--data-root", photos, "--tasks", "12", "--inner-batch", "1,2", "--json")
     assert measured.code == 0, measured.err
