@@ -49,6 +49,8 @@ def write_page(path: str | Path, page: Page, *, reload_every: float | None = Non
     if not can_write_page():
         raise ValueError("the page of a report needs Bokeh, which is not installed: pip install 'metamom[report]'.")
     check_own(path)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"the page needs a folder to be written to; {path.parent} is a file. Name another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, _html(page, reload_every).encode())
     return path

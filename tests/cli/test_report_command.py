@@ -27,6 +27,14 @@ def test_a_single_run_keeps_its_page(metamom, trained, tmp_path):
 
 
 @needs_bokeh
+def test_a_folder_that_is_a_file(metamom, trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    said = the_error(metamom("report", trained, "--out", tmp_path / "notes.txt"))
+    assert said.endswith(f"{tmp_path / 'notes.txt'} is a file. Name another folder.")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@needs_bokeh
 def test_several_runs(metamom, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / f"r{seed}", Recipe("sinusoid", seed=seed), {10: 1.0 + seed}) for seed in (0, 1)]

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from derivatives import derivatives, draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,21 +15,6 @@ from metamom.maml.functions_by_task import FunctionsByTask
 
 TASKS, POINTS, INPUTS, HIDDEN = 3, 4, 2, 5
 CELLS = {torch.rnn_tanh_cell: 1, torch.rnn_relu_cell: 1, torch.gru_cell: 3}  # by the number of their gates
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def derivatives(run, args: list[Tensor]) -> list[Tensor]:
-    own = [x.clone().requires_grad_() for x in args]
-    out = run(*own)
-    cotangent = draw(*out.shape, seed=50).requires_grad_()
-    first = torch.autograd.grad(out, own, cotangent, create_graph=True)
-    total = sum((g * draw(*g.shape, seed=60 + i)).sum() for i, g in enumerate(first))
-    second = torch.autograd.grad(total, [*own, cotangent], materialize_grads=True, create_graph=True)
-    third = torch.autograd.grad(sum((x**2).sum() for x in second), own, materialize_grads=True)
-    return [out, *first, *second, *third]
 
 
 def check(model, *args: Tensor) -> None:

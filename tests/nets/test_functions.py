@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
+from derivatives import derivatives, draw
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,10 +33,6 @@ def size(request, monkeypatch) -> None:
     monkeypatch.setattr(normalisations, "LARGE", 0 if request.param == "large" else 2**40)
 
 
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def looped(model: Model) -> Model:
     return lambda *args: torch.stack([model(*own) for own in zip(*args, strict=True)])
 
@@ -48,19 +45,6 @@ def batched(model: Model) -> tuple[Model, FunctionsByTask]:
             return torch.func.vmap(model)(*args)
 
     return run, functions
-
-
-def derivatives(run: Model, args: Sequence[Tensor]) -> list[Tensor]:
-    """The value, all first derivatives along a fixed cotangent, and all derivatives of those along another."""
-    own = [x.detach().clone().requires_grad_() for x in args]
-    out = run(*own)
-    cotangent = draw(*out.shape, seed=50).requires_grad_()
-    first = torch.autograd.grad(out, own, cotangent, create_graph=True)
-    along = [draw(*x.shape, seed=60 + i) for i, x in enumerate(first)]
-    total = sum((g * v).sum() for g, v in zip(first, along, strict=True) if g.requires_grad)
-    second = torch.autograd.grad(total, [*own, cotangent], materialize_grads=True, create_graph=True)
-    third = torch.autograd.grad(sum((x**2).sum() for x in second), own, materialize_grads=True)
-    return [out, *first, *second, *third]
 
 
 def check(model: Model, *args: Tensor, replaced: bool = True) -> None:
