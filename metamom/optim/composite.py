@@ -23,6 +23,7 @@ from metamom.optim.checks import (
 from metamom.optim.from_sgd import from_sgd, is_from_sgd
 from metamom.optim.fused import check_fused, fused_step_
 from metamom.optim.groups import Defaults, take_scheduled_momentum
+from metamom.optim.last_gradient import keep_last_gradients
 from metamom.optim.sharded import check_norm_is_known, total_norm
 from metamom.optim.update import (
     look_ahead,
@@ -268,9 +269,14 @@ class CompositeMomentum(Optimizer):
     def _directions(self, pending: _Pending) -> list[Tensor]:
         """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""
         group, params, grads = pending
-        if group["maximize"] or (group["weight_decay"] and not group["decoupled_weight_decay"]):
+        own = group["maximize"] or bool(group["weight_decay"] and not group["decoupled_weight_decay"])
+        if own:
             grads = [_descent_gradient(p, g, group) for p, g in zip(params, grads, strict=True)]
         beta = _value(group, "beta")
+        plain_sgd = not isinstance(beta, Tensor) and beta == 1
+        if plain_sgd and not group["differentiable"] and not torch.compiler.is_compiling():
+            keep_last_gradients(self.state, params, grads, own=own)
+            return grads
         started = self._start(pending._replace(grads=grads))
         moving, new_grads = params, grads
         if group["first_step"] == "gradient" and not all(started):
