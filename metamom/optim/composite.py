@@ -36,7 +36,9 @@ from metamom.optim.update import (
     together,
 )
 
-LATER = {  # options that states of earlier versions lack
+LATER = {  # options that states of earlier versions may lack
+    "maximize": False,
+    "foreach": None,
     "normalize": False,
     "nesterov": False,
     "decoupled_weight_decay": False,
@@ -71,7 +73,7 @@ class CompositeMomentum(Optimizer):
         beta: 0 < beta <= 1, or a 0-d tensor; can change between steps (see `LambdaBeta`). torch's OneCycleLR and
             CyclicLR cycle it as the momentum 1 - beta.
         first_step: the first value of v (see above).
-        weight_decay: adds ``weight_decay * w`` to the gradient (L2), >= 0.
+        weight_decay: adds ``weight_decay * w`` to the gradient (L2), >= 0; a number or a 0-d tensor.
         decoupled_weight_decay: multiply w by ``1 - lr * weight_decay`` in each step instead, outside v.
         nesterov: move by ``(1 - beta) v_k + beta g_k`` instead of by v_k. From ``first_step="zero"`` it is
             ``SGD(lr=lr * beta, momentum=1 - beta, nesterov=True)``.
@@ -85,8 +87,8 @@ class CompositeMomentum(Optimizer):
         fused: use torch's fused SGD kernel, which supports `torch.amp.GradScaler` without a synchronisation. The
             result is the same up to rounding.
         differentiable: let autograd differentiate through `step`, as in torch.optim: with respect to gradients, and
-            to lr and beta if they are tensors. The parameters must not be leaves, and change in place: compute the
-            gradients from copies of them.
+            to lr, beta and weight_decay if they are tensors. The parameters must not be leaves, and change in place:
+            compute the gradients from copies of them.
 
     Raises:
         ValueError: for an option out of range, options that exclude each other, or ``normalize=True`` under
@@ -114,7 +116,7 @@ class CompositeMomentum(Optimizer):
         beta: float | Tensor = 0.1,
         *,
         first_step: FirstStep = "zero",
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         decoupled_weight_decay: bool = False,
         nesterov: bool = False,
         normalize: bool = False,
@@ -140,8 +142,11 @@ class CompositeMomentum(Optimizer):
         }
         check_options(defaults)
         super().__init__(as_parameters(params), Defaults(defaults))
-        # torch's GradScaler leaves the division by its scale to the optimizer if this is set
-        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch's GradScaler leaves the division by its scale to `step`. Loaded states may change this."""
+        return all(group["fused"] for group in self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, which is copied: two optimizers never share their momentum.
@@ -168,7 +173,7 @@ class CompositeMomentum(Optimizer):
             ValueError: for options out of range; nothing changes then.
         """
         for group in state["param_groups"]:
-            if missing := {"lr", "beta", "first_step", "weight_decay", "maximize", "foreach"} - set(group):
+            if missing := {"lr", "beta", "first_step", "weight_decay"} - set(group):
                 raise ValueError(
                     f"the state of CompositeMomentum lacks {', '.join(sorted(missing))} in a parameter group."
                 )
@@ -190,7 +195,7 @@ class CompositeMomentum(Optimizer):
             if options["normalize"]:
                 check_norm_is_known(group["params"])
             if options["fused"]:
-                check_fused(group["params"])
+                check_fused([p for p in group["params"] if not p.is_meta])  # these may get memory later
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -224,7 +229,7 @@ class CompositeMomentum(Optimizer):
 
         Raises:
             ValueError: for a beta out of range, or a beta below 1 if workers have averaged the gradients (EF21SGDM).
-            TypeError: for a sparse gradient.
+            TypeError: for a sparse gradient, or parameters that the fused kernel cannot take.
         """
         loss = None
         if closure is not None:
@@ -240,8 +245,8 @@ class CompositeMomentum(Optimizer):
         for each in pending:
             if not each.params:
                 continue
-            if each.group["decoupled_weight_decay"] and each.group["weight_decay"]:
-                factor = 1 - _value(each.group, "lr") * each.group["weight_decay"]
+            if _decays(each.group, decoupled=True):
+                factor = 1 - _value(each.group, "lr") * _value(each.group, "weight_decay")
                 shrink_(each.params, factor, each.group["foreach"])
             if each.group["fused"]:
                 self._step_fused(each)
@@ -262,6 +267,8 @@ class CompositeMomentum(Optimizer):
         check_beta(group["beta"])  # it may have been scheduled or changed by hand
         pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
         check_gradients(pairs)
+        if group["fused"]:
+            check_fused([p for p, _ in pairs])
         if isinstance(group["beta"], Tensor) or group["beta"] != 1:
             check_not_averaged(pairs, group["beta"])
         return _Pending(group, [p for p, _ in pairs], [g for _, g in pairs])
@@ -269,7 +276,7 @@ class CompositeMomentum(Optimizer):
     def _directions(self, pending: _Pending) -> list[Tensor]:
         """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""
         group, params, grads = pending
-        own = group["maximize"] or bool(group["weight_decay"] and not group["decoupled_weight_decay"])
+        own = group["maximize"] or _decays(group, decoupled=False)
         if own:
             grads = [_descent_gradient(p, g, group) for p, g in zip(params, grads, strict=True)]
         beta = _value(group, "beta")
@@ -330,10 +337,19 @@ def _value(group: dict[str, Any], name: str) -> float | Tensor:
     return value  # type: ignore[no-any-return]
 
 
+def _decays(group: dict[str, Any], *, decoupled: bool) -> bool:
+    """Whether the group has weight decay of this kind. One in a tensor counts as some: its value is not asked for."""
+    decay = group["weight_decay"]
+    return group["decoupled_weight_decay"] is decoupled and (isinstance(decay, Tensor) or decay != 0)
+
+
 def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """The gradient to average, with sign and weight decay applied. ``p.grad`` itself does not change."""
     if group["maximize"]:
         grad = -grad
-    if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        grad = grad.add(p, alpha=group["weight_decay"])
+    if _decays(group, decoupled=False):
+        decay = _value(group, "weight_decay")
+        if isinstance(decay, Tensor):
+            return grad + p.clone() * decay.to(p.dtype)  # autograd needs p as it was before the step
+        grad = grad.add(p, alpha=decay)
     return grad
