@@ -162,9 +162,6 @@ class CompositeMomentum(Optimizer):
         if is_from_sgd(state_dict):
             state_dict = from_sgd(state_dict)
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "momentum" in state:
-                state["momentum"] = state["momentum"].clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a saved state, including one from an earlier version with fewer options.
@@ -180,6 +177,9 @@ class CompositeMomentum(Optimizer):
             check_options(group)
         super().__setstate__(state)
         self.defaults = Defaults(self.defaults)
+        for p, each in self.state.items():
+            if isinstance(each, dict) and "momentum" in each:  # users' hooks may keep other things here
+                self.state[p] = {**each, "momentum": each["momentum"].clone()}
         for group in self.param_groups:
             for name, value in LATER.items():
                 group.setdefault(name, value)
@@ -247,7 +247,8 @@ class CompositeMomentum(Optimizer):
                 continue
             if _decays(each.group, decoupled=True):
                 factor = 1 - _value(each.group, "lr") * _value(each.group, "weight_decay")
-                shrink_(each.params, factor, each.group["foreach"])
+                found_inf = getattr(self, "found_inf", None) if each.group["fused"] else None
+                shrink_(each.params, factor, each.group["foreach"], unless=found_inf)
             if each.group["fused"]:
                 self._step_fused(each)
             else:

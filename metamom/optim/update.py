@@ -93,9 +93,12 @@ def move_(params: list[Tensor], directions: list[Tensor], lr: Number, foreach: b
             p.add_(v, alpha=-lr)
 
 
-def shrink_(params: list[Tensor], factor: Number, foreach: bool | None) -> None:
-    """``w <- factor w``: weight decay that does not pass through the average."""
-    if together(foreach, params) and not isinstance(factor, Tensor):
+def shrink_(params: list[Tensor], factor: Number, foreach: bool | None, *, unless: Tensor | None = None) -> None:
+    """``w <- factor w``: weight decay that does not pass through the average. A non-zero ``unless`` prevents it."""
+    if unless is not None:
+        for p in params:
+            p.copy_(torch.where(unless.to(p.device).reshape(()) == 0, p * factor, p))
+    elif together(foreach, params) and not isinstance(factor, Tensor):
         for (ps,) in by_kind(params):
             torch._foreach_mul_(ps, factor)
     else:
