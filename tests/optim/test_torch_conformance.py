@@ -86,10 +86,9 @@ def test_forloop_goes_right_direction(info, contiguous, scheduled):
 @every_info
 def test_param_group_with_lrscheduler_goes_right_direction(info):
     for constructors in info.scheduler_inputs:
-        for kwargs in options_of(info, skip=("differentiable",)):
-            if kwargs.get("maximize"):
-                continue
+        for flag in info.supported_impls:
             problem = Affine()
+            kwargs = {**info.optim_inputs_func(device="cpu")[0].kwargs, flag: flag != "differentiable"}
             groups = [{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.01}]
             optimizer = info.optim_cls(groups, **kwargs)
             schedulers = [make(optimizer) for make in constructors]
