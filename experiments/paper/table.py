@@ -14,7 +14,7 @@ from metamom.common.files import write_atomically
 from metamom.experiments.paper.published import SEEDS, Curve, Setting, authors_curves, mean_rows, our_curves
 from metamom.experiments.paper.run import EPOCHS
 from metamom.experiments.paper.training import Row
-from metamom.experiments.shared.figures import COLOURS
+from metamom.experiments.shared.figures import COLOURS, save
 from metamom.experiments.shared.numerals import shortest
 from metamom.training.directory import environment
 
@@ -231,5 +231,4 @@ def _figure(path: Path, group: list[Line]) -> None:
         panel.grid(alpha=0.25)
     loss.legend(frameon=False)
     figure.suptitle(_title(group[0].setting))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)

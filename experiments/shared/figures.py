@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from metamom.batch import TaskBatch
+from metamom.common.files import replacing
 from metamom.experiments.shared.numerals import distinguishable, shortest
 from metamom.maml.learner import MAML
 
@@ -171,4 +172,5 @@ def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
