@@ -215,7 +215,7 @@ def _figure(path: Path, group: list[Line]) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for number, line in enumerate(group):
-        label = "SGD" if line.setting.beta == 1 else f"β = {shortest(line.setting.beta)}"
+        label = "plain meta-SGD" if line.setting.beta == 1 else f"β = {shortest(line.setting.beta)}"
         for curves, style, whose in ((line.theirs, ":", "authors"), (line.ours, "-", "ours")):
             rows = mean_rows(curves) if curves else []
             look = {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": 3 if style == ":" else 1}

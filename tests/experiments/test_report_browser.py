@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}"),
     pytest.mark.xdist_group("browser"),
 ]
-PLAIN, MOMENTUM = "SGD (β = 1), γ = 0.03", "momentum, β = 0.1, v₋₁ = 0, γ = 0.01"
+PLAIN, MOMENTUM = "plain meta-SGD (β = 1), γ = 0.03", "momentum, β = 0.1, v₋₁ = 0, γ = 0.01"
 # figures are painted on a canvas: what they show is asked of the document that they are painted from
 VISIBLE = """label => [...Bokeh.documents[0]._all_models.values()]
     .filter(m => m.name == label && m.type == 'GlyphRenderer').map(m => m.visible)"""
@@ -102,7 +102,7 @@ def canvas(page: Any, number: int) -> Any:
     return page.locator("div.plot").nth(number).locator(".bk-events").first
 
 
-LISTED = ["SGD (β = 1), γ = 0.01", PLAIN, MOMENTUM, "momentum, β = 0.1, v₋₁ = 0, γ = 0.03"]
+LISTED = ["plain meta-SGD (β = 1), γ = 0.01", PLAIN, MOMENTUM, "momentum, β = 0.1, v₋₁ = 0, γ = 0.03"]
 
 
 def test_hover_shows_the_values(page):
