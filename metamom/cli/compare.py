@@ -16,6 +16,7 @@ from metamom.cli.flags import (
     add_metric,
     add_model,
     add_options,
+    add_record,
     add_steps,
     add_tasks,
     flag,
@@ -84,6 +85,7 @@ def _add_runs(comparing: argparse._SubParsersAction[Parser]) -> None:
     add_device(own, default="cpu")
     add_metric(own)
     switch(own, "--json", "print one JSON object and nothing else")
+    add_record(own)
 
 
 def with_runs(words: Sequence[str]) -> Sequence[str]:
@@ -109,6 +111,7 @@ def with_runs(words: Sequence[str]) -> Sequence[str]:
 def run_existing(arguments: argparse.Namespace) -> int:
     """Compare runs that exist; the result is the command's exit status."""
     from metamom.cli.evaluate import asked_of_tasks, tasks_in_words
+    from metamom.cli.results import evaluated, write_record
     from metamom.common.named_objects import named_callable
     from metamom.comparing import compare_runs
 
@@ -125,10 +128,14 @@ def run_existing(arguments: argparse.Namespace) -> int:
         metric=named_callable(metric, "the metric") if metric is not None and ":" in metric else metric,
         **asked_of_tasks(arguments),
     )
+    words = tasks_in_words(found.runs[0], asked_of_tasks(arguments))
+    if arguments.record is not None:
+        first = next(iter(found.compared.evaluations.values()))
+        runs = dict(zip(found.compared.evaluations, found.runs, strict=True))
+        write_record(arguments.record, found.as_json(), evaluated(runs, first, words, arguments))
     if arguments.json:
         print(json.dumps(found.as_json()))
         return 0
-    words = tasks_in_words(found.runs[0], asked_of_tasks(arguments))
     print(f"{words}, split {arguments.split}")
     print(found.compared)
     return 0
@@ -162,7 +169,13 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(interrupt.table))
         print(f"continue: {_continued(arguments, run_dir)}")
         raise
-    _show(report)
+    try:
+        _show(report)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(
+            "interrupted before the page was written; all runs are finished. To write it: "
+            f"{shlex.join(['metamom', 'report', str(report.parent)])}"
+        ) from interrupt
     return 0
 
 

@@ -14,6 +14,7 @@ from metamom.cli.flags import (
     add_metric,
     add_model,
     add_processes,
+    add_record,
     add_steps,
     add_tasks,
     flag,
@@ -77,12 +78,13 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     switch(own, "--json", "print one JSON object and nothing else")
     switch(own, "--per-task", "with --json, also every task's value")
     flag(own, "--csv", "write every task's value into this file", "none", type=path, metavar="FILE")
+    add_record(own)
     add_processes(leaf.add_argument_group("processes"))
 
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
-    from metamom.cli.results import as_json, table, write_csv
+    from metamom.cli.results import as_json, evaluated, table, write_csv, write_record
     from metamom.common.named_objects import named_callable
     from metamom.evaluation import evaluate
     from metamom.loading import load
@@ -105,6 +107,10 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         return 0
     if arguments.csv is not None:
         write_csv(arguments.csv, {"learner": result, **{name: row.result for name, row in baselines.items()}})
+    if arguments.record is not None:
+        answer = as_json(result, baselines, per_task=arguments.per_task, metric=True)
+        words = tasks_in_words(run, asked)
+        write_record(arguments.record, answer, evaluated({arguments.run_path: run}, result, words, arguments))
     if arguments.json:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=metric is not None)
         print(json.dumps(answer))

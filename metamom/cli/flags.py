@@ -211,6 +211,18 @@ def add_metric(group: Group) -> None:
     )
 
 
+def add_record(group: Group) -> None:
+    """Where to keep an evaluation with what was evaluated."""
+    flag(
+        group,
+        "--record",
+        "write the result with its command, settings, versions and hardware into this JSON file, for metamom report",
+        "none",
+        type=path,
+        metavar="FILE",
+    )
+
+
 def add_steps(group: Group) -> None:
     """How long to adapt in an evaluation."""
     flag(
