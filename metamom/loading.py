@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from metamom.batch import Sampler
+from metamom.batch import TaskSampler
 from metamom.common.kinds import named_type
 from metamom.common.named_objects import created, named_callable
 from metamom.evaluation import Evaluation
@@ -57,7 +57,7 @@ class LoadedRun:
         """
         return read_metrics(self.path)
 
-    def sampler(self, split: str = "test", *, root: str | None = None, **changes: Any) -> Sampler:
+    def sampler(self, split: str = "test", *, root: str | None = None, **changes: Any) -> TaskSampler:
         """The tasks of a split of the data that the run was trained on, with as many shots.
 
         Args:

@@ -179,6 +179,10 @@ class ImageFolder(EpisodicFamily):
             "seed": self.seed,
         }
 
+    def task_identity(self) -> dict[str, Any]:
+        """See `TaskSampler.task_identity`. Rotations count in the splits that have them."""
+        return super().task_identity() | {"rotations": self.num_classes > len(self.classes)}
+
     def location(self) -> dict[str, Any]:
         """The folder, and what says how to read it: ``splits`` and ``on_broken``, where they are not the defaults."""
         splits = (
