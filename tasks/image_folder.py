@@ -206,6 +206,13 @@ class ImageFolder(EpisodicFamily):
                 "remove the class."
             )
 
+    def _scaled_items(self, index: Ints, turns: Ints) -> tuple[Tensor, bool]:
+        """See `EpisodicFamily._scaled_items`. Task by task, so that the bytes of all tasks are never in memory at once."""
+        x = torch.empty(*index.shape, *self._store.shape)
+        for task, rows, turned in zip(x, index[:, None], turns[:, None], strict=True):
+            task.copy_(self._rotated_items(rows, turned)[0])
+        return x.div_(255), True
+
     def _items(self, index: Ints) -> Tensor:
         images = self._store.read(self._rows[index.ravel()])
         return torch.from_numpy(images).view(*index.shape, *images.shape[1:])
