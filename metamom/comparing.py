@@ -47,7 +47,7 @@ class ComparedRuns(NamedTuple):
 
 
 def compare_runs(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path | LoadedRun],
     *,
     split: str = "test",
     checkpoint: Checkpoint = "best",
@@ -69,11 +69,11 @@ def compare_runs(
     trained (augmentation, rotated classes, optimizer, the command or Python) makes no difference.
 
     Args:
-        paths: of at least two run directories.
+        paths: of at least two run directories, or what `metamom.load` returned for them.
         split: of the tasks.
-        checkpoint: of each run, as in `metamom.load`.
-        model: makes the model of runs from Python, as in `metamom.load`: a function, class or name.
-        device: of the learners.
+        checkpoint: of each run that is loaded here, as in `metamom.load`.
+        model: makes the model of such runs from Python, as in `metamom.load`: a function, class or name.
+        device: of their learners.
         root: the folder of the data.
         tasks: T >= 2.
         steps: numbers of adaptation steps.
@@ -88,10 +88,13 @@ def compare_runs(
         ValueError: for fewer than two runs, one that was given twice, or runs that were trained on other tasks; the
             error says how they differ.
     """
-    names = [str(path) for path in paths]
+    names = [str(each.path if isinstance(each, LoadedRun) else each) for each in paths]
     if len(set(names)) < max(2, len(names)):
         raise ValueError(f"a comparison needs at least two different runs; got {', '.join(names) or 'none'}.")
-    runs = {name: load(path, checkpoint, model, device=device) for name, path in zip(names, paths, strict=True)}
+    runs = {
+        name: each if isinstance(each, LoadedRun) else load(each, checkpoint, model, device=device)
+        for name, each in zip(names, paths, strict=True)
+    }
     samplers: Mapping[str, Sampler]
     if sampler is None:
         samplers = _same_tasks(runs, split, root, asked)

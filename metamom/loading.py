@@ -65,7 +65,8 @@ class LoadedRun:
             root: the folder of the data. For a run on images, any folder with this split will do, such as a copy or
                 other images. By default it is the folder of training, and the splits that the run trained and validated
                 on must not have changed.
-            **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training.
+            **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training; of images,
+                also ``on_broken``, what to do about files that cannot be decoded.
 
         Raises:
             ValueError: if the run's ``config.json`` does not say how to make its tasks, and for images that have

@@ -207,7 +207,7 @@ class ImageFolder(EpisodicFamily):
             )
 
     def _scaled_items(self, index: Ints, turns: Ints) -> tuple[Tensor, bool]:
-        """See `EpisodicFamily._scaled_items`. Task by task, so that the bytes of all tasks are never in memory at once."""
+        """See `EpisodicFamily._scaled_items`. Task by task, so that the bytes of all are never in memory at once."""
         x = torch.empty(*index.shape, *self._store.shape)
         for task, rows, turned in zip(x, index[:, None], turns[:, None], strict=True):
             task.copy_(self._rotated_items(rows, turned)[0])

@@ -244,7 +244,7 @@ def test_the_other_commands_take_images(command, photos, metamom, tmp_path):
         arguments += ["--iterations", "2", "--meta-batch", "2", "--seeds", "1", "--lrs", "0.03"]
         arguments += ["--evaluate-tasks", "4", "--tasks", "4", "--steps", "0,1", "--run-dir", tmp_path / "compared"]
     else:
-        arguments += ["--inner-batch", "1,2", "--tasks", "4", "--out", tmp_path / "bias"]
+        arguments += ["--inner-batch", "1,2", "--ways", "3", "--tasks", "4", "--out", tmp_path / "bias"]
     said = metamom(command, *arguments)
     assert said.code == 0, said
     assert "report: " in said.out
