@@ -11,7 +11,7 @@ from metamom.experiments.python_runs import as_dtype
 from metamom.experiments.recipes import Recipe
 from metamom.maml.estimators import support_parts
 from metamom.tasks.augment import named_augmentation
-from metamom.tasks.image_files import canonical
+from metamom.tasks.image_files import canonical, split_lists
 from metamom.tasks.normalize import check_constants
 from metamom.tasks.preprocessing import Preprocessing
 
@@ -81,7 +81,9 @@ def _images(
         arguments["augment"] = named_augmentation(described["augment"])
         if arguments["augment"] is None:
             return None
-    _check_asked("ImageFolder", asked, (*IMAGE_ARGUMENTS, "on_broken"))
+    _check_asked("ImageFolder", asked, (*IMAGE_ARGUMENTS, "splits", "on_broken"))
+    if isinstance(asked.get("splits"), str):
+        asked["splits"] = split_lists(asked["splits"])
     root = root or location.get("root")
     if root is None:  # of a version that did not record it
         raise ValueError("the run does not say where its images are: give the folder (--data-root DIR, or root=).")

@@ -47,7 +47,7 @@ class ComparedRuns(NamedTuple):
 
 
 def compare_runs(
-    paths: Sequence[str | Path | LoadedRun],
+    paths: Sequence[str | Path] | Mapping[str, LoadedRun],
     *,
     split: str = "test",
     checkpoint: Checkpoint = "best",
@@ -69,7 +69,7 @@ def compare_runs(
     trained (augmentation, rotated classes, optimizer, the command or Python) makes no difference.
 
     Args:
-        paths: of at least two run directories, or what `metamom.load` returned for them.
+        paths: of at least two run directories; or runs from `metamom.load`, by name.
         split: of the tasks.
         checkpoint: of each run that is loaded here, as in `metamom.load`.
         model: makes the model of such runs from Python, as in `metamom.load`: a function, class or name.
@@ -88,13 +88,14 @@ def compare_runs(
         ValueError: for fewer than two runs, one that was given twice, or runs that were trained on other tasks; the
             error says how they differ.
     """
-    names = [str(each.path if isinstance(each, LoadedRun) else each) for each in paths]
+    names = [str(each) for each in paths]
     if len(set(names)) < max(2, len(names)):
         raise ValueError(f"a comparison needs at least two different runs; got {', '.join(names) or 'none'}.")
-    runs = {
-        name: each if isinstance(each, LoadedRun) else load(each, checkpoint, model, device=device)
-        for name, each in zip(names, paths, strict=True)
-    }
+    runs = (
+        paths
+        if isinstance(paths, Mapping)
+        else {name: load(path, checkpoint, model, device=device) for name, path in zip(names, paths, strict=True)}
+    )
     samplers: Mapping[str, Sampler]
     if sampler is None:
         samplers = _same_tasks(runs, split, root, asked)

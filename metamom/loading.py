@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from metamom.tasks.preprocessing import Preprocessing
 
 Checkpoint = Literal["best", "newest"]
-OF_A_MACHINE = ("root", "location", "model_folder", "device")  # settings that a card leaves out
+OF_A_MACHINE = ("root", "splits", "location", "model_folder", "device")  # settings that a card leaves out
 GivenModel = nn.Module | MAML | Callable[[], nn.Module] | str | None
 
 
@@ -66,7 +66,7 @@ class LoadedRun:
                 other images. By default it is the folder of training, and the splits that the run trained and validated
                 on must not have changed.
             **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training; of images,
-                also ``on_broken``, what to do about files that cannot be decoded.
+                also ``splits``, the folder of their lists, and ``on_broken``: ``"raise"`` or ``"skip"``.
 
         Raises:
             ValueError: if the run's ``config.json`` does not say how to make its tasks, and for images that have

@@ -119,9 +119,10 @@ def run_existing(arguments: argparse.Namespace) -> int:
 
     check_results(arguments)
     asked = asked_of_tasks(arguments)
-    runs = [load(path, arguments.checkpoint, arguments.model, device=arguments.device) for path in arguments.run_paths]
-    for each in runs:
-        check_run(each, arguments, asked)
+    runs = {}
+    for each in arguments.run_paths:
+        runs[each] = load(each, arguments.checkpoint, arguments.model, device=arguments.device)
+        check_run(runs[each], arguments, asked)
     found = compare_runs(
         runs,
         split=arguments.split,

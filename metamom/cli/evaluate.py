@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     from metamom.cli.results import as_json, table, write_csv
     from metamom.evaluation import evaluate
     from metamom.loading import load
+    from metamom.tasks import ImageFolder
 
     check_results(arguments)
     run = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
@@ -95,14 +96,23 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         write_csv(arguments.csv, {"learner": result, **{name: row.result for name, row in baselines.items()}})
     if arguments.json:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=metric is not None)
+        if isinstance(sampler, ImageFolder):
+            answer["data_sha256"] = sampler.data_sha256
         print(json.dumps(answer))
         return 0
     print(
         f"{tasks_in_words(run, asked)}, split {arguments.split}, {arguments.tasks} tasks, trained for {run.step} "
-        f"{'; '.join([plural(run.step, 'iteration'), *result.normalised])}"
+        f"{'; '.join([plural(run.step, 'iteration'), *result.normalised, *_drawn_from(sampler)])}"
     )
     print("\n".join(table(result, baselines)))
     return 0
+
+
+def _drawn_from(sampler: Sampler) -> list[str]:
+    """The images of a folder that tasks are drawn from, which may have become more or fewer since training."""
+    from metamom.tasks import ImageFolder
+
+    return [repr(sampler).rpartition("): ")[2]] if isinstance(sampler, ImageFolder) else []
 
 
 def check_results(arguments: argparse.Namespace) -> None:
@@ -121,7 +131,7 @@ def chosen_metric(arguments: argparse.Namespace) -> str | Metric | None:
 
 def asked_of_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags of tasks that were given."""
-    names = ("ways", "shots", "queries", "seed", "on_broken")
+    names = ("ways", "shots", "queries", "seed", "splits", "on_broken")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 

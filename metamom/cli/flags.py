@@ -204,9 +204,10 @@ def add_tasks(group: Group) -> None:
     flag(group, "--queries", "query points, a class or task", "as in training", type=point_count)
     flag(group, "--seed", "of the tasks", "as in training", type=seed)
     add_data_root(group)
-    broken = flagged()["on_broken"]
-    meaning = f"for images: {broken.meaning('images')}"
-    broken._replace(flag=replace(broken.flag, meaning=meaning)).add(group, "as in training", None)
+    for name in ("splits", "on_broken"):
+        each = flagged()[name]
+        named = replace(each.flag, meaning=f"for images: {each.meaning('images')}")
+        each._replace(flag=named).add(group, "as in training", None)
 
 
 def add_metric(group: Group) -> None:
