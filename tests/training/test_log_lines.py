@@ -10,8 +10,8 @@ import pytest
 from training_runs import TASKS, go, momentum
 
 from metamom import cli
-from metamom.training import log_lines
-from metamom.training.log_lines import LogLines, duration
+from metamom.common import log_lines
+from metamom.common.log_lines import LogLines, duration
 
 
 def timed(**options):
