@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from endings import assert_same_ending, contents
+from processes import REPOSITORY, SUPPORT, torchrun
 from torch.optim import lr_scheduler
 from training_runs import PATIENCE, TASKS, CrashError, Parts, global_seed, momentum, with_dropout
 from training_runs import go as go_for
@@ -211,3 +212,44 @@ def test_signal_to_a_real_process(number, tmp_path):
     assert read(saved)["step"] == 2
     if number != signal.SIGKILL:
         assert re.search(r"stopped in the validation after \d+ of 1000000 tasks, after step 2 of 2; saved in", said)
+
+
+SCRIPT = """
+import signal, sys
+from training_runs import TASKS, go, momentum
+from metamom.common.watching import watched
+from metamom.distributed import start
+from metamom.training.interrupts import TrainingInterrupted
+
+with start(timeout=60) as world:
+    def watch(done, tasks):
+        sys.stdout.write(f"watch {world.rank} {done}\\n")
+        if world.rank == 1 and done == 150 and sys.argv[2] == "stop":
+            signal.raise_signal(signal.SIGTERM)
+    try:
+        with watched(None, watch):
+            go(momentum(), sys.argv[1], iterations=4, meta_batch=6, validation=TASKS, evaluate_tasks=350, world=world,
+               resume=True)
+    except TrainingInterrupted as error:
+        sys.stdout.write(f"stopped {world.rank} {error}\\n")
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_several_processes(tmp_path):
+    """7 blocks of 50 tasks for 3 processes: all stop after the first three, and two have none in the last round."""
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+
+    def started(how: str) -> list[str]:
+        ended = torchrun([str(script), str(run), how], 3, PYTHONPATH=os.pathsep.join([str(REPOSITORY), str(SUPPORT)]))
+        assert ended.returncode == 0, ended.stderr
+        return sorted(ended.stdout.splitlines())
+
+    left = f"stopped in the validation after 150 of 350 tasks, after step 4 of 4; saved in {run}; resume to validate."
+    assert started("stop") == [*(f"stopped {n} {left}" for n in range(3)), *(f"watch {n} 150" for n in range(3))]
+    assert len(read_metrics(run)) == 3
+    assert started("go on") == [f"watch {n} {done}" for n in range(3) for done in (150, 300)]
+    go(momentum(), tmp_path / "whole", iterations=4, meta_batch=6, validation=TASKS, evaluate_tasks=350)
+    ends = [read_metrics(path)[-1]["validation"] for path in (run, tmp_path / "whole")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
