@@ -168,6 +168,8 @@ def compare(
     base = comparison.base
     for split in ("train", "validation", "test"):  # before anything is written: the data exists and is large enough
         sampler = base.sampler(split, root=root)
+        if split == "train":
+            base.check_outputs(base.learner(), sampler)
         check_plan(
             base.learner(),
             sampler,

@@ -184,9 +184,9 @@ class Session:
         """The error after a signal, which says what is left to do."""
         done = self.progress.done
         left = "resume to go on" if done < self.total else "resume to validate" if where else "training is complete"
-        kept = f"saved in {self.path}" if self.path else "nothing was saved without a run_dir"
-        after = f"{where}after {self._unit} {done} of {self.total}"
-        return TrainingInterrupted(f"stopped {after}; {kept}{f'; {left}' if self.path else ''}.", signal)
+        kept = f"saved in {self.path}; {left}" if self.path else "nothing was saved without a run_dir"
+        said = f"stopped {where}after {self._unit} {done} of {self.total}; {kept}."
+        return TrainingInterrupted(said, signal, unfinished=done < self.total or bool(where))
 
     def _show(self, line: Mapping[str, Any], shown: Mapping[str, str]) -> None:
         """Show the progress, after a completed step."""

@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 from training_runs import PATIENCE, TASKS, CrashError, Parts, global_seed, momentum, with_dropout
 from training_runs import go as go_for
 
-from metamom import load
+from metamom import cli, load
 from metamom.common import log_lines
 from metamom.common.watching import watched
 from metamom.training import Callback, EarlyStopping
@@ -121,6 +121,21 @@ def test_what_is_said(number, said, tmp_path):
     unsaved = pytest.raises(TrainingInterrupted, match=r"after step \d of 6; nothing was saved without a run_dir\.$")
     with unsaved, watched(None, At(number, interrupt)):
         go(plain(), checkpoint_every=500)
+
+
+def test_the_command_that_continues(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "sinusoid", "--meta-batch", "2", "--iterations", "1", "--evaluate-tasks", "100"]
+    with watched(None, At(1, interrupt)):
+        assert cli.main(words) == 130
+    said = capsys.readouterr().out
+    (run,) = Path("runs").iterdir()
+    assert said == f"continue: metamom {' '.join(words)} --run-dir {run} --resume\n"
+    with watched(None, At(1, interrupt)):
+        assert cli.main(said.split()[2:]) == 130
+    assert capsys.readouterr().out == said
+    assert cli.main(said.split()[2:]) == 0
+    assert capsys.readouterr().out.startswith("trained for 1 iteration,")
 
 
 def test_after_the_last_step_nothing_is_left(tmp_path):
