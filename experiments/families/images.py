@@ -193,6 +193,7 @@ def check_outputs(learner: MAML, tasks: TaskFamily | FixedTasks, ways: int, spel
     """
     import torch
 
+    from metamom.common.numbers import counted
     from metamom.common.trees import lone
 
     like = next(learner.model.parameters())
@@ -203,7 +204,7 @@ def check_outputs(learner: MAML, tasks: TaskFamily | FixedTasks, ways: int, spel
         scores = lone(learner.predict(weights, batch.support_x, **support))
     if scores is None or scores.dim() != 3 or scores.shape[-1] == ways:
         return
-    found = f"the model {spelling} has {scores.shape[-1]} outputs, and tasks have {ways} classes (ways)"
+    found = f"the model {spelling} has {counted(scores.shape[-1], 'output')}, and tasks have {ways} classes (ways)"
     if scores.shape[-1] < ways:
         raise ValueError(f"{found}: it needs an output for each class. {TAKES}")
     warnings.warn(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.diverged import DivergedError as DivergedError
-from metamom.common.numbers import plural
+from metamom.common.numbers import counted, plural
 from metamom.distributed import World, digest
 from metamom.training.checkpoints import CheckpointError
 from metamom.training.directory import RunDirectory
@@ -103,7 +103,7 @@ class Saved:
         if not all(bool(p.isfinite().all()) for p in self.parts["learner"].parameters()):
             raise DivergedError("a weight", progress.done)
         self.world.check_same(
-            f"the weights after {progress.done} steps",
+            f"the weights after {counted(progress.done, 'step')}",
             lambda: digest(w for w in weights.values() if isinstance(w, Tensor)),
             "Machines of different kinds round differently: use machines of one kind.",
         )

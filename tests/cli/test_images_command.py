@@ -150,10 +150,13 @@ def test_another_process_uses_the_run(run, photos, tmp_path):
         (["--support", "{photos}/test", "--predict", "a.jpg", "--out", "a.jpg"], "--out writes a CSV file"),
         (["--support", "{photos}", "--predict", "nowhere.jpg"], "no file or folder nowhere.jpg"),
         (["--support", "{empty}", "--predict", "{photos}"], "two classes or more"),
+        (["--support", "{empty}/one", "--predict", "{photos}"], "it has 1 folder of classes."),
     ],
 )
 def test_what_adapt_refuses(arguments, message, run, photos, metamom, tmp_path):
     (tmp_path / "empty" / "cat").mkdir(parents=True)
+    (tmp_path / "empty" / "one" / "dog").mkdir(parents=True)
+    shutil.copy(next((photos / "test").glob("*/*.jpg")), tmp_path / "empty" / "one" / "dog")
     given = [each.format(photos=photos, empty=tmp_path / "empty") for each in arguments]
     assert message in the_error(metamom("adapt", run, *given))
 

@@ -8,7 +8,7 @@ from endings import contents
 from image_files import pixels, write_class, write_splits
 from PIL import Image
 
-from metamom.tasks import check_images
+from metamom.tasks import ImageFolder, check_images
 from metamom.tasks.locate import DataError, DataNotFoundError
 
 
@@ -106,3 +106,17 @@ def test_bad_folders(tmp_path):
     write_class(tmp_path / "test" / "a", 0)
     with pytest.raises(DataError, match="class 'a' is in two splits"):
         check_images(tmp_path)
+
+
+@pytest.mark.parametrize(("broken", "left"), [(1, 3), (3, 1)])
+def test_classes_with_too_few_images_left(broken, left, tmp_path):
+    """The error says that it is broken files which are missing."""
+    root = write_splits(tmp_path / "data", train=3)
+    for n in range(broken):
+        (root / "train" / "class01" / f"{n}.png").write_bytes(b"")
+    them = "1 broken image that is" if broken == 1 else f"{broken} broken images that are"
+    few = rf"shots \+ queries = 2 \+ 2 images of each class; class 'class01', without {them} skipped, has {left}\."
+    with pytest.warns(RuntimeWarning, match=f"skipped {broken} of"), pytest.raises(ValueError, match=few):
+        ImageFolder(root, ways=2, shots=2, queries=2, image_size=12, on_broken="skip")
+    with pytest.raises(ValueError, match=r"2 \+ 3 images of each class; class 'class00' has 4\."):
+        ImageFolder(write_splits(tmp_path / "sound", train=3), ways=2, shots=2, queries=3, image_size=12)
