@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
+from metamom.common.numbers import counted
 from metamom.experiments.python_tasks import preprocessing_of, task_family
 from metamom.experiments.recipes import Recipe
 from metamom.maml.learner import MAML
@@ -146,7 +147,8 @@ def adapt_to_folder(
     classes = listing.classes
     empty = [name for i, name in enumerate(classes) if not (listing.labels == i).any()]
     if len(classes) < 2 or empty:
-        what = f"the class {empty[0]!r} has no images" if empty else f"it has {len(classes)} folders of classes"
+        found = f"it has {counted(len(classes), 'folder')} of classes"
+        what = f"the class {empty[0]!r} has no images" if empty else found
         raise ValueError(f"--support needs DIR/CLASS/*.jpg, two classes or more; in {folder}, {what}.")
     if len(classes) > reader.ways:
         raise ValueError(

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metamom.common.allocator import keep_freed_memory
-from metamom.common.bars import without_bars
 from metamom.common.checks import MOST, RUNS, check_whole
 from metamom.common.files import write_atomically
 from metamom.common.schema import read_record
+from metamom.common.watching import watched
 from metamom.evaluation import evaluate
 from metamom.experiments.finished import ComparisonInterrupted, finished_table
 from metamom.experiments.recipes import Recipe
@@ -168,6 +168,8 @@ def compare(
     base = comparison.base
     for split in ("train", "validation", "test"):  # before anything is written: the data exists and is large enough
         sampler = base.sampler(split, root=root)
+        if split == "train":
+            base.check_outputs(base.learner(), sampler)
         check_plan(
             base.learner(),
             sampler,
@@ -233,7 +235,12 @@ def _run(
     ending = path / "outcome.json"
     if ending.exists():
         return _ended(comparison, recipe, run_dir)
-    with without_bars():
+
+    def watch(done: int, tasks: int) -> None:
+        if overall is not None:
+            overall.now(f"{path.name} evaluated on {done}/{tasks} tasks")
+
+    with watched(None, watch):
         learner = recipe.learner()
         optimizer = recipe.make_optimizer(learner)
         sampler, validation = (recipe.sampler(split, root=root) for split in ("train", "validation"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from metamom.common.numbers import plural
 from metamom.training.interrupts import TrainingInterrupted
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class ComparisonInterrupted(TrainingInterrupted):
 def finished_table(comparison: Comparison, outcomes: Sequence[Outcome], total: int) -> list[str]:
     """A line for each finished run: its last validation, and its result on the test tasks."""
     metric, steps = comparison.base.family.metric, max(comparison.steps)
-    lines = [f"{len(outcomes)} of {total} runs are finished"]
+    lines = [f"{len(outcomes)} of {total} runs {plural(len(outcomes), 'is', 'are')} finished"]
     if not outcomes:
         return lines
     width = max(len(each.path.name) for each in outcomes)

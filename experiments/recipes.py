@@ -20,6 +20,7 @@ from metamom.common.options import declared
 from metamom.common.schema import as_record
 from metamom.experiments.families import FAMILIES, Family
 from metamom.experiments.families.family import TaskSettings
+from metamom.experiments.families.images import check_outputs
 from metamom.experiments.optimizers import (
     checked_weight_decay,
     default_lr,
@@ -257,6 +258,15 @@ class Recipe(RecipeOptions):
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
             norm=self.norm,
         )
+
+    def check_outputs(self, learner: MAML, tasks: TaskFamily | FixedTasks) -> None:
+        """Compare the outputs of a network of the user's with the classes of the tasks; warn if there are more.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        if self.model is not None and ":" in self.model and self.ways is not None:
+            check_outputs(learner, tasks, self.ways, self.model)
 
     def make_optimizer(self, learner: MAML) -> Optimizer:
         """The optimizer over everything the learner learns.

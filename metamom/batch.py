@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metamom.common.checks import AT_ONCE, check_whole
 from metamom.common.kinds import named_type
+from metamom.common.numbers import counted
 from metamom.common.summaries import summary
 from metamom.common.trees import Tree, count, mapped, named_leaves
 
@@ -371,8 +372,8 @@ def drawn(
     check_ids(f"task_ids of {type(sampler).__name__}.sample", batch.task_ids)
     if batch.num_tasks * world_size != num_tasks and not (or_all and batch.num_tasks == num_tasks):
         raise ValueError(
-            f"{type(sampler).__name__}.sample returned {batch.num_tasks} tasks for part {rank} of {world_size} of a "
-            f"meta-batch of {num_tasks}; wanted {num_tasks // world_size}, those of metamom.batch.block(num_tasks, "
-            "rank, world_size)."
+            f"{type(sampler).__name__}.sample returned {counted(batch.num_tasks, 'task')} for part {rank} of "
+            f"{world_size} of a meta-batch of {num_tasks}; wanted {num_tasks // world_size}, those of "
+            "metamom.batch.block(num_tasks, rank, world_size)."
         )
     return batch

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream, takes_blocks
-from metamom.common.bars import bars_hidden
 from metamom.common.checks import AT_ONCE, INNER_STEPS, check_number, check_whole
 from metamom.common.choices import STATISTICS_OF, Norm
 from metamom.common.intervals import normal_halfwidth
 from metamom.common.kinds import named_type
 from metamom.common.trees import Tree
+from metamom.common.watching import Watched
 from metamom.distributed import World, as_world, digest
 from metamom.judging import judged, judged_by_protocol
 from metamom.maml.batch_checks import check_batch
@@ -177,13 +176,14 @@ def evaluate(
         world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}{asked}, at weights "
         world.doing += digest(_weights(learner))
     values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # zero for tasks of others; last: the metric
-    with world.together(), evaluating():
-        count, parts = _parts(source, tasks, world)
-        hidden = None if world.first and not bars_hidden() else True
-        bar = tqdm(parts, total=count, desc="evaluate", unit="block", leave=False, disable=hidden)
-        for first, part in bar:
-            check_batch(part)
-            values[:, first : first + part.num_tasks] = _of_block(learner, _moved(part, learner), steps, first, metric)
+    with world.together(), evaluating(), Watched(tasks, shown=world.first) as watchers:
+        for first, part, after in _parts(source, tasks, world):
+            if part is not None:
+                check_batch(part)
+                found = _of_block(learner, _moved(part, learner), steps, first, metric)
+                values[:, first : first + part.num_tasks] = found
+            if after < tasks:
+                watchers.between(after)
     all_values, is_accuracy = world.all_reduce(values).split_with_sizes([len(steps), 1])
     halfwidth = normal_halfwidth(1 / math.sqrt(tasks), confidence) * all_values.std(dim=1)
     return Evaluation(
@@ -382,9 +382,10 @@ def _of_block(
     return values
 
 
-def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tuple[int, TaskBatch]]]:
-    """The number of parts that this process evaluates, and the parts, each with the index of its first task.
+def _parts(source: Sampler, tasks: int, world: World) -> Iterator[tuple[int, TaskBatch | None, int]]:
+    """The parts that this process evaluates: the index of the first task, the part, and how many tasks are done then.
 
+    Other processes evaluate theirs meanwhile. The last part may be ``None``, where none is left for this process.
     Parts are blocks of one meta-batch, as for processes. So the tasks do not depend on how many are computed together,
     or where. The whole meta-batch is drawn at once if the number of tasks has no divisor of a reasonable size (a
     prime, say), or if the sampler cannot return parts.
@@ -393,21 +394,21 @@ def _parts(source: Sampler, tasks: int, world: World) -> tuple[int, Iterator[tup
     fair = (n for n in numbers if tasks % n == 0)
     blocks = next(fair, 1) if takes_blocks(source) else 1
     size = min(BLOCK, tasks // blocks)
-    mine = range(world.rank, -(-tasks // size), world.size)
-
-    def parts() -> Iterator[tuple[int, TaskBatch]]:
-        whole = drawn(source, 0, tasks) if blocks == 1 and mine else None
-        for number in mine:
-            first = number * size
-            if whole is None:
-                part = drawn(source, 0, tasks, number, blocks, or_all=world.size == 1)
-                if part.num_tasks < tasks:
-                    yield first, part
-                    continue
-                whole = part  # the sampler accepts rank and world_size but ignores them
-            check_batch(whole)
-            if whole.num_tasks != tasks:
-                raise ValueError(f"the sampler must return {tasks} tasks; got a batch of {whole.num_tasks}.")
-            yield first, whole.part(first, first + size)
-
-    return len(mine), parts()
+    whole = None
+    for number in range(world.rank, world.rank + -(-tasks // size), world.size):
+        first, after = number * size, min(tasks, (number - world.rank + world.size) * size)
+        if first >= tasks:
+            yield first, None, after
+            continue
+        if whole is None and blocks > 1:
+            part = drawn(source, 0, tasks, number, blocks, or_all=world.size == 1)
+            if part.num_tasks < tasks:
+                yield first, part, after
+                continue
+            whole = part  # the sampler accepts rank and world_size but ignores them
+        if whole is None:
+            whole = drawn(source, 0, tasks)
+        check_batch(whole)
+        if whole.num_tasks != tasks:
+            raise ValueError(f"the sampler must return {tasks} tasks; got a batch of {whole.num_tasks}.")
+        yield first, whole.part(first, first + size), after

@@ -14,6 +14,7 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.bias.checks import all_finite
 from metamom.common.kinds import named_type
+from metamom.common.numbers import counted
 from metamom.common.trees import Tree, leaves, lone, mapped
 from metamom.maml.batch_checks import refuse_non_finite
 from metamom.maml.features import shared_between_predictions
@@ -87,8 +88,8 @@ def _predictions(learner: Any, batch: TaskBatch, steps: int) -> Tree:
     for each in leaves(found):
         if each.dim() < 2 or each.shape[0] != batch.num_tasks:
             raise ValueError(
-                f"{kind}.predict must return predictions [T, Q, ...] for the queries of {batch.num_tasks} tasks; got "
-                f"{list(each.shape)}."
+                f"{kind}.predict must return predictions [T, Q, ...] for the queries of "
+                f"{counted(batch.num_tasks, 'task')}; got {list(each.shape)}."
             )
     return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.checks import check_word
-from metamom.common.numbers import counted
+from metamom.common.numbers import counted, plural
 from metamom.rng import Ints
 from metamom.tasks.augment import augmentation
 from metamom.tasks.checks import check_count
@@ -144,7 +144,7 @@ class ImageFolder(EpisodicFamily):
             seed=seed,
             augment=augmentation(augment),
             turns=turns,
-            names=[repr(name) for name in self.classes],
+            names=self._named(labels),
         )
         self.stream = self.split
         if of_data:
@@ -196,6 +196,13 @@ class ImageFolder(EpisodicFamily):
             f"queries={self.queries}, image_size={self.image_size}, channels={self.channels}, seed={self.seed}): "
             f"{counted(len(self._rows), 'image')} of {counted(len(self.classes), 'class', 'classes')}"
         )
+
+    def _named(self, labels: Ints) -> list[str]:
+        """The classes for errors, with how many of their images are skipped."""
+        broken = [each.row for each in self._store.record.broken]
+        skipped = np.bincount(labels[broken], minlength=len(self.classes)).tolist()
+        notes = (f", without {counted(n, 'broken image')} that {plural(n, 'is', 'are')} skipped," for n in skipped)
+        return [f"{name!r}{note if n else ''}" for name, note, n in zip(self.classes, notes, skipped, strict=True)]
 
     def _check_left(self, labels: Ints) -> None:
         """Refuse a class of which every file was skipped: its number would become the next one's."""

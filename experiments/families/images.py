@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from metamom.common.choices import OnBroken
+    from metamom.maml.learner import MAML
     from metamom.maml.loss_readings import LossFn
-    from metamom.tasks import ImageFolder
+    from metamom.tasks import FixedTasks, ImageFolder
     from metamom.tasks.family import TaskFamily
     from metamom.tasks.preprocessing import Preprocessing
 
@@ -36,6 +38,12 @@ NAMES = {  # of what a network is created for, as models call it
     "channels": ("channels", "in_channels", "in_chans"),
     "image_size": ("image_size", "img_size"),
 }
+_SIZES = ", ".join(name for what in ("channels", "image_size") for name in NAMES[what])
+TAKES = (
+    f"metamom passes the number of classes as {' or '.join(NAMES['ways'])}, if the callable has such a parameter or "
+    f"takes any keyword (**kwargs), and {_SIZES}, if it has them. Name a function that takes these, such as def "
+    "model(ways): return Net(outputs=ways)."
+)
 
 
 def _tasks(
@@ -134,7 +142,8 @@ def own_network(
         folder: where its module was imported from before, for the error if it is not found now.
 
     Raises:
-        ValueError: if there is no such callable, if it raises an error, or what it returns is not a module.
+        ValueError: if there is no such callable, if it takes other arguments or raises an error, or what it returns is
+            not a module.
     """
     import torch
     from torch import nn
@@ -145,7 +154,7 @@ def own_network(
     create = named_callable(spelling, what, folder=folder)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        network = created(spelling, create, _arguments(create, sizes))
+        network = created(spelling, create, _arguments(spelling, create, sizes), TAKES)
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"{spelling} must return a torch.nn.Module; got {type(network).__name__}. Name a class or a function that "
@@ -154,9 +163,14 @@ def own_network(
     return network
 
 
-def _arguments(create: Callable[..., Any], sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes under the names that the callable takes."""
-    taken = inspect.signature(create).parameters
+def _arguments(spelling: str, create: Callable[..., Any], sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes under the names that the callable takes.
+
+    Raises:
+        ValueError: if it needs other arguments.
+    """
+    signature = inspect.signature(create)
+    taken = signature.parameters
     arguments = {}
     for what, names in NAMES.items():
         if known := [name for name in names if name in taken]:
@@ -164,7 +178,39 @@ def _arguments(create: Callable[..., Any], sizes: dict[str, int]) -> dict[str, i
     open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
     if open_ended and not set(NAMES["ways"]) & set(arguments):
         arguments["num_classes"] = sizes["ways"]
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the model {spelling}{signature} cannot be called: {error}. {TAKES}") from error
     return arguments
+
+
+def check_outputs(learner: MAML, tasks: TaskFamily | FixedTasks, ways: int, spelling: str) -> None:
+    """Compare the number of outputs of a user's network with the number of classes; warn if it is larger.
+
+    Raises:
+        ValueError: if it is smaller, or if the network cannot take the images.
+    """
+    import torch
+
+    from metamom.common.numbers import counted
+    from metamom.common.trees import lone
+
+    like = next(learner.model.parameters())
+    with torch.random.fork_rng(), torch.no_grad():
+        batch = tasks.sample(0, 1).to(like.device, like.dtype)
+        weights = learner.adapt(batch.support_x, batch.support_y, steps=0)
+        support = {"support_x": batch.support_x} if learner.norm == "support" else {}
+        scores = lone(learner.predict(weights, batch.support_x, **support))
+    if scores is None or scores.dim() != 3 or scores.shape[-1] == ways:
+        return
+    found = f"the model {spelling} has {counted(scores.shape[-1], 'output')}, and tasks have {ways} classes (ways)"
+    if scores.shape[-1] < ways:
+        raise ValueError(f"{found}: it needs an output for each class. {TAKES}")
+    warnings.warn(
+        f"{found}: training works, but is slower and starts from a larger loss than with {ways} outputs. {TAKES}",
+        stacklevel=2,
+    )
 
 
 def _loss() -> LossFn:

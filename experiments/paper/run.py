@@ -9,6 +9,7 @@ from typing import Any
 from metamom.bias import BiasOperator, NonFiniteError, TopK, parse
 from metamom.common.checks import MOST, check_whole
 from metamom.common.files import write_atomically
+from metamom.common.numbers import plural
 from metamom.experiments.defaults import EPOCHS as EPOCHS
 from metamom.experiments.paper.protocol import Protocol, protocol
 from metamom.experiments.paper.training import Row, Training
@@ -100,8 +101,9 @@ def _epochs(training: Training, epochs: int, run: RunDirectory, label: str) -> l
     seconds = _restored(training, run)
     if epochs < training.epochs:
         raise ValueError(
-            f"the run in {run.path} has done {training.epochs} epochs, more than the total of {epochs}. "
-            f"Pass epochs (--epochs) above {training.epochs} to go on, or take another directory for a shorter run."
+            f"the run in {run.path} has done {training.epochs} {plural(training.epochs, 'epoch')}, more than the total "
+            f"of {epochs}. Pass epochs (--epochs) above {training.epochs} to go on, or take another directory for a "
+            "shorter run."
         )
     rows = _rows_before(training.epochs, run.path)
     # the copy first: after a crash, metrics.jsonl still shows that the file is this run's

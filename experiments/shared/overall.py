@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from metamom.common.log_lines import LogLines
 from metamom.training.callbacks import Callback, RunState
-from metamom.training.log_lines import LogLines
 
 OFTEN = 0.3  # seconds between drawings of the bar
 

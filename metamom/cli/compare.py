@@ -25,6 +25,7 @@ from metamom.cli.flags import (
     trained_with,
 )
 from metamom.cli.parser import Parser
+from metamom.cli.resuming import continued, kept_options
 from metamom.common.flag_types import long_count, names, number, numbers, path, run_count, task_count
 from metamom.experiments.families import FAMILIES
 
@@ -158,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     task = arguments.task
     family = FAMILIES[task]
     comparison = Comparison(
-        base=Recipe(task=task, **given_flags(arguments)).over(arguments.iterations),
+        base=Recipe(task=task, **kept_options(arguments) | given_flags(arguments)).over(arguments.iterations),
         betas=arguments.betas,
         first_steps=arguments.first_steps,
         lrs=arguments.lrs or family.comparison.lrs,
@@ -175,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = compare(comparison, run_dir, root=arguments.data_root, resume=arguments.resume, jobs=arguments.jobs)
     except ComparisonInterrupted as interrupt:
         print("\n".join(interrupt.table))
-        print(f"continue: {_continued(arguments, run_dir)}")
+        print(f"continue: {continued(arguments, run_dir)}")
         raise
     try:
         _show(report)
@@ -201,10 +202,3 @@ def _show(report: Path) -> None:
         print(f"page: {write_page(report.parent / NAME, page)}")
     else:
         print(f"page: none without Bokeh; pip install 'metamom[report]', then metamom report {report.parent}")
-
-
-def _continued(arguments: argparse.Namespace, run_dir: str) -> str:
-    """The command line that continues an interrupted comparison."""
-    words = ["metamom", *arguments.words]
-    words += [] if arguments.run_dir else ["--run-dir", run_dir]
-    return shlex.join([*words, *([] if arguments.resume else ["--resume"])])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from metamom.cli.flags import add_options, add_processes, given_flags, run_options
 from metamom.cli.parser import Parser
+from metamom.cli.resuming import continued, kept_options
 from metamom.common.numbers import plural
 from metamom.experiments.families import FAMILIES
 
@@ -36,10 +37,11 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
     from metamom.experiments.recipes import Recipe
+    from metamom.training.interrupts import TrainingInterrupted
     from metamom.training.loop import train
 
     keep_freed_memory()
-    given = given_flags(arguments)
+    given = world.broadcast_object(lambda: kept_options(arguments)) | given_flags(arguments)
     if given.get("optimizer", "momentum") != "momentum" and {"beta", "first_step", "normalize"} & set(given):
         raise ValueError(
             "--beta, --first-step and --normalize belong to --optimizer momentum; got --optimizer "
@@ -63,26 +65,32 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         options["track_bias"] = tracking(recipe, arguments.track_bias, root=arguments.data_root)
     sampler = recipe.sampler(root=arguments.data_root)
     validation = recipe.sampler("validation", root=arguments.data_root)
+    recipe.check_outputs(learner, sampler)
     recipe = recipe.with_kept(sampler, validation)
     assert recipe.meta_batch is not None
-    result = train(
-        learner,
-        optimizer,
-        sampler,
-        **options,
-        meta_batch=recipe.meta_batch,
-        workers=recipe.workers,
-        bias=recipe.operator(),
-        aggregate=recipe.aggregate,
-        clip_grad=recipe.clip_grad,
-        schedulers=recipe.schedulers(optimizer),
-        callbacks=recipe.callbacks(),
-        validation=validation,
-        settings=recipe.settings(),
-        free=recipe.free(),
-        world=world,
-        label=f"train {recipe.task}",
-    )
+    try:
+        result = train(
+            learner,
+            optimizer,
+            sampler,
+            **options,
+            meta_batch=recipe.meta_batch,
+            workers=recipe.workers,
+            bias=recipe.operator(),
+            aggregate=recipe.aggregate,
+            clip_grad=recipe.clip_grad,
+            schedulers=recipe.schedulers(optimizer),
+            callbacks=recipe.callbacks(),
+            validation=validation,
+            settings=recipe.settings(),
+            free=recipe.free(),
+            world=world,
+            label=f"train {recipe.task}",
+        )
+    except TrainingInterrupted as interrupt:
+        if world.size == 1 and interrupt.unfinished:
+            print(f"continue: {continued(arguments, str(options['run_dir']))}")
+        raise
     if world.first:
         _print(result, options)
     return 0

@@ -43,8 +43,14 @@ def named_callable(text: str, what: str = "the model", *, folder: str | None = N
     return result
 
 
-def created(text: str, create: Callable[..., Any], arguments: Mapping[str, Any] | None = None) -> Any:
+def created(text: str, create: Callable[..., Any], arguments: Mapping[str, Any] | None = None, takes: str = "") -> Any:
     """Create the model by the callable that `named_callable` found.
+
+    Args:
+        text: its name.
+        create: the callable.
+        arguments: passed by name.
+        takes: which arguments those are, for the error where it hands on one that is not taken.
 
     Raises:
         ValueError: for any error of the callable's, with the file and the line that raised it.
@@ -54,7 +60,9 @@ def created(text: str, create: Callable[..., Any], arguments: Mapping[str, Any] 
         return create(**arguments)
     except Exception as error:
         given = ", ".join(f"{name}={value!r:.40}" for name, value in arguments.items())
-        raise ValueError(f"the model {text}({given}) raised {_described(error)}") from error
+        untaken = isinstance(error, TypeError) and any(f"keyword argument '{name}'" in str(error) for name in arguments)
+        advice = f". {takes}" if untaken and takes else ""
+        raise ValueError(f"the model {text}({given}) raised {_described(error)}{advice}") from error
 
 
 def module_folder(text: str) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch, check_ids, check_points, kind_of
+from metamom.common.numbers import counted
 from metamom.common.trees import Tree, count, lone, named_leaves, points
 
 IGNORED = -100  # the default ignore_index of torch's classification losses
@@ -50,8 +51,8 @@ def check_batch(batch: object) -> None:
     if len({*tasks, *([] if ids is None else [len(ids)])}) > 1:
         also = "" if ids is None else f", task_ids {len(ids)}"
         raise ValueError(
-            f"all tensors of a batch must hold the same tasks [T, ...]; got support sets of {tasks[0]} tasks, query "
-            f"sets of {tasks[1]}{also}."
+            f"all tensors of a batch must hold the same tasks [T, ...]; got support sets of "
+            f"{counted(tasks[0], 'task')}, query sets of {tasks[1]}{also}."
         )
     if tasks[0] == 0:
         raise ValueError("a batch needs at least one task; got tensors [0, ...].")
@@ -124,7 +125,7 @@ def _check_trees(name: str, x: Tree, y: Tree, *, empty: bool) -> None:
     """`check_set` for trees of tensors. Which of them hold points, and which one thing a task, only the model knows."""
     if y is not None and count(x) != count(y):
         raise ValueError(
-            f"{name}_x and {name}_y must hold the same tasks, [T, ...]; got {count(x)} and {count(y)} tasks."
+            f"{name}_x and {name}_y must hold the same tasks, [T, ...]; got {count(x)} and {counted(count(y), 'task')}."
         )
     none = [place for place, leaf in named_leaves(f"{name}_x", x).items() if 0 in leaf.shape[1:2]]
     if none and not empty:
@@ -158,8 +159,8 @@ def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> Non
         wanted = (count(x), *model[name].shape)
         if tuple(w.shape) != wanted:
             raise ValueError(
-                f"inputs of {count(x)} tasks need weights adapted to each, [T, *shape] as adapt returns them: "
-                f"{list(wanted)} for {name}; got {list(w.shape)}."
+                f"inputs of {counted(count(x), 'task')} need weights adapted to each, [T, *shape] as adapt "
+                f"returns them: {list(wanted)} for {name}; got {list(w.shape)}."
             )
 
 

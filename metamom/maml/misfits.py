@@ -84,9 +84,10 @@ def targets_explained(predictions: Any, targets: Tree) -> Iterator[None]:
             f"predictions of shape {list(predictions.shape[1:])} of {predictions.dtype} and targets of shape "
             f"{list(targets.shape[1:])} of {targets.dtype} for each task"
         )
-        raise ValueError(
-            f"loss_fn cannot take {shapes}: {_said(error)} {_cure_of_targets(predictions, targets, str(error))}"
-        ) from error
+        why = _about_float_labels(predictions, targets, str(error))
+        if why is None:
+            why = f": {_said(error)} {_cure_of_targets(predictions, targets, str(error))}"
+        raise ValueError(f"loss_fn cannot take {shapes}{why}") from error
 
 
 @contextmanager
@@ -192,6 +193,18 @@ def _cure_of_inputs(x: Tree, weights: Mapping[str, Tensor], said: str) -> str:
     return "Give support_x and query_x the shape [T, N, ...], where that module takes [N, ...], or change the module."
 
 
+def _about_float_labels(predictions: Tensor, targets: Tensor, said: str) -> str | None:
+    """What to do about class labels that are not integers; ``None`` for other targets."""
+    if not targets.is_floating_point() or targets.device != predictions.device or predictions.dim() < 3:
+        return None
+    column = predictions.dim() == targets.dim() and targets.shape[-1] == 1 and "multi-target" in said
+    classes = predictions.shape[2]
+    if classes < 2 or not (column or ("gather" in said and predictions.dim() == targets.dim() + 1)):
+        return None
+    cure = "y.squeeze(-1).long()" if column else "y.long()"
+    return f". If targets are class indices, make them integers: {cure}, in 0..ways-1 (here 0..{classes - 1})."
+
+
 def _cure_of_targets(predictions: Tensor, targets: Tensor, said: str) -> str:
     if predictions.device != targets.device:
         return f"Targets are on {targets.device}, predictions on {predictions.device}: move the batch, batch.to(...)."
@@ -200,10 +213,7 @@ def _cure_of_targets(predictions: Tensor, targets: Tensor, said: str) -> str:
             "Torch's losses take real numbers. Give them p.abs() or torch.view_as_real(p), or write out the loss: (p "
             "- y).abs().square().mean()."
         )
-    one_fewer = predictions.dim() == targets.dim() + 1
     if targets.is_floating_point():
-        if one_fewer and predictions.shape[2] > 1:
-            return "If targets are class indices, make them integers: y.long()."
         if predictions.shape == targets.shape and predictions.dtype == targets.dtype:
             return "Both have the same shape and dtype: check what else the loss takes, such as its weight."
         return "Give both the same shape and dtype."

@@ -116,7 +116,12 @@ class Conv4(nn.Module):
         fixed = self.pooling == "max"
         if x.dim() != 4 or x.shape[1] != self.channels or (fixed and set(x.shape[2:]) != {self.image_size}):
             size = f"{self.image_size}, {self.image_size}]" if fixed else "height, width], such as 28 by 28"
-            raise ValueError(f"Conv4 wants images [N, {self.channels}, {size}; got {tuple(x.shape)}.")
+            advice = ""
+            if x.dim() == 4 and x.shape[1] == self.channels:
+                square = x.shape[2] == x.shape[3] >= SMALLEST
+                create = f"create it with image_size={x.shape[3]}, or " if square else ""
+                advice = f" It is made for image_size={self.image_size}: {create}resize the images."
+            raise ValueError(f"Conv4 wants images [N, {self.channels}, {size}; got {tuple(x.shape)}.{advice}")
         if fixed:
             flat: Tensor = self.head(self.features(x).flatten(1))
             return flat

@@ -10,7 +10,7 @@ from torch import Tensor
 from metamom.bias.norms import scaled_norm
 from metamom.common.choices import Aggregate as Aggregate
 from metamom.common.did_you_mean import did_you_mean
-from metamom.common.numbers import real, shown
+from metamom.common.numbers import counted, real, shown
 
 # Limits of Weiszfeld's iteration for the geometric median, and its tolerance: the step relative to the spread.
 ITERATIONS = 1000  # starting close to a vector is slow: seven points in four dimensions needed 200
@@ -78,7 +78,8 @@ def check_aggregate(how: Aggregate, workers: int | None = None) -> float:
         )
     if workers is not None and _trimmed(value, workers) == 0:
         raise ValueError(
-            f"{how} of {workers} workers leaves out none of them and is the mean: take a larger share, or more workers."
+            f"{how} of {counted(workers, 'worker')} leaves out none of them and is the mean: take a larger share, or "
+            "more workers."
         )
     return value
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metamom.common.numbers import counted, plural
+
 
 class AffineMean(NamedTuple):
     """The mean of a meta-gradient as a function of ``delta = w - theta``, where theta is the task's optimum.
@@ -132,7 +134,8 @@ def bias_floor(exact: Sequence[AffineMean], biased: Sequence[AffineMean], thetas
 def _mean(means: Sequence[AffineMean], thetas: Tensor) -> tuple[Tensor, Tensor]:
     """Gain and pull of the tasks' mean, ``gain w - pull``."""
     if len(means) == 0 or thetas.dim() != 2 or len(means) != len(thetas):
-        raise ValueError(f"{len(means)} tasks need optima thetas [{len(means)}, d]; got shape {tuple(thetas.shape)}.")
+        needs = f"{counted(len(means), 'task')} {plural(len(means), 'needs', 'need')}"
+        raise ValueError(f"{needs} optima thetas [{len(means)}, d]; got shape {tuple(thetas.shape)}.")
     thetas = thetas.to(means[0].gain.dtype)
     pulls = [mean.gain @ theta - mean.offset for mean, theta in zip(means, thetas, strict=True)]
     return torch.stack([mean.gain for mean in means]).mean(0), torch.stack(pulls).mean(0)

@@ -164,7 +164,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
                 operator.shard(range(n) if n < world.size else world.workers(n), each=options.aggregate != "mean")
         learner.expect(options.iterations - progress.done)
         if run is not None:  # from here on the directory changes
-            run.forget_metrics_from(progress.done, until=options.iterations)
+            run.forget_metrics_from(progress.logged, until=options.iterations)
             run.write_config()
         session = Session(
             progress,

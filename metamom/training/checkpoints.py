@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from metamom.common.files import replacing
 
 FORMAT = 1
-_NAME = re.compile(r"step-(\d+)\.pt")
+_NAME = re.compile(r"step-(\d+)(\.unvalidated)?\.pt")
 # errors seen when reading a damaged zip archive or the pickle in it
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
@@ -149,6 +151,9 @@ def _check_size(state: Any, size: int) -> None:
 class Checkpoints:
     """The checkpoints in one folder: ``step-00000500.pt`` after 500 steps, and ``best.pt``.
 
+    While a validation is under way, and until the next checkpoint, ``step-00000500.unvalidated.pt`` has the state
+    before it. Earlier versions ignore it, and go back to the checkpoint before.
+
     Args:
         folder: created with the first checkpoint.
         keep: how many of the newest to keep, >= 1.
@@ -172,18 +177,26 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the existing checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(m.group(1)) for m in map(_NAME.fullmatch, (p.name for p in self.folder.iterdir())) if m)
+        return [step for step, path in self._all() if path == self.path(step)]
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int, *, validated: bool = True) -> Path:
         """The path of the checkpoint after ``step`` steps."""
-        return self.folder / f"step-{step:08d}.pt"
+        return self.folder / f"step-{step:08d}{'' if validated else '.unvalidated'}.pt"
 
     def beyond_start(self) -> list[Path]:
         """The checkpoints after at least one step."""
-        after = [self.path(step) for step in self.steps() if step > 0]
+        after = [path for step, path in self._all() if step > 0]
         return [*after, *([self.best] if self.best.exists() else [])]
+
+    def _all(self) -> list[tuple[int, Path]]:
+        """The checkpoints with their steps, the newest last; of one step, the validated one last."""
+        if not self.folder.is_dir():
+            return []
+        found = [
+            (match, self.folder / match.group()) for match in map(_NAME.fullmatch, os.listdir(self.folder)) if match
+        ]
+        newest_last = sorted(found, key=lambda each: (int(each[0].group(1)), each[0].group(2) is None))
+        return [(int(match.group(1)), path) for match, path in newest_last]
 
     def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
         """Write the checkpoint, then remove the oldest beyond ``keep``; ``best=True`` writes ``best.pt`` too."""
@@ -194,6 +207,18 @@ class Checkpoints:
         # later ones are damaged, since `load_newest` has skipped them: do not count them
         for old in [there for there in self.steps() if there <= step][: -self.keep]:
             self.path(old).unlink(missing_ok=True)
+        self._drop_unvalidated(lambda there: there <= step)
+
+    def save_unvalidated(self, step: int, state: dict[str, Any]) -> None:
+        """Write the state before the validation after ``step`` steps; the next checkpoint replaces it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save(self.path(step, validated=False), {"step": step, **state})
+        self._drop_unvalidated(lambda there: there < step)
+
+    def _drop_unvalidated(self, which: Callable[[int], bool]) -> None:
+        for step, path in self._all():
+            if which(step) and path != self.path(step):
+                path.unlink(missing_ok=True)
 
     def load_newest(self, *, device: torch.device | str = "cpu") -> dict[str, Any] | None:
         """Load the newest intact checkpoint, with a warning for each damaged one that is skipped.
@@ -204,14 +229,14 @@ class Checkpoints:
         Raises:
             CheckpointError: if there are checkpoints but none is usable, or the newest intact one has another format.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        there = self._all()
+        for step, path in reversed(there):
             try:
-                state = load(self.path(step), device=device)
+                state = load(path, device=device)
             except CheckpointFormatError:
                 raise
             except CheckpointError as error:
-                if step == steps[0]:
+                if path == there[0][1]:
                     raise CheckpointError(
                         f"no checkpoint in {self.folder} can be used: {error} Put back a copy of one, or start a new "
                         "run in another directory."
@@ -221,7 +246,7 @@ class Checkpoints:
                 found = state.get("step", step)
                 if type(found) is int and 0 <= found != step:  # other types are refused where it is used
                     raise CheckpointError(
-                        f"checkpoint {self.path(step)} holds another step than its name says: "
+                        f"checkpoint {path} holds another step than its name says: "
                         f"{found if found < 10**18 else 'a number of many digits'}. Restore it from a copy, or "
                         "remove it."
                     )

@@ -16,11 +16,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     Attributes:
         signal_number: ``signal.SIGINT`` (Ctrl-C) or ``signal.SIGTERM``.
+        unfinished: whether a resumed run has something left to do.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, signal_number: int, unfinished: bool = True) -> None:
         super().__init__(message, signal_number)  # both, so that it can be pickled between processes
         self.signal_number = signal_number
+        self.unfinished = unfinished
 
     def __str__(self) -> str:
         return str(self.args[0])

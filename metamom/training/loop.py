@@ -179,8 +179,11 @@ def _steps(
     """The algorithm (sample, meta-gradient, bias and aggregate, momentum), with checks and measurements."""
     options, operator, like = checked.options, checked.operator, next(learner.model.parameters())
     monitor = StallMonitor(optimizer, operator, learner.estimator) if world.first else None
-    resumed_from, metrics = session.progress.done, []
+    resumed_from, metrics = session.progress.logged, []
     validation: Evaluation | None = None
+    if (line := session.progress.unvalidated) is not None:
+        validation = _finished(session, learner, line, checked, world)
+        metrics.append(line)
     for step in session:
         measured = _tracked(learner, operator, options.track_bias, step, session)
         check_momentum(optimizer, operator)  # a schedule may have changed beta
@@ -192,20 +195,37 @@ def _steps(
         optimizer.step()
         checked.advance()
 
-        line: dict[str, Any] = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}
+        line = {"step": step, "loss": float(loss), **report, **measured, "world_size": world.size}
         if monitor is not None:
             monitor.update(line["loss"], line["grad_norm"] * line.get("clip_factor", 1.0))
         rate = options.meta_batch / session.stepped()
-        best = checkup = None
-        if checked.validates_after(step + 1):
-            validation = checkup = _validated(learner, options, world)
-            line.update(validation=validation.mean[0], validation_halfwidth=validation.halfwidth[0])
-            checked.advance_after(validation)
-            best = validation.mean[0] if _better(validation, session.progress.best) else None
+        validation = _finished(session, learner, line, checked, world, rate) or validation
         metrics.append(line)
-        session.finish(line, _shown(line, rate), best, checkup)
     run_dir = None if options.run_dir is None else Path(options.run_dir)
     return TrainResult(metrics, validation, resumed_from, session.stopped, run_dir)
+
+
+def _finished(
+    session: Session, learner: MAML, line: dict[str, Any], checked: Checked, world: World, rate: float | None = None
+) -> Evaluation | None:
+    """Finish a step: validate if that is due, log and save.
+
+    Args:
+        session: of the run.
+        learner: to validate.
+        line: the step's metrics; gets the validation.
+        checked: the options.
+        world: the processes.
+        rate: tasks a second, to show.
+    """
+    best = validation = None
+    if checked.validates_after(line["step"] + 1):
+        validation = _validated(session, learner, line, checked.options, world)
+        line.update(validation=validation.mean[0], validation_halfwidth=validation.halfwidth[0])
+        checked.advance_after(validation)
+        best = validation.mean[0] if _better(validation, session.progress.best) else None
+    session.finish(line, _shown(line, rate), best, validation)
+    return validation
 
 
 def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:
@@ -248,16 +268,22 @@ def _clipped(learner: MAML, report: Mapping[str, Any], most: float | None) -> di
     return {"clip_factor": factor}
 
 
-def _validated(learner: MAML, options: Options, world: World) -> Evaluation:
+def _validated(session: Session, learner: MAML, line: dict[str, Any], options: Options, world: World) -> Evaluation:
     assert options.validation is not None
-    return evaluate(
-        learner,
-        options.validation,
-        tasks=options.evaluate_tasks,
-        steps=(learner.inner_steps,),
-        stream="validation",
-        world=world,
-    )
+
+    def heed() -> None:  # share a signal with all processes
+        world.status = session.interrupts.caught or 0
+        world.agree()
+
+    with session.validating(line, heed):
+        return evaluate(
+            learner,
+            options.validation,
+            tasks=options.evaluate_tasks,
+            steps=(learner.inner_steps,),
+            stream="validation",
+            world=world,
+        )
 
 
 def _tracked(
@@ -282,6 +308,6 @@ def _better(checked: Evaluation, best: float | None) -> bool:
     return checked.mean[0] > best if checked.metric == "accuracy" else checked.mean[0] < best
 
 
-def _shown(line: Mapping[str, Any], rate: float) -> dict[str, str]:
+def _shown(line: Mapping[str, Any], rate: float | None) -> dict[str, str]:
     right = {} if line["accuracy"] is None else {"accuracy": f"{line['accuracy']:.3f}"}
-    return {"loss": f"{line['loss']:.4f}", **right, "tasks/s": f"{rate:.0f}"}
+    return {"loss": f"{line['loss']:.4f}", **right, **({} if rate is None else {"tasks/s": f"{rate:.0f}"})}

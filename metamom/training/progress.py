@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metamom.common.diverged import DivergedError as DivergedError
-from metamom.common.numbers import plural
+from metamom.common.numbers import counted, plural
 from metamom.distributed import World, digest
 from metamom.training.checkpoints import CheckpointError
 from metamom.training.directory import RunDirectory
@@ -18,11 +18,24 @@ from metamom.training.restore import checked_generators, checked_head, load_part
 
 
 class Progress(NamedTuple):
-    """The progress of a run: completed steps, their seconds, best validation."""
+    """The progress of a run.
+
+    Attributes:
+        done: completed steps.
+        seconds: that they took.
+        best: the best validation.
+        unvalidated: the metrics of the last step, if its validation is due or under way; they are not logged yet.
+    """
 
     done: int
     seconds: float
     best: float | None
+    unvalidated: dict[str, Any] | None = None
+
+    @property
+    def logged(self) -> int:
+        """The number of steps in ``metrics.jsonl``."""
+        return self.done - (self.unvalidated is not None)
 
 
 class Saved:
@@ -56,10 +69,15 @@ class Saved:
         step, seconds = checked_head(state, where)
         if "best" not in state:
             raise CheckpointError(f"there is no 'best' in {where}: the best validation so far, or None.")
-        best = state["best"]
+        best, line = state["best"], state.get("unvalidated")
+        if not (line is None or (isinstance(line, dict) and line.get("step") == step - 1)):
+            raise CheckpointError(f"{where} should hold the metrics of step {step - 1}, or nothing, as 'unvalidated'.")
+        progress = Progress(step, seconds, best, line)
         if not (best is None or isinstance(best, float)) or best != best:
             raise CheckpointError(f"{where} should hold the best validation, or None, as 'best'; got {best!r:.80}.")
-        if best is None and self.world.broadcast_object(lambda: self.run is not None and self.run.has_validated(step)):
+        if best is None and self.world.broadcast_object(
+            lambda: self.run is not None and self.run.has_validated(progress.logged)
+        ):
             raise CheckpointError(
                 f"{where} should hold the best validation as 'best', for metrics.jsonl has validations before step "
                 f"{step}; got None."
@@ -77,7 +95,7 @@ class Saved:
         torch.set_rng_state(generators.cpu)
         if generators.cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(generators.cuda[: torch.cuda.device_count()])
-        return Progress(step, seconds, best)
+        return progress
 
     def save(self, progress: Progress, is_best: bool = False) -> None:
         """Save the state after ``progress.done`` steps, unless its weights are invalid."""
@@ -85,7 +103,7 @@ class Saved:
         if not all(bool(p.isfinite().all()) for p in self.parts["learner"].parameters()):
             raise DivergedError("a weight", progress.done)
         self.world.check_same(
-            f"the weights after {progress.done} steps",
+            f"the weights after {counted(progress.done, 'step')}",
             lambda: digest(w for w in weights.values() if isinstance(w, Tensor)),
             "Machines of different kinds round differently: use machines of one kind.",
         )
@@ -102,4 +120,8 @@ class Saved:
         state |= {"seconds": progress.seconds, "best": progress.best, "rng": rng}
         with self.world.together():
             if self.run is not None:
-                self.run.checkpoints.save(progress.done, state, best=is_best)
+                if progress.unvalidated is None:
+                    self.run.checkpoints.save(progress.done, state, best=is_best)
+                else:
+                    state["unvalidated"] = progress.unvalidated
+                    self.run.checkpoints.save_unvalidated(progress.done, state)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
+from metamom.common.log_lines import LogLines
+from metamom.common.watching import watched
 from metamom.evaluation import Evaluation
 from metamom.training.callbacks import Callbacks
 from metamom.training.directory import RunDirectory
 from metamom.training.ending import recorder
 from metamom.training.interrupts import Interrupts, TrainingInterrupted
-from metamom.training.log_lines import LogLines
 from metamom.training.progress import DivergedError, Progress
 
 
@@ -76,7 +77,8 @@ class Session:
         self.callbacks = callbacks
         self.interrupts = Interrupts()
         self.stop: Callable[[], int] = lambda: self.interrupts.caught or 0
-        self._bar = tqdm(total=total, initial=progress.done, desc=label, unit=unit, disable=hidden)
+        self._label = None if hidden else label
+        self._bar = tqdm(total=total, initial=progress.logged, desc=label, unit=unit, disable=hidden)
         self._lines = LogLines(label, total, unit) if hidden is None and self._bar.disable else None
         self._unit = {"it": "step"}.get(unit, unit)
         self._began = 0.0
@@ -119,6 +121,31 @@ class Session:
         self.progress = self.progress._replace(done=done, seconds=seconds)
         return self._took
 
+    @contextmanager
+    def validating(self, line: dict[str, Any], heed: Callable[[], None]) -> Iterator[None]:
+        """A validation after the last step. The state before it is saved first, so that nothing is lost if it ends
+        early.
+
+        Args:
+            line: the step's metrics.
+            heed: called between its blocks, before `stop`.
+
+        Raises:
+            TrainingInterrupted: between two blocks, if a signal has been received.
+        """
+        if self.progress.unvalidated is None:
+            line["seconds"] = self.progress.seconds
+            self.progress = self.progress._replace(unvalidated=line)
+            self.store.save(self.progress)
+
+        def watch(done: int, tasks: int) -> None:
+            heed()
+            if signal := self.stop():
+                raise self._interrupted(signal, f"in the validation after {done} of {tasks} tasks, ")
+
+        with watched(None if self._label is None else f"{self._label}, validating", watch):
+            yield
+
     def finish(
         self,
         line: dict[str, Any],
@@ -137,8 +164,7 @@ class Session:
         Raises:
             TrainingInterrupted: after saving, if a signal has been received.
         """
-        if best is not None:
-            self.progress = self.progress._replace(best=best)
+        self.progress = self.progress._replace(best=self.progress.best if best is None else best, unvalidated=None)
         done, seconds = self.progress.done, self.progress.seconds
         line["seconds"] = seconds
         if self.run is not None:
@@ -152,8 +178,15 @@ class Session:
             self.store.save(self.progress, best is not None)
             self._saved = seconds
         if signal:
-            kept = f"saved in {self.path}; resume to go on" if self.path else "nothing was saved without a run_dir"
-            raise TrainingInterrupted(f"stopped after {self._unit} {done} of {self.total}; {kept}.", signal)
+            raise self._interrupted(signal)
+
+    def _interrupted(self, signal: int, where: str = "") -> TrainingInterrupted:
+        """The error after a signal, which says what is left to do."""
+        done = self.progress.done
+        left = "resume to go on" if done < self.total else "resume to validate" if where else "training is complete"
+        kept = f"saved in {self.path}; {left}" if self.path else "nothing was saved without a run_dir"
+        said = f"stopped {where}after {self._unit} {done} of {self.total}; {kept}."
+        return TrainingInterrupted(said, signal, unfinished=done < self.total or bool(where))
 
     def _show(self, line: Mapping[str, Any], shown: Mapping[str, str]) -> None:
         """Show the progress, after a completed step."""

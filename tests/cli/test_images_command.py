@@ -150,10 +150,13 @@ def test_another_process_uses_the_run(run, photos, tmp_path):
         (["--support", "{photos}/test", "--predict", "a.jpg", "--out", "a.jpg"], "--out writes a CSV file"),
         (["--support", "{photos}", "--predict", "nowhere.jpg"], "no file or folder nowhere.jpg"),
         (["--support", "{empty}", "--predict", "{photos}"], "two classes or more"),
+        (["--support", "{empty}/one", "--predict", "{photos}"], "it has 1 folder of classes."),
     ],
 )
 def test_what_adapt_refuses(arguments, message, run, photos, metamom, tmp_path):
     (tmp_path / "empty" / "cat").mkdir(parents=True)
+    (tmp_path / "empty" / "one" / "dog").mkdir(parents=True)
+    shutil.copy(next((photos / "test").glob("*/*.jpg")), tmp_path / "empty" / "one" / "dog")
     given = [each.format(photos=photos, empty=tmp_path / "empty") for each in arguments]
     assert message in the_error(metamom("adapt", run, *given))
 
@@ -413,3 +416,25 @@ def test_a_folder_that_has_moved_and_few_images_of_a_class(run, photos, metamom,
     )
     measured = metamom("bias", copy, "--data-root", photos, "--tasks", "12", "--inner-batch", "1,2", "--json")
     assert measured.code == 0, measured.err
+
+
+@pytest.mark.filterwarnings("always:skipped 1 of")
+@pytest.mark.parametrize("command", ["train", pytest.param("compare", marks=pytest.mark.slow)])
+def test_how_images_are_read_need_not_be_repeated(command, metamom, tmp_path, monkeypatch):
+    """A resumed run takes the options of its data and network from its directory, unless they are given."""
+    monkeypatch.chdir(tmp_path)
+    write_splits(Path("photos"), train=3, validation=3, test=3)
+    (tmp_path / "photos" / "train" / "class00" / "empty.png").write_bytes(b"")
+    small = ["--ways", "2", "--meta-batch", "2", "--queries", "2", "--evaluate-tasks", "4"]
+    small += ["--seeds", "1", "--lrs", "0.1", "--betas", "0.1", "--tasks", "4"] if command == "compare" else []
+    own = ["--root", "photos", "--on-broken", "skip", "--image-size", "16", "--channels", "1", "--augment", "flip"]
+    own += ["--model", "conv4-64", "--standardize", "none", "--rotations", "train"]
+    words = [command, "images", *small, "--run-dir", "run", "--iterations"]
+    assert metamom(*words, "1", *own).code == 0
+    more = "1" if command == "compare" else "2"
+    assert "image_size is 16 there and 17 here" in metamom(*words, more, "--image-size", "17", "--resume").err
+    assert metamom(*words, more, "--resume").code == 0
+    assert read_config("run")["history"][1]["length"] == read_config("run")["length"]
+    Path("photos").rename("moved")
+    assert "photos" in metamom(*words, more, "--resume").err
+    assert metamom(*words, more, "--resume", "--root", "moved").code == 0

@@ -270,6 +270,17 @@ def test_unfold_and_fold_are_adjoint(sizes):
         (BatchNormReLU(4), (2, 4, 7, 7), r"BatchNormReLU wants \[N, \.\.\., 4\].*got \(2, 4, 7, 7\)"),
         (Conv4(5), (2, 28, 28), r"Conv4 wants images \[N, 1, height, width\].*got \(2, 28, 28\)"),
         (Conv4(5, channels=3), (2, 28, 28, 3), r"Conv4 wants images \[N, 3, height, width\].*got \(2, 28, 28, 3\)"),
+        (
+            Conv4(5, 3, 4, pooling="max"),
+            (2, 3, 64, 64),
+            r"Conv4 wants images \[N, 3, 28, 28\]; got \(2, 3, 64, 64\)\. It is made for image_size=28: create it with "
+            r"image_size=64, or resize the images\.$",
+        ),
+        (
+            Conv4(5, 3, 4, pooling="max"),
+            (2, 3, 64, 48),
+            r"got \(2, 3, 64, 48\)\. It is made for image_size=28: resize the images\.$",
+        ),
     ],
 )
 def test_inputs_of_another_shape(module, shape, message):

@@ -161,3 +161,17 @@ def test_everything_wrong_with_lists_is_listed(tmp_path):
     assert found.splits["validation"].images == {"class01": 4, "class02": 0}
     with pytest.raises(DataError, match="in two splits"):  # which training refuses
         ImageFolder(root / "train", splits=splits, ways=2)
+
+
+@pytest.mark.parametrize(("broken", "left"), [(1, 3), (3, 1)])
+def test_classes_with_too_few_images_left(broken, left, tmp_path):
+    """The error says that it is broken files which are missing."""
+    root = write_splits(tmp_path / "data", train=3)
+    for n in range(broken):
+        (root / "train" / "class01" / f"{n}.png").write_bytes(b"")
+    them = "1 broken image that is" if broken == 1 else f"{broken} broken images that are"
+    few = rf"shots \+ queries = 2 \+ 2 images of each class; class 'class01', without {them} skipped, has {left}\."
+    with pytest.warns(RuntimeWarning, match=f"skipped {broken} of"), pytest.raises(ValueError, match=few):
+        ImageFolder(root, ways=2, shots=2, queries=2, image_size=12, on_broken="skip")
+    with pytest.raises(ValueError, match=r"2 \+ 3 images of each class; class 'class00' has 4\."):
+        ImageFolder(write_splits(tmp_path / "sound", train=3), ways=2, shots=2, queries=3, image_size=12)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,8 +12,8 @@ import pytest
 from training_runs import TASKS, go, momentum
 
 from metamom import cli
-from metamom.training import log_lines
-from metamom.training.log_lines import LogLines, duration
+from metamom.common import log_lines
+from metamom.common.log_lines import LogLines, duration
 
 
 def timed(**options):
@@ -114,3 +116,33 @@ def test_of_a_comparison_in_a_terminal(capsys, tmp_path, monkeypatch):
     err = capsys.readouterr().err
     assert "2/2 [" in err
     assert set(re.findall(r"(\w+): +\d+%", err)) == {"compare"}, "one bar"
+
+
+def test_of_evaluations(capsys, commanded, monkeypatch):
+    """Standard output has the result only."""
+    monkeypatch.setattr(log_lines, "EVERY", 0.0)
+    assert cli.main(["evaluate", str(commanded), "--tasks", "150", "--steps", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["tasks"] == 150
+    assert [line.split(",")[0] for line in err.splitlines()] == [f"evaluate: {n}/150 tasks" for n in (50, 100)]
+    monkeypatch.setattr(log_lines, "EVERY", 30.0)
+    assert cli.main(["evaluate", str(commanded), "--tasks", "150", "--steps", "1", "--json"]) == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_of_the_evaluations_of_a_comparison(capsys, commanded, tmp_path, monkeypatch):
+    monkeypatch.setattr(log_lines, "EVERY", 0.0)
+    small = ["--iterations", "1", "--evaluate-tasks", "100", "--tasks", "150", "--meta-batch", "2"]
+    words = ["compare", "sinusoid", "--seeds", "1", "--lrs", "0.03", "--betas", "0.1", *small]
+    assert cli.main([*words, "--run-dir", str(tmp_path / "new")]) == 0
+    name = "beta0.1-zero_lr0.03_seed0"
+    assert [line.split(", ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        f"{name} evaluated on 50/100 tasks",
+        f"{name} at 1/1 it",
+        f"{name} evaluated on 50/150 tasks",
+        f"{name} evaluated on 100/150 tasks",
+        f"{name} finished",
+    ]
+    other = shutil.copytree(commanded, tmp_path / "other")
+    assert cli.main(["compare", str(commanded), str(other), "--tasks", "100", "--steps", "1"]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["evaluate: 50/100 tasks"] * 2
