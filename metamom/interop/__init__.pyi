@@ -1,2 +1,3 @@
+from . import ddp as ddp
 from . import huggingface as huggingface
 from . import learn2learn as learn2learn
