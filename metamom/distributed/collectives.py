@@ -45,6 +45,10 @@ class Collectives:
         self.sent = 0
         self._root = 0 if group is None else dist.get_global_rank(group, 0)  # process 0, as torch numbers it
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have no group of their own, as a copy of a model in DDP."""
+        return {**vars(self), "group": None, "_root": 0}
+
     @property
     def first(self) -> bool:
         """Whether this is process 0, which writes files and shows progress."""
@@ -83,7 +87,10 @@ class Collectives:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all processes in place, on every process."""
         if self.size > 1:
-            self._call("a sum", lambda: dist.all_reduce(tensor, group=self.group))
+            sent = self._sendable(tensor)
+            self._call("a sum", lambda: dist.all_reduce(sent, group=self.group))
+            if sent is not tensor:
+                tensor.copy_(sent)
             self.sent += 2 * (self.size - 1) * tensor.nbytes
         return tensor
 

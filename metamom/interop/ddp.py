@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metamom.bias import Bias, BiasOperator, Identity, as_operator
 from metamom.bias.checks import all_finite
+from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.state import State
 from metamom.common.averaged import forget, note
 from metamom.common.checks import check_word
@@ -268,9 +269,12 @@ class BiasedReduction:
         steps: list[Aggregation] = []
         with world.together():
             rows = [self._row([gradients[number] for number in group], scale) for group in self._groups]
-            world.status = int(scale is not None and not all(map(all_finite, rows)))
-            if not world.status:
+            finite = all(map(all_finite, rows))
+            world.status = int(not finite)
+            if finite:
                 steps = [self._step(*each) for each in zip(self._operators, self._groups, rows, strict=True)]
+            elif scale is None:
+                raise self._not_finite(gradients)
         if any(world.statuses):  # the scaler of every process finds these, and skips the step
             for gradient in gradients.values():
                 gradient.fill_(math.nan)
@@ -283,6 +287,15 @@ class BiasedReduction:
             for number, piece in zip(group, pieces, strict=True):
                 gradients[number].copy_(piece.view_as(gradients[number]))
         self._note(found)
+
+    def _not_finite(self, gradients: Mapping[int, Tensor]) -> NonFiniteError:
+        """The error about this process's gradient."""
+        bad = next(name for number, name in enumerate(self._parameters) if not all_finite(gradients[number]))
+        return NonFiniteError(
+            f"the gradient of {bad} on process {self.world.rank} has infinite or NaN entries: a smaller step size, or "
+            "the loss, must keep them finite; no operator can. If a GradScaler is to skip such steps, pass it as "
+            "scaler= to register."
+        )
 
     def _row(self, gradients: Sequence[Tensor], scale: float | None) -> Tensor:
         """The worker's gradient ``[1, d]``."""

@@ -255,6 +255,13 @@ def test_the_optimizer_does_not_average_again(size, found):
         assert "ef21-sgdm(0.2):topk:30% carries the momentum on the workers" in process["momentum"]
 
 
+@each_size
+def test_a_model_with_a_hook_can_be_copied_and_pickled(size, found):
+    for process in found[size]:
+        for state in process["copied"]:
+            assert torch.equal(state["workers"][0]["estimate"], process["copied"][0]["workers"][0]["estimate"])
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -267,7 +274,7 @@ def test_the_optimizer_does_not_average_again(size, found):
         ("scaler", "TypeError: scaler is the torch.amp.GradScaler"),
         ("twice", "ValueError: this DDP model has a communication hook already"),
         ("sparse", "TypeError: operators act on dense gradients; make 0 with sparse=False"),
-        ("nan", "NonFiniteError: 16 entries of the gradients are infinite or NaN"),
+        ("nan", "NonFiniteError: the gradient of weights.0 on process 1 has infinite .* pass it as scaler="),
         ("another's", "ValueError: the state is of worker [01], and this process is worker [01]"),
         ("count", "ValueError: the state has error feedback of 5 workers, and each of these 2 processes is a worker"),
         ("names", "ValueError: the state is of a model with other parameters: weights.0 differs"),

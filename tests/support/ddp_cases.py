@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,16 @@ def refused(folder: Path) -> dict[str, str]:
     return found
 
 
+def copied() -> list[dict[str, Any]]:
+    """The state of error feedback, in a model, its copy and its pickle. PyTorch gives these the group of all."""
+    model = made()
+    register(model, "ef21:topk:30%")
+    step(model, 0)
+    pickled = pickle.loads(pickle.dumps(model))
+    states = [each._comm_hooks[0][1].state_dict()["operator"] for each in (model, copy.deepcopy(model), pickled)]
+    return [{"workers": state["workers"]} for state in states]
+
+
 def momentum_of_the_workers() -> str:
     """The optimizer must not average again what workers have averaged."""
     model = made()
@@ -319,6 +331,7 @@ def all_cases(folder: Path) -> None:
         "saved": saved(folder),
         "reported": reported(),
         "uneven": of_uneven_lengths(),
+        "copied": copied(),
         "momentum": momentum_of_the_workers(),
     }
     found["resumed"] = all_resumed(folder)
@@ -327,6 +340,7 @@ def all_cases(folder: Path) -> None:
     if size == 2:
         found["refused"] = refused(folder)
     torch.save(found, folder / f"found by {dist.get_rank()} of {size}")
+    dist.barrier()  # process 0 has the store that others may still need
     dist.destroy_process_group()
 
 
