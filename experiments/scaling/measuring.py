@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from metamom.common import tables
 from metamom.experiments.scaling import constants
-from metamom.experiments.scaling.launch import on_processes
 from metamom.experiments.scaling.loopback import QUIET
 from metamom.experiments.scaling.problems import ScalingPlan
+from metamom.experiments.shared.torchrun import on_processes
 from metamom.training.directory import environment
 
 Measured = dict[str, Any]  # the JSON values that `measure` returns
@@ -42,7 +42,7 @@ def measure(config: ScalingPlan, processes: Sequence[int]) -> Measured:
     }
     plan = {**config.settings(), "processes": list(processes)}
     for n in tqdm(processes, desc="processes", disable=None):
-        for name, timings in on_processes(n, plan).items():
+        for name, timings in on_processes("metamom.experiments.scaling.step", n, plan).items():
             found[name] += timings
     return found
 

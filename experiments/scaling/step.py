@@ -1,4 +1,4 @@
-"""Time whole steps and collectives on the processes that torchrun has started; `launch` starts it.
+"""Time whole steps and collectives on the processes that torchrun has started.
 
     torchrun --nproc-per-node 2 -m metamom.experiments.scaling.step PLAN.json FOUND.json
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from metamom.experiments.shared.quartiles import short, shown, spread
 from metamom.experiments.speed.measure import TOLERANCE, Measured
 from metamom.experiments.speed.peers import ROUGH
 
@@ -30,9 +31,9 @@ def as_json(measured: Measured) -> dict[str, Any]:
             entry["first_call_seconds"] = measured.first_calls[name]
         if reference is not None and (times := measured.milliseconds.get(name)):
             against = np.divide(measured.milliseconds[reference], times)
-            entry |= {"milliseconds": _spread(times), "speed": _spread(against), "all_milliseconds": times}
+            entry |= {"milliseconds": spread(times), "speed": spread(against), "all_milliseconds": times}
             if cpu := measured.cpu_milliseconds.get(name):
-                entry["cpu_milliseconds"] = _spread(cpu)
+                entry["cpu_milliseconds"] = spread(cpu)
             if measured.flops is not None and rate is not None:
                 gflops = measured.flops / (1e6 * float(np.median(times)))
                 entry |= {"gflop_per_second": gflops, "percent_of_gemm": 100 * gflops / rate[1]}
@@ -45,7 +46,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "float32_tolerance": measured.row.tolerance,
         "flops": measured.flops,
-        "gemm_milliseconds": {str(size): _spread(times) for size, times in measured.gemm.items()},
+        "gemm_milliseconds": {str(size): spread(times) for size, times in measured.gemm.items()},
         "gemm_gflop_per_second": None if rate is None else rate[1],
         "contenders": contenders,
         "cannot_run": measured.failures,
@@ -90,8 +91,8 @@ def timed(measured: Measured) -> Iterator[str]:
         gflops, percent = entry.get("gflop_per_second"), entry.get("percent_of_gemm")
         cpu = entry.get("cpu_milliseconds")
         columns = [
-            f"{name:<17}{_shown(entry['milliseconds']):>25}{'-' if cpu is None else _short(cpu['median']):>8}",
-            f"{_shown(entry['speed']):>29}",
+            f"{name:<17}{shown(entry['milliseconds']):>25}{'-' if cpu is None else short(cpu['median']):>8}",
+            f"{shown(entry['speed']):>29}",
             f"{'-' if gflops is None else format(gflops, '.2f'):>9}",
             f"{'-' if percent is None else format(percent, '.1f') + ' %':>8}",
             f"{entry['float32_difference']:>9.0e}{entry['first_call_seconds']:>8.2f} s",
@@ -121,18 +122,3 @@ def checked(measured: Measured) -> Iterator[str]:
 def _failures(measured: Measured) -> Iterator[str]:
     for name, why in measured.failures.items():
         yield f"{name:<17}  cannot run this row: {' '.join(why.split())[:200]}"
-
-
-def _spread(values: Any) -> dict[str, float]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {"median": float(median), "low_quartile": float(low), "high_quartile": float(high)}
-
-
-def _shown(spread: dict[str, float]) -> str:
-    median, low, high = (_short(spread[key]) for key in ("median", "low_quartile", "high_quartile"))
-    return f"{median} ({low} to {high})"
-
-
-def _short(value: float) -> str:
-    """Three digits, or all digits before the decimal point."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"

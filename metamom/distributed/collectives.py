@@ -27,18 +27,27 @@ class Collectives:
         size: number of processes.
         server: who aggregates (see `World`).
         timeout: seconds > 0 after which waiting for another process is an error.
+        group: the processes, if they are not all those of ``torch.distributed``.
 
     Raises:
         ProcessError: in every method, if a process has died or does not arrive within the time-out.
     """
 
-    def __init__(self, rank: int, size: int, server: Server, timeout: float) -> None:
+    def __init__(
+        self, rank: int, size: int, server: Server, timeout: float, group: dist.ProcessGroup | None = None
+    ) -> None:
         check_word("the server", server, SERVERS)
         self.rank = rank
         self.size = size
         self.server = server
         self.timeout = timeout
+        self.group = group
         self.sent = 0
+        self._root = 0 if group is None else dist.get_global_rank(group, 0)  # process 0, as torch numbers it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have no group of their own, as a copy of a model in DDP."""
+        return {**vars(self), "group": None, "_root": 0}
 
     @property
     def first(self) -> bool:
@@ -49,17 +58,19 @@ class Collectives:
         """Gather every process's ``[*shape]`` (the same shape on all) into ``[size, *shape]``."""
         if self.size == 1:
             return tensor.unsqueeze(0)
-        everyones = tensor.new_empty(self.size, *tensor.shape)
-        self._call("tensors of all processes", lambda: dist.all_gather([*everyones], tensor.contiguous()))
+        sent = self._sendable(tensor)
+        everyones = sent.new_empty(self.size, *tensor.shape)
+        self._call("tensors of all processes", lambda: dist.all_gather([*everyones], sent, group=self.group))
         self.sent += self.size * (self.size - 1) * tensor.nbytes
-        return everyones
+        return everyones.to(tensor.device)
 
     def gather_to_server(self, tensor: Tensor) -> Tensor:
         """`gather` on the server. The result on other processes is meaningless."""
         if self.size == 1 or self.server == "replicated":
             return self.gather(tensor)
         out = [torch.empty_like(tensor) for _ in range(self.size)] if self.first else None
-        self._call("tensors for process 0", lambda: dist.gather(tensor.contiguous(), out, dst=0))
+        mine, to = tensor.contiguous(), self._root
+        self._call("tensors for process 0", lambda: dist.gather(mine, out, dst=to, group=self.group))
         self.sent += (self.size - 1) * tensor.nbytes
         return torch.stack([tensor] if out is None else out)
 
@@ -69,21 +80,24 @@ class Collectives:
             return tensor
         if self.server == "replicated":
             return self.all_reduce(tensor)
-        self._call("a sum", lambda: dist.reduce(tensor, dst=0))
+        self._call("a sum", lambda: dist.reduce(tensor, dst=self._root, group=self.group))
         self.sent += (self.size - 1) * tensor.nbytes
         return tensor
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all processes in place, on every process."""
         if self.size > 1:
-            self._call("a sum", lambda: dist.all_reduce(tensor))
+            sent = self._sendable(tensor)
+            self._call("a sum", lambda: dist.all_reduce(sent, group=self.group))
+            if sent is not tensor:
+                tensor.copy_(sent)
             self.sent += 2 * (self.size - 1) * tensor.nbytes
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Copy process 0's tensor to every process, in place."""
         if self.size > 1:
-            self._call("the server's result", lambda: dist.broadcast(tensor, src=0))
+            self._call("the server's result", lambda: dist.broadcast(tensor, src=self._root, group=self.group))
             self.sent += (self.size - 1) * tensor.nbytes
         return tensor
 
@@ -92,8 +106,15 @@ class Collectives:
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
-        self._call("objects of all processes", lambda: dist.all_gather_object(out, value))
+        self._call("objects of all processes", lambda: dist.all_gather_object(out, value, group=self.group))
         return out
+
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor that the group can send: on the GPU if it has no backend for the CPU (nccl alone)."""
+        group = self.group or dist.group.WORLD
+        kinds = [] if group is None else [device.type for device in group._device_types]
+        there = tensor.device.type in kinds or not kinds
+        return tensor.contiguous() if there else tensor.to(kinds[0])
 
     def _call(self, what: str, collective: Callable[[], object]) -> None:
         try:

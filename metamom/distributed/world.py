@@ -34,6 +34,7 @@ class World(Collectives):
             (``"rank0"``).
         timeout: seconds > 0 after which waiting for another process is an error.
         owned: whether `close` destroys the process group.
+        group: the processes, if they are not all those of ``torch.distributed``.
 
     Attributes:
         sent: total bytes that all processes have sent each other so far: agreements, losses and gradients. Each
@@ -51,8 +52,9 @@ class World(Collectives):
         server: Server = "replicated",
         timeout: float = TIMEOUT,
         owned: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(rank, size, server, timeout)
+        super().__init__(rank, size, server, timeout, group)
         self.doing = ""
         self.status = 0
         self.statuses = [0]
@@ -148,7 +150,9 @@ class World(Collectives):
         with self.together():
             made = [make() if self.first else None]
         if self.size > 1:
-            self._call("an object of process 0", lambda: dist.broadcast_object_list(made, src=0))
+            self._call(
+                "an object of process 0", lambda: dist.broadcast_object_list(made, src=self._root, group=self.group)
+            )
         return made[0]  # type: ignore[return-value]
 
     def check_same(self, what: str, value: object, remedy: str) -> None:

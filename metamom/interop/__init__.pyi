@@ -1,3 +1,4 @@
+from . import ddp as ddp
 from . import huggingface as huggingface
 from . import learn2learn as learn2learn
 from . import lightning as lightning
