@@ -139,7 +139,7 @@ def test_the_plain_run_is_a_loop_over_tasks(name):
 
 
 RUNS = [
-    pytest.param(name, path, marks=pytest.mark.slow if (name, path) == ("Conv4", "compiled") else ())
+    pytest.param(name, path, marks=pytest.mark.slow if path == "compiled" else ())
     for name in PROBLEMS
     for path in PATHS
 ]
