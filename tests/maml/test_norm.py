@@ -13,8 +13,14 @@ from metamom import MAML, CompositeMomentum, evaluate
 from metamom.common.choices import NORMS
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("name", "norm"), CASES)
+@pytest.mark.parametrize(
+    ("name", "norm", "training"),
+    [
+        pytest.param(*case, training, marks=pytest.mark.slow if training and case[0] == "ResNet12" else ())
+        for case in CASES
+        for training in (True, False)
+    ],
+)
 def test_two_meta_steps_are_those_of_a_loop_and_leave_the_statistics(name, norm, training):
     model, batch = case(name)
     model.train(training)

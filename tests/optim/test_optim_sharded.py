@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from processes import SUPPORT, torchrun
+from forked import run_forked, script
+from processes import SUPPORT
 
 
-def test_steps_on_two_processes_are_those_of_one():
-    done = torchrun([str(SUPPORT / "sharded_steps.py")], 2)
-    assert done.stdout.count("OK") == 2, done.stderr
+def test_steps_on_two_processes_are_those_of_one(tmp_path):
+    ended = run_forked(script, 2, tmp_path, SUPPORT / "sharded_steps.py")
+    assert [(status, "OK" in said) for status, said in ended] == [(0, True)] * 2, ended

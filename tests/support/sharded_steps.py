@@ -1,4 +1,4 @@
-"""Steps on parameters that lie on two processes, for `torchrun`; prints OK where they equal the whole ones."""
+"""Steps on parameters that lie on two processes; prints OK where they equal the whole ones."""
 
 from __future__ import annotations
 
