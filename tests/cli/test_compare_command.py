@@ -18,7 +18,7 @@ from metamom.experiments import compare as comparisons
 from metamom.experiments.report import can_write_page
 from metamom.experiments.shared import processes
 
-COMPARE = ["compare", "sinusoid", "--seeds", "2", "--lrs", "0.01,0.03", "--iterations", "30", "--evaluate-every", "15",
+COMPARE = ["compare", "sinusoid", "--seeds", "2", "--lrs", "0.01,0.03", "--iterations", "12", "--evaluate-every", "6",
            "--tasks", "10", "--target", "4", "--steps", "0,1", *SMALL]  # fmt: skip
 
 
