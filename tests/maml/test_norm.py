@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from metamom import MAML, CompositeMomentum, evaluate
 from metamom.common.choices import NORMS
 
+SLOW = {("ResNet12", "train"): pytest.mark.slow}
+
 
 @pytest.mark.parametrize(
     ("name", "norm", "training"),
     [
-        pytest.param(*case, training, marks=pytest.mark.slow if training and case[0] == "ResNet12" else ())
-        for case in CASES
-        for training in (True, False)
+        pytest.param(name, norm, mode == "train", id=f"{name}-{norm}-{mode}", marks=SLOW.get((name, mode), ()))
+        for name, norm in CASES
+        for mode in ("train", "eval")
     ],
 )
 def test_two_meta_steps_are_those_of_a_loop_and_leave_the_statistics(name, norm, training):
