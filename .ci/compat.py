@@ -70,10 +70,11 @@ ROWS = (
 CORE = (
     "accumulator", "adapted_parameters", "another_loss", "attention", "bombs", "checkpoint_contents", "draws",
     "episodes", "feedback", "feedback_floors", "functions_by_task", "learned_step_sizes", "learner_options",
-    "linear_oracle", "maml", "metrics", "nets", "numbers", "optim", "optim_normalised", "optim_schedules",
-    "optim_state", "own_operators", "package", "registered_twice", "resume_settings", "rng", "robust",
-    "run_directory", "runs_of_every_kind", "samplers", "sinusoid", "task_arguments", "torch_losses", "tracking",
-    "training_mistakes", "unsuitable_models", "wire", "worker_momentum", "wrong_arguments",
+    "linear_oracle", "maml", "metrics", "nets", "numbers", "optim", "optim_last_gradient", "optim_normalised",
+    "optim_options", "optim_schedules", "optim_state", "own_operators", "package", "registered_twice",
+    "resume_settings", "rng", "robust", "run_directory", "runs_of_every_kind", "samplers", "sinusoid",
+    "task_arguments", "torch_conformance", "torch_conformance_state", "torch_losses", "tracking", "training_mistakes",
+    "unsuitable_models", "wire", "worker_momentum", "wrong_arguments",
 )  # fmt: skip
 
 

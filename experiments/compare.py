@@ -195,13 +195,13 @@ def compare(
         left = [recipe for recipe in recipes if recipe not in finished]
         try:
             _run_all(comparison, left, run.path, root, jobs, len(finished))
+            outcomes = [_ended(comparison, recipe, run.path) for recipe in recipes]
+            return write_report(comparison, outcomes, run.path, len(finished))
         except KeyboardInterrupt as interrupt:
             there = [recipe for recipe in recipes if (_place(recipe, run.path) / "outcome.json").exists()]
             table = finished_table(comparison, [_ended(comparison, each, run.path) for each in there], len(recipes))
             number = getattr(interrupt, "signal_number", signal.SIGINT)
             raise ComparisonInterrupted(str(interrupt) or "interrupted.", number, table) from interrupt
-        outcomes = [_ended(comparison, recipe, run.path) for recipe in recipes]
-        return write_report(comparison, outcomes, run.path, len(finished))
 
 
 def _run_all(

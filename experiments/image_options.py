@@ -38,6 +38,7 @@ class ImageOptions:
         None,
         later=True,
         own=True,
+        free=True,
         flag=Flag(
             "task",
             "a folder with the classes of each split in train.csv, validation.csv and test.csv (filename,label), or in "

@@ -17,7 +17,7 @@ from metamom.common import tables
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST
 from metamom.common.files import write_atomically
-from metamom.common.flag_types import count
+from metamom.common.flag_types import count, folder
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.shared.figures import learning_curves
@@ -97,7 +97,10 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help=f"some of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is (default: as `metamom train` finds it)")
     parser.add_argument(
-        "--run-dir", type=Path, default=Path("runs/omniglot-accuracy"), help=("where to write the runs and the report")
+        "--run-dir",
+        type=folder,
+        default=Path("runs/omniglot-accuracy"),
+        help=("where to write the runs and the report"),
     )
     arguments = parser.parse_args()
     methods = [name.strip() for name in arguments.methods.split(",")]

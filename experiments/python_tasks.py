@@ -11,7 +11,7 @@ from metamom.experiments.python_runs import as_dtype
 from metamom.experiments.recipes import Recipe
 from metamom.maml.estimators import support_parts
 from metamom.tasks.augment import named_augmentation
-from metamom.tasks.image_files import canonical
+from metamom.tasks.image_files import canonical, split_lists
 from metamom.tasks.normalize import check_constants
 from metamom.tasks.preprocessing import Preprocessing
 
@@ -81,7 +81,9 @@ def _images(
         arguments["augment"] = named_augmentation(described["augment"])
         if arguments["augment"] is None:
             return None
-    _check_asked("ImageFolder", asked, IMAGE_ARGUMENTS)
+    _check_asked("ImageFolder", asked, (*IMAGE_ARGUMENTS, "splits", "on_broken"))
+    if isinstance(asked.get("splits"), str):
+        asked["splits"] = split_lists(asked["splits"])
     root = root or location.get("root")
     if root is None:  # of a version that did not record it
         raise ValueError("the run does not say where its images are: give the folder (--data-root DIR, or root=).")
@@ -124,6 +126,7 @@ def recipe_of_tasks(settings: Mapping[str, Any], *, root: str | None = None) -> 
         **{name: options[name] for name in ("inner_steps", "inner_batches", "estimator") if name in options},
         **{name: settings[name] for name in ("workers", "meta_batch", "bias", "aggregate") if name in settings},
         **({"fixed_tasks": fixed["n"], "order": fixed["order"]} if fixed else {}),
+        **({"on_broken": settings.get("location", {}).get("on_broken", "raise")} if images else {}),
     }
     try:
         parts = support_parts(chosen["estimator"], chosen["inner_steps"], chosen["inner_batches"])
@@ -142,7 +145,7 @@ def tasks_of(settings: Mapping[str, Any], recipe: Recipe, root: str | None = Non
     described = task_family(settings)
     if described.get("family") != "ImageFolder":
         return recipe.sampler(root=root)
-    sizes = {"shots": recipe.shots, "queries": recipe.queries, "seed": recipe.seed}
+    sizes = {name: getattr(recipe, name) for name in ("shots", "queries", "seed", "on_broken")}
     made = _images(described, settings.get("location", {}), described["split"], root=root, **sizes)
     if made is None:
         raise ValueError(

@@ -61,8 +61,9 @@ class Recipe(RecipeOptions):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
         self._check_family()
-        if self.root is not None:  # a run may be evaluated from another folder
-            object.__setattr__(self, "root", os.path.abspath(self.root))
+        for name in ("root", "splits"):  # a run may be evaluated from another folder
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.abspath(getattr(self, name)))
         find_optimizer(self.optimizer)
         filled = task_defaults(self.task)
         filled["lr"] = default_lr(self.optimizer, filled["lr"]) if self.lr is None else self.lr
@@ -139,7 +140,9 @@ class Recipe(RecipeOptions):
 
     def data(self) -> dict[str, Any]:
         """The task, and the options of its family but for where the data is, as JSON values."""
-        own = {name: value for name, value in self.own().items() if name not in ("root", "model", "model_folder")}
+        own = {
+            name: value for name, value in self.own().items() if name not in ("root", "splits", "model", "model_folder")
+        }
         return {"task": self.task, "ways": self.ways, "shots": self.shots, "queries": self.queries, **own}
 
     def own(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 
 from metamom.common import tables
 from metamom.common.files import write_atomically
+from metamom.common.flag_types import folder
 from metamom.experiments.quadratics import Quadratics
 from metamom.experiments.shared.numerals import shortest
 from metamom.optim import CompositeMomentum
@@ -107,7 +108,7 @@ def report() -> str:
 def main() -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description="Bias of robust means and of reshuffling.", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/two-biases"), help="where to write the report")
+    parser.add_argument("--run-dir", type=folder, default=Path("runs/two-biases"), help="where to write the report")
     arguments = parser.parse_args()
     text = report()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)

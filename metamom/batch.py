@@ -174,6 +174,13 @@ class TaskSampler(ABC):
         """Identify this sampler by JSON values. They are part of a run's settings, which a resumed run must share."""
         return {"family": type(self).__name__}
 
+    def task_identity(self) -> dict[str, Any]:
+        """What decides which tasks a stream has, as JSON values: samplers that agree in it draw the same ones.
+
+        They may give the points in another form, such as images of another size, normalised by other constants.
+        """
+        return self.describe()
+
     def location(self) -> dict[str, Any]:
         """Where the data is, as JSON values. A run records it, and a resumed run may find its data elsewhere."""
         return {}

@@ -304,7 +304,11 @@ def compare_learners(learners: Mapping[str, Adaptable], sampler: Sampler, **opti
     """
     if not isinstance(learners, Mapping) or len(learners) < 2:
         raise ValueError(f"a comparison needs at least two learners by name, {{name: learner}}; got {learners!r:.80}.")
-    found = {name: evaluate(learner, sampler, **options) for name, learner in learners.items()}
+    return paired({name: evaluate(learner, sampler, **options) for name, learner in learners.items()})
+
+
+def paired(found: dict[str, Evaluation]) -> Compared:
+    """Evaluations of the same tasks, by name, with the paired differences from the first."""
     reference, *others = found
     return Compared(found, {name: paired_difference(found[name], found[reference]) for name in others})
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from metamom.batch import Sampler
+from metamom.batch import TaskSampler
 from metamom.common.kinds import named_type
 from metamom.common.named_objects import created, named_callable
 from metamom.evaluation import Evaluation
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from metamom.tasks.preprocessing import Preprocessing
 
 Checkpoint = Literal["best", "newest"]
-OF_A_MACHINE = ("root", "location", "model_folder", "device")  # settings that a card leaves out
+OF_A_MACHINE = ("root", "splits", "location", "model_folder", "device")  # settings that a card leaves out
 GivenModel = nn.Module | MAML | Callable[[], nn.Module] | str | None
 
 
@@ -57,7 +57,7 @@ class LoadedRun:
         """
         return read_metrics(self.path)
 
-    def sampler(self, split: str = "test", *, root: str | None = None, **changes: Any) -> Sampler:
+    def sampler(self, split: str = "test", *, root: str | None = None, **changes: Any) -> TaskSampler:
         """The tasks of a split of the data that the run was trained on, with as many shots.
 
         Args:
@@ -65,7 +65,8 @@ class LoadedRun:
             root: the folder of the data. For a run on images, any folder with this split will do, such as a copy or
                 other images. By default it is the folder of training, and the splits that the run trained and validated
                 on must not have changed.
-            **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training.
+            **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training; of images,
+                also ``splits``, the folder of their lists, and ``on_broken``: ``"raise"`` or ``"skip"``.
 
         Raises:
             ValueError: if the run's ``config.json`` does not say how to make its tasks, and for images that have

@@ -115,14 +115,20 @@ class EpisodicFamily(TaskFamily):
     def _items(self, index: Ints) -> Tensor:
         """Read the items with these indices ``[T, M]``: ``[T, M, ...]``, uint8 or floating point."""
 
+    def _rotated_items(self, index: Ints, turns: Ints) -> Tensor:
+        """Read the items and rotate them ``turns`` times by 90°: both ``[T, M]``."""
+        x = self._items(index)
+        return _rotated(x, torch.from_numpy(turns)) if turns.any() else x
+
+    def _scaled_items(self, index: Ints, turns: Ints) -> tuple[Tensor, bool]:
+        """Rotated items, scaled, ``[T, M, ...]``; and whether this is a new tensor, which may be changed in place."""
+        x = self._rotated_items(index, turns)
+        return scaled(x), not x.is_floating_point()
+
     def draw(self, tasks: DrawCoordinates, data: DrawCoordinates) -> TaskBatch:
         """See `TaskFamily.draw`. A task's identity is its classes and their order."""
         index, turns = self._chosen(tasks, data)
-        x = self._items(index)
-        if turns.any():
-            x = _rotated(x, torch.from_numpy(turns))
-        fresh = not x.is_floating_point()  # then `scaled` makes a new tensor, which may be changed in place
-        x = scaled(x)
+        x, fresh = self._scaled_items(index, turns)
         if self.augment is not None:
             x = self._augmented(x, self.augment, data)
         if self.constants is not None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+FORMS = ("dtype", "image_size", "channels", "normalize")  # of `describe`: what the same points are given as
+
+
 class TaskFamily(TaskSampler):
     """A distribution of tasks. Subclasses define how to draw a task (`draw`); this class decides which (`sample`).
 
@@ -67,3 +70,7 @@ class TaskFamily(TaskSampler):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The arguments that recreate this family, as JSON values."""
+
+    def task_identity(self) -> dict[str, Any]:
+        """See `TaskSampler.task_identity`: the description, without the form that points are given in."""
+        return {name: value for name, value in self.describe().items() if name not in FORMS}

@@ -107,6 +107,11 @@ class FixedTasks(TaskSampler):
             "order": self.order,
         }
 
+    def task_identity(self) -> dict[str, Any]:
+        """See `TaskSampler.task_identity`."""
+        ours = {"fixed_tasks": self.n, "fresh_data": self.fresh_data, "order": self.order}
+        return self.family.task_identity() | ours
+
     def location(self) -> dict[str, Any]:
         """Where the family's data is."""
         return self.family.location()

@@ -16,7 +16,6 @@ from metamom.tasks.image_files import (
     FOLDERS,
     Listing,
     Splits,
-    check_disjoint,
     find_images,
     find_root,
     find_splits,
@@ -80,7 +79,14 @@ class SplitCheck(NamedTuple):
     @property
     def sound(self) -> bool:
         """Whether every file can be decoded and every class has two images or more."""
-        return not self.broken and all(count > 1 for count in self.images.values())
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        """Classes of which no task can be made, and files that can't be decoded: a line for each."""
+        empty = [f"the class {name!r} has no images" for name, count in self.images.items() if not count]
+        single = [f"the class {name!r} has 1 image; a task needs a shot and a query" for name in self.single]
+        return empty + single + [f"{each.path} {each.fault}" for each in self.broken]
 
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -101,15 +107,24 @@ class ImagesCheck(NamedTuple):
     Attributes:
         root: the folder.
         splits: what is in each split; all in ``"all classes"`` for one tree ``ROOT/CLASS/*`` without splits.
+        faults: what is wrong with the folders and lists: classes and files in two splits or classes, listed files
+            and classes that are missing, splits without classes, lists that can't be read.
     """
 
     root: str
     splits: dict[str, SplitCheck]
+    faults: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
-        """Whether every file can be decoded and every class has two images or more."""
-        return all(split.sound for split in self.splits.values())
+        """Whether there are no problems."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        """All that must be put right before training: ``faults``, and the problems of each split."""
+        of_splits = [f"{name}: {each}" for name, split in self.splits.items() for each in split.problems]
+        return [*self.faults, *of_splits]
 
     @property
     def missing(self) -> list[str]:
@@ -119,7 +134,13 @@ class ImagesCheck(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         splits = {name: split.as_json() for name, split in self.splits.items()}
-        return {"root": self.root, "splits": splits, "missing": self.missing, "sound": self.sound}
+        return {
+            "root": self.root,
+            "splits": splits,
+            "missing": self.missing,
+            "problems": self.problems,
+            "sound": self.sound,
+        }
 
     def __str__(self) -> str:
         lines = [str(self.root)]
@@ -131,7 +152,7 @@ class ImagesCheck(NamedTuple):
 
 
 def check_images(root: PathLike, *, splits: Splits | None = None) -> ImagesCheck:
-    """Read every image below a folder, and say what is there. Nothing is written.
+    """Read every image below a folder, and say what is there, and all that is wrong. Nothing is written.
 
     Args:
         root: the folder, as for `ImageFolder`.
@@ -142,8 +163,8 @@ def check_images(root: PathLike, *, splits: Splits | None = None) -> ImagesCheck
         a record; ``print`` shows it as text.
 
     Raises:
-        FileNotFoundError: if the folder, a class or a listed file is not there.
-        ValueError: for a class in two splits, or no classes at all.
+        FileNotFoundError: if the folder is not there.
+        ValueError: if there are no images in class folders at all.
 
     Example:
         >>> print(check_images("data/birds"))  # doctest: +SKIP
@@ -153,15 +174,22 @@ def check_images(root: PathLike, *, splits: Splits | None = None) -> ImagesCheck
             modes: RGB (5,859), L (5)
     """
     path = find_root(root)
-    names = find_splits(path, splits)
-    listings = {name: find_images(path, name, splits, allow_empty=True) for name in names} or {TREE: find_tree(path)}
-    check_disjoint({name: listing.classes for name, listing in listings.items()})
-    if not any(listing.files for listing in listings.values()):
+    faults: dict[str, None] = {}  # each once, in the order found
+
+    def report(error: DataError) -> None:
+        faults[str(error)] = None
+
+    names = find_splits(path, splits, report)
+    listings = {name: find_images(path, name, splits, allow_empty=True, report=report) for name in names}
+    if not names:
+        listings = {TREE: find_tree(path)}
+    if not faults and not any(listing.files for listing in listings.values()):
         raise DataError(
             f"{path} has no images in class folders; wanted ROOT/train/CLASS/*.png (and validation, test), or "
             "ROOT/CLASS/*.png."
         )
-    return ImagesCheck(str(path), {name: _checked(name, listing) for name, listing in listings.items()})
+    checked = {name: _checked(name, listing) for name, listing in listings.items()}
+    return ImagesCheck(str(path), checked, tuple(faults))
 
 
 def _checked(name: str, listing: Listing) -> SplitCheck:

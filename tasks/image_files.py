@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,14 @@ MAX_LIST = 1 << 28  # bytes of a list of a split
 
 Splits = Mapping[str, Sequence[str] | PathLike]
 _Files = dict[str, list["ImageFile"]]
+
+
+def refuse(error: DataError) -> None:
+    """Raise it; what finds images reports to this, unless something else collects what is wrong."""
+    raise error
+
+
+Report = Callable[[DataError], None]
 
 
 class ImageFile(NamedTuple):
@@ -94,15 +102,17 @@ def find_root(root: PathLike) -> Path:
     return path
 
 
-def find_splits(root: PathLike, splits: Splits | None = None) -> list[str]:
+def find_splits(root: PathLike, splits: Splits | None = None, report: Report = refuse) -> list[str]:
     """The splits of a root, or an empty list for a single tree ``ROOT/CLASS/*`` without splits."""
     if splits is not None:
         return [canonical(name) for name in splits]
     path = find_root(root)
-    return [name for name in FOLDERS if _split_folder(path, name) is not None]
+    return [name for name in FOLDERS if _split_folder(path, name, report) is not None]
 
 
-def find_images(root: PathLike, split: str, splits: Splits | None = None, *, allow_empty: bool = False) -> Listing:
+def find_images(
+    root: PathLike, split: str, splits: Splits | None = None, *, allow_empty: bool = False, report: Report = refuse
+) -> Listing:
     """Find the images of a split.
 
     Args:
@@ -111,20 +121,23 @@ def find_images(root: PathLike, split: str, splits: Splits | None = None, *, all
         splits: for one tree ``ROOT/CLASS/*``: classes of each split, or the path of a list: a CSV of
             ``filename,label``, or a text file with one class a line.
         allow_empty: accept classes without images.
+        report: called with what is wrong. If it returns, the search goes on without what can't be found.
 
     Raises:
         DataNotFoundError: for a root, a split, a class or a file that is not there.
         DataError: for a class in two splits or without images, and for a list that can't be read.
     """
     path, split = find_root(root), canonical(split)
-    found = _of_folders(path, split) if splits is None else _of_splits(path, split, splits)
-    if not found:
-        raise DataError(f"the split {split!r} of {path} has no classes. Give it some, or name another split.")
+    found = _of_folders(path, split, report) if splits is None else _of_splits(path, split, splits, report)
+    if not found and splits is not None:
+        report(DataError(f"the split {split!r} of {path} has no classes. Give it some, or name another split."))
     for name in sorted(found):
         if not found[name] and not allow_empty:
-            raise DataError(
-                f"the class {name!r} of the split {split!r} in {path} has no images (files with "
-                f"{', '.join(sorted(SUFFIXES)[:8])}, ...). Add some, or remove the class."
+            report(
+                DataError(
+                    f"the class {name!r} of the split {split!r} in {path} has no images (files with "
+                    f"{', '.join(sorted(SUFFIXES)[:8])}, ...). Add some, or remove the class."
+                )
             )
     return _sorted(path, found)
 
@@ -167,19 +180,17 @@ def class_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir())
 
 
-def check_disjoint(members: Mapping[str, Collection[str]]) -> None:
-    """Refuse a class that is in two splits.
-
-    Raises:
-        DataError: naming the class and the splits.
-    """
+def check_disjoint(members: Mapping[str, Collection[str]], report: Report = refuse) -> None:
+    """Report a class that is in two splits: naming the class and the splits."""
     seen: dict[str, str] = {}
     for split, names in members.items():
         for name in names:
             if seen.setdefault(name, split) != split:
-                raise DataError(
-                    f"the class {name!r} is in two splits, {seen[name]!r} and {split!r}. Few-shot learners are tested "
-                    "on classes that training has not seen: keep it in one of them."
+                report(
+                    DataError(
+                        f"the class {name!r} is in two splits, {seen[name]!r} and {split!r}. Few-shot learners are "
+                        "tested on classes that training has not seen: keep it in one of them."
+                    )
                 )
 
 
@@ -187,25 +198,24 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _split_folder(root: Path, split: str) -> Path | None:
+def _split_folder(root: Path, split: str, report: Report = refuse) -> Path | None:
     there = [root / name for name in FOLDERS.get(split, (split,)) if not _is_hidden(name) and (root / name).is_dir()]
     if len(there) > 1:
-        raise DataError(
-            f"{root} has several folders for the split {split!r}: {', '.join(each.name for each in there)}. Keep one."
-        )
+        names = ", ".join(each.name for each in there)
+        report(DataError(f"{root} has several folders for the split {split!r}: {names}. Keep one."))
     return there[0] if there else None
 
 
-def _of_folders(root: Path, split: str) -> dict[str, list[ImageFile]]:
-    folder = split_folder(root, split)
-    folders = {name: _split_folder(root, name) for name in dict.fromkeys((*FOLDERS, split))}
-    check_disjoint({name: class_folders(each) for name, each in folders.items() if each is not None})
+def _of_folders(root: Path, split: str, report: Report) -> dict[str, list[ImageFile]]:
+    folders = {name: _split_folder(root, name, report) for name in dict.fromkeys((*FOLDERS, split))}
+    folder = folders[split] or split_folder(root, split)
+    check_disjoint({name: class_folders(each) for name, each in folders.items() if each is not None}, report)
     names = class_folders(folder)
     if not names:
         loose = sum(1 for name in os.listdir(folder) if _is_image(name))
         holds = f" but {counted(loose, 'image')}" if loose else ""
-        raise DataError(
-            f"{folder} has no class folders{holds}; wanted {folder}/CLASS/*.png, one folder for each class."
+        report(
+            DataError(f"{folder} has no class folders{holds}; wanted {folder}/CLASS/*.png, one folder for each class.")
         )
     return {name: [_moved(file, folder.name) for file in _images_below(folder, name)] for name in names}
 
@@ -241,7 +251,7 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
         return None
 
 
-def _of_splits(root: Path, split: str, splits: Splits) -> dict[str, list[ImageFile]]:
+def _of_splits(root: Path, split: str, splits: Splits, report: Report) -> dict[str, list[ImageFile]]:
     if not isinstance(splits, Mapping):
         raise TypeError(
             "splits must map the name of each split to a list of classes or to the path of a CSV file; got "
@@ -250,22 +260,30 @@ def _of_splits(root: Path, split: str, splits: Splits) -> dict[str, list[ImageFi
     given = {canonical(name): value for name, value in splits.items()}
     if split not in given:
         raise DataError(f"splits has no split {split!r}; it has {', '.join(map(repr, given)) or 'none'}.")
-    members = {name: _members(root, name, value) for name, value in given.items()}
-    check_disjoint(members)
-    listed = _listed_files(root, split, members)
-    return {name: _class_files(root, name) if files is None else listed[name] for name, files in members[split].items()}
+    members = {name: _members(root, name, value, report) for name, value in given.items()}
+    check_disjoint(members, report)
+    listed = _listed_files(root, split, members, report)
+    return {
+        name: _class_files(root, name, report) if files is None else listed.get(name, [])
+        for name, files in members[split].items()
+    }
 
 
-def _class_files(root: Path, name: str) -> list[ImageFile]:
+def _class_files(root: Path, name: str, report: Report) -> list[ImageFile]:
     if not (root / name).is_dir():
-        raise DataNotFoundError(f"{root} has no class {name!r}{did_you_mean([name], class_folders(root)) or '.'}")
+        report(DataNotFoundError(f"{root} has no class {name!r}{did_you_mean([name], class_folders(root)) or '.'}"))
+        return []
     return list(_images_below(root, name))
 
 
-def _members(root: Path, split: str, value: Sequence[str] | PathLike) -> dict[str, list[str] | None]:
+def _members(root: Path, split: str, value: Sequence[str] | PathLike, report: Report) -> dict[str, list[str] | None]:
     """The classes of a split, each with its file names, or ``None`` for all files of the class's folder."""
     if isinstance(value, str | os.PathLike):
-        return _read_list(root, Path(value))
+        try:
+            return _read_list(root, Path(value))
+        except DataError as error:
+            report(error)
+            return {}
     if not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
         raise TypeError(
             f"splits[{split!r}] must be a list of class names or the path of a CSV file; got {value!r:.100}."
@@ -301,12 +319,13 @@ def _read_list(root: Path, named: Path) -> dict[str, list[str] | None]:
     return members
 
 
-def _listed_files(root: Path, split: str, members: Mapping[str, Mapping[str, list[str] | None]]) -> _Files:
+def _listed_files(
+    root: Path, split: str, members: Mapping[str, Mapping[str, list[str] | None]], report: Report
+) -> _Files:
     """Find the files that the lists of all splits name, and return those of one split by class.
 
-    Raises:
-        DataNotFoundError: for files of this split that are not there.
-        DataError: for a file that is listed twice: in two splits, as two classes, or in one class.
+    Files of this split that are not there are reported, and a file that is listed twice: in two splits, as two
+    classes, or in one class.
     """
     seen: dict[str, str] = {}
     missing: list[str] = []
@@ -323,13 +342,13 @@ def _listed_files(root: Path, split: str, members: Mapping[str, Mapping[str, lis
                 before = seen.get(file.path)
                 if before is not None:
                     twice = f"twice {place}" if before == place else f"{before} and {place}"
-                    raise DataError(f"the file {file.path} in {root} is listed {twice}. Keep one of the lines.")
-                seen[file.path] = place
+                    report(DataError(f"the file {file.path} in {root} is listed {twice}. Keep one of the lines."))
+                seen.setdefault(file.path, place)
                 if each == split:
                     files.setdefault(label, []).append(file)
     if missing:
         others = f" Of the split {split!r}, {counted(len(missing), 'listed file')} are missing." * (len(missing) > 1)
-        raise DataNotFoundError(f"{root} has no file {missing[0]}.{others}")
+        report(DataNotFoundError(f"{root} has no file {missing[0]}.{others}"))
     return files
 
 

@@ -179,6 +179,10 @@ class ImageFolder(EpisodicFamily):
             "seed": self.seed,
         }
 
+    def task_identity(self) -> dict[str, Any]:
+        """See `TaskSampler.task_identity`. Rotations count in the splits that have them."""
+        return super().task_identity() | {"rotations": self.num_classes > len(self.classes)}
+
     def location(self) -> dict[str, Any]:
         """The folder, and what says how to read it: ``splits`` and ``on_broken``, where they are not the defaults."""
         splits = (
@@ -201,6 +205,13 @@ class ImageFolder(EpisodicFamily):
                 f"every image of the class {self.classes[empty[0]]!r} is broken, and skipped. Repair its files, or "
                 "remove the class."
             )
+
+    def _scaled_items(self, index: Ints, turns: Ints) -> tuple[Tensor, bool]:
+        """See `EpisodicFamily._scaled_items`. Task by task, so that the bytes of all are never in memory at once."""
+        x = torch.empty(*index.shape, *self._store.shape)
+        for task, rows, turned in zip(x, index[:, None], turns[:, None], strict=True):
+            task.copy_(self._rotated_items(rows, turned)[0])
+        return x.div_(255), True
 
     def _items(self, index: Ints) -> Tensor:
         images = self._store.read(self._rows[index.ravel()])

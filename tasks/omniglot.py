@@ -117,6 +117,10 @@ class Omniglot(Episodes):
             "alphabets": self.alphabets,
         }
 
+    def task_identity(self) -> dict[str, Any]:
+        """See `TaskSampler.task_identity`. Rotations count in the splits that have them."""
+        return super().task_identity() | {"rotations": self.rotations}
+
 
 def _of_alphabets(split: str, alphabets: Sequence[str] | None) -> tuple[str, ...]:
     characters = split_characters(split)

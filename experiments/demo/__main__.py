@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from metamom.common.checks import RUNS
-from metamom.common.flag_types import count
+from metamom.common.flag_types import count, folder
 from metamom.experiments.demo.report import results, table, verdicts, write_report
 from metamom.experiments.demo.search import Search, search, search_table
 from metamom.experiments.demo.settings import METHODS, Demo, Tuned, tuned
@@ -42,7 +42,10 @@ def main() -> None:
     at_least_one = count(RUNS, 1)
     parser.add_argument("--search", action="store_true", help="search γ and β on other seeds, and run no demo")
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="where to write (default: runs/demo; of a search, runs/demo-search)"
+        "--run-dir",
+        type=folder,
+        metavar="DIR",
+        help="where to write (default: runs/demo; of a search, runs/demo-search)",
     )
     parser.add_argument(
         "--seeds",
@@ -70,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the runs in the folder; finished ones stay")
     given = parser.parse_args()
-    run_dir: Path = given.run_dir or RUN_DIRS[given.search]
+    run_dir: Path = RUN_DIRS[given.search] if given.run_dir is None else given.run_dir
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         demo = Demo(seeds=given.seeds, dtype=given.dtype)

@@ -11,25 +11,23 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from metamom.experiments.demo.settings import METHODS, Demo
 from metamom.experiments.demo.training import Arm, curve, ending
-from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
+from metamom.experiments.shared.figures import COLOURS, DASHES, column_of_panels, save
 
 LOWEST, HIGHEST = 0.8, 5.0  # errors shown, as multiples of the target
 
 
 def draw(path: Path, demo: Demo, arms: Sequence[Arm], run_dir: Path) -> None:
     """Plot each method's median and range over the seeds until its first seed arrives, and every seed's arrival."""
-    figure, panels = row_of_panels(len(demo.cases))
+    figure, panels = column_of_panels(len(demo.cases))
     for panel, case in zip(panels, demo.cases, strict=True):
         for number, (method, label) in enumerate(METHODS.items()):
             _arm(panel, number, label, demo, [arm for arm in arms if (arm.case, arm.method) == (case, method)], run_dir)
         panel.axhline(demo.target, color="0.5", linewidth=0.8, zorder=0)
         panel.set(xlabel="step", title=f"({case.name}) {case.title}", xlim=(0, None))
-    panels[0].set(
-        yscale="log", ylim=(LOWEST * demo.target, HIGHEST * demo.target), ylabel="validation error after one inner step"
-    )
-    panels[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
-    panels[0].yaxis.set_major_formatter(ScalarFormatter())
-    panels[0].yaxis.set_minor_formatter(NullFormatter())
+        panel.set(yscale="log", ylim=(LOWEST * demo.target, HIGHEST * demo.target), ylabel="validation error")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter())
     panels[0].legend(frameon=False)
     save(figure, path)
 

@@ -55,6 +55,8 @@ class Metric(NamedTuple):
         digits: decimal places shown.
         factor: of the shown value; 100 for per cent.
         unit: after the shown value.
+        least: a bound of all values; an interval is drawn no lower.
+        most: a bound of all values.
     """
 
     name: str
@@ -63,6 +65,12 @@ class Metric(NamedTuple):
     digits: int
     factor: int = 1
     unit: str = ""
+    least: float = -math.inf
+    most: float = math.inf
+
+    def within(self, low: float, high: float) -> tuple[float, float]:
+        """The part of an interval that the metric can have, which covers the true value as often as the whole does."""
+        return max(low, self.least), min(high, self.most)
 
     def show(self, value: float) -> str:
         """A value without its unit."""
@@ -82,8 +90,9 @@ class Metric(NamedTuple):
         return value >= target if self.higher_is_better else value <= target
 
 
-MEAN_SQUARED_ERROR = Metric("mean squared error", "error", higher_is_better=False, digits=3)
-ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True, digits=1, factor=100, unit=" %")
+MEAN_SQUARED_ERROR = Metric("mean squared error", "error", higher_is_better=False, digits=3, least=0.0)
+LOSS = Metric("loss", "loss", higher_is_better=False, digits=3, least=0.0)
+ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True, digits=1, factor=100, unit=" %", least=0.0, most=1.0)
 
 
 class ComparisonPlan(NamedTuple):

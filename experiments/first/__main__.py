@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from metamom.common.flag_types import folder
 from metamom.experiments.first import floors, law, tuned
 from metamom.experiments.shared.parts import assembled, keep_part
 
@@ -19,7 +20,7 @@ EXPERIMENTS = {"law": law, "floors": floors, "tuned": tuned}
 def main() -> None:
     """Run, write and print."""
     parser = argparse.ArgumentParser(description="Three first experiments on quadratics.", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/first"), help="where to write the report")
+    parser.add_argument("--run-dir", type=folder, default=Path("runs/first"), help="where to write the report")
     parser.add_argument("--only", choices=EXPERIMENTS, help="run only this experiment")
     arguments = parser.parse_args()
     for name in [arguments.only] if arguments.only else EXPERIMENTS:

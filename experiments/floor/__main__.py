@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from metamom.common.allocator import keep_freed_memory
+from metamom.common.flag_types import folder
 from metamom.experiments.floor import regressions, sinusoids
 from metamom.experiments.shared.parts import assembled, keep_part
 
@@ -20,7 +21,7 @@ EXPERIMENTS = {"regressions": regressions, "sinusoids": sinusoids}
 def main() -> None:
     """Run, write and print."""
     parser = argparse.ArgumentParser(description="Bias floors, for every beta and every remedy.", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/floor"), help="where to write the report")
+    parser.add_argument("--run-dir", type=folder, default=Path("runs/floor"), help="where to write the report")
     parser.add_argument("--only", choices=EXPERIMENTS, help="run only this part")
     arguments = parser.parse_args()
     keep_freed_memory()

@@ -19,7 +19,7 @@ from metamom.batch import Sampler
 from metamom.bias.spec import parse
 from metamom.common import tables
 from metamom.common.intervals import normal_halfwidth, squared_norm, standard_error
-from metamom.experiments.shared.figures import COLOURS, row_of_panels, save
+from metamom.experiments.shared.figures import COLOURS, column_of_panels, save
 from metamom.experiments.shared.numerals import shortest
 from metamom.maml.estimators import Estimator
 from metamom.maml.learner import MAML
@@ -141,7 +141,7 @@ def run(config: RegressionFloor, arm: Arm, beta: float, *, seed: int = 0) -> End
 
 def show(figure_path: Path, config: RegressionFloor = RegressionFloor()) -> str:
     """Run every arm with every beta, draw the figure, and return the table in Markdown."""
-    figure, (plane, floors, errors) = row_of_panels(3, sharey=False)
+    figure, (plane, floors, errors) = column_of_panels(3)
     lines = [
         f"Two regressions, {config.tasks} tasks a step, γ = {config.lr}, {config.steps} steps, means of the last",
         f"{config.last}; 95 % intervals. Predicted are the limit of the mean iterate and the squared gradient there.",
@@ -183,7 +183,7 @@ def show(figure_path: Path, config: RegressionFloor = RegressionFloor()) -> str:
     floors.set(xscale="log", xlabel="β", title="‖∇f‖² there (dotted: predicted)")
     floors.set_yscale("symlog", linthresh=1e-4)
     errors.set(xscale="log", yscale="log", xlabel="β", title="E‖v − ∇f(w)‖²")
-    figure.legend(*plane.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(figure, figure_path)
     return "\n".join(lines)
 

@@ -161,7 +161,7 @@ def show(figure_path: Path, config: SinusoidFloor = SinusoidFloor()) -> str:
                 panel.plot(steps[-1], end.trajectory[-1], "x", color=colour)
         panel.set(yscale="log", xlabel="step", title=f"β = {shortest(beta)}")
     panels[0].set_ylabel("F, the loss after a step on the population")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, figure_path)
     return "\n".join(lines)
 

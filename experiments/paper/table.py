@@ -14,7 +14,7 @@ from metamom.common.files import write_atomically
 from metamom.experiments.paper.published import SEEDS, Curve, Setting, authors_curves, mean_rows, our_curves
 from metamom.experiments.paper.run import EPOCHS
 from metamom.experiments.paper.training import Row
-from metamom.experiments.shared.figures import COLOURS
+from metamom.experiments.shared.figures import COLOURS, save
 from metamom.experiments.shared.numerals import shortest
 from metamom.training.directory import environment
 
@@ -215,7 +215,7 @@ def _figure(path: Path, group: list[Line]) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for number, line in enumerate(group):
-        label = "SGD" if line.setting.beta == 1 else f"β = {shortest(line.setting.beta)}"
+        label = "plain meta-SGD" if line.setting.beta == 1 else f"β = {shortest(line.setting.beta)}"
         for curves, style, whose in ((line.theirs, ":", "authors"), (line.ours, "-", "ours")):
             rows = mean_rows(curves) if curves else []
             look = {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": 3 if style == ":" else 1}
@@ -231,5 +231,4 @@ def _figure(path: Path, group: list[Line]) -> None:
         panel.grid(alpha=0.25)
     loss.legend(frameon=False)
     figure.suptitle(_title(group[0].setting))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)

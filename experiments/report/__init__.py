@@ -2,7 +2,9 @@
 
 ``contents.py``   what a page shows, as plain records
 ``summary.py``    means, intervals, paired differences, iterations to a target
-``reading.py``    records from run directories, comparisons and evaluations
+``reading.py``    a page of run directories, comparisons and evaluations
+``logged.py``     one run; ``runs.py`` runs of any kind, ``comparisons.py`` those of ``metamom compare``
+``evaluations.py`` files of ``metamom evaluate``
 ``views.py``      the parts of a page, with captions and text alternatives
 ``plots.py``      figures and tables, in Bokeh
 ``html.py``       the file

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from metamom.experiments.families.family import Metric
+from metamom.experiments.families.family import LOSS, Metric
 
 NO_SEED = "–"  # of a result over tasks
 Curve = tuple[tuple[int, float], ...]
@@ -71,6 +71,11 @@ class Method:
         """The runs that did not diverge."""
         return tuple(run for run in self.runs if run.diverged is None)
 
+    @property
+    def drawn(self) -> tuple[SeedRun, ...]:
+        """The runs in learning curves: those that did not diverge, or the only one, as far as it went."""
+        return self.runs if len(self.runs) == 1 else self.finished
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -101,6 +106,7 @@ class Section:
         text: a paragraph under the heading.
         baseline: the label of the method that the others are compared with, seed by seed.
         measured: differences from the baseline that take the place of those seed by seed.
+        loss: of the training tasks.
 
     Raises:
         ValueError: for labels that are not unique, and a baseline that is not among them.
@@ -113,6 +119,7 @@ class Section:
     text: str = ""
     baseline: str | None = None
     measured: tuple[Measured, ...] = ()
+    loss: Metric = LOSS
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]
@@ -127,6 +134,22 @@ class Section:
         return tuple(sorted({at for method in self.methods for run in method.runs for at, _, _ in run.test}))
 
 
+class Ended(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        name: of its directory.
+        seed: of the run.
+        iterations: done.
+        how: in words.
+    """
+
+    name: str
+    seed: int | str
+    iterations: int
+    how: str
+
+
 @dataclass(frozen=True)
 class Page:
     """A whole page.
@@ -136,9 +159,13 @@ class Page:
         sections: one for each set of tasks, or claim.
         summary: paragraphs at the top, such as verdicts.
         environments: of the runs, as `metamom.training.directory.environment` gives them; equal ones are shown once.
+        facts: more rows under "What was run": a name, and its value.
+        endings: of each run.
     """
 
     title: str
     sections: tuple[Section, ...]
     summary: tuple[str, ...] = ()
     environments: tuple[Mapping[str, Any], ...] = field(default=())
+    facts: tuple[tuple[str, str], ...] = ()
+    endings: tuple[Ended, ...] = ()

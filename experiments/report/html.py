@@ -123,8 +123,11 @@ def _commands(page: Page) -> list[str]:
 
 
 def _facts(page: Page) -> list[tuple[str, str]]:
-    """Versions, hardware and seeds, each with all the values that the runs have."""
-    found = []
+    """What was asked for, versions, hardware and seeds, each with all the values that the runs have."""
+    found = [
+        (name, ", ".join(dict.fromkeys(value for each, value in page.facts if each == name)))
+        for name in dict.fromkeys(name for name, _ in page.facts)
+    ]
     names = {
         "metamom": "metamom", "torch": "PyTorch", "python": "Python", "numpy": "NumPy", "platform": "platform",
         "processor": "processor", "gpus": "GPUs", "threads": "threads",

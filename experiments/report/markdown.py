@@ -122,7 +122,9 @@ def arms_of(outcomes: Iterable[Outcome]) -> list[Arm]:
         recipe = outcome.recipe
         assert recipe.lr is not None
         label = (
-            "SGD (β = 1)" if recipe.beta == 1 else f"momentum, β = {shortest(recipe.beta)}, {_FIRST[recipe.first_step]}"
+            "plain meta-SGD (β = 1)"
+            if recipe.beta == 1
+            else f"momentum, β = {shortest(recipe.beta)}, {_FIRST[recipe.first_step]}"
         )
         groups.setdefault((label, recipe.lr), Arm(label, recipe.lr, [])).outcomes.append(outcome)
     return list(groups.values())

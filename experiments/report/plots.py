@@ -17,6 +17,7 @@ COLOURS = ("#0077BB", "#D55E00", "#009E73", "#B8558F", "#A67C00", "#7B68C8")
 DASHES = ("solid", "dashed", "dotdash", "dotted")
 HEIGHT = 340
 ROW = 28  # pixels of a table's row
+LONG = 45  # characters of a legend's entry that narrow screens break into two lines
 
 Series = dict[str, list[tuple[int, Estimate]]]
 TABLE_STYLE = """
@@ -32,8 +33,11 @@ TABLE_STYLE = """
 BOX_STYLE = """
 :host { color: var(--text, #1b1b1f); font: 15px system-ui, sans-serif; }
 .bk-input-group { display: flex; flex-flow: row wrap; gap: 4px 16px; }
-.bk-input-group > label { margin: 0; }
+.bk-input-group.bk-inline > label:nth-child(n) { margin: 0; white-space: normal; overflow-wrap: anywhere; }
 select.bk-input { background-color: var(--page, #fff); color: var(--text, #1b1b1f); border-color: var(--line, #999); }
+"""
+LEGEND_STYLE = """
+.bk-label { color: var(--text) !important; white-space: normal; max-width: min(70ch, calc(100vw - 150px)); }
 """
 
 # The checkboxes switch what is drawn, and what the legend switches shows in the checkboxes.
@@ -109,7 +113,7 @@ def adaptation(series: Series, order: Sequence[str], *, ylabel: str, metric: Met
     figure = _figure("adaptation steps", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}")
     steps = sorted({at for points in series.values() for at, _ in points})
     figure.xaxis.ticker = steps
-    ends = [metric.factor * end for points in series.values() for _, e in points for end in (e.low, e.high)]
+    ends = [metric.factor * end for points in series.values() for _, e in points for end in e.within(metric)]
     margin = 0.06 * (max(ends) - min(ends)) or 0.5
     figure.y_range.start, figure.y_range.end = min(ends) - margin, max(ends) + margin  # the range of dots is too small
     apart = 0.012 * (steps[-1] - steps[0])  # so that whiskers do not cover each other
@@ -145,7 +149,7 @@ def pairs(found: Sequence[Pairs], order: Sequence[str], *, xlabel: str, metric: 
         colour, _ = _look(each.label, order)
         values = [metric.factor * gap for _, gap in each.by_seed]
         dots = figure.scatter(
-            "x", "y", size=9, fill_alpha=0.35, color=colour, name=each.label, legend_label=each.label,
+            "x", "y", size=9, fill_alpha=0.35, color=colour, name=each.label,
             source=ColumnDataSource({"x": values, "y": [each.label] * len(values),
                                      "seed": [str(seed) for seed, _ in each.by_seed],
                                      "shown": [_signed(metric, gap) for _, gap in each.by_seed]}),
@@ -153,15 +157,21 @@ def pairs(found: Sequence[Pairs], order: Sequence[str], *, xlabel: str, metric: 
         tips = [("method", "@y"), ("seed", "@seed"), ("difference", "@shown")]
         figure.add_tools(HoverTool(renderers=[dots], tooltips=tips, visible=False))
         low, mean, high = (metric.factor * v for v in (each.estimate.low, each.estimate.mean, each.estimate.high))
-        source = ColumnDataSource({"y": [each.label], "x": [mean], "low": [low], "high": [high]})
-        mark = figure.scatter("x", "y", source=source, marker="diamond", size=16, color=colour)
+        source = ColumnDataSource(
+            {"y": [each.label], "x": [mean], "low": [low], "high": [high], "shown": [shown(metric, each.estimate)]}
+        )
+        mark = figure.scatter(
+            "x", "y", source=source, marker="diamond", size=16, color=colour, name=each.label, legend_label=each.label
+        )  # fmt: skip
+        tips = [("method", "@y"), ("mean difference", "@shown")]
+        figure.add_tools(HoverTool(renderers=[mark], tooltips=tips, visible=False))
         bars = Whisker(
             base="y", lower="low", upper="high", dimension="width", source=source, line_color=colour, line_width=3
         )
         bars.lower_head.line_color = bars.upper_head.line_color = colour
         bars.level = "overlay"
         figure.add_layout(bars)
-        _follow(dots, mark, bars)
+        _follow(mark, dots, bars)
     return _finished(figure, 110 + 40 * len(found))
 
 
@@ -260,9 +270,9 @@ def _finished(figure: Any, height: int = HEIGHT) -> Any:
         legend.border_line_color = None
         legend.ncols, legend.location, legend.margin, legend.padding = 1, "left", 0, 4
         legend.label_text_font_size = "13px"
-        legend.stylesheets = [InlineStyleSheet(css=".bk-label { color: var(--text) !important; }")]
+        legend.stylesheets = [InlineStyleSheet(css=LEGEND_STYLE)]
         figure.add_layout(legend, "below")
-        figure.height = height + 24 * len(legend.items)
+        figure.height = height + sum(24 if len(item.label.value) <= LONG else 34 for item in legend.items)
     return figure
 
 
@@ -280,11 +290,12 @@ def _target(figure: Any, value: float, shown: str) -> None:
 
 def _columns(points: Sequence[tuple[int, Estimate]], metric: Metric) -> dict[str, list[Any]]:
     factor = metric.factor
+    ends = [estimate.within(metric) for _, estimate in points]
     return {
         "x": [at for at, _ in points],
         "y": [_rounded(factor * e.mean) for _, e in points],
-        "low": [_rounded(factor * e.low) for _, e in points],
-        "high": [_rounded(factor * e.high) for _, e in points],
+        "low": [_rounded(factor * low) for low, _ in ends],
+        "high": [_rounded(factor * high) for _, high in ends],
         "shown": [shown(metric, e) for _, e in points],
     }
 
@@ -309,5 +320,5 @@ def _rounded(value: float) -> float:
 
 def _logarithmic(series: Series, metric: Metric) -> bool:
     """Whether a logarithmic axis fits: of an error that is positive, its interval too."""
-    lows = [estimate.low for points in series.values() for _, estimate in points]
+    lows = [estimate.within(metric)[0] for points in series.values() for _, estimate in points]
     return not metric.higher_is_better and min(lows) > 0

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metamom.common.intervals import student_halfwidth
+from metamom.experiments.families.family import Metric
 from metamom.experiments.report.contents import Curve, Method, Section, SeedRun
 
 POINTS = 300  # of a curve, at most
@@ -32,6 +33,10 @@ class Estimate(NamedTuple):
     def high(self) -> float:
         """The upper end."""
         return self.mean + (self.half or 0.0)
+
+    def within(self, metric: Metric) -> tuple[float, float]:
+        """Both ends, cut off at the bounds of the metric: for figures of its values, not of differences."""
+        return metric.within(self.low, self.high)
 
 
 class Pairs(NamedTuple):
@@ -99,13 +104,13 @@ def mean_curve(curves: Sequence[Curve], most: int = POINTS) -> list[tuple[int, E
 
 def validation(method: Method, most: int = POINTS) -> list[tuple[int, Estimate]]:
     """The learning curve of a method, over the seeds that did not diverge."""
-    return mean_curve([run.curve for run in method.finished], most)
+    return mean_curve([run.curve for run in method.drawn], most)
 
 
 def training_loss(method: Method, most: int = POINTS) -> list[tuple[int, Estimate]]:
     """The training loss of a method, averaged over blocks of iterations where it is long."""
-    longest = max((run.loss[-1][0] for run in method.finished if run.loss), default=0)
-    return mean_curve([averaged(run.loss, math.ceil(longest / min(most, BLOCKS))) for run in method.finished], most)
+    longest = max((run.loss[-1][0] for run in method.drawn if run.loss), default=0)
+    return mean_curve([averaged(run.loss, math.ceil(longest / min(most, BLOCKS))) for run in method.drawn], most)
 
 
 def tested(method: Method, steps: int) -> Estimate | None:

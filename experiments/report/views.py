@@ -61,10 +61,7 @@ def view(section: Section, points: int = summary.POINTS) -> View:
             "table has all of them."
         )
     if gone := sum(run.diverged is not None for method in section.methods for run in method.runs):
-        made.notes.append(
-            f"{gone} run{'s' * (gone > 1)} diverged. Means and intervals cover only the others, which flatters a "
-            "method of which seeds diverged: the table counts them."
-        )
+        made.notes.append(f"{gone} run{'s' * (gone > 1)} diverged. {_of_diverged(section)}")
     if not any(run.iterations or run.test for method in section.methods for run in method.runs):
         made.notes.append("There are no measurements yet.")
     parts = (_validation(section, drawn, points), _loss(section, drawn, points), _adaptation(section, drawn))
@@ -76,6 +73,15 @@ def view(section: Section, points: int = summary.POINTS) -> View:
     if figures and len(drawn) > 1:
         made.switches = plots.switches(_names(drawn), [part.model for part in made.parts if part.kind == "plot"])
     return made
+
+
+def _of_diverged(section: Section) -> str:
+    if all(len(method.runs) == 1 for method in section.methods):
+        return "Its curve ends there, and no table has a result of it."
+    return (
+        "Means and intervals cover only the others, which flatters a method of which seeds diverged: the table counts "
+        "them."
+    )
 
 
 def _drawn(section: Section) -> list[Method]:
@@ -113,12 +119,13 @@ def _validation(section: Section, drawn: Sequence[Method], points: int) -> Part 
         target=section.target,
     )
     target = "" if section.target is None else _of_target(section, section.target, series)
-    caption = f"{name.capitalize()} during training: {_of_seeds(drawn)}{target} {HOW}"
+    cut = _cut(section.metric, series)
+    caption = f"{name.capitalize()} during training: {_of_seeds(drawn)}{cut}{target} {HOW}"
     return _curve_part("Learning curves", caption, section, series, model)
 
 
 def _of_target(section: Section, target: float, series: Series) -> str:
-    ends = [end for points in series.values() for _, estimate in points for end in (estimate.low, estimate.high)]
+    ends = [end for points in series.values() for _, each in points for end in each.within(section.metric)]
     inside = min(ends) <= target <= max(ends)
     where = "The dashed line is the target" if inside else "Outside the figure is the target"
     return f" {where}, {section.metric.exactly(target)}."
@@ -128,9 +135,10 @@ def _loss(section: Section, drawn: Sequence[Method], points: int) -> Part | None
     series = _series(drawn, lambda method: summary.training_loss(method, points))
     if not series:
         return None
-    metric = section.metric._replace(name="loss", digits=3, factor=1, unit="", higher_is_better=False)
+    metric = section.loss
     model = plots.curves(series, _names(drawn), ylabel="training loss", metric=metric)
-    caption = f"Query loss on the training tasks, averaged over blocks of iterations: {_of_seeds(drawn)} {HOW}"
+    told = f"{_of_seeds(drawn)}{_cut(metric, series)} {HOW}"
+    caption = f"Query loss on the training tasks, averaged over blocks of iterations: {told}"
     return _curve_part("Training loss", caption, Section("", metric, section.methods), series, model)
 
 
@@ -142,6 +150,20 @@ def _of_seeds(methods: Sequence[Method]) -> str:
     if most < 2:
         return "one run of each method."
     return f"mean over up to {most} seeds, in a band of the mean's 95 % interval (Student's t)."
+
+
+def _cut(metric: Metric, series: Series) -> str:
+    """A sentence on intervals that reach beyond the metric's bounds, if there are any."""
+    estimates = [estimate for points in series.values() for _, estimate in points]
+    bounds = [
+        f"{metric.factor * bound:g}{metric.unit}"
+        for bound, beyond in (
+            (metric.least, any(each.low < metric.least for each in estimates)),
+            (metric.most, any(each.high > metric.most for each in estimates)),
+        )
+        if beyond
+    ]
+    return f" Intervals are cut off at {' and '.join(bounds)}, beyond which no {metric.name} can be." if bounds else ""
 
 
 def _curve_part(title: str, caption: str, section: Section, series: Series, model: Any) -> Part:
@@ -167,6 +189,7 @@ def _adaptation(section: Section, drawn: Sequence[Method]) -> Part | None:
         return None
     metric = section.metric
     model = plots.adaptation(series, _names(drawn), ylabel=f"test {metric.name}", metric=metric)
+    cut = _cut(metric, series)
     single = all(len(method.runs) == 1 for method in drawn)
     of = "over the test tasks of the single run" if single else "of the mean over seeds (Student's t)"
     values = {label: dict(points) for label, points in series.items()}
@@ -175,7 +198,7 @@ def _adaptation(section: Section, drawn: Sequence[Method]) -> Part | None:
     return Part(
         "plot",
         f"Test {metric.name} against adaptation steps",
-        f"{metric.name.capitalize()} on new tasks after so many inner steps; whiskers are the 95 % interval {of}.",
+        f"{metric.name.capitalize()} on new tasks after so many inner steps; whiskers are the 95 % interval {of}.{cut}",
         f"Test {metric.name} against adaptation steps. At the largest number: {ends}.",
         Numbers(["adaptation steps", *series], rows),
         model,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamom.common.allocator import keep_freed_memory
-from metamom.common.flag_types import count, counts, number
+from metamom.common.flag_types import count, counts, folder, number
 from metamom.experiments.scaling.problems import QUICK, ScalingPlan
 from metamom.experiments.scaling.report import TITLES, report
 
@@ -29,7 +29,9 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description="Measure and plan steps over many processes.", allow_abbrev=False)
     add = parser.add_argument
-    add("--run-dir", type=Path, default=Path("runs/scaling"), help="where to write the report (default: runs/scaling)")
+    add(
+        "--run-dir", type=folder, default=Path("runs/scaling"), help="where to write the report (default: runs/scaling)"
+    )
     add("--only", choices=TITLES, help="run only this part")
     add(
         "--processes",

@@ -37,7 +37,7 @@ def measured(path: Path, cells: Sequence[dict[str, Any]]) -> None:
         row[0].set_ylabel("ms a step")
     for panel in panels[-1]:
         panel.set_xlabel("processes")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 
@@ -66,10 +66,11 @@ def _scaling(panel: Axes, cells: Sequence[dict[str, Any]]) -> None:
 
 
 def pays(path: Path, case: Case, latency: float) -> None:
-    """Plot a step's speed relative to a dense all-reduce: servers and collectives in rows, links in columns."""
-    figure, panels = _grid(len(WAYS), len(LINKS))
+    """Plot a step's speed relative to a dense all-reduce: servers and collectives in rows, two links in columns."""
+    links = (min(LINKS), max(LINKS))
+    figure, panels = _grid(len(WAYS), len(links))
     for row, (way, (server, tree)) in zip(panels, WAYS.items(), strict=True):
-        for panel, gigabits in zip(row, LINKS, strict=True):
+        for panel, gigabits in zip(row, links, strict=True):
             link = network(gigabits, latency)
             for number, spec in enumerate(case.kinds):
                 if spec == "none" and server == "replicated":
@@ -83,13 +84,13 @@ def pays(path: Path, case: Case, latency: float) -> None:
             panel.set(xscale="log", yscale="log")
             panel.xaxis.set_minor_locator(NullLocator())
             panel.yaxis.set_minor_locator(NullLocator())
-            panel.set_title(f"{gigabits} Gbit/s; {way}", fontsize=10)
+            panel.set_title(f"{gigabits} Gbit/s; {way}")
         row[0].set_ylabel("× as fast as dense")
         _same_scale(row)
     for panel in panels[-1]:
         panel.set_xlabel("workers, a process each")
     figure.suptitle(f"{case.name}: d = {case.entries:,}, {case.tasks} tasks a worker, latency {1e6 * latency:g} µs")
-    figure.legend(*panels[-1][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.legend(*panels[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, path)
 
 
@@ -108,7 +109,7 @@ def _same_scale(row: Sequence[Axes]) -> None:
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
     """Like `figures.row_of_panels`, in several rows."""
-    figure = Figure(figsize=(3.6 * columns + 2.2, 2.7 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 1.2), layout="constrained")
     panels = [[figure.add_subplot(rows, columns, columns * i + j + 1) for j in range(columns)] for i in range(rows)]
     for row in panels:
         for panel in row:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from metamom.common.allocator import keep_freed_memory
+from metamom.common.flag_types import folder
 from metamom.experiments.sensitivity.grid import search
 from metamom.experiments.sensitivity.report import figure, table
 from metamom.experiments.sensitivity.settings import SETTINGS
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SETTINGS), help=f"some of {', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is (default: as `metamom train` finds it)")
     parser.add_argument(
-        "--run-dir", type=Path, default=Path("runs/sensitivity"), help=("where to write the outcomes and the report")
+        "--run-dir", type=folder, default=Path("runs/sensitivity"), help=("where to write the outcomes and the report")
     )
     arguments = parser.parse_args()
     names = [name.strip() for name in arguments.only.split(",")]

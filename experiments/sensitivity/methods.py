@@ -61,7 +61,7 @@ LRS = (0.03, 0.1, 0.3, 1.0, 3.0)
 ADAPTIVE_LRS = (0.0003, 0.001, 0.003, 0.01, 0.03)
 
 METHODS = {
-    "momentum": Method("momentum; SGD at β = 1", _momentum, LRS),
+    "momentum": Method("momentum; plain meta-SGD at β = 1", _momentum, LRS),
     "normalised": Method("normalised momentum", _normalised, LRS),
     "adam": Method("Adam, β₁ = 1 − β", _adam, ADAPTIVE_LRS, scaled=False),
     "rmsprop": Method("RMSprop with momentum", _rmsprop, ADAPTIVE_LRS, scaled=False),

@@ -89,8 +89,8 @@ def figure(outcomes: Mapping[Field, Outcome], setting: str, level: str, path: Pa
     titles = [f"iterations to an error of {chosen.target:g}", "last error", "share diverged"]
     if not any(grid.diverged.any() for grid in grids.values()):
         titles.pop()
-    height = 0.75 + 0.26 * chosen.lr_count
-    drawing = Figure(figsize=(0.5 + 3 * len(titles), height * len(methods) + 0.6), layout="constrained")
+    height = 0.75 + 0.3 * chosen.lr_count
+    drawing = Figure(figsize=(1 + 2.4 * len(titles), height * len(methods) + 0.6), layout="constrained")
     panels = drawing.subplots(len(methods), len(titles), squeeze=False)
     for row, (key, method) in zip(panels, methods.items(), strict=True):
         grid = grids[key]
@@ -99,12 +99,12 @@ def figure(outcomes: Mapping[Field, Outcome], setting: str, level: str, path: Pa
             heat_map(panel, grid.lrs, grid.betas, values, best=best)
         for panel in row[2:]:
             heat_map(panel, grid.lrs, grid.betas, grid.diverged, log=False)
-        row[0].set_ylabel(f"{method.title.replace(': ', ':' + chr(10)).replace('; ', ';' + chr(10))}\nγ", fontsize=8)
+        row[0].set_ylabel(f"{method.title.replace(': ', ':' + chr(10)).replace('; ', ';' + chr(10))}\nγ")
     for panel, title in zip(panels[0], titles, strict=True):
-        panel.set_title(title, fontsize=9)
+        panel.set_title(title)
     for panel in panels[-1]:
         panel.set_xlabel("β")
-    drawing.suptitle(f"{chosen.title}; bias: {level}" + "; none diverged" * (len(titles) < 3), fontsize=10)
+    drawing.suptitle(f"{chosen.title}; bias: {level}" + "; none diverged" * (len(titles) < 3))
     save(drawing, path)
 
 

@@ -11,15 +11,19 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from metamom.batch import TaskBatch
+from metamom.common.files import replacing
 from metamom.experiments.shared.numerals import distinguishable, shortest
 from metamom.maml.learner import MAML
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; lines also differ in dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
+
+SMALLEST = 10  # points
 
 Curve = list[tuple[int, float]]
 
@@ -157,6 +161,16 @@ def heat_map(
     panel.set_yticks(range(len(rows)), distinguishable(rows))
 
 
+def column_of_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Panels below each other, which can still be read on a phone, where three side by side cannot."""
+    figure = Figure(figsize=(6.5, 4 * count), layout="constrained")
+    axes = [figure.add_subplot(count, 1, i + 1) for i in range(count)]
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    return figure, axes
+
+
 def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure without pyplot, which needs no window system and keeps no global state."""
     figure = Figure(figsize=(7 if count == 1 else 4.2 * count + 1.6, 4.2), layout="constrained")
@@ -169,6 +183,10 @@ def row_of_panels(count: int, *, sharey: bool = True) -> tuple[Figure, list[Axes
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, and create its folder."""
+    """Write a PNG with no text below `SMALLEST`, and create its folder."""
+    for text in figure.findobj():
+        if isinstance(text, Text):
+            text.set_fontsize(max(SMALLEST, text.get_fontsize()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from metamom.common.flag_types import folder
 from metamom.experiments.when import map as quadratics
 from metamom.experiments.when import mnist, sinusoids
 from metamom.experiments.when.report import WhenMomentumWins, report
@@ -20,7 +21,7 @@ PARTS = {"map": quadratics.TITLE, "sinusoids": sinusoids.TITLE, "mnist": mnist.T
 def main() -> None:
     """Run, write and print."""
     parser = argparse.ArgumentParser(description="When does momentum beat SGD?", allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/when"), help="where to write the report")
+    parser.add_argument("--run-dir", type=folder, default=Path("runs/when"), help="where to write the report")
     parser.add_argument("--only", choices=PARTS, help="run only this part")
     arguments = parser.parse_args()
     parts = [arguments.only] if arguments.only else list(PARTS)

@@ -102,7 +102,7 @@ def _draw(path: Path, config: CompressedMnist, full: dict[str, Tuned]) -> None:
     for panel, (operator, tuned) in zip(panels, full.items(), strict=True):
         for number, beta in enumerate(config.betas):
             reached = sorted((c.lr, c.steps) for c in tuned.cells if c.beta == beta and math.isfinite(c.steps))
-            label = "SGD (β = 1)" if beta == 1 else f"momentum, β = {shortest(beta)}"
+            label = "plain meta-SGD (β = 1)" if beta == 1 else f"momentum, β = {shortest(beta)}"
             x, y = [lr for lr, _ in reached], [steps for _, steps in reached]
             panel.plot(x, y, "os^"[number] + "-", color=COLOURS[number], markersize=4, label=label)
         panel.set_xscale("log", base=2)

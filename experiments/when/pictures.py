@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metamom.experiments.shared.figures import COLOURS, DASHES, heat_map, row_of_panels, save
+from metamom.experiments.shared.figures import COLOURS, DASHES, column_of_panels, heat_map, save
 from metamom.experiments.shared.numerals import distinguishable, shortest
 from metamom.experiments.when.law import Compared, Point
 from metamom.experiments.when.relative import Compressed, Turned
@@ -27,7 +27,7 @@ def draw_map(
     by_share: dict[float, Case],
 ) -> None:
     """Plot the speed-up by bias and noise, and by R on random quadratics, and the steps by number of workers."""
-    figure, (heat, scatter, steps) = row_of_panels(3, sharey=False)
+    figure, (heat, scatter, steps) = column_of_panels(3)
     values = grid.found.speedup.reshape(len(shares), len(rooms)).numpy()
     heat_map(heat, shares, rooms, values, best=[])
     heat.grid(visible=False)
@@ -35,7 +35,7 @@ def draw_map(
     border = np.interp(np.log(needed), np.log(rooms), range(len(rooms)))
     heat.plot(border, range(len(shares)), color="#D55E00", linewidth=2)
     heat.set(xlabel="2Lεn / Σλσ²  (less noise →)", ylabel="fraction of the target that bias takes, b²/ε")
-    heat.set(title=f"steps of SGD / of momentum (line: R = {rule.room:.1f})", xlim=(-0.5, len(rooms) - 0.5))
+    heat.set(title=f"plain meta-SGD's steps / momentum's (line: R = {rule.room:.1f})", xlim=(-0.5, len(rooms) - 0.5))
     for number, (low, high) in enumerate(LENGTHS):
         chosen = (random.length >= low) & (random.length < high)
         label = f"T ≥ {low}" if high > 1e6 else f"T < {high:g}" if low == 0 else f"{low} ≤ T < {high}"
@@ -47,12 +47,12 @@ def draw_map(
     ticks = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
     scatter.set_yticks(ticks, distinguishable(ticks))
     scatter.set_yticks([], minor=True)
-    scatter.set_ylabel("steps of SGD / steps of momentum")
+    scatter.set_ylabel("plain meta-SGD's steps / momentum's")
     scatter.set_ylim(None, 12)
-    scatter.legend(framealpha=0.9, edgecolor="none", fontsize=8, markerscale=1.6, loc="upper left")
+    scatter.legend(framealpha=0.9, edgecolor="none", markerscale=1.6, loc="upper left")
     for number, (share, case) in enumerate(by_share.items()):
         for dash, (method, side) in zip(DASHES, case.found._asdict().items(), strict=False):
-            name = "SGD" if method == "sgd" else "momentum"
+            name = "plain meta-SGD" if method == "sgd" else "momentum"
             steps.plot(
                 workers, side.steps, dash, color=COLOURS[number], marker="o", markersize=3,
                 label=f"{name}, b² = {shortest(share)} ε" if share else f"{name}, no bias",
@@ -62,15 +62,15 @@ def draw_map(
         yscale="log",
         xlabel="workers n",
         ylabel="steps to the target",
-        title="more workers, κ and ε as on the left",
+        title="more workers, κ and ε as above",
     )
-    steps.legend(frameon=False, fontsize=8)
+    steps.legend(frameon=False)
     save(figure, path)
 
 
 def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], compressed: Sequence[Compressed]) -> None:
     """Plot runs against the law, the turning bias with its bound, and Top-K."""
-    figure, (law, turning, top) = row_of_panels(3, sharey=False)
+    figure, (law, turning, top) = column_of_panels(3)
     kinds: dict[str, list[Compared]] = {
         "E‖∇f‖², in the end": [point.grad_sq for point in points],
         "E‖v − ∇f‖², in the end": [point.deviation_sq for point in points],
@@ -82,7 +82,7 @@ def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], com
     ends = law.get_xlim()
     law.plot(ends, ends, color="0.4", linewidth=0.8)
     law.set(xscale="log", yscale="log", xlabel="exact", ylabel="mean over runs", title="runs against the exact law")
-    law.legend(frameon=False, fontsize=8)
+    law.legend(frameon=False)
     with_bias = [at for at in turned if at.B > 0]
     turning.plot([at.B for at in with_bias], [at.bound for at in with_bias], "--", color="0.4", label="(1 + B) / (2√B)")
     turning.plot(
@@ -90,9 +90,11 @@ def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], com
         markersize=4, label="exact search, no noise",
     )  # fmt: skip
     turning.axhline(1, color="0.4", linewidth=0.8)
-    turning.set(xscale="log", xlabel="B of a bias that turns the gradient", ylabel="steps of SGD / steps of momentum")
+    turning.set(
+        xscale="log", xlabel="B of a bias that turns the gradient", ylabel="plain meta-SGD's steps / momentum's"
+    )
     turning.set(title="a bias that turns", ylim=(0, None))
-    turning.legend(frameon=False, fontsize=8)
+    turning.legend(frameon=False)
     for number, operator in enumerate(dict.fromkeys(at.operator for at in compressed)):
         rows = [at for at in compressed if at.operator == operator]
         top.plot(
@@ -103,9 +105,9 @@ def draw_bias(path: Path, points: Sequence[Point], turned: Sequence[Turned], com
     top.set(
         xscale="log",
         xlabel="R",
-        ylabel="steps of SGD / steps of momentum",
+        ylabel="plain meta-SGD's steps / momentum's",
         title="Top-K, heterogeneous workers",
         ylim=(0, None),
     )
-    top.legend(frameon=False, fontsize=8)
+    top.legend(frameon=False)
     save(figure, path)

@@ -147,7 +147,7 @@ def _draw(path: Path, config: SinusoidSearch, found: dict[tuple[str, int], Tuned
         arrives = {key: at for key, at in found.items() if math.isfinite(at.speedup)}
         both = {tasks: at for (name, tasks), at in arrives.items() if name == operator}
         for dash, name, sides in (
-            ("-", "SGD", [at.sgd for at in both.values()]),
+            ("-", "plain meta-SGD", [at.sgd for at in both.values()]),
             ("--", "momentum", [at.momentum for at in both.values()]),
         ):
             colour, marker = COLOURS[number], "os"[name == "momentum"]

@@ -40,6 +40,8 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         ),
     )
     leaf.set_defaults(run=run, leaf=leaf)
+    leaf.elsewhere["--shots"] = "the sizes of the inner batches are in shots: --inner-batch M,M,..."
+    leaf.elsewhere["--split"] = "bias is measured on the training tasks"
     task = leaf.add_argument_group("task")
     task.add_argument(
         "what",
@@ -55,6 +57,8 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         type=counts(point_count),
         metavar="M,M,...",
     )
+    ways = "; ".join(f"{each.defaults.ways} for {name}" for name, each in FAMILIES.items() if each.classes is not None)
+    flag(task, "--ways", "classes a task, without a RUN", ways, type=task_count)
     flag(task, "--queries", "query points, a class or task", _queries(), type=point_count)
     flag(task, "--tasks", "number of tasks in all", _tasks(), type=task_count)
     add_data_root(task)
@@ -144,7 +148,7 @@ def _of_run(
     from metamom.loading import load
 
     what = arguments.what
-    decided = {"inner_lr", "inner_steps", *options_of_some_families()} - {"root", "model"}
+    decided = {"ways", "inner_lr", "inner_steps", *options_of_some_families()} - {"root", "model", "on_broken"}
     fixed = sorted(name for name in decided if getattr(arguments, name, None) is not None)
     if fixed:
         raise ValueError(
@@ -160,7 +164,7 @@ def _of_run(
         )
     asked = {
         name: value
-        for name in ("estimator", "bias", "seed", "queries")
+        for name in ("estimator", "bias", "seed", "queries", "on_broken")
         if (value := getattr(arguments, name)) is not None
     }
     recipe = _with_few_queries(replace(trained, **asked), arguments.queries)

@@ -11,16 +11,18 @@ from itertools import takewhile
 from pathlib import Path
 
 from metamom.cli.flags import (
+    add_adaptation,
     add_checkpoint,
     add_device,
     add_metric,
     add_model,
     add_options,
+    add_results,
     add_steps,
     add_tasks,
     flag,
     given_flags,
-    switch,
+    trained_with,
 )
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count, names, number, numbers, path, run_count, task_count
@@ -75,15 +77,17 @@ def _add_runs(comparing: argparse._SubParsersAction[Parser]) -> None:
         ),
     )
     leaf.set_defaults(run=run_existing, leaf=leaf)
+    baselines = "evaluate one run with its baselines: metamom evaluate RUN --baselines"
+    leaf.elsewhere.update(trained_with() | dict.fromkeys(("--baselines", "--baseline-steps"), baselines))
     add_tasks(leaf.add_argument_group("task"))
-    add_steps(leaf.add_argument_group("learner"))
+    add_adaptation(leaf.add_argument_group("learner"))
     own = leaf.add_argument_group("run")
     own.add_argument("run_paths", type=path, nargs="+", metavar="RUN", help="run directories")
     add_checkpoint(own)
     add_model(own)
     add_device(own, default="cpu")
     add_metric(own)
-    switch(own, "--json", "print one JSON object and nothing else")
+    add_results(own)
 
 
 def with_runs(words: Sequence[str]) -> Sequence[str]:
@@ -108,27 +112,38 @@ def with_runs(words: Sequence[str]) -> Sequence[str]:
 
 def run_existing(arguments: argparse.Namespace) -> int:
     """Compare runs that exist; the result is the command's exit status."""
-    from metamom.cli.evaluate import asked_of_tasks, tasks_in_words
-    from metamom.common.named_objects import named_callable
+    from metamom.cli.evaluate import asked_of_tasks, check_results, check_run, chosen_metric, tasks_in_words
+    from metamom.cli.results import evaluated, write_csv, write_record
     from metamom.comparing import compare_runs
+    from metamom.loading import load
 
-    metric = arguments.metric
+    check_results(arguments)
+    asked = asked_of_tasks(arguments)
+    runs = {}
+    for each in arguments.run_paths:
+        runs[each] = load(each, arguments.checkpoint, arguments.model, device=arguments.device)
+        check_run(runs[each], arguments, asked)
     found = compare_runs(
-        arguments.run_paths,
+        runs,
         split=arguments.split,
-        checkpoint=arguments.checkpoint,
-        model=arguments.model,
-        device=arguments.device,
         root=arguments.data_root,
         tasks=arguments.tasks,
         steps=arguments.steps,
-        metric=named_callable(metric, "the metric") if metric is not None and ":" in metric else metric,
-        **asked_of_tasks(arguments),
+        norm=arguments.norm,
+        inner_lr=arguments.inner_lr,
+        metric=chosen_metric(arguments),
+        **asked,
     )
+    words = tasks_in_words(found.runs[0], asked)
+    if arguments.csv is not None:
+        write_csv(arguments.csv, found.compared.evaluations)
+    if arguments.record is not None:
+        first = next(iter(found.compared.evaluations.values()))
+        compared = dict(zip(found.compared.evaluations, found.runs, strict=True))
+        write_record(arguments.record, found.as_json(), evaluated(compared, first, words, arguments))
     if arguments.json:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(found.as_json(per_task=arguments.per_task)))
         return 0
-    words = tasks_in_words(found.runs[0], asked_of_tasks(arguments))
     print(f"{words}, split {arguments.split}")
     print(found.compared)
     return 0
@@ -162,7 +177,13 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(interrupt.table))
         print(f"continue: {_continued(arguments, run_dir)}")
         raise
-    _show(report)
+    try:
+        _show(report)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(
+            "interrupted before the page was written; all runs are finished. To write it: "
+            f"{shlex.join(['metamom', 'report', str(report.parent)])}"
+        ) from interrupt
     return 0
 
 

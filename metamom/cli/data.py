@@ -8,6 +8,7 @@ import json
 from metamom.cli.flags import add_data_root, add_splits, switch
 from metamom.cli.parser import Parser
 from metamom.common.choices import DATA_SETS
+from metamom.common.numbers import counted
 
 IMAGES = "images"
 
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_images(arguments: argparse.Namespace) -> int:
-    """Print what is in a folder of images; the status is 1 if something is broken."""
+    """Print what is in a folder of images, and its problems at the end; the status is 1 if there are any."""
     from metamom.tasks.image_check import check_images
     from metamom.tasks.image_files import split_lists
 
@@ -62,5 +63,10 @@ def _check_images(arguments: argparse.Namespace) -> int:
         arguments.leaf.error(f"a folder of your own images can be checked: metamom data check {IMAGES} --root DIR")
     splits = None if arguments.splits is None else split_lists(arguments.splits)
     found = check_images(arguments.root, splits=splits)
-    print(json.dumps(found.as_json()) if arguments.json else found)
+    if arguments.json:
+        print(json.dumps(found.as_json()))
+        return 0 if found.sound else 1
+    print(found)
+    if not found.sound:
+        print(f"{counted(len(found.problems), 'problem')}:", *found.problems, sep="\n  ")
     return 0 if found.sound else 1

@@ -9,19 +9,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from metamom.cli.flags import (
+    add_adaptation,
     add_checkpoint,
     add_device,
     add_metric,
     add_model,
     add_processes,
-    add_steps,
+    add_results,
     add_tasks,
     flag,
     switch,
+    trained_with,
 )
 from metamom.cli.parser import Parser
-from metamom.common.choices import NORMS
-from metamom.common.flag_types import number, path, step_count
+from metamom.common.flag_types import path, step_count
 from metamom.common.numbers import plural
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from metamom.distributed import World
     from metamom.evaluation import Evaluation
     from metamom.loading import LoadedRun
+    from metamom.task_metrics import Metric
 
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
@@ -41,19 +43,11 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         examples=("metamom evaluate runs/sine", "metamom evaluate runs/omni --split test --steps 0,1,5,10 --baselines"),
     )
     leaf.set_defaults(run=run, leaf=leaf)
+    leaf.elsewhere.update(trained_with())
     task = leaf.add_argument_group("task")
     add_tasks(task)
     learner = leaf.add_argument_group("learner")
-    add_steps(learner)
-    flag(
-        learner,
-        "--norm",
-        "statistics that normalise queries: of the query set (batch), of the task's support set (support), or the "
-        "model's running ones (frozen)",
-        "as in training",
-        choices=NORMS,
-    )
-    flag(learner, "--inner-lr", "inner step size", "as in training", type=number)
+    add_adaptation(learner)
     own = leaf.add_argument_group("run")
     own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
     add_checkpoint(own)
@@ -74,28 +68,23 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         default=20,
         metavar="J",
     )
-    switch(own, "--json", "print one JSON object and nothing else")
-    switch(own, "--per-task", "with --json, also every task's value")
-    flag(own, "--csv", "write every task's value into this file", "none", type=path, metavar="FILE")
+    add_results(own)
     add_processes(leaf.add_argument_group("processes"))
 
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
-    from metamom.cli.results import as_json, table, write_csv
-    from metamom.common.named_objects import named_callable
+    from metamom.cli.results import as_json, evaluated, table, write_csv, write_record
     from metamom.evaluation import evaluate
     from metamom.loading import load
+    from metamom.tasks import ImageFolder
 
-    if arguments.per_task and not arguments.json:
-        raise ValueError("--per-task is a part of --json: give both, or write every task's value with --csv FILE.")
+    check_results(arguments)
     run = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
     asked = asked_of_tasks(arguments)
-    _check(run, arguments, asked)
+    check_run(run, arguments, asked)
     sampler = run.sampler(arguments.split, root=arguments.data_root, **asked)
-    metric = arguments.metric
-    if metric is not None and ":" in metric:
-        metric = named_callable(metric, "the metric")
+    metric = chosen_metric(arguments)
     options = {"tasks": arguments.tasks, "stream": arguments.split, "world": world, "metric": metric}
     result = evaluate(
         run.learner, sampler, steps=arguments.steps, norm=arguments.norm, inner_lr=arguments.inner_lr, **options
@@ -105,21 +94,48 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         return 0
     if arguments.csv is not None:
         write_csv(arguments.csv, {"learner": result, **{name: row.result for name, row in baselines.items()}})
+    if arguments.record is not None:
+        answer = as_json(result, baselines, per_task=arguments.per_task, metric=True)
+        words = tasks_in_words(run, asked)
+        write_record(arguments.record, answer, evaluated({arguments.run_path: run}, result, words, arguments))
     if arguments.json:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=metric is not None)
+        if isinstance(sampler, ImageFolder):
+            answer["data_sha256"] = sampler.data_sha256
         print(json.dumps(answer))
         return 0
     print(
         f"{tasks_in_words(run, asked)}, split {arguments.split}, {arguments.tasks} tasks, trained for {run.step} "
-        f"{'; '.join([plural(run.step, 'iteration'), *result.normalised])}"
+        f"{'; '.join([plural(run.step, 'iteration'), *result.normalised, *_drawn_from(sampler)])}"
     )
     print("\n".join(table(result, baselines)))
     return 0
 
 
+def _drawn_from(sampler: Sampler) -> list[str]:
+    """The images of a folder that tasks are drawn from, which may have become more or fewer since training."""
+    from metamom.tasks import ImageFolder
+
+    return [repr(sampler).rpartition("): ")[2]] if isinstance(sampler, ImageFolder) else []
+
+
+def check_results(arguments: argparse.Namespace) -> None:
+    """Refuse ``--per-task`` without ``--json``."""
+    if arguments.per_task and not arguments.json:
+        raise ValueError("--per-task is a part of --json: give both, or write every task's value with --csv FILE.")
+
+
+def chosen_metric(arguments: argparse.Namespace) -> str | Metric | None:
+    """The metric by name, or the user's function."""
+    from metamom.common.named_objects import named_callable
+
+    metric: str | None = arguments.metric
+    return named_callable(metric, "the metric") if metric is not None and ":" in metric else metric
+
+
 def asked_of_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags of tasks that were given."""
-    names = ("ways", "shots", "queries", "seed")
+    names = ("ways", "shots", "queries", "seed", "splits", "on_broken")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
@@ -143,7 +159,7 @@ def _baselines(
     return found
 
 
-def _check(run: LoadedRun, arguments: argparse.Namespace, asked: dict[str, Any]) -> None:
+def check_run(run: LoadedRun, arguments: argparse.Namespace, asked: dict[str, Any]) -> None:
     """Refuse tasks and statistics that the learner cannot have, and warn of classes that it has seen."""
     recipe = run.recipe
     if recipe is None:
@@ -151,7 +167,7 @@ def _check(run: LoadedRun, arguments: argparse.Namespace, asked: dict[str, Any])
         return
     if recipe.ways is not None and asked.get("ways", recipe.ways) != recipe.ways:
         raise ValueError(
-            f"the learner in {arguments.run_path} distinguishes {recipe.ways} classes; got "
+            f"the learner in {run.path} distinguishes {recipe.ways} classes; got "
             f"--ways {asked['ways']}. Train one with that many --ways."
         )
     if arguments.norm is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, replace
 from typing import Any, NamedTuple, Protocol
 
-from metamom.common.choices import METRICS, SERVERS, TIMEOUT
+from metamom.common.choices import METRICS, NORMS, SERVERS, TIMEOUT
 from metamom.common.flag_types import (
     counts,
     metric,
@@ -149,6 +149,14 @@ def add_own_options(group: argparse._ArgumentGroup, families: Mapping[str, Famil
             each._replace(flag=named).add(group, each.shown(having[0]), None, having[0])
 
 
+def trained_with() -> dict[str, str]:
+    """Advice for the flags of training that a command for runs does not have, by flag."""
+    advice = "it belongs to training, and a run is used as it was trained"
+    return {f"--{name.replace('_', '-')}": advice for name in flagged()} | {
+        "--root": "the folder of images is --data-root DIR",
+    }
+
+
 def add_data_root(group: Group, name: str = "data_root") -> None:
     """Where the data is."""
     own = OWN["data_root"]
@@ -196,6 +204,10 @@ def add_tasks(group: Group) -> None:
     flag(group, "--queries", "query points, a class or task", "as in training", type=point_count)
     flag(group, "--seed", "of the tasks", "as in training", type=seed)
     add_data_root(group)
+    for name in ("splits", "on_broken"):
+        each = flagged()[name]
+        named = replace(each.flag, meaning=f"for images: {each.meaning('images')}")
+        each._replace(flag=named).add(group, "as in training", None)
 
 
 def add_metric(group: Group) -> None:
@@ -221,6 +233,35 @@ def add_steps(group: Group) -> None:
         type=counts(step_count),
         default=(0, 1, 5, 10),
         metavar="J,J,...",
+    )
+
+
+def add_adaptation(group: Group) -> None:
+    """How the learners of runs adapt in an evaluation, where it is not as in training."""
+    add_steps(group)
+    flag(
+        group,
+        "--norm",
+        "statistics that normalise queries: of the query set (batch), of the task's support set (support), or the "
+        "model's running ones (frozen)",
+        "as in training",
+        choices=NORMS,
+    )
+    flag(group, "--inner-lr", "inner step size", "as in training", type=number)
+
+
+def add_results(group: Group) -> None:
+    """What an evaluation prints and writes."""
+    switch(group, "--json", "print one JSON object and nothing else")
+    switch(group, "--per-task", "with --json, also every task's value")
+    flag(group, "--csv", "write every task's value into this file", "none", type=path, metavar="FILE")
+    flag(
+        group,
+        "--record",
+        "write the result with its command, settings, versions and hardware into this JSON file, for metamom report",
+        "none",
+        type=path,
+        metavar="FILE",
     )
 
 

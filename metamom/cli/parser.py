@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, specs: bool = False, examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False, formatter_class=_Formatter)
         self._specs, self._examples, self._words = specs, examples, list[str]()
+        self.elsewhere: dict[str, str] = {}  # advice for flags that this command does not have, by flag
 
     def format_help(self) -> str:
         """The help; the table of operators is read only when it is shown."""
@@ -48,7 +49,9 @@ class Parser(argparse.ArgumentParser):
         if not message.startswith("argument ") and (unknown := self._unknown()):
             if not message.startswith("unrecognized"):  # what is missing may be what is misspelled
                 message = f"unrecognized arguments: {' '.join(map(_short, unknown))}"
-            message += did_you_mean(unknown, self._option_string_actions)
+            advice = dict.fromkeys(self.elsewhere[flag] for flag in unknown if flag in self.elsewhere)
+            others = [flag for flag in unknown if flag not in self.elsewhere]
+            message += "".join(f"; {each}" for each in advice) + did_you_mean(others, self._option_string_actions)
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         self.exit(2, f"{self.prog}: error: {line}\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from metamom.cli.flags import flag, switch
@@ -32,7 +33,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         type=path,
         nargs="+",
         metavar="RUN",
-        help="directories of runs or of comparisons; .json or .csv files of metamom evaluate",
+        help="directories of runs, comparisons or the demo; files of metamom evaluate --record, --json or --csv",
     )
     flag(
         own,
@@ -59,10 +60,10 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.experiments.report import write_page
-    from metamom.experiments.report.reading import read_page
+    from metamom.experiments.report.reading import places_of, read_page
 
     paths = arguments.run_paths
-    file = page_of(paths, arguments.out)
+    file = page_of(places_of(paths), arguments.out)
     found = read_page(paths)
     write_page(file, found.page, reload_every=None if found.finished else arguments.watch)
     print(f"page: {file}", flush=True)
@@ -79,11 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def page_of(paths: list[str], out: str | None) -> Path:
+def page_of(places: Sequence[Path], out: str | None) -> Path:
     """Where the page goes."""
     if out is not None:
         return Path(out) / NAME
-    return Path(paths[0]) / NAME if len(paths) == 1 and Path(paths[0]).is_dir() else Path(NAME)
+    return places[0] / NAME if len(places) == 1 and places[0].is_dir() else Path(NAME)
 
 
 def _open(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,10 @@ from metamom.common.files import write_atomically
 from metamom.common.numbers import plural
 
 if TYPE_CHECKING:
+    import argparse
+
     from metamom.evaluation import Difference, Evaluation
+    from metamom.loading import LoadedRun
 
 
 class Row(NamedTuple):
@@ -60,6 +64,54 @@ def as_json(result: Evaluation, baselines: Mapping[str, Row], *, per_task: bool,
             for name, row in baselines.items()
         }
     return answer
+
+
+def write_record(path: str, answer: Mapping[str, Any], evaluated: Mapping[str, Any]) -> None:
+    """Write a result with what was evaluated and how, for `metamom report`.
+
+    Args:
+        path: of the JSON file.
+        answer: the result as JSON values.
+        evaluated: what was asked for, by its name in words.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    from metamom.training.directory import environment
+
+    found = {**answer, "evaluated": dict(evaluated), "environment": environment()}
+    write_atomically(Path(path), (json.dumps(found) + "\n").encode())
+
+
+def evaluated(
+    runs: Mapping[str, LoadedRun], result: Evaluation, tasks: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What was evaluated and how, for the record: values by their names in words.
+
+    Args:
+        runs: by their paths; the tasks are the first one's.
+        result: the first run's.
+        tasks: in words.
+        arguments: of the command.
+    """
+    from metamom.experiments.python_tasks import task_family
+
+    first = next(iter(runs.values()))
+    seed = first.settings.get("seed", task_family(first.settings).get("seed"))
+    own = first.recipe.family.metric if first.recipe is not None and arguments.metric is None else None
+    named = own is not None and own.higher_is_better == (result.metric == "accuracy")
+    asked = {
+        "tasks": tasks,
+        "split": arguments.split,
+        "seed of the tasks": seed if arguments.seed is None else arguments.seed,
+        "metric": own.name if own is not None and named else result.metric,
+        "adaptation steps": list(result.steps),
+        "inner step size": getattr(arguments, "inner_lr", None),
+        "normalisation": "; ".join(result.normalised) or None,
+        "checkpoint": arguments.checkpoint,
+        "iterations of training": [run.step for run in runs.values()],
+    }
+    return {"runs": list(runs), **{name: value for name, value in asked.items() if value is not None}}
 
 
 def write_csv(path: str, results: Mapping[str, Evaluation]) -> None:

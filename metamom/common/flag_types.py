@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from metamom.common.checks import AT_ONCE, INNER_STEPS, MOST, POINTS, RUNS
@@ -93,6 +94,11 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("wanted a path; got ''")
     return text
+
+
+def folder(text: str) -> Path:
+    """The path of a folder to write to."""
+    return Path(path(text))
 
 
 def module_callable(text: str) -> str:

@@ -1,8 +1,9 @@
-"""Import learn2learn where a plain `import learn2learn` fails."""
+"""Import learn2learn, and Lightning, where a plain import fails."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import shlex
 import sys
 import warnings
@@ -74,6 +75,23 @@ def import_learn2learn() -> ModuleType:
             f"this needs learn2learn, but the module {error.name} is not installed. Install it with: "
             f"{install_command()}"
         ) from error
+
+
+def import_lightning() -> ModuleType:
+    """Import Lightning even if torchvision, which it imports where there is one, cannot load its operators.
+
+    Returns:
+        The module ``lightning.pytorch``, or ``pytorch_lightning`` where only that is installed.
+
+    Raises:
+        ImportError: if neither is installed.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()
+    for name in ("lightning", "pytorch_lightning"):
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module("lightning.pytorch" if name == "lightning" else name)
+    raise ImportError(f"this needs Lightning. Install it with: {shlex.quote(sys.executable)} -m pip install lightning")
 
 
 def _is_missing_operator(error: RuntimeError) -> bool:

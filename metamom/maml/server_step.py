@@ -1,4 +1,4 @@
-"""One step of the server: bias and aggregate the workers' meta-gradients, and write the result to ``.grad``."""
+"""One step of the server: bias and aggregate the workers' meta-gradients, and hand the result on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.bias import Bias, NonFiniteError, as_operator
+from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
 from metamom.bias.checks import all_finite
 from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
@@ -49,6 +49,7 @@ def server_step(
     measure: bool,
     check_finite: bool,
     accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
+    take: Callable[[Params, BiasOperator | None], None] | None = None,
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -56,6 +57,7 @@ def server_step(
         gradients: the workers' gradients.
         weights: the meta-parameters by name.
         accuracy: computes the tasks' accuracies from predictions ``[T, Q, ...]`` and targets.
+        take: gets that gradient, and the operator, instead of ``.grad``.
     """
     sent = world.sent
     with world.together():
@@ -86,8 +88,12 @@ def server_step(
     norm = report["grad_norm"]
     if not (norm is not None and math.isfinite(norm)) and finite and not all_finite(total):
         _refuse(gradients, weights, batch, tasks.losses, losses, first, world, check_finite)
-    for parameter, gradient in zip(weights.values(), unflatten(total, weights).values(), strict=True):
-        deliver(parameter, gradient, server.operator, add=True)
+    gradient = unflatten(total, weights)
+    if take is not None:
+        take(gradient, server.operator)
+    else:
+        for name, parameter in weights.items():
+            deliver(parameter, gradient[name], server.operator, add=True)
     if tasks.averages:
         assert batch.task_ids is not None
         everyones = [world.gather(u).flatten(0, 1) for u in tasks.averages]

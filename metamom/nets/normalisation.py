@@ -124,12 +124,15 @@ class _Then(Grouped):
         y, gain, _, mean, rstd, before, ctx.slope, ctx.pooling, ctx.eps, ctx.sets = inputs
         z, places = output
         ctx.mark_non_differentiable(places)
+        ctx.set_materialize_grads(False)  # zeros for `places` would be as large as they are
         # as PyTorch's functions do: the result of a ReLU must not change in place, that of a leaky one may
         signs = before if ctx.slope > 0 and ctx.pooling is None else z
         ctx.save_for_backward(y, gain, mean, rstd, signs, places)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dz is None:
+            return (None,) * 10
         *tensors, places = ctx.saved_tensors
         places = None if ctx.pooling is None else places
         found = _NormBackward.run(dz, *tensors, places, ctx.slope, ctx.eps, ctx.sets)

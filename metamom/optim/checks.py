@@ -20,6 +20,8 @@ INSTEAD = {
     "betas": "betas=(0.9, ...) is beta=0.1 here, the weight of the new gradient, and there is no second moment",
     "eps": "there is no second moment to keep away from zero; leave it out",
     "amsgrad": "there is no second moment; leave it out",
+    "capturable": "as in SGD, a step keeps no counter that a CUDA graph would have to capture; leave it out. Under "
+    "torch.compile, a step is not compiled again for another lr or beta if these are tensors",
     "learning_rate": "the step size is lr",
     "gamma": "the step size is lr",
     "alpha": "the step size is lr, and the weight of the new gradient beta",

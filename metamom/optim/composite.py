@@ -23,6 +23,7 @@ from metamom.optim.checks import (
 from metamom.optim.from_sgd import from_sgd, is_from_sgd
 from metamom.optim.fused import check_fused, fused_step_
 from metamom.optim.groups import Defaults, take_scheduled_momentum
+from metamom.optim.last_gradient import keep_last_gradients
 from metamom.optim.sharded import check_norm_is_known, total_norm
 from metamom.optim.update import (
     look_ahead,
@@ -35,7 +36,9 @@ from metamom.optim.update import (
     together,
 )
 
-LATER = {  # options that states of earlier versions lack
+LATER = {  # options that states of earlier versions may lack
+    "maximize": False,
+    "foreach": None,
     "normalize": False,
     "nesterov": False,
     "decoupled_weight_decay": False,
@@ -70,7 +73,7 @@ class CompositeMomentum(Optimizer):
         beta: 0 < beta <= 1, or a 0-d tensor; can change between steps (see `LambdaBeta`). torch's OneCycleLR and
             CyclicLR cycle it as the momentum 1 - beta.
         first_step: the first value of v (see above).
-        weight_decay: adds ``weight_decay * w`` to the gradient (L2), >= 0.
+        weight_decay: adds ``weight_decay * w`` to the gradient (L2), >= 0; a number or a 0-d tensor.
         decoupled_weight_decay: multiply w by ``1 - lr * weight_decay`` in each step instead, outside v.
         nesterov: move by ``(1 - beta) v_k + beta g_k`` instead of by v_k. From ``first_step="zero"`` it is
             ``SGD(lr=lr * beta, momentum=1 - beta, nesterov=True)``.
@@ -84,8 +87,8 @@ class CompositeMomentum(Optimizer):
         fused: use torch's fused SGD kernel, which supports `torch.amp.GradScaler` without a synchronisation. The
             result is the same up to rounding.
         differentiable: let autograd differentiate through `step`, as in torch.optim: with respect to gradients, and
-            to lr and beta if they are tensors. The parameters must not be leaves, and change in place: compute the
-            gradients from copies of them.
+            to lr, beta and weight_decay if they are tensors. The parameters must not be leaves, and change in place:
+            compute the gradients from copies of them.
 
     Raises:
         ValueError: for an option out of range, options that exclude each other, or ``normalize=True`` under
@@ -113,7 +116,7 @@ class CompositeMomentum(Optimizer):
         beta: float | Tensor = 0.1,
         *,
         first_step: FirstStep = "zero",
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         decoupled_weight_decay: bool = False,
         nesterov: bool = False,
         normalize: bool = False,
@@ -139,8 +142,11 @@ class CompositeMomentum(Optimizer):
         }
         check_options(defaults)
         super().__init__(as_parameters(params), Defaults(defaults))
-        # torch's GradScaler leaves the division by its scale to the optimizer if this is set
-        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch's GradScaler leaves the division by its scale to `step`. Loaded states may change this."""
+        return all(group["fused"] for group in self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, which is copied: two optimizers never share their momentum.
@@ -156,9 +162,6 @@ class CompositeMomentum(Optimizer):
         if is_from_sgd(state_dict):
             state_dict = from_sgd(state_dict)
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "momentum" in state:
-                state["momentum"] = state["momentum"].clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a saved state, including one from an earlier version with fewer options.
@@ -167,13 +170,16 @@ class CompositeMomentum(Optimizer):
             ValueError: for options out of range; nothing changes then.
         """
         for group in state["param_groups"]:
-            if missing := {"lr", "beta", "first_step", "weight_decay", "maximize", "foreach"} - set(group):
+            if missing := {"lr", "beta", "first_step", "weight_decay"} - set(group):
                 raise ValueError(
                     f"the state of CompositeMomentum lacks {', '.join(sorted(missing))} in a parameter group."
                 )
             check_options(group)
         super().__setstate__(state)
         self.defaults = Defaults(self.defaults)
+        for p, each in self.state.items():
+            if isinstance(each, dict) and "momentum" in each:  # users' hooks may keep other things here
+                self.state[p] = {**each, "momentum": each["momentum"].clone()}
         for group in self.param_groups:
             for name, value in LATER.items():
                 group.setdefault(name, value)
@@ -189,7 +195,7 @@ class CompositeMomentum(Optimizer):
             if options["normalize"]:
                 check_norm_is_known(group["params"])
             if options["fused"]:
-                check_fused(group["params"])
+                check_fused([p for p in group["params"] if not p.is_meta])  # these may get memory later
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -223,7 +229,7 @@ class CompositeMomentum(Optimizer):
 
         Raises:
             ValueError: for a beta out of range, or a beta below 1 if workers have averaged the gradients (EF21SGDM).
-            TypeError: for a sparse gradient.
+            TypeError: for a sparse gradient, or parameters that the fused kernel cannot take.
         """
         loss = None
         if closure is not None:
@@ -239,9 +245,10 @@ class CompositeMomentum(Optimizer):
         for each in pending:
             if not each.params:
                 continue
-            if each.group["decoupled_weight_decay"] and each.group["weight_decay"]:
-                factor = 1 - _value(each.group, "lr") * each.group["weight_decay"]
-                shrink_(each.params, factor, each.group["foreach"])
+            if _decays(each.group, decoupled=True):
+                factor = 1 - _value(each.group, "lr") * _value(each.group, "weight_decay")
+                found_inf = getattr(self, "found_inf", None) if each.group["fused"] else None
+                shrink_(each.params, factor, each.group["foreach"], unless=found_inf)
             if each.group["fused"]:
                 self._step_fused(each)
             else:
@@ -261,6 +268,8 @@ class CompositeMomentum(Optimizer):
         check_beta(group["beta"])  # it may have been scheduled or changed by hand
         pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
         check_gradients(pairs)
+        if group["fused"]:
+            check_fused([p for p, _ in pairs])
         if isinstance(group["beta"], Tensor) or group["beta"] != 1:
             check_not_averaged(pairs, group["beta"])
         return _Pending(group, [p for p, _ in pairs], [g for _, g in pairs])
@@ -268,9 +277,14 @@ class CompositeMomentum(Optimizer):
     def _directions(self, pending: _Pending) -> list[Tensor]:
         """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""
         group, params, grads = pending
-        if group["maximize"] or (group["weight_decay"] and not group["decoupled_weight_decay"]):
+        own = group["maximize"] or _decays(group, decoupled=False)
+        if own:
             grads = [_descent_gradient(p, g, group) for p, g in zip(params, grads, strict=True)]
         beta = _value(group, "beta")
+        plain_sgd = not isinstance(beta, Tensor) and beta == 1
+        if plain_sgd and not group["differentiable"] and not torch.compiler.is_compiling():
+            keep_last_gradients(self.state, params, grads, own=own)
+            return grads
         started = self._start(pending._replace(grads=grads))
         moving, new_grads = params, grads
         if group["first_step"] == "gradient" and not all(started):
@@ -324,10 +338,19 @@ def _value(group: dict[str, Any], name: str) -> float | Tensor:
     return value  # type: ignore[no-any-return]
 
 
+def _decays(group: dict[str, Any], *, decoupled: bool) -> bool:
+    """Whether the group has weight decay of this kind. One in a tensor counts as some: its value is not asked for."""
+    decay = group["weight_decay"]
+    return group["decoupled_weight_decay"] is decoupled and (isinstance(decay, Tensor) or decay != 0)
+
+
 def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """The gradient to average, with sign and weight decay applied. ``p.grad`` itself does not change."""
     if group["maximize"]:
         grad = -grad
-    if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        grad = grad.add(p, alpha=group["weight_decay"])
+    if _decays(group, decoupled=False):
+        decay = _value(group, "weight_decay")
+        if isinstance(decay, Tensor):
+            return grad + p.clone() * decay.to(p.dtype)  # autograd needs p as it was before the step
+        grad = grad.add(p, alpha=decay)
     return grad

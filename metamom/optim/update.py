@@ -12,6 +12,7 @@ from metamom.common.sharded import is_sharded
 from metamom.optim.checks import check_beta
 
 Number = float | Tensor
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def momentum_update(buf: Tensor, grad: Tensor, beta: Number) -> Tensor:
@@ -92,9 +93,12 @@ def move_(params: list[Tensor], directions: list[Tensor], lr: Number, foreach: b
             p.add_(v, alpha=-lr)
 
 
-def shrink_(params: list[Tensor], factor: Number, foreach: bool | None) -> None:
-    """``w <- factor w``: weight decay that does not pass through the average."""
-    if together(foreach, params) and not isinstance(factor, Tensor):
+def shrink_(params: list[Tensor], factor: Number, foreach: bool | None, *, unless: Tensor | None = None) -> None:
+    """``w <- factor w``: weight decay that does not pass through the average. A non-zero ``unless`` prevents it."""
+    if unless is not None:
+        for p in params:
+            p.copy_(torch.where(unless.to(p.device).reshape(()) == 0, p * factor, p))
+    elif together(foreach, params) and not isinstance(factor, Tensor):
         for (ps,) in by_kind(params):
             torch._foreach_mul_(ps, factor)
     else:
@@ -112,14 +116,18 @@ def of_unit_length(bufs: list[Tensor], norm: Tensor) -> list[Tensor]:
 def together(foreach: bool | None, params: list[Tensor]) -> bool:
     """Whether to update all tensors at once. ``None`` means yes if all of them are plain ones."""
     if foreach is None:
-        return all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
+        return all(type(p) in PLAIN for p in params)
     return foreach
 
 
 def by_kind(*lists: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
     """Split the lists into groups of one device, dtype and mesh, as torch's multi-tensor functions need them."""
-    if len({_kind(x) for x in lists[0]}) <= 1:
-        return (lists,) if lists[0] else ()
+    first = lists[0]
+    if not first:
+        return ()
+    device, dtype = first[0].device, first[0].dtype
+    if all(type(x) in PLAIN and x.dtype is dtype and x.device == device for x in first):  # the usual case
+        return (lists,)
     kinds: dict[object, list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists, strict=True):
         kinds.setdefault(_kind(row[0]), []).append(row)

@@ -2,8 +2,8 @@
 
 ``config.json``      everything needed to repeat the run: the ``settings``, where those that define the run must not
                      change when it is resumed; the ``length`` and similar options, which may; the ``environment``
-                     (versions, hardware, command); and the ``history`` of every start (length, environment, and
-                     settings that may change)
+                     (versions, hardware, command); and the ``history`` of every start (length, environment,
+                     settings that may change, and how it ended)
 ``metrics.jsonl``    one object a line, appended and flushed
 ``checkpoints/``     see `metamom.training.checkpoints`
 """
@@ -159,7 +159,16 @@ class RunDirectory:
         self.checkpoints.sweep()
         start = {name: self._config[name] for name in ("length", "environment")}
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        config = {**self._config, "history": [*self._history, {"began": began, "settings": self._free, **start}]}
+        self._history = [*self._history, {"began": began, "settings": self._free, **start}]
+        self._write_config()
+
+    def write_ending(self, ending: Mapping[str, Any]) -> None:
+        """Record how the run that `write_config` began has ended, see `metamom.training.ending`."""
+        self._history = [*self._history[:-1], {**self._history[-1], "ended": dict(ending)}]
+        self._write_config()
+
+    def _write_config(self) -> None:
+        config = {**self._config, "history": self._history}
         write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def newest_state(self) -> dict[str, Any] | None:

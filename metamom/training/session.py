@@ -14,6 +14,7 @@ from tqdm import tqdm
 from metamom.evaluation import Evaluation
 from metamom.training.callbacks import Callbacks
 from metamom.training.directory import RunDirectory
+from metamom.training.ending import recorder
 from metamom.training.interrupts import Interrupts, TrainingInterrupted
 from metamom.training.log_lines import LogLines
 from metamom.training.progress import DivergedError, Progress
@@ -35,7 +36,7 @@ class Session:
         progress: the run's progress so far; at 0 steps, a checkpoint is written at once.
         total: total number of steps.
         store: writes checkpoints.
-        run: the directory for metrics, held until the session ends; ``None`` for none.
+        run: the directory for metrics and the ending, held until the session ends; ``None`` for none.
         path: of that directory, for messages; ``None`` if nothing is saved.
         label: label of the progress.
         unit: unit of the steps: ``"it"``, ``"epoch"``.
@@ -91,6 +92,8 @@ class Session:
     def __enter__(self) -> Session:
         if self.progress.done == 0:
             self.store.save(self.progress)
+        if self.run is not None:
+            self._stack.push(recorder(self.run, lambda: self.progress.done, lambda: self.stopped))
         self._stack.enter_context(self.interrupts)
         self._stack.enter_context(self._bar)
         return self

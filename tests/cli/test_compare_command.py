@@ -47,7 +47,7 @@ def test_comparison_leaves_a_report(compared):
     report = (compared / "report.md").read_text()
     table = rows(report)
     assert [row[:2] for row in table] == [
-        ["SGD (β = 1)", "0.01"], ["SGD (β = 1)", "0.03"],
+        ["plain meta-SGD (β = 1)", "0.01"], ["plain meta-SGD (β = 1)", "0.03"],
         ["momentum, β = 0.1, v₋₁ = 0", "0.01"], ["momentum, β = 0.1, v₋₁ = 0", "0.03"],
     ]  # fmt: skip
     assert all(row[-1] == "0 of 2" for row in table)
@@ -80,7 +80,7 @@ def test_finished_runs_are_not_done_again(metamom, compared):
         f"report: {compared}/report.md",
     )
     assert head.split("  ")[0] == "method"
-    assert [line.split(",")[0].split("  ")[0] for line in methods] == ["SGD (β = 1)", "momentum"]
+    assert [line.split(",")[0].split("  ")[0] for line in methods] == ["plain meta-SGD (β = 1)", "momentum"]
     assert max(map(len, [head, *methods])) <= 100
     assert page == f"page: {compared}/report.html" or (not can_write_page() and "metamom[report]" in page)
     assert len(rows((compared / "report.md").read_text())) == 4
@@ -160,7 +160,7 @@ def test_step_size_that_diverges_is_counted(metamom, tmp_path):
     assert said.code == 0, said
     good, bad = rows((tmp_path / "report.md").read_text())
     assert good[-1] == "0 of 2"
-    assert bad == ["SGD (β = 1)", "1e+12", "—", "—", "—", "—", "never", "2 of 2"]
+    assert bad == ["plain meta-SGD (β = 1)", "1e+12", "—", "—", "—", "—", "never", "2 of 2"]
     ends = {name: json.loads(text)["diverged"] for name, text in outcomes(tmp_path).items()}
     assert [ends[f"beta1-zero_lr0.01_seed{seed}"] for seed in (0, 1)] == [None, None]
     assert all(0 < ends[f"beta1-zero_lr1e+12_seed{seed}"] < 10 for seed in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_data_check_of_images(metamom, tmp_path):
     said = metamom("data", "check", "images", "--root", root)
     assert said.code == 1
     assert "broken: test/class02/0.png is empty (0 bytes)" in said.out
+    shutil.copytree(root / "train" / "class00", root / "test" / "class00")
+    said = metamom("data", "check", "images", "--root", root)
+    problems = said.out[said.out.index("2 problems:\n") :].splitlines()[1:]
+    assert (said.code, said.err, len(problems)) == (1, "", 2)
+    assert "test: 2 classes, 7 images" in said.out
+    assert problems[0].startswith("  the class 'class00' is in two splits, 'train' and 'test'.")
+    answer = metamom("data", "check", "images", "--root", root, "--json")
+    assert answer.code == 1
+    assert [f"  {each}" for each in json.loads(answer.out)["problems"]] == problems
 
 
 def test_data_check_of_images_in_lists(metamom, tmp_path):
@@ -98,7 +108,9 @@ def test_data_check_of_images_in_lists(metamom, tmp_path):
     assert answer["missing"] == ["test"]
     assert answer["splits"]["validation"]["images"] == {"class02": 4}
     (lists / "test.txt").write_text("class03\nclass01\n")
-    assert "class 'class01' is in two splits, 'train' and 'test'" in the_error(metamom(*arguments))
+    said = metamom(*arguments)
+    assert said.code == 1
+    assert "1 problem:\n  the class 'class01' is in two splits, 'train' and 'test'" in said.out
     (lists / "test.txt").unlink()
     for i in (1, 2, 3):
         (root / "class00" / f"{i}.png").unlink()

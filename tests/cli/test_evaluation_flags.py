@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -125,6 +126,57 @@ def test_existing_runs_are_compared_on_the_same_tasks(metamom, trained, second):
     assert table[0] == "sinusoid 5-shot, split test"
     assert len(table) == 7
     assert metamom("compare", "runs", trained, second, *FEW).out.splitlines() == table
+
+
+def test_compared_runs_take_the_flags_of_an_evaluation(metamom, trained, second, tmp_path):
+    file = tmp_path / "values.csv"
+    flags = ("--inner-lr", 0.05, "--metric", "rmse", "--json", "--per-task")
+    said = metamom("compare", trained, second, *FEW, *flags, "--csv", file)
+    assert (said.code, said.err) == (0, "")
+    with file.open() as opened:
+        rows = list(csv.DictReader(opened))
+    for run in (trained, second):
+        alone = json.loads(metamom("evaluate", run, *FEW, *flags).out)
+        found = json.loads(said.out)["runs"][str(run)]
+        assert [found[name] for name in ("mean", "halfwidth", "values")] == [
+            alone[name] for name in ("mean", "halfwidth", "values")
+        ]
+        values = [float(row["rmse"]) for row in rows if row["learner"] == str(run)]
+        assert values == [value for of_steps in alone["values"] for value in of_steps]
+    assert "--per-task is a part of --json" in the_error(metamom("compare", trained, second, "--per-task"))
+
+
+def test_the_normalisation_of_compared_runs(metamom, trained_omniglot, data_root, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained_omniglot, other)
+    options = ("--tasks", 4, "--steps", "1", "--norm", "support", "--data-root", data_root, "--json")
+    alone = json.loads(metamom("evaluate", trained_omniglot, *options).out)
+    found = json.loads(metamom("compare", trained_omniglot, other, *options).out)["runs"][str(other)]
+    assert (found["mean"], found["norm"], found["difference"]) == (alone["mean"], "support", [0.0])
+    message = the_error(metamom("compare", trained_omniglot, other, *options, "--ways", 2))
+    assert "distinguishes 3 classes; got --ways 2" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warned = metamom("compare", trained_omniglot, other, *options, "--split", "background").err
+    assert warned.count("no accuracy on new characters") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "advice"),
+    [
+        (["compare", "RUN", "RUN"], ["--baselines"], "metamom evaluate RUN --baselines"),
+        (["compare", "RUN", "RUN"], ["--image-size", "28"], "it belongs to training, and a run is used as it was"),
+        (["evaluate", "RUN"], ["--standardize", "none"], "it belongs to training, and a run is used as it was"),
+        (["evaluate", "RUN"], ["--root", "photos"], "the folder of images is --data-root DIR"),
+        (["bias", "images"], ["--shots", "3"], "in shots: --inner-batch M,M,..."),
+    ],
+)
+def test_flags_of_other_commands(command, flags, advice, metamom, trained):
+    words = [str(trained) if word == "RUN" else word for word in command]
+    message = the_error(metamom(*words, *flags))
+    assert f"unrecognized arguments: {' '.join(flags)}; " in message
+    assert advice in message
+    assert "did you mean" not in message
 
 
 def test_bad_comparisons(metamom, trained, second, tmp_path):

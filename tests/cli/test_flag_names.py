@@ -42,7 +42,8 @@ TRAIN = ["train", "images", "--root", "photos"]
         # unchanged: calls, arguments that are not flags of the command, words within others, what users typed
         (["evaluate", "run"], "metamom.load(RUN, model=Net())", None),
         (["evaluate", "run"], "pass it, as metamom.load(RUN, loss_fn=...)", None),
-        (["evaluate", "run"], "on_broken='skip'", None),
+        (["evaluate", "run"], "on_broken='skip'", "--on-broken skip"),
+        (["export", "run", "file"], "on_broken='skip'", None),
         (TRAIN, "the settings of run: inner_lr should be a number", None),
         (TRAIN, "/data/ways=5/photos does not exist", None),
         (TRAIN, "vectorize='loop' does so", None),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from command import SMALL_IMAGES as SMALL
 from command import the_error
-from image_files import write_splits
+from image_files import write_class, write_splits
 from safetensors.torch import load_file
 
 from metamom import cli
@@ -219,6 +219,47 @@ def test_images_that_have_changed(metamom, tmp_path, monkeypatch):
         assert metamom("evaluate", "run-none", *few, "--data-root", folder).code == 0
 
 
+def test_an_evaluation_says_which_images_it_drew_from(metamom, tmp_path, monkeypatch):
+    """Test images are not kept with a run: classes that were added, and files that were skipped, are seen here."""
+    monkeypatch.chdir(tmp_path)
+    root = write_splits(Path("photos"), train=3, validation=3, test=3)
+    small = ["--ways", "2", "--meta-batch", "2", "--queries", "1", "--image-size", "16", "--evaluate-tasks", "4"]
+    assert metamom("train", "images", "--root", root, *small, "--iterations", "1", "--run-dir", "run").code == 0
+    evaluated = ["evaluate", "run", "--tasks", "4", "--steps", "1"]
+    assert "; 12 images of 3 classes\n" in metamom(*evaluated).out
+    found = json.loads(metamom(*evaluated, "--json").out)["data_sha256"]
+    assert found == ImageFolder(root, split="test", ways=2, image_size=20).data_sha256
+    write_class(root / "test" / "new", 9)
+    (root / "test" / "new" / "0.png").write_bytes(b"broken")
+    assert "leave broken files out: --on-broken skip" in the_error(metamom(*evaluated))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        said = metamom(*evaluated, "--on-broken", "skip")
+    assert "skipped 1 of 16 images" in said.err
+    assert "; 15 images of 4 classes\n" in said.out
+
+
+def test_lists_of_splits_are_found_from_another_folder(metamom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = write_splits(Path("photos"), train=9) / "train"
+    Path("lists").mkdir()
+    for i, split in enumerate(("train", "validation", "test")):
+        Path(f"lists/{split}.txt").write_text("".join(f"class{3 * i + j:02}\n" for j in range(3)))
+    arguments = ["train", "images", "--root", tree, "--ways", "2", "--meta-batch", "2", "--queries", "1"]
+    arguments += ["--image-size", "16", "--evaluate-tasks", "4", "--run-dir", tmp_path / "run"]
+    assert metamom(*arguments, "--splits", "lists", "--iterations", "1").code == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    evaluated = ["evaluate", tmp_path / "run", "--tasks", "4", "--steps", "1", "--json"]
+    before = metamom(*evaluated)
+    assert before.code == 0, before
+    monkeypatch.chdir(tmp_path)
+    shutil.move("lists", "moved")
+    assert "--splits must be a folder" in the_error(metamom(*evaluated))
+    assert metamom(*evaluated, "--splits", "moved").out == before.out
+    assert metamom(*arguments, "--splits", "moved", "--iterations", "2", "--resume").code == 0, "the same images"
+
+
 def test_nothing_is_written_among_the_images_or_over_files_of_others(photos, run, metamom, tmp_path, monkeypatch):
     before = snapshot(photos)
     said = metamom("train", "images", "--root", photos, *SMALL, "--run-dir", photos / "run")
@@ -240,7 +281,7 @@ def test_the_other_commands_take_images(command, photos, metamom, tmp_path):
         arguments += ["--iterations", "2", "--meta-batch", "2", "--seeds", "1", "--lrs", "0.03"]
         arguments += ["--evaluate-tasks", "4", "--tasks", "4", "--steps", "0,1", "--run-dir", tmp_path / "compared"]
     else:
-        arguments += ["--inner-batch", "1,2", "--tasks", "3", "--out", tmp_path / "bias"]
+        arguments += ["--inner-batch", "1,2", "--ways", "3", "--tasks", "3", "--out", tmp_path / "bias"]
     said = metamom(command, *arguments)
     assert said.code == 0, said
     assert "report: " in said.out

@@ -105,3 +105,44 @@ def test_without_bokeh(metamom, tmp_path, monkeypatch):
     monkeypatch.setattr("metamom.experiments.report.html.can_write_page", lambda: False)
     run = write_run(tmp_path / "run", Recipe("sinusoid"), {1: 2.0})
     assert "needs Bokeh, which is not installed: pip install 'metamom[report]'" in the_error(metamom("report", run))
+
+
+@needs_bokeh
+def test_ctrl_c_while_compare_writes_its_page(metamom, tmp_path, monkeypatch):
+    """Nothing half-written stays, and the error says what to do; all runs are kept."""
+    from metamom.experiments.report import plots
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    asked = ["--seeds", 1, "--lrs", "0.03", "--iterations", 2, "--tasks", 4, "--evaluate-tasks", 4, "--run-dir", run]
+    with monkeypatch.context() as patched:
+        patched.setattr(plots, "table", interrupt)
+        said = metamom("compare", "sinusoid", *asked)
+    assert said.code == 130
+    assert said.err.endswith(
+        f"metamom: interrupted before the page was written; all runs are finished. To write it: metamom report {run}\n"
+    )
+    assert not [*run.rglob("*.tmp"), *run.glob("report.html")]
+    assert metamom("report", run).code == 0
+
+
+def test_ctrl_c_while_compare_draws_its_figures(metamom, tmp_path, monkeypatch):
+    from metamom.experiments.shared import figures
+
+    def half(figure: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    asked = ["--seeds", 1, "--lrs", "0.03", "--iterations", 2, "--tasks", 4, "--evaluate-tasks", 4, "--run-dir", run]
+    with monkeypatch.context() as patched:
+        patched.setattr(figures.Figure, "savefig", half)
+        said = metamom("compare", "sinusoid", *asked)
+    assert said.code == 130
+    assert "2 of 2 runs are finished" in said.out
+    assert said.out.splitlines()[-1].endswith("--resume")
+    assert not list((run / "figures").iterdir())
+    assert metamom("compare", "sinusoid", *asked, "--resume").code == 0
+    assert (run / "figures" / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -91,7 +91,7 @@ def test_of_several_seeds_one_is_left(tmp_path):
     (table,) = tables(report)
     assert table[0][2] == "60.0 % (1 of 3 seeds)"
     assert "a single one has no interval" in report
-    assert "No differences from SGD (β = 1): seeds of it diverged at every step size." in report
+    assert "No differences from plain meta-SGD (β = 1): seeds of it diverged at every step size." in report
 
 
 def test_one_seed(tmp_path):

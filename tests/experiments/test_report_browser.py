@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from report_runs import THREE_SEEDS, write_comparison
+from report_runs import THREE_SEEDS, write_comparison, write_run
 
+from metamom.experiments.recipes import Recipe
 from metamom.experiments.report import can_write_page, write_page
 from metamom.experiments.report.reading import read_page
 
@@ -30,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}"),
     pytest.mark.xdist_group("browser"),
 ]
-PLAIN, MOMENTUM = "SGD (β = 1), γ = 0.03", "momentum, β = 0.1, v₋₁ = 0, γ = 0.01"
+PLAIN, MOMENTUM = "plain meta-SGD (β = 1), γ = 0.03", "momentum, β = 0.1, v₋₁ = 0, γ = 0.01"
 # figures are painted on a canvas: what they show is asked of the document that they are painted from
 VISIBLE = """label => [...Bokeh.documents[0]._all_models.values()]
     .filter(m => m.name == label && m.type == 'GlyphRenderer').map(m => m.visible)"""
@@ -101,7 +102,7 @@ def canvas(page: Any, number: int) -> Any:
     return page.locator("div.plot").nth(number).locator(".bk-events").first
 
 
-LISTED = ["SGD (β = 1), γ = 0.01", PLAIN, MOMENTUM, "momentum, β = 0.1, v₋₁ = 0, γ = 0.03"]
+LISTED = ["plain meta-SGD (β = 1), γ = 0.01", PLAIN, MOMENTUM, "momentum, β = 0.1, v₋₁ = 0, γ = 0.03"]
 
 
 def test_hover_shows_the_values(page):
@@ -193,3 +194,19 @@ def test_a_narrow_screen_and_both_themes(browser, url, theme):
             "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]"
         )
         assert chosen == [background, colour]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_labels_wrap(browser, tmp_path, width):
+    """Those of runs that differ in many settings, in the checkboxes and in the legends."""
+    paths = [
+        write_run(tmp_path / str(n), Recipe("sinusoid", beta=b, lr=b, meta_batch=32, workers=w, bias=bias), {9: b})
+        for n, (b, w, bias) in enumerate([(1.0, 4, "topk:5%"), (0.1, 1, "none")])
+    ]  # fmt: skip
+    url = write_page(tmp_path / "report.html", read_page(paths).page).as_uri()
+    with Opened(browser, url, viewport={"width": width, "height": 844}) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for label in page.locator(".bk-input-group span, .bk-label").all():
+            box = label.bounding_box()
+            assert box["x"] + box["width"] <= width
+            assert label.evaluate("e => e.scrollWidth <= e.clientWidth || getComputedStyle(e).display == 'inline'")

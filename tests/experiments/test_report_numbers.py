@@ -33,7 +33,7 @@ def cells(section: Section) -> dict[str, dict[str, str]]:
     return {label: {column.title: column.cells[row] for column in columns} for row, label in enumerate(labels)}
 
 
-PLAIN, MOMENTUM = "SGD (β = 1), γ = 0.03", "momentum, β = 0.1, v₋₁ = 0, γ = 0.01"
+PLAIN, MOMENTUM = "plain meta-SGD (β = 1), γ = 0.03", "momentum, β = 0.1, v₋₁ = 0, γ = 0.01"
 
 
 def test_a_comparison(tmp_path):
@@ -67,7 +67,7 @@ def test_a_comparison_at_one_step_size(tmp_path):
     path = write_comparison(tmp_path / "run", {key: value for key, value in THREE_SEEDS.items() if key[1] == 0.01})
     (section,) = read_page([path]).page.sections
     assert section.title == "sinusoids"
-    assert [line.split("  ")[0] for line in table_lines(section)][1:] == ["SGD (β = 1), γ = 0.01", MOMENTUM]
+    assert [line.split("  ")[0] for line in table_lines(section)][1:] == ["plain meta-SGD (β = 1), γ = 0.01", MOMENTUM]
     assert max(map(len, table_lines(section))) <= 100
 
 

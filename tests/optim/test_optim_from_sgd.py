@@ -86,3 +86,21 @@ def test_loaded_states_are_copies():
         set_gradients(params, 1)
         first.step()
         assert all(torch.equal(second.state[p]["momentum"], v) for p, v in zip(twins, kept, strict=True))
+
+
+def test_hooks_after_loading_see_copies_and_may_keep_things_in_the_state():
+    params = make_params()
+    first, second = CompositeMomentum(params, 0.1), CompositeMomentum(params, 0.1)
+    set_gradients(params, 0)
+    first.step()
+
+    def scale(optimizer: torch.optim.Optimizer) -> None:
+        for p in params:
+            optimizer.state[p]["momentum"].mul_(2)
+        optimizer.state["scaled"] = True
+
+    second.register_load_state_dict_post_hook(scale)
+    second.load_state_dict(first.state_dict())
+    assert second.state["scaled"]
+    for p in params:
+        assert torch.equal(second.state[p]["momentum"], 2 * first.state[p]["momentum"])

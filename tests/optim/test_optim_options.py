@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -105,6 +106,25 @@ def test_the_fused_kernel_scales_gradients_and_skips_infinite_ones(first_step):
     assert w.item() < 1
 
 
+@pytest.mark.parametrize("change", ["load", "add", "pickle"])
+def test_gradients_are_unscaled_once_whatever_is_loaded_or_added(change):
+    """GradScaler leaves the division to an optimizer that is fused as a whole, and to no other."""
+    w, late = scalar(1.0, torch.float32), scalar(1.0, torch.float32)
+    optimizer = CompositeMomentum([w], 0.1, 1.0, fused=True)
+    if change == "load":
+        optimizer.load_state_dict(CompositeMomentum([scalar()], 0.1, 1.0).state_dict())
+    elif change == "add":
+        optimizer.add_param_group({"params": [late], "fused": False})
+    else:
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+        w = optimizer.param_groups[0]["params"][0]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(w * 3.0 + late * 2.0).backward()
+    scaler.step(optimizer)
+    assert w.item() == pytest.approx(1 - 0.1 * 3)
+    assert late.item() == pytest.approx(1 - 0.1 * 2 if change == "add" else 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -125,8 +145,10 @@ def test_options_that_exclude_each_other(options, message):
 def test_the_fused_kernel_refuses_what_it_cannot_take():
     with pytest.raises(TypeError, match=r"fused=True needs floating-point parameters .*; got one of dtype .*complex64"):
         CompositeMomentum([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], 0.1, fused=True)
+    deferred = nn.Parameter(torch.zeros(2, device="meta"))  # it may get memory before its first step, as in torch
+    deferred.grad = torch.zeros_like(deferred)
     with pytest.raises(TypeError, match=r"fused=True needs .* on meta"):
-        CompositeMomentum([nn.Parameter(torch.zeros(2, device="meta"))], 0.1, fused=True)
+        CompositeMomentum([deferred], 0.1, fused=True).step()
 
 
 def test_a_step_size_of_zero_moves_nothing_and_averages_on():
@@ -152,24 +174,25 @@ def test_normalised_steps_on_the_meta_device():
 def test_tensor_options_are_read_as_numbers(first_step, options):
     common = {"first_step": first_step, **options}
     numbers = run(lambda p: CompositeMomentum(p, 0.02, 0.25, **common), 10)
+    if "weight_decay" in common:
+        common["weight_decay"] = torch.tensor(common["weight_decay"], dtype=torch.float64)
     assert_same(run(lambda p: CompositeMomentum(p, torch.tensor(0.02), torch.tensor(0.25), **common), 10), numbers)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"nesterov": True}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}],
-    ids=["plain", "nesterov", "decay", "decoupled"],
+    [{}, {"nesterov": True}, {"maximize": True}, {"decoupled_weight_decay": True}],
+    ids=["plain", "nesterov", "maximize", "decoupled"],
 )
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("first_step", ["zero", "gradient"])
 def test_three_steps_can_be_differentiated(first_step, normalize, options):
-    """With respect to the start, the step size and beta, against finite differences."""
+    """With respect to the start, the step size, beta and the weight decay, against finite differences."""
+    common = {"first_step": first_step, "normalize": normalize, "differentiable": True, **options}
 
-    def end(w: Tensor, lr: Tensor, beta: Tensor) -> Tensor:
+    def end(w: Tensor, lr: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
         params = [w[:2].clone(), w[2:].clone()]
-        optimizer = CompositeMomentum(
-            params, lr, beta, first_step=first_step, normalize=normalize, differentiable=True, **options
-        )
+        optimizer = CompositeMomentum(params, lr, beta, weight_decay=decay, **common)
         for _ in range(3):
             for p in params:
                 at = p.clone()  # the step changes p in place, and autograd needs what it was
@@ -178,8 +201,8 @@ def test_three_steps_can_be_differentiated(first_step, normalize, options):
         return torch.cat(params)
 
     w = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
-    lr, beta = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.1, 0.3))
-    assert torch.autograd.gradcheck(end, (w, lr, beta))
+    options = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.1, 0.3, 0.2)]
+    assert torch.autograd.gradcheck(end, (w, *options))
 
 
 def cycled(make, schedule, steps: int = 20) -> tuple[list[list[Tensor]], list[float]]:

@@ -150,17 +150,43 @@ def test_copies_go_on_alike_and_apart(duplicate):
     assert all(torch.equal(p, q) for p, q in zip(params, theirs, strict=True))
 
 
-def test_states_saved_before_normalisation_load():
+LATER = {
+    "maximize": False,
+    "foreach": None,
+    "normalize": False,
+    "nesterov": False,
+    "decoupled_weight_decay": False,
+    "fused": None,
+    "differentiable": False,
+}
+
+
+@pytest.mark.parametrize("missing", [list(LATER), *([name] for name in LATER)], ids=str)
+@pytest.mark.parametrize("whole", [False, True], ids=["state dict", "pickled"])
+def test_states_that_lack_later_options_load(whole, missing):
+    """A state of a version without an option goes on with what that version did, as in torch.optim."""
     w = scalar()
     optimizer = CompositeMomentum([w], lr=0.1, beta=0.5)
     step_once(optimizer, 1.0)
-    old = optimizer.state_dict()
-    for group in old["param_groups"]:
-        del group["normalize"]
-    other = CompositeMomentum([w], lr=0.1, beta=0.5)
-    other.load_state_dict(old)
+    old = optimizer.__getstate__() if whole else optimizer.state_dict()
+    old = {**old, "param_groups": [{k: v for k, v in g.items() if k not in missing} for g in old["param_groups"]]}
+    other = CompositeMomentum([w], lr=0.1, beta=0.5, nesterov=True, normalize=True)
+    if whole:
+        other.__setstate__(old)
+    else:
+        other.load_state_dict(old)
+    assert {name: other.param_groups[0][name] for name in missing} == {name: LATER[name] for name in missing}
     step_once(other, 1.0)
     assert w.item() == pytest.approx(1 - 0.05 - 0.075)
+
+
+@pytest.mark.parametrize("missing", ["lr", "beta", "first_step", "weight_decay"])
+def test_states_that_lack_what_every_version_had_are_refused(missing):
+    optimizer = CompositeMomentum([scalar()], lr=0.1)
+    state = optimizer.state_dict()
+    del state["param_groups"][0][missing]
+    with pytest.raises(ValueError, match=f"the state of CompositeMomentum lacks {missing} in a parameter group"):
+        optimizer.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +199,7 @@ def test_states_saved_before_normalisation_load():
         ({"betas": (0.9, 0.999)}, r"beta=0\.1 here.*no second moment"),
         ({"eps": 1e-8}, "no second moment"),
         ({"learning_rate": 0.1}, "the step size is lr"),
+        ({"capturable": True}, "as in SGD, a step keeps no counter"),
     ],
 )
 def test_other_optimizers_options(option, message):

@@ -110,8 +110,9 @@ def without_ranks(*arguments: str) -> int:
     return main(arguments)
 
 
-def script(path: Path) -> None:
+def script(path: Path, *arguments: str) -> None:
     """A script of somebody's."""
+    sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
 
 

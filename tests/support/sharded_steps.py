@@ -1,13 +1,26 @@
-"""Steps on parameters that lie on two processes; prints OK where they equal the whole ones."""
+"""Steps on parameters that lie on two processes; prints OK where they equal the whole ones.
+
+One process goes on with what two have stored.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -24,7 +37,9 @@ OPTIONS = [
     {"beta": 1.0, "foreach": True},
     {"weight_decay": 0.1, "decoupled_weight_decay": True},
     {"fused": True},
+    {"beta": 1.0, "maximize": True, "weight_decay": 0.1},
 ]
+STORED = [StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)]
 
 
 def network() -> nn.Sequential:
@@ -82,6 +97,33 @@ def check_checkpoints(mesh) -> None:
     assert_alike(model, plain, "checkpoint")
 
 
+def store(mesh, folder: Path) -> None:
+    """Each process writes its part of a run's state after three steps, in both forms of the optimizer's."""
+    model = sharded_by_fsdp(mesh)
+    optimizer = CompositeMomentum(model.parameters(), lr=0.1, weight_decay=0.1)
+    train(model, optimizer, range(3))
+    for number, options in enumerate(STORED):
+        weights, state = get_state_dict(model, optimizer, options=options)
+        checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder / str(number))
+        check_stored(sharded_by_fsdp(mesh), folder, number)
+
+
+def check_stored(model: nn.Module, folder: Path, number: int) -> None:
+    """A stored run goes on, on as many processes as there are, as one that has never stopped."""
+    optimizer = CompositeMomentum(model.parameters(), lr=5.0)
+    weights, state = get_state_dict(model, optimizer, options=STORED[number])
+    checkpoint.load(
+        {"model": weights, "optimizer": state},
+        checkpoint_id=folder / str(number),
+        no_dist=not distributed.is_initialized(),
+    )
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=STORED[number])
+    train(model, optimizer, range(3, 6))
+    plain = network()
+    train(plain, CompositeMomentum(plain.parameters(), lr=0.1, weight_decay=0.1), range(6))
+    assert_alike(model, plain, STORED[number])
+
+
 def check_mixed(mesh) -> None:
     """A DTensor beside a plain tensor: v has the entries of ones, 8 of them."""
     for foreach, beta in itertools.product((True, False, None), (1.0, 0.5)):
@@ -93,14 +135,28 @@ def check_mixed(mesh) -> None:
         torch.testing.assert_close(plain.detach(), torch.full((2,), -(8**-0.5)))
 
 
+def check_zeros_state(zero: ZeroRedundancyOptimizer, model: nn.Module) -> None:
+    """The state that ZeRO brings together on a process is one that an optimizer by itself goes on with."""
+    zero.consolidate_state_dict(to=0)
+    if distributed.get_rank() == 0:
+        alone = CompositeMomentum(model.parameters(), lr=5.0)
+        alone.load_state_dict(zero.state_dict())
+        train(model, alone, range(4, 6))
+        whole_run = network()
+        train(whole_run, CompositeMomentum(whole_run.parameters(), lr=0.1), range(6))
+        assert_alike(model, whole_run, "ZeRO's state")
+
+
 def check_wrappers() -> None:
     """Norms that no process knows are refused; without them, ZeRO's steps are the plain ones."""
     with pytest.raises(ValueError, match="under ZeroRedundancyOptimizer a process has only its own share"):
         ZeroRedundancyOptimizer(network().parameters(), CompositeMomentum, lr=0.1, normalize=True)
     plain, model = network(), network()
     train(plain, CompositeMomentum(plain.parameters(), lr=0.1), range(4))
-    train(model, ZeroRedundancyOptimizer(model.parameters(), CompositeMomentum, lr=0.1), range(4))
+    zero = ZeroRedundancyOptimizer(model.parameters(), CompositeMomentum, lr=0.1)
+    train(model, zero, range(4))
     assert_alike(model, plain, "ZeroRedundancyOptimizer")
+    check_zeros_state(zero, model)
     for original in (True, False):
         flat = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
         with pytest.raises(ValueError, match="under FullyShardedDataParallel a process has only its own share"):
@@ -112,13 +168,22 @@ def check_accumulator(mesh) -> None:
         BiasedAccumulator(sharded_by_fsdp(mesh).parameters(), bias="topk:5%", workers=2)
 
 
-if __name__ == "__main__":
+def on_two_processes(folder: Path) -> None:
     distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     check_steps(mesh)
     check_checkpoints(mesh)
+    store(mesh, folder)
     check_mixed(mesh)
     check_wrappers()
     check_accumulator(mesh)
-    print("OK")
     distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if os.environ["WORLD_SIZE"] == "2":
+        on_two_processes(Path(sys.argv[1]))
+    else:  # what two processes have stored
+        for each in range(len(STORED)):
+            check_stored(network(), Path(sys.argv[1]), each)
+    print("OK")

@@ -8,7 +8,7 @@ from endings import contents
 from image_files import pixels, write_class, write_splits
 from PIL import Image
 
-from metamom.tasks import check_images
+from metamom.tasks import ImageFolder, check_images
 from metamom.tasks.locate import DataError, DataNotFoundError
 
 
@@ -85,6 +85,7 @@ def test_classes_of_one_image_and_splits_that_are_missing(tmp_path):
             }
         },
         "missing": ["validation", "test"],
+        "problems": [],
         "sound": True,
     }
 
@@ -102,7 +103,61 @@ def test_bad_folders(tmp_path):
         check_images(tmp_path / "none")
     with pytest.raises(DataError, match="has no images in class folders"):
         check_images(tmp_path)
-    write_class(tmp_path / "train" / "a", 0)
-    write_class(tmp_path / "test" / "a", 0)
-    with pytest.raises(DataError, match="class 'a' is in two splits"):
-        check_images(tmp_path)
+
+
+IN_TWO = "Few-shot learners are tested on classes that training has not seen: keep it in one of them."
+
+
+def test_everything_wrong_with_folders_is_listed(tmp_path):
+    for split, names in {"train": "abc", "test": "cad", "val": "ef"}.items():
+        for number, name in enumerate(names):
+            write_class(tmp_path / split / name, number, images=1 if name == "d" else 3)
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "train" / "b" / "0.png").write_bytes(b"")
+    (tmp_path / "train" / ".hidden").mkdir()
+    (tmp_path / "train" / "b" / ".0.png").write_bytes(b"")
+    (tmp_path / "train" / "none").mkdir()
+    found = check_images(tmp_path)
+    assert found.problems == [
+        f"{tmp_path} has several folders for the split 'validation': val, valid. Keep one.",
+        f"the class 'a' is in two splits, 'train' and 'test'. {IN_TWO}",
+        f"the class 'c' is in two splits, 'train' and 'test'. {IN_TWO}",
+        "train: the class 'none' has no images",
+        "train: train/b/0.png is empty (0 bytes)",
+        "test: the class 'd' has 1 image; a task needs a shot and a query",
+    ]
+    assert not found.sound
+    assert found.as_json()["problems"] == found.problems
+    assert found.splits["train"].images == {"a": 3, "b": 2, "c": 3, "none": 0}
+    assert found.splits["test"].images == {"a": 3, "c": 3, "d": 1}
+    assert found.splits["validation"].images == {"e": 3, "f": 3}
+
+
+def test_everything_wrong_with_lists_is_listed(tmp_path):
+    root = write_splits(tmp_path / "data", train=2)  # as one tree
+    for name, lines in {
+        "train": "filename,label\n0.png,class00\n1.png,class00\nclass00/0.png,other\n2.png,gone\n3.png,gone",
+        "test": "filename,label\nclass00/1.png,class00\nclass01/2.png,class01\nclass01/2.png,class01",
+        "validation": "class01\nclass02",
+    }.items():
+        (tmp_path / f"{name}.csv").write_text(lines)
+    splits = {name: tmp_path / f"{name}.csv" for name in ("train", "validation", "test")}
+    found = check_images(root / "train", splits={**splits, "more": tmp_path / "more.csv"})
+    of_train = f"in {root / 'train'} is listed as the class 'class00' of the split 'train' and as the class"
+    assert list(found.faults) == [
+        f"there is no list {tmp_path / 'more.csv'} of a split, nor {tmp_path / 'more.csv'}.",
+        f"the class 'class00' is in two splits, 'train' and 'test'. {IN_TWO}",
+        f"the class 'class01' is in two splits, 'validation' and 'test'. {IN_TWO}",
+        f"the file class00/0.png {of_train} 'other' of the split 'train'. Keep one of the lines.",
+        f"the file class00/1.png {of_train} 'class00' of the split 'test'. Keep one of the lines.",
+        f"the file class01/2.png in {root / 'train'} is listed twice as the class 'class01' of the split 'test'. Keep "
+        "one of the lines.",
+        f"{root / 'train'} has no file 2.png of the class 'gone'; looked there and in gone/ and images/. Of the split "
+        "'train', 2 listed files are missing.",
+        f"{root / 'train'} has no class 'class02'; did you mean class01?",
+        f"the split 'more' of {root / 'train'} has no classes. Give it some, or name another split.",
+    ]
+    assert found.splits["train"].images == {"class00": 2, "gone": 0, "other": 1}
+    assert found.splits["validation"].images == {"class01": 4, "class02": 0}
+    with pytest.raises(DataError, match="in two splits"):  # which training refuses
+        ImageFolder(root / "train", splits=splits, ways=2)

@@ -73,7 +73,8 @@ def test_what_may_differ_is_one_list():
         "tracking",
         "norm",
     }  # those described if they are set
-    assert options - decides - {"vectorize"} == set(Recipe.free()) - {"device", "patience", "root", "model_folder"}
+    of_places = {"device", "patience", "root", "splits", "model_folder"}
+    assert options - decides - {"vectorize"} == set(Recipe.free()) - of_places
     assert {"loss", "dtype", "schedulers", "bias", "aggregate"} < set(described)
     assert set(Recipe.free()) < {field.name for field in fields(Recipe)}
 

@@ -1,0 +1,205 @@
+"""The meta-gradients of a learner, and their way into ``.grad``.
+
+Legend: T tasks, n workers with T/n tasks each, J inner steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metamom.batch import TaskBatch
+from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.distributed import World, as_world
+from metamom.maml.adapting import Adapting
+from metamom.maml.gradient import OfTasks
+from metamom.maml.misfits import asserts_explained
+from metamom.maml.modes import differentiable_batch, out_of_inference
+from metamom.maml.server_step import Backward as Backward
+from metamom.maml.server_step import server_step
+from metamom.maml.task_weights import Params
+from metamom.maml.training_loss import with_gradient
+from metamom.server.aggregate import after_hooks, unflatten
+from metamom.server.robust import Aggregate
+
+
+class MetaGradient(NamedTuple):
+    """The result of `MAML.meta_gradient`: the workers' meta-gradients, and the query losses as from `MAML.losses`."""
+
+    grads: Params
+    losses: Tensor
+
+
+class Training(Adapting):
+    """The part of `metamom.MAML` that computes meta-gradients."""
+
+    def losses(self, batch: TaskBatch) -> Tensor:
+        """Each task's query loss after adaptation, ``[T]``.
+
+        Differentiable in the meta-parameters if gradients are enabled; the derivative is the estimator's. The value
+        comes from adapting on the estimator's first inner batches: half A for ``"independent"``, ``"hessian-free"``
+        and ``"cross-fit"``, all points for the others (part by part if inner batches are fresh). For tracked
+        estimators it is the loss at the moving averages that `meta_gradient` would use. Only `meta_gradient` and
+        `backward` update these averages.
+
+        Raises:
+            ValueError: as `meta_gradient`.
+        """
+        with out_of_inference():
+            return self._gradients.losses(self.meta_parameters(), differentiable_batch(batch))
+
+    def meta_gradient(self, batch: TaskBatch, workers: int = 1) -> MetaGradient:
+        """Compute each worker's composite meta-gradient, the mean over its own tasks.
+
+        ``g_i = 1/m sum_t d L_query,t(u_J,t) / dw`` over the m = T/n tasks that `TaskBatch.split` deals to worker i.
+        Tracked estimators update their moving averages, unless a loss or a gradient is not finite. Hooks of the
+        parameters (`torch.Tensor.register_hook`) run on each worker's gradient; those of `backward` on their aggregate.
+
+        Args:
+            batch: T tasks.
+            workers: n >= 1, must divide T.
+
+        Returns:
+            ``(grads, losses)``: ``{name: [n, *shape]}`` for every meta-parameter, and query losses ``[T]``; no graph
+            is kept.
+
+        Raises:
+            ValueError: if n does not divide T, the support sets cannot be split into `support_parts` parts, the model
+                cannot run with per-task weights, or a tracked estimator gets tasks without ids.
+        """
+        with out_of_inference():
+            weights = self.meta_parameters()
+            rows, of_tasks = zip(*self._gradients.by_worker(weights, differentiable_batch(batch), workers), strict=True)
+            grads, tasks = torch.cat(rows), OfTasks.joined(of_tasks)
+            self._plan().remember(batch.task_ids, tasks.averages, grads, tasks.losses)
+            found = unflatten(grads, weights)
+            for name, weight in weights.items():
+                if weight._backward_hooks:
+                    found[name] = torch.stack([after_hooks(weight, row) for row in found[name]])
+            return MetaGradient(found, tasks.losses)
+
+    @asserts_explained()
+    def backward(
+        self,
+        batch: TaskBatch,
+        *,
+        workers: int = 1,
+        bias: Bias = None,
+        aggregate: Aggregate = "mean",
+        world: World | None = None,
+        measure: bool = True,
+        check_finite: bool = True,
+    ) -> Backward:
+        """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
+
+        Args:
+            batch: T tasks; with several processes, this process's block (`metamom.distributed.World.sample`).
+            workers: n >= 1 in total over all processes; must divide the total number of tasks.
+            bias: the operator C on each worker's flattened gradient ``[n, d]``, its SPEC (``"topk:5%"``), or a function
+                ``[d] -> [d]``; none by default. Error feedback and tracked estimators update their state unless the
+                step fails.
+            aggregate: ``"mean"``, or a robust mean: see `metamom.server.robust.robust_mean`.
+            world: the processes that compute this step together; one by default. Every process gets the gradient,
+                loss and metrics over all processes.
+            measure: whether to measure ``bias_error``. With several processes this exchanges whole gradients.
+            check_finite: refuse a loss or gradient that is not finite. ``False`` adds it to ``.grad`` as it is, unless
+                an operator refuses it, for loops that skip such steps themselves (as `torch.amp.GradScaler` does).
+
+        Returns:
+            ``(loss, metrics)``, see `Backward`.
+
+        Raises:
+            metamom.DivergedError: if the loss or the gradient is not finite although the data is, saying whether the
+                weights, the inner step or the step is too large. ``.grad`` does not change.
+            metamom.maml.batch_checks.NonFiniteDataError: instead, if the data is not finite: which field and task.
+            ValueError: as `meta_gradient`; from the operator; if processes differ in weights or arguments.
+            metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
+                failure of one process.
+        """
+        return self._server_step(
+            batch,
+            workers=workers,
+            bias=bias,
+            aggregate=aggregate,
+            world=world,
+            measure=measure,
+            check_finite=check_finite,
+        )
+
+    @asserts_explained()
+    def training_loss(
+        self,
+        batch: TaskBatch,
+        *,
+        workers: int = 1,
+        bias: Bias = None,
+        aggregate: Aggregate = "mean",
+        check_finite: bool = True,
+    ) -> Tensor:
+        """The mean query loss over the tasks, a 0-d tensor; its ``backward()`` gives what `backward` adds to ``.grad``.
+
+        For training loops that call ``loss.backward()`` themselves (PyTorch's `DistributedDataParallel`, Lightning,
+        Accelerate): ``learner(batch)`` is the same, so the learner can be wrapped. The gradient is computed in this
+        call, in chunks and compiled as the learner says, and its graph is not kept: it can be differentiated once. The
+        loss may be scaled, or be a part of another loss. Without gradients (`torch.no_grad`), only the loss is
+        computed. With several processes, each one passes its own tasks, and the trainer averages the gradients.
+
+        Args:
+            batch: T tasks.
+            workers: as of `backward`, within this process.
+            bias: as of `backward`; its state changes in this call. To compress what the processes of a
+                `DistributedDataParallel` model send each other, see `metamom.interop.ddp`.
+            aggregate: as of `backward`.
+            check_finite: as of `backward`.
+
+        Raises:
+            metamom.DivergedError: as `backward`.
+            metamom.maml.batch_checks.NonFiniteDataError: as `backward`.
+            ValueError: as `backward`.
+
+        Example:
+            >>> import metamom
+            >>> from torch import nn
+            >>> from torch.nn import functional as F
+            >>> from metamom.tasks import Sinusoid
+            >>> learner = metamom.MAML(nn.Linear(1, 1), F.mse_loss)
+            >>> optimizer = torch.optim.Adam(learner.parameters())
+            >>> learner.training_loss(Sinusoid().sample(0, 4)).backward()
+            >>> optimizer.step()
+        """
+        weights = self.meta_parameters()
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return self.losses(batch).mean()
+        taken: list[tuple[Params, BiasOperator | None]] = []
+        step = self._server_step(
+            batch,
+            workers=workers,
+            bias=bias,
+            aggregate=aggregate,
+            world=None,
+            measure=False,
+            check_finite=check_finite,
+            take=lambda gradient, operator: taken.append((gradient, operator)),
+        )
+        [(gradient, operator)] = taken
+        return with_gradient(step.loss, gradient, weights, operator)
+
+    def forward(self, batch: TaskBatch, **options: Any) -> Tensor:
+        """`training_loss`."""
+        return self.training_loss(batch, **options)
+
+    def _server_step(self, batch: TaskBatch, *, bias: Bias, world: World | None, **options: Any) -> Backward:
+        if isinstance(bias, str):  # its state carries over from step to step
+            bias = self.operators.setdefault(bias, as_operator(bias))
+        with out_of_inference():
+            return server_step(
+                self._gradients,
+                self.meta_parameters(),
+                differentiable_batch(batch),
+                bias=bias,
+                world=as_world(world),
+                accuracy=self._accuracy,
+                **options,
+            )
