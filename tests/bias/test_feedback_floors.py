@@ -43,7 +43,12 @@ class Workers(NamedTuple):
 
     def square(self, x: Tensor) -> float:
         """``||grad f(x)||^2``."""
-        return float(self.gradients(x).mean(0).square().sum())
+        return self.squares(x[None])[0]
+
+    def squares(self, xs: Tensor) -> list[float]:
+        """Of each of several points ``[K, d]``."""
+        gradients: list[float] = (self.a * (xs[:, None] - self.c)).mean(1).square().sum(1).tolist()
+        return gradients
 
     def zeta2(self, x: Tensor) -> float:
         g = self.gradients(x)
@@ -69,12 +74,12 @@ def descend(
     operator.reset()
     x = torch.zeros_like(workers.c[0])
     v = torch.zeros_like(x)
-    squares = []
+    points = []
     for step in range(steps):
-        squares.append(workers.square(x))
+        points.append(x)
         v = (1 - beta) * v + beta * operator(workers.gradients(x), step=step).mean(0)
         x = x - lr * v
-    return x, squares
+    return x, workers.squares(torch.stack(points))
 
 
 # without error feedback

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from command import SMALL, the_error
 from endings import contents
+from forked import CONTEXT
 from PIL import Image
 
 from metamom import cli, evaluate
 from metamom.experiments import compare as comparisons
 from metamom.experiments.report import can_write_page
+from metamom.experiments.shared import processes
 
-COMPARE = ["compare", "sinusoid", "--seeds", "2", "--lrs", "0.01,0.03", "--iterations", "30", "--evaluate-every", "15",
+COMPARE = ["compare", "sinusoid", "--seeds", "2", "--lrs", "0.01,0.03", "--iterations", "12", "--evaluate-every", "6",
            "--tasks", "10", "--target", "4", "--steps", "0,1", *SMALL]  # fmt: skip
 
 
@@ -95,8 +97,13 @@ def test_comparison_is_refused_a_directory_in_use(metamom, compared):
     assert contents(compared) == before
 
 
-def test_two_processes_give_the_same_outcomes(metamom, tmp_path):
-    """Of three runs, since each spends seconds on its imports: two at a time, and one that waits for them."""
+@pytest.mark.xdist_group("processes")
+def test_two_processes_give_the_same_outcomes(metamom, tmp_path, monkeypatch):
+    """Of three runs: two at a time, and one that waits for them. Forked, since a spawned one spends seconds on imports.
+
+    tests/experiments/test_processes.py spawns.
+    """
+    monkeypatch.setattr(processes, "get_context", lambda start_method: CONTEXT)
     three = [*COMPARE, "--seeds", "1", "--lrs", "0.01,0.03,0.1", "--betas", "0.1"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert metamom(*three, "--run-dir", one).code == 0

@@ -51,6 +51,7 @@ def test_drawing_of_the_wrong_size(metamom, tiny_root):
     assert f"{name} of 14x14 pixels instead of 12x12" in message
 
 
+@pytest.mark.slow
 def test_data_check_of_the_real_data(metamom, data_root):
     said = metamom("data", "check", "omniglot", "--root", data_root)
     assert (said.code, said.err) == (0, "")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,16 +68,26 @@ def run(tmp_path_factory, photos) -> Path:
     return trained(tmp_path_factory.mktemp("python") / "run", model, tasks)
 
 
-def command(place: Path, *arguments: object) -> str:
-    """The output of the command in a process of its own, in another folder."""
-    program = [sys.executable, "-m", "metamom", *map(str, arguments)]
-    done = subprocess.run(program, cwd=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def command(metamom, tmp_path, monkeypatch) -> Callable[..., str]:
+    """The output of the command, in another folder."""
+
+    def run(*arguments: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            said = metamom(*arguments)
+        assert said.code == 0, said.err
+        return said.out
+
+    return run
 
 
 def test_evaluate_draws_test_tasks_without_augmentation(run, photos, tmp_path, metamom):
-    answer = json.loads(command(tmp_path, "evaluate", run, "--tasks", "8", "--steps", "0,1", "--json", "--per-task"))
+    """In a process of its own, in another folder."""
+    words = ["evaluate", str(run), "--tasks", "8", "--steps", "0,1", "--json", "--per-task"]
+    done = subprocess.run([sys.executable, "-m", "metamom", *words], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
     constants = images(photos).constants
     tasks = images(photos, "test", normalize=constants, rotations=True)
     expected = evaluate(load(run).learner, tasks, tasks=8, steps=(0, 1), stream="test")
@@ -100,31 +111,31 @@ def test_training_tasks_are_those_of_training(run, photos, metamom):
     assert "no accuracy on new classes" in said.err
 
 
-def test_bias_is_measured_on_the_training_tasks(run, tmp_path):
+def test_bias_is_measured_on_the_training_tasks(run, command):
     arguments = ["--inner-batch", "1,2", "--tasks", "3", "--json"]
-    answer = json.loads(command(tmp_path, "bias", run, *arguments))
+    answer = json.loads(command("bias", run, *arguments))
     assert [at["inner_batch"] for at in answer["sizes"]] == [1, 2]
     assert answer["draws"] == 3
 
 
-def test_compare_takes_runs_of_both_kinds(run, photos, tmp_path, metamom):
+def test_compare_takes_runs_of_both_kinds(run, photos, tmp_path, command, metamom):
     other = tmp_path / "command"
     arguments = ["--root", photos, "--ways", WAYS, "--queries", "2", "--image-size", SIZE, "--iterations", "2"]
     arguments += ["--meta-batch", "2", "--evaluate-tasks", "4", "--rotations", "train"]
     assert cli.main(["train", "images", *map(str, arguments), "--run-dir", str(other)]) == 0
-    found = json.loads(command(tmp_path, "compare", run, other, "--tasks", "4", "--steps", "1", "--json"))
+    found = json.loads(command("compare", run, other, "--tasks", "4", "--steps", "1", "--json"))
     assert list(found["runs"]) == [str(run), str(other)]
     alone = json.loads(metamom("evaluate", run, "--tasks", "4", "--steps", "1", "--json").out)
     assert found["runs"][str(run)]["mean"] == alone["mean"]
 
 
-def test_adapt_and_export(run, photos, tmp_path):
+def test_adapt_and_export(run, photos, tmp_path, command):
     weights = tmp_path / "weights.safetensors"
     out = tmp_path / "predictions.csv"
     support = tmp_path / "support"
     for number in range(WAYS):
         shutil.copytree(photos / "test" / f"test{number}", support / f"test{number}")
-    command(tmp_path, "adapt", run, "--support", "support", "--predict", photos / "test", "--steps", "3", "--out", out)
+    command("adapt", run, "--support", "support", "--predict", photos / "test", "--steps", "3", "--out", out)
     learner = load(run).learner
     constants = images(photos).constants
     tasks = images(photos, "test", ways=WAYS, normalize=None)
@@ -137,7 +148,7 @@ def test_adapt_and_export(run, photos, tmp_path):
     with out.open(newline="") as file:
         found = torch.tensor([float(row["probability"]) for row in csv.DictReader(file)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    command(tmp_path, "export", run, weights, "--tasks", "4")
+    command("export", run, weights, "--tasks", "4")
     card = json.loads(weights.with_suffix(".json").read_text())
     assert card["data"]["family"] == "ImageFolder"
     assert card["evaluation"]["tasks"] == 4

@@ -68,7 +68,7 @@ def test_a_model_that_scores_pairs_compiles(traced):
         (1, None, {}),
         (2, 1, {}),
         (4, 3, {}),
-        (1, 2, {"inner_steps": 3}),
+        (1, 2, {"inner_steps": 2}),
         (2, None, {"estimator": "first-order"}),
         (2, 3, {"adapt": ["head"]}),
         (2, None, {"learn_inner_lr": "tensor"}),
@@ -177,15 +177,15 @@ def test_compiling_at_every_call_is_reported_once_and_keeps_no_graph_for_ever(tr
     learner = MAML(model, F.mse_loss, compile=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(20):
+        for _ in range(17):
             model.scale = 1.1 * model.scale
             expected = MAML(model, F.mse_loss).meta_gradient(batch).grads
             assert relative_error(learner.meta_gradient(batch).grads, expected) < 1e-12
-    assert len(traced) == 20
+    assert len(traced) == 17
     assert [str(warning.message)[:46] for warning in caught] == ["the meta-gradient has been compiled 8 times, w"]
     assert len(learner._gradients.of_chunk.graphs) == 16
     learner.meta_gradient(batch)
-    assert len(traced) == 20  # the newest is kept
+    assert len(traced) == 17  # the newest is kept
 
 
 def test_each_shape_and_setting_is_compiled_once(traced):
@@ -276,7 +276,7 @@ def test_autocast_around_it_is_not_compiled_in(traced):
     assert len(traced) == 2
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_traced_agrees_with_the_loop(name, steps, monkeypatch):
     """The graph that is to be compiled, run as it is."""
@@ -333,8 +333,10 @@ def small_batch_norm_net() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "steps", "dtype", "tolerance"),
-    [(lambda: SinusoidMLP((5,)), 2, torch.float32, 1e-6), (small_batch_norm_net, 1, torch.float64, 1e-12)],
-    ids=["MLP in float32", "BatchNorm in float64"],
+    [
+        pytest.param(lambda: SinusoidMLP((5,)), 2, torch.float32, 1e-6, id="MLP in float32"),
+        pytest.param(small_batch_norm_net, 1, torch.float64, 1e-12, id="BatchNorm in float64", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_is_eager(make, steps, dtype, tolerance):
@@ -408,7 +410,7 @@ def compared(model: Conv4, batch: TaskBatch, monkeypatch, **options: Any) -> tup
     return relative_error(narrow, wide), same
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2])
 def test_float32_is_exact_to_its_rounding(traced, steps):
     """The median: where a pre-activation lies within rounding of zero, float32 may take the other side; see below."""
     errors = []

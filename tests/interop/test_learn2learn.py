@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from forked import run_forked, script
 from installed import need_learn2learn
 from problems import image_batch
 from torch import nn
@@ -259,13 +260,26 @@ def test_their_loop_on_our_tasks_equals_ours():
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def python(tmp_path) -> Callable[[str], str]:
+    """The output of a script in a process that has imported neither learn2learn nor torchvision."""
+
+    def run(code: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(NEITHER + textwrap.dedent(code))
+        ((status, said),) = run_forked(script, 1, tmp_path / "said", path)
+        assert status == 0, said
+        return said.strip()
+
+    return run
 
 
-def test_without_learn2learn_only_its_use_fails():
+NEITHER = "import sys\nassert not {'learn2learn', 'torchvision'} & set(sys.modules)\n"
+
+
+def test_without_learn2learn_only_its_use_fails(python):
     """A finder that knows no learn2learn stands in for an environment without it."""
-    done = python(
+    said = python(
         """
         import sys
         class Absent:
@@ -280,22 +294,13 @@ def test_without_learn2learn_only_its_use_fails():
             print(error)
         """
     )
-    assert done.returncode == 0, done.stderr
-    assert f"{sys.executable} -m pip install learn2learn==0.2.0" in done.stdout
-    assert ('--config-settings="--build-option=build_ext"' in done.stdout) == (sys.version_info >= (3, 11))
+    assert f"{sys.executable} -m pip install learn2learn==0.2.0" in said
+    assert ('--config-settings="--build-option=build_ext"' in said) == (sys.version_info >= (3, 11))
 
 
-def test_importing_metamom_imports_neither():
-    done = python(
-        "import sys, metamom, metamom.interop.learn2learn as interop; "
-        "print([name in sys.modules for name in ('learn2learn', 'torchvision')])"
-    )
-    assert done.stdout.strip() == "[False, False]", done.stderr
-
-
-def test_schemas_are_declared_only_where_they_are_missing():
+def test_schemas_are_declared_only_where_they_are_missing(python):
     """A torchvision whose operators load, or that fails for another reason, is left alone."""
-    done = python(
+    said = python(
         """
         import sys, types
         from metamom.interop import imports
@@ -315,7 +320,7 @@ def test_schemas_are_declared_only_where_they_are_missing():
             print(error, len(imports._declared))
         """
     )
-    assert done.stdout.strip() == "another reason 0", done.stderr
+    assert said == "another reason 0"
 
 
 def test_the_example_in_both_loops(data_root):

@@ -337,6 +337,7 @@ def test_curvature_is_a_bias_of_its_own():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.slow
 def test_torchinductor_agrees():
     """Of one that has more in its graph than derivatives; the others' graphs are in `test_traced_...`."""
     model, batch = randomised(SinusoidMLP((3,))), regression_batch(tasks=2, support=4, dim=1)

@@ -12,9 +12,17 @@ from torch.nn import functional as F
 from metamom import MAML, CompositeMomentum, evaluate
 from metamom.common.choices import NORMS
 
+SLOW = {("ResNet12", "train"): pytest.mark.slow}
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("name", "norm"), CASES)
+
+@pytest.mark.parametrize(
+    ("name", "norm", "training"),
+    [
+        pytest.param(name, norm, mode == "train", id=f"{name}-{norm}-{mode}", marks=SLOW.get((name, mode), ()))
+        for name, norm in CASES
+        for mode in ("train", "eval")
+    ],
+)
 def test_two_meta_steps_are_those_of_a_loop_and_leave_the_statistics(name, norm, training):
     model, batch = case(name)
     model.train(training)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from as_in_a_loop import Given
-from normalised_models import CASES, INNER_LR, MAKE, TASKS, Loop, case, with_statistics
+from normalised_models import INNER_LR, MAKE, TASKS, Loop, case, with_statistics
 from problems import WAYS, assert_close, labelled_batch, randomised
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,7 +159,16 @@ def test_tracked_estimators(estimator):
     torch.testing.assert_close(tracked.meta_gradient(batch).losses, first.losses)  # the same points and weights
 
 
-@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case[0] in ("2d", "Conv4")])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("Conv4", "support"),
+        ("2d", "batch"),
+        ("2d", "frozen"),
+        pytest.param("Conv4", "batch", marks=pytest.mark.slow),
+        pytest.param("2d", "support", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_graphs(traced, name, norm):
     model, batch = case(name)
     eager, compiled = (MAML(model, F.cross_entropy, norm=norm, compile=c) for c in (False, True))

@@ -31,7 +31,7 @@ def test_a_pretrained_resnet_with_an_adapted_head():
         model.load_state_dict(weights)
         model.fc = nn.Linear(512, WAYS)
     model.double().eval()
-    batch = labelled_batch(3, 32, 32, queries=75)
+    batch = labelled_batch(3, 32, 32, queries=15)
     few = TaskBatch(*(x[:2] for x in batch[:2]), *(x[:2, 7:12] for x in batch[2:4]))
     before = {n: t.clone() for n, t in model.state_dict().items() if n not in dict(model.named_parameters())}
     learner = MAML(model, F.cross_entropy, inner_lr=INNER_LR, adapt=["fc"])

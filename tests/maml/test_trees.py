@@ -283,7 +283,10 @@ def test_workers_chunks_and_learned_step_sizes():
         assert_close(found, expected, TOLERANCE)
 
 
-def test_compiled():
+@pytest.mark.parametrize("compiled", ["as traced", pytest.param("by TorchInductor", marks=pytest.mark.slow)])
+def test_compiled(compiled, request):
+    if compiled == "as traced":
+        request.getfixturevalue("traced")
     model, loss_fn, batch = made("a dict in a tuple")
     expected = MAML(model, loss_fn, inner_lr=0.1).meta_gradient(batch, workers=2)
     learner = MAML(model, loss_fn, inner_lr=0.1, compile=True)

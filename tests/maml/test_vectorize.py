@@ -210,7 +210,10 @@ def test_a_graph_without_its_hooks_is_not_compiled(name):
         MAML(made(name), F.mse_loss, vectorize="loop", compile=True).backward(sequences())
 
 
-def test_a_loop_compiles():
+@pytest.mark.parametrize("compiled", ["as traced", pytest.param("by TorchInductor", marks=pytest.mark.slow)])
+def test_a_loop_compiles(compiled, request):
+    if compiled == "as traced":
+        request.getfixturevalue("traced")
     model, tasks = Index().double(), sequences(2, 2)
     MAML(model, F.mse_loss, inner_lr=ALPHA, vectorize="loop", compile=True).backward(tasks)
     assert_gradients(model, meta_gradient(model, tasks))

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from processes import SUPPORT, environment, torchrun
+from forked import run_forked, script
+from processes import SUPPORT
 
 
 def test_steps_on_two_processes_are_those_of_one(tmp_path):
     """And one process goes on with what two have stored."""
-    command = [str(SUPPORT / "sharded_steps.py"), str(tmp_path)]
-    done = torchrun(command, 2)
-    assert done.stdout.count("OK") == 2, done.stderr
-    alone = subprocess.run(
-        [sys.executable, *command], env=environment(), text=True, capture_output=True, timeout=120, check=False
-    )
-    assert alone.stdout == "OK\n", alone.stderr
+    for size in (2, 1):
+        ended = run_forked(script, size, tmp_path / f"said-{size}", SUPPORT / "sharded_steps.py", str(tmp_path))
+        assert [(status, said.endswith("OK\n")) for status, said in ended] == [(0, True)] * size, ended

@@ -1,11 +1,7 @@
-"""Runs that must not depend on how many processes do them; also the script that such processes run.
-
-python tests/distributed_cases.py FOLDER     started as torchrun starts processes
-"""
+"""Runs that must not depend on how many processes do them."""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,11 +201,3 @@ def retried(world: World) -> torch.Tensor:
                 raise
     assert w.grad is not None
     return w.grad
-
-
-def threads_left() -> None:
-    """What threads a process has once it has left the others, although torch.compile's parts came in between."""
-    with start(timeout=30) as world:
-        world.gather(torch.ones(2))
-        importlib.import_module("torch._dynamo")
-    print(*(thread.joinpath("comm").read_text() for thread in Path("/proc/self/task").iterdir()))

@@ -103,8 +103,16 @@ def metamom(*arguments: str) -> int:
     return main(arguments)
 
 
-def script(path: Path) -> None:
+def without_ranks(*arguments: str) -> int:
+    """The command, as it is where no torchrun has started it."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    return main(arguments)
+
+
+def script(path: Path, *arguments: str) -> None:
     """A script of somebody's."""
+    sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
 
 

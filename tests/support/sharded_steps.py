@@ -1,11 +1,12 @@
-"""Steps on parameters that lie on two processes, for `torchrun`; prints OK where they equal the whole ones.
+"""Steps on parameters that lie on two processes; prints OK where they equal the whole ones.
 
-Without `torchrun`, one process goes on with what two have stored.
+One process goes on with what two have stored.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def on_two_processes(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if distributed.is_torchelastic_launched():
+    if os.environ["WORLD_SIZE"] == "2":
         on_two_processes(Path(sys.argv[1]))
     else:  # what two processes have stored
         for each in range(len(STORED)):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from forked import run_forked, script
 from fuzzing import bounded, campaign, damaged
 from irregular import IRREGULAR, put_in_place
 
@@ -17,6 +16,7 @@ from metamom.tasks.cache import HEAD, cached
 
 MAKER = """
 import os, sys, time
+os.environ["METAMOM_CACHE"] = {cache!r}
 import numpy as np
 from metamom.tasks.cache import cached
 
@@ -37,13 +37,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def start(tmp_path, then: str = "") -> subprocess.Popen:
-    code = MAKER.format(log=str(tmp_path / "log"), then=then)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> tuple[str, int]:
-    return process.communicate(timeout=60)[0], process.returncode
+def makers(tmp_path, number: int = 1, then: str = "") -> list[tuple[int, str]]:
+    """Processes that make it at the same time: the exit status and output of each."""
+    path = tmp_path / "maker.py"
+    path.write_text(MAKER.format(log=str(tmp_path / "log"), cache=str(tmp_path / "cache"), then=then))
+    return run_forked(script, number, tmp_path / "said", path)
 
 
 def numbers():
@@ -168,18 +166,17 @@ def test_a_failing_maker_leaves_nothing(folder):
 
 
 def test_one_of_many_processes_makes_it(tmp_path):
-    processes = [start(tmp_path) for _ in range(3)]
-    assert [finish(process) for process in processes] == [("499500\n", 0)] * 3
+    assert makers(tmp_path, 3) == [(0, "499500\n")] * 3
     assert (tmp_path / "log").read_text() == "made\n"
 
 
 def test_a_process_that_dies_in_the_middle(tmp_path, folder):
-    assert finish(start(tmp_path, then="os._exit(9)")) == ("", 9)
+    assert makers(tmp_path, then="os._exit(9)") == [(9, "")]
     unfinished = folder / "unfinished"
     unfinished.write_bytes(b"half")
     digest = next(folder.glob("*.lock")).name.removesuffix(".lock")
     os.replace(unfinished, folder / f".{digest}.abc.tmp")
-    assert finish(start(tmp_path)) == ("499500\n", 0)
+    assert makers(tmp_path) == [(0, "499500\n")]
     assert not list(folder.glob("*.tmp"))
     assert len(list(folder.glob("*.npz"))) == 1
 

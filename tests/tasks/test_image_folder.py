@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from endings import contents
+from forked import run_forked, script
 from image_files import SIZE, pixels, write_class, write_splits
 from PIL import Image
 
@@ -261,15 +262,15 @@ def test_a_cache_that_is_cut_in_use(root, cache):
 
 
 def test_processes_that_start_together(root, cache, tmp_path):
-    code = (
-        "import sys\nfrom metamom.tasks import ImageFolder\n"
+    path = tmp_path / "script.py"
+    path.write_text(
+        f"import os\nos.environ['METAMOM_CACHE'] = {str(cache)!r}\nfrom metamom.tasks import ImageFolder\n"
         f"t = ImageFolder({str(root)!r}, ways=3, queries=2, image_size={SIZE})\n"
         "print(float(t.sample(0, 4).query_x.double().sum()), t.describe()['data_sha256'])"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = {process.communicate(timeout=120)[0] for process in processes}
-    assert len(said) == 1
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    ended = run_forked(script, 3, tmp_path / "said", path)
+    assert [status for status, _ in ended] == [0, 0, 0], ended
+    assert len({said for _, said in ended}) == 1
     assert len(list(cache.glob("*.u8"))) == 1
     assert not list(cache.glob("*.tmp"))
 

@@ -203,13 +203,13 @@ def test_means_of_correlated_features(options, wanted):
 
 
 def test_exact_variances():
-    """Of so many draws the standard errors, over seeds, are 0.2 % and 0.4 %."""
-    draws = gradients(linear_learner(DELTA, 0.1), replicates(isotropic(0.5), 5, 7, 400_000))
-    assert total_variance(draws) == pytest.approx(2.2426655571, rel=0.01)
-    draws = gradients(linear_learner(DELTA, 0.1, estimator="independent"), replicates(isotropic(0.5), 10, 7, 400_000))
-    assert total_variance(draws) == pytest.approx(2.16531900, rel=0.01)
-    draws = gradients(linear_learner([1.5], 0.3), replicates(isotropic(0.5, dim=1), 4, 3, 600_000))
-    assert total_variance(draws) == pytest.approx(0.7043583333, rel=0.01)
+    """Of so many draws the standard errors, over seeds, are 0.4 % and 0.8 %."""
+    draws = gradients(linear_learner(DELTA, 0.1), replicates(isotropic(0.5), 5, 7, 100_000))
+    assert total_variance(draws) == pytest.approx(2.2426655571, rel=0.02)
+    draws = gradients(linear_learner(DELTA, 0.1, estimator="independent"), replicates(isotropic(0.5), 10, 7, 100_000))
+    assert total_variance(draws) == pytest.approx(2.16531900, rel=0.02)
+    draws = gradients(linear_learner([1.5], 0.3), replicates(isotropic(0.5, dim=1), 4, 3, 150_000))
+    assert total_variance(draws) == pytest.approx(0.7043583333, rel=0.02)
     assert_mean(draws, [0.8025])
 
 

@@ -54,7 +54,8 @@ def wait_for(condition, seconds: float = 20.0) -> None:
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    gc.collect()
+    if ours():
+        gc.collect()
     wait_for(lambda: not ours())
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from endings import assert_same_ending, newest
+from forked import forked, without_ranks
 from training_runs import PATIENCE
 
 from metamom.cli.app import main
@@ -26,34 +26,23 @@ FLAGS = ["--meta-batch", "4", "--shots", "5", "--checkpoint-every", "5", "--eval
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signal_to_a_real_process(number, tmp_path, capsys):
     run, whole = tmp_path / "run", tmp_path / "whole"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "metamom", "train", "sinusoid", "--iterations", "1000000"),
-            *("--run-dir", str(run), *FLAGS),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    try:
+    words = ["train", "sinusoid", "--iterations", "1000000", "--run-dir", str(run), *FLAGS]
+    with forked(without_ranks, 1, tmp_path / "said", *words) as (started,):
         until = time.monotonic() + PATIENCE
-        while process.poll() is None and time.monotonic() < until:
+        while started.process.is_alive() and time.monotonic() < until:
             if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") > 12:
                 break
             time.sleep(0.02)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.wait(timeout=PATIENCE)
+        os.kill(started.pid, number)
+        status, said = started.ended()
     done = newest(run)["step"]
     logged = len(read_metrics(run))
     if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        assert status == -signal.SIGKILL
         assert done % 5 == 0
         assert logged >= done
     else:
-        assert process.returncode == 128 + number
+        assert status == 128 + number
         assert f"metamom: stopped after step {done} of 1000000; saved in {run}; resume to go on." in said
         assert "Traceback" not in said
         assert logged == done
