@@ -15,7 +15,6 @@ import torch
 from character_folders import write_characters
 from installed import need, need_learn2learn
 from pages import README, ROOT, Block, blocks
-from processes import free_port
 from torch.nn import functional as F
 
 import metamom
@@ -94,10 +93,6 @@ def test_code_of_the_pages_runs(block, tmp_path, monkeypatch, request):
         if package in block.code:
             need(package)
             import_torchvision()  # which they import too
-    if "init_process_group(" in block.code:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
-        for name, value in place.items():
-            monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
     run(block, given)
 
