@@ -159,7 +159,7 @@ def check_adapted(params: object, x: object, model: Mapping[str, Tensor]) -> Non
         wanted = (count(x), *model[name].shape)
         if tuple(w.shape) != wanted:
             raise ValueError(
-                f"inputs of {counted(count(x), 'task')} need weights adapted to each, [T, *shape] as adapt "
+                f"inputs of {counted(count(x), 'task')} need the tasks' weights, adapted to each, [T, *shape] as adapt "
                 f"returns them: {list(wanted)} for {name}; got {list(w.shape)}."
             )
 

@@ -80,7 +80,7 @@ def train(tmp_path, monkeypatch, metamom):
 def test_more_outputs_than_classes(train):
     said = train("thousand")
     assert said.code == 0
-    assert said.err.count("warning: the model various:thousand has 1000 outputs, and tasks have 2 classes (ways)") == 1
+    assert said.err.count("warning: the model various:thousand has 1,000 outputs, and tasks have 2 classes (ways)") == 1
     assert TAKES in said.err
     said = train("two")
     assert said.code == 0
@@ -90,7 +90,7 @@ def test_more_outputs_than_classes(train):
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_fewer_outputs_than_classes(command, train):
     said = the_error(train("one", command=command))
-    assert "the model various:one has 1 outputs, and tasks have 2 classes (ways): it needs an output for each" in said
+    assert "the model various:one has 1 output, and tasks have 2 classes (ways): it needs an output for each" in said
     assert TAKES in said
     assert not Path("one").exists()
 

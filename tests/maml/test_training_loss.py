@@ -90,9 +90,9 @@ def test_only_the_loss_without_gradients():
 def test_differentiated_once():
     made = learner()
     weights = list(made.parameters())
-    first = torch.autograd.grad(made(TASKS.sample(0, 4)), weights, create_graph=True)
+    first = torch.autograd.grad(made(TASKS.sample(0, 4)).square(), weights, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        torch.autograd.grad(first[0].sum(), weights)
+        first[0].sum().backward()
 
 
 def test_hooks_of_parameters_run_once():

@@ -22,6 +22,9 @@ common = pytest.importorskip(
 )
 for _name in set(os.environ) - _environment:  # the import sets a cache directory, for torch's own tests
     del os.environ[_name]
+# the import also forbids to set flags such as cudnn.benchmark
+_backends = torch.backends.disable_global_flags.__globals__
+_backends["__allow_nonbracketed_mutation_flag"] = True
 
 SGD = next(info for info in common.optim_db if info.optim_cls is torch.optim.SGD)
 KINDS: list[dict[str, Any]] = [{}, {"nesterov": True}, {"normalize": True}]
