@@ -130,7 +130,7 @@ def write_report(
     write_atomically(run_dir / "results.json", (json.dumps(as_data(demo, found, seconds), indent=1) + "\n").encode())
     path = run_dir / "report.md"
     write_atomically(path, ("\n".join(text(demo, tuned, found)) + "\n").encode())
-    return write_page(run_dir / "report.html", page(demo, found, run_dir)) if can_write_page() else path
+    return write_page(run_dir / "report.html", page(demo, tuned, found, run_dir)) if can_write_page() else path
 
 
 def text(demo: Demo, tuned: Tuned, found: Sequence[Result]) -> list[str]:
@@ -189,7 +189,7 @@ def text(demo: Demo, tuned: Tuned, found: Sequence[Result]) -> list[str]:
     ]  # fmt: skip
 
 
-def page(demo: Demo, found: Sequence[Result], run_dir: Path) -> Page:
+def page(demo: Demo, tuned: Tuned, found: Sequence[Result], run_dir: Path) -> Page:
     """The report as a page that can be looked into: curves, steps, bytes, and each seed's ratio."""
     env = environment()
     words = [line.replace("\n    ", " ") for line in verdicts(found)]
@@ -208,7 +208,18 @@ def page(demo: Demo, found: Sequence[Result], run_dir: Path) -> Page:
         text = f"{line} By seed: {each}."
         sections.append(Section(title, MEAN_SQUARED_ERROR, tuple(methods), demo.target, text))
     note = f"A run ends once its error is at most {demo.target:g}: compare the iterations to the target."
-    return Page(TITLE, tuple(sections), (*words, note), ({**env, "command": _words(env)},))
+    return Page(TITLE, tuple(sections), (*words, note, _chosen(tuned)), ({**env, "command": _words(env)},))
+
+
+def _chosen(tuned: Tuned) -> str:
+    """How γ and β were chosen, in two sentences."""
+    tried = {cell.beta for cells in tuned.cells.values() for cell in cells if cell.beta < 1}
+    betas = ", ".join(f"{beta:g}" for beta in sorted(tried, reverse=True))
+    seeds = ", ".join(map(str, tuned.search["seeds"]))
+    return (
+        f"Each method has the best γ of one grid, a factor of √2 apart, and momentum the best β ∈ {{{betas}}}, by a "
+        f"search on other seeds ({seeds}). report.md, beside this page, has its table."
+    )
 
 
 def as_data(demo: Demo, found: Sequence[Result], seconds: Mapping[str, float]) -> dict[str, Any]:

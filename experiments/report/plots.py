@@ -7,7 +7,7 @@ of methods have a contrast of at least 3 on both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from metamom.experiments.families.family import Metric
@@ -76,15 +76,35 @@ class Column(NamedTuple):
         return not any(isinstance(key, str) for key in self.keys)
 
 
-def curves(series: Series, order: Sequence[str], *, ylabel: str, metric: Metric, target: float | None = None) -> Any:
-    """A line for each method with the band of its 95 % intervals, against iterations."""
+def curves(
+    series: Series,
+    order: Sequence[str],
+    *,
+    ylabel: str,
+    metric: Metric,
+    target: float | None = None,
+    reached: Mapping[str, Sequence[int]] | None = None,
+) -> Any:
+    """A line for each method with the band of its 95 % intervals, against iterations.
+
+    Args:
+        series: the points of each method's line.
+        order: of the methods' colours.
+        ylabel: of the vertical axis, without a unit.
+        metric: of the values.
+        target: drawn as a dashed line.
+        reached: the iterations at which a method's seeds reached it, drawn as dots on that line.
+    """
     from bokeh.models import ColumnDataSource, HoverTool
 
-    figure = _figure(
-        "iterations", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}", log=_logarithmic(series, metric)
-    )
+    log = _logarithmic(series, metric)
+    figure = _figure("iterations", f"{ylabel}{metric.unit and f' ({metric.unit.strip()})'}", log=log)
     for label, points in series.items():
-        source = ColumnDataSource(_columns(points, metric))
+        columns = _columns(points, metric)
+        if log:  # an interval that reaches zero ends below all means
+            floor = min(each.mean for every in series.values() for _, each in every) * metric.factor / 2
+            columns["low"] = [max(low, floor) for low in columns["low"]]
+        source = ColumnDataSource(columns)
         colour, dash = _look(label, order)
         style = {"source": source, "color": colour}
         line = figure.line("x", "y", line_width=2.5, line_dash=dash, legend_label=label, name=label, **style)
@@ -92,6 +112,9 @@ def curves(series: Series, order: Sequence[str], *, ylabel: str, metric: Metric,
             _follow(line, figure.scatter("x", "y", size=8, **style))
         if any(estimate.half for _, estimate in points):
             _follow(line, figure.varea("x", "low", "high", source=source, fill_color=colour, fill_alpha=0.18))
+        if target is not None and (arrivals := (reached or {}).get(label)):
+            where = ColumnDataSource({"x": list(arrivals), "y": [target * metric.factor] * len(arrivals)})
+            _follow(line, figure.scatter("x", "y", source=where, color=colour, size=8, fill_alpha=0.5))
         figure.add_tools(
             HoverTool(
                 renderers=[line],
@@ -319,6 +342,7 @@ def _rounded(value: float) -> float:
 
 
 def _logarithmic(series: Series, metric: Metric) -> bool:
-    """Whether a logarithmic axis fits: of an error that is positive, its interval too."""
-    lows = [estimate.within(metric)[0] for points in series.values() for _, estimate in points]
-    return not metric.higher_is_better and min(lows) > 0
+    """Whether a logarithmic axis fits: of an error that is positive, with its interval unless it is cut off at zero."""
+    found = [estimate for points in series.values() for _, estimate in points]
+    positive = all(each.mean > 0 and (metric.least == 0 or each.low > 0) for each in found)
+    return not metric.higher_is_better and positive

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metamom.common.numbers import plural
 from metamom.experiments.families.family import Metric
 from metamom.experiments.report import plots, summary
 from metamom.experiments.report.contents import Method, Section, SeedRun
@@ -117,6 +118,7 @@ def _validation(section: Section, drawn: Sequence[Method], points: int) -> Part 
         ylabel=name,
         metric=section.metric,
         target=section.target,
+        reached={method.label: summary.to_target(section, method) for method in drawn},
     )
     target = "" if section.target is None else _of_target(section, section.target, series)
     cut = _cut(section.metric, series)
@@ -127,8 +129,10 @@ def _validation(section: Section, drawn: Sequence[Method], points: int) -> Part 
 def _of_target(section: Section, target: float, series: Series) -> str:
     ends = [end for points in series.values() for _, each in points for end in each.within(section.metric)]
     inside = min(ends) <= target <= max(ends)
-    where = "The dashed line is the target" if inside else "Outside the figure is the target"
-    return f" {where}, {section.metric.exactly(target)}."
+    value = section.metric.exactly(target)
+    if not inside:
+        return f" The target, {value}, is outside the figure."
+    return f" The dashed line is the target, {value}, with a dot for each seed that reached it."
 
 
 def _loss(section: Section, drawn: Sequence[Method], points: int) -> Part | None:
@@ -142,7 +146,7 @@ def _loss(section: Section, drawn: Sequence[Method], points: int) -> Part | None
     return _curve_part("Training loss", caption, Section("", metric, section.methods), series, model)
 
 
-HOW = "Drag to zoom, click a name in the legend to hide a method."
+HOW = "Drag to zoom; click a name in the legend to hide it."
 
 
 def _of_seeds(methods: Sequence[Method]) -> str:
@@ -163,7 +167,11 @@ def _cut(metric: Metric, series: Series) -> str:
         )
         if beyond
     ]
-    return f" Intervals are cut off at {' and '.join(bounds)}, beyond which no {metric.name} can be." if bounds else ""
+    return (
+        f" Intervals are cut off at {' and '.join(bounds)}, the {plural(len(bounds), 'limit')} of the {metric.name}."
+        if bounds
+        else ""
+    )
 
 
 def _curve_part(title: str, caption: str, section: Section, series: Series, model: Any) -> Part:
@@ -250,7 +258,9 @@ def _of_differences(section: Section, what: str) -> str:
 def _table(section: Section) -> Part:
     columns = table_columns(section)
     rows = [[column.cells[row] for column in columns] for row in range(len(section.methods))]
-    notes = ["A row for each method; a click on a heading sorts by that column."]
+    notes = [
+        "A row for each method; a click on a heading sorts by that column. Iterations and bytes are means over runs."
+    ]
     if len({len(method.runs) for method in section.methods} | {1}) > 1:
         notes.append("± is the 95 % interval of the mean over seeds (Student's t).")
     if section.target is not None:
@@ -287,7 +297,7 @@ def _all_columns(section: Section) -> list[Column]:
         _to_target(section),
         _counts("diverged", [len(method.runs) - len(method.finished) for method in methods]),
         _counts("runs", [len(method.runs) for method in methods]),
-        _counts("iterations", [max((run.iterations for run in method.runs), default=0) for method in methods]),
+        _counts("iterations", [_mean(method, lambda run: run.iterations) for method in methods]),
         _counts(SENT, [_mean(method, lambda run: run.sent) for method in methods]),
         _counts(EXCHANGED, [_mean(method, lambda run: run.exchanged) for method in methods]),
     ]

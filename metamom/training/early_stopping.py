@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from metamom.common.checks import check_number, check_whole
+from metamom.common.numbers import counted
 from metamom.evaluation import Evaluation
 from metamom.training.callbacks import Callback, RunState
 
@@ -77,4 +78,5 @@ class EarlyStopping(Callback):
 
     def _stop_if_over(self, state: RunState) -> None:
         if self.waited >= self.patience:
-            state.stop(f"no better validation than {self.best} in the last {self.waited}")
+            best = "none" if self.best is None else f"{self.best:.4g}"
+            state.stop(f"no better validation than {best} in the last {counted(self.waited, 'validation')}")

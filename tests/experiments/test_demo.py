@@ -172,7 +172,7 @@ def test_the_demo_from_its_runs_to_its_report(tmp_path, capsys, here):
 def test_the_page_has_every_run(tmp_path, here):
     demo_command.run(SMALL, FOUND, tmp_path, jobs=1, threads=1, resume=False)
     found = report.results(SMALL, [arm for pair in demo_command.pairs(SMALL, FOUND) for arm in pair], tmp_path)
-    shown = report.page(SMALL, found, tmp_path)
+    shown = report.page(SMALL, FOUND, found, tmp_path)
     assert [section.title for section in shown.sections] == ["(a) 4 tasks a step", "(b) 2 tasks a step"]
     for section in shown.sections:
         assert section.target == SMALL.target
