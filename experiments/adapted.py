@@ -150,6 +150,14 @@ def adapt_to_folder(
         found = f"it has {counted(len(classes), 'folder')} of classes"
         what = f"the class {empty[0]!r} has no images" if empty else found
         raise ValueError(f"--support needs DIR/CLASS/*.jpg, two classes or more; in {folder}, {what}.")
+    paths = [file.path.split("/") for file in listing.files]
+    for name in classes:
+        inside = sorted({parts[1] for parts in paths if parts[0] == name and len(parts) > 2})
+        if len(inside) > 1:
+            raise ValueError(
+                f"--support needs DIR/CLASS/*.jpg; {folder / name} has folders of images: {', '.join(inside[:3])}, ... "
+                f"If these are the classes, name the folder they are in: --support {folder / name}."
+            )
     if len(classes) > reader.ways:
         raise ValueError(
             f"the run's model tells {reader.ways} classes apart; {folder} has {len(classes)}. Remove some, or train "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +90,8 @@ def compare_runs(
             error says how they differ.
     """
     names = [str(each) for each in paths]
-    if len(set(names)) < max(2, len(names)):
+    places = names if isinstance(paths, Mapping) else [os.path.realpath(name) for name in names]
+    if len(set(places)) < max(2, len(names)):
         raise ValueError(f"a comparison needs at least two different runs; got {', '.join(names) or 'none'}.")
     runs = (
         paths

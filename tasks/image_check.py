@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from metamom.common.numbers import counted
+from metamom.common.numbers import counted, plural
 from metamom.tasks.decode import BrokenImageError, Header, examine, quiet
 from metamom.tasks.image_files import (
     FOLDERS,
@@ -27,6 +27,7 @@ from metamom.tasks.locate import DataError, PathLike
 TREE = "all classes"  # what a single tree without splits is called
 SHOWN = 20  # lines of one kind in the text
 USUAL = 16  # shots + queries where nothing is given
+LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 NEEDED_BY = {  # what cannot be done without a split
     "train": "`metamom train images` needs it",
     "validation": "`metamom train images` needs it to choose the best checkpoint",
@@ -144,6 +145,8 @@ class ImagesCheck(NamedTuple):
 
     def __str__(self) -> str:
         lines = [str(self.root)]
+        if TREE in self.splits:
+            lines.append("  no splits: training needs --splits, or folders train, validation and test of classes")
         for name, split in self.splits.items():
             first, *others = str(split).splitlines()
             lines += [f"  {name}: {first}", *(f"    {line}" for line in others)]
@@ -188,6 +191,11 @@ def check_images(root: PathLike, *, splits: Splits | None = None) -> ImagesCheck
             f"{path} has no images in class folders; wanted ROOT/train/CLASS/*.png (and validation, test), or "
             "ROOT/CLASS/*.png."
         )
+    like = [] if names else [name for name in listings[TREE].classes if name.lower() in LIKE_SPLITS]
+    if like:
+        one, many = "looks like a split, not like a class", "look like splits, not like classes"
+        found = f"{', '.join(like)} {plural(len(like), one, many)}"
+        faults[f"{found}: splits are folders named train, validation and test."] = None
     checked = {name: _checked(name, listing) for name, listing in listings.items()}
     return ImagesCheck(str(path), checked, tuple(faults))
 

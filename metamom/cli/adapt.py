@@ -63,11 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
     from metamom.common.files import write_atomically
     from metamom.experiments.adapted import adapt_to_folder, reader_of, save
     from metamom.loading import load
+    from metamom.tasks.preprocessing import image_paths
 
     if arguments.out and Path(arguments.out).suffix.lower() != ".csv":  # it might be one of the images
         raise ValueError(f"--out writes a CSV file: name it NAME.csv; got {arguments.out}.")
     if not arguments.predict and not arguments.save:
         raise ValueError("nothing to do: give images to classify (--predict), or a file for the weights (--save).")
+    if arguments.predict:
+        image_paths(arguments.predict)  # a file that is not there is noticed before the work
     trained = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
     reader = reader_of(trained.recipe, trained.settings)
     adapted = adapt_to_folder(reader, trained.learner, arguments.support, steps=arguments.steps, norm=arguments.norm)

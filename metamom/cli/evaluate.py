@@ -6,6 +6,7 @@ import argparse
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamom.cli.flags import (
@@ -96,8 +97,10 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         write_csv(arguments.csv, {"learner": result, **{name: row.result for name, row in baselines.items()}})
     if arguments.record is not None:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=True)
-        words = tasks_in_words(run, asked)
-        write_record(arguments.record, answer, evaluated({arguments.run_path: run}, result, words, arguments))
+        what = evaluated({arguments.run_path: run}, result, tasks_in_words(run, asked), arguments)
+        if isinstance(sampler, ImageFolder):
+            what |= {"images": sampler.location()["root"], "SHA-256 of the images": sampler.data_sha256}
+        write_record(arguments.record, answer, what)
     if arguments.json:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=metric is not None)
         if isinstance(sampler, ImageFolder):
@@ -120,7 +123,14 @@ def _drawn_from(sampler: Sampler) -> list[str]:
 
 
 def check_results(arguments: argparse.Namespace) -> None:
-    """Refuse ``--per-task`` without ``--json``."""
+    """Before the work: refuse ``--per-task`` without ``--json`` and files that are folders, and make files' folders."""
+    for name in ("csv", "record"):
+        file = getattr(arguments, name)
+        if file is None:
+            continue
+        if Path(file).is_dir() or not Path(file).name:
+            raise ValueError(f"--{name} needs the name of a file; {file} is a folder.")
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     if arguments.per_task and not arguments.json:
         raise ValueError("--per-task is a part of --json: give both, or write every task's value with --csv FILE.")
 

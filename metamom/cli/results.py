@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from metamom.evaluation import Difference, Evaluation
     from metamom.loading import LoadedRun
+    from metamom.maml.learner import MAML
 
 
 class Row(NamedTuple):
@@ -106,12 +107,18 @@ def evaluated(
         "seed of the tasks": seed if arguments.seed is None else arguments.seed,
         "metric": own.name if own is not None and named else result.metric,
         "adaptation steps": list(result.steps),
-        "inner step size": getattr(arguments, "inner_lr", None),
+        "inner step size": _step_size(first.learner, arguments.inner_lr),
         "normalisation": "; ".join(result.normalised) or None,
         "checkpoint": arguments.checkpoint,
         "iterations of training": [run.step for run in runs.values()],
     }
     return {"runs": list(runs), **{name: value for name, value in asked.items() if value is not None}}
+
+
+def _step_size(learner: MAML, asked: float | None) -> float | None:
+    """The inner step size of the evaluation, if it is one number."""
+    found = learner.inner_lr if asked is None else asked
+    return found if isinstance(found, float) else None
 
 
 def write_csv(path: str, results: Mapping[str, Evaluation]) -> None:

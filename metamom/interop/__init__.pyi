@@ -1,4 +1,5 @@
 from . import ddp as ddp
+from . import flower as flower
 from . import huggingface as huggingface
 from . import learn2learn as learn2learn
 from . import lightning as lightning

@@ -1,4 +1,4 @@
-"""Import learn2learn, and Lightning, where a plain import fails."""
+"""Import learn2learn, Lightning and Flower, where a plain import fails or does not say what to install."""
 
 from __future__ import annotations
 
@@ -92,6 +92,28 @@ def import_lightning() -> ModuleType:
         if importlib.util.find_spec(name) is not None:
             return importlib.import_module("lightning.pytorch" if name == "lightning" else name)
     raise ImportError(f"this needs Lightning. Install it with: {shlex.quote(sys.executable)} -m pip install lightning")
+
+
+def import_flower() -> ModuleType:
+    """Import Flower's apps and strategies.
+
+    Returns:
+        The module ``flwr``, with ``app``, ``clientapp`` and ``serverapp``.
+
+    Raises:
+        ImportError: if Flower is not installed, or is older than these.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # in packages that it imports
+            for name in ("flwr.app", "flwr.clientapp", "flwr.serverapp.strategy"):
+                importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs Flower 1.42 or later, but the module {error.name} is not installed. Install it with: "
+            f'{shlex.quote(sys.executable)} -m pip install "flwr>=1.42"'
+        ) from error
+    return importlib.import_module("flwr")
 
 
 def _is_missing_operator(error: RuntimeError) -> bool:

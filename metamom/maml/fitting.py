@@ -130,6 +130,7 @@ def _batch_of_one(learner: Adapting, *named_sets: object) -> tuple[Tree, ...]:
 
 def _adapted(learner: Adapting, problem: Problem, support_x: Tree, support_y: Tree, steps: int | None) -> Params:
     """The adapted weights of a batch of one task, ``[1, *shape]``."""
+    _refuse_ignored(learner, support_y)
     steps = learner.inner_steps if steps is None else steps
     *_, adapted = learner._trajectory(problem, support_x, support_y, steps)
     if not all(all_finite(w) for w in adapted.values()):
@@ -159,6 +160,19 @@ def _refuse_non_finite(support_x: Tree, support_y: Tree) -> None:
                 f"{int(points.nonzero()[0])}, so the weights would not be finite. Clean the data."
             )
     refuse_non_finite(TaskBatch(support_x, support_y, None, None))
+
+
+def _refuse_ignored(learner: Adapting, support_y: Tree) -> None:
+    """Refuse class labels that the loss ignores, all of them: nothing would be learned.
+
+    Raises:
+        ValueError: for those.
+    """
+    ignored = getattr(learner.loss_fn, "ignore_index", -100)
+    if isinstance(support_y, Tensor) and not support_y.is_floating_point() and bool((support_y == ignored).all()):
+        raise ValueError(
+            f"all labels are {ignored}, which the loss ignores, so there is nothing to adapt to. Label some points."
+        )
 
 
 def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:

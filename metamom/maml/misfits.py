@@ -189,7 +189,8 @@ def _cure_of_inputs(x: Tree, weights: Mapping[str, Tensor], said: str) -> str:
             return f"The weights are {dtype}: convert the inputs, x.to({dtype}), or the model, model.to({x.dtype})."
         if x.is_floating_point():
             return f"The weights are {dtype}: use batch.to(dtype={dtype}), or convert the model."
-        return f"The weights are {dtype}: convert the inputs, x.to({dtype})."
+        scale = " and to the scale of training, such as x / 255" if x.dtype is torch.uint8 else ""
+        return f"The weights are {dtype}: convert the inputs, x.to({dtype}){scale}."
     return "Give support_x and query_x the shape [T, N, ...], where that module takes [N, ...], or change the module."
 
 

@@ -145,6 +145,7 @@ def test_another_process_uses_the_run(run, photos, metamom, tmp_path, monkeypatc
         (["--support", "{photos}/test"], "nothing to do"),
         (["--support", "{photos}/test", "--predict", "a.jpg", "--out", "a.jpg"], "--out writes a CSV file"),
         (["--support", "{photos}", "--predict", "nowhere.jpg"], "no file or folder nowhere.jpg"),
+        (["--support", "{photos}", "--predict", "{photos}"], "has folders of images: "),
         (["--support", "{empty}", "--predict", "{photos}"], "two classes or more"),
         (["--support", "{empty}/one", "--predict", "{photos}"], "it has 1 folder of classes."),
     ],

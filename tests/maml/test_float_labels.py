@@ -53,3 +53,15 @@ def test_class_labels_that_are_not_integers(call, cure):
     assert "gather" not in said
     assert "multi-target" not in said
     CALLS[call](learner, LABELS)
+
+
+@pytest.mark.parametrize("ignored", [-100, 3])
+def test_labels_that_are_all_ignored(ignored):
+    loss = nn.CrossEntropyLoss(ignore_index=ignored)
+    learner = MAML(nn.Linear(3, WAYS), loss)
+    y = torch.full((WAYS,), ignored)
+    for call in (learner.fit, lambda x, y: learner.fit_predict(x, y, x)):
+        with pytest.raises(ValueError, match=f"all labels are {ignored}, which the loss ignores"):
+            call(X[0], y)
+    y[0] = 0
+    learner.fit(X[0], y)

@@ -175,3 +175,12 @@ def test_classes_with_too_few_images_left(broken, left, tmp_path):
         ImageFolder(root, ways=2, shots=2, queries=2, image_size=12, on_broken="skip")
     with pytest.raises(ValueError, match=r"2 \+ 3 images of each class; class 'class00' has 4\."):
         ImageFolder(write_splits(tmp_path / "sound", train=3), ways=2, shots=2, queries=3, image_size=12)
+
+
+def test_folders_with_other_names_than_splits(tmp_path):
+    for number, split in enumerate(("Train", "testing")):
+        write_class(tmp_path / split / "a", number)
+    found = check_images(tmp_path)
+    wanted = "Train, testing look like splits, not like classes: splits are folders named train, validation and test."
+    assert found.problems == [wanted]
+    assert "no splits: training needs --splits, or folders train, validation and test of classes" in str(found)
