@@ -36,6 +36,7 @@ def test_every_lower_bound_was_run():
     assert lower.pop("learn2learn")  # no other release builds
     assert lower.pop("lightning")  # not of the core tests
     assert lower.pop("accelerate")
+    assert lower.pop("flwr")
     (oldest,) = [row for row in compat.ROWS if row.others]
     ran = {"torch": oldest.torch, "numpy": oldest.numpy, **dict(pin.split("==") for pin in oldest.others)}
     for name, bound in lower.items():

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=True)
         what = evaluated({arguments.run_path: run}, result, tasks_in_words(run, asked), arguments)
         if isinstance(sampler, ImageFolder):
-            what |= {"images": sampler.location()["root"], "SHA-256 of the images": sampler.data_sha256}
+            what |= {"folder of the images": sampler.location()["root"], "SHA-256 of the images": sampler.data_sha256}
         write_record(arguments.record, answer, what)
     if arguments.json:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=metric is not None)
