@@ -90,6 +90,34 @@ def test_the_traced_graph_agrees_with_plain_layers(traced, workers, chunk_size, 
     assert len(traced) == 1
 
 
+class Quartic(nn.Module):
+    """The derivative of sum x⁴ in its weight, taken in the forward: 4 x³."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor([0.5, 1.5, 2.5, 3.5], dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.x.pow(4).sum() * torch.ones_like(inputs[..., :1])
+
+
+def test_second_derivatives_of_a_compiled_learner(traced):
+    """pytorch 183603: eager gives 3, 27, 75, 147 and the compiled function an error; 91469, 181581: silently wrong.
+
+    With u = x - a g(x), g(x) = 4 x³, the query loss Σ u⁴ has the derivative 4 u³ (1 - a 12 x²).
+    """
+    model, zero = Quartic(), torch.zeros(1, 1, 1, dtype=torch.float64)
+    batch = TaskBatch(zero, zero, zero, zero)
+    learner = MAML(model, nn.L1Loss(), inner_lr=0.01, compile=True)
+    grads = learner.meta_gradient(batch).grads["x"][0]
+    x = model.x.detach()
+    u = x - 0.01 * 4 * x**3
+    curvature = 12 * x**2
+    assert curvature.tolist() == [3.0, 27.0, 75.0, 147.0]
+    torch.testing.assert_close(grads, 4 * u**3 * (1 - 0.01 * curvature))
+    assert len(traced) == 1
+
+
 def test_torchinductor_agrees_with_plain_layers():
     """The real compiler, with metamom's own operators in the graph: one for both workers' chunks of one task."""
     model = conv4()
