@@ -91,7 +91,7 @@ def test_the_traced_graph_agrees_with_plain_layers(traced, workers, chunk_size, 
 
 
 class Quartic(nn.Module):
-    """The derivative of sum x⁴ in its weight, taken in the forward: 4 x³."""
+    """Predicts the sum of its weights' fourth powers, whatever the input."""
 
     def __init__(self) -> None:
         super().__init__()
