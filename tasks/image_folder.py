@@ -194,8 +194,13 @@ class ImageFolder(EpisodicFamily):
         return (
             f"ImageFolder({self.root!r}, split={self.split!r}, ways={self.ways}, shots={self.shots}, "
             f"queries={self.queries}, image_size={self.image_size}, channels={self.channels}, seed={self.seed}): "
-            f"{counted(len(self._rows), 'image')} of {counted(len(self.classes), 'class', 'classes')}"
+            f"{self.contents}"
         )
+
+    @property
+    def contents(self) -> str:
+        """What tasks are drawn from, in words: ``160 images of 8 classes``."""
+        return f"{counted(len(self._rows), 'image')} of {counted(len(self.classes), 'class', 'classes')}"
 
     def _named(self, labels: Ints) -> list[str]:
         """The classes for errors, with how many of their images are skipped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -119,18 +120,21 @@ def _drawn_from(sampler: Sampler) -> list[str]:
     """The images of a folder that tasks are drawn from, which may have become more or fewer since training."""
     from metamom.tasks import ImageFolder
 
-    return [repr(sampler).rpartition("): ")[2]] if isinstance(sampler, ImageFolder) else []
+    return [sampler.contents] if isinstance(sampler, ImageFolder) else []
 
 
 def check_results(arguments: argparse.Namespace) -> None:
-    """Before the work: refuse ``--per-task`` without ``--json`` and files that are folders, and make files' folders."""
+    """Refuse, before the work, ``--per-task`` without ``--json`` and files that cannot be written."""
     for name in ("csv", "record"):
         file = getattr(arguments, name)
         if file is None:
             continue
-        if Path(file).is_dir() or not Path(file).name:
+        place = Path(file)
+        if place.is_dir() or not place.name:
             raise ValueError(f"--{name} needs the name of a file; {file} is a folder.")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        above = next(each for each in place.absolute().parents if each.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ValueError(f"--{name} cannot write {file}: {above} is not a folder that you can write to.")
     if arguments.per_task and not arguments.json:
         raise ValueError("--per-task is a part of --json: give both, or write every task's value with --csv FILE.")
 

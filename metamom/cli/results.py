@@ -81,7 +81,7 @@ def write_record(path: str, answer: Mapping[str, Any], evaluated: Mapping[str, A
     from metamom.training.directory import environment
 
     found = {**answer, "evaluated": dict(evaluated), "environment": environment()}
-    write_atomically(Path(path), (json.dumps(found) + "\n").encode())
+    _write(path, json.dumps(found) + "\n")
 
 
 def evaluated(
@@ -133,7 +133,13 @@ def write_csv(path: str, results: Mapping[str, Evaluation]) -> None:
     for name, result in results.items():
         for steps, values in zip(result.steps, result.values.tolist(), strict=True):
             writer.writerows([name, steps, task, value] for task, value in enumerate(values))
-    write_atomically(Path(path), text.getvalue().encode())
+    _write(path, text.getvalue())
+
+
+def _write(path: str, text: str) -> None:
+    """Write a file; its folder is made if there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), text.encode())
 
 
 def _values(result: Evaluation) -> dict[str, Any]:

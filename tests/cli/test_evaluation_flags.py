@@ -204,3 +204,17 @@ def test_a_folder_of_a_tasks_name_is_still_the_task(metamom, tmp_path, monkeypat
     os.mkdir("sinusoid")
     message = the_error(metamom("compare", "sinusoid", "--seeds", 0))
     assert "at least one seed" in message
+
+
+@pytest.mark.parametrize("name", ["csv", "record"])
+def test_files_of_results(name, metamom, trained, tmp_path):
+    file = tmp_path / "new" / "folder" / "values"
+    assert metamom("evaluate", trained, *FEW, f"--{name}", file).code == 0
+    assert file.stat().st_size > 100
+    said = metamom("evaluate", trained, *FEW, f"--{name}", tmp_path)
+    assert f"--{name} needs the name of a file; {tmp_path} is a folder." in said.err
+    said = metamom("evaluate", trained, *FEW, f"--{name}", file / "below")
+    assert f"{file} is not a folder that you can write to." in said.err
+    said = metamom("evaluate", tmp_path / "no run", *FEW, f"--{name}", tmp_path / "other" / "values")
+    assert said.code == 2
+    assert not (tmp_path / "other").exists()

@@ -9,6 +9,7 @@ from image_files import pixels, write_class, write_splits
 from PIL import Image
 
 from metamom.tasks import ImageFolder, check_images
+from metamom.tasks.image_files import split_lists
 from metamom.tasks.locate import DataError, DataNotFoundError
 
 
@@ -184,3 +185,14 @@ def test_folders_with_other_names_than_splits(tmp_path):
     wanted = "Train, testing look like splits, not like classes: splits are folders named train, validation and test."
     assert found.problems == [wanted]
     assert "no splits: training needs --splits, or folders train, validation and test of classes" in str(found)
+
+
+def test_lists_in_a_folder(tmp_path):
+    with pytest.raises(DataError, match=r"must be a folder with train\.csv or train\.txt .*has neither"):
+        split_lists(tmp_path)
+    for name in ("train.csv", "val.txt"):
+        (tmp_path / name).touch()
+    assert split_lists(tmp_path) == {"train": tmp_path / "train.csv", "validation": tmp_path / "val.txt"}
+    (tmp_path / "train.txt").touch()
+    with pytest.raises(DataError, match=r"several lists of the split 'train': train\.csv, train\.txt\. Keep one"):
+        split_lists(tmp_path)

@@ -467,17 +467,6 @@ def test_one_file_in_the_lists_of_two_splits(root):
         ImageFolder(tree, split="test", splits=splits, **SMALL)
 
 
-def test_lists_in_a_folder(tmp_path):
-    with pytest.raises(DataError, match=r"must be a folder with train\.csv or train\.txt .*has neither"):
-        split_lists(tmp_path)
-    for name in ("train.csv", "val.txt"):
-        (tmp_path / name).touch()
-    assert split_lists(tmp_path) == {"train": tmp_path / "train.csv", "validation": tmp_path / "val.txt"}
-    (tmp_path / "train.txt").touch()
-    with pytest.raises(DataError, match=r"several lists of the split 'train': train\.csv, train\.txt\. Keep one"):
-        split_lists(tmp_path)
-
-
 def test_an_interrupted_decoding_leaves_nothing(root, cache, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
