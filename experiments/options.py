@@ -154,6 +154,21 @@ class RecipeOptions(ImageOptions):
             bare="entry",
         ),
     )
+    multi_step: int = option(
+        0,
+        later=True,
+        flag=Flag(
+            "learner",
+            "iterations over which the query losses after each inner step give way to the last one (MAML++)",
+            type=long_count,
+            metavar="N",
+        ),
+    )
+    first_order_until: int = option(
+        0,
+        later=True,
+        flag=Flag("learner", "first iterations without second derivatives", type=long_count, metavar="N"),
+    )
     adapt: tuple[str, ...] | None = option(
         None,
         flag=Flag(

@@ -257,6 +257,8 @@ class Recipe(RecipeOptions):
             compile=self.compile,
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
             norm=self.norm,
+            multi_step=self.multi_step,
+            first_order_until=self.first_order_until,
         )
 
     def check_outputs(self, learner: MAML, tasks: TaskFamily | FixedTasks) -> None:

@@ -13,6 +13,7 @@ from metamom.bias.function import function_name
 from metamom.common.choices import Norm
 from metamom.common.summaries import summary
 from metamom.compile.graph import CompileMode
+from metamom.maml.annealing import Annealing, check_annealing
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml.gradient import MetaGradients, Plan
@@ -56,6 +57,8 @@ class Configured(nn.Module):
         compile: CompileMode = False,
         autocast: torch.dtype | None = None,
         norm: Norm | None = None,
+        multi_step: int = 0,
+        first_order_until: int = 0,
     ) -> None:
         super().__init__()
         check_estimator(estimator, inner_batches)
@@ -81,7 +84,13 @@ class Configured(nn.Module):
         weights = trainable(model, loss_fn)
         self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
         self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
-        self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
+        self.step_sizes = StepSizes(
+            inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr, inner_steps
+        )
+        self.annealing: Annealing | None = None
+        if multi_step != 0 or first_order_until != 0:
+            self.annealing = Annealing(multi_step, first_order_until, inner_steps)
+            check_annealing(estimator, multi_step, first_order_until)
         self.memory: Memory | None = None
         if ESTIMATORS[estimator].averages is not None:
             self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
@@ -115,6 +124,8 @@ class Configured(nn.Module):
             check_loss_owner(value)
             self._modules.pop(name, None)  # a module may replace a function, or a function a module
         super().__setattr__(name, value)
+        if name == "inner_steps" and isinstance(annealing := getattr(self, "annealing", None), Annealing):
+            annealing.follow(value)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy adapts what this learner adapts now; a predicate cannot be pickled, and names can."""
@@ -148,6 +159,7 @@ class Configured(nn.Module):
             "adapt": list(self.adapted),
             **({} if self.memory is None else {"tracking": self.memory.tracking}),
             **({} if self.norm is None else {"norm": self.norm}),
+            **({} if self.annealing is None else self.annealing.describe()),
         }
 
     def __repr__(self) -> str:
@@ -224,12 +236,14 @@ class Configured(nn.Module):
         self._structure = now
 
     def _problem(self) -> Problem:
+        annealing = self.annealing
         return Problem(
             self.model,
             self.loss_fn,
             self.adapted,
             self.step_sizes,
-            self.estimator,
+            None if annealing is None else annealing.objective(),
+            self.estimator if annealing is None else annealing.estimator(self.estimator),
             self.autocast,
             resolved(self.model, self.norm),
             self._run,

@@ -66,7 +66,8 @@ class Plan(NamedTuple):
     def kind(self) -> tuple[Hashable, ...]:
         """What the memory of a task depends on, apart from shapes. The run is another object for other modules."""
         problem = self.problem
-        settings = self.inner_steps, self.inner_batches, problem.estimator, problem.autocast, problem.norm
+        adaptation = self.inner_steps, self.inner_batches, problem.estimator, problem.objective is None
+        settings = *adaptation, problem.autocast, problem.norm
         looped = problem.vectorization.vectorize, frozenset(problem.vectorization.looped)
         return *settings, *looped, problem.run, problem.loss_fn, problem.model.training
 
@@ -241,6 +242,7 @@ class MetaGradients:
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
         vectorization = problem.vectorization
         fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
+        fixed.append(problem.objective is None)
         return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any) -> tuple[Tensor, ...]:
@@ -289,7 +291,7 @@ def chunk_gradient(
         for term in plan.cut(tasks):
             found = episodes(problem, rows, term, memory)
             with explained(problem.model, loop=problem.loops()):
-                grads = gradients(found.losses.sum() * (scale * term.weight), [*rows.values(), *around.values()])
+                grads = gradients(found.objective.sum() * (scale * term.weight), [*rows.values(), *around.values()])
             past = [name for name, grad in zip(around, grads[len(rows) :], strict=True) if grad is not None]
             if past:
                 raise from_outside(past)
@@ -311,10 +313,10 @@ def chunk_gradient(
 def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
     memory = plan.recall(batch)
     thin = not torch.is_grad_enabled()  # the caller may keep the graph
-    found = [(term, episodes(plan.problem, rows, term, memory, thin=thin).losses) for term in plan.cut(batch)]
-    each = [(term, losses.view(-1, term.copies)) for term, losses in found]
-    first = each[0][1][:, 0]
-    if len(each) == 1 and each[0][0].copies == 1:
+    found = [(term, episodes(plan.problem, rows, term, memory, thin=thin)) for term in plan.cut(batch)]
+    each = [(term, results.objective.view(-1, term.copies)) for term, results in found]
+    first = found[0][1].losses.view(-1, found[0][0].copies)[:, 0]
+    if len(each) == 1 and each[0][0].copies == 1 and plan.problem.objective is None:
         return first
     return straight_through(first, torch.stack([term.weight * losses.sum(1) for term, losses in each]).sum(0))
 

@@ -52,6 +52,7 @@ class Problem(NamedTuple):
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss`` of one task.
         adapted: names of the parameters that inner steps move.
         step_sizes: alpha of each adapted parameter.
+        objective: weights of the query losses after each inner step, ``[J]``; ``None`` for the last one only.
         estimator: decides how inner steps are differentiated.
         autocast: dtype of the model's products, ``None`` for the dtype of the weights.
         norm: what the model's normalisations use, from `metamom.maml.norm.resolved`.
@@ -65,6 +66,7 @@ class Problem(NamedTuple):
     loss_fn: LossFn
     adapted: tuple[str, ...]
     step_sizes: StepSizes
+    objective: Tensor | None
     estimator: Estimator
     autocast: torch.dtype | None
     norm: Norm | None
@@ -87,12 +89,14 @@ class Episodes(NamedTuple):
     """The results of T·c adaptations.
 
     Attributes:
-        losses: query losses ``[T·c]``.
+        losses: query losses ``[T·c]``, after the last inner step.
+        objective: what is differentiated, ``[T·c]``: these, or the weighted sums of those after each step.
         predictions: on the query sets, ``[T·c, Q, ...]``, a tensor or a tree.
         adapted: the adapted weights that made them, ``[T·c, *shape]``.
     """
 
     losses: Tensor
+    objective: Tensor
     predictions: Tree
     adapted: Params
 
@@ -269,7 +273,7 @@ def trajectory(
     steps, own = list(steps), start.own
     features = _features(problem, steps, keep_graph)
     yield own
-    for batch in steps:
+    for number, batch in enumerate(steps):
         with out_of_inference(), torch.enable_grad():
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
             grads = _gradient(problem, start, at, batch, keep_graph, features)
@@ -278,7 +282,9 @@ def trajectory(
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
                 _check_constant(problem, flat, batch)
             own = {
-                name: w if (grad := grads[name]) is None else inner_step(w, _alpha(problem, name, start, w), grad)
+                name: w
+                if (grad := grads[name]) is None
+                else inner_step(w, _alpha(problem, name, start, w, number), grad)
                 for name, w in at.items()
             }
         if not thin:
@@ -298,13 +304,21 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, 
         memory: the moving averages of a tracked estimator; empty for other estimators.
         thin: see `trajectory`; for graphs that are differentiated before anything else changes the weights.
     """
-    start = start_of(problem, rows, count(term.query_x))
-    *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=thin)
+    start, given = start_of(problem, rows, count(term.query_x)), support_of(problem, term)
+
+    def queried(adapted: Params) -> tuple[Tensor, Tree]:
+        predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
+        return losses(problem, start, adapted, predicted, *term.query()[1:]), predicted
+
+    _, *before, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=thin)
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    given = support_of(problem, term)
-    predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
-    return Episodes(losses(problem, start, adapted, predicted, *term.query()[1:]), predicted, adapted)
+    last, predicted = queried(adapted)
+    objective = last
+    if problem.objective is not None:
+        each = [queried(weights)[0] for weights in before]
+        objective = torch.stack([*each, last], 1) @ problem.objective.to(last)
+    return Episodes(last, objective, predicted, adapted)
 
 
 def support_of(problem: Problem, term: Adaptations) -> Support | None:
@@ -325,8 +339,8 @@ def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
     return adapted
 
 
-def _alpha(problem: Problem, name: str, start: Start, weight: Tensor) -> float | Tensor:
-    return problem.step_sizes.of(name, start.step_sizes, weight.dim())
+def _alpha(problem: Problem, name: str, start: Start, weight: Tensor, step: int) -> float | Tensor:
+    return problem.step_sizes.of(name, start.step_sizes, weight.dim(), step)
 
 
 def _features(problem: Problem, steps: Sequence[InnerBatch], keep_graph: bool) -> Features | None:
