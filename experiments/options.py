@@ -169,6 +169,11 @@ class RecipeOptions(ImageOptions):
         later=True,
         flag=Flag("learner", "first iterations without second derivatives", type=long_count, metavar="N"),
     )
+    step_norms: bool = option(
+        False,
+        later=True,
+        flag=Flag("learner", "learn scale and offset of batch normalisation for each inner step", bare=True),
+    )
     adapt: tuple[str, ...] | None = option(
         None,
         flag=Flag(

@@ -126,6 +126,7 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
         norm=options.get("norm", _norm(settings.get("normalisation"), model)),
         multi_step=options.get("multi_step", 0),
         first_order_until=options.get("first_order_until", 0),
+        step_norms=options.get("step_norms", False),
     )
 
 

@@ -259,6 +259,7 @@ class Recipe(RecipeOptions):
             norm=self.norm,
             multi_step=self.multi_step,
             first_order_until=self.first_order_until,
+            step_norms=self.step_norms,
         )
 
     def check_outputs(self, learner: MAML, tasks: TaskFamily | FixedTasks) -> None:

@@ -25,7 +25,7 @@ from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.maml.draws import Step
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut, passes
-from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of, trainable
+from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.plain_autograd import uncompiled
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
             self.memory.keep(task_ids, dict(zip(self.problem.adapted, averages, strict=True)), self._trainable())
 
     def _trainable(self) -> Params:
-        return trainable(self.problem.model, self.problem.loss_fn)
+        return self.problem.parameters()
 
 
 class OfTasks(NamedTuple):
@@ -215,7 +215,7 @@ class MetaGradients:
             return plan.chunk_size
         key = (plan.kind(), compute is None, *_kinds(batch))
         if key not in self._budgets:
-            weights = trainable(plan.problem.model, plan.problem.loss_fn) | plan.problem.step_sizes.learned()
+            weights = plan.problem.parameters() | plan.problem.step_sizes.learned()
             # a copy, since what is saved of a view would count as the whole batch
             first = batch.part(0, 1)
             one = TaskBatch(*(mapped(Tensor.clone, x) for x in first))

@@ -33,6 +33,7 @@ from metamom.maml.modes import out_of_inference
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice
 from metamom.maml.run_by_task import RunByTask, Support
+from metamom.maml.step_norms import StepNorms
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
 from metamom.maml.tracking import tracked
@@ -52,6 +53,7 @@ class Problem(NamedTuple):
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss`` of one task.
         adapted: names of the parameters that inner steps move.
         step_sizes: alpha of each adapted parameter.
+        step_norms: the normalisations' scales and offsets by inner step, if they are learned so.
         objective: weights of the query losses after each inner step, ``[J]``; ``None`` for the last one only.
         estimator: decides how inner steps are differentiated.
         autocast: dtype of the model's products, ``None`` for the dtype of the weights.
@@ -66,6 +68,7 @@ class Problem(NamedTuple):
     loss_fn: LossFn
     adapted: tuple[str, ...]
     step_sizes: StepSizes
+    step_norms: StepNorms | None
     objective: Tensor | None
     estimator: Estimator
     autocast: torch.dtype | None
@@ -74,6 +77,14 @@ class Problem(NamedTuple):
     vectorization: Vectorization
     readings: LossReadings
     uses: Uses
+
+    def parameters(self) -> Params:
+        """The trainable parameters of model and loss, with those that differ between inner steps in place of others."""
+        found = trainable(self.model, self.loss_fn)
+        if self.step_norms is None:
+            return found
+        own = {name: p for name, p in found.items() if name not in self.step_norms.names}
+        return own | self.step_norms.learned()
 
     def parts(self) -> tuple[Part, Part]:
         """The model and the loss, in their current modes."""
@@ -276,7 +287,7 @@ def trajectory(
     for number, batch in enumerate(steps):
         with out_of_inference(), torch.enable_grad():
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
-            grads = _gradient(problem, start, at, batch, keep_graph, features)
+            grads = _gradient(problem, start.at(number), at, batch, keep_graph, features)
             check_cut(problem, [name for name, grad in grads.items() if grad is None], *batch.points())
             if keep_graph and ESTIMATORS[problem.estimator].derivatives != "none":
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
@@ -306,17 +317,18 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, 
     """
     start, given = start_of(problem, rows, count(term.query_x)), support_of(problem, term)
 
-    def queried(adapted: Params) -> tuple[Tensor, Tree]:
-        predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
-        return losses(problem, start, adapted, predicted, *term.query()[1:]), predicted
+    def queried(adapted: Params, steps: int) -> tuple[Tensor, Tree]:
+        there = start.at(steps)
+        predicted = predictions(problem, there, adapted, term.query_x, term.query_mask, support=given)
+        return losses(problem, there, adapted, predicted, *term.query()[1:]), predicted
 
     _, *before, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=thin)
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    last, predicted = queried(adapted)
+    last, predicted = queried(adapted, len(term.steps))
     objective = last
     if problem.objective is not None:
-        each = [queried(weights)[0] for weights in before]
+        each = [queried(weights, number)[0] for number, weights in enumerate(before, 1)]
         objective = torch.stack([*each, last], 1) @ problem.objective.to(last)
     return Episodes(last, objective, predicted, adapted)
 
@@ -344,9 +356,9 @@ def _alpha(problem: Problem, name: str, start: Start, weight: Tensor, step: int)
 
 
 def _features(problem: Problem, steps: Sequence[InnerBatch], keep_graph: bool) -> Features | None:
-    """Where the inner steps of one adaptation keep their features; differences of gradients do not use any."""
+    """Where the inner steps of one adaptation keep their features; none if steps differ in more than weights."""
     derivatives = ESTIMATORS[problem.estimator].derivatives if keep_graph else "none"
-    if derivatives == "differences":
+    if derivatives == "differences" or problem.step_norms is not None:
         return None
     sets = [x for step in steps for x in (step.x, *(() if step.hessian is None else step.hessian[:1]))]
     return Features(sets, graph=derivatives != "none")
@@ -415,6 +427,7 @@ def check_cut(
     def loss(weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1):
+            start = start.at(0)
             predicted = predictions(problem, start, start.own, x, mask, support=support)
             return losses(problem, start, start.own, predicted, y, mask)
 
@@ -438,7 +451,7 @@ def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1), torch.enable_grad():
             at = {name: w.detach().requires_grad_() for name, w in start.own.items()}
-            found = _gradient(problem, start, at, one, keep_graph=False)[name]
+            found = _gradient(problem, start.at(0), at, one, keep_graph=False)[name]
         assert found is not None
         return found
 
@@ -453,4 +466,4 @@ def _modules(problem: Problem) -> Iterator[nn.Module]:
 
 def _values(problem: Problem) -> Params:
     """The trainable parameters' values."""
-    return {name: w.detach() for name, w in trainable(problem.model, problem.loss_fn).items()}
+    return {name: w.detach() for name, w in problem.parameters().items()}

@@ -77,6 +77,8 @@ class MAML(Training):
             not.
         first_order_until: the number of first iterations with ``"first-order"`` meta-gradients, before those of
             ``estimator="exact"``.
+        step_norms: learn the scale and offset of batch and instance normalisation for each of 0, ..., J inner steps
+            (`metamom.maml.step_norms.StepNorms`). Inner steps do not move them then.
 
     Random layers (dropout) are seeded from torch's generator at the start of a step and from the task's number in the
     batch, so their draws do not depend on chunks or processes. A compiled meta-gradient draws per chunk. Several
@@ -133,6 +135,7 @@ class MAML(Training):
                 norm=self.norm if norm is None else norm,
             )
         other._run, other._vectorization = self._run, self._vectorization
+        other.norms_by_step = self.norms_by_step
         if inner_lr is None:
             other.step_sizes = self.step_sizes
         return other
