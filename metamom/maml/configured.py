@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from metamom.maml.loss_readings import LossReadings
 from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
+from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
 from metamom.maml.server_step import Backward as Backward
@@ -38,6 +39,8 @@ class Configured(nn.Module):
 
     Arguments and attributes are those of `metamom.MAML`.
     """
+
+    kind: ClassVar[str] = "maml"  # its name in runs and flags
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class Configured(nn.Module):
             "adapt": list(self.adapted),
             **({} if self.memory is None else {"tracking": self.memory.tracking}),
             **({} if self.norm is None else {"norm": self.norm}),
+            **({} if self.kind == "maml" else {"kind": self.kind}),
         }
 
     def __repr__(self) -> str:
@@ -188,7 +192,7 @@ class Configured(nn.Module):
         ``"loss_fn.NAME"`` (inner steps do not move them). Step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
         self._keep_up()
-        return trainable(self.model, self.loss_fn) | self.step_sizes.learned()
+        return trainable(self.model, self.loss_fn, self._rule().replaced) | self.step_sizes.learned()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""
@@ -236,7 +240,12 @@ class Configured(nn.Module):
             self._vectorization,
             self._readings,
             self._uses,
+            self._rule(),
         )
+
+    def _rule(self) -> Rule:
+        """Where this learner departs from MAML."""
+        return PLAIN
 
     def _plan(self) -> Plan:
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)

@@ -61,6 +61,7 @@ class Plan(NamedTuple):
 
     def cut(self, batch: TaskBatch) -> list[Adaptations]:
         """The adaptations to differentiate, with the weights of their query losses."""
+        batch = self.problem.rule.adapted_on(batch)
         return cut(batch, self.problem.estimator, self.inner_steps, self.inner_batches)
 
     def kind(self) -> tuple[Hashable, ...]:
@@ -77,7 +78,10 @@ class Plan(NamedTuple):
             ValueError: saying what is wrong.
         """
         check_batch(batch)
-        check_support(batch, self.problem.estimator, self.inner_steps, self.inner_batches)
+        adapted_on, rule = self.problem.rule.adapted_on(batch), self.problem.rule
+        check_support(adapted_on, self.problem.estimator, self.inner_steps, self.inner_batches)
+        if rule.check is not None:
+            rule.check(batch)
         if self.memory is not None:
             distinct_ids(batch.task_ids)
 
@@ -214,12 +218,13 @@ class MetaGradients:
             return plan.chunk_size
         key = (plan.kind(), compute is None, *_kinds(batch))
         if key not in self._budgets:
-            weights = trainable(plan.problem.model, plan.problem.loss_fn) | plan.problem.step_sizes.learned()
+            problem = plan.problem
+            weights = trainable(problem.model, problem.loss_fn, problem.rule.replaced) | problem.step_sizes.learned()
             # a copy, since what is saved of a view would count as the whole batch
             first = batch.part(0, 1)
             one = TaskBatch(*(mapped(Tensor.clone, x) for x in first))
             of_one = self._one_task(weights, one) if compute is None else partial(compute, one)
-            adapted = sum(weights[name].nbytes for name in plan.problem.adapted)
+            adapted = sum(weights[name].nbytes for name in problem.adapted if name in weights)
             self._budgets[key] = tasks_within_budget(of_one, one, adapted)
         return self._budgets[key]
 

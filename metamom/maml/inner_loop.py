@@ -9,10 +9,10 @@ affine normalisation layers in torch 2.13.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from metamom.maml.model_checks import check_hooks
 from metamom.maml.modes import out_of_inference
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice
+from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask, Support
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
@@ -59,6 +60,7 @@ class Problem(NamedTuple):
         vectorization: whether model and loss run on all tasks at once.
         readings: how the loss was seen to interpret its arguments.
         uses: which parameters the loss was found not to depend on.
+        rule: where the learner departs from MAML.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Problem(NamedTuple):
     vectorization: Vectorization
     readings: LossReadings
     uses: Uses
+    rule: Rule = PLAIN
 
     def parts(self) -> tuple[Part, Part]:
         """The model and the loss, in their current modes."""
@@ -106,8 +109,13 @@ def names_in_loss(model: nn.Module, loss_fn: LossFn) -> dict[str, str]:
         return {name: of_model.get(id(p), LOSS + name) for name, p in loss_fn.named_parameters()}
 
 
-def trainable(model: nn.Module, loss_fn: LossFn) -> Params:
+def trainable(model: nn.Module, loss_fn: LossFn, but: Collection[str] = ()) -> Params:
     """The trainable parameters of the model, and those of a loss module that the model does not share.
+
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        but: names of parameters to leave out.
 
     Raises:
         ValueError: if a name occurs in both.
@@ -117,12 +125,22 @@ def trainable(model: nn.Module, loss_fn: LossFn) -> Params:
     for name, meta_name in names_in_loss(model, loss_fn).items():
         if weights.setdefault(meta_name, own[name]) is not own[name]:
             raise ValueError(f"both the model and loss_fn have a parameter {meta_name!r}: rename the model's.")
-    return {name: p for name, p in weights.items() if p.requires_grad}
+    return {name: p for name, p in weights.items() if p.requires_grad and name not in but}
 
 
-def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
-    """The weights that T tasks start from, given the workers' meta-parameters ``[n, *shape]``."""
-    return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
+def start_of(problem: Problem, rows: Params, num_tasks: int, first: InnerBatch | None = None) -> Start:
+    """The weights that T tasks start from, given the workers' meta-parameters ``[n, *shape]``.
+
+    Args:
+        problem: the model, and how it adapts.
+        rows: the workers' meta-parameters.
+        num_tasks: T.
+        first: the points of the tasks that a rule may compute some of these weights from.
+    """
+    start = deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
+    if first is None or problem.rule.start is None:
+        return start
+    return problem.rule.start(problem, start, first)
 
 
 def predictions(
@@ -135,13 +153,14 @@ def predictions(
     support: Support | None = None,
     draws: bool = True,
     features: Features | None = None,
+    target: Callable[..., Any] | None = None,
 ) -> Tree:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
     Of points outside ``mask`` [T, N], predictions mean nothing; a loop over the tasks leaves them out. A random model
     draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``, normalisations
     use the statistics of ``support``, or of ``x`` if it is ``None``. ``features`` are those of earlier calls with the
-    same weights outside ``own``.
+    same weights outside ``own``. A ``target`` is called in place of the model, with its weights in it.
     """
     part, _ = problem.parts()
 
@@ -158,6 +177,7 @@ def predictions(
             norm=problem.norm,
             support=support,
             features=features,
+            target=target,
         )
 
     def run() -> Tree:
@@ -298,13 +318,16 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, 
         memory: the moving averages of a tracked estimator; empty for other estimators.
         thin: see `trajectory`; for graphs that are differentiated before anything else changes the weights.
     """
-    start = start_of(problem, rows, count(term.query_x))
-    *_, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=thin)
+    start, outer = start_of(problem, rows, count(term.query_x), term.steps[0]), problem.rule.outer
+    keep_graph = torch.is_grad_enabled() and outer is None
+    *_, adapted = trajectory(problem, start, term.steps, keep_graph, thin=thin)
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
     given = support_of(problem, term)
-    predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
-    return Episodes(losses(problem, start, adapted, predicted, *term.query()[1:]), predicted, adapted)
+    with nullcontext() if outer is None else torch.no_grad():
+        predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
+        found = losses(problem, start, adapted, predicted, *term.query()[1:])
+    return Episodes(found if outer is None else outer(start.own, adapted, found), predicted, adapted)
 
 
 def support_of(problem: Problem, term: Adaptations) -> Support | None:
