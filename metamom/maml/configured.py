@@ -162,7 +162,8 @@ class Configured(nn.Module):
             "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
             "inner_steps": self.inner_steps,
             "estimator": self.estimator,
-            "adapt": None if every else self.adapted,
+            "adapt": None if every or self.kind == "boil" else self.adapted,
+            "head": getattr(self, "head", None),
             "norm": self.norm,
         }
         size = f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters"

@@ -85,6 +85,11 @@ class Reptile(MAML):
         self.train_on: TrainOn = train_on
         super().__init__(model, loss_fn, estimator="first-order", **options)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "estimator" and value != "first-order":
+            raise ValueError(f"Reptile differentiates nothing, so estimator does not apply; got {value!r}. Use MAML.")
+        super().__setattr__(name, value)
+
     def describe(self) -> dict[str, Any]:
         """See `metamom.MAML.describe`."""
         return super().describe() | {"train_on": self.train_on}
