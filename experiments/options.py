@@ -13,12 +13,14 @@ from typing import Any
 from metamom.common.choices import (
     FIRST_STEPS,
     LEARNED_STEP_SIZES,
+    LEARNERS,
     NORMS,
     ORDERS,
     Aggregate,
     ChunkSize,
     CompileMode,
     FirstStep,
+    Learner,
     LearnInnerLR,
     Norm,
     Order,
@@ -178,6 +180,38 @@ class RecipeOptions(ImageOptions):
         None,
         flag=Flag(
             "learner", "parameters or modules that adapt, such as head for ANIL", "all", type=names, metavar="NAMES"
+        ),
+    )
+    learner_kind: Learner = option(
+        "maml",
+        later=True,
+        flag=Flag(
+            "learner",
+            lambda task: (
+                (
+                    "how tasks are learned: maml; boil, which does not adapt the head; reptile, which moves the weights "
+                    "towards the adapted ones, and needs several --inner-steps"
+                )
+                + (
+                    ""
+                    if task_defaults(task)["ways"] is None
+                    else "; protomaml, whose head starts at the prototypes of each task's classes"
+                )
+            ),
+            choices=LEARNERS,
+            name="learner",
+            before="inner_lr",
+        ),
+    )
+    head: str | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "with --learner boil or protomaml, the module that is the head",
+            "the last layer",
+            metavar="NAME",
+            before="inner_lr",
         ),
     )
     norm: Norm | None = option(

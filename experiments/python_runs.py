@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamom.maml.kinds import make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
 from metamom.maml.norm import resolved
@@ -112,7 +113,8 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
     fixed, learned = alpha.get("fixed", {}), alpha.get("learned", [])
     adapted = list(options["adapt"])
     autocast = settings.get("autocast")
-    return MAML(
+    return make_learner(
+        options.get("kind", "maml"),
         model,
         loss_fn,
         inner_lr=_inner_lr(fixed, adapted),
@@ -127,6 +129,7 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
         multi_step=options.get("multi_step", 0),
         first_order_until=options.get("first_order_until", 0),
         step_norms=options.get("step_norms", False),
+        **{name: options[name] for name in ("head", "train_on") if name in options},
     )
 
 

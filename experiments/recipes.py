@@ -31,6 +31,7 @@ from metamom.experiments.optimizers import (
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
 from metamom.experiments.schedules import make_schedulers, over, parse_schedule
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
+from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
 from metamom.server.robust import check_aggregate
@@ -88,6 +89,7 @@ class Recipe(RecipeOptions):
         check_seed(self.seed)
         check_aggregate(self.aggregate)
         self._check_fixed_tasks()
+        self._check_learner()
         self._check_optimizer()
         self.operator()
         self.callbacks()
@@ -122,6 +124,18 @@ class Recipe(RecipeOptions):
                 f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with "
                 "fixed_tasks=N."
             )
+
+    def _check_learner(self) -> None:
+        check_kind_options(
+            self.learner_kind,
+            head=self.head,
+            estimator=self.estimator,
+            adapt=self.adapt,
+            learn_inner_lr=self.learn_inner_lr,
+            inner_batches=self.inner_batches,
+        )
+        if self.learner_kind == "protomaml" and self.family.classes is None:
+            raise ValueError(f"{self.family.title} have no classes, so no prototypes; got learner_kind='protomaml'.")
 
     def _check_optimizer(self) -> None:
         """Check the options of the optimizer and the schedule; those at their defaults become ``None``.
@@ -243,7 +257,8 @@ class Recipe(RecipeOptions):
             if initial and self.init is not None:
                 load_weights(model, self.init, skip=self.init_except or ())
         assert self.inner_lr is not None
-        return MAML(
+        return make_learner(
+            self.learner_kind,
             model.to(device=find_device(self.device), dtype=DTYPES[self.dtype]),
             self.family.loss(),
             inner_lr=self.inner_lr,
@@ -260,6 +275,7 @@ class Recipe(RecipeOptions):
             multi_step=self.multi_step,
             first_order_until=self.first_order_until,
             step_norms=self.step_norms,
+            head=self.head,
         )
 
     def check_outputs(self, learner: MAML, tasks: TaskFamily | FixedTasks) -> None:

@@ -35,12 +35,14 @@ def read_flags(leaf: Parser, file: str) -> dict[str, Any]:
         OSError: if the file cannot be opened.
     """
     flags = {each.dest: each for each in leaf._actions if each.dest not in ("help", "config")}
+    named = {flag.lstrip("-").replace("-", "_"): dest for dest, each in flags.items() for flag in each.option_strings}
     content = _read(Path(file))
     if isinstance(content.get("settings"), dict):
         content = _of_run(content, set(flags))
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        name = named.get(name, name)
         if name == "task" and leaf.get_default("task") is not None:
             if value != leaf.get_default("task"):
                 raise ValueError(f"{file} is for task {shown(str(value))}; got the command {leaf.prog}")

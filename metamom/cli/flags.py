@@ -106,7 +106,14 @@ class Flagged(NamedTuple):
             settings |= {"nargs": "?", "const": self.flag.bare}
         elif self.default is False:
             settings["action"] = "store_true"
-        flag(group, f"--{self.name.replace('_', '-')}", self.meaning(task), shown, default=default, **settings)
+        if self.flag.name is not None:
+            settings["dest"] = self.name
+        flag(group, self.spelled, self.meaning(task), shown, default=default, **settings)
+
+    @property
+    def spelled(self) -> str:
+        """The flag."""
+        return f"--{(self.flag.name or self.name).replace('_', '-')}"
 
     def meaning(self, task: str) -> str:
         """The help, without the default."""
@@ -152,7 +159,7 @@ def add_own_options(group: argparse._ArgumentGroup, families: Mapping[str, Famil
 def trained_with() -> dict[str, str]:
     """Advice for the flags of training that a command for runs does not have, by flag."""
     advice = "it belongs to training, and a run is used as it was trained"
-    return {f"--{name.replace('_', '-')}": advice for name in flagged()} | {
+    return {each.spelled: advice for each in flagged().values()} | {
         "--root": "the folder of images is --data-root DIR",
     }
 

@@ -37,6 +37,7 @@ class Flag:
         bare: the value of a flag that is given without one; if ``None``, it needs one.
         commands: the commands that have it.
         before: the flag that follows it in the help, if that is not in the order of the fields.
+        name: of the flag, such as ``learner``, if it is not the option's.
     """
 
     group: str
@@ -49,6 +50,7 @@ class Flag:
     bare: Any = None
     commands: Collection[str] = ("train", "compare")
     before: str | None = None
+    name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,11 @@ def check_plan(
     """
     if not isinstance(learner, MAML):
         raise TypeError(f"wanted a learner, MAML(model, loss_fn, ...); got {named_type(learner)}.")
+    if learner.kind not in ("maml", "boil"):
+        raise ValueError(
+            f"the bias is measured for the meta-gradients of MAML; got a learner of kind {learner.kind!r}, which has "
+            "another one. Measure MAML(learner.model, learner.loss_fn, ...) at the same weights."
+        )
     if learner.estimator not in memoryless_estimators():
         raise ValueError(
             f"the bias is measured for estimators without memory: {', '.join(memoryless_estimators())}; got "

@@ -51,9 +51,9 @@ class Adapting(Configured):
         """
         with out_of_inference():
             refuse_one_task(self, support_x, support_y)
-            along = _whole(support_x, support_y, mask, self.inner_steps if steps is None else steps)
+            whole, along = _whole(support_x, support_y, mask, self.inner_steps if steps is None else steps)
             problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
-            start = start_of(problem, rows, count(support_x))
+            start = start_of(problem, rows, count(support_x), whole)
             *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
             return {**adapted, **after(start.norms, len(along))}
 
@@ -126,9 +126,9 @@ class Adapting(Configured):
     ) -> Iterator[Params]:
         """See `trajectory`."""
         with out_of_inference():
-            along = _whole(support_x, support_y, mask, steps)
+            whole, along = _whole(support_x, support_y, mask, steps)
             rows = {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
-            start = start_of(problem, rows, count(support_x))
+            start = start_of(problem, rows, count(support_x), whole)
             found = trajectory(problem, start, along, keep_graph=False)
             return ({**own, **after(start.norms, step)} for step, own in enumerate(found))
 
@@ -204,9 +204,10 @@ class Adapting(Configured):
         return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)
 
 
-def _whole(support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int) -> list[InnerBatch]:
-    """Inner batches that use all support points in every step."""
+def _whole(support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int) -> tuple[InnerBatch, list[InnerBatch]]:
+    """An inner batch of all support points, and the same for every step."""
     steps = check_whole("the number of inner steps", steps, 0)
     check_set("support", support_x, support_y, empty=steps == 0)
     check_mask("support", support_x, mask)
-    return [InnerBatch(differentiable(support_x), differentiable(support_y), None, mask)] * steps
+    whole = InnerBatch(differentiable(support_x), differentiable(support_y), None, mask)
+    return whole, [whole] * steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from metamom.maml.loss_readings import LossReadings
 from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
+from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
 from metamom.maml.server_step import Backward as Backward
@@ -41,6 +42,8 @@ class Configured(nn.Module):
 
     Arguments and attributes are those of `metamom.MAML`.
     """
+
+    kind: ClassVar[str] = "maml"  # its name in runs and flags
 
     def __init__(
         self,
@@ -168,6 +171,7 @@ class Configured(nn.Module):
             **({} if self.norm is None else {"norm": self.norm}),
             **({} if self.annealing is None else self.annealing.describe()),
             **({} if self.norms_by_step is None else {"step_norms": True}),
+            **({} if self.kind == "maml" else {"kind": self.kind}),
         }
 
     def __repr__(self) -> str:
@@ -178,7 +182,8 @@ class Configured(nn.Module):
             "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
             "inner_steps": self.inner_steps,
             "estimator": self.estimator,
-            "adapt": None if every else self.adapted,
+            "adapt": None if every or self.kind == "boil" else self.adapted,
+            "head": getattr(self, "head", None),
             "norm": self.norm,
         }
         size = f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters"
@@ -265,7 +270,12 @@ class Configured(nn.Module):
             self._vectorization,
             self._readings,
             self._uses,
+            self._rule(),
         )
+
+    def _rule(self) -> Rule:
+        """Where this learner departs from MAML."""
+        return PLAIN
 
     def _plan(self) -> Plan:
         return Plan(self, self._problem(), self.inner_steps, self.inner_batches, self.memory, self.chunk_size)

@@ -61,6 +61,7 @@ class Plan(NamedTuple):
 
     def cut(self, batch: TaskBatch) -> list[Adaptations]:
         """The adaptations to differentiate, with the weights of their query losses."""
+        batch = self.problem.rule.adapted_on(batch)
         return cut(batch, self.problem.estimator, self.inner_steps, self.inner_batches)
 
     def kind(self) -> tuple[Hashable, ...]:
@@ -78,7 +79,10 @@ class Plan(NamedTuple):
             ValueError: saying what is wrong.
         """
         check_batch(batch)
-        check_support(batch, self.problem.estimator, self.inner_steps, self.inner_batches)
+        adapted_on, rule = self.problem.rule.adapted_on(batch), self.problem.rule
+        check_support(adapted_on, self.problem.estimator, self.inner_steps, self.inner_batches)
+        if rule.check is not None:
+            rule.check(batch)
         if self.memory is not None:
             distinct_ids(batch.task_ids)
 
@@ -220,7 +224,7 @@ class MetaGradients:
             first = batch.part(0, 1)
             one = TaskBatch(*(mapped(Tensor.clone, x) for x in first))
             of_one = self._one_task(weights, one) if compute is None else partial(compute, one)
-            adapted = sum(weights[name].nbytes for name in plan.problem.adapted)
+            adapted = sum(weights[name].nbytes for name in plan.problem.adapted if name in weights)
             self._budgets[key] = tasks_within_budget(of_one, one, adapted)
         return self._budgets[key]
 
@@ -317,7 +321,7 @@ def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
     each = [(term, results.objective.view(-1, term.copies)) for term, results in found]
     first = found[0][1].losses.view(-1, found[0][0].copies)[:, 0]
     if len(each) == 1 and each[0][0].copies == 1 and plan.problem.objective is None:
-        return first
+        return each[0][1][:, 0]
     return straight_through(first, torch.stack([term.weight * losses.sum(1) for term, losses in each]).sum(0))
 
 

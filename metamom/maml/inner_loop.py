@@ -9,10 +9,10 @@ affine normalisation layers in torch 2.13.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from metamom.maml.model_checks import check_hooks
 from metamom.maml.modes import out_of_inference
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice
+from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask, Support
 from metamom.maml.step_norms import StepNorms
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
@@ -62,6 +63,7 @@ class Problem(NamedTuple):
         vectorization: whether model and loss run on all tasks at once.
         readings: how the loss was seen to interpret its arguments.
         uses: which parameters the loss was found not to depend on.
+        rule: where the learner departs from MAML.
     """
 
     model: nn.Module
@@ -77,10 +79,11 @@ class Problem(NamedTuple):
     vectorization: Vectorization
     readings: LossReadings
     uses: Uses
+    rule: Rule = PLAIN
 
     def parameters(self) -> Params:
         """The trainable parameters of model and loss, with those that differ between inner steps in place of others."""
-        found = trainable(self.model, self.loss_fn)
+        found = trainable(self.model, self.loss_fn, self.rule.replaced)
         if self.step_norms is None:
             return found
         own = {name: p for name, p in found.items() if name not in self.step_norms.names}
@@ -121,8 +124,13 @@ def names_in_loss(model: nn.Module, loss_fn: LossFn) -> dict[str, str]:
         return {name: of_model.get(id(p), LOSS + name) for name, p in loss_fn.named_parameters()}
 
 
-def trainable(model: nn.Module, loss_fn: LossFn) -> Params:
+def trainable(model: nn.Module, loss_fn: LossFn, but: Collection[str] = ()) -> Params:
     """The trainable parameters of the model, and those of a loss module that the model does not share.
+
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        but: names of parameters to leave out.
 
     Raises:
         ValueError: if a name occurs in both.
@@ -132,12 +140,22 @@ def trainable(model: nn.Module, loss_fn: LossFn) -> Params:
     for name, meta_name in names_in_loss(model, loss_fn).items():
         if weights.setdefault(meta_name, own[name]) is not own[name]:
             raise ValueError(f"both the model and loss_fn have a parameter {meta_name!r}: rename the model's.")
-    return {name: p for name, p in weights.items() if p.requires_grad}
+    return {name: p for name, p in weights.items() if p.requires_grad and name not in but}
 
 
-def start_of(problem: Problem, rows: Params, num_tasks: int) -> Start:
-    """The weights that T tasks start from, given the workers' meta-parameters ``[n, *shape]``."""
-    return deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
+def start_of(problem: Problem, rows: Params, num_tasks: int, first: InnerBatch | None = None) -> Start:
+    """The weights that T tasks start from, given the workers' meta-parameters ``[n, *shape]``.
+
+    Args:
+        problem: the model, and how it adapts.
+        rows: the workers' meta-parameters.
+        num_tasks: T.
+        first: the points of the tasks that a rule may compute some of these weights from.
+    """
+    start = deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
+    if first is None or problem.rule.start is None:
+        return start
+    return problem.rule.start(problem, start.at(0), first)
 
 
 def predictions(
@@ -150,13 +168,14 @@ def predictions(
     support: Support | None = None,
     draws: bool = True,
     features: Features | None = None,
+    target: Callable[..., Any] | None = None,
 ) -> Tree:
     """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
 
     Of points outside ``mask`` [T, N], predictions mean nothing; a loop over the tasks leaves them out. A random model
     draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``, normalisations
     use the statistics of ``support``, or of ``x`` if it is ``None``. ``features`` are those of earlier calls with the
-    same weights outside ``own``.
+    same weights outside ``own``. A ``target`` is called in place of the model, with its weights in it.
     """
     part, _ = problem.parts()
 
@@ -173,6 +192,7 @@ def predictions(
             norm=problem.norm,
             support=support,
             features=features,
+            target=target,
         )
 
     def run() -> Tree:
@@ -315,18 +335,20 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, 
         memory: the moving averages of a tracked estimator; empty for other estimators.
         thin: see `trajectory`; for graphs that are differentiated before anything else changes the weights.
     """
-    start, given = start_of(problem, rows, count(term.query_x)), support_of(problem, term)
+    start, outer = start_of(problem, rows, count(term.query_x), term.steps[0]), problem.rule.outer
+    keep_graph, given = torch.is_grad_enabled() and outer is None, support_of(problem, term)
 
     def queried(adapted: Params, steps: int) -> tuple[Tensor, Tree]:
         there = start.at(steps)
         predicted = predictions(problem, there, adapted, term.query_x, term.query_mask, support=given)
         return losses(problem, there, adapted, predicted, *term.query()[1:]), predicted
 
-    _, *before, adapted = trajectory(problem, start, term.steps, keep_graph=torch.is_grad_enabled(), thin=thin)
+    _, *before, adapted = trajectory(problem, start, term.steps, keep_graph, thin=thin)
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    last, predicted = queried(adapted, len(term.steps))
-    objective = last
+    with nullcontext() if outer is None else torch.no_grad():
+        last, predicted = queried(adapted, len(term.steps))
+    objective = last if outer is None else outer(start.own, adapted, last)
     if problem.objective is not None:
         each = [queried(weights, number)[0] for number, weights in enumerate(before, 1)]
         objective = torch.stack([*each, last], 1) @ problem.objective.to(last)

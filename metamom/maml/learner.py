@@ -8,6 +8,7 @@ Legend: T tasks, n workers with T/n tasks each, J inner steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -121,14 +122,11 @@ class MAML(Training):
         It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
         with alone(self):  # another thread may be running the model
-            other = MAML(
-                self.model,
-                self.loss_fn,
+            other = self._another(
                 inner_lr=0.01 if inner_lr is None else inner_lr,
                 inner_steps=self.inner_steps,
                 estimator=self.estimator if estimator is None else estimator,
                 inner_batches=self.inner_batches if inner_batches is None else inner_batches,
-                adapt=self.adapted,
                 chunk_size="auto" if self.chunk_size is None else self.chunk_size,
                 autocast=self.autocast,
                 vectorize=self.vectorize,
@@ -139,3 +137,7 @@ class MAML(Training):
         if inner_lr is None:
             other.step_sizes = self.step_sizes
         return other
+
+    def _another(self, **options: Any) -> MAML:
+        """A learner of the same kind, with other options."""
+        return MAML(self.model, self.loss_fn, adapt=self.adapted, **options)

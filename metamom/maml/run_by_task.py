@@ -116,6 +116,7 @@ class RunByTask:
         norm: Norm | None = None,
         support: Support | None = None,
         features: Features | None = None,
+        target: Callable[..., Any] | None = None,
     ) -> Tree:
         """Predictions ``[T, N, ...]``, a tensor or a tree.
 
@@ -130,6 +131,7 @@ class RunByTask:
             norm: what its normalisations use, from `metamom.maml.norm.resolved`.
             support: the set with the statistics that ``norm="support"`` uses; ``None`` for ``x``.
             features: features of earlier calls, for calls that differ in ``own`` alone.
+            target: what to call in place of the model, with its weights in it.
 
         Raises:
             VmapError: for a model that cannot run with per-task weights under vmap.
@@ -150,7 +152,7 @@ class RunByTask:
                     return self._by_features(model, names, own, sets, features, norm, run)
             if loop and masked:
                 sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
-            return run(model, sets)
+            return run(model if target is None else target, sets)
 
     def _by_features(
         self,

@@ -59,7 +59,9 @@ def is_fixed(optimizer: Optimizer) -> bool:
     return type(optimizer) is CompositeMomentum or f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
-def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved) -> None:
+def check_optimizer(
+    optimizer: Optimizer, state: Any, *, step: int, moved: Moved, idle: frozenset[int] = frozenset()
+) -> None:
     """Refuse a state that the optimizer cannot have had.
 
     Args:
@@ -67,6 +69,7 @@ def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved
         state: as saved.
         step: number of steps of the run.
         moved: options that schedules may have changed; all others must have their values at construction.
+        idle: the ids of parameters that never get a gradient.
 
     Raises:
         ValueError: naming the entry.
@@ -99,7 +102,8 @@ def check_optimizer(optimizer: Optimizer, state: Any, *, step: int, moved: Moved
             _check_others(kept, f"state[{number}]", step)
     if step and is_fixed(optimizer):
         names = wanted or (lambda group: {"a state"})
-        _check_complete(state["state"], {n: names(groups[n]) for n, p in parameters.items() if p.requires_grad})
+        trained = {n: p for n, p in parameters.items() if p.requires_grad and id(p) not in idle}
+        _check_complete(state["state"], {n: names(groups[n]) for n in trained})
 
 
 def check_loaded(before: Group, after: Group, *, moved: Moved) -> None:

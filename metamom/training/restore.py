@@ -20,6 +20,7 @@ from metamom.bias import BiasOperator
 from metamom.bias.compose import Compose
 from metamom.bias.feedback import ErrorFeedback
 from metamom.bias.random import Draws
+from metamom.maml.learner import MAML
 from metamom.optim import LambdaBeta
 from metamom.training.alike import check_kind, refuse, short
 from metamom.training.checkpoints import CheckpointError
@@ -76,7 +77,7 @@ def load_parts(
     try:
         for name, part in parts.items():
             if isinstance(part, Optimizer):
-                check_optimizer(part, state[name], step=step, moved=moved)
+                check_optimizer(part, state[name], step=step, moved=moved, idle=_idle(parts.get("learner")))
             elif isinstance(part, (LRScheduler, LambdaBeta)):
                 check_schedule(part, state[name], step=step)
             elif not isinstance(state[name], Mapping):
@@ -97,6 +98,14 @@ def load_parts(
         why = " ".join(str(error).split())
         kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
         raise CheckpointError(f"{where} {misfit}: {name}: {kind}{why}") from error
+
+
+def _idle(learner: Any) -> frozenset[int]:
+    """The ids of a learner's trainable parameters that are no meta-parameters, and so never get a gradient."""
+    if not isinstance(learner, MAML):
+        return frozenset()
+    moved = {id(p) for p in learner.meta_parameters().values()}
+    return frozenset(id(p) for p in learner.parameters() if id(p) not in moved)
 
 
 MOST = {"step": math.inf, "seconds": 2**53}  # the range in which a float is exact for integers
