@@ -75,6 +75,15 @@ def _estimators(task: str) -> str:
     )
 
 
+def _learners(task: str) -> str:
+    text = (
+        "how tasks are learned: maml; boil, which does not adapt the head; reptile, which moves the weights towards the "
+        "adapted ones, and needs several --inner-steps"
+    )
+    without_classes = task_defaults(task)["ways"] is None
+    return text if without_classes else f"{text}; protomaml, whose head starts at the prototypes of a task's classes"
+
+
 def _lr(task: str) -> str:
     sizes = sorted({*STEP_SIZES.values()})
     others = [", ".join(name for name in STEP_SIZES if STEP_SIZES[name] == size) for size in sizes]
@@ -167,15 +176,7 @@ class RecipeOptions(ImageOptions):
         later=True,
         flag=Flag(
             "learner",
-            lambda task: (
-                "how tasks are learned: maml; boil, which does not adapt the head; reptile, which moves the weights "
-                "towards the adapted ones, and needs several --inner-steps"
-            )
-            + (
-                ""
-                if task_defaults(task)["ways"] is None
-                else "; protomaml, whose head starts at the prototypes of each task's classes"
-            ),
+            _learners,
             choices=LEARNERS,
             name="learner",
             before="inner_lr",

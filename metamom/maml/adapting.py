@@ -201,9 +201,7 @@ class Adapting(Configured):
         return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)
 
 
-def _whole(
-    support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int
-) -> tuple[InnerBatch, list[InnerBatch]]:
+def _whole(support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int) -> tuple[InnerBatch, list[InnerBatch]]:
     """An inner batch of all support points, and the same for every step."""
     steps = check_whole("the number of inner steps", steps, 0)
     check_set("support", support_x, support_y, empty=steps == 0)
