@@ -1,6 +1,7 @@
 """The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
 
-To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it.
+To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it; `LearnerOptions` says which
+kind of learner.
 `metamom.experiments.recipes.Recipe` is where it takes effect.
 """
 
@@ -13,14 +14,12 @@ from typing import Any
 from metamom.common.choices import (
     FIRST_STEPS,
     LEARNED_STEP_SIZES,
-    LEARNERS,
     NORMS,
     ORDERS,
     Aggregate,
     ChunkSize,
     CompileMode,
     FirstStep,
-    Learner,
     LearnInnerLR,
     Norm,
     Order,
@@ -40,7 +39,7 @@ from metamom.common.flag_types import (
 from metamom.common.options import Flag, declared, option
 from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
-from metamom.experiments.image_options import ImageOptions
+from metamom.experiments.learner_options import LearnerOptions
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -89,7 +88,7 @@ def _tracking(task: str) -> str:
 
 
 @dataclass(frozen=True)
-class RecipeOptions(ImageOptions):
+class RecipeOptions(LearnerOptions):
     """The options that decide how a run goes, but for its length.
 
     ``None`` stands for the task's default, unless the help says otherwise.
@@ -180,38 +179,6 @@ class RecipeOptions(ImageOptions):
         None,
         flag=Flag(
             "learner", "parameters or modules that adapt, such as head for ANIL", "all", type=names, metavar="NAMES"
-        ),
-    )
-    learner_kind: Learner = option(
-        "maml",
-        later=True,
-        flag=Flag(
-            "learner",
-            lambda task: (
-                (
-                    "how tasks are learned: maml; boil, which does not adapt the head; reptile, which moves the weights "
-                    "towards the adapted ones, and needs several --inner-steps"
-                )
-                + (
-                    ""
-                    if task_defaults(task)["ways"] is None
-                    else "; protomaml, whose head starts at the prototypes of each task's classes"
-                )
-            ),
-            choices=LEARNERS,
-            name="learner",
-            before="inner_lr",
-        ),
-    )
-    head: str | None = option(
-        None,
-        later=True,
-        flag=Flag(
-            "learner",
-            "with --learner boil or protomaml, the module that is the head",
-            "the last layer",
-            metavar="NAME",
-            before="inner_lr",
         ),
     )
     norm: Norm | None = option(

@@ -76,4 +76,6 @@ def make_learner(kind: str, model: nn.Module, loss_fn: LossFn, *, head: str | No
     """
     check_word("kind", kind, KINDS)
     kept = {name: value for name, value in options.items() if name not in LEFT_OUT.get(kind, ())}
-    return KINDS[kind](model, loss_fn, **kept, **({"head": head} if kind in WITH_HEAD else {}))
+    if kind in WITH_HEAD:
+        kept["head"] = head
+    return KINDS[kind](model, loss_fn, **kept)

@@ -39,8 +39,8 @@ class Reptile(MAML):
 
     ``u_0 = w, u_{j+1} = u_j - alpha * grad L(u_j)``, without any derivative of these steps. With ``torch.optim.SGD`` of
     step size epsilon, a step is the paper's ``w <- w + epsilon * mean(u_J - w)``. The scale is that of the inner steps,
-    not that of a gradient: divide by ``alpha * J`` to compare with one. With J = 1 it is alpha times the gradient of the
-    mean loss over all tasks, which does not learn to adapt: use several steps.
+    not that of a gradient: divide by ``alpha * J`` to compare with one. With J = 1 it is alpha times the gradient of
+    the mean loss over all tasks, which does not learn to adapt: use several steps.
 
     Losses and accuracies are those of the query set after adaptation, as for `metamom.MAML`. With ``train_on="all"``,
     training has adapted on it.
