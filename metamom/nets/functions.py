@@ -21,6 +21,7 @@ from metamom.nets.convolution import convolve
 from metamom.nets.kernels.convolutions import Geometry
 from metamom.nets.linear import linear
 from metamom.nets.normalisation import Normalised, Pooling, normalise
+from metamom.nets.rows import weight_norm
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -55,6 +56,7 @@ class FastFunctions:
             F.max_pool2d: self.max_pool2d,
             torch.max_pool2d: self.max_pool2d,
             F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+            torch._weight_norm: self.weight_norm,
             **{cell: self._cell(cell, composed) for cell, composed in cells.replacements(self.linear).items()},
         }
 
@@ -106,6 +108,14 @@ class FastFunctions:
         found = linear(input, weight, bias)
         if found is None:
             return F.linear(input, weight, bias)
+        self.seen = True
+        return found
+
+    def weight_norm(self, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        """`torch._weight_norm`, of `torch.nn.utils.parametrizations.weight_norm`."""
+        found = weight_norm(v, g, dim) if _suitable(v, g) else None
+        if found is None:
+            return torch._weight_norm(v, g, dim)
         self.seen = True
         return found
 
