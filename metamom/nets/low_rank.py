@@ -183,7 +183,7 @@ def _add(a: Any, b: Any, alpha: float = 1) -> LowRank | Tensor | None:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.dtype != b.dtype:
         return None
     first, second = (x if isinstance(x, LowRank) else LowRank(x, ()) for x in (a, b))
-    terms = first.terms + _scaled_terms(second.terms, alpha)
+    terms = _merged(first.terms, _scaled_terms(second.terms, alpha))
     scaled = first.scale is not None or second.scale is not None
     if not (terms or scaled) or not fits(sum(term.left.shape[-2] for term in terms), *a.shape[-2:]):
         return None
@@ -196,6 +196,19 @@ def _add(a: Any, b: Any, alpha: float = 1) -> LowRank | Tensor | None:
     if not scaled or not same(first.base, second.base):
         return None
     return LowRank(first.base, terms, _sum_of_scales(first.scale, second.scale, alpha))
+
+
+def _merged(first: tuple[Term, ...], second: tuple[Term, ...]) -> tuple[Term, ...]:
+    """The products of both; those with a factor in common (a layer's inputs, in every step) become one."""
+    terms = list(first)
+    for left, right in second:
+        for i, term in enumerate(first):
+            if same(term.right, right):
+                terms[i] = Term(terms[i].left + left, right)
+                break
+        else:
+            terms.append(Term(left, right))
+    return tuple(terms)
 
 
 def _sum_of_scales(a: Tensor | None, b: Tensor | None, alpha: float) -> Tensor:

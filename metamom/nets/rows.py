@@ -32,9 +32,11 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor | None:
         return None
     if dim not in (0, v.dim() - 1) or g.shape != tuple(n if i == dim else 1 for i, n in enumerate(v.shape)):
         return None
+    if dim == 0 and v.dim() == 2:  # any view would compute the entries of thin factors
+        return _WeightNorm.run(v, g)[0]  # type: ignore[no-any-return]
     rows = v.movedim(dim, 0)
     found: Tensor = _WeightNorm.run(rows.flatten(1), g.reshape(-1, 1))[0]
-    return found.view(rows.shape).movedim(0, dim) if v.dim() > 2 or dim else found
+    return found.view(rows.shape).movedim(0, dim)
 
 
 @cache
