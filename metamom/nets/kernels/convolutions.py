@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# One batched product on patches beats a convolution for each group if a group has few of them, and all stay in the cache.
+# If a group has few patches, and those of all groups stay in the cache, one batched product beats a convolution each.
 FEW = 256  # patches of a group
 SMALL = 6 * 2**20  # bytes
 
