@@ -118,5 +118,5 @@ def _rows(tensor: Tensor) -> Sequence[Tensor]:
     return (tensor.squeeze(0),) if tensor.shape[0] == 1 else tensor.unbind(0)
 
 
-def _stack(parts: Sequence[Tensor]) -> Tensor:
+def _stack(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)

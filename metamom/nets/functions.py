@@ -7,7 +7,7 @@ activations becomes part of the normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -238,8 +238,9 @@ class FastFunctions:
             return pooled
         self.seen = True
         steps = kernel_size if stride is None or stride == [] else stride
-        windows = [list(_pair(each)) for each in (kernel_size, steps, padding)]
-        return _images(average(_group(input), Averages(*windows, ceil_mode, count_include_pad, divisor_override)))
+        kernel, step, around = (list(_pair(each)) for each in (kernel_size, steps, padding))
+        windows = Averages(kernel, step, around, ceil_mode, count_include_pad, divisor_override)
+        return _images(average(_group(input), windows))
 
     def adaptive_avg_pool2d(self, input: Tensor, output_size: Any) -> Tensor:
         """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images."""
@@ -251,7 +252,7 @@ class FastFunctions:
     def lstm_cell(
         self,
         input: Tensor,
-        hx: Sequence[Tensor],
+        hx: tuple[Tensor, Tensor],
         w_ih: Tensor,
         w_hh: Tensor,
         b_ih: Tensor | None = None,

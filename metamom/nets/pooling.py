@@ -70,4 +70,5 @@ def _images(y: Tensor) -> Tensor:
 
 def _group(images: Tensor, like: Tensor) -> Tensor:
     """``[G N, C, H, W]`` as ``[G, N, H, W, C]``."""
-    return images.permute(0, 2, 3, 1).contiguous().unflatten(0, like.shape[:2])
+    last = images.permute(0, 2, 3, 1).contiguous()
+    return last.view(*like.shape[:2], *last.shape[1:])

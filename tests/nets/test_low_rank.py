@@ -138,21 +138,24 @@ def test_parts_and_repr():
     assert parts(matrices.entries())[0] is matrices.entries()
 
 
-def test_rows_of_one_base_add_up():
-    """With or without factors and on either side; two bases give plain entries."""
-    a = factors(1, base="shared", scaled=True)
-    weight = a.base
-    for other in (weight, factors(2, base="shared", scaled=True), LowRank(weight, factors(2).terms)):
-        for operation in (torch.add, torch.sub):
-            for x, y in ((a, other), (other, a)):
-                y = LowRank(weight, y.terms, y.scale) if isinstance(y, LowRank) else y  # the same memory
-                x = LowRank(weight, x.terms, x.scale) if isinstance(x, LowRank) else x
-                found = operation(x, y, alpha=0.3)
-                assert isinstance(found, LowRank)
-                torch.testing.assert_close(
-                    plain(found), operation(plain(x), plain(y), alpha=0.3), rtol=1e-12, atol=1e-12
-                )
-    assert not isinstance(a + factors(1, base="shared", scaled=True), LowRank)  # drawn again, elsewhere in memory
+@pytest.mark.parametrize("operation", [torch.add, torch.sub], ids=["add", "subtract"])
+def test_rows_of_one_base_add_up(operation):
+    """With or without factors, on either side; two bases give plain entries."""
+    first = factors(1, base="shared", scaled=True)
+    weight, scale = first.base, draw(T, OUT, 1, seed=23)
+    others = weight, LowRank(weight, factors(2).terms, scale), LowRank(weight, factors(2).terms)
+    for other in others:
+        for a, b in ((first, other), (other, first)):
+            found = operation(a, b, alpha=0.3)
+            assert isinstance(found, LowRank)
+            read_a, read_b = (LowRank(*factors_of(x)).entries() for x in (a, b))
+            torch.testing.assert_close(plain(found), operation(read_a, read_b, alpha=0.3), rtol=1e-12, atol=1e-12)
+    assert not isinstance(operation(first, factors(1, base="shared", scaled=True)), LowRank)  # elsewhere in memory
+
+
+def factors_of(tensor: Tensor) -> tuple[Tensor | None, tuple[Term, ...], Tensor | None]:
+    base, scale, terms = low_rank.factors(tensor)
+    return base, terms, scale
 
 
 def test_products_with_a_factor_in_common_become_one():

@@ -89,18 +89,22 @@ def test_the_second_derivatives_of_this_version_of_pytorch():
     assert (abs(second[0, 0].item() - true) > 1e-3) == rows.norms_are_constant()
 
 
-def of_parts(base: Tensor, scale: Tensor | None, *factors: Tensor) -> LowRank:
-    return LowRank(base, (Term(*factors),) if factors else (), scale)
+def weight() -> Tensor:
+    return draw(OUT, IN, seed=5).expand(T, OUT, IN)
+
+
+def term(rank: int) -> Term:
+    return Term(draw(T, rank, OUT, seed=6 + rank), draw(T, rank, IN, seed=16 + rank))
 
 
 MATRICES = {
-    "shared": lambda: draw(1, OUT, IN, seed=5).expand(T, OUT, IN),
+    "shared": weight,
     "plain": lambda: draw(T, OUT, IN, seed=6),
-    "product": lambda: LowRank(None, (Term(draw(T, 2, OUT, seed=7), draw(T, 2, IN, seed=8)),)),
-    "sum": lambda: LowRank(draw(OUT, IN, seed=5).expand(T, OUT, IN), (Term(draw(T, 2, OUT, seed=7), draw(T, 2, IN, seed=8)),
-                                                                   Term(draw(T, 1, OUT, seed=9), draw(T, 1, IN, seed=10)))),
-    "scaled": lambda: LowRank(draw(OUT, IN, seed=5).expand(T, OUT, IN), (), draw(T, OUT, 1, seed=11)),
-}  # fmt: skip
+    "product": lambda: LowRank(None, (term(2),)),
+    "sum": lambda: LowRank(weight(), (term(2), term(1))),
+    "scaled": lambda: LowRank(weight(), (), draw(T, OUT, 1, seed=11)),
+    "scaled sum": lambda: LowRank(weight(), (term(1),), draw(T, OUT, 1, seed=11)),
+}
 
 
 @pytest.mark.parametrize("a", MATRICES)
