@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cache
 
 import torch
 
@@ -11,6 +12,7 @@ import torch
 # the system when freed. The end of the heap returns to the system when more than M_TRIM_THRESHOLD of it is free.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _GIBIBYTE = 2**30
+_LARGEST_THAT_ADAPTS = 2**25 - 2**16  # bytes, a little less than glibc's own limit of 32 MiB
 _LARGEST_OF_OLD_GLIBC = 2**25
 
 
@@ -23,6 +25,19 @@ def out_of_memory(error: BaseException) -> str | None:
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not said_by_torch:
         return None
     return " ".join((why or str(error)).split()).removesuffix(".") or "an allocation failed"
+
+
+@cache
+def reuse_freed_memory() -> None:
+    """Let glibc adapt to tensors of many megabytes before the first of them, once in a process.
+
+    glibc raises both of its thresholds when a large allocation is freed: then later ones of that size come from the
+    heap, and twice as much may stay free at its end. With the thresholds that a few megabytes lead to, the end of the
+    heap returns to the system several times in each meta-gradient, and comes back in page faults. Freeing 32 MiB, the
+    most that glibc adapts to, avoids them; nothing is written to that memory. Up to 64 MiB stay in the process. It has
+    no effect if the process has set thresholds itself, nor with other allocators.
+    """
+    torch.empty(_LARGEST_THAT_ADAPTS, dtype=torch.uint8, device="cpu")
 
 
 def keep_freed_memory() -> bool:

@@ -63,7 +63,7 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
         for part in parts(tensor):
             storage = part.untyped_storage()
             sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
-        if isinstance(tensor, LowRank) and tensor.base is not None and tensor.terms:
+        if isinstance(tensor, LowRank) and tensor.base is not None and tensor.is_thin():
             thin[tensor.base.data_ptr()] = tensor.base.nbytes
         return saved
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec
 
 from metamom.batch import TaskBatch, block
+from metamom.common.allocator import reuse_freed_memory
 from metamom.common.checks import check_whole
 from metamom.common.trees import flattened, lone, mapped, restored
 from metamom.compile.graph import Compiled, CompileMode, check_compiler
@@ -170,6 +171,7 @@ class MetaGradients:
         Raises:
             ValueError: as `MAML.meta_gradient`.
         """
+        reuse_freed_memory()
         plan = self.plan()
         plan.check(batch)
         workers = check_whole("the number of workers", workers, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -99,7 +99,7 @@ def one_by_one(one_task: Callable[..., Any], *args: Any) -> Any:
         ValueError: if results of different tasks do not have the same structure and shapes.
     """
     leaves, spec = pytree.tree_flatten(args)
-    of_tasks = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+    of_tasks = zip(*(_rows(leaf) for leaf in leaves), strict=True)
     results = [pytree.tree_flatten(one_task(*pytree.tree_unflatten(list(own), spec))) for own in of_tasks]
     structures = {str(structure) for _, structure in results}
     shapes = {tuple(tuple(leaf.shape) for leaf in found) for found, _ in results}
@@ -109,5 +109,14 @@ def one_by_one(one_task: Callable[..., Any], *args: Any) -> Any:
             f"{', '.join(str([list(shape) for shape in each]) for each in sorted(shapes))}. Give all tasks the same "
             "number of points, and keep all of them in the model."
         )
-    stacked: list[Tensor] = [torch.stack(each) for each in zip(*(found for found, _ in results), strict=True)]
+    stacked: list[Tensor] = [_stack(each) for each in zip(*(found for found, _ in results), strict=True)]
     return pytree.tree_unflatten(stacked, results[0][1])
+
+
+def _rows(tensor: Tensor) -> Sequence[Tensor]:
+    """Each task's part; a lone one is a view whose derivative is not a copy."""
+    return (tensor.squeeze(0),) if tensor.shape[0] == 1 else tensor.unbind(0)
+
+
+def _stack(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)

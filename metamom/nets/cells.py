@@ -1,6 +1,6 @@
-"""Recurrent cells made of functions that batch under `torch.func.vmap`. vmap calls PyTorch's task by task.
+"""Recurrent cells made of functions that batch under `torch.func.vmap`.
 
-It cannot take `torch.lstm_cell` at all: a model with one runs in a loop over the tasks.
+vmap calls PyTorch's own task by task, and cannot take `torch.lstm_cell` at all.
 """
 
 from __future__ import annotations
@@ -43,6 +43,22 @@ def replacements(linear: Linear) -> dict[Callable[..., Any], Callable[..., Any]]
         torch.rnn_relu_cell: relu_cell,
         torch.gru_cell: gru_cell,
     }
+
+
+def lstm_cell(
+    linear: Linear,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_x: Tensor,
+    w_h: Tensor,
+    b_x: Tensor | None = None,
+    b_h: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`torch.lstm_cell` made of ``linear`` and functions of entries: the hidden state and the cell's."""
+    add, keep, new, show = (linear(x, w_x, b_x) + linear(h, w_h, b_h)).chunk(4, -1)
+    c = keep.sigmoid() * c + add.sigmoid() * new.tanh()
+    return show.sigmoid() * c.tanh(), c
 
 
 def fits(x: Tensor, h: Tensor, w_x: Tensor, w_h: Tensor, *biases: Tensor | None) -> bool:

@@ -21,6 +21,8 @@ from metamom.nets.convolution import convolve
 from metamom.nets.kernels.convolutions import Geometry
 from metamom.nets.linear import linear
 from metamom.nets.normalisation import Normalised, Pooling, normalise
+from metamom.nets.pooling import Averages, average
+from metamom.nets.rows import weight_norm
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -54,7 +56,10 @@ class FastFunctions:
             F.leaky_relu: self.leaky_relu,
             F.max_pool2d: self.max_pool2d,
             torch.max_pool2d: self.max_pool2d,
-            F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+            F.avg_pool2d: self.avg_pool2d,
+            F.adaptive_avg_pool2d: self.adaptive_avg_pool2d,
+            torch.lstm_cell: self.lstm_cell,
+            torch._weight_norm: self.weight_norm,
             **{cell: self._cell(cell, composed) for cell, composed in cells.replacements(self.linear).items()},
         }
 
@@ -106,6 +111,14 @@ class FastFunctions:
         found = linear(input, weight, bias)
         if found is None:
             return F.linear(input, weight, bias)
+        self.seen = True
+        return found
+
+    def weight_norm(self, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        """`torch._weight_norm`, of `torch.nn.utils.parametrizations.weight_norm`."""
+        found = weight_norm(v, g, dim) if _suitable(v, g) else None
+        if found is None:
+            return torch._weight_norm(v, g, dim)
         self.seen = True
         return found
 
@@ -208,6 +221,50 @@ class FastFunctions:
         windows = [n for each in (kernel_size, steps, padding, dilation) for n in _pair(each)]
         return _images(made.pooled(Pooling(windows, ceil_mode)))
 
+    def avg_pool2d(
+        self,
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        """`torch.nn.functional.avg_pool2d`."""
+        if not _is_channels_last(input):
+            args = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+            pooled: Tensor = on_any_layout(F.avg_pool2d, (input, *args), {})
+            return pooled
+        self.seen = True
+        steps = kernel_size if stride is None or stride == [] else stride
+        kernel, step, around = (list(_pair(each)) for each in (kernel_size, steps, padding))
+        windows = Averages(kernel, step, around, ceil_mode, count_include_pad, divisor_override)
+        return _images(average(_group(input), windows))
+
+    def adaptive_avg_pool2d(self, input: Tensor, output_size: Any) -> Tensor:
+        """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images."""
+        if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
+            return input.mean((-2, -1), keepdim=True)
+        pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
+        return pooled
+
+    def lstm_cell(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor],
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`torch.lstm_cell`, the hidden state and the cell's."""
+        h, c = hx
+        if c.shape != h.shape or c.dtype != h.dtype or not cells.fits(input, h, w_ih, w_hh, b_ih, b_hh):
+            return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+        self.seen = True
+        return cells.lstm_cell(self.linear, input, h, c, w_ih, w_hh, b_ih, b_hh)
+
     def _activate(self, input: Tensor, slope: float, inplace: bool) -> Tensor | None:
         made = self._normalised(input)
         if made is None or made.slope != 1 or not 0 <= slope < 1:
@@ -229,14 +286,6 @@ class FastFunctions:
         """The normalised activations that a tensor holds."""
         made: _Made | None = self._made[tensor] if isinstance(tensor, Tensor) and tensor in self._made else None
         return made.normalised if made is not None and made.version == _version(tensor) else None
-
-
-def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
-    """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images and size 1."""
-    if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
-        return input.mean((-2, -1), keepdim=True)
-    pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
-    return pooled
 
 
 def on_any_layout(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -263,6 +312,13 @@ def _images(group: Tensor) -> Tensor:
 def _channels_last(images: Tensor) -> Tensor:
     """The same images in the layout in which PyTorch's poolings are fast; its convolutions are slower in it."""
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _is_channels_last(input: Any) -> bool:
+    """Whether images ``[N, C, H, W]`` of one task, inside vmap, lie in memory as ``[N, H, W, C]``."""
+    if not isinstance(input, Tensor) or input.dim() != 4 or not torch._C._functorch.is_batchedtensor(input):
+        return False
+    return _suitable(input) and input.numel() > 0 and input.shape[1] > 1 and input.stride(1) == 1
 
 
 def _frozen(input: Tensor, *weights: Tensor | None) -> bool:

@@ -82,14 +82,17 @@ def _is_thin(input: Tensor, weight: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack():  # a graph is being traced
         return False
     if isinstance(matrices, LowRank):
-        return bool(matrices.terms)
+        return matrices.is_thin()
     out, fan_in = weight.shape
-    if out * fan_in < SMALLEST or not (are_many() or matrices.numel() >= SMALLEST_OF_ALL):
-        return False
-    return matrices.requires_grad and fits(input.numel() // max(fan_in, 1), out, fan_in)
+    return is_large(matrices) and matrices.requires_grad and fits(input.numel() // max(fan_in, 1), out, fan_in)
 
 
-class _OfTasks(Grouped):
+def is_large(matrices: Tensor) -> bool:
+    """Whether matrices ``[T, out, in]`` are worth the Python calls that parts of them take."""
+    return matrices.shape[1:].numel() >= SMALLEST and (are_many() or matrices.numel() >= SMALLEST_OF_ALL)
+
+
+class OfTasks(Grouped):
     """An operator on ``[T, ...]`` that vmap hands all tasks' arguments as they are."""
 
     @classmethod
@@ -101,16 +104,22 @@ class _OfTasks(Grouped):
                 return x
             return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
-        return cls.run(*(first(x, dim) for x, dim in zip(args, in_dims, strict=True))), 0
+        out = cls.run(*(first(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
 
 
-class _Product(_OfTasks):
+class _Product(OfTasks):
     """``x W^T``, or ``x W`` if ``flipped``: ``[T, N, in]`` and ``[T, out, in]`` to ``[T, N, out]``."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, flipped: bool) -> Tensor:
-        base, terms = factors(weight)
-        total = None if base is None else _times(x, base if flipped else base.mT)
+        base, scale, terms = factors(weight)
+        total = None
+        if base is not None and flipped:
+            total = times(x if scale is None else x * scale.mT, base)
+        elif base is not None:
+            total = times(x, base.mT)
+            total = total if scale is None else total.mul_(scale.mT)
         for left, right in terms:
             inner, outer = (left, right) if flipped else (right, left)
             weights = torch.bmm(x, inner.mT)
@@ -131,7 +140,7 @@ class _Product(_OfTasks):
         return to_x, _Gradient.run(*pair) if ctx.needs_input_grad[1] else None, None
 
 
-class _Gradient(_OfTasks):
+class _Gradient(OfTasks):
     """``left^T right``: ``[T, N, out]`` and ``[T, N, in]`` to ``[T, out, in]``, as factors if these are thin."""
 
     @staticmethod
@@ -151,7 +160,7 @@ class _Gradient(_OfTasks):
         return to_left, _Product.run(left, c, True) if ctx.needs_input_grad[1] else None
 
 
-def _times(x: Tensor, matrices: Tensor) -> Tensor:
+def times(x: Tensor, matrices: Tensor) -> Tensor:
     """``[T, N, a]`` times ``[T, a, b]``: one product if all tasks share the matrix."""
     if not shared(matrices):
         return torch.bmm(x, matrices)

@@ -51,6 +51,12 @@ def test_cells_with_one_state(cell, bias, points):
         check(cell, x, h, *weights(CELLS[cell], bias))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_cell_with_two_states(bias):
+    x, h, c = draw(TASKS, POINTS, INPUTS, seed=1), *(draw(TASKS, POINTS, HIDDEN, seed=i) for i in (2, 3))
+    check(lambda x, h, c, *w: torch.cat(torch.lstm_cell(x, (h, c), *w), -1), x, h, c, *weights(4, bias))
+
+
 @pytest.mark.parametrize(
     "shapes",
     [((4, 2), (1, 5), (15, 2), (15, 5)), ((4, 2), (4, 6), (15, 2), (15, 5)), ((4, 2), (4, 5), (12, 2), (15, 5))],
@@ -76,10 +82,10 @@ class Recurrent(nn.Module):
         state = None
         for i in range(x.shape[1]):
             state = self.cell(x[:, i], state)
-        return self.head(state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
 
 
-@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell])
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
 def test_meta_gradients_are_those_of_a_loop_without_a_warning(cell):
     torch.manual_seed(0)
     model = Recurrent(cell).double()

@@ -115,6 +115,29 @@ def test_what_pytorch_must_do_is_left_to_it(options):
     check(lambda x, w: F.conv2d(x, w, **options), draw(2, 3, 5, 5, seed=1), draw(2, 2, 3, 3, 3, seed=2), replaced=False)
 
 
+AVERAGES = {
+    "2": {"kernel_size": 2},
+    "overlapping": {"kernel_size": (3, 2), "stride": (2, 1)},
+    "padded": {"kernel_size": 3, "padding": 1, "stride": []},
+    "padding left out": {"kernel_size": [3], "padding": (1, 0), "count_include_pad": False},
+    "last windows cut": {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    "divisor": {"kernel_size": 2, "divisor_override": 3},
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.parametrize("layout", ["channels last", "channels first"])
+def test_average_pooling(name, layout):
+    x = draw(3, 2, 7, 6, 4, seed=1)
+    axes = (0, 3, 1, 2) if layout == "channels last" else (0, 1, 2, 3)
+
+    def model(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x.permute(axes) ** 2, **AVERAGES[name])
+
+    last = layout == "channels last"
+    check(model, x if last else x.permute(0, 1, 4, 2, 3).contiguous(), replaced=last)
+
+
 def test_errors_are_those_of_pytorch():
     run, _ = batched(lambda x, w: F.conv2d(x, w))
     for kernel in ((2, 4, 3, 3), (2, 3, 9, 9)):  # channels that do not match; a kernel that does not fit

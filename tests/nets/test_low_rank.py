@@ -19,10 +19,11 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def factors(*ranks: int, base: str | None = None, tasks: tuple[int, ...] = (T,)) -> LowRank:
+def factors(*ranks: int, base: str | None = None, tasks: tuple[int, ...] = (T,), scaled: bool = False) -> LowRank:
     terms = tuple(Term(draw(*tasks, n, OUT, seed=n), draw(*tasks, n, IN, seed=10 + n)) for n in ranks)
     own = {"shared": draw(OUT, IN, seed=20).expand(*tasks, OUT, IN), "each": draw(*tasks, OUT, IN, seed=21)}
-    return LowRank(None if base is None else own[base], terms)
+    scale = draw(*tasks, OUT, 1, seed=22) if scaled else None
+    return LowRank(None if base is None else own[base], terms, scale)
 
 
 KINDS = {
@@ -30,6 +31,9 @@ KINDS = {
     "two terms": lambda: factors(1, 2),
     "a shared weight": lambda: factors(1, base="shared"),
     "each task's weight": lambda: factors(1, 1, base="each"),
+    "a shared weight, with a factor for each row": lambda: factors(1, base="shared", scaled=True),
+    "the factors alone": lambda: factors(base="shared", scaled=True),
+    "each task's weight, with factors": lambda: factors(1, base="each", scaled=True),
 }
 KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "add": lambda m: m + factors(1),
@@ -66,7 +70,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "stack": lambda m: torch.stack([m, m]),
     "is finite": lambda m: m.isfinite(),
     "equal": lambda m: m.eq(m),
-    "too many terms": lambda m: m + factors(5),
+    "too many terms": lambda m: m + factors(6),
 }
 
 
@@ -132,6 +136,33 @@ def test_parts_and_repr():
     assert len(parts(matrices)) == 5
     assert repr(matrices) == f"LowRank(shape=[{T}, {OUT}, {IN}], base=True, terms=2)"
     assert parts(matrices.entries())[0] is matrices.entries()
+
+
+@pytest.mark.parametrize("operation", [torch.add, torch.sub], ids=["add", "subtract"])
+def test_rows_of_one_base_add_up(operation):
+    """With or without factors, on either side; two bases give plain entries."""
+    first = factors(1, base="shared", scaled=True)
+    weight, scale = first.base, draw(T, OUT, 1, seed=23)
+    others = weight, LowRank(weight, factors(2).terms, scale), LowRank(weight, factors(2).terms)
+    for other in others:
+        for a, b in ((first, other), (other, first)):
+            found = operation(a, b, alpha=0.3)
+            assert isinstance(found, LowRank)
+            read_a, read_b = (LowRank(*factors_of(x)).entries() for x in (a, b))
+            torch.testing.assert_close(plain(found), operation(read_a, read_b, alpha=0.3), rtol=1e-12, atol=1e-12)
+    assert not isinstance(operation(first, factors(1, base="shared", scaled=True)), LowRank)  # elsewhere in memory
+
+
+def factors_of(tensor: Tensor) -> tuple[Tensor | None, tuple[Term, ...], Tensor | None]:
+    base, scale, terms = low_rank.factors(tensor)
+    return base, terms, scale
+
+
+def test_products_with_a_factor_in_common_become_one():
+    left, right = draw(T, 2, OUT, seed=1), draw(T, 2, IN, seed=2)
+    total = LowRank(None, (Term(left, right),)) - LowRank(None, (Term(2 * left, right), Term(left, 3 * right)))
+    assert len(total.terms) == 2
+    torch.testing.assert_close(plain(total), -4 * left.mT @ right, rtol=1e-12, atol=1e-12)
 
 
 # ---- products

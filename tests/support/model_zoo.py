@@ -183,6 +183,7 @@ ZOO: dict[str, Callable[[], Problem]] = {
         # sequences
         "RNNCell": (recurrent_cell(nn.RNNCell), images(4, 2), 0),
         "GRUCell": (recurrent_cell(nn.GRUCell), images(4, 2), 0),
+        "LSTMCell": (recurrent_cell(nn.LSTMCell), images(4, 2), 0),
         "attention": (attention, SEQ, 0),
         "attention with all its options": (attention_with_all_options, SEQ, 0),
         "encoder and decoder": (encoder_and_decoder, SEQ, 0),
@@ -251,7 +252,6 @@ REFUSED: dict[str, tuple[Callable[[], Problem], str]] = {
         "RNN": (recurrent(nn.RNN), images(4, 2), 0, "per-task weights, in module 'cell'"),
         "GRU": (recurrent(nn.GRU), images(4, 2), 0, "per-task weights, in module 'cell'"),
         "LSTM": (recurrent(nn.LSTM), images(4, 2), 0, "per-task weights, in module 'cell'"),
-        "LSTMCell": (recurrent_cell(nn.LSTMCell), images(4, 2), 0, "per-task weights, in module 'cell'"),
         "embedding bag scaled by frequency": (
             bag(mode="mean", scale_grad_by_freq=True), words(5), WAYS, 'estimator="first-order"',
         ),

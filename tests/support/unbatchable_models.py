@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from problems import regression_batch
 from slow_maml import LossFn, Params, adapt_task
-from small_models import recurrent, recurrent_cell
+from small_models import recurrent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -162,7 +162,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GRU": (recurrent(nn.GRU, 3, 5), "'cell' (GRU)"),
     "LSTM": (recurrent(nn.LSTM, 3, 5), "'cell' (LSTM)"),
     "two layers, both directions": (recurrent(nn.LSTM, 3, 5, num_layers=2, bidirectional=True), "'cell' (LSTM)"),
-    "LSTMCell": (recurrent_cell(nn.LSTMCell, 3, 5), "'cell' (LSTMCell)"),
     ".item()": (Item, "Item itself"),
     ".tolist()": (List, "List itself"),
     ".numpy()": (Array, "Array itself"),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Patches up to this size stay in the cache: one batched product on them beats a convolution for each group.
+# If a group has few patches, and those of all groups stay in the cache, one batched product beats a convolution each.
+FEW = 256  # patches of a group
 SMALL = 6 * 2**20  # bytes
 
 
@@ -45,17 +46,18 @@ class Geometry(NamedTuple):
         )
         return high, wide
 
-    def patches_fit(self, images: int, out: Sequence[int], kernel: Tensor) -> bool:
-        """Whether the patches of so many images are small. ``kernel``: ``[..., C, kh, kw]``."""
-        entries = images * out[0] * out[1] * kernel.shape[-3] * kernel.shape[-2] * kernel.shape[-1]
-        return self.groups == 1 and entries * kernel.element_size() <= SMALL
+    def patches_fit(self, images: Sequence[int], out: Sequence[int], kernel: Tensor) -> bool:
+        """Whether the patches of groups of images, ``[G, N]``, are few and small. ``kernel``: ``[..., C, kh, kw]``."""
+        each = images[1] * out[0] * out[1]
+        entries = images[0] * each * kernel.shape[-3] * kernel.shape[-2] * kernel.shape[-1]
+        return self.groups == 1 and each <= FEW and entries * kernel.element_size() <= SMALL
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int]) -> Tensor:
     """``[G, N, H, W, C]``, kernels and biases ``[G, K]`` to ``[G, N, H', W', K]``."""
     geometry, kernel = Geometry.of(numbers), weight.shape[3:]
     out = geometry.size(x.shape[2:], kernel)
-    if geometry.patches_fit(x.shape[0] * x.shape[1], out, weight):
+    if geometry.patches_fit(x.shape[:2], out, weight):
         patches, matrix = _patches(x, kernel, geometry), _matrix(weight)
         product = torch.bmm(patches, matrix) if bias is None else torch.baddbmm(bias[:, None], patches, matrix)
         return product.view(*x.shape[:2], *out, -1)
@@ -72,7 +74,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[i
 def convolve_to_images(c: Tensor, weight: Tensor, numbers: Sequence[int], H: int, W: int) -> Tensor:
     """The cotangent of the images, from that of the result: ``[G, N, H', W', K]`` to ``[G, N, H, W, C]``."""
     geometry = Geometry.of(numbers)
-    if geometry.patches_fit(c.shape[0] * c.shape[1], c.shape[2:], weight):
+    if geometry.patches_fit(c.shape[:2], c.shape[2:], weight):
         taps = torch.bmm(c.flatten(1, 3), _matrix(weight).mT)
         return _fold(taps.view(*c.shape[:4], *weight.shape[3:], -1), geometry, H, W)
     shape = (c.shape[1], weight.shape[2] * geometry.groups, H, W)
@@ -87,7 +89,7 @@ def convolve_to_kernels(x: Tensor, c: Tensor, numbers: Sequence[int], kh: int, k
     geometry = Geometry.of(numbers)
     K, C = c.shape[4], x.shape[4] // geometry.groups
     like = c.new_empty(K, C, kh, kw)  # only its shape is used
-    if geometry.patches_fit(c.shape[0] * c.shape[1], c.shape[2:], like):
+    if geometry.patches_fit(c.shape[:2], c.shape[2:], like):
         product = torch.bmm(c.flatten(1, 3).mT, _patches(x, (kh, kw), geometry))
         return product.view(-1, K, kh, kw, C).permute(0, 1, 4, 2, 3).contiguous()
     return torch.stack(
