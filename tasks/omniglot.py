@@ -33,6 +33,7 @@ class Omniglot(Episodes):
             they unpack to); else ``$METAMOM_DATA``, else the per-user data folder.
         split: ``"train"`` (1,100 characters), ``"validation"`` (100) and ``"test"`` (423), or the publishers'
             ``"background"`` (964) and ``"evaluation"`` (659). Each split draws from the stream of its name.
+            The first three have no character in common, but alphabets; the last two have no alphabet in common.
         ways: classes of a task.
         shots: support drawings per class.
         queries: query drawings per class; shots + queries <= 20.

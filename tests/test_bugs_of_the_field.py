@@ -34,12 +34,15 @@ ZOO = "maml/test_model_zoo.py::test_a_model_trains_as_in_a_loop"
 COMPILED = "compile/test_compiled.py::test_second_derivatives_of_a_compiled_learner"
 CLIENTS = "interop/test_flower.py::test_three_of_six_clients"
 STATE = f"{COMPRESSION}::test_the_memory_belongs_to_a_worker_not_to_a_call"
+SPLITS = "tasks/test_omniglot.py::test_splits"
 EXACT = f"{GRADIENTS}::test_the_gradient_in_the_initial_weight"
 
 REPORTS = [
     # optimizers and wrappers
     Report("pytorch 196083", "load_state_dict shares the state in one process",
            ("optim/test_optim_from_sgd.py::test_loaded_states_are_copies",)),
+    Report("pytorch 192224", "a flattened checkpoint that lacks a parameter is a TypeError about a dict",
+           (f"{OPTIMIZERS}::test_a_checkpoint_that_lacks_a_parameter",)),
     Report("pytorch 111131", "bfloat16 cannot be reduced over gloo", (f"{OPTIMIZERS}::test_bfloat16_over_gloo",)),
     Report("gloo 454", "bfloat16 is not supported", (f"{OPTIMIZERS}::test_bfloat16_over_gloo",)),
     Report("pytorch 75666", "states of communication hooks cannot be saved",
@@ -80,6 +83,13 @@ REPORTS = [
            (f"{MODELS}::test_parts_of_a_model_that_are_registered_again",)),
     Report("learn2learn 314", "an unused parameter is an UnboundLocalError",
            (f"{MODELS}::test_parameters_that_a_task_does_not_use",)),
+    Report("pytorch 128711", "vmap cannot call a compiled function",
+           (f"{MODELS}::test_a_compiled_part_of_a_model",
+            "maml/test_vectorize.py::test_a_compiled_model_runs_as_if_it_were_not")),
+    Report("learn2learn 199", "does it work with an LSTM?",
+           (f"{MODELS}::test_recurrent_layers_use_the_adapted_weights",)),
+    Report("learn2learn 218", "an error with a frozen LSTM, and with a cell",
+           (f"{MODELS}::test_a_frozen_lstm_beneath_a_head",)),
     Report("higher 14", "weight norm fails in the inner loop",
            (f"{MODELS}::test_weight_norm_in_an_inner_loop",
             "maml/test_model_zoo.py::test_old_weight_norm_is_as_the_new_one")),
@@ -91,6 +101,10 @@ REPORTS = [
     # meta-gradients
     Report("pytorch/benchmark PR 349", "the MAML benchmark has no second derivatives", (EXACT,)),
     Report("MAML-Pytorch 26", "create_graph is missing: first order", (EXACT,)),
+    Report("MAML-Pytorch 32", "first or second order? create_graph is missing", (EXACT,)),
+    Report("learn2learn PR 244", "the loss is NaN in `adapt` if the learning rate is too high",
+           ("maml/test_not_finite.py::test_inner_steps_that_are_too_large",
+            "maml/test_not_finite.py::test_the_number_of_inner_steps_is_named")),
     Report("learn2learn 420", "the loss is the same after adapt",
            (f"{GRADIENTS}::test_the_loss_after_adaptation_is_that_of_the_adapted_weights",)),
     Report("learn2learn 230", "each step is slower than the last",
@@ -103,6 +117,10 @@ REPORTS = [
     Report("pytorch 91469", "compiled second derivatives are wrong, silently", (COMPILED,)),
     # normalisation
     Report("pytorch-maml 8", "why are running statistics turned off?", (f"{NORMS}::test_no_statistic_moves",)),
+    Report("pytorch-maml PR 7", "larger batches of queries give better results",
+           (f"{NORMS}::test_a_query_by_itself_is_predicted_as_among_others",)),
+    Report("higher 107", "test tasks leak into the running statistics",
+           (f"{NORMS}::test_no_task_of_an_evaluation_leaks_into_another",)),
     Report("LearningToCompare_FSL 48", "batch norm leaks the test queries",
            (f"{NORMS}::test_a_prediction_does_not_see_the_other_queries",)),
     Report("MAML++ 24", "batch norm ignores its evaluation mode", (f"{NORMS}::test_running_statistics_can_be_used",)),
@@ -111,10 +129,16 @@ REPORTS = [
     # data
     Report("easyfsl 44", "own data: sample larger than population",
            (f"{DATA}::test_too_few_classes_or_images", f"{DATA}::test_a_folder_without_images")),
+    Report("easyfsl 63", "must the classes have equally many queries?",
+           (f"{DATA}::test_classes_with_different_numbers_of_queries",)),
     Report("easyfsl 64", "own folder: sample larger than population", (f"{DATA}::test_a_folder_without_images",)),
     Report("easyfsl 68", "2 ways, 5 shots: sample larger than population",
            (f"{DATA}::test_too_few_classes_or_images", f"{DATA}::test_just_enough_classes_and_images")),
     Report("learn2learn 131", "n ways give fewer than n samples", (f"{DATA}::test_as_many_ways_as_asked",)),
+    Report("cbfinn/maml PR 14", "validation and test were swapped: 100 characters to test on", (SPLITS,)),
+    Report("prototypical-networks 7", "an alphabet is in both train and test", (SPLITS,)),
+    Report("MatchingNetworks 4", "only training images are normalised, and classes are of any alphabet",
+           (f"{DATA}::test_every_split_has_the_same_pixels", f"{DATA}::test_tasks_within_an_alphabet")),
     # compression
     Report("grace 7", "compensate() misses the argument name", (STATE,)),
     Report("grace 9", "is Top-K of the whole update or of each layer?",

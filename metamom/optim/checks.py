@@ -84,6 +84,34 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError("differentiable=True updates the tensors one by one: leave foreach=True out.")
 
 
+def check_state(state: Mapping[str, Any]) -> None:
+    """Check what an optimizer is to continue from, before anything changes.
+
+    Args:
+        state: with the groups of parameters, and the state of each parameter.
+
+    Raises:
+        ValueError: for a group that lacks options, options out of range, or a momentum that is not a tensor.
+    """
+    for number, group in enumerate(state["param_groups"]):
+        if missing := {"lr", "beta", "first_step", "weight_decay"} - set(group):
+            raise ValueError(
+                f"the state of CompositeMomentum lacks {', '.join(sorted(missing))} in a parameter group. Only states "
+                "of CompositeMomentum and torch.optim.SGD can be continued; start without another optimizer's."
+            )
+        check_options(group)
+        for index, p in enumerate(group["params"]):
+            each = state["state"].get(p)
+            if isinstance(each, Mapping) and not isinstance(each.get("momentum", p), Tensor):
+                # what torch.distributed.checkpoint makes of a flattened state that has no entry for a parameter
+                raise ValueError(
+                    f"the state has no momentum for parameter {index} of group {number}, of shape {tuple(p.shape)}; "
+                    f"got {each['momentum']!r:.40}. Was it frozen, or not there, when the state was saved? Leave its "
+                    'entry out of state["state"], or, with torch.distributed.checkpoint, load a state that is not '
+                    "flattened with strict=False: it starts with no momentum then."
+                )
+
+
 def check_beta(beta: Any) -> Any:
     if isinstance(beta, Tensor) and torch.compiler.is_compiling():
         return beta  # its value is not known while torch.compile traces

@@ -19,6 +19,7 @@ from metamom.optim.checks import (
     check_names,
     check_not_averaged,
     check_options,
+    check_state,
 )
 from metamom.optim.from_sgd import from_sgd, is_from_sgd
 from metamom.optim.fused import check_fused, fused_step_
@@ -169,14 +170,9 @@ class CompositeMomentum(Optimizer):
         """Restore a saved state, including one from an earlier version with fewer options.
 
         Raises:
-            ValueError: for options out of range; nothing changes then.
+            ValueError: for options out of range, or a parameter's momentum that is missing; nothing changes then.
         """
-        for group in state["param_groups"]:
-            if missing := {"lr", "beta", "first_step", "weight_decay"} - set(group):
-                raise ValueError(
-                    f"the state of CompositeMomentum lacks {', '.join(sorted(missing))} in a parameter group."
-                )
-            check_options(group)
+        check_state(state)
         super().__setstate__(state)
         self.defaults = Defaults(self.defaults)
         for p, each in self.state.items():

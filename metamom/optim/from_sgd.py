@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+STEP_SIZES = ("initial_lr", "max_lr", "min_lr")  # what torch's schedulers keep in a group, next to its lr
+
 
 def is_from_sgd(state: dict[str, Any]) -> bool:
     """Whether a state dict was saved by torch.optim.SGD."""
@@ -14,7 +16,8 @@ def from_sgd(state: dict[str, Any]) -> dict[str, Any]:
     """Rewrite SGD's state dict so that the steps after it are the same.
 
     SGD's buffer follows ``b <- m b + (1 - d) g`` with ``w <- w - lr b``. With beta = 1 - m, ``v = beta / (1 - d) b``
-    follows ``v <- (1 - beta) v + beta g``, and ``w <- w - lr (1 - d) / beta v``.
+    follows ``v <- (1 - beta) v + beta g``, and ``w <- w - lr (1 - d) / beta v``. The step sizes that a scheduler
+    keeps in a group change alike. Those in the scheduler's own state, its ``base_lrs``, are the caller's to change.
 
     Raises:
         ValueError: where there is no such beta: a momentum or dampening of 1 or more; a first step yet to come that
@@ -42,6 +45,9 @@ def from_sgd(state: dict[str, Any]) -> dict[str, Any]:
             if m and buffer is not None:
                 kept[key] = {"momentum": buffer * scale}
         options = {k: v for k, v in group.items() if k not in ("momentum", "dampening")}
+        options |= {name: group[name] / scale for name in ("lr", *STEP_SIZES) if name in group}
+        if group.get("fused") and group.get("nesterov"):
+            options["fused"] = None  # which has the same result, and there is no kernel for both here
         first_step = "gradient" if m and d == m else "zero"
-        groups.append({**options, "lr": group["lr"] / scale, "beta": beta, "first_step": first_step})
+        groups.append({**options, "beta": beta, "first_step": first_step})
     return {**state, "state": kept, "param_groups": groups}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from optimizers import make_params, set_gradients
@@ -43,6 +45,58 @@ def test_the_steps_after_it_are_sgds(options, moved):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
+def test_a_fused_nesterov_state():
+    """There is no such kernel here: the steps are the same without it."""
+    params, twins = make_params(torch.float64), make_params(torch.float64)
+    sgd = torch.optim.SGD(params, 0.01, momentum=0.9, nesterov=True, fused=True)
+    ours = CompositeMomentum(twins, lr=123.0)
+    ours.load_state_dict(sgd.state_dict())
+    for step in range(3):
+        for group, optimizer in ((params, sgd), (twins, ours)):
+            set_gradients(group, step)
+            optimizer.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer, last: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k), last),
+        lambda optimizer, last: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5, last),
+        lambda optimizer, last: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.05, total_steps=8, cycle_momentum=False, last_epoch=last
+        ),
+    ],
+    ids=["LambdaLR", "StepLR", "OneCycleLR"],
+)
+def test_a_schedule_goes_on(schedule, dampening):
+    """A scheduler made with ``last_epoch`` starts from the step sizes in the group, which change with its lr."""
+    params = make_params(torch.float64)
+    sgd = torch.optim.SGD(params, 0.01, momentum=0.9, dampening=dampening)
+    whole = schedule(sgd, -1)
+
+    def step(optimizer, group, scheduler, number):
+        set_gradients(group, number)
+        optimizer.step()
+        scheduler.step()
+
+    for number in range(3):
+        step(sgd, params, whole, number)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = CompositeMomentum(twins, lr=123.0)
+    ours.load_state_dict(sgd.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its first step is in its constructor, before the optimizer's
+        rest = schedule(ours, whole.last_epoch - 1)
+    for number in range(3, 7):
+        step(sgd, params, whole, number)
+        step(ours, twins, rest, number)
+        for p, q in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "moved", "message"),
     [
@@ -64,11 +118,11 @@ def test_states_without_an_equivalent_are_refused(options, moved, message):
     assert ours.state_dict() == before
 
 
-def test_a_state_of_adam_is_refused():
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.LBFGS])
+def test_a_state_of_another_optimizer_is_refused(other):
     params = make_params()
-    adam = torch.optim.Adam(params)
-    with pytest.raises(ValueError, match="the state of CompositeMomentum lacks beta"):
-        CompositeMomentum(params, lr=0.1).load_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match=r"CompositeMomentum lacks beta.* Only states of Comp.* and .*SGD"):
+        CompositeMomentum(params, lr=0.1).load_state_dict(other(params).state_dict())
 
 
 def test_loaded_states_are_copies():

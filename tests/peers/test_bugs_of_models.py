@@ -226,3 +226,50 @@ def test_weight_norm_in_an_inner_loop(old):
         hidden = torch.tanh(F.linear(batch.query_x[t], adapted[g][t] * direction, adapted["0.bias"][t]))
         wanted = F.linear(hidden, adapted["2.weight"][t], adapted["2.bias"][t])
         torch.testing.assert_close(predictions[t], wanted)
+
+
+class FrozenEncoder(nn.Module):
+    """An LSTM, or a cell of one in a loop, whose parameters are frozen, and a head that adapts, as in the report."""
+
+    def __init__(self, cell: bool) -> None:
+        super().__init__()
+        self.lstm: nn.Module = nn.LSTMCell(3, 4) if cell else nn.LSTM(3, 4, batch_first=True)
+        self.lstm.requires_grad_(False)
+        self.head = nn.Linear(4, 1)
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.cell:
+            return self.head(self.lstm(x)[0][:, -1])
+        state = None
+        for t in range(x.shape[1]):
+            state = self.lstm(x[:, t], state)
+        return self.head(state[0])
+
+
+@TASK_BY_TASK
+@pytest.mark.parametrize("cell", [False, True])
+def test_a_frozen_lstm_beneath_a_head(cell):
+    """learn2learn 218: "gradients referenced before assignment" if the LSTM was frozen, and with a cell."""
+    torch.manual_seed(0)
+    model = FrozenEncoder(cell).double()
+    assert list(MAML(model, F.mse_loss).meta_parameters()) == ["head.weight", "head.bias"]
+    check(Problem(model, F.mse_loss, regression_batch(tasks=2, support=4, dim=(5, 3))))
+
+
+@pytest.mark.parametrize("vectorize", ["auto", "loop"])
+def test_a_compiled_part_of_a_model(vectorize):
+    """pytorch 128711: `vmap` could not call a compiled function, if it had to be one graph."""
+    torch.manual_seed(0)
+    activation = torch.compile(lambda z: z.sin() * z, backend="aot_eager", fullgraph=True)
+    layer = torch.compile(nn.Linear(3, 3), backend="aot_eager", fullgraph=True)
+    parts = {"inner": nn.Linear(2, 3), "outer": nn.Linear(3, 1)}
+    model = Of(lambda self, x: self.outer(layer(activation(self.inner(x)))), layer=layer, **parts).double()
+    twin = Of(
+        lambda self, x: self.outer(self.layer(self.inner(x).sin() * self.inner(x))), layer=layer._orig_mod, **parts
+    )
+    batch = regression_batch(tasks=2)
+    found = MAML(model, F.mse_loss, inner_lr=0.1, vectorize=vectorize).meta_gradient(batch).grads
+    wanted = MAML(twin, F.mse_loss, inner_lr=0.1, vectorize="loop").meta_gradient(batch).grads
+    for grad, other in zip(wanted.values(), found.values(), strict=True):
+        torch.testing.assert_close(other, grad, rtol=1e-9, atol=1e-12)

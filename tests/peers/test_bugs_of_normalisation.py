@@ -11,7 +11,7 @@ from problems import WAYS, labelled_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom import MAML
+from metamom import MAML, TaskBatch, evaluate
 
 
 def network() -> nn.Sequential:
@@ -98,3 +98,44 @@ def test_second_derivatives_pass_through_the_statistics():
     torch.stack(losses).mean().backward()
     for name, w in weights.items():
         torch.testing.assert_close(found[name][0], w.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["support", "frozen"])
+def test_a_query_by_itself_is_predicted_as_among_others(norm):
+    """pytorch-maml PR 7: predictions were better for larger batches of queries, which were normalised together."""
+    model, batch = network(), labelled_batch(4)
+    learner = MAML(model, F.cross_entropy, inner_lr=0.1, norm=norm)
+    adapted = learner.adapt(batch.support_x, batch.support_y)
+    support = {"support_x": batch.support_x} if norm == "support" else {}
+    together = learner.predict(adapted, batch.query_x, **support)
+    for q in range(batch.query_x.shape[1]):
+        alone = learner.predict(adapted, batch.query_x[:, q : q + 1], **support)
+        torch.testing.assert_close(alone[:, 0], together[:, q])
+
+
+class Given:
+    """A sampler of tasks that are listed."""
+
+    def __init__(self, batch: TaskBatch, order: list[int]) -> None:
+        self.batch, self.order = batch, order
+
+    def sample(self, step: int, num_tasks: int) -> TaskBatch:
+        return TaskBatch(*(x[self.order[:num_tasks]] for x in self.batch[:4]))
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "frozen"])
+def test_no_task_of_an_evaluation_leaks_into_another(norm):
+    """higher 107: each test task moved the running statistics, and the next task saw what they had become.
+
+    Here a task has the same value whatever is evaluated before it, and a model in training mode keeps its statistics.
+    """
+    model, batch = network().train(), labelled_batch(4)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    learner = MAML(model, F.cross_entropy, inner_lr=0.1, norm=norm)
+    order = list(range(batch.num_tasks))
+    values = evaluate(learner, Given(batch, order), tasks=len(order), steps=(0, 1), metric="loss").values
+    back = evaluate(learner, Given(batch, order[::-1]), tasks=len(order), steps=(0, 1), metric="loss").values
+    torch.testing.assert_close(back.flip(1), values, rtol=1e-12, atol=1e-12)
+    last = evaluate(learner, Given(batch, order[-2:]), tasks=2, steps=(0, 1), metric="loss").values
+    torch.testing.assert_close(last, values[:, -2:], rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

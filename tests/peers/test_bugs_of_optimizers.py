@@ -11,7 +11,14 @@ import pytest
 import torch
 from distributed_cases import Case, run
 from forked import run_forked
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
+from metamom import CompositeMomentum
 from metamom.distributed import start
 
 CASES = {
@@ -48,3 +55,24 @@ def test_bfloat16_over_gloo(name, in_two_processes):
         assert q.dtype == torch.bfloat16
         eps = torch.finfo(q.dtype).eps  # sums in another order may round to the next number
         torch.testing.assert_close(q, p.detach(), rtol=2 * eps, atol=eps / 8)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_checkpoint_that_lacks_a_parameter(flat):
+    """pytorch 192224: a flattened one ended in a TypeError about a dict, far from what was missing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight.requires_grad_(False)
+    optimizer = CompositeMomentum(model.parameters(), lr=0.1)
+    model(torch.ones(3, 2)).square().sum().backward()
+    optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    model.zero_grad()
+    model[1].weight.requires_grad_(True)  # it was frozen when the checkpoint was written
+    fresh = CompositeMomentum(model.parameters(), lr=5.0)
+    said = "has no momentum for parameter 1 of group 0" if flat else "Missing optimizer state for parameter '1.weight'"
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        set_optimizer_state_dict(model, fresh, state, options=options)
+    assert fresh.param_groups[0]["lr"] == 5.0
+    assert not any(each["momentum"].any() for each in fresh.state.values())
