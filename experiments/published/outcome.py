@@ -15,7 +15,7 @@ FILE = "published.json"
 
 
 @dataclass(frozen=True)
-class Tested:
+class Measurement:
     """One evaluation on test tasks.
 
     Attributes:
@@ -74,11 +74,11 @@ class Outcome:
     meta_batch: int
     checkpoint: int
     minutes: float
-    tested: tuple[Tested, ...]
+    tested: tuple[Measurement, ...]
     sources: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
-    def named(self, name: str) -> Tested:
+    def named(self, name: str) -> Measurement:
         """The evaluation of this name."""
         return next(each for each in self.tested if each.name == name)
 

@@ -64,9 +64,8 @@ class Published:
         test_steps: adaptation steps of the published figures, by ways.
         figures: the published accuracies, by row.
         points: published mean squared errors of sinusoids: ``(test shots, adaptation steps, error)``.
-        shots_as_tested: whether a network is trained on as many shots as it is tested on; otherwise the settings have
-            the shots of training.
-        ensemble: the number of best checkpoints whose predictions are averaged at test.
+        same_shots: whether a network is trained on as many shots as it is tested on; otherwise the settings have the
+            shots of training.
     """
 
     title: str
@@ -78,8 +77,7 @@ class Published:
     test_steps: Mapping[int | None, Setting] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
     points: tuple[tuple[int, int, float], ...] = ()
-    shots_as_tested: bool = True
-    ensemble: int = 1
+    same_shots: bool = True
 
     def options(self, ways: int | None) -> dict[str, Any]:
         """The options of a `Recipe` for tasks of so many classes, without the meta-batch."""
@@ -186,7 +184,7 @@ _SINUSOID_MAML = Published(
     iterations=Setting(70_000, AUTHORS_CODE),
     meta_batch={None: Setting(25, AUTHORS_CODE)},
     points=((10, 1, 0.35), (10, 9, 0.2), (5, 1, 0.7), (5, 9, 0.35)),
-    shots_as_tested=False,
+    same_shots=False,
 )
 
 SINUSOID: Mapping[str, Published] = {
@@ -210,7 +208,7 @@ SINUSOID: Mapping[str, Published] = {
         iterations=Setting(70_000, f"{OURS}: MAML's, to compare on equal budgets"),
         meta_batch={None: Setting(25, f"{OURS}: MAML's, to compare on equal budgets")},
         points=((5, 1, 0.46),),
-        shots_as_tested=True,
+        same_shots=True,
     ),
 }
 """The methods on sinusoids, by the name that ``--recipe`` gives them."""

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from metamom.common import tables
 from metamom.common.intervals import student_halfwidth
-from metamom.experiments.published.outcome import Outcome, Tested
+from metamom.experiments.published.outcome import Measurement, Outcome
 from metamom.experiments.published.recipes import OMNIGLOT, ROWS, SINUSOID, Published
 from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 
@@ -119,7 +119,7 @@ def sinusoid_table(outcomes: Iterable[Outcome]) -> list[str]:
 
 def shown_at(outcome: Outcome, shots: int) -> bool:
     """Whether a run on sinusoids belongs to the figure's panel of so many shots."""
-    return outcome.shots == shots or not record(outcome).shots_as_tested
+    return outcome.shots == shots or not record(outcome).same_shots
 
 
 def sinusoid_figure(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -185,7 +185,7 @@ def _label(outcome: Outcome) -> str:
     return f"{record(outcome).title}, {OPTIMIZER_NAMES[outcome.optimizer]} {outcome.lr:g}"
 
 
-def _statistics(tested: Tested) -> str:
+def _statistics(tested: Measurement) -> str:
     return f"{tested.name} ({STATISTICS[tested.name]})"
 
 

@@ -12,7 +12,7 @@ from metamom.common.options import declared
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.options import RecipeOptions
 from metamom.experiments.published.budgets import length
-from metamom.experiments.published.outcome import Outcome, Tested, write
+from metamom.experiments.published.outcome import Measurement, Outcome, write
 from metamom.experiments.published.recipes import (
     BUDGETS,
     OMNIGLOT,
@@ -212,7 +212,7 @@ def reproduce(
     return outcome
 
 
-def tested(run: SavedRun, wanted: Plan, *, root: str | None, tasks: int) -> tuple[Tested, ...]:
+def tested(run: SavedRun, wanted: Plan, *, root: str | None, tasks: int) -> tuple[Measurement, ...]:
     """The evaluations on test tasks: on Omniglot with both kinds of statistics, on sinusoids with 5 and 10 points."""
     # tasks of `shots` support points, whatever the estimator trained on
     recipe = replace(run.recipe, estimator="exact", inner_batches="same")
@@ -221,13 +221,13 @@ def tested(run: SavedRun, wanted: Plan, *, root: str | None, tasks: int) -> tupl
         for shots in TEST_SHOTS:
             sampler = replace(recipe, shots=shots).sampler("test")
             found.append((f"{shots} shots", evaluate(run.learner, sampler, tasks=tasks, steps=SINUSOID_STEPS)))
-        return tuple(_as_tested(*each) for each in found)
+        return tuple(_as_measurement(*each) for each in found)
     ways = ROWS[wanted.row].ways
     steps = tuple(sorted({0, wanted.recipe.inner_steps, wanted.published.test_steps[ways].value}))
     sampler = recipe.sampler("test", root=root)
     both = [evaluate(run.learner, sampler, tasks=tasks, steps=steps, norm=norm) for norm in STATISTICS]
-    return tuple(_as_tested(str(each.norm), each) for each in both)
+    return tuple(_as_measurement(str(each.norm), each) for each in both)
 
 
-def _as_tested(name: str, result: Evaluation) -> Tested:
-    return Tested(name, result.steps, result.mean, result.halfwidth, result.values.shape[1], result.metric)
+def _as_measurement(name: str, result: Evaluation) -> Measurement:
+    return Measurement(name, result.steps, result.mean, result.halfwidth, result.values.shape[1], result.metric)
