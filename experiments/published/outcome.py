@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from metamom.common.files import write_atomically
+from metamom.common.intervals import normal_halfwidth
 from metamom.common.schema import read_record
+from metamom.evaluation import Evaluation
 
 FILE = "published.json"
+DIVERGED = 100.0  # mean squared error of a sinusoid; predictions within the range of the targets, ±5, have less
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,12 @@ class Measurement:
     Attributes:
         name: what sets it apart: the statistics that normalise (``"batch"``, ``"support"``), or the ``"5 shots"``.
         steps: numbers of adaptation steps, ``k`` of them.
-        mean: over the tasks, ``k`` values: accuracies in [0, 1], or mean squared errors.
-        halfwidth: of their 95 % intervals over the tasks.
-        tasks: their number.
+        mean: over the tasks that did not diverge, ``k`` values: accuracies in [0, 1], or mean squared errors.
+        halfwidth: of their 95 % intervals over these tasks.
+        tasks: their number, diverged ones among them.
         metric: ``"accuracy"`` or ``"loss"``.
+        diverged: tasks with an error above `DIVERGED`, or none that is finite, ``k`` numbers.
+        mean_of_all: over all tasks, ``k`` values; ``None`` if it is not finite.
     """
 
     name: str
@@ -33,6 +39,22 @@ class Measurement:
     halfwidth: tuple[float, ...]
     tasks: int
     metric: str
+    diverged: tuple[int, ...]
+    mean_of_all: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, name: str, result: Evaluation) -> Measurement:
+        """What `metamom.evaluate` has measured."""
+        means, halfwidths, diverged = [], [], []
+        for values in result.values:
+            kept = values if result.metric == "accuracy" else values[values <= DIVERGED]  # NaN is not
+            diverged.append(len(values) - len(kept))
+            means.append(float(kept.mean()))
+            error = float(kept.std()) / math.sqrt(max(1, len(kept)))
+            halfwidths.append(normal_halfwidth(error, result.confidence))
+        every = tuple(mean if math.isfinite(mean) else None for mean in result.mean)
+        tasks = result.values.shape[1]
+        return cls(name, result.steps, tuple(means), tuple(halfwidths), tasks, result.metric, tuple(diverged), every)
 
     def at(self, steps: int) -> tuple[float, float]:
         """The mean and the half-width after so many steps."""

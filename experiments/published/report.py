@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from metamom.common import tables
 from metamom.common.intervals import student_halfwidth
-from metamom.experiments.published.outcome import Measurement, Outcome
+from metamom.experiments.published.outcome import DIVERGED, Measurement, Outcome
 from metamom.experiments.published.recipes import OMNIGLOT, ROWS, SINUSOID, Published
 from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 
@@ -46,26 +46,34 @@ def record(outcome: Outcome) -> Published:
 
 
 def lines(outcome: Outcome) -> list[str]:
-    """What a finished run prints: its evaluations beside the published figure."""
-    published = record(outcome)
-    first = outcome.tested[0]
-    found = [title(outcome), ""]
-    if outcome.row is None:
-        found.append(f"{'steps':>5}  " + "  ".join(f"{each.name:<16}" for each in outcome.tested) + "  published")
-        for number, steps in enumerate(first.steps):
-            cells = [f"{each.mean[number]:.3f} ± {each.halfwidth[number]:.3f}" for each in outcome.tested]
+    """What a finished run prints: its evaluations beside the published figures."""
+    published, tests = record(outcome), outcome.tested
+    rows = [["steps", *map(_heading, tests), "published"]]
+    for number, steps in enumerate(tests[0].steps):
+        if outcome.row is None:
             marks = [f"{error:g} ({shots} shots)" for shots, at, error in published.points if at == steps]
-            found.append(f"{steps:>5}  {'  '.join(f'{cell:<16}' for cell in cells)}  {', '.join(marks)}".rstrip())
-    else:
-        found.append(
-            f"{'steps':>5}  " + "  ".join(f"{_statistics(each):<24}" for each in outcome.tested) + "  published"
-        )
-        tested_at = published.test_steps[ROWS[outcome.row].ways].value
-        for number, steps in enumerate(first.steps):
-            cells = [f"{_per_cent(each.mean[number], each.halfwidth[number])} %" for each in outcome.tested]
-            mark = str(published.figures.get(outcome.row, "")) if steps == tested_at else ""
-            found.append(f"{steps:>5}  {'  '.join(f'{cell:<24}' for cell in cells)}  {mark}".rstrip())
-    return [*found, f"({first.tasks} test tasks, ± 95 %; the checkpoint after {outcome.checkpoint:,} iterations)"]
+        else:
+            at = published.test_steps[ROWS[outcome.row].ways].value
+            marks = [f"{published.figures[outcome.row]} %"] if steps == at and outcome.row in published.figures else []
+        rows.append([str(steps), *(_cell(each, number) for each in tests), ", ".join(marks)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    found = [title(outcome), ""]
+    found += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if any(any(each.diverged) for each in tests):
+        found.append(f"(diverged: tasks with an error above {DIVERGED:g}, which the means leave out)")
+    return [*found, f"({tests[0].tasks} test tasks, ± 95 %; the checkpoint after {outcome.checkpoint:,} iterations)"]
+
+
+def _heading(test: Measurement) -> str:
+    return f"{test.name} ({STATISTICS[test.name]})" if test.name in STATISTICS else test.name
+
+
+def _cell(test: Measurement, number: int) -> str:
+    mean, halfwidth = test.mean[number], test.halfwidth[number]
+    if test.metric == "accuracy":
+        return f"{100 * mean:.2f} ± {100 * halfwidth:.2f} %"
+    diverged = f", {test.diverged[number]} diverged" if test.diverged[number] else ""
+    return f"{mean:.3f} ± {halfwidth:.3f}{diverged}"
 
 
 def omniglot_table(outcomes: Iterable[Outcome]) -> list[str]:
@@ -73,18 +81,8 @@ def omniglot_table(outcomes: Iterable[Outcome]) -> list[str]:
 
     With several seeds, the mean of their accuracies and Student's 95 % interval; with one, its interval over tasks.
     """
-    head = (
-        "row",
-        "method",
-        "budget",
-        "outer optimizer",
-        "seeds",
-        "transductive, %",
-        "inductive, %",
-        "published",
-        "minutes",
-    )
-    found = tables.head(*head)
+    accuracies = [f"{name}, %" for name in STATISTICS.values()]
+    found = tables.head("row", "method", "budget", "outer optimizer", "seeds", *accuracies, "published", "minutes")
     grouped = _grouped(each for each in outcomes if each.row is not None)
     order = list(ROWS)
     for _, runs in sorted(grouped.items(), key=lambda item: (order.index(str(item[1][0].row)), item[0])):
@@ -102,7 +100,10 @@ def omniglot_table(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def sinusoid_table(outcomes: Iterable[Outcome]) -> list[str]:
-    """A table in Markdown of the runs on sinusoids: mean squared errors after 0, 1, 5 and 10 steps."""
+    """A table in Markdown of the runs on sinusoids: mean squared errors after 0, 1, 5 and 10 steps.
+
+    Means leave out tasks that diverged, and say how many they were, of all seeds' tasks.
+    """
     after = [f"{steps} step{'s' if steps != 1 else ''}" for steps in SHOWN_STEPS]
     found = tables.head("tested with", "method", "outer optimizer", "seeds", *after)
     grouped = _grouped(each for each in outcomes if each.row is None)
@@ -111,10 +112,17 @@ def sinusoid_table(outcomes: Iterable[Outcome]) -> list[str]:
             if not shown_at(runs[0], shots):
                 continue
             tests = [run.named(f"{shots} shots") for run in runs]
-            cells = [_over_seeds([test.at(steps) for test in tests], 1, 3) for steps in SHOWN_STEPS]
+            cells = [
+                _over_seeds([test.at(steps) for test in tests], 1, 3) + _diverged(tests, steps) for steps in SHOWN_STEPS
+            ]
             optimizer = f"{OPTIMIZER_NAMES[runs[0].optimizer]}, {runs[0].lr:g}"
             found.append(tables.row(f"{shots} points", record(runs[0]).title, optimizer, len(runs), *cells))
     return found
+
+
+def _diverged(tests: Sequence[Measurement], steps: int) -> str:
+    number = sum(test.diverged[test.steps.index(steps)] for test in tests)
+    return f", {number} of {sum(test.tasks for test in tests):,} diverged" if number else ""
 
 
 def shown_at(outcome: Outcome, shots: int) -> bool:
@@ -183,14 +191,6 @@ def _labels(grouped: Mapping[tuple[object, ...], Sequence[Outcome]]) -> list[str
 
 def _label(outcome: Outcome) -> str:
     return f"{record(outcome).title}, {OPTIMIZER_NAMES[outcome.optimizer]} {outcome.lr:g}"
-
-
-def _statistics(tested: Measurement) -> str:
-    return f"{tested.name} ({STATISTICS[tested.name]})"
-
-
-def _per_cent(mean: float, halfwidth: float) -> str:
-    return f"{100 * mean:.2f} ± {100 * halfwidth:.2f}"
 
 
 def _over_seeds(values: Sequence[tuple[float, float]], factor: int, digits: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from metamom.common.choices import Norm
 from metamom.common.did_you_mean import did_you_mean
 from metamom.common.options import declared
-from metamom.evaluation import Evaluation, evaluate
+from metamom.evaluation import evaluate
 from metamom.experiments.options import RecipeOptions
 from metamom.experiments.published.budgets import length
 from metamom.experiments.published.outcome import Measurement, Outcome, write
@@ -221,13 +221,9 @@ def tested(run: SavedRun, wanted: Plan, *, root: str | None, tasks: int) -> tupl
         for shots in TEST_SHOTS:
             sampler = replace(recipe, shots=shots).sampler("test")
             found.append((f"{shots} shots", evaluate(run.learner, sampler, tasks=tasks, steps=SINUSOID_STEPS)))
-        return tuple(_as_measurement(*each) for each in found)
+        return tuple(Measurement.of(*each) for each in found)
     ways = ROWS[wanted.row].ways
     steps = tuple(sorted({0, wanted.recipe.inner_steps, wanted.published.test_steps[ways].value}))
     sampler = recipe.sampler("test", root=root)
     both = [evaluate(run.learner, sampler, tasks=tasks, steps=steps, norm=norm) for norm in STATISTICS]
-    return tuple(_as_measurement(str(each.norm), each) for each in both)
-
-
-def _as_measurement(name: str, result: Evaluation) -> Measurement:
-    return Measurement(name, result.steps, result.mean, result.halfwidth, result.values.shape[1], result.metric)
+    return tuple(Measurement.of(str(each.norm), each) for each in both)

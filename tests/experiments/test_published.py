@@ -189,7 +189,7 @@ def made(seed: int, accuracy: float, **changes: object) -> Outcome:
     """An outcome on Omniglot with a transductive accuracy after three steps; an inductive one of 0.1 less."""
     steps = (0, 1, 3)
     tested = tuple(
-        Measurement(name, steps, (0.2, 0.3, accuracy - less), (0.01,) * 3, 1000, "accuracy")
+        Measurement(name, steps, (0.2, 0.3, accuracy - less), (0.01,) * 3, 1000, "accuracy", (0,) * 3, (None,) * 3)
         for name, less in (("batch", 0.0), ("support", 0.1))
     )
     return replace(
@@ -199,10 +199,24 @@ def made(seed: int, accuracy: float, **changes: object) -> Outcome:
 
 
 def on_sinusoids(seed: int, recipe: str, shots: int, error: float) -> Outcome:
-    tested = tuple(
-        Measurement(f"{k} shots", tuple(range(11)), (error,) * 11, (0.01,) * 11, 1000, "loss") for k in (5, 10)
-    )
+    errors = (error,) * 11
+    measured = (tuple(range(11)), errors, (0.01,) * 11, 1000, "loss", (0,) * 11, errors)
+    tested = tuple(Measurement(f"{shots} shots", *measured) for shots in (5, 10))
     return Outcome("sinusoid", recipe, None, shots, "published", "adam", 0.001, seed, 70_000, 25, 70_000, 5.0, tested)
+
+
+def test_tasks_that_diverge_are_counted_and_left_out():
+    values = torch.tensor([[1.0, 2.0, 3.0, 100.0], [1.0, 3.0, 101.0, math.nan]], dtype=torch.float64)
+    result = metamom.evaluation.Evaluation((0, 1), tuple(values.mean(1).tolist()), (0.0, 0.0), values, "loss", 0.95)
+    found = Measurement.of("5 shots", result)
+    assert found.diverged == (0, 2)
+    assert found.mean == (26.5, 2.0)
+    assert found.halfwidth[1] == pytest.approx(1.959964 * math.sqrt(2) / math.sqrt(2))
+    assert found.mean_of_all == (26.5, None)
+    outcome = replace(on_sinusoids(0, "maml", 10, 0.4), tested=(found, found))
+    said = report.lines(outcome)
+    assert said[4].split("  ")[-2:] == ["2.000 ± 1.960, 2 diverged", "0.35 (10 shots), 0.7 (5 shots)"]
+    assert "error above 100" in said[5]
 
 
 def test_tables_over_seeds():
