@@ -23,6 +23,7 @@ from metamom.experiments.published.recipes import (
     Budget,
     Published,
 )
+from metamom.experiments.published.report import sinusoid_figure
 from metamom.experiments.recipe_training import train_recipe
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.saved import SavedRun, load_run
@@ -164,7 +165,7 @@ def reproduce(
     """Train as planned, or go on where an interrupted run stopped, then test and write `published.json`.
 
     The run directory is one of ``metamom train``, which `metamom.load`, ``metamom evaluate`` and ``metamom report``
-    read.
+    read. A run on sinusoids also gets ``figures/published.png``, its error against adaptation steps.
 
     Args:
         wanted: from `plan_omniglot` or `plan_sinusoid`.
@@ -209,6 +210,8 @@ def reproduce(
         environment(),
     )
     write(outcome, run_dir)
+    if outcome.row is None:
+        sinusoid_figure(Path(run_dir) / "figures" / "published.png", [outcome])
     return outcome
 
 

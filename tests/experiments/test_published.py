@@ -135,6 +135,7 @@ def test_a_run_is_an_ordinary_run(finished):
         assert outcome.named(f"{shots} shots").mean == pytest.approx(again.mean, rel=1e-6)
     assert cli.main(["evaluate", str(finished), "--tasks", "4"]) == 0
     assert outcome.sources["iterations"].startswith("the authors' code")
+    assert (finished / "figures" / "published.png").stat().st_size > 10_000
 
 
 def test_resumed_as_in_one_go(finished, tmp_path):
