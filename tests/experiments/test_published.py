@@ -86,8 +86,8 @@ def test_short_budgets_take_as_long_as_each_other():
     for row, name in itertools.product(ROWS, OMNIGLOT):
         each = plan_omniglot(row, name)
         recipe = each.recipe
-        points = recipe.ways * recipe.shots * (2 * recipe.inner_steps + 1)
-        seconds = SECONDS_A_PASS * each.iterations * recipe.meta_batch * points
+        steps = 0.5 if name == "anil" else recipe.inner_steps
+        seconds = SECONDS_A_PASS * each.iterations * recipe.meta_batch * recipe.ways * recipe.shots * (2 * steps + 1)
         assert 0.9 * SHORT_SECONDS < seconds <= SHORT_SECONDS or each.iterations == 60_000
 
 
