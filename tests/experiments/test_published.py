@@ -262,3 +262,17 @@ def test_a_collection(finished, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         collect.main()
     assert "no finished run" in capsys.readouterr().err
+
+
+def test_the_page_has_the_figures_and_budgets():
+    page = Path(__file__).parents[2] / "docs" / "results" / "omniglot.md"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text(encoding="utf-8").splitlines()]
+    for method in OMNIGLOT.values():
+        assert [method.title, *(str(method.figures.get(row, "")) for row in ROWS)] in rows
+    for row in ROWS:
+        long, short = (plan_omniglot(row, "maml", budget=budget) for budget in ("published", "short"))
+        (found,) = [cells for cells in rows if cells[:1] == [f"`{row}`"]]
+        steps = OMNIGLOT["maml"].test_steps[long.recipe.ways].value
+        assert found[1:3] == [f"{long.recipe.inner_steps}, {steps}", str(long.recipe.inner_lr)]
+        budgets = [f"{each.iterations:,} × {each.recipe.meta_batch}" for each in (long, short)]
+        assert [cell.removesuffix(" tasks") for cell in found[3:]] == budgets
