@@ -36,7 +36,8 @@ def pretrained(name: str) -> Pretrained:
     """Load a trained network that comes with metamom. Nothing is downloaded, and no code is read from the file.
 
     Args:
-        name: ``"omniglot-5w1s"``: a `Conv4` for 5-way 1-shot tasks of 28 x 28 characters, strokes 1 on 0.
+        name: such as ``"omniglot-5w1s"``, a `Conv4` for 5-way 1-shot tasks of characters, ``[1, 28, 28]`` in [0, 1],
+            strokes 1 on 0. The error for an unknown name lists those that this version has.
 
     Returns:
         A `Pretrained`; each call makes a new network.
