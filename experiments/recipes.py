@@ -257,6 +257,9 @@ class Recipe(RecipeOptions):
             compile=self.compile,
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
             norm=self.norm,
+            multi_step=self.multi_step,
+            first_order_until=self.first_order_until,
+            step_norms=self.step_norms,
         )
 
     def check_outputs(self, learner: MAML, tasks: TaskFamily | FixedTasks) -> None:

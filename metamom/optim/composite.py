@@ -23,6 +23,7 @@ from metamom.optim.checks import (
 from metamom.optim.from_sgd import from_sgd, is_from_sgd
 from metamom.optim.fused import check_fused, fused_step_
 from metamom.optim.groups import Defaults, take_scheduled_momentum
+from metamom.optim.initialisation import only_makes_state, without_a_gradient
 from metamom.optim.last_gradient import keep_last_gradients
 from metamom.optim.sharded import check_norm_is_known, total_norm
 from metamom.optim.update import (
@@ -141,6 +142,7 @@ class CompositeMomentum(Optimizer):
             "differentiable": differentiable,
         }
         check_options(defaults)
+        self._waiting: set[Tensor] = set()  # parameters with a momentum that no gradient has entered yet
         super().__init__(as_parameters(params), Defaults(defaults))
 
     @property
@@ -183,6 +185,7 @@ class CompositeMomentum(Optimizer):
         for group in self.param_groups:
             for name, value in LATER.items():
                 group.setdefault(name, value)
+        self._waiting = without_a_gradient(self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Options that it does not set come from the constructor."""
@@ -241,6 +244,9 @@ class CompositeMomentum(Optimizer):
 
     def _step(self) -> None:
         pending = [self._pending(group) for group in self.param_groups]  # all checks before any weight moves
+        if only_makes_state(self.state, self.param_groups):
+            self._make_state(pending)
+            return
         moves = []
         for each in pending:
             if not each.params:
@@ -284,6 +290,7 @@ class CompositeMomentum(Optimizer):
         plain_sgd = not isinstance(beta, Tensor) and beta == 1
         if plain_sgd and not group["differentiable"] and not torch.compiler.is_compiling():
             keep_last_gradients(self.state, params, grads, own=own)
+            self._waiting.difference_update(params)
             return grads
         started = self._start(pending._replace(grads=grads))
         moving, new_grads = params, grads
@@ -307,16 +314,31 @@ class CompositeMomentum(Optimizer):
     def _start(self, pending: _Pending) -> list[bool]:
         """Make the momenta that do not exist yet: v_{-1}. Returns which ones did exist."""
         group, params, grads = pending
-        started = ["momentum" in self.state[p] for p in params]
+        started = self._started(params)
         for has_begun, p, g in zip(started, params, grads, strict=True):
             if not has_begun:  # v_{-1} = g_0 gives v_0 = g_0
                 self.state[p]["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
+        if self._waiting:
+            self._waiting.difference_update(params)
         return started
+
+    def _started(self, params: list[Tensor]) -> list[bool]:
+        if self._waiting:
+            return ["momentum" in self.state[p] and p not in self._waiting for p in params]
+        return ["momentum" in self.state[p] for p in params]
+
+    def _make_state(self, pending: list[_Pending]) -> None:
+        """Make zero momenta, into which no gradient has entered."""
+        for each in pending:
+            for p in each.params:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            self._waiting.update(each.params)
+            forget(each.params)
 
     def _step_fused(self, pending: _Pending) -> None:
         group = pending.group
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        fresh = group["first_step"] == "gradient" and not all("momentum" in self.state[p] for p in pending.params)
+        fresh = group["first_step"] == "gradient" and not all(self._started(pending.params))
         if fresh and found_inf is not None and found_inf.item():
             return  # the first gradient to be finite is g_0
         started = self._start(pending)
