@@ -61,6 +61,7 @@ class Published:
         iterations: of the published budget.
         meta_batch: tasks an iteration in the published budget, by ways (``None`` for tasks without classes).
         of_ways: further options of a `Recipe`, by ways.
+        shares: options of a `Recipe` that are numbers of iterations, as shares of all of them.
         test_steps: adaptation steps of the published figures, by ways.
         figures: the published accuracies, by row.
         points: published mean squared errors of sinusoids: ``(test shots, adaptation steps, error)``.
@@ -74,6 +75,7 @@ class Published:
     iterations: Setting
     meta_batch: Mapping[int | None, Setting]
     of_ways: Mapping[int | None, Settings] = field(default_factory=dict)
+    shares: Settings = field(default_factory=dict)
     test_steps: Mapping[int | None, Setting] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
     points: tuple[tuple[int, int, float], ...] = ()
@@ -85,7 +87,7 @@ class Published:
 
     def sources(self, ways: int | None) -> dict[str, str]:
         """Where each value comes from, by its name."""
-        found = {**self.settings, **self.of_ways.get(ways, {}), "iterations": self.iterations}
+        found = {**self.settings, **self.of_ways.get(ways, {}), **self.shares, "iterations": self.iterations}
         found |= {"meta_batch": self.meta_batch[ways]}
         if ways in self.test_steps:
             found["test_steps"] = self.test_steps[ways]
@@ -123,8 +125,22 @@ _OMNIGLOT_MAML = Published(
 _FIRST_ORDER = Setting("first-order", f"{MAML}, section 5.2")
 _META_SGD = "Li, Zhou, Chen and Li (2017), arXiv 1707.09835"
 _ONE_STEP = Setting(1, f"{_META_SGD}, which adapts in one step")
-_IMAML = "Rajeswaran, Finn, Kakade and Levine (2019), arXiv 1909.04630"
-_IMAML_CODE = "the authors' code, github.com/aravindr93/imaml_dev, examples/README.md"
+_PLUS = "Antoniou, Edwards and Storkey (2019), arXiv 1810.09502"
+_PLUS_CODE = (
+    "the authors' code, github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch, experiment_config/omniglot_maml++"
+)
+_FIVE = Setting(5, f"{_PLUS_CODE}: number_of_training_steps_per_iter, number_of_evaluation_steps_per_iter")
+_PARTS_OF_PLUS = {  # but for those of batch normalisation
+    "optimizer": Setting("adam", f"{_PLUS}, section 5"),
+    "lr": Setting(0.001, f"{_PLUS_CODE}: meta_learning_rate"),
+    "schedule": Setting("cosine", f"{_PLUS}, section 4, from 0.001; here to 0 instead of 0.00001"),
+    "learn_inner_lr": Setting("tensor-step", f"{_PLUS}, section 4: for each layer and step"),
+    "inner_steps": _FIVE,
+}
+_SHARES_OF_PLUS = {
+    "multi_step": Setting(10 / 150, f"{_PLUS_CODE}: multi_step_loss_num_epochs 10, of the paper's 150"),
+    "first_order_until": Setting(50 / 150, f"{_PLUS}, section 4: 50 epochs; the authors' code has none on Omniglot"),
+}
 
 OMNIGLOT: Mapping[str, Published] = {
     "maml": _OMNIGLOT_MAML,
@@ -166,6 +182,26 @@ OMNIGLOT: Mapping[str, Published] = {
         iterations=Setting(60_000, AS_MAML),
         meta_batch={5: Setting(32, AS_MAML), 20: Setting(16, AS_MAML)},
         figures={"20w1s": Figure(96.2), "20w5s": Figure(98.0)},
+    ),
+    "maml++": Published(
+        title="MAML++",
+        paper=_PLUS,
+        settings={
+            **_PARTS_OF_PLUS,
+            "step_norms": Setting(True, f"{_PLUS}, section 4: scale and offset for each step"),
+            "inner_lr": Setting(0.1, f"{_PLUS_CODE}: init_inner_loop_learning_rate"),
+            "queries": Setting(1, f"{_PLUS_CODE}: num_target_samples"),
+        },
+        iterations=Setting(75_000, f"{_PLUS}, section 5: 150 epochs of 500 iterations"),
+        meta_batch={5: Setting(16, f"{_PLUS}, section 5"), 20: Setting(8, f"{_PLUS}, section 5")},
+        shares=_SHARES_OF_PLUS,
+        test_steps={5: _FIVE, 20: _FIVE},
+        figures={
+            "5w1s": Figure(99.47),
+            "5w5s": Figure(99.93),
+            "20w1s": Figure(97.65, 0.05),
+            "20w5s": Figure(99.33, 0.03),
+        },
     ),
 }
 """The methods on Omniglot, by the name that ``--recipe`` gives them."""
@@ -209,6 +245,15 @@ SINUSOID: Mapping[str, Published] = {
         meta_batch={None: Setting(25, f"{OURS}: MAML's, to compare on equal budgets")},
         points=((5, 1, 0.46),),
         same_shots=True,
+    ),
+    "maml++": replace(
+        _SINUSOID_MAML,
+        title="MAML++",
+        paper=_PLUS,
+        settings={**_SINUSOID_MAML.settings, **_PARTS_OF_PLUS},
+        iterations=Setting(70_000, f"{OURS}: MAML's, to compare on equal budgets; the paper has no sinusoids"),
+        shares=_SHARES_OF_PLUS,
+        points=(),
     ),
 }
 """The methods on sinusoids, by the name that ``--recipe`` gives them."""

@@ -126,13 +126,15 @@ def plan(
     options = published.options(ways)
     options = {"shots": shots, **options}
     options = {"queries": options["shots"], **options}
-    long = length(published, budget, ways, options)
-    options |= {"meta_batch": long.meta_batch, "schedule": long.schedule}
+    planned = length(published, budget, ways, options)
+    total = iterations or planned.iterations
+    options |= {"meta_batch": planned.meta_batch, "schedule": planned.schedule}
+    options |= {name: round(share.value * total) for name, share in published.shares.items()}
     chosen = optimizer or str(options["optimizer"])
     options |= _outer(experiment, chosen, options, lr)
     check_known(name, options)
     recipe = Recipe(task=experiment, ways=ways, seed=seed, compile="auto", device=device, **options)
-    return Plan(experiment, name, published, row, budget, chosen, recipe, iterations or long.iterations)
+    return Plan(experiment, name, published, row, budget, chosen, recipe, total)
 
 
 def check_known(name: str, options: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def test_every_plan_is_a_run():
         assert each.recipe.meta_batch is not None
         assert each.recipe.optimizer == ("adam" if each.optimizer == "adam" else "momentum")
         assert each.recipe.beta == (1.0 if each.optimizer == "sgd" else 0.1)
-        assert each.recipe.queries == each.recipe.shots
+        assert each.recipe.queries == (1 if each.name == "maml++" and each.row else each.recipe.shots)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,19 @@ def test_short_budgets_take_as_long_as_each_other():
         each = plan_omniglot(row, name)
         recipe = each.recipe
         steps = 0.5 if name == "anil" else recipe.inner_steps
-        seconds = SECONDS_A_PASS * each.iterations * recipe.meta_batch * recipe.ways * recipe.shots * (2 * steps + 1)
+        passes = recipe.ways * (2 * steps * recipe.shots + recipe.queries)
+        seconds = SECONDS_A_PASS * each.iterations * recipe.meta_batch * passes
         assert 0.9 * SHORT_SECONDS < seconds <= SHORT_SECONDS or each.iterations == 60_000
+
+
+def test_parts_of_maml_plus_plus():
+    """Losses of all steps in 10 of 150 epochs, no second derivatives in 50 of them."""
+    long = plan_omniglot("20w1s", "maml++", budget="published").recipe
+    assert (long.multi_step, long.first_order_until, long.schedule) == (5_000, 25_000, "cosine")
+    assert (long.learn_inner_lr, long.inner_steps, long.inner_lr, long.meta_batch) == ("tensor-step", 5, 0.1, 8)
+    assert long.step_norms
+    brief = plan_sinusoid(5, "maml++", iterations=30).recipe
+    assert (brief.multi_step, brief.first_order_until, brief.step_norms) == (2, 10, False)
 
 
 def test_maml_on_sinusoids_trains_one_network():
@@ -105,7 +116,7 @@ def test_maml_on_sinusoids_trains_one_network():
         (lambda: plan_omniglot("5w2s", "maml"), "row must be one of 5w1s, 5w5s, 20w1s, 20w5s; got '5w2s'"),
         (lambda: plan_omniglot("5w1s", "mamle"), "did you mean maml?"),
         (lambda: plan_sinusoid(7, "maml"), "shots must be one of 5, 10; got 7"),
-        (lambda: plan_sinusoid(5, "anil"), "recipe must be one of maml, fomaml, meta-sgd; got 'anil'"),
+        (lambda: plan_sinusoid(5, "anil"), "recipe must be one of maml, fomaml, meta-sgd, maml++; got 'anil'"),
         (lambda: plan_sinusoid(5, "maml", budget="long"), "budget must be one of short, published"),
         (lambda: plan_sinusoid(5, "maml", optimizer="lion"), "optimizer must be one of adam, sgd, composite"),
         (lambda: check_known("new", {"lr": 1, "memory": 2}), "the recipe new sets memory, which"),
