@@ -19,6 +19,10 @@ for name in names:
     importlib.import_module(name)
 assert {{"metamom.tasks.omniglot", "metamom.experiments.compare"}} <= set(names), names
 assert (pathlib.Path(metamom.__file__).parent / "py.typed").exists()
+from metamom.nets import pretrained, shipped
+assert sorted(path.stem for path in shipped.FOLDER.glob("*.json")) == {weights!r}
+for name in {weights!r}:
+    pretrained(name)
 print(f"imported {{len(names)}} modules")
 """
 
@@ -38,7 +42,9 @@ def main() -> None:
             line for line in (CHECKOUT / "requirements-dev.txt").read_text().splitlines() if line.startswith("torch==")
         ]
         subprocess.run([python, *pip, "install", *pins, str(wheel)], check=True, cwd=place)
-        subprocess.run([python, "-c", IMPORT_ALL.format(environment=str(environment))], check=True, cwd=place)
+        weights = sorted(path.stem for path in (CHECKOUT / "metamom" / "nets" / "weights").glob("*.json"))
+        program = IMPORT_ALL.format(environment=str(environment), weights=weights)
+        subprocess.run([python, "-c", program], check=True, cwd=place)
         subprocess.run([str(environment / "bin" / "metamom"), "--version"], check=True, cwd=place)
 
 

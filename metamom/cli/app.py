@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import metamom
-from metamom.cli import adapt, bias, compare, data, evaluate, export, report, reproduce, train
+from metamom.cli import adapt, bias, compare, data, evaluate, export, report, reproduce, reproduce_published, train
 from metamom.cli.config_file import read_flags
 from metamom.cli.parser import Parser
 
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export.run,
     "bias": bias.run,
     "reproduce": reproduce.run,
+    "published": reproduce_published.run,
     "table": reproduce.run_table,
     "data": data.run,
 }

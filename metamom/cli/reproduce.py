@@ -1,9 +1,10 @@
-"""``metamom reproduce``: the paper's two experiments, and our runs next to the authors'."""
+"""``metamom reproduce``: the paper's two experiments next to the authors', and published recipes of the field."""
 
 from __future__ import annotations
 
 import argparse
 
+from metamom.cli import reproduce_published
 from metamom.cli.flags import add_data_root, add_device, flag, switch
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import long_count, number, path, seed, task_count
@@ -12,7 +13,7 @@ from metamom.experiments.defaults import EPOCHS
 
 def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the parser."""
-    experiments = kinds.add_parser("reproduce", help="the paper's experiments, run by run").add_subparsers(
+    experiments = kinds.add_parser("reproduce", help="published experiments, run by run").add_subparsers(
         required=True, metavar="EXPERIMENT"
     )
     for dataset, epochs in EPOCHS.items():
@@ -41,6 +42,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         flag(own, "--seed", "of the initial weights", type=seed, default=0)
         add_device(own, default="cpu")
         flag(own, "--chunk", "nodes at a time", "as many as fit into 2 GB in all", type=task_count, metavar="N")
+    reproduce_published.add(experiments)
     table = experiments.add_parser(
         "table",
         help="our runs next to the authors'",

@@ -6,7 +6,6 @@ import argparse
 import os
 import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamom.cli.flags import add_options, add_processes, given_flags, run_options
@@ -36,9 +35,9 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
+    from metamom.experiments.recipe_training import train_recipe
     from metamom.experiments.recipes import Recipe
     from metamom.training.interrupts import TrainingInterrupted
-    from metamom.training.loop import train
 
     keep_freed_memory()
     given = world.broadcast_object(lambda: kept_options(arguments)) | given_flags(arguments)
@@ -47,46 +46,15 @@ def run(arguments: argparse.Namespace, world: World) -> int:
             "--beta, --first-step and --normalize belong to --optimizer momentum; got --optimizer "
             f"{given['optimizer']}."
         )
-    recipe = Recipe(task=arguments.task, **given).over(arguments.iterations)
-    learner = recipe.learner(initial=not world.broadcast_object(lambda: _goes_on(arguments)))
-    optimizer = recipe.make_optimizer(learner)
+    recipe = Recipe(task=arguments.task, **given)
     options = run_options(arguments)
+    track_bias = options.pop("track_bias")
     options["run_dir"] = arguments.run_dir or world.broadcast_object(
         lambda: f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
-    if recipe.root is not None and Path(options["run_dir"]).resolve().is_relative_to(Path(recipe.root).resolve()):
-        raise ValueError(
-            f"the run would be written into the folder of images {recipe.root}: name another folder with --run-dir."
-        )
     _warn_of_restarts(arguments, world)
-    if arguments.track_bias is not None:
-        from metamom.experiments.bias_report import tracking
-
-        options["track_bias"] = tracking(recipe, arguments.track_bias, root=arguments.data_root)
-    sampler = recipe.sampler(root=arguments.data_root)
-    validation = recipe.sampler("validation", root=arguments.data_root)
-    recipe.check_outputs(learner, sampler)
-    recipe = recipe.with_kept(sampler, validation)
-    assert recipe.meta_batch is not None
     try:
-        result = train(
-            learner,
-            optimizer,
-            sampler,
-            **options,
-            meta_batch=recipe.meta_batch,
-            workers=recipe.workers,
-            bias=recipe.operator(),
-            aggregate=recipe.aggregate,
-            clip_grad=recipe.clip_grad,
-            schedulers=recipe.schedulers(optimizer),
-            callbacks=recipe.callbacks(),
-            validation=validation,
-            settings=recipe.settings(),
-            free=recipe.free(),
-            world=world,
-            label=f"train {recipe.task}",
-        )
+        result = train_recipe(recipe, options, root=arguments.data_root, track_bias=track_bias, world=world)
     except TrainingInterrupted as interrupt:
         if world.size == 1 and interrupt.unfinished:
             print(f"continue: {continued(arguments, str(options['run_dir']))}")
@@ -94,14 +62,6 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     if world.first:
         _print(result, options)
     return 0
-
-
-def _goes_on(arguments: argparse.Namespace) -> bool:
-    """Whether a checkpoint will replace the initial weights, so that their file is not read again."""
-    from metamom.training.checkpoints import Checkpoints
-
-    there = arguments.resume and arguments.run_dir is not None
-    return bool(there and Checkpoints(Path(arguments.run_dir) / "checkpoints").beyond_start())
 
 
 def _print(result: TrainResult, options: dict[str, Any]) -> None:
