@@ -45,7 +45,7 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
-        "multi_step": 3, "first_order_until": 0, "step_norms": False,
+        "multi_step": 3, "first_order_until": 0, "step_norms": False, "learner_kind": "maml", "head": None,
         "init": None, "init_except": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
