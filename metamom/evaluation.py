@@ -17,6 +17,7 @@ from metamom.common.kinds import named_type
 from metamom.common.trees import Tree
 from metamom.common.watching import Watched
 from metamom.distributed import World, as_world, digest
+from metamom.ensemble import Ensemble
 from metamom.judging import judged, judged_by_protocol
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.learner import MAML
@@ -193,7 +194,7 @@ def evaluate(
         all_values,
         name_of(metric) if metric is not None else "accuracy" if bool(is_accuracy.any()) else "loss",
         confidence,
-        statistics_used(learner.model, learner.norm) if isinstance(learner, MAML) else None,
+        _statistics(learner),
     )
 
 
@@ -346,9 +347,15 @@ def _with_options(learner: Adaptable, norm: Norm | None, inner_lr: float | None)
     given = [name for name, value in (("norm", norm), ("inner_lr", inner_lr)) if value is not None]
     if not given:
         return learner
-    if not isinstance(learner, MAML):
+    if not isinstance(learner, MAML | Ensemble):
         raise TypeError(f"{' and '.join(given)} can be chosen for a metamom.MAML; got {named_type(learner)}.")
     return learner.like(norm=norm, inner_lr=inner_lr)
+
+
+def _statistics(learner: Adaptable) -> Norm | None:
+    """What the normalisations of a learner used, if it has any."""
+    one = learner.learners[0] if isinstance(learner, Ensemble) else learner
+    return statistics_used(one.model, one.norm) if isinstance(one, MAML) else None
 
 
 def _weights(learner: Adaptable) -> list[Tensor]:

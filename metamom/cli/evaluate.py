@@ -24,14 +24,14 @@ from metamom.cli.flags import (
     trained_with,
 )
 from metamom.cli.parser import Parser
-from metamom.common.flag_types import path, step_count
+from metamom.common.flag_types import path, step_count, task_count
 from metamom.common.numbers import plural
 
 if TYPE_CHECKING:
     from metamom.batch import Sampler
     from metamom.cli.results import Row
     from metamom.distributed import World
-    from metamom.evaluation import Evaluation
+    from metamom.evaluation import Adaptable, Evaluation
     from metamom.loading import LoadedRun
     from metamom.task_metrics import Metric
 
@@ -53,6 +53,14 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     own = leaf.add_argument_group("run")
     own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
     add_checkpoint(own)
+    flag(
+        own,
+        "--ensemble",
+        "instead of one checkpoint, the mean of the predictions of the K best by validation among those kept",
+        "none",
+        type=task_count,
+        metavar="K",
+    )
     add_model(own)
     add_device(own, default="cpu")
     add_metric(own)
@@ -76,6 +84,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
+    from metamom.checkpoint_ensemble import ensemble_of
     from metamom.cli.results import as_json, evaluated, table, write_csv, write_record
     from metamom.evaluation import evaluate
     from metamom.loading import load
@@ -88,8 +97,12 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     sampler = run.sampler(arguments.split, root=arguments.data_root, **asked)
     metric = chosen_metric(arguments)
     options = {"tasks": arguments.tasks, "stream": arguments.split, "world": world, "metric": metric}
+    learner: Adaptable = run.learner
+    members: list[int] = []
+    if arguments.ensemble is not None:
+        learner, members = ensemble_of(run, arguments.ensemble)
     result = evaluate(
-        run.learner, sampler, steps=arguments.steps, norm=arguments.norm, inner_lr=arguments.inner_lr, **options
+        learner, sampler, steps=arguments.steps, norm=arguments.norm, inner_lr=arguments.inner_lr, **options
     )
     baselines = _baselines(run, sampler, result, arguments, options) if arguments.baselines else {}
     if not world.first:
@@ -108,9 +121,14 @@ def run(arguments: argparse.Namespace, world: World) -> int:
             answer["data_sha256"] = sampler.data_sha256
         print(json.dumps(answer))
         return 0
+    trained = (
+        f"the mean of iterations {', '.join(map(str, members))}"
+        if members
+        else (f"trained for {run.step} {plural(run.step, 'iteration')}")
+    )
     print(
-        f"{tasks_in_words(run, asked)}, split {arguments.split}, {arguments.tasks} tasks, trained for {run.step} "
-        f"{'; '.join([plural(run.step, 'iteration'), *result.normalised, *_drawn_from(sampler)])}"
+        f"{tasks_in_words(run, asked)}, split {arguments.split}, {arguments.tasks} tasks, "
+        f"{'; '.join([trained, *result.normalised, *_drawn_from(sampler)])}"
     )
     print("\n".join(table(result, baselines)))
     return 0

@@ -8,11 +8,13 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from metamom.cli.flags import add_options, add_processes, given_flags, run_options
+from metamom.cli.flags import add_options, add_processes, flag, given_flags, run_options
 from metamom.cli.parser import Parser
 from metamom.cli.resuming import continued, kept_options
 from metamom.common.numbers import plural
 from metamom.experiments.families import FAMILIES
+from metamom.experiments.options import task_defaults
+from metamom.experiments.published.methods import METHODS, method
 
 if TYPE_CHECKING:
     from metamom.distributed import World
@@ -28,7 +30,16 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         )
         leaf.set_defaults(run=run, task=task, leaf=leaf, data_root=None)
         for title in ("task", "learner", "bias", "optimizer", "run"):
-            add_options(leaf.add_argument_group(title), task, "train")
+            group = leaf.add_argument_group(title)
+            if title == "learner":
+                flag(
+                    group,
+                    "--recipe",
+                    "train as a published method does: its settings are the defaults of the other flags",
+                    "none",
+                    choices=list(METHODS[task]),
+                )
+            add_options(group, task, "train")
         add_processes(leaf.add_argument_group("processes"))
 
 
@@ -40,14 +51,17 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     from metamom.training.interrupts import TrainingInterrupted
 
     keep_freed_memory()
+    options = run_options(arguments)
     given = world.broadcast_object(lambda: kept_options(arguments)) | given_flags(arguments)
+    if arguments.recipe is not None:
+        ways = given.get("ways", task_defaults(arguments.task)["ways"])
+        given = method(arguments.task, arguments.recipe, ways, options["iterations"]) | given
     if given.get("optimizer", "momentum") != "momentum" and {"beta", "first_step", "normalize"} & set(given):
         raise ValueError(
             "--beta, --first-step and --normalize belong to --optimizer momentum; got --optimizer "
             f"{given['optimizer']}."
         )
     recipe = Recipe(task=arguments.task, **given)
-    options = run_options(arguments)
     track_bias = options.pop("track_bias")
     options["run_dir"] = arguments.run_dir or world.broadcast_object(
         lambda: f"runs/{recipe.task}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -167,7 +167,17 @@ class Options:
         record="length",
         flag=Flag("run", "iterations between checkpoints", type=long_count, metavar="N", commands=("train",)),
     )
-    keep_checkpoints: int = option(3, check=_keep_checkpoints)
+    keep_checkpoints: int = option(
+        3,
+        check=_keep_checkpoints,
+        flag=Flag(
+            "run",
+            "newest checkpoints to keep, besides the best; evaluate --ensemble chooses among them",
+            type=task_count,
+            metavar="N",
+            commands=("train",),
+        ),
+    )
     settings: Mapping[str, Any] | None = option(None, check=_settings)
     free: Collection[str] = option((), check=_free)
     callbacks: Callback | Sequence[Callback] | None = option(())

@@ -203,3 +203,24 @@ def test_module_runs_from_anywhere(tmp_path):
     assert "trained for 1 iteration" in done.stdout
     assert re.fullmatch(r"train sinusoid: 1/1 it, .*\n", done.stderr)  # lines, since there is no terminal for a bar
     assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_published_recipe_sets_the_defaults(metamom, tmp_path):
+    """MAML++: its parts are options of the run, shares of its iterations; flags that are given stay as they are."""
+    said = metamom(
+        "train", "sinusoid", "--recipe", "maml++", "--iterations", "6", "--lr", "0.01", "--meta-batch", "2",
+        "--shots", "3", "--queries", "2", "--evaluate-tasks", "5", "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert said.code == 0, said
+    settings = read_config(tmp_path / "run")["settings"]
+    expected = {
+        "learn_inner_lr": "tensor-step", "inner_steps": 5, "multi_step": 0, "first_order_until": 2, "optimizer": "adam",
+        "schedule": "cosine:6", "lr": 0.01, "meta_batch": 2, "shots": 3, "step_norms": False,
+    }  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+
+
+def test_an_unknown_recipe(metamom):
+    said = metamom("train", "sinusoid", "--recipe", "maml+")
+    assert said.code == 2
+    assert "did you mean maml" in said.err

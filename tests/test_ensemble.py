@@ -1,0 +1,109 @@
+"""The mean of several learners' predictions, and the best checkpoints of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metamom import MAML, evaluate, load, train
+from metamom.checkpoint_ensemble import ensemble_of
+from metamom.ensemble import Ensemble
+from metamom.tasks import Episodes, Sinusoid
+
+
+def network(seed: int, out: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(1 if out == 1 else 4, 5), nn.Tanh(), nn.Linear(5, out)).double()
+
+
+def adapted(learner: MAML, x: Tensor, y: Tensor, query_x: Tensor) -> Tensor:
+    """The predictions of one task after two inner steps, by a plain loop."""
+    weights = dict(learner.model.named_parameters())
+    for _ in range(2):
+        loss = learner.loss_fn(torch.func.functional_call(learner.model, weights, (x,)), y)
+        grads = torch.autograd.grad(loss, list(weights.values()))
+        weights = {name: w - 0.1 * g for (name, w), g in zip(weights.items(), grads, strict=True)}
+    return torch.func.functional_call(learner.model, weights, (query_x,)).detach()
+
+
+def test_of_numbers_it_is_the_mean():
+    members = [MAML(network(seed), F.mse_loss, inner_lr=0.1) for seed in range(3)]
+    sampler = Sinusoid(shots=4, queries=3)
+    found = evaluate(Ensemble(members), sampler, tasks=5, steps=(0, 2))
+    batch = sampler.with_stream("test").sample(0, 5)
+    for t in range(5):
+        x, y, query_x, query_y = (field[t].double() for field in batch[:4])
+        mean = torch.stack([adapted(member, x, y, query_x) for member in members]).mean(0)
+        torch.testing.assert_close(found.values[1, t], F.mse_loss(mean, query_y))
+
+
+def test_of_classes_it_is_the_mean_of_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(60, 1, 2, 2, generator=generator), torch.arange(60) // 6
+    sampler = Episodes(images, labels, ways=3, shots=1, queries=2)
+    members = [MAML(network(seed, 3), F.cross_entropy, inner_lr=0.1) for seed in range(3)]
+    batch = sampler.with_stream("test").sample(0, 7).to("cpu", torch.float64)
+    right, loss = [], []
+    for x, y, query_x, query_y in zip(*batch[:4], strict=True):
+        mean = torch.stack([adapted(member, x, y, query_x).softmax(1) for member in members]).mean(0)
+        right.append((mean.argmax(1) == query_y).double().mean())
+        loss.append(F.nll_loss(mean.log(), query_y))
+    found = evaluate(Ensemble(members), sampler, tasks=7, steps=(2,))
+    assert found.metric == "accuracy"
+    torch.testing.assert_close(found.values[0], torch.stack(right))
+    found = evaluate(Ensemble(members), sampler, tasks=7, steps=(2,), metric="loss")
+    torch.testing.assert_close(found.values[0], torch.stack(loss))
+
+
+def test_one_member_is_itself_with_any_statistics():
+    net = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1))
+    learner = MAML(net, F.mse_loss, inner_lr=0.1)
+    for options in ({}, {"norm": "support"}, {"inner_lr": 0.02}):
+        alone, found = (
+            evaluate(each, Sinusoid(shots=4), tasks=4, steps=(0, 1), **options)
+            for each in (learner, Ensemble([learner]))
+        )
+        torch.testing.assert_close(found.values, alone.values)
+        assert found.normalised == alone.normalised
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Twelve steps with a validation and a checkpoint every two, of which the newest four and the best are kept."""
+    folder = tmp_path_factory.mktemp("ensemble") / "run"
+    learner = MAML(network(0).float(), F.mse_loss, inner_lr=0.02)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
+    train(
+        learner, optimizer, Sinusoid(shots=4), iterations=12, meta_batch=2, validation=Sinusoid(shots=4),
+        evaluate_every=2, evaluate_tasks=20, checkpoint_every=2, keep_checkpoints=4, run_dir=folder,
+    )  # fmt: skip
+    return load(folder, model=lambda: network(0).float())
+
+
+def test_the_best_of_the_kept_checkpoints(run):
+    ensemble, steps = ensemble_of(run, 3)
+    validations = {line["step"] + 1: line["validation"] for line in run.metrics if "validation" in line}
+    kept = {6, 8, 10, 12} | {min(validations, key=validations.get)}
+    assert steps == sorted(kept, key=validations.get)[:3]
+    assert run.step == steps[0]
+    for p, q in zip(ensemble.learners[0].parameters(), run.learner.parameters(), strict=True):
+        assert torch.equal(p, q)
+    values = evaluate(ensemble, Sinusoid(shots=4), tasks=6, steps=(1,)).values
+    single = [evaluate(each, Sinusoid(shots=4), tasks=6, steps=(1,)).values for each in ensemble.learners]
+    assert (values <= torch.stack(single).mean(0) + 1e-6).all()  # the squared error is convex
+
+
+def test_more_members_than_checkpoints(run):
+    with pytest.raises(ValueError, match=r"has kept \d\. Train with"):
+        ensemble_of(run, 9)
+    with pytest.raises(ValueError, match="the size of an ensemble must be >= 1"):
+        ensemble_of(run, 0)
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match="at least one learner"):
+        Ensemble([])
+    with pytest.raises(TypeError, match=r"of metamom\.MAML; got"):
+        Ensemble([nn.Linear(1, 1)])
