@@ -23,9 +23,11 @@ from metamom.maml.loss_readings import LossReadings
 from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
+from metamom.maml.proximal import Proximal, ProximalLike, as_proximal, check_proximal
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
 from metamom.maml.server_step import Backward as Backward
+from metamom.maml.solves import Solves
 from metamom.maml.swapping import alone, named
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import TRACKING, Memory, check_tracking
@@ -49,6 +51,7 @@ class Configured(nn.Module):
         estimator: Estimator = "exact",
         inner_batches: InnerBatches = "same",
         tracking: float | None = None,
+        proximal: ProximalLike | None = None,
         learn_inner_lr: LearnInnerLR = False,
         adapt: Iterable[str] | Callable[[str], bool] | None = None,
         chunk_size: ChunkSize = "auto",
@@ -64,6 +67,7 @@ class Configured(nn.Module):
         check_option("vectorize", vectorize)
         check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
         check_compile(compile)
+        check_proximal(estimator, proximal, inner_steps, learn_inner_lr is not False, compile is True)
         check_kind(model)
         if vectorize == "vmap":
             check_hooks(model)
@@ -74,6 +78,8 @@ class Configured(nn.Module):
         self.inner_steps = inner_steps
         self.estimator: Estimator = estimator
         self.inner_batches: InnerBatches = inner_batches
+        self.proximal: Proximal = Proximal() if proximal is None else as_proximal(proximal)
+        self.solves = Solves()
         self.chunk_size = chunk_size
         self.autocast = autocast
         self.vectorize: Vectorize = vectorize
@@ -82,6 +88,7 @@ class Configured(nn.Module):
         self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
         self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
         self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
+        check_proximal(estimator, proximal, inner_steps, bool(self.step_sizes.learned()))
         self.memory: Memory | None = None
         if ESTIMATORS[estimator].averages is not None:
             self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
@@ -104,6 +111,8 @@ class Configured(nn.Module):
             self.step_sizes.assign(value, {n: weights[n] for n in self.adapted})
             return
         check_option(name, value)
+        if name == "proximal":
+            value = as_proximal(value)
         if "_gradients" in self.__dict__:  # construction has finished
             tracking = None if self.memory is None else self.memory.tracking
             check_change(self, name, value, tracking, self.step_sizes.kind)
@@ -147,6 +156,7 @@ class Configured(nn.Module):
             "inner_batches": self.inner_batches,
             "adapt": list(self.adapted),
             **({} if self.memory is None else {"tracking": self.memory.tracking}),
+            **({"proximal": self.proximal.spec} if ESTIMATORS[self.estimator].proximal else {}),
             **({} if self.norm is None else {"norm": self.norm}),
         }
 
@@ -158,6 +168,7 @@ class Configured(nn.Module):
             "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
             "inner_steps": self.inner_steps,
             "estimator": self.estimator,
+            "proximal": self.proximal.spec if ESTIMATORS[self.estimator].proximal else None,
             "adapt": None if every else self.adapted,
             "norm": self.norm,
         }
@@ -236,6 +247,8 @@ class Configured(nn.Module):
             self._vectorization,
             self._readings,
             self._uses,
+            self.proximal,
+            self.solves,
         )
 
     def _plan(self) -> Plan:
