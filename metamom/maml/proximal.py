@@ -165,8 +165,9 @@ def _parsed(text: str, kind: type, whole: str) -> Any:
         return kind(text)
     except ValueError:
         what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"proximal is a strength and options, as in '2,tolerance=1e-6'; {text!r} in {whole!r} is not "
-                         f"{what}.") from None
+        raise ValueError(
+            f"proximal is a strength and options, as in '2,tolerance=1e-6'; {text!r} in {whole!r} is not {what}."
+        ) from None
 
 
 def _shown(value: Any) -> str:
