@@ -353,14 +353,16 @@ def _inner_problem(problem: Problem, start: Start, batch: InnerBatch) -> InnerPr
         with explained(problem.model, loop=problem.loops()), drawing_refused_for(problem.estimator):
             return compute()
 
+    eps = max(torch.finfo(problem.autocast or w.dtype).eps for w in start.own.values())
     return InnerProblem(
         _losses_of(problem, start, batch.points()),
         lambda compute: problem.vectorization.attempt(problem.parts(), lambda: attempt(compute)),
         lambda missing: check_cut(problem, missing, *batch.points()),
         lambda names: _check_constant(problem, names, batch),
         problem.proximal,
+        problem.proximal.tolerance_of(problem.estimator, eps),
         problem.solves,
-        max(torch.finfo(problem.autocast or w.dtype).eps for w in start.own.values()),
+        eps,
     )
 
 

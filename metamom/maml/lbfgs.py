@@ -14,14 +14,15 @@ from torch import Tensor
 PAIRS = 8
 FIRST_STEP = 0.1  # length of the first trial step at most
 BACKTRACKS = 30
-IDLE = 15  # evaluations without progress of the gradient, once rounding hides differences of values
+IDLE = 12  # evaluations without progress of the gradient that end a minimisation whose value stays
+STAYS = 1e-3  # a decrease in them by less than this share of the whole decrease
 SUFFICIENT = 1e-4  # share of the predicted decrease that a step must reach
 FLATTER = 0.9  # slope at the end of a step, relative to that at its start, that shows a decrease of a parabola
 RESOLVED = 100  # predicted decreases below so many roundings of the value are not visible in it
 
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]  # points [A, d] -> values [A], gradients [A, d]
-Ending = Literal["tolerance", "rounding", "iterations"]
-ENDINGS: tuple[Ending, ...] = ("tolerance", "rounding", "iterations")
+Ending = Literal["tolerance", "rounding", "iterations", "kink"]
+ENDINGS: tuple[Ending, ...] = ("tolerance", "rounding", "iterations", "kink")
 
 
 class Minimum(NamedTuple):
@@ -33,7 +34,7 @@ class Minimum(NamedTuple):
         first: its norm at the start, ``[T]``.
         evaluations: of each task, ``[T]``.
         ending: an index of `ENDINGS` for each task, ``[T]``: the tolerance was reached; rounding allows no further
-            progress; the evaluations are used up, or no step leads down.
+            progress; the evaluations are used up; or the value stays while the gradient does not vanish, as at a kink.
     """
 
     point: Tensor
@@ -42,9 +43,9 @@ class Minimum(NamedTuple):
     evaluations: Tensor
     ending: Tensor
 
-    def ended(self, how: Ending) -> Tensor:
-        """The tasks that ended so, ``[T]`` booleans."""
-        return self.ending == ENDINGS.index(how)
+    def solved(self) -> Tensor:
+        """The tasks that ended at the tolerance, or as close as rounding allows, ``[T]`` booleans."""
+        return self.ending <= ENDINGS.index("rounding")
 
 
 class _Search(NamedTuple):
@@ -60,7 +61,9 @@ class _Search(NamedTuple):
     backtracks: Tensor
     best: Tensor  # the point with the smallest gradient
     norm: Tensor  # of its gradient
-    idle: Tensor
+    idle: Tensor  # evaluations since it fell by a tenth
+    before: Tensor  # the value then
+    highest: Tensor  # the value at the start
     target: Tensor
     evaluations: Tensor
     s: Tensor  # changes of points, [A, m, d]
@@ -102,7 +105,7 @@ def minimise(
         >>> def bowls(points):
         ...     return (points**4).sum(1) / 4 + (points**2).sum(1) / 2, points**3 + points
         >>> found = minimise(lambda some: bowls, torch.ones(2, 3), tolerance=1e-5, iterations=50, eps=1e-7)
-        >>> bool((found.point.abs() < 1e-4).all()), found.ended("tolerance")
+        >>> bool((found.point.abs() < 1e-4).all()), found.solved()
         (True, tensor([True, True]))
 
     Reference:
@@ -133,20 +136,33 @@ def minimise(
         trial = torch.addcmul(state.u, state.step.unsqueeze(1), state.direction)
         value, g = _evaluated(objective, trial, state.number, at_once, found.point)
         state = _advanced(state, trial, value, g, eps)
-        unresolved = -state.slope <= RESOLVED * eps * state.value.abs()
-        reached = state.norm <= state.target
-        stuck = ((state.idle >= IDLE) & unresolved) | ((state.backtracks > BACKTRACKS) & unresolved)
-        spent = (state.evaluations >= iterations) | (state.backtracks > BACKTRACKS)
-        done = reached | stuck | spent
+        how = _ending(state, iterations, eps)
+        done = how >= 0
         if bool(done.any()):
-            over = state.of(done)
-            found.point[over.number], found.gradient[over.number] = over.best, over.norm
-            found.evaluations[over.number] = over.evaluations
-            how = torch.where(reached, 0, torch.where(stuck, 1, 2))
-            found.ending[over.number] = how[done]
+            over, how = state.of(done), how[done]
+            settled = (how <= ENDINGS.index("rounding")).unsqueeze(1)
+            found.point[over.number] = torch.where(settled, over.best, over.u)
+            found.gradient[over.number] = torch.where(settled[:, 0], over.norm, torch.linalg.vector_norm(over.g, dim=1))
+            found.evaluations[over.number], found.ending[over.number] = over.evaluations, how
             state = state.of(~done)
     found.point[broken] = torch.nan
     return found
+
+
+def _ending(state: _Search, iterations: int, eps: float) -> Tensor:
+    """The index of how each task has ended, ``[A]``; -1 for one that goes on."""
+    unresolved = -state.slope <= RESOLVED * eps * state.value.abs()
+    stays = state.before - state.value <= STAYS * (state.highest - state.value)
+    idle, no_step = state.idle >= IDLE, state.backtracks > BACKTRACKS
+    how = torch.full_like(state.number, -1)
+    for ending, holds in (
+        ("iterations", state.evaluations >= iterations),
+        ("kink", (idle & stays) | no_step),
+        ("rounding", (idle | no_step) & unresolved),
+        ("tolerance", state.norm <= state.target),
+    ):
+        how = torch.where(holds, ENDINGS.index(ending), how)
+    return how
 
 
 def _started(u: Tensor, value: Tensor, g: Tensor, norm: Tensor, target: Tensor, curvature: float) -> _Search:
@@ -166,6 +182,8 @@ def _started(u: Tensor, value: Tensor, g: Tensor, norm: Tensor, target: Tensor, 
         best=u,
         norm=norm,
         idle=whole,
+        before=value,
+        highest=value,
         target=target,
         evaluations=whole + 1,
         s=pairs,
@@ -232,6 +250,7 @@ def _advanced(state: _Search, trial: Tensor, value: Tensor, g: Tensor, eps: floa
         best=torch.where(better.unsqueeze(1), trial, state.best),
         norm=torch.where(better, norm, state.norm),
         idle=torch.where(progress, 0, state.idle + 1),
+        before=torch.where(progress, value_now, state.before),
         evaluations=state.evaluations + 1,
     )
 

@@ -131,7 +131,7 @@ class MAML(Training):
                 vectorize=self.vectorize,
                 norm=self.norm if norm is None else norm,
             )
-        other._run, other._vectorization = self._run, self._vectorization
+        other._run, other._vectorization, other.solves = self._run, self._vectorization, self.solves
         if inner_lr is None:
             other.step_sizes = self.step_sizes
         return other

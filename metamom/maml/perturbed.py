@@ -1,8 +1,9 @@
 """The meta-gradient of a proximal problem from gradients alone: perturb it by the query loss, and solve it again.
 
-With ``u_nu = argmin_v L_s(v) + nu L_q(v) + lambda/2 |v - w|^2`` and ``V(nu)`` the minimum, ``dV/dnu = L_q(u_nu)``. So the
-meta-gradient, of ``L_q(u_0)`` in w, is the derivative of ``dV/dw = lambda (w - u_nu)`` at nu = 0, and in any other
-parameter that of the direct dependence of ``L_s + nu L_q`` at u_nu. Differences in nu take the place of derivatives.
+With ``u_nu = argmin_v L_s(v) + nu L_q(v) + lambda/2 |v - w|^2`` and ``V(nu)`` the minimum, ``dV/dnu = L_q(u_nu)``.
+So the meta-gradient, of ``L_q(u_0)`` in w, is the derivative of ``dV/dw = lambda (w - u_nu)`` at nu = 0, and in any
+other parameter that of the direct dependence of ``L_s + nu L_q`` at u_nu. Differences in nu take the place of
+derivatives.
 
 Legend: T tasks, d adapted entries.
 """
@@ -46,7 +47,8 @@ def perturbed_losses(
         solved: u_0, ``[T, *shape]``, without a graph.
 
     Reference:
-        El Mahdi Chayti, Jaggi, "A new first-order meta-learning algorithm with convergence guarantees", arXiv 2409.03682.
+        El Mahdi Chayti, Jaggi, "A new first-order meta-learning algorithm with convergence guarantees" (2024), arXiv
+        2409.03682.
     """
     settings, nu = inner.settings, inner.settings.perturbation(inner.eps)
     ends = (nu, -nu) if settings.differences == "symmetric" else (nu, 0.0)
@@ -82,7 +84,6 @@ def perturbed_solution(
     settings = inner.settings
     others = {name: w.detach() for name, w in others.items()}
     start, first = flat(w.detach() for w in own.values()), flat(solved.values())
-    tolerance, _ = settings.tolerances(inner.eps)
     _, asked = values_and_gradients(inner, query(None, True), solved, others)
 
     def objective_of(some: Tensor | None) -> Objective:
@@ -101,12 +102,12 @@ def perturbed_solution(
     found = minimise(
         objective_of,
         first,
-        tolerance=tolerance,
+        tolerance=inner.tolerance,
         iterations=settings.iterations,
         eps=inner.eps,
-        target=tolerance * torch.linalg.vector_norm(filled(asked, solved), dim=1),
+        target=inner.tolerance * torch.linalg.vector_norm(filled(asked, solved), dim=1),
         curvature=settings.strength,
     )
-    solved_all = ~found.ended("iterations") | ~found.first.isfinite()
+    solved_all = found.solved() | ~found.first.isfinite()
     inner.solves.check(solved_all, found.gradient / found.first.where(found.first > 0, 1), settings)
     return unflattened(found.point, own)

@@ -26,11 +26,12 @@ class Proximal:
         strength: lambda > 0. The adapted weights stay the closer to the meta-parameters, the larger it is. It must
             exceed the most negative curvature of the support loss for the problem to have one solution nearby.
         tolerance: > 0. A solve ends when ``|grad|``, of the whole objective, is at most this times its value at the
-            start. By default ``eps^(2/3)`` of the weights' dtype: 2.4e-5 in float32, 3.7e-11 in float64. A solve also
-            ends when rounding stops it.
+            start. By default ``eps^(1/2)`` of the weights' dtype, 3.5e-4 in float32 and 1.5e-8 in float64; and
+            ``eps^(2/3)`` in ``"perturbed"``, 2.4e-5 and 3.7e-11, since differences amplify errors by 1/nu. A solve
+            also ends when rounding stops it.
         iterations: evaluations of the support loss and its gradient that a task may take, >= 1.
         cg_tolerance: > 0, of conjugate gradients in ``"implicit"``: the residual relative to the right-hand side. By
-            default as ``tolerance``.
+            default ``eps^(1/2)``.
         cg_iterations: Hessian-vector products that a task may take, >= 1.
         nu: > 0, the weight of the query loss in the perturbed problems of ``"perturbed"``. By default ``eps^(1/3)``,
             4.9e-3 in float32, which balances the error of differences with that of rounding.
@@ -54,7 +55,7 @@ class Proximal:
 
     strength: float = 2.0
     tolerance: float | None = None
-    iterations: int = 200
+    iterations: int = 100
     cg_tolerance: float | None = None
     cg_iterations: int = 100
     nu: float | None = None
@@ -81,10 +82,13 @@ class Proximal:
         changed = {e.name: getattr(self, e.name) for e in fields(self)[1:] if getattr(self, e.name) != e.default}
         return ",".join([_shown(self.strength), *(f"{name}={_shown(value)}" for name, value in changed.items())])
 
-    def tolerances(self, eps: float) -> tuple[float, float]:
-        """The tolerances of the solve and of conjugate gradients, for numbers with relative rounding ``eps``."""
-        usual = eps ** (2 / 3)
-        return self.tolerance or usual, self.cg_tolerance or usual
+    def tolerance_of(self, estimator: Estimator, eps: float) -> float:
+        """``tolerance`` of an estimator, for numbers with relative rounding ``eps``."""
+        return self.tolerance or eps ** (2 / 3 if ESTIMATORS[estimator].perturbs else 1 / 2)
+
+    def cg_tolerance_of(self, eps: float) -> float:
+        """``cg_tolerance`` for numbers with relative rounding ``eps``."""
+        return self.cg_tolerance or eps ** (1 / 2)
 
     def perturbation(self, eps: float) -> float:
         """``nu`` for numbers with relative rounding ``eps``."""
@@ -123,7 +127,7 @@ def as_proximal(value: ProximalLike) -> Proximal:
 def check_proximal(
     estimator: Estimator, proximal: object, inner_steps: int, learned: bool, compiled: bool = False
 ) -> None:
-    """Refuse options that an estimator with a proximal problem does not support, and the problem's for other estimators.
+    """Refuse options that an estimator with a proximal problem does not support, and ``proximal`` for the others.
 
     Args:
         estimator: a known estimator.

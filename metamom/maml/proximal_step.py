@@ -16,7 +16,7 @@ from torch.autograd import Function
 from metamom.maml.conjugate_gradients import conjugate_gradients
 from metamom.maml.finite_differences import Losses, Params
 from metamom.maml.inner_step import gradients
-from metamom.maml.lbfgs import Minimum, Objective, minimise
+from metamom.maml.lbfgs import Objective, minimise
 from metamom.maml.proximal import Proximal
 from metamom.maml.solves import Solves
 
@@ -25,13 +25,14 @@ class InnerProblem(NamedTuple):
     """The support losses of T tasks, and how to solve the proximal problem with them.
 
     Attributes:
-        losses: makes the losses of the tasks with some numbers ``[A]``, or of all; ``own`` are those of these tasks, and
-            ``others`` those of all. If they are constant (the second argument), what depends on them alone is computed
-            once.
+        losses: makes the losses of the tasks with some numbers ``[A]``, or of all; ``own`` are those of these tasks,
+            and ``others`` those of all. If they are constant (the second argument), what depends on them alone is
+            computed once.
         attempt: runs a computation on all tasks at once, or again in a loop over them.
         check_cut: refuses adapted parameters, by name, that have no gradient although the loss depends on them.
         check_constant: refuses those with gradients that have no derivative although they depend on the weights.
         settings: of the solver.
+        tolerance: of the solver.
         solves: where it notes how it went.
         eps: relative rounding of the losses.
     """
@@ -41,6 +42,7 @@ class InnerProblem(NamedTuple):
     check_cut: Callable[[Sequence[str]], None]
     check_constant: Callable[[Sequence[str]], None]
     settings: Proximal
+    tolerance: float
     solves: Solves
     eps: float
 
@@ -64,7 +66,6 @@ def solution(inner: InnerProblem, own: Params, others: Params) -> Params:
     """The solution without a graph, ``[T, *shape]`` by name."""
     own, others = ({name: w.detach() for name, w in each.items()} for each in (own, others))
     start = flat(own.values())
-    tolerance, _ = inner.settings.tolerances(inner.eps)
     checked: list[Sequence[str]] = []
 
     def objective_of(some: Tensor | None) -> Objective:
@@ -83,7 +84,7 @@ def solution(inner: InnerProblem, own: Params, others: Params) -> Params:
     found = minimise(
         objective_of,
         start,
-        tolerance=tolerance,
+        tolerance=inner.tolerance,
         iterations=inner.settings.iterations,
         eps=inner.eps,
         curvature=inner.settings.strength,
@@ -95,7 +96,7 @@ def solution(inner: InnerProblem, own: Params, others: Params) -> Params:
 def with_proximal_term(
     values: Tensor, grads: Tensor, points: Tensor, start: Tensor, some: Tensor | None, strength: float
 ) -> tuple[Tensor, Tensor]:
-    """Add ``lambda/2 |u - w|^2`` to the values ``[A]`` and gradients ``[A, d]`` at ``points``; ``start`` is w of all."""
+    """Add ``lambda/2 |u - w|^2`` to values ``[A]`` and gradients ``[A, d]`` at ``points``; ``start`` is w of all."""
     away = points - (start if some is None else start[some])
     return values + strength / 2 * torch.linalg.vecdot(away, away), torch.add(grads, away, alpha=strength)
 
@@ -124,7 +125,7 @@ def implicit_gradients(
     With ``z = (I + H/lambda)^-1 g``, they are z and ``-1/lambda d<grad L_s(u), z>/d others``.
     """
     strength = inner.settings.strength
-    _, tolerance = inner.settings.tolerances(inner.eps)
+    tolerance = inner.settings.cg_tolerance_of(inner.eps)
 
     def compute() -> tuple[Params, list[Tensor | None]]:
         with torch.enable_grad():

@@ -46,7 +46,7 @@ class Solves:
     def note(self, found: Minimum, settings: Proximal) -> None:
         """Keep how the proximal problem was solved, and warn if it was not."""
         residual = found.gradient / found.first.where(found.first > 0, 1)
-        solved = ~found.ended("iterations") | ~found.first.isfinite()  # what is not finite is an error of its own
+        solved = found.solved() | ~found.first.isfinite()  # what is not finite is an error of its own
         self.inner = InnerSolve(found.evaluations, residual, solved)
         self.check(solved, residual, settings)
 
@@ -63,9 +63,10 @@ class Solves:
                 "inner",
                 f"the proximal problem was not solved to its tolerance in {_share(~solved)} within "
                 f"{settings.iterations} evaluations: its gradient fell to {float(residual[~solved].max()):.2g} of "
-                "what it was, so the adapted weights and the meta-gradient are approximate. Use a larger proximal "
-                f"(now {settings.strength:g}), more iterations, or a larger tolerance: "
-                f"proximal='{settings.strength:g},iterations={2 * settings.iterations},tolerance=1e-3'.",
+                "what it was, so the adapted weights and the meta-gradient are approximate. Kinks, as of ReLU, can "
+                f"keep a gradient from vanishing. Otherwise, use a larger proximal (now {settings.strength:g}), or more "
+                f"iterations or a larger tolerance: proximal='{settings.strength:g},"
+                f"iterations={2 * settings.iterations},tolerance=1e-3'.",
             )
 
     def note_implicit(self, found: Solved, tolerance: float, settings: Proximal) -> None:

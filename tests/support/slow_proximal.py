@@ -57,7 +57,7 @@ def slow_implicit(
     strength: float,
     adapted: Collection[str] | None = None,
 ) -> tuple[Params, Tensor]:
-    """The mean over the tasks of the meta-gradient ``(I + H/lambda)^-1 grad L_q`` and its like, and the losses ``[T]``."""
+    """The mean over the tasks of the meta-gradient, ``(I + H/lambda)^-1 grad L_q`` in w, and the losses ``[T]``."""
     loss, weights = loss_of(model, loss_fn)
     adapted = [n for n in weights if not n.startswith("loss_fn.")] if adapted is None else list(adapted)
     rest = {n: w for n, w in weights.items() if n not in adapted}
