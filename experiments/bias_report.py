@@ -33,6 +33,7 @@ WORDS = {
     "coupling": "coupling: the same inner batch in the Hessian",
     "hessian": "Hessian: dropped, or from finite differences",
     "extrapolation": "extrapolation of Richardson",
+    "perturbation": "perturbation: differences in nu",
     "estimator": "the estimator itself",
     "operator": "operator: C(g) - g",
 }

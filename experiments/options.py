@@ -46,6 +46,7 @@ from metamom.maml.estimators import (
     Estimator,
     InnerBatches,
     memoryless_estimators,
+    proximal_estimators,
     support_parts,
     tracked_estimators,
 )
@@ -85,6 +86,13 @@ def _lr(task: str) -> str:
 def _tracking(task: str) -> str:
     *others, last = tracked_estimators()
     return f"weight of a new inner step in the moving averages of {', '.join(others)} and {last}, 0 < B <= 1"
+
+
+def _proximal(task: str) -> str:
+    return (
+        f"strength λ of the proximal problem that estimators {' and '.join(proximal_estimators())} adapt by, and the "
+        "solver's options, such as 2,tolerance=1e-4,iterations=50"
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,17 @@ class RecipeOptions(LearnerOptions):
             type=number,
             metavar="B",
             before="inner_batches",
+        ),
+    )
+    proximal: float | str | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            _proximal,
+            "2",
+            metavar="SPEC",
+            before="learn_inner_lr",
         ),
     )
     learn_inner_lr: LearnInnerLR = option(

@@ -122,6 +122,7 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
         estimator=options["estimator"],
         inner_batches=options.get("inner_batches", "same"),
         tracking=options.get("tracking"),
+        proximal=options.get("proximal"),
         learn_inner_lr=alpha.get("kind") or _learned(learned, state),
         adapt=adapted,
         autocast=None if autocast is None else as_dtype(autocast),

@@ -34,6 +34,7 @@ from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
+from metamom.maml.proximal import as_proximal
 from metamom.server.robust import check_aggregate
 from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
@@ -119,6 +120,8 @@ class Recipe(RecipeOptions):
                 f"a meta-batch must divide the {self.fixed_tasks} fixed tasks that come in turn; got {self.meta_batch}."
             )
         check_estimator(self.estimator, self.inner_batches)
+        if self.proximal is not None:
+            object.__setattr__(self, "proximal", as_proximal(self.proximal).spec)
         if ESTIMATORS[self.estimator].averages is not None and self.fixed_tasks is None:
             raise ValueError(
                 f"estimator {self.estimator!r} remembers each task, so tasks must stay: say how many, with "
@@ -266,6 +269,7 @@ class Recipe(RecipeOptions):
             estimator=self.estimator,
             inner_batches=self.inner_batches,
             tracking=self.tracking,
+            proximal=self.proximal,
             learn_inner_lr=self.learn_inner_lr,
             adapt=self.adapt,
             chunk_size=self.chunk_size,

@@ -18,7 +18,7 @@ from metamom.common.numbers import plural
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.families.family import USUAL_BIAS_PLAN
 from metamom.experiments.options import options_of_some_families
-from metamom.maml.estimators import memoryless_estimators
+from metamom.maml.estimators import memoryless_estimators, proximal_estimators
 
 if TYPE_CHECKING:
     from metamom.batch import Sampler
@@ -89,6 +89,13 @@ def _add_learner(learner: argparse._ArgumentGroup) -> None:
         choices=memoryless_estimators(),
         metavar="NAME",
     )
+    flag(
+        learner,
+        "--proximal",
+        f"strength λ, or more settings, of {' and '.join(proximal_estimators())}",
+        "as in training, 2",
+        metavar="SPEC",
+    )
     inner = "; ".join(f"{family.defaults.inner_lr} for {name}" for name, family in FAMILIES.items())
     flag(learner, "--inner-lr", "inner step size, without a RUN", inner, type=number)
     flag(learner, "--inner-steps", "inner steps, without a RUN", 1, type=step_count)
@@ -146,6 +153,7 @@ def _of_run(
     """The recipe and the learner of a run, a title, and what makes its tasks if it is from Python."""
     from metamom.experiments.python_tasks import recipe_of_tasks, tasks_of
     from metamom.loading import load
+    from metamom.maml.proximal import check_proximal
 
     what = arguments.what
     decided = {"ways", "inner_lr", "inner_steps", *options_of_some_families()} - {"root", "model", "on_broken"}
@@ -164,11 +172,14 @@ def _of_run(
         )
     asked = {
         name: value
-        for name in ("estimator", "bias", "seed", "queries", "on_broken")
+        for name in ("estimator", "proximal", "bias", "seed", "queries", "on_broken")
         if (value := getattr(arguments, name)) is not None
     }
     recipe = _with_few_queries(replace(trained, **asked), arguments.queries)
     learner = run.learner.like(estimator=recipe.estimator)
+    if arguments.proximal is not None:
+        check_proximal(recipe.estimator, arguments.proximal, learner.inner_steps, learned=False)
+        learner.proximal = arguments.proximal
     sampler = partial(tasks_of, run.settings) if run.recipe is None else None
     return recipe, learner, f"{recipe.task}, after {run.step} {plural(run.step, 'iteration')}", sampler
 

@@ -69,10 +69,12 @@ def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
     and a bias that falls as 1/h is extrapolated away. If the bias falls as 1/√h (kinks of ReLUs), 1.4 times the
     correction ``c(S/2) - c(S/4)`` remains.
 
+    For an estimator with another meta-objective, c is its record's ``reference``, averaged over both halves.
+
     Raises:
         ValueError: for a pool of fewer than four shots.
     """
-    cross = learner.like(estimator="cross-fit", inner_batches="same")
+    cross = learner.like(estimator=ESTIMATORS[learner.estimator].reference, inner_batches="same")
     shot = points_per_shot(pool)
     quarter = pool.support_x.shape[1] // (4 * shot) * shot
     if not quarter:
@@ -82,17 +84,18 @@ def reference(learner: MAML, pool: TaskBatch) -> tuple[Tensor, Tensor]:
         )
     T = pool.num_tasks
     whole = pool._replace(support_x=pool.support_x[:, : 4 * quarter], support_y=pool.support_y[:, : 4 * quarter])
-    large = task_gradients(cross, whole, T)
+    large = _over_halves(cross, whole, 1, T)
     order = [0, 2, 1, 3]  # pair the quarters A1 with B1, A2 with B2, so that both sizes use the same halves
     x, y = (_taken(x, order, quarter) for x in whole[:2])
-    small, _ = pairs(TaskBatch(x, y, pool.query_x, pool.query_y), quarter)
-    correction = large - task_gradients(cross, small, T)
+    small, count = pairs(TaskBatch(x, y, pool.query_x, pool.query_y), quarter)
+    correction = large - _over_halves(cross, small, count, T)
     return large + correction, correction
 
 
 def population_gradients(learner: MAML, population: TaskBatch) -> Tensor:
     """The gradient of f for each task, ``[T, d]``, with the population as support set."""
-    return task_gradients(learner.like(estimator="exact", inner_batches="same"), population, population.num_tasks)
+    exact = learner.like(estimator=ESTIMATORS[learner.estimator].population, inner_batches="same")
+    return task_gradients(exact, population, population.num_tasks)
 
 
 def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Tensor, most: int | None = None) -> Parts:
@@ -101,7 +104,9 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
     ``curvature``: a mini-batch inside a non-linear gradient, cross-fit − reference. ``coupling``: the same inner batch
     in the adapted weights and in the Hessian, exact − cross-fit. ``hessian``: no Hessian (first-order − exact), or
     differences instead of it (hessian-free − cross-fit). ``extrapolation``: richardson − exact. ``estimator``: the
-    rest, for an estimator that does not declare its sources.
+    rest, for an estimator that does not declare its sources. For those with a proximal problem, ``curvature`` is
+    implicit − reference, a mini-batch inside the solution and its derivatives, and ``perturbation`` is
+    perturbed − implicit.
 
     Args:
         learner: the learner with the estimator.
@@ -122,18 +127,14 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
     batch, count = pairs(pool, half_points(learner, inner_batch, pool), most)
     T = pool.num_tasks
 
-    def mean(name: Estimator, tasks: TaskBatch) -> Tensor:
-        return task_gradients(learner.like(estimator=name), tasks, T)
+    record = ESTIMATORS[learner.estimator]
 
     def on_its_points(name: Estimator) -> Tensor:
-        """The estimator's mean over the halves, or over both orders of them."""
-        if support_parts(name, 1) == 1:
-            return mean(name, _halves(batch))
-        return mean(name, batch if treats_halves_alike(name) else _joined(batch, _swapped(batch), count))
+        return _over_halves(learner.like(estimator=name), batch, count, T)
 
-    before = mean("cross-fit", batch)
+    before = on_its_points(record.reference)
     parts = {"curvature": before - target}
-    for source in ESTIMATORS[learner.estimator].sources:
+    for source in record.sources:
         after = on_its_points("exact" if source == "coupling" else learner.estimator)
         parts[source] = after - before
         before = after
@@ -164,6 +165,15 @@ def single_gradients(
 
 def _repeated(pool: TaskBatch, count: int) -> tuple[Tensor, Tensor]:
     return pool.query_x.repeat_interleave(count, 0), pool.query_y.repeat_interleave(count, 0)
+
+
+def _over_halves(learner: MAML, batch: TaskBatch, count: int, tasks: int) -> Tensor:
+    """The estimator's mean ``[T, d]`` over the halves of K pairs a task, or over both orders of them."""
+    name = learner.estimator
+    if support_parts(name, 1) == 1:
+        return task_gradients(learner, _halves(batch), tasks)
+    both = batch if treats_halves_alike(name) else _joined(batch, _swapped(batch), count)
+    return task_gradients(learner, both, tasks)
 
 
 def _halves(batch: TaskBatch) -> TaskBatch:

@@ -4,4 +4,5 @@ from .learner import Backward as Backward
 from .learner import LossFn as LossFn
 from .learner import MetaGradient as MetaGradient
 from .protomaml import ProtoMAML as ProtoMAML
+from .proximal import Proximal as Proximal
 from .reptile import Reptile as Reptile

@@ -97,11 +97,16 @@ def check_annealing(estimator: Estimator, multi_step: int, first_order: int) -> 
     """Refuse options that the estimator cannot follow.
 
     Raises:
-        ValueError: for tracked estimators, and for ones that have no second derivatives or split the support set.
+        ValueError: for tracked and proximal estimators, and for ones that have no second derivatives or split the support set.
     """
     if multi_step and ESTIMATORS[estimator].averages is not None:
         raise ValueError(
             f"estimator {estimator!r} has one query loss, at a moving average of adapted weights: leave out "
+            f"multi_step={multi_step}, or use estimator='exact'."
+        )
+    if multi_step and ESTIMATORS[estimator].proximal:
+        raise ValueError(
+            f"estimator {estimator!r} adapts by solving a problem, so there are no losses after inner steps: leave out "
             f"multi_step={multi_step}, or use estimator='exact'."
         )
     if first_order and estimator != "exact":

@@ -25,10 +25,12 @@ from metamom.maml.loss_readings import LossReadings
 from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
+from metamom.maml.proximal import Proximal, ProximalLike, as_proximal, check_proximal
 from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
 from metamom.maml.server_step import Backward as Backward
+from metamom.maml.solves import Solves
 from metamom.maml.step_norms import StepNorms, check_step_norms
 from metamom.maml.swapping import alone, named
 from metamom.maml.task_weights import Params
@@ -55,6 +57,7 @@ class Configured(nn.Module):
         estimator: Estimator = "exact",
         inner_batches: InnerBatches = "same",
         tracking: float | None = None,
+        proximal: ProximalLike | None = None,
         learn_inner_lr: LearnInnerLR = False,
         adapt: Iterable[str] | Callable[[str], bool] | None = None,
         chunk_size: ChunkSize = "auto",
@@ -73,6 +76,7 @@ class Configured(nn.Module):
         check_option("vectorize", vectorize)
         check_tracking(estimator, tracking, inner_steps, learn_inner_lr)
         check_compile(compile)
+        check_proximal(estimator, proximal, inner_steps, learn_inner_lr is not False, compile is True)
         check_kind(model)
         if vectorize == "vmap":
             check_hooks(model)
@@ -83,6 +87,8 @@ class Configured(nn.Module):
         self.inner_steps = inner_steps
         self.estimator: Estimator = estimator
         self.inner_batches: InnerBatches = inner_batches
+        self.proximal: Proximal = Proximal() if proximal is None else as_proximal(proximal)
+        self.solves = Solves()
         self.chunk_size = chunk_size
         self.autocast = autocast
         self.vectorize: Vectorize = vectorize
@@ -101,6 +107,7 @@ class Configured(nn.Module):
         if multi_step != 0 or first_order_until != 0:
             self.annealing = Annealing(multi_step, first_order_until, inner_steps)
             check_annealing(estimator, multi_step, first_order_until)
+        check_proximal(estimator, proximal, inner_steps, bool(self.step_sizes.learned()))
         self.memory: Memory | None = None
         if ESTIMATORS[estimator].averages is not None:
             self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
@@ -123,6 +130,8 @@ class Configured(nn.Module):
             self.step_sizes.assign(value, {n: weights[n] for n in self.adapted})
             return
         check_option(name, value)
+        if name == "proximal":
+            value = as_proximal(value)
         if "_gradients" in self.__dict__:  # construction has finished
             tracking = None if self.memory is None else self.memory.tracking
             check_change(self, name, value, tracking, self.step_sizes.kind)
@@ -168,6 +177,7 @@ class Configured(nn.Module):
             "inner_batches": self.inner_batches,
             "adapt": list(self.adapted),
             **({} if self.memory is None else {"tracking": self.memory.tracking}),
+            **({"proximal": self.proximal.spec} if ESTIMATORS[self.estimator].proximal else {}),
             **({} if self.norm is None else {"norm": self.norm}),
             **({} if self.annealing is None else self.annealing.describe()),
             **({} if self.norms_by_step is None else {"step_norms": True}),
@@ -182,6 +192,7 @@ class Configured(nn.Module):
             "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
             "inner_steps": self.inner_steps,
             "estimator": self.estimator,
+            "proximal": self.proximal.spec if ESTIMATORS[self.estimator].proximal else None,
             "adapt": None if every or self.kind == "boil" else self.adapted,
             "head": getattr(self, "head", None),
             "norm": self.norm,
@@ -270,6 +281,8 @@ class Configured(nn.Module):
             self._vectorization,
             self._readings,
             self._uses,
+            self.proximal,
+            self.solves,
             self._rule(),
         )
 

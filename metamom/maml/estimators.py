@@ -57,6 +57,13 @@ class Record:
             ``"coupling"``, then what the estimator adds itself; ``("estimator",)`` if they are not distinguished.
         biased: whether it is biased for the loss that a run reports (the loss after a step on its own inner batch);
             ``None`` if that is not known.
+        proximal: whether a task adapts by solving ``min_u L_s(u) + lambda/2 |u - w|^2`` instead of taking steps; see
+            `metamom.maml.proximal`.
+        perturbs: whether the meta-gradient is a difference between solutions of that problem with the query loss
+            added, instead of the derivative of its solution.
+        reference: the estimator with the mean over both halves, on large inner batches, that gives the gradient of the
+            meta-objective; the bias is the distance to it.
+        population: the estimator that gives it on a whole population.
     """
 
     terms: tuple[_Term, ...]
@@ -65,6 +72,10 @@ class Record:
     averages: Literal["moml", "scsc"] | None = None
     sources: tuple[str, ...] = ("estimator",)
     biased: bool | None = None
+    proximal: bool = False
+    perturbs: bool = False
+    reference: Estimator = "cross-fit"
+    population: Estimator = "exact"
 
 
 _A, _B = (0,), (1,)
@@ -109,6 +120,25 @@ ESTIMATORS: dict[Estimator, Record] = {
         averages="moml",
     ),
     "scsc": Record(_INDEPENDENT, "as moml, but the average first moves along with the weights (SCSC)", averages="scsc"),
+    "implicit": Record(
+        _COUPLED,
+        "adapts by a proximal problem, differentiated at its solution by conjugate gradients (iMAML)",
+        sources=(),
+        biased=False,
+        proximal=True,
+        reference="implicit",
+        population="implicit",
+    ),
+    "perturbed": Record(
+        _COUPLED,
+        "as implicit, from gradients alone: the difference between solutions with the query loss added",
+        derivatives="none",
+        sources=("perturbation",),
+        proximal=True,
+        perturbs=True,
+        reference="implicit",
+        population="implicit",
+    ),
 }
 
 
@@ -120,6 +150,11 @@ def tracked_estimators() -> list[Estimator]:
 def memoryless_estimators() -> list[Estimator]:
     """The estimators without memory: every single draw shows their bias."""
     return [name for name, record in ESTIMATORS.items() if record.averages is None]
+
+
+def proximal_estimators() -> list[Estimator]:
+    """The estimators that adapt by solving a proximal problem."""
+    return [name for name, record in ESTIMATORS.items() if record.proximal]
 
 
 def treats_halves_alike(name: Estimator) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -113,9 +114,15 @@ class _ByDifferences(Function):
         return None, None, None, None, None, *along.values(), *mixed.values()
 
 
+_ESTIMATOR: ContextVar[str] = ContextVar("estimator", default="hessian-free")
+_WHY = {
+    "hessian-free": "takes differences between two calls of the model",
+}
+
+
 @contextmanager
 def drawing_refused() -> Iterator[None]:
-    """Explain vmap's refusal to draw random numbers: both ends of a difference must use the same function.
+    """Explain vmap's refusal to draw random numbers: calls that are compared must use the same function.
 
     Raises:
         ValueError: in place of that RuntimeError.
@@ -125,10 +132,22 @@ def drawing_refused() -> Iterator[None]:
     except RuntimeError as error:
         if "randomness" not in str(error):
             raise
+        name = _ESTIMATOR.get()
+        why = _WHY.get(name, "compares many calls of the model to solve its inner problem")
         raise ValueError(
-            "estimator 'hessian-free' takes differences between two calls of the model, so the model must not draw "
-            "random numbers, such as dropout masks. Call model.eval(), or use estimator 'independent'."
+            f"estimator {name!r} {why}, so the model must not draw random numbers, such as dropout masks. Call "
+            "model.eval(), or use estimator 'independent'."
         ) from error
+
+
+@contextmanager
+def drawing_refused_for(estimator: str) -> Iterator[None]:
+    """Name this estimator in the errors of `drawing_refused`."""
+    token = _ESTIMATOR.set(estimator)
+    try:
+        yield
+    finally:
+        _ESTIMATOR.reset(token)
 
 
 def _norm(params: Params) -> Tensor:

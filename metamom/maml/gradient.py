@@ -25,7 +25,7 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.maml.draws import Step
-from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut, passes
+from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatches, check_support, cut, passes
 from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.model_checks import has_global_hooks
@@ -146,6 +146,7 @@ class MetaGradients:
 
     def __init__(self, plan: Callable[[], Plan], compile: CompileMode) -> None:
         self.plan = plan
+        self.compile = compile
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
         self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
@@ -178,8 +179,10 @@ class MetaGradients:
         per_worker = len(block(batch.num_tasks, 0, workers))
         parts = list(spans(batch.num_tasks, self.chunk_size(plan, batch), per_worker))
         padded = batch.support_mask is not None or batch.query_mask is not None
-        of_chunk = self.eager if padded else self.of_chunk  # a loop over unpadded tasks depends on values
-        self._announce(weights, batch, len(parts))
+        # a loop over unpadded tasks, and the end of a solve, depend on values
+        of_chunk = self.eager if padded or ESTIMATORS[plan.problem.estimator].proximal else self.of_chunk
+        if of_chunk is self.of_chunk:
+            self._announce(weights, batch, len(parts))
         rows: Tensor | None = None
         held: list[OfTasks] = []
         step = Step()

@@ -23,17 +23,21 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, Adaptations, Estimator, InnerBatch
 from metamom.maml.features import Features
-from metamom.maml.finite_differences import Losses
+from metamom.maml.finite_differences import Losses, drawing_refused_for
 from metamom.maml.inner_lr import StepSizes
-from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step
+from metamom.maml.inner_step import Derivatives, inner_gradient, inner_step, straight_through
 from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.modes import out_of_inference
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
+from metamom.maml.perturbed import perturbed_losses
 from metamom.maml.plain_autograd import differentiable_twice
+from metamom.maml.proximal import Proximal
+from metamom.maml.proximal_step import InnerProblem, proximal_step
 from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask, Support
+from metamom.maml.solves import Solves
 from metamom.maml.step_norms import StepNorms
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
@@ -63,6 +67,8 @@ class Problem(NamedTuple):
         vectorization: whether model and loss run on all tasks at once.
         readings: how the loss was seen to interpret its arguments.
         uses: which parameters the loss was found not to depend on.
+        proximal: how the proximal problem is solved, for the estimators that adapt by one.
+        solves: how its last solves went.
         rule: where the learner departs from MAML.
     """
 
@@ -79,6 +85,8 @@ class Problem(NamedTuple):
     vectorization: Vectorization
     readings: LossReadings
     uses: Uses
+    proximal: Proximal
+    solves: Solves
     rule: Rule = PLAIN
 
     def parameters(self) -> Params:
@@ -301,6 +309,9 @@ def trajectory(
     ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator asks for. They are plain
     tensors, unless they may be thin factors (`metamom.nets.low_rank`).
     """
+    if ESTIMATORS[problem.estimator].proximal:
+        yield from _proximal_trajectory(problem, start, steps, keep_graph)
+        return
     steps, own = list(steps), start.own
     features = _features(problem, steps, keep_graph)
     yield own
@@ -336,6 +347,8 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, 
         thin: see `trajectory`; for graphs that are differentiated before anything else changes the weights.
     """
     start, outer = start_of(problem, rows, count(term.query_x), term.steps[0]), problem.rule.outer
+    if ESTIMATORS[problem.estimator].perturbs and torch.is_grad_enabled():
+        return _perturbed_episodes(problem, start, term)
     keep_graph, given = torch.is_grad_enabled() and outer is None, support_of(problem, term)
 
     def queried(adapted: Params, steps: int) -> tuple[Tensor, Tree]:
@@ -353,6 +366,76 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, 
         each = [queried(weights, number)[0] for number, weights in enumerate(before, 1)]
         objective = torch.stack([*each, last], 1) @ problem.objective.to(last)
     return Episodes(last, objective, predicted, adapted)
+
+
+def _perturbed_episodes(problem: Problem, start: Start, term: Adaptations) -> Episodes:
+    """`episodes` at the solutions of the proximal problem, with the derivatives of perturbed solutions."""
+    with torch.no_grad():
+        *_, adapted = trajectory(problem, start, term.steps, keep_graph=False)
+        given = support_of(problem, term)
+        predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
+        values = losses(problem, start, adapted, predicted, *term.query()[1:])
+    inner = _inner_problem(problem, start, term.steps[0])
+    query = _losses_of(problem, start, term.query(), given)
+    surrogate = perturbed_losses(inner, query, start.own, start.kept | start.shared, adapted)
+    return Episodes(values, straight_through(values, surrogate), predicted, adapted)
+
+
+def _proximal_trajectory(
+    problem: Problem, start: Start, steps: Iterable[InnerBatch], keep_graph: bool
+) -> Iterator[Params]:
+    """`trajectory`, in which each step is a solution of the proximal problem around the weights before it."""
+    own = start.own
+    yield own
+    for batch in steps:
+        with out_of_inference(), torch.enable_grad():
+            inner = _inner_problem(problem, start, batch)
+            own = proximal_step(inner, own, start.kept | start.shared, keep_graph)
+        yield own
+
+
+def _inner_problem(problem: Problem, start: Start, batch: InnerBatch) -> InnerProblem:
+    """The proximal problem with the losses of an inner batch."""
+
+    def attempt(compute: Callable[[], Any]) -> Any:
+        with explained(problem.model, loop=problem.loops()), drawing_refused_for(problem.estimator):
+            return compute()
+
+    eps = max(torch.finfo(problem.autocast or w.dtype).eps for w in start.own.values())
+    return InnerProblem(
+        _losses_of(problem, start, batch.points()),
+        lambda compute: problem.vectorization.attempt(problem.parts(), lambda: attempt(compute)),
+        lambda missing: check_cut(problem, missing, *batch.points()),
+        lambda names: _check_constant(problem, names, batch),
+        problem.proximal,
+        problem.proximal.tolerance_of(problem.estimator, eps),
+        problem.solves,
+        eps,
+    )
+
+
+def _losses_of(
+    problem: Problem, start: Start, points: tuple[Tree, Tree, Tensor | None], support: Support | None = None
+) -> Callable[[Tensor | None, bool], Losses]:
+    """Losses without random draws, for `metamom.maml.proximal_step.InnerProblem`."""
+
+    def of(some: Tensor | None, constant: bool) -> Losses:
+        def chosen(tree: Tree) -> Tree:
+            return tree if some is None else mapped(lambda each: each[some], tree)
+
+        x, y, mask = map(chosen, points)
+        given = None if support is None else Support(*map(chosen, support))
+        features = Features([x, x], graph=False) if constant else None
+
+        def losses_at(own: Params, others: Params) -> Tensor:
+            kept, shared = ({name: others[name] for name in each} for each in (start.kept, start.shared))
+            there = start._replace(kept=kept if some is None else {n: w[some] for n, w in kept.items()}, shared=shared)
+            predicted = predictions(problem, there, own, x, mask, support=given, draws=False, features=features)
+            return losses(problem, there, own, predicted, y, mask)
+
+        return losses_at
+
+    return of
 
 
 def support_of(problem: Problem, term: Adaptations) -> Support | None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from metamom.common.choices import Norm
-from metamom.maml.estimators import Estimator, InnerBatches
+from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches
 from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.server_step import Backward as Backward
 from metamom.maml.swapping import alone
@@ -46,6 +46,11 @@ class MAML(Training):
             support set (of each half). A support set must divide into `support_parts` parts.
         tracking: b_u in (0, 1], the weight of a new inner step in the moving averages of ``"moml"``,
             ``"moml-coupled"`` and ``"scsc"``; 0.2 by default, 1 for no average.
+        proximal: lambda > 0 of ``"implicit"`` and ``"perturbed"``, 2 by default. These adapt by solving
+            ``min_u L_support(u) + lambda/2 |u - w|^2`` to a tolerance instead of by steps of ``inner_lr``; `adapt` and
+            `metamom.evaluate` with ``steps=k`` solve it k times, each time around the last solution. A number, or the
+            solver's settings too: a `metamom.maml.Proximal`, or a text such as ``"2,tolerance=1e-6,iterations=50"``.
+            Can be set later.
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``,
             or ``"tensor-step"``, one for each tensor and inner step (MAML++). Further steps use the size of step J.
         adapt: which parameters inner steps move: names of parameters or modules, or a predicate on a parameter's
@@ -88,6 +93,7 @@ class MAML(Training):
 
     Attributes:
         memory: the moving averages of tracked estimators, part of the ``state_dict``; ``None`` for the others.
+        solves: how the last solves of ``"implicit"`` and ``"perturbed"`` went: see `metamom.maml.solves.Solves`.
         operators: the operators that were passed to `backward` as a SPEC, each created once. With error feedback,
             save their ``state_dict()`` with the learner's.
 
@@ -127,12 +133,13 @@ class MAML(Training):
                 inner_steps=self.inner_steps,
                 estimator=self.estimator if estimator is None else estimator,
                 inner_batches=self.inner_batches if inner_batches is None else inner_batches,
+                proximal=self.proximal if ESTIMATORS[estimator or self.estimator].proximal else None,
                 chunk_size="auto" if self.chunk_size is None else self.chunk_size,
                 autocast=self.autocast,
                 vectorize=self.vectorize,
                 norm=self.norm if norm is None else norm,
             )
-        other._run, other._vectorization = self._run, self._vectorization
+        other._run, other._vectorization, other.solves = self._run, self._vectorization, self.solves
         other.norms_by_step = self.norms_by_step
         if inner_lr is None:
             other.step_sizes = self.step_sizes

@@ -13,6 +13,7 @@ from metamom.common.kinds import named_type
 from metamom.maml.estimators import check_estimator, tracked_estimators
 from metamom.maml.model_checks import check_hooks, check_kind
 from metamom.maml.norm import check_norm, resolved
+from metamom.maml.proximal import check_proximal
 from metamom.maml.swapping import named
 from metamom.maml.tracking import check_tracking
 from metamom.maml.vectorize import VECTORIZE
@@ -129,6 +130,8 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
         options[name] = value
         check_estimator(options["estimator"], options["inner_batches"])
         check_tracking(options["estimator"], tracking, options["inner_steps"], learned)
+        learns = bool(learner.step_sizes.learned())
+        check_proximal(options["estimator"], None, options["inner_steps"], learns, learner._gradients.compile is True)
         before = learner.estimator
         if name == "estimator" and value != before and {value, before} & set(tracked_estimators()):
             raise ValueError(

@@ -69,7 +69,7 @@ class StepNorms(nn.Module):
 
 
 def check_step_norms(estimator: Estimator) -> None:
-    """Refuse tracked estimators, where weights of another step meet the query set.
+    """Refuse tracked estimators, where weights of another step meet the query set, and ones without steps.
 
     Raises:
         ValueError: with what to do.
@@ -78,6 +78,11 @@ def check_step_norms(estimator: Estimator) -> None:
         raise ValueError(
             f"estimator {estimator!r} uses a moving average of weights, which belongs to no inner step: leave out "
             "step_norms=True, or use estimator='exact'."
+        )
+    if ESTIMATORS[estimator].proximal:
+        raise ValueError(
+            f"estimator {estimator!r} adapts by solving a problem, not by inner steps: leave out step_norms=True, or use "
+            "estimator='exact'."
         )
 
 

@@ -21,7 +21,7 @@ from metamom.common.intervals import Jackknife, squared_norm, total_variance
 from metamom.diagnostics import TrackBias, measure
 from metamom.diagnostics.power_law import fit_slope
 from metamom.experiments.families import FAMILIES
-from metamom.maml.estimators import memoryless_estimators
+from metamom.maml.estimators import ESTIMATORS, memoryless_estimators
 from metamom.rng import DrawCoordinates
 from metamom.tasks import Episodes, FixedTasks, LinearRegression, Quadratic, Sinusoid
 from metamom.tasks.population import Population
@@ -203,7 +203,8 @@ def test_the_slope_of_linear_regression_is_that_of_1_over_m():
 @pytest.mark.parametrize("inner_batches", ["same", "fresh"])
 def test_the_parts_add_up(estimator, inner_batches):
     net = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-    learner = MAML(net, F.mse_loss, inner_lr=0.1, inner_steps=2, estimator=estimator, inner_batches=inner_batches)
+    steps = 1 if ESTIMATORS[estimator].proximal else 2
+    learner = MAML(net, F.mse_loss, inner_lr=0.1, inner_steps=steps, estimator=estimator, inner_batches=inner_batches)
     family = Sinusoid(16, 5, dtype=torch.float64)
     found = measure(learner, family, inner_batches=(1, 4), draws=5, tasks_per_worker=2, bias=TopK(ratio=0.3))
     for at in found.sizes:

@@ -181,6 +181,7 @@ def test_other_numbers_of_inner_steps():
         ({"multi_step": -1}, ValueError, "multi_step must be >= 0"),
         ({"first_order_until": 0.5}, TypeError, "first_order_until must be a whole number"),
         ({"multi_step": 5, "estimator": "moml"}, ValueError, "leave out multi_step=5"),
+        ({"multi_step": 5, "estimator": "implicit"}, ValueError, "adapts by solving a problem"),
         ({"first_order_until": 5, "estimator": "hessian-free"}, ValueError, "is for estimator 'exact'"),
         ({"learn_inner_lr": "step"}, ValueError, "learn_inner_lr must be"),
         ({"learn_inner_lr": "tensor-step", "inner_lr": torch.ones(3)}, ValueError, "for each of the 1 inner steps"),

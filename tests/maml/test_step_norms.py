@@ -135,6 +135,8 @@ def test_models_and_estimators_without_them():
         MAML(nn.Linear(1, 1), F.mse_loss, step_norms=True)
     with pytest.raises(ValueError, match="belongs to no inner step"):
         MAML(network(), F.cross_entropy, estimator="moml", step_norms=True)
+    with pytest.raises(ValueError, match="not by inner steps"):
+        MAML(network(), F.cross_entropy, estimator="implicit", step_norms=True)
     with pytest.raises(TypeError, match="step_norms must be True or False"):
         MAML(network(), F.cross_entropy, step_norms=1)
     with pytest.raises(ValueError, match="adapt"):

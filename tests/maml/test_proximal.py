@@ -1,0 +1,298 @@
+"""Estimators that adapt by a proximal problem: against closed forms, dense Hessians, and their error bounds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from problems import assert_close, generator, mlp, randomised, regression_batch
+from slow_proximal import slow_implicit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metamom import MAML, TaskBatch
+from metamom.maml import Proximal
+from metamom.maml.conjugate_gradients import conjugate_gradients
+from metamom.maml.lbfgs import minimise
+from metamom.maml.proximal import as_proximal
+
+LAMBDA = 0.7
+TIGHT = Proximal(LAMBDA, tolerance=1e-13, cg_tolerance=1e-13)
+
+
+def linear(dim: int = 4) -> nn.Module:
+    return randomised(nn.Linear(dim, 1, bias=False))
+
+
+def regression_in_closed_form(w: Tensor, batch: TaskBatch, strength: float) -> tuple[Tensor, Tensor]:
+    """The meta-gradients ``[T, d]`` and the solutions ``[T, d]``, for mean squared errors of a linear model ``[d]``."""
+    X, y, A, c = batch[:4]
+    H = 2 * X.mT @ X / X.shape[1]
+    M = H + strength * torch.eye(X.shape[2], dtype=X.dtype)
+    u = torch.linalg.solve(M, 2 * X.mT @ y / X.shape[1] + strength * w.unsqueeze(1))
+    g = 2 * A.mT @ (A @ u - c) / A.shape[1]
+    return strength * torch.linalg.solve(M, g).squeeze(-1), u.squeeze(-1)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+# ---- linear regression
+
+
+@pytest.mark.parametrize(
+    ("estimator", "proximal", "tolerance"),
+    [
+        ("implicit", LAMBDA, 1e-6),
+        ("implicit", TIGHT, 1e-12),
+        ("perturbed", Proximal(LAMBDA, tolerance=1e-14, nu=1e-5), 1e-8),
+    ],
+)
+def test_linear_regression_in_closed_form(estimator, proximal, tolerance):
+    model, batch = linear(), regression_batch(tasks=6, dim=4)
+    wanted, u = regression_in_closed_form(model.weight.detach()[0], batch, LAMBDA)
+    learner = MAML(model, F.mse_loss, estimator=estimator, proximal=proximal)
+    grads, losses = learner.meta_gradient(batch, workers=3)
+    assert relative_error(grads["weight"].squeeze(1), wanted.view(3, 2, 4).mean(1)) < tolerance
+    wanted = ((batch.query_x @ u.unsqueeze(-1) - batch.query_y) ** 2).mean((1, 2))
+    torch.testing.assert_close(losses, wanted, rtol=tolerance, atol=0)
+    adapted = learner.adapt(batch.support_x, batch.support_y)["weight"]
+    torch.testing.assert_close(adapted.squeeze(1).detach(), u, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("differences", "order"), [("symmetric", 2), ("forward", 1)])
+def test_the_bias_in_nu(differences, order):
+    """On quadratics the error is a power series in nu; ten times smaller, it falls by 10^order."""
+    model, batch = linear(), regression_batch(dim=4)
+    wanted = regression_in_closed_form(model.weight.detach()[0], batch, LAMBDA)[0].mean(0)
+    errors = []
+    for nu in (1e-1, 1e-2, 1e-3):
+        settings = Proximal(LAMBDA, tolerance=1e-15, nu=nu, differences=differences)
+        learner = MAML(model, F.mse_loss, estimator="perturbed", proximal=settings)
+        errors.append(relative_error(learner.meta_gradient(batch).grads["weight"][0, 0], wanted))
+    slopes = [math.log10(a / b) for a, b in itertools.pairwise(errors)]
+    assert slopes == pytest.approx([order, order], abs=0.25)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_the_residual_of_conjugate_gradients_bounds_the_error(iterations):
+    """``|z - z*| <= |r|``, since no eigenvalue of ``I + H/lambda`` is below 1 for a convex loss."""
+    model, batch = linear(6), regression_batch(dim=6, tasks=1, support=9)
+    settings = Proximal(LAMBDA, tolerance=1e-14, cg_tolerance=1e-14, cg_iterations=iterations)
+    learner = MAML(model, F.mse_loss, estimator="implicit", proximal=settings)
+    with pytest.warns(UserWarning, match="conjugate gradients did not reach their tolerance, 1e-14, in 1 of 1 task"):
+        found = learner.meta_gradient(batch).grads["weight"][0, 0]
+    wanted, u = regression_in_closed_form(model.weight.detach()[0], batch, LAMBDA)
+    g = 2 * batch.query_x[0].T @ (batch.query_x[0] @ u[0] - batch.query_y[0, :, 0]) / 3
+    H = 2 * batch.support_x[0].T @ batch.support_x[0] / 9
+    residual = g - found - H @ found / LAMBDA
+    solved = learner.solves.implicit
+    assert solved.products.tolist() == [iterations]
+    assert float(solved.residual) == pytest.approx(float(residual.norm() / g.norm()), rel=1e-8)
+    assert 0 < float((found - wanted[0]).norm()) <= float(residual.norm())
+
+
+# ---- dense Hessians
+
+
+class Scaled(nn.Module):
+    """A loss with parameters of its own, which no adaptation moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
+
+    def forward(self, predicted: Tensor, y: Tensor) -> Tensor:
+        return (self.scale**2 * (predicted - y) ** 2).mean()
+
+
+def smooth() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
+
+
+CASES: list[tuple[Any, dict[str, Any]]] = [
+    (F.mse_loss, {}),
+    (F.mse_loss, {"vectorize": "loop"}),
+    (F.mse_loss, {"adapt": ["3"], "chunk_size": 3}),
+    (Scaled(), {"adapt": ["0", "3.bias"]}),
+    (Scaled(), {"chunk_size": 1}),
+]
+
+
+@pytest.mark.parametrize(("loss_fn", "options"), CASES)
+def test_agrees_with_dense_hessians(loss_fn, options):
+    model, batch = randomised(smooth()), regression_batch(tasks=2)
+    settings = Proximal(8.0, tolerance=1e-14, cg_tolerance=1e-14, nu=1e-4)
+    learner = MAML(model, loss_fn, estimator="implicit", proximal=settings, **options)
+    slow = [slow_implicit(model, loss_fn, part, 8.0, learner.adapted) for part in batch.split(2)]
+    for estimator, tolerance in (("implicit", 1e-10), ("perturbed", 1e-7)):
+        learner.estimator = estimator
+        found, losses = learner.meta_gradient(batch, 2)
+        for i, (wanted, loss) in enumerate(slow):
+            assert_close({n: g[i] for n, g in found.items()}, wanted, tolerance)
+            torch.testing.assert_close(losses[i : i + 1], loss, rtol=1e-10, atol=1e-12)
+        mean = {n: g.mean(0) for n, g in found.items()}
+        assert_close({n: g[0] for n, g in learner.meta_gradient(batch).grads.items()}, mean, tolerance)
+        total = learner.losses(batch).mean()
+        grads = torch.autograd.grad(total, [*learner.meta_parameters().values()])
+        assert_close(dict(zip(mean, grads, strict=True)), mean, tolerance)
+        with torch.no_grad():
+            torch.testing.assert_close(learner.losses(batch), losses)
+
+
+def test_adapted_weights_are_differentiable_in_both():
+    """`adapt` has the derivatives of the solution, also where the meta-gradient is made of differences."""
+    model, batch = linear(), regression_batch(dim=4)
+    wanted = regression_in_closed_form(model.weight.detach()[0], batch, LAMBDA)[0].mean(0)
+    for estimator in ("implicit", "perturbed"):
+        learner = MAML(model, F.mse_loss, estimator=estimator, proximal=TIGHT)
+        adapted = learner.adapt(batch.support_x, batch.support_y)
+        loss = F.mse_loss(learner.predict(adapted, batch.query_x), batch.query_y)
+        (grad,) = torch.autograd.grad(loss, [model.weight])
+        assert relative_error(grad[0], wanted) < 1e-10
+
+
+# ---- the solver
+
+
+def test_memory_does_not_grow_with_the_evaluations():
+    """What the graph of a meta-gradient saves is the same, whether the solve stops early or goes on."""
+    model, batch = randomised(mlp()), regression_batch(tasks=2)
+    kept, evaluations = [], []
+    for tolerance in (0.5, 1e-9):
+        learner = MAML(
+            model, F.mse_loss, estimator="implicit", proximal=Proximal(9.0, tolerance=tolerance), chunk_size=2
+        )
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = learner.losses(batch).sum()
+        assert loss.requires_grad
+        evaluations.append(int(learner.solves.inner.evaluations.max()))
+        weights = 2 * sum(p.nbytes for p in model.parameters())
+        kept.append(sum(saved.values()) // weights)
+    assert evaluations[1] > 2 * evaluations[0]
+    assert kept[1] <= 1.2 * kept[0]
+
+
+def test_tasks_stop_one_by_one():
+    """An easy task stops first, and is what it is without the others."""
+    model, batch = linear(), regression_batch(tasks=4, dim=4)
+    scale = torch.tensor([1e-3, 0.3, 1.0, 2.0], dtype=torch.float64).view(4, 1, 1)
+    batch = batch._replace(support_x=batch.support_x * scale)
+    learner = MAML(model, F.mse_loss, estimator="implicit", proximal=TIGHT)
+    together = learner.meta_gradient(batch, 4).grads["weight"]
+    counts = learner.solves.inner.evaluations.tolist()
+    assert counts[0] < counts[1] < counts[3]
+    for t in range(4):
+        torch.testing.assert_close(learner.meta_gradient(batch.part(t, t + 1)).grads["weight"][0], together[t])
+        assert abs(int(learner.solves.inner.evaluations) - counts[t]) <= 1
+        assert learner.solves.inner.solved.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1.0, 1e4])
+def test_minimise_quadratics_to_rounding(dtype, condition):
+    scales = torch.logspace(0, math.log10(condition), 6).to(dtype).expand(3, 6)
+    centre = torch.randn(3, 6, generator=generator(0)).to(dtype)
+
+    def objective(points: Tensor) -> tuple[Tensor, Tensor]:
+        away = points - centre
+        return (scales * away**2).sum(1) / 2, scales * away
+
+    eps = torch.finfo(dtype).eps
+    found = minimise(lambda some: objective, torch.zeros_like(centre), tolerance=1e-30, iterations=500, eps=eps)
+    assert found.solved().all()
+    assert float((found.point - centre).abs().max()) < 100 * eps
+
+
+def test_conjugate_gradients_task_by_task():
+    B = torch.randn(5, 7, 7, generator=generator(0), dtype=torch.float64)
+    A = B @ B.mT + torch.eye(7, dtype=torch.float64)
+    b = torch.randn(5, 7, generator=generator(1), dtype=torch.float64)
+    b[2] = 0
+    A[4] = -A[4]
+    solved = conjugate_gradients(lambda v: (A @ v.unsqueeze(-1)).squeeze(-1), b, tolerance=1e-13, iterations=30)
+    torch.testing.assert_close(solved.x[:4], torch.linalg.solve(A, b)[:4], rtol=1e-10, atol=1e-12)
+    assert solved.products[2] == 0
+    assert solved.negative.tolist() == [False] * 4 + [True]
+    assert torch.equal(solved.x[4], b[4])  # at once, so the first-order gradient
+    b[1, 0] = math.nan
+    assert conjugate_gradients(lambda v: v, b, tolerance=1e-9, iterations=3).x[1].isnan().any()
+
+
+# ---- options and errors
+
+
+def test_failures_warn_once():
+    model, batch = randomised(smooth()), regression_batch(tasks=3)
+    learner = MAML(model, F.mse_loss, estimator="implicit", proximal="8,iterations=3,tolerance=1e-9")
+    with pytest.warns(UserWarning, match="not solved to its tolerance in 3 of 3 tasks within 3 evaluations") as seen:
+        learner.meta_gradient(batch)
+        learner.meta_gradient(batch)
+    assert len([each for each in seen if "not solved" in str(each.message)]) == 1
+    assert not learner.solves.inner.solved.any()
+
+
+class Saddle(nn.Module):
+    """A loss with negative curvature everywhere: ``-u^2``."""
+
+    def forward(self, predicted: Tensor, y: Tensor) -> Tensor:
+        return -(predicted**2).mean()
+
+
+def test_negative_curvature_warns():
+    model, batch = linear(1), regression_batch(tasks=1, dim=1)
+    learner = MAML(model, Saddle(), estimator="implicit", proximal=Proximal(1e-3, iterations=2))
+    with pytest.warns(UserWarning, match="met negative curvature in 1 of 1 task: .* Use a larger proximal"):
+        learner.meta_gradient(batch)
+
+
+def test_dropout_is_refused():
+    model, batch = nn.Sequential(nn.Linear(2, 1), nn.Dropout()).double(), regression_batch()
+    for vectorize in ("vmap", "loop"):
+        learner = MAML(model, F.mse_loss, estimator="implicit", vectorize=vectorize)
+        with pytest.raises(ValueError, match="^estimator 'implicit' compares many calls of the model .* model.eval"):
+            learner.meta_gradient(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"estimator": "implicit", "proximal": 0}, "proximal must be > 0 and finite; got 0"),
+        ({"estimator": "implicit", "proximal": "2,nu"}, "proximal is a strength and options, .* got 'nu'"),
+        ({"estimator": "implicit", "proximal": "2,iteration=3"}, "did you mean iterations"),
+        ({"estimator": "implicit", "proximal": "2,iterations=a"}, "'a' in '2,iterations=a' is not a whole number"),
+        ({"estimator": "perturbed", "proximal": "2,differences=both"}, "differences of proximal must be one of symm"),
+        ({"estimator": "implicit", "inner_steps": 5}, "one proximal problem to a tolerance; got inner_steps=5"),
+        ({"estimator": "implicit", "learn_inner_lr": True}, "does not take steps of inner_lr"),
+        ({"estimator": "perturbed", "inner_lr": torch.tensor(0.1, requires_grad=True)}, "does not take steps of inner"),
+        ({"estimator": "implicit", "compile": True}, "cannot be compiled"),
+        ({"proximal": 2.0}, "proximal is the strength .* got proximal=2.0 with estimator 'exact'"),
+    ],
+)
+def test_options_are_checked(options, match):
+    with pytest.raises(ValueError, match=match):
+        MAML(nn.Linear(1, 1), F.mse_loss, **options)
+
+
+def test_options_that_change():
+    learner = MAML(linear(), F.mse_loss, inner_steps=3)
+    with pytest.raises(ValueError, match="got inner_steps=3"):
+        learner.estimator = "implicit"
+    learner.inner_steps = 1
+    learner.estimator, learner.proximal = "implicit", 3
+    assert learner.proximal == Proximal(3.0)
+    assert learner.describe()["proximal"] == "3"
+    assert learner.like().proximal == learner.proximal
+    assert "proximal" not in learner.like(estimator="exact").describe()
+    for settings in (Proximal(0.1, nu=1 / 3), TIGHT, Proximal(2.0, differences="forward", cg_iterations=5)):
+        assert as_proximal(settings.spec) == settings
