@@ -77,4 +77,5 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, *, toler
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+    products: Tensor = torch.linalg.vecdot(a, b)
+    return products

@@ -230,7 +230,8 @@ class MetaGradients:
             one = TaskBatch(*(mapped(Tensor.clone, x) for x in first))
             of_one = self._one_task(weights, one) if compute is None else partial(compute, one)
             adapted = sum(weights[name].nbytes for name in plan.problem.adapted if name in weights)
-            self._budgets[key] = tasks_within_budget(of_one, one, adapted)
+            with plan.problem.solves.trying():
+                self._budgets[key] = tasks_within_budget(of_one, one, adapted)
         return self._budgets[key]
 
     def built_in(self) -> tuple[Hashable, ...]:

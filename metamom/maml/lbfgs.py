@@ -14,8 +14,8 @@ from torch import Tensor
 PAIRS = 8
 FIRST_STEP = 0.1  # length of the first trial step at most
 BACKTRACKS = 30
-IDLE = 12  # evaluations without progress of the gradient that end a minimisation whose value stays
-STAYS = 1e-3  # a decrease in them by less than this share of the whole decrease
+IDLE = 12  # evaluations without progress of the gradient, once rounding hides differences of values
+STAYS = 25, 1e-4  # so many evaluations without it end at a kink, if the value fell by less than this share of its fall
 SUFFICIENT = 1e-4  # share of the predicted decrease that a step must reach
 FLATTER = 0.9  # slope at the end of a step, relative to that at its start, that shows a decrease of a parabola
 RESOLVED = 100  # predicted decreases below so many roundings of the value are not visible in it
@@ -152,12 +152,12 @@ def minimise(
 def _ending(state: _Search, iterations: int, eps: float) -> Tensor:
     """The index of how each task has ended, ``[A]``; -1 for one that goes on."""
     unresolved = -state.slope <= RESOLVED * eps * state.value.abs()
-    stays = state.before - state.value <= STAYS * (state.highest - state.value)
+    stays = state.before - state.value <= STAYS[1] * (state.highest - state.value)
     idle, no_step = state.idle >= IDLE, state.backtracks > BACKTRACKS
     how = torch.full_like(state.number, -1)
     for ending, holds in (
         ("iterations", state.evaluations >= iterations),
-        ("kink", (idle & stays) | no_step),
+        ("kink", ((state.idle >= STAYS[0]) & stays) | no_step),
         ("rounding", (idle | no_step) & unresolved),
         ("tolerance", state.norm <= state.target),
     ):
@@ -282,4 +282,5 @@ def _times_inverse_hessian(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, scale: 
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+    products: Tensor = torch.linalg.vecdot(a, b)
+    return products

@@ -55,7 +55,7 @@ def perturbed_losses(
     span = ends[0] - ends[1]
     points = [solved if end == 0 else perturbed_solution(inner, query, own, others, solved, end) for end in ends]
     difference = (flat(points[1].values()) - flat(points[0].values())) * (settings.strength / span)
-    total = torch.linalg.vecdot(flat(own.values()), difference)
+    total: Tensor = torch.linalg.vecdot(flat(own.values()), difference)
     if any(w.requires_grad for w in others.values()):
 
         def direct() -> Tensor:

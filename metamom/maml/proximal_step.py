@@ -189,7 +189,7 @@ def flat(params: Iterable[Tensor]) -> Tensor:
 def unflattened(points: Tensor, like: Params) -> Params:
     """The parts ``[A, *shape]`` of ``[A, d]`` by name."""
     sizes = [w[0].numel() for w in like.values()]
-    parts = points.split(sizes, 1)
+    parts = torch.split(points, sizes, 1)
     return {n: part.reshape(len(points), *w.shape[1:]) for (n, w), part in zip(like.items(), parts, strict=True)}
 
 

@@ -6,6 +6,8 @@ Legend: T tasks.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -42,9 +44,21 @@ class Solves:
         self.inner: InnerSolve | None = None
         self.implicit: Solved | None = None
         self._warned: set[str] = set()
+        self._trying = False
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Neither keep nor warn of what is computed within, to measure its memory."""
+        self._trying = True
+        try:
+            yield
+        finally:
+            self._trying = False
 
     def note(self, found: Minimum, settings: Proximal) -> None:
         """Keep how the proximal problem was solved, and warn if it was not."""
+        if self._trying:
+            return
         residual = found.gradient / found.first.where(found.first > 0, 1)
         solved = found.solved() | ~found.first.isfinite()  # what is not finite is an error of its own
         self.inner = InnerSolve(found.evaluations, residual, solved)
@@ -58,19 +72,21 @@ class Solves:
             residual: relative, ``[T]``.
             settings: of the solver.
         """
-        if not bool(solved.all()):
+        if not self._trying and not bool(solved.all()):
             self._warn(
                 "inner",
                 f"the proximal problem was not solved to its tolerance in {_share(~solved)} within "
                 f"{settings.iterations} evaluations: its gradient fell to {float(residual[~solved].max()):.2g} of "
                 "what it was, so the adapted weights and the meta-gradient are approximate. Kinks, as of ReLU, can "
-                f"keep a gradient from vanishing. Otherwise, use a larger proximal (now {settings.strength:g}), or more "
+                f"keep a gradient from vanishing. Otherwise, use a larger proximal (now {settings.strength:g}), more "
                 f"iterations or a larger tolerance: proximal='{settings.strength:g},"
                 f"iterations={2 * settings.iterations},tolerance=1e-3'.",
             )
 
     def note_implicit(self, found: Solved, tolerance: float, settings: Proximal) -> None:
         """Keep how conjugate gradients went, and warn if they fell short."""
+        if self._trying:
+            return
         self.implicit = found
         if bool(found.negative.any()):
             self._warn(
