@@ -52,7 +52,7 @@ class ImageOptions:
         None,
         later=True,
         own=True,
-        flag=Flag("task", "draw the characters of each task from one alphabet, which is harder"),
+        flag=Flag("task", "draw the characters of each task from one alphabet, which is harder", "off", switch=True),
     )
     image_size: int | None = option(
         None, later=True, own=True, flag=Flag("task", "pixels a side", type=task_count, metavar="N")

@@ -102,7 +102,7 @@ class Omniglot(Episodes):
         self.characters = _of_alphabets(split, self.alphabets)
         self.within_alphabet = check_flag("within_alphabet", within_alphabet)
         self._rotations_argument = rotations
-        images = _images(self.characters, root, self.image_size, download)
+        images = images_of(self.characters, root, self.image_size, download)
         super().__init__(
             images.flatten(0, 1).unsqueeze(1),
             torch.arange(len(images)).repeat_interleave(images.shape[1]),
@@ -197,7 +197,7 @@ def _of_alphabets(split: str, alphabets: Sequence[str] | None) -> tuple[str, ...
     return tuple(name for name in characters if name.split("/")[1] in alphabets)
 
 
-def _images(characters: Sequence[str], root: PathLike | None, image_size: int, download: bool) -> Tensor:
+def images_of(characters: Sequence[str], root: PathLike | None, image_size: int, download: bool) -> Tensor:
     """The drawings of these characters, ``[C, 20, H, H]`` uint8."""
     chosen = []
     for part in PARTS:

@@ -104,7 +104,7 @@ class Flagged(NamedTuple):
         settings = {name: value for name, value in settings.items() if value is not None}
         if self.flag.bare is not None:
             settings |= {"nargs": "?", "const": self.flag.bare}
-        elif self.default is False or (task and self.default is None and self.value(task) is False):
+        elif self.default is False or self.flag.switch:
             settings["action"] = "store_true"
         if self.flag.name is not None:
             settings["dest"] = self.name
