@@ -131,8 +131,8 @@ class Omniglot(Episodes):
         drawn = (chosen[:, 0] * (rotations * len(self.drawn_alphabets))).astype(np.int64)
         turns, alphabet = np.divmod(drawn, len(self.drawn_alphabets))
         characters = choose(chosen[:, 1:], self._alphabets.sizes[alphabet])
-        first = self._alphabets.starts[alphabet] + turns * len(self.characters)
-        return first[:, None] + characters
+        first: Ints = self._alphabets.starts[alphabet] + turns * len(self.characters)
+        return np.add(first[:, None], characters, dtype=np.int64)
 
     @staticmethod
     def has_alphabets(split: str, ways: int) -> bool:
