@@ -48,6 +48,12 @@ class ImageOptions:
             metavar="DIR",
         ),
     )
+    within_alphabet: bool | None = option(
+        None,
+        later=True,
+        own=True,
+        flag=Flag("task", "draw the characters of each task from one alphabet, which is harder", "off", switch=True),
+    )
     image_size: int | None = option(
         None, later=True, own=True, flag=Flag("task", "pixels a side", type=task_count, metavar="N")
     )

@@ -23,10 +23,10 @@ def _learners(task: str) -> str:
 class LearnerOptions(ImageOptions):
     """The kind of learner; a method of `metamom.experiments.recipes.Recipe` is called ``learner``."""
 
-    learner_kind: Learner = option(
-        "maml",
+    learner_kind: Learner | None = option(  # None for maml, as in runs of earlier versions
+        None,
         later=True,
-        flag=Flag("learner", _learners, choices=LEARNERS, name="learner", before="inner_lr"),
+        flag=Flag("learner", _learners, "maml", choices=LEARNERS, name="learner", before="inner_lr"),
     )
     head: str | None = option(
         None,

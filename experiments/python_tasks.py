@@ -36,7 +36,7 @@ def known_sampler(
         settings: the run's.
         split: of the tasks, or a stream of the family's seed.
         root: of the data; by default where the run had it.
-        **asked: arguments of the family to replace: ways, shots, queries, seed.
+        **asked: arguments of the family to replace: ways, shots, queries, seed, within_alphabet.
 
     Raises:
         ValueError: for an argument that the family does not have, and as the family does.
@@ -56,7 +56,7 @@ def known_sampler(
         return None
     if made.describe() != described:
         return None
-    _check_asked(kind.__name__, asked, arguments)
+    _check_asked(kind.__name__, asked, [*arguments, *(["within_alphabet"] if on_disk else [])])
     if on_disk:
         return kind(**{**arguments, **asked, "split": split}, **on_disk)  # type: ignore[no-any-return]
     return kind(**{**arguments, **asked}).with_stream(split)  # type: ignore[no-any-return]
@@ -122,7 +122,7 @@ def recipe_of_tasks(settings: Mapping[str, Any], *, root: str | None = None) -> 
     images = within.get("family") == "ImageFolder"
     chosen = {
         "task": "images" if images else str(within.get("family")).lower(),
-        **{name: within[name] for name in ("ways", "queries", "seed", "dtype") if name in within},
+        **{name: within[name] for name in ("ways", "queries", "seed", "dtype", "within_alphabet") if name in within},
         **{name: options[name] for name in ("inner_steps", "inner_batches", "estimator") if name in options},
         **{name: settings[name] for name in ("workers", "meta_batch", "bias", "aggregate") if name in settings},
         **({"fixed_tasks": fixed["n"], "order": fixed["order"]} if fixed else {}),

@@ -129,8 +129,11 @@ class Recipe(RecipeOptions):
             )
 
     def _check_learner(self) -> None:
+        """Check the kind of learner; ``"maml"`` becomes ``None``, as in a run of an earlier version."""
+        if self.learner_kind == "maml":
+            object.__setattr__(self, "learner_kind", None)
         check_kind_options(
-            self.learner_kind,
+            self.learner_kind or "maml",
             head=self.head,
             estimator=self.estimator,
             adapt=self.adapt,
@@ -261,7 +264,7 @@ class Recipe(RecipeOptions):
                 load_weights(model, self.init, skip=self.init_except or ())
         assert self.inner_lr is not None
         return make_learner(
-            self.learner_kind,
+            self.learner_kind or "maml",
             model.to(device=find_device(self.device), dtype=DTYPES[self.dtype]),
             self.family.loss(),
             inner_lr=self.inner_lr,

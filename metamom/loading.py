@@ -66,7 +66,8 @@ class LoadedRun:
                 other images. By default it is the folder of training, and the splits that the run trained and validated
                 on must not have changed.
             **changes: ``ways``, ``shots``, ``queries`` or ``seed``, if they should differ from training; of images,
-                also ``splits``, the folder of their lists, and ``on_broken``: ``"raise"`` or ``"skip"``.
+                also ``splits``, the folder of their lists, and ``on_broken``: ``"raise"`` or ``"skip"``; of Omniglot,
+                also ``within_alphabet``.
 
         Raises:
             ValueError: if the run's ``config.json`` does not say how to make its tasks, and for images that have

@@ -7,6 +7,7 @@ from metamom.tasks.image_check import check_images
 from metamom.tasks.image_folder import ImageFolder
 from metamom.tasks.linear import LinearRegression, half_squared_error
 from metamom.tasks.omniglot import Omniglot
+from metamom.tasks.omniglot_runs import OmniglotRuns
 from metamom.tasks.per_worker import PerWorker
 from metamom.tasks.prefetch import Prefetched
 from metamom.tasks.quadratic import Quadratic, quadratic_loss
@@ -18,6 +19,7 @@ __all__ = [
     "ImageFolder",
     "LinearRegression",
     "Omniglot",
+    "OmniglotRuns",
     "PerWorker",
     "Prefetched",
     "Quadratic",

@@ -160,10 +160,14 @@ class EpisodicFamily(TaskFamily):
                 )
             yield x
 
+    def _classes(self, tasks: DrawCoordinates) -> Ints:
+        """The classes of each task ``[T, ways]``, rotated ones among them, in the order of the labels."""
+        return choose(uniforms(self.seed, tasks, Purpose.TASK, self.ways), self.num_classes)
+
     def _chosen(self, tasks: DrawCoordinates, data: DrawCoordinates) -> tuple[Ints, Ints]:
         """The indices of the items, and how often each is rotated by 90°: both ``[T, M]``, shot by shot."""
         shown = self.shots + self.queries
-        classes = choose(uniforms(self.seed, tasks, Purpose.TASK, self.ways), self.num_classes).reshape(-1)
+        classes = self._classes(tasks).reshape(-1)
         # class c rotated r times is class c + r · (number of classes)
         turns, classes = np.divmod(classes, len(self._by_class.classes))
         u = uniforms(self.seed, data, Purpose.DATA, self.ways * shown).reshape(-1, shown)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metamom.common.checks import check_flag
+from metamom.rng import DrawCoordinates, Ints, Purpose, choose, uniforms
 from metamom.tasks.cache import Arrays, cached
 from metamom.tasks.checks import check_count
 from metamom.tasks.episodes import Episodes
@@ -43,17 +45,24 @@ class Omniglot(Episodes):
         seed: 0 <= seed < 2^64.
         download: fetch the data if it is missing.
         alphabets: use only these alphabets of the split, e.g. ``["Greek"]``.
+        within_alphabet: draw the characters of each task from one alphabet, which is harder. The alphabet is drawn
+            first, all with the same probability; those with fewer characters than ``ways`` in the split are left out
+            (of ``"test"``, 40 of the 50 have five, and none has 20; of ``"background"``, 26 of 30 have 20, and of
+            ``"evaluation"`` all 20). Where characters are rotated, all those of a task are, by the same angle: an
+            alphabet rotated by 90°, 180° or 270° counts as another one.
 
     Attributes:
         characters: the split's characters; class c, before rotation, is ``characters[c]``.
         num_classes: number of classes, including rotated ones.
+        drawn_alphabets: names of the alphabets that tasks are drawn from.
 
     Returns (from `sample`):
         ``support_x: [T, ways · shots, 1, H, H]``, ``query_x: [T, ways · queries, 1, H, H]``; labels int64.
 
     Raises:
         FileNotFoundError: if the data is missing.
-        ValueError: for damaged data, an unknown split or alphabet, or more ways, shots or queries than there are.
+        ValueError: for damaged data, an unknown split or alphabet, or more ways, shots or queries than there are, in
+            any single alphabet with ``within_alphabet=True``.
 
     Example:
         >>> batch = Omniglot(split="test", ways=5, shots=1).sample(0, 8)  # doctest: +SKIP
@@ -78,6 +87,7 @@ class Omniglot(Episodes):
         seed: int = 0,
         download: bool = False,
         alphabets: Sequence[str] | None = None,
+        within_alphabet: bool = False,
     ) -> None:
         if not isinstance(rotations, int | str) or rotations not in (True, False, "all"):
             raise ValueError(f"rotations must be True, False or 'all'; got {rotations!r}.")
@@ -91,8 +101,9 @@ class Omniglot(Episodes):
             raise ValueError(f"alphabets must be a list of names, e.g. ['Greek'], or None for all; got {alphabets!r}.")
         self.alphabets = None if alphabets is None else list(alphabets)
         self.characters = _of_alphabets(split, self.alphabets)
+        self.within_alphabet = check_flag("within_alphabet", within_alphabet)
         self._rotations_argument = rotations
-        images = _images(self.characters, root, self.image_size, download)
+        images = images_of(self.characters, root, self.image_size, download)
         super().__init__(
             images.flatten(0, 1).unsqueeze(1),
             torch.arange(len(images)).repeat_interleave(images.shape[1]),
@@ -103,6 +114,31 @@ class Omniglot(Episodes):
             rotations=rotations == "all" or (bool(rotations) and split in ("train", "background")),
         )
         self.stream = split
+        self._alphabets = Alphabets.of(self.characters, self.ways if self.within_alphabet else 1)
+        self.drawn_alphabets = self._alphabets.names
+        if not self.drawn_alphabets:
+            raise ValueError(
+                f"a task within an alphabet needs one with ways={self.ways} characters; those of the split {split!r} "
+                f"have at most {max(Alphabets.of(self.characters, 1).sizes)}. Use fewer ways, or split='background' "
+                "or 'evaluation', which have whole alphabets."
+            )
+
+    def _classes(self, tasks: DrawCoordinates) -> Ints:
+        """See `EpisodicFamily._classes`."""
+        if not self.within_alphabet:
+            return super()._classes(tasks)
+        chosen = uniforms(self.seed, tasks, Purpose.TASK, 1 + self.ways)
+        rotations = self.num_classes // len(self.characters)
+        drawn = (chosen[:, 0] * (rotations * len(self.drawn_alphabets))).astype(np.int64)
+        turns, alphabet = np.divmod(drawn, len(self.drawn_alphabets))
+        characters = choose(chosen[:, 1:], self._alphabets.sizes[alphabet])
+        first: Ints = self._alphabets.starts[alphabet] + turns * len(self.characters)
+        return np.add(first[:, None], characters, dtype=np.int64)
+
+    @staticmethod
+    def has_alphabets(split: str, ways: int) -> bool:
+        """Whether a split has an alphabet with so many characters, which ``within_alphabet=True`` needs."""
+        return bool(Alphabets.of(split_characters(split), ways).names)
 
     def describe(self) -> dict[str, Any]:
         """See `TaskFamily.describe`. The location of the data is left out."""
@@ -116,11 +152,35 @@ class Omniglot(Episodes):
             "rotations": self._rotations_argument,
             "seed": self.seed,
             "alphabets": self.alphabets,
+            **({"within_alphabet": True} if self.within_alphabet else {}),
         }
 
     def task_identity(self) -> dict[str, Any]:
         """See `TaskSampler.task_identity`. Rotations count in the splits that have them."""
         return super().task_identity() | {"rotations": self.rotations}
+
+
+class Alphabets(NamedTuple):
+    """The alphabets of some characters. Those of alphabet a are ``starts[a], ..., starts[a] + sizes[a] - 1``.
+
+    Attributes:
+        names: A of them, sorted by the publishers' part and name.
+        starts: ``[A]``.
+        sizes: ``[A]``.
+    """
+
+    names: tuple[str, ...]
+    starts: Ints
+    sizes: Ints
+
+    @classmethod
+    def of(cls, characters: Sequence[str], least: int) -> Alphabets:
+        """The alphabets with at least so many of these characters, sorted as `split_characters` sorts them."""
+        names = [name.rpartition("/")[0] for name in characters]
+        found, starts, sizes = np.unique(names, return_index=True, return_counts=True)
+        kept = sizes >= least
+        every = tuple(str(name).partition("/")[2] for name in found[kept])
+        return cls(every, starts[kept].astype(np.int64), sizes[kept].astype(np.int64))
 
 
 def _of_alphabets(split: str, alphabets: Sequence[str] | None) -> tuple[str, ...]:
@@ -138,7 +198,7 @@ def _of_alphabets(split: str, alphabets: Sequence[str] | None) -> tuple[str, ...
     return tuple(name for name in characters if name.split("/")[1] in alphabets)
 
 
-def _images(characters: Sequence[str], root: PathLike | None, image_size: int, download: bool) -> Tensor:
+def images_of(characters: Sequence[str], root: PathLike | None, image_size: int, download: bool) -> Tensor:
     """The drawings of these characters, ``[C, 20, H, H]`` uint8."""
     chosen = []
     for part in PARTS:

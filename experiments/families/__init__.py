@@ -14,13 +14,11 @@ __all__ = ["FAMILIES", "Family"]
 
 
 def _load_all() -> dict[str, Family]:
-    """The records of all modules, by name: families without data first, and those with options of their own last."""
+    """The records of all modules, by name: families without data first, and those with a folder of their own last."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     records: list[Family] = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    return {
-        record.name: record
-        for record in sorted(records, key=lambda record: (bool(record.options), record.data is not None, record.name))
-    }
+    records.sort(key=lambda record: ("root" in record.options, record.data is not None, record.name))
+    return {record.name: record for record in records}
 
 
 FAMILIES = _load_all()

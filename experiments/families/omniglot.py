@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from metamom.experiments.families.family import (
     ACCURACY,
@@ -23,10 +24,17 @@ if TYPE_CHECKING:
     from metamom.tasks.family import TaskFamily
 
 
-def _tasks(wanted: TaskSettings) -> TaskFamily:
+def _tasks(wanted: TaskSettings, *, within_alphabet: bool | None) -> TaskFamily:
     from metamom.tasks import Omniglot
 
     assert wanted.ways is not None
+    if within_alphabet and wanted.split == "validation" and not Omniglot.has_alphabets(wanted.split, wanted.ways):
+        warnings.warn(
+            f"no alphabet has {wanted.ways} of the 100 characters of the validation split: its tasks are drawn from "
+            "all alphabets.",
+            stacklevel=1,
+        )
+        within_alphabet = False
     return Omniglot(
         wanted.root,
         split=wanted.split,
@@ -34,10 +42,11 @@ def _tasks(wanted: TaskSettings) -> TaskFamily:
         shots=wanted.shots,
         queries=wanted.queries,
         seed=wanted.seed,
+        within_alphabet=bool(within_alphabet),
     )
 
 
-def _model(ways: int | None, generator: torch.Generator) -> nn.Module:
+def _model(ways: int | None, generator: torch.Generator, **of_tasks: Any) -> nn.Module:
     from metamom.nets.models import Conv4
 
     assert ways is not None
@@ -66,6 +75,7 @@ FAMILY = Family(
     ),
     classes=Classes("characters", seen_in=("train", "background", "evaluation")),
     splits=(*SPLITS, "background", "evaluation"),
+    options={"within_alphabet": None},
     data="omniglot",
     train_examples=(
         "metamom train omniglot --ways 5 --shots 1 --lr 0.3 --run-dir runs/omni",

@@ -25,7 +25,7 @@ from metamom.cli.flags import (
 )
 from metamom.cli.parser import Parser
 from metamom.common.flag_types import path, step_count, task_count
-from metamom.common.numbers import plural
+from metamom.common.numbers import counted, plural
 
 if TYPE_CHECKING:
     from metamom.batch import Sampler
@@ -135,9 +135,12 @@ def run(arguments: argparse.Namespace, world: World) -> int:
 
 
 def _drawn_from(sampler: Sampler) -> list[str]:
-    """The images of a folder that tasks are drawn from, which may have become more or fewer since training."""
-    from metamom.tasks import ImageFolder
+    """What tasks are drawn from: the images of a folder, which may have become more or fewer since training; or the
+    alphabets that have enough characters for a task each."""
+    from metamom.tasks import ImageFolder, Omniglot
 
+    if isinstance(sampler, Omniglot) and sampler.within_alphabet:
+        return [f"each task within one of {counted(len(sampler.drawn_alphabets), 'alphabet')}"]
     return [sampler.contents] if isinstance(sampler, ImageFolder) else []
 
 
@@ -167,7 +170,7 @@ def chosen_metric(arguments: argparse.Namespace) -> str | Metric | None:
 
 def asked_of_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags of tasks that were given."""
-    names = ("ways", "shots", "queries", "seed", "splits", "on_broken")
+    names = ("ways", "shots", "queries", "seed", "splits", "on_broken", "within_alphabet")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 

@@ -104,7 +104,7 @@ class Flagged(NamedTuple):
         settings = {name: value for name, value in settings.items() if value is not None}
         if self.flag.bare is not None:
             settings |= {"nargs": "?", "const": self.flag.bare}
-        elif self.default is False:
+        elif self.default is False or self.flag.switch:
             settings["action"] = "store_true"
         if self.flag.name is not None:
             settings["dest"] = self.name
@@ -215,6 +215,13 @@ def add_tasks(group: Group) -> None:
         each = flagged()[name]
         named = replace(each.flag, meaning=f"for images: {each.meaning('images')}")
         each._replace(flag=named).add(group, "as in training", None)
+    flag(
+        group,
+        "--within-alphabet",
+        "for omniglot: draw the characters of each task from one alphabet, or with --no-within-alphabet from all",
+        "as in training",
+        action=argparse.BooleanOptionalAction,
+    )
 
 
 def add_metric(group: Group) -> None:

@@ -37,6 +37,7 @@ class Flag:
         bare: the value of a flag that is given without one; if ``None``, it needs one.
         commands: the commands that have it.
         before: the flag that follows it in the help, if that is not in the order of the fields.
+        switch: whether it takes no value although the option's default is ``None``.
         name: of the flag, such as ``learner``, if it is not the option's.
     """
 
@@ -50,6 +51,7 @@ class Flag:
     bare: Any = None
     commands: Collection[str] = ("train", "compare")
     before: str | None = None
+    switch: bool = False
     name: str | None = None
 
 

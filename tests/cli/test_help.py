@@ -91,6 +91,7 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     words |= {"fixed_tasks": "new tasks in each iteration", "tracking": "0.2", "optimizer": "momentum", "norm": "batch"}
     words |= {"root": "none", "splits": "the folders in --root", "augment": "none"}
     words |= {"init": "weights drawn from --seed", "init_except": "none"}
+    words |= {"learner_kind": "maml", "head": "the last layer", "within_alphabet": "off"}
     words |= {"optimizer_args": "its own", "clip_grad": "off", "warmup": "0"}
     for name, value in recipe.settings().items():
         if name in shown:

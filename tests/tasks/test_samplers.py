@@ -87,7 +87,7 @@ MAKERS: dict[str, Make] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*MAKERS, "ImageFolder", "Omniglot"])
+@pytest.fixture(scope="module", params=[*MAKERS, "ImageFolder", "Omniglot", "Omniglot within an alphabet"])
 def make(request, tmp_path_factory) -> Make:
     """``make(seed)``: one of the samplers."""
     if request.param == "ImageFolder":
@@ -101,13 +101,14 @@ def make(request, tmp_path_factory) -> Make:
             return ImageFolder(root, ways=WAYS, shots=SHOTS, queries=QUERIES, **options)
 
         return image_folder
-    if request.param != "Omniglot":
+    if not request.param.startswith("Omniglot"):
         return MAKERS[request.param]
     root = request.getfixturevalue("data_root")
 
     @lru_cache
     def omniglot(seed: int) -> Omniglot:
-        return Omniglot(root, split="background", ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed)
+        within, sizes = "within" in request.param, {"ways": WAYS, "shots": SHOTS, "queries": QUERIES}
+        return Omniglot(root, split="background", **sizes, seed=seed, within_alphabet=within)
 
     return omniglot
 
