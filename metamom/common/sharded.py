@@ -18,6 +18,16 @@ def local_part(x: Tensor) -> Tensor:
     return cast(Any, x).to_local() if is_sharded(x) else x
 
 
+def placed_as(x: Tensor, other: Tensor) -> Tensor:
+    """A DTensor as it lies in another one of its shape; any other tensor as it is.
+
+    Autograd may leave the gradient of a DTensor as partial sums, one on each process.
+    """
+    if not is_sharded(x) or cast(Any, x).placements == cast(Any, other).placements:
+        return x
+    return cast(Tensor, cast(Any, x).redistribute(placements=cast(Any, other).placements))
+
+
 def is_sharded(x: Tensor) -> bool:
     """Whether x is a DTensor, found without importing torch.distributed."""
     module = sys.modules.get("torch.distributed.tensor")

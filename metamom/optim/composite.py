@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from metamom.common.averaged import forget
 from metamom.common.choices import FirstStep
+from metamom.common.sharded import placed_as
 from metamom.optim.checks import (
     as_parameters,
     check_beta,
@@ -272,9 +273,11 @@ class CompositeMomentum(Optimizer):
         check_gradients(pairs)
         if group["fused"]:
             check_fused([p for p, _ in pairs])
+        if group["normalize"] and not torch.compiler.is_compiling():
+            check_norm_is_known(p for p, _ in pairs)  # a loaded state may have set this
         if isinstance(group["beta"], Tensor) or group["beta"] != 1:
             check_not_averaged(pairs, group["beta"])
-        return _Pending(group, [p for p, _ in pairs], [g for _, g in pairs])
+        return _Pending(group, [p for p, _ in pairs], [g if type(g) is Tensor else placed_as(g, p) for p, g in pairs])
 
     def _directions(self, pending: _Pending) -> list[Tensor]:
         """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamom.common.sharded import is_sharded, local_part
+from metamom.common.sharded import local_part
 
 
 def only_makes_state(state: Mapping[Tensor, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -30,10 +30,11 @@ def only_makes_state(state: Mapping[Tensor, Any], groups: Sequence[Mapping[str, 
 def without_a_gradient(state: Mapping[Tensor, Any]) -> set[Tensor]:
     """The parameters of a loaded state if it is from before the first gradient: all of its momenta are zero.
 
-    Sharded momenta, of which no process knows all entries, count as started.
+    Of sharded momenta, each process looks at its own entries: copying an optimizer on one process must not wait for
+    the others.
     """
     momenta = {p: each["momentum"] for p, each in state.items() if isinstance(each, dict) and "momentum" in each}
-    if any(is_sharded(v) or v.is_meta or bool(v.count_nonzero()) for v in momenta.values()):
+    if any(v.is_meta or bool(local_part(v).count_nonzero()) for v in momenta.values()):
         return set()
     return set(momenta)
 

@@ -61,9 +61,7 @@ def momentum_updates_(bufs: list[Tensor], grads: list[Tensor], beta: Number) -> 
             torch._foreach_add_(vs, torch._foreach_mul(gs, beta))
         elif beta == 1 and not is_sharded(vs[0]):
             torch._foreach_copy_(vs, gs)
-        elif beta == 1 or (vs[0].is_cpu and vs[0].element_size() == 2):
-            # _foreach_copy_ knows no DTensors, and _foreach_mul_ would round 1 - beta to 16 bits: in bfloat16, 0.99
-            # becomes 0.988, a beta of 0.012
+        elif beta == 1 or _rounds_factors(vs[0]):  # _foreach_copy_ knows no DTensors
             for v, g in zip(vs, gs, strict=True):
                 momentum_update_(v, g, beta)
         else:
@@ -100,7 +98,11 @@ def shrink_(params: list[Tensor], factor: Number, foreach: bool | None, *, unles
             p.copy_(torch.where(unless.to(p.device).reshape(()) == 0, p * factor, p))
     elif together(foreach, params) and not isinstance(factor, Tensor):
         for (ps,) in by_kind(params):
-            torch._foreach_mul_(ps, factor)
+            if _rounds_factors(ps[0]):
+                for p in ps:
+                    p.mul_(factor)
+            else:
+                torch._foreach_mul_(ps, factor)
     else:
         for p in params:
             p.mul_(factor)
@@ -132,6 +134,11 @@ def by_kind(*lists: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
     for row in zip(*lists, strict=True):
         kinds.setdefault(_kind(row[0]), []).append(row)
     return [tuple([row[i] for row in rows] for i in range(len(lists))) for rows in kinds.values()]
+
+
+def _rounds_factors(x: Tensor) -> bool:
+    """Whether ``_foreach_mul_`` would round a factor to 16 bits: in bfloat16, 0.99 becomes 0.988, a beta of 0.012."""
+    return x.is_cpu and x.element_size() == 2
 
 
 def _kind(x: Tensor) -> tuple[object, ...]:

@@ -122,9 +122,9 @@ def test_beta_out_of_range(beta):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
-@loop_over(beta=(0.1, 1.0), first_step=("zero", "gradient"))
-def test_together_and_one_by_one_agree_exactly(dtype, beta, first_step):
-    options = {"lr": 0.02, "beta": beta, "first_step": first_step, "weight_decay": 0.01}
+@loop_over(beta=(0.1, 1.0), first_step=("zero", "gradient"), more=({}, {"decoupled_weight_decay": True, "lr": 0.5}))
+def test_together_and_one_by_one_agree_exactly(dtype, beta, first_step, more):
+    options = {"lr": 0.02, "beta": beta, "first_step": first_step, "weight_decay": 0.02, **more}
     single = run(lambda p: CompositeMomentum(p, foreach=False, **options), 20, dtype)
     together = run(lambda p: CompositeMomentum(p, foreach=True, **options), 20, dtype)
     assert_same(single, together)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from metamom import BiasedAccumulator, CompositeMomentum
@@ -97,6 +97,35 @@ def check_checkpoints(mesh) -> None:
     assert_alike(model, plain, "checkpoint")
 
 
+def check_states_of_step_0(mesh) -> None:
+    """The state of an optimizer that has not made a step, stored and loaded: v_0 still is g_0."""
+    for stored in (*STORED, StateDictOptions(full_state_dict=True)):
+        plain, model = network(), sharded_by_fsdp(mesh)
+        options = {"lr": 0.1, "first_step": "gradient", "weight_decay": 0.1}
+        train(plain, CompositeMomentum(plain.parameters(), **options), range(3))
+        state = get_optimizer_state_dict(model, CompositeMomentum(model.parameters(), **options), options=stored)
+        optimizer = CompositeMomentum(model.parameters(), lr=5.0)
+        set_optimizer_state_dict(model, optimizer, state, options=stored)
+        train(model, optimizer, range(3))
+        assert_alike(model, plain, ("step 0", stored))
+
+
+def check_partial_sums(mesh) -> None:
+    """Gradients of which each process has a summand, as layers over a part of a sequence have them."""
+    for options in ({}, {"fused": True}, {"normalize": True}, {"foreach": True, "nesterov": True}):
+        options = {"lr": 0.1, "first_step": "gradient", **options}
+        weights = [nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()])), nn.Parameter(torch.ones(3))]
+        optimizers = [CompositeMomentum([w], **options) for w in weights]
+        for k in range(3):
+            mine = torch.randn(2, 3, generator=torch.Generator().manual_seed(k))
+            weights[0].grad = DTensor.from_local(mine[mesh.get_local_rank()], mesh, [Partial()])
+            weights[1].grad = mine.sum(0)
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(whole(weights[0]), weights[1].detach(), msg=lambda m: f"{options}: {m}")  # noqa: B023
+        assert optimizers[0].state[weights[0]]["momentum"].placements == (Replicate(),)
+
+
 def store(mesh, folder: Path) -> None:
     """Each process writes its part of a run's state after three steps, in both forms of the optimizer's."""
     model = sharded_by_fsdp(mesh)
@@ -157,10 +186,20 @@ def check_wrappers() -> None:
     train(model, zero, range(4))
     assert_alike(model, plain, "ZeroRedundancyOptimizer")
     check_zeros_state(zero, model)
+    said = "under {} a process has only its own share"
+    zero.param_groups[0]["normalize"] = True  # as a loaded state may
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=said.format("ZeroRedundancyOptimizer")):
+        train(model, zero, range(1))
+    assert all(map(torch.equal, before, model.parameters()))
     for original in (True, False):
         flat = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match="under FullyShardedDataParallel a process has only its own share"):
+        with pytest.raises(ValueError, match=said.format("FullyShardedDataParallel")):
             CompositeMomentum(flat.parameters(), lr=0.1, normalize=True)
+        optimizer = CompositeMomentum(flat.parameters(), lr=0.1)
+        optimizer.param_groups[0]["normalize"] = True
+        with pytest.raises(ValueError, match=said.format("FullyShardedDataParallel")):
+            train(flat, optimizer, range(1))
 
 
 def check_accumulator(mesh) -> None:
@@ -173,6 +212,8 @@ def on_two_processes(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     check_steps(mesh)
     check_checkpoints(mesh)
+    check_states_of_step_0(mesh)
+    check_partial_sums(mesh)
     store(mesh, folder)
     check_mixed(mesh)
     check_wrappers()
