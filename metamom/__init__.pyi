@@ -21,12 +21,14 @@ from .batch import TaskSampler as TaskSampler
 from .bias import EF14 as EF14
 from .bias import EF21 as EF21
 from .bias import EF21SGDM as EF21SGDM
+from .bias import MLMCQSGD as MLMCQSGD
 from .bias import QSGD as QSGD
 from .bias import Clip as Clip
 from .bias import Clip21 as Clip21
 from .bias import ClipValue as ClipValue
 from .bias import Compose as Compose
 from .bias import Identity as Identity
+from .bias import MLMCTopK as MLMCTopK
 from .bias import Normalize as Normalize
 from .bias import RandK as RandK
 from .bias import Sign as Sign

@@ -7,6 +7,8 @@ from metamom.bias.constants import Constants
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21, ErrorFeedback
 from metamom.bias.function import Bias, Function, Identity, as_operator
+from metamom.bias.multilevel_qsgd import MLMCQSGD
+from metamom.bias.multilevel_topk import MLMCTopK
 from metamom.bias.normalize import Normalize, Sign
 from metamom.bias.random import QSGD, RandK
 from metamom.bias.spec import parse
@@ -16,6 +18,7 @@ __all__ = [
     "EF14",
     "EF21",
     "EF21SGDM",
+    "MLMCQSGD",
     "QSGD",
     "Bias",
     "BiasOperator",
@@ -27,6 +30,7 @@ __all__ = [
     "ErrorFeedback",
     "Function",
     "Identity",
+    "MLMCTopK",
     "NonFiniteError",
     "Normalize",
     "RandK",

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metamom.bias import BiasOperator
 from metamom.bias.compose import Compose
+from metamom.bias.draws import Draws
 from metamom.bias.feedback import ErrorFeedback
-from metamom.bias.random import Draws
 from metamom.optim import LambdaBeta
 from metamom.training.alike import check_kind, refuse, short
 from metamom.training.checkpoints import CheckpointError

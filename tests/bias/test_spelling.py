@@ -14,7 +14,7 @@ from operators import (
 
 import metamom.bias
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
-from metamom.bias import EF14, EF21, EF21SGDM, Clip21, parse
+from metamom.bias import EF14, EF21, EF21SGDM, MLMCQSGD, Clip21, MLMCTopK, parse
 from metamom.bias.spec import spec_help, spellings
 from metamom.bias.spelling import AROUND, SPELLINGS
 
@@ -75,6 +75,10 @@ def test_specs_lose_no_digit(ratio, x, n):
         ("qsgd:16", QSGD(16)),
         ("clip:1+topk:5%", Compose(Clip(1.0), TopK(ratio=0.05))),
         ("clip:1+topk:5%+sign", Compose(Clip(1.0), TopK(ratio=0.05), Sign())),
+        ("mlmc:topk:1%", MLMCTopK(ratio=0.01)),
+        ("mlmc:topk:3:geometric=0.5:tensor:seed=7", MLMCTopK(3, geometric=0.5, per_tensor=True, seed=7)),
+        ("mlmc:qsgd", MLMCQSGD()),
+        ("clip:1+mlmc:qsgd:bits=4:geometric=1", Compose(Clip(1.0), MLMCQSGD(4, geometric=1))),
         ("ef14:topk:1%", EF14(TopK(ratio=0.01))),
         ("ef21:topk:1%", EF21(TopK(ratio=0.01))),
         ("ef21-sgdm(0.1):topk:1%", EF21SGDM(TopK(ratio=0.01), eta=0.1)),
@@ -155,6 +159,15 @@ def test_specs_are_short(operator, spec):
         ("ef21-sgdm(0):sign", "0 < eta <= 1; got 0.0"),
         ("ef21-sgdm(1.5):sign", "0 < eta <= 1; got 1.5"),
         ("ef21-sgdm(x):sign", "'x'"),
+        ("mlmc", "unknown operator 'mlmc'; did you mean mlmc:topk?"),
+        ("mlmc:sign", "unknown operator 'mlmc:sign'"),
+        ("mlmc:topk", "mlmc:topk needs a number after a colon: mlmc:topk:K or mlmc:topk:P%"),
+        ("mlmc:topk:0", "MLMCTopK needs a whole number k >= 1; got k=0"),
+        ("mlmc:topk:1:geometric=0", "0 < geometric <= 1, or None for adaptive ones; got 0.0"),
+        ("mlmc:topk:1:geometric=x", "mlmc:topk's geometric must be a number"),
+        ("mlmc:qsgd:bits=0", "MLMCQSGD needs a whole number of bits, 1 <= bits <= 30; got 0"),
+        ("mlmc:qsgd:bits=2.5", "mlmc:qsgd's bits must be a whole number"),
+        ("mlmc:qsgd:shared", "mlmc:qsgd has no option 'shared'; it has :bits=N :geometric=N :tensor :seed=N"),
         ("clip21:0", "tau > 0 and finite; got 0.0"),
         ("clip21:1:tensor", "clip21 has no option 'tensor'"),
         ("ef14:clip21:1", "an operator without it; got Clip21(1.0)"),
@@ -176,8 +189,8 @@ def test_the_help_lists_what_the_parser_takes():
     table = spec_help().splitlines()
     assert max(map(len, table)) <= 100
     examples = {"K": "3", "P%": "5%", "TAU": "0.5", "C": "0.5", "LEVELS": "4", "A": "sign", "B": "sign", "ETA": "0.1"}
-    values = {"tensor": "", "all": "", "scaled": "", "shared": "", "seed": "=7"}
-    assert [line.split()[0] for line in table[-len(values) :]] == [":tensor", ":all", ":scaled", ":shared", ":seed=N"]
+    values = {"tensor": "", "all": "", "scaled": "", "shared": "", "geometric": "=0.5", "bits": "=3", "seed": "=7"}
+    assert [line.split()[0] for line in table[-len(values) :]] == [f":{o}" + "=N" * bool(v) for o, v in values.items()]
     for spelling in spellings():
         (line,) = [line for line in table if f"  {spelling} " in line]
         example = re.sub("|".join(examples), lambda match: examples[match[0]], spelling)
@@ -195,5 +208,5 @@ def test_the_help_lists_what_the_parser_takes():
 def test_every_spelling_is_in_the_suites():
     """An operator that can be spelled has an instance in tests/support/operators.py."""
     spelled = " ".join(operator.spec for operator in EVERY)
-    missing = [name for name in {**SPELLINGS, **AROUND} if name not in re.split(r"[:+()]", spelled.replace(" ", "+"))]
+    missing = [name for name in {**SPELLINGS, **AROUND} if not re.search(rf"(^|[ :+]){name}($|[ :+(])", spelled)]
     assert not missing

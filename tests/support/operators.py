@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
-from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, ErrorFeedback
+from metamom.bias import EF14, EF21, EF21SGDM, MLMCQSGD, BiasOperator, Clip21, ErrorFeedback, MLMCTopK
 from metamom.bias.select import INTEGERS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -52,6 +52,11 @@ RANDOM: list[BiasOperator] = [
     Compose(Clip(1.0), QSGD(4)),
     Compose(RandK(3), RandK(2)),
     Compose(QSGD(3), QSGD(2)),
+    MLMCTopK(2),
+    MLMCTopK(ratio=0.3, geometric=0.5, seed=5),
+    MLMCQSGD(),
+    MLMCQSGD(3, geometric=0.25, seed=5),
+    Compose(Clip(1.0), MLMCTopK(1)),
 ]
 LAYERWISE: list[BiasOperator] = [
     TopK(1, per_tensor=True),
@@ -63,6 +68,8 @@ LAYERWISE: list[BiasOperator] = [
     Normalize(per_tensor=True),
     Sign(per_tensor=True),
     QSGD(3, per_tensor=True),
+    MLMCTopK(1, per_tensor=True),
+    MLMCQSGD(2, per_tensor=True),
     Compose(Normalize(per_tensor=True), TopK(2), QSGD(3, per_tensor=True)),
 ]
 FEEDBACK: list[ErrorFeedback] = [
