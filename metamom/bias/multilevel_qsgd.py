@@ -127,7 +127,7 @@ class MLMCQSGD(MLMC):
         norms.append(math.sqrt(min(4.0**-self.bits * d, 2.0**-self.bits * math.sqrt(d))))
         if self.geometric is None:
             return max(0.0, sum(norms) ** 2 - 1)
-        chances = geometric(self.geometric, len(norms)).tolist()
+        chances: list[float] = geometric(self.geometric, len(norms)).tolist()
         return max(0.0, sum(norm * norm / chance for norm, chance in zip(norms, chances, strict=True)) - 1)
 
     def _wire_bytes(self, d: int, element_size: int) -> int:

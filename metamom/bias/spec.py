@@ -45,6 +45,9 @@ OPTIONS: dict[str, Option] = {
     "shared": Option("shared", True, "the same entries for all workers"),
     "geometric": Option("geometric", float, "levels with probabilities N, N^2, ... instead of adaptive ones"),
     "bits": Option("bits", int, "bits of the finest level (8 unless given)"),
+    "eta": Option("eta", float, "weight of a new gradient in the workers' momentum"),
+    "server": Option("server", float, "weight of a message in the server's estimates (1 unless given)"),
+    "noise": Option("noise", float, "standard deviation of Gaussian noise on each entry"),
     "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
 _AROUND = re.compile(r"(?P<name>[a-z0-9-]+)(?:\((?P<argument>[^)]*)\))?:(?P<inner>.*)")
@@ -127,7 +130,15 @@ def _any(text: str) -> BiasOperator:
     each = AROUND[around["name"]]
     if not each.argument:
         return each.make(operator)
-    return each.make(operator, _number(float, around["argument"], f"{each.name}'s {each.argument}"))
+    return each.make(operator, *_numbers(each, around["argument"]))
+
+
+def _numbers(each: Around, text: str) -> list[float]:
+    """The numbers in the brackets of an operator that wraps others."""
+    names, given = each.argument.split(","), text.split(",")
+    if not (each.least or len(names)) <= len(given) <= len(names):
+        raise ValueError(f"{each.name} takes the numbers ({each.argument}); got ({text}).")
+    return [_number(float, value, f"{each.name}'s {name}") for name, value in zip(names, given, strict=False)]
 
 
 def _match_around(text: str) -> re.Match[str] | None:
