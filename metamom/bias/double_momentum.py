@@ -30,8 +30,8 @@ class EF21SGD2M(EF21SGDM):
     """EF21 on the workers' momentum of their momentum.
 
     ``v_i <- (1 - eta) v_i + eta g_i``, ``u_i <- (1 - eta) u_i + eta v_i``, ``c_i = C(u_i - h_i)`` and
-    ``h_i <- h_i + c_i``, all from zero. What is compressed changes by ``eta^2`` of the noise in one step, instead of `EF21SGDM`'s ``eta``.
-    The server has no momentum, ``beta = 1`` (`train` requires it).
+    ``h_i <- h_i + c_i``, all from zero. One gradient's noise moves what is compressed by ``eta^2``, instead of
+    `EF21SGDM`'s ``eta``. The server has no momentum, ``beta = 1`` (`train` requires it).
 
     Args:
         operator: C, or its SPEC.
@@ -157,8 +157,8 @@ class Clip21SGD2M(EF21):
 
     @property
     def spec(self) -> str:
-        """``clip21-sgd2m:TAU:eta=ETA``, then ``:server=``, ``:noise=`` and ``:seed=`` if set."""
-        words = [f"eta={_short(self.eta)}"]
+        """``clip21-sgd2m:TAU``, then ``:eta=``, ``:server=``, ``:noise=`` and ``:seed=`` if set."""
+        words = [f"eta={_short(self.eta)}"] * (self.eta != 0.1)
         words += [f"server={_short(self.server)}"] * (self.server != 1)
         words += [f"noise={_short(self.noise)}"] * bool(self.noise) + [f"seed={self.seed}"] * bool(self.seed)
         return ":".join([f"clip21-sgd2m:{_short(self.max_norm)}", *words])

@@ -14,7 +14,21 @@ from operators import (
 
 import metamom.bias
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
-from metamom.bias import EF14, EF21, EF21SGDM, MLMCQSGD, Clip21, MLMCTopK, parse
+from metamom.bias import (
+    DASHA,
+    DIANA,
+    EF14,
+    EF21,
+    EF21SGD2M,
+    EF21SGDM,
+    MARINA,
+    MLMCQSGD,
+    Clip21,
+    Clip21SGD2M,
+    GaussianNoise,
+    MLMCTopK,
+    parse,
+)
 from metamom.bias.spec import spec_help, spellings
 from metamom.bias.spelling import AROUND, SPELLINGS
 
@@ -84,6 +98,14 @@ def test_specs_lose_no_digit(ratio, x, n):
         ("ef21-sgdm(0.1):topk:1%", EF21SGDM(TopK(ratio=0.01), eta=0.1)),
         ("ef21-sgdm(1):clip:1+topk:1%", EF21SGDM(Compose(Clip(1.0), TopK(ratio=0.01)), eta=1)),
         ("clip21:1", Clip21(1.0)),
+        ("ef21-sgd2m(0.3):topk:1%", EF21SGD2M(TopK(ratio=0.01), eta=0.3)),
+        ("clip21-sgd2m:1", Clip21SGD2M(1.0)),
+        ("clip21-sgd2m:1:eta=0.5:server=0.5:noise=0.1:seed=7", Clip21SGD2M(1.0, 0.5, 0.5, noise=0.1, seed=7)),
+        ("clip:1+noise:0.1:seed=7", Compose(Clip(1.0), GaussianNoise(0.1, seed=7))),
+        ("diana(0.1):mlmc:topk:1%", DIANA(MLMCTopK(ratio=0.01), alpha=0.1)),
+        ("marina(0.1):randk:1%:scaled", MARINA(RandK(ratio=0.01, scaled=True), p=0.1)),
+        ("dasha(0.1):qsgd:4", DASHA(QSGD(4), a=0.1)),
+        ("dasha(0.1,0.3):qsgd:4", DASHA(QSGD(4), a=0.1, eta=0.3)),
     ],
 )
 def test_parse(spec, operator):
@@ -168,6 +190,16 @@ def test_specs_are_short(operator, spec):
         ("mlmc:qsgd:bits=0", "MLMCQSGD needs a whole number of bits, 1 <= bits <= 30; got 0"),
         ("mlmc:qsgd:bits=2.5", "mlmc:qsgd's bits must be a whole number"),
         ("mlmc:qsgd:shared", "mlmc:qsgd has no option 'shared'; it has :bits=N :geometric=N :tensor :seed=N"),
+        ("ef21-sgd2m(0):sign", "0 < eta <= 1; got 0.0"),
+        ("clip21-sgd2m:0", "tau > 0 and finite; got 0.0"),
+        ("clip21-sgd2m:1:server=2", "0 < server <= 1; got 2.0"),
+        ("clip21-sgd2m:1:noise=-1", "noise >= 0 and finite; got -1.0"),
+        ("noise:0", "standard deviation sigma > 0 and finite; got 0.0"),
+        ("diana(2):sign", "DIANA needs a weight 0 < alpha <= 1; got 2.0"),
+        ("marina(0):sign", "MARINA needs a weight 0 < p <= 1; got 0.0"),
+        ("dasha(0.1,0.3,0.5):sign", "dasha takes the numbers (W,ETA); got (0.1,0.3,0.5)"),
+        ("dasha(0.1,):sign", "dasha's ETA must be a number"),
+        ("dasha(0.1,2):sign", "DASHA needs a weight 0 < eta <= 1; got 2.0"),
         ("clip21:0", "tau > 0 and finite; got 0.0"),
         ("clip21:1:tensor", "clip21 has no option 'tensor'"),
         ("ef14:clip21:1", "an operator without it; got Clip21(1.0)"),
