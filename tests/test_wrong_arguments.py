@@ -20,12 +20,14 @@ from metamom import (
     EF21,
     EF21SGDM,
     MAML,
+    MLMCQSGD,
     QSGD,
     BiasedAccumulator,
     Clip,
     Clip21,
     ClipValue,
     CompositeMomentum,
+    MLMCTopK,
     RandK,
     TopK,
     evaluate,
@@ -71,6 +73,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "ClipValue": (ClipValue, {}, "max_value"),
     "Clip21": (Clip21, {}, "max_norm"),
     "QSGD": (QSGD, {"levels": 4}, "levels seed"),
+    "MLMCTopK": (MLMCTopK, {}, "k ratio"),
+    "MLMCTopK of one": (MLMCTopK, {"k": 1}, "geometric seed"),
+    "MLMCQSGD": (MLMCQSGD, {}, "bits geometric seed"),
     "EF14": (EF14, {}, "operator"),
     "EF21": (EF21, {}, "operator"),
     "EF21SGDM": (EF21SGDM, {"operator": TopK(1)}, "operator eta"),
@@ -121,6 +126,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
 OURS = [Path(package.__file__).resolve().parent for package in (metamom, metamom.tasks)]
 CASES = [(call, name) for call, (_, _, names) in CALLS.items() for name in names.split()]
 FINE = {  # where one of them is what it may be
+    ("MLMCTopK of one", "geometric"): {"None"},
+    ("MLMCQSGD", "geometric"): {"None"},
     ("BiasedAccumulator", "bias"): {"None"},
     ("BiasedAccumulator", "world"): {"None"},
     ("evaluate", "world"): {"None"},

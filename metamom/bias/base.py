@@ -91,6 +91,10 @@ class BiasOperator(Value, Codec, Contraction, Stateful):
     def spec(self) -> str:
         """This operator's SPEC on the command line."""
 
+    def step_bytes(self, step: int, d: int, element_size: int = 4, sizes: Sizes | None = None) -> int:
+        """The size of one worker's message of the next step: `wire_bytes`, unless it depends on the step."""
+        return self.wire_bytes(d, element_size, sizes)
+
     @property
     def feeds_back(self) -> bool:
         """Whether each worker keeps a state between calls."""

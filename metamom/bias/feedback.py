@@ -14,7 +14,7 @@ from metamom.bias.clip import Clip
 from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.feedback_base import ErrorFeedback, Rows, stored
 from metamom.bias.spelling import Row, spelled, spelled_around
-from metamom.bias.state import State
+from metamom.bias.state import EMPTY, State
 from metamom.common.checks import check_number
 from metamom.optim import momentum_update_
 
@@ -88,11 +88,17 @@ class EF21(ErrorFeedback):
         each: bool = False,
     ) -> tuple[Tensor, State]:
         """See `BiasOperator.transition_receive`: the estimates, updated by the messages."""
-        change, state = super().transition_receive(messages, state, d, dtype, sizes, each=each)
+        change = self._changes(messages, d, dtype, sizes, each)
         # the checkpoint's estimates may have another device or dtype than the current gradients
         before = torch.zeros_like(change) if state.server is None else state.server.to(change)
         estimates = before + change
         return estimates, replace(state, server=estimates)
+
+    def _changes(
+        self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, sizes: Sizes | None, each: bool
+    ) -> Tensor:
+        """Decode the messages: their sum ``[d]``, or ``each`` one, ``[n, d]``."""
+        return super().transition_receive(messages, EMPTY, d, dtype, sizes, each=each)[0]
 
     def current_state(self) -> State:
         """See `BiasOperator.current_state`."""
@@ -111,7 +117,7 @@ class EF21(ErrorFeedback):
     def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
         """See `BiasOperator.shard`."""
         if self._received is None and self._workers:
-            estimates = self.state["estimate"]
+            estimates = self.state[self._at_server]
             self._received = estimates if each else estimates.sum(0)
         super().shard(workers, each=each)
 
@@ -126,6 +132,11 @@ class EF21(ErrorFeedback):
             raise ValueError(f"{self.spec} keeps a tensor as 'received'; got {received!r:.80}.")
         super().load_state_dict(state)
         self._received = None if received is None else received.clone()
+
+    @property
+    def _at_server(self) -> str:
+        """Which of the workers' tensors the server has too."""
+        return "estimate"
 
     def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
         return rows - kept["estimate"], kept

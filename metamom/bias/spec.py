@@ -24,13 +24,18 @@ MOST = 20  # operators in a composition; both limits are far beyond any real use
 class Option(NamedTuple):
     """An option that may follow an operator after a colon: its keyword, value and meaning.
 
-    If the value is a number, ``check`` refuses values out of range.
+    If the value is a number, the operator, or ``check``, refuses values out of range.
     """
 
     keyword: str
-    value: bool | str | type[int]
+    value: bool | str | type[int] | type[float]
     meaning: str
-    check: Callable[[int], None] | None = None
+    check: Callable[[Any], None] | None = None
+
+    @property
+    def number(self) -> type[int] | type[float] | None:
+        """The type of its value after an equals sign, if it has one."""
+        return self.value if isinstance(self.value, type) else None
 
 
 OPTIONS: dict[str, Option] = {
@@ -38,6 +43,11 @@ OPTIONS: dict[str, Option] = {
     "all": Option("ties", "all", "keep all entries equal to the K-th largest, not the first alone"),
     "scaled": Option("scaled", True, "multiply kept entries by d/K, which makes it unbiased"),
     "shared": Option("shared", True, "the same entries for all workers"),
+    "geometric": Option("geometric", float, "levels with probabilities N, N^2, ... instead of adaptive ones"),
+    "bits": Option("bits", int, "bits of the finest level (8 unless given)"),
+    "eta": Option("eta", float, "weight of a new gradient in the workers' momentum"),
+    "server": Option("server", float, "weight of a message in the server's estimates (1 unless given)"),
+    "noise": Option("noise", float, "standard deviation of Gaussian noise on each entry"),
     "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
 _AROUND = re.compile(r"(?P<name>[a-z0-9-]+)(?:\((?P<argument>[^)]*)\))?:(?P<inner>.*)")
@@ -94,7 +104,7 @@ def _around(each: Around) -> str:
 
 
 def _options(names: tuple[str, ...]) -> str:
-    return " ".join(f":{name}" + "=N" * (OPTIONS[name].value is int) for name in names)
+    return " ".join(f":{name}" + "=N" * (OPTIONS[name].number is not None) for name in names)
 
 
 def _plain(spec: str) -> str:
@@ -120,7 +130,15 @@ def _any(text: str) -> BiasOperator:
     each = AROUND[around["name"]]
     if not each.argument:
         return each.make(operator)
-    return each.make(operator, _number(float, around["argument"], f"{each.name}'s {each.argument}"))
+    return each.make(operator, *_numbers(each, around["argument"]))
+
+
+def _numbers(each: Around, text: str) -> list[float]:
+    """The numbers in the brackets of an operator that wraps others."""
+    names, given = each.argument.split(","), text.split(",")
+    if not (each.least or len(names)) <= len(given) <= len(names):
+        raise ValueError(f"{each.name} takes the numbers ({each.argument}); got ({text}).")
+    return [_number(float, value, f"{each.name}'s {name}") for name, value in zip(names, given, strict=False)]
 
 
 def _match_around(text: str) -> re.Match[str] | None:
@@ -134,6 +152,8 @@ def _single(text: str) -> BiasOperator:
     if _match_around(text) is not None:
         raise ValueError(f"error feedback may appear once, as the outermost operator; got {shown(text)} within.")
     name, *words = text.split(":")
+    if words and f"{name}:{words[0]}" in SPELLINGS:  # such as mlmc:topk
+        name = f"{name}:{words.pop(0)}"
     if name not in SPELLINGS:
         near = did_you_mean([name], [*SPELLINGS, *JOINED, *AROUND])
         wanted = f"{near} Wanted" if near else "; wanted"
@@ -147,7 +167,10 @@ def _single(text: str) -> BiasOperator:
             raise ValueError(f"{name} has an option twice: {shown(word)}.")
         options[keyword] = value
     if kind.number is None:
-        return kind.make(**options)
+        try:
+            return kind.make(**options)
+        except ValueError as error:
+            raise ValueError(f"{shown(text)} does not fit {name}: {error}") from error
     if not argument:
         raise ValueError(f"{name} needs a number after a colon: {' or '.join(_spelled(kind))}.")
     try:
@@ -164,17 +187,18 @@ def _single(text: str) -> BiasOperator:
 def _option(name: str, word: str) -> tuple[str, Any]:
     """An option's keyword and value."""
     key, equals, value = word.partition("=")
-    if key not in SPELLINGS[name].options or bool(equals) != (OPTIONS[key].value is int):
+    if key not in SPELLINGS[name].options or bool(equals) != (OPTIONS[key].number is not None):
         options = _options(SPELLINGS[name].options)
         raise ValueError(
             f"{name} has no option {shown(word)}; " + (f"it has {options}." if options else "it has none.")
         )
     option = OPTIONS[key]
-    if option.check is None:
+    if option.number is None:
         return option.keyword, option.value
-    number = _number(int, value, f"{name}'s {key}")
+    number = _number(option.number, value, f"{name}'s {key}")
     try:
-        option.check(number)
+        if option.check is not None:
+            option.check(number)
     except ValueError as error:
         raise ValueError(f"{shown(word)} does not fit {name}: {error}") from error
     return option.keyword, number

@@ -62,8 +62,9 @@ class Around(NamedTuple):
         name: the part before the colon or bracket.
         make: creates the operator from the inner operator and the argument.
         meaning: a short description.
-        argument: the name of the number in brackets, if any.
+        argument: the name of the number in brackets, if any, or the names of several, with commas.
         rows: its rows in the table of operators.
+        least: how many of these numbers are required, 0 for all.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Around(NamedTuple):
     meaning: str
     argument: str = ""
     rows: tuple[Row, ...] = ()
+    least: int = 0
 
 
 class Joined(NamedTuple):
@@ -112,11 +114,11 @@ def spelled(
     return register
 
 
-def spelled_around(name: str, meaning: str, *rows: Row, argument: str = "") -> Callable[[Made], Made]:
+def spelled_around(name: str, meaning: str, *rows: Row, argument: str = "", least: int = 0) -> Callable[[Made], Made]:
     """A decorator that gives the class of a wrapping operator its `Around`."""
 
     def register(kind: Made) -> Made:
-        AROUND[name] = Around(name, kind, meaning, argument, rows)
+        AROUND[name] = Around(name, kind, meaning, argument, rows, least)
         return kind
 
     return register

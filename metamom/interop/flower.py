@@ -353,7 +353,8 @@ class MomentumStrategy(flower.serverapp.strategy.FedAvg):  # type: ignore[misc, 
         self.participants[server_round] = list(present)
         rows = list(present.values())
         if self._estimates:
-            rows = [self._estimates[number] for number in sorted(self._estimates)]
+            # what arrived now may be more than what the server keeps of it (DIANA)
+            rows = [present.get(number, self._estimates[number]) for number in sorted(self._estimates)]
             rows += [torch.zeros_like(rows[0])] * (self._nodes - len(rows))
         server = Aggregation(len(rows), None, self._aggregate, measure=False)
         server.add(torch.stack(rows), range(len(rows)))

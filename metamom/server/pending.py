@@ -45,7 +45,7 @@ class PendingStep:
 
     def wire_bytes(self, d: int, element_size: int) -> int:
         """The size of one worker's message in bytes."""
-        return self.operator.wire_bytes(d, element_size, self.sizes)
+        return self.operator.step_bytes(self._step, d, element_size, self.sizes)
 
     def commit(self) -> None:
         """Store the next state in the operator, and count the step."""

@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metamom.bias import BiasOperator
 from metamom.bias.compose import Compose
+from metamom.bias.draws import Draws
 from metamom.bias.feedback import ErrorFeedback
-from metamom.bias.random import Draws
+from metamom.bias.marina import MARINA
 from metamom.maml.learner import MAML
 from metamom.optim import LambdaBeta
 from metamom.training.alike import check_kind, refuse, short
@@ -169,11 +170,13 @@ def _check_operator(operator: BiasOperator, entries: int, workers: int | None, c
             refuse("'calls'", f"{calls}, one for each step", member.draw_step)
 
 
-def _random(operator: BiasOperator) -> Iterator[Draws]:
+def _random(operator: BiasOperator) -> Iterator[BiasOperator]:
     """The random operators inside an operator, which count calls. `train` makes one call a step."""
     if isinstance(operator, Draws):
         yield operator
     elif isinstance(operator, ErrorFeedback):
+        if isinstance(operator, MARINA):
+            yield operator
         yield from _random(operator.operator)
     elif isinstance(operator, Compose):
         for member in operator.operators:

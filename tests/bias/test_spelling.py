@@ -14,7 +14,21 @@ from operators import (
 
 import metamom.bias
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
-from metamom.bias import EF14, EF21, EF21SGDM, Clip21, parse
+from metamom.bias import (
+    DASHA,
+    DIANA,
+    EF14,
+    EF21,
+    EF21SGD2M,
+    EF21SGDM,
+    MARINA,
+    MLMCQSGD,
+    Clip21,
+    Clip21SGD2M,
+    GaussianNoise,
+    MLMCTopK,
+    parse,
+)
 from metamom.bias.spec import spec_help, spellings
 from metamom.bias.spelling import AROUND, SPELLINGS
 
@@ -75,11 +89,23 @@ def test_specs_lose_no_digit(ratio, x, n):
         ("qsgd:16", QSGD(16)),
         ("clip:1+topk:5%", Compose(Clip(1.0), TopK(ratio=0.05))),
         ("clip:1+topk:5%+sign", Compose(Clip(1.0), TopK(ratio=0.05), Sign())),
+        ("mlmc:topk:1%", MLMCTopK(ratio=0.01)),
+        ("mlmc:topk:3:geometric=0.5:tensor:seed=7", MLMCTopK(3, geometric=0.5, per_tensor=True, seed=7)),
+        ("mlmc:qsgd", MLMCQSGD()),
+        ("clip:1+mlmc:qsgd:bits=4:geometric=1", Compose(Clip(1.0), MLMCQSGD(4, geometric=1))),
         ("ef14:topk:1%", EF14(TopK(ratio=0.01))),
         ("ef21:topk:1%", EF21(TopK(ratio=0.01))),
         ("ef21-sgdm(0.1):topk:1%", EF21SGDM(TopK(ratio=0.01), eta=0.1)),
         ("ef21-sgdm(1):clip:1+topk:1%", EF21SGDM(Compose(Clip(1.0), TopK(ratio=0.01)), eta=1)),
         ("clip21:1", Clip21(1.0)),
+        ("ef21-sgd2m(0.3):topk:1%", EF21SGD2M(TopK(ratio=0.01), eta=0.3)),
+        ("clip21-sgd2m:1", Clip21SGD2M(1.0)),
+        ("clip21-sgd2m:1:eta=0.5:server=0.5:noise=0.1:seed=7", Clip21SGD2M(1.0, 0.5, 0.5, noise=0.1, seed=7)),
+        ("clip:1+noise:0.1:seed=7", Compose(Clip(1.0), GaussianNoise(0.1, seed=7))),
+        ("diana(0.1):mlmc:topk:1%", DIANA(MLMCTopK(ratio=0.01), alpha=0.1)),
+        ("marina(0.1):randk:1%:scaled", MARINA(RandK(ratio=0.01, scaled=True), p=0.1)),
+        ("dasha(0.1):qsgd:4", DASHA(QSGD(4), a=0.1)),
+        ("dasha(0.1,0.3):qsgd:4", DASHA(QSGD(4), a=0.1, eta=0.3)),
     ],
 )
 def test_parse(spec, operator):
@@ -106,7 +132,7 @@ def test_specs_are_short(operator, spec):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "unknown operator ''; wanted none, clip:TAU, clip21:TAU, clipvalue:C,"),
+        ("", "unknown operator ''; wanted none, clip:TAU, clip21:TAU, clip21-sgd2m:TAU,"),
         ("none:1", "none has no option '1'"),
         ("TopK:3", "unknown operator 'TopK:3'"),
         ("topq:3", "unknown operator 'topq:3'; did you mean topk? Wanted none, clip:TAU"),
@@ -155,6 +181,25 @@ def test_specs_are_short(operator, spec):
         ("ef21-sgdm(0):sign", "0 < eta <= 1; got 0.0"),
         ("ef21-sgdm(1.5):sign", "0 < eta <= 1; got 1.5"),
         ("ef21-sgdm(x):sign", "'x'"),
+        ("mlmc", "unknown operator 'mlmc'; did you mean mlmc:topk?"),
+        ("mlmc:sign", "unknown operator 'mlmc:sign'"),
+        ("mlmc:topk", "mlmc:topk needs a number after a colon: mlmc:topk:K or mlmc:topk:P%"),
+        ("mlmc:topk:0", "MLMCTopK needs a whole number k >= 1; got k=0"),
+        ("mlmc:topk:1:geometric=0", "0 < geometric <= 1, or None for adaptive ones; got 0.0"),
+        ("mlmc:topk:1:geometric=x", "mlmc:topk's geometric must be a number"),
+        ("mlmc:qsgd:bits=0", "MLMCQSGD needs a whole number of bits, 1 <= bits <= 30; got 0"),
+        ("mlmc:qsgd:bits=2.5", "mlmc:qsgd's bits must be a whole number"),
+        ("mlmc:qsgd:shared", "mlmc:qsgd has no option 'shared'; it has :bits=N :geometric=N :tensor :seed=N"),
+        ("ef21-sgd2m(0):sign", "0 < eta <= 1; got 0.0"),
+        ("clip21-sgd2m:0", "tau > 0 and finite; got 0.0"),
+        ("clip21-sgd2m:1:server=2", "0 < server <= 1; got 2.0"),
+        ("clip21-sgd2m:1:noise=-1", "noise >= 0 and finite; got -1.0"),
+        ("noise:0", "standard deviation sigma > 0 and finite; got 0.0"),
+        ("diana(2):sign", "DIANA needs a weight 0 < alpha <= 1; got 2.0"),
+        ("marina(0):sign", "MARINA needs a weight 0 < p <= 1; got 0.0"),
+        ("dasha(0.1,0.3,0.5):sign", "dasha takes the numbers (W,ETA); got (0.1,0.3,0.5)"),
+        ("dasha(0.1,):sign", "dasha's ETA must be a number"),
+        ("dasha(0.1,2):sign", "DASHA needs a weight 0 < eta <= 1; got 2.0"),
         ("clip21:0", "tau > 0 and finite; got 0.0"),
         ("clip21:1:tensor", "clip21 has no option 'tensor'"),
         ("ef14:clip21:1", "an operator without it; got Clip21(1.0)"),
@@ -171,13 +216,17 @@ def test_parse_says_which_part_is_wrong(spec, message):
     assert str(caught.value).startswith(f"bias operator {spec!r}: ")
 
 
+LATER = {"ALPHA": "0.5", "SIGMA": "0.5", "W": "0.5", "A": "sign", "B": "sign", "P": "0.5"}  # longer names first
+
+
 def test_the_help_lists_what_the_parser_takes():
     """Each operator with each option: those in its line of the table are taken, the others refused."""
     table = spec_help().splitlines()
     assert max(map(len, table)) <= 100
-    examples = {"K": "3", "P%": "5%", "TAU": "0.5", "C": "0.5", "LEVELS": "4", "A": "sign", "B": "sign", "ETA": "0.1"}
-    values = {"tensor": "", "all": "", "scaled": "", "shared": "", "seed": "=7"}
-    assert [line.split()[0] for line in table[-len(values) :]] == [":tensor", ":all", ":scaled", ":shared", ":seed=N"]
+    examples = {"K": "3", "P%": "5%", "TAU": "0.5", "C": "0.5", "LEVELS": "4", "ETA": "0.1", **LATER}
+    values = {"tensor": "", "all": "", "scaled": "", "shared": "", "geometric": "=0.5", "bits": "=3"}
+    values |= {"eta": "=0.3", "server": "=0.5", "noise": "=0.5", "seed": "=7"}
+    assert [line.split()[0] for line in table[-len(values) :]] == [f":{o}" + "=N" * bool(v) for o, v in values.items()]
     for spelling in spellings():
         (line,) = [line for line in table if f"  {spelling} " in line]
         example = re.sub("|".join(examples), lambda match: examples[match[0]], spelling)
@@ -195,5 +244,5 @@ def test_the_help_lists_what_the_parser_takes():
 def test_every_spelling_is_in_the_suites():
     """An operator that can be spelled has an instance in tests/support/operators.py."""
     spelled = " ".join(operator.spec for operator in EVERY)
-    missing = [name for name in {**SPELLINGS, **AROUND} if name not in re.split(r"[:+()]", spelled.replace(" ", "+"))]
+    missing = [name for name in {**SPELLINGS, **AROUND} if not re.search(rf"(^|[ :+]){name}($|[ :+(])", spelled)]
     assert not missing

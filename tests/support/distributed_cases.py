@@ -42,6 +42,8 @@ COMPRESSED = (
     "qsgd:4",
     "sign",
     "sign:tensor",
+    "mlmc:topk:5%",
+    "mlmc:qsgd",
 )
 FED_BACK = ("ef14:topk:5%", "ef21:topk:5%", "ef21:qsgd:64:tensor", "clip21:0.1")
 CASES = {
@@ -68,7 +70,7 @@ CASES = {
 ON_FOUR = [
     "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
-    "chunks within workers", "moml", "workers of two processes", "dropout",
+    "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%",
 ]  # fmt: skip
 # gone on with on another number of processes
 RESUMED = ("qsgd:4", "ef14:topk:5%", "ef21:topk:5%", "median ef21 rank0", "moml", "one worker, ef21", "dropout")

@@ -10,7 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metamom import QSGD, Clip, ClipValue, Compose, Identity, Normalize, RandK, Sign, TopK
-from metamom.bias import EF14, EF21, EF21SGDM, BiasOperator, Clip21, ErrorFeedback
+from metamom.bias import (
+    DASHA,
+    DIANA,
+    EF14,
+    EF21,
+    EF21SGD2M,
+    EF21SGDM,
+    MARINA,
+    MLMCQSGD,
+    BiasOperator,
+    Clip21,
+    Clip21SGD2M,
+    ErrorFeedback,
+    GaussianNoise,
+    MLMCTopK,
+)
 from metamom.bias.select import INTEGERS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -52,6 +67,11 @@ RANDOM: list[BiasOperator] = [
     Compose(Clip(1.0), QSGD(4)),
     Compose(RandK(3), RandK(2)),
     Compose(QSGD(3), QSGD(2)),
+    MLMCTopK(2),
+    MLMCTopK(ratio=0.3, geometric=0.5, seed=5),
+    MLMCQSGD(),
+    MLMCQSGD(3, geometric=0.25, seed=5),
+    Compose(Clip(1.0), MLMCTopK(1)),
 ]
 LAYERWISE: list[BiasOperator] = [
     TopK(1, per_tensor=True),
@@ -63,6 +83,8 @@ LAYERWISE: list[BiasOperator] = [
     Normalize(per_tensor=True),
     Sign(per_tensor=True),
     QSGD(3, per_tensor=True),
+    MLMCTopK(1, per_tensor=True),
+    MLMCQSGD(2, per_tensor=True),
     Compose(Normalize(per_tensor=True), TopK(2), QSGD(3, per_tensor=True)),
 ]
 FEEDBACK: list[ErrorFeedback] = [
@@ -75,9 +97,18 @@ FEEDBACK: list[ErrorFeedback] = [
     EF21SGDM(Sign()),
     EF21SGDM(TopK(ratio=0.3, per_tensor=True), eta=1),
     Clip21(0.5),
+    EF21SGD2M(TopK(1), eta=0.3),
+    Clip21SGD2M(0.5, eta=0.3, server=0.5),
+    Clip21SGD2M(0.5, eta=0.3, noise=0.1, seed=3),
+    DIANA(RandK(2, scaled=True), alpha=0.5),
+    MARINA(QSGD(4), p=0.4),
+    DASHA(RandK(2, scaled=True), a=0.2),
+    DASHA(MLMCTopK(1), a=0.2, eta=0.3),
 ]
-STATELESS = PLAIN + RANDOM + LAYERWISE
+NOISY: list[BiasOperator] = [GaussianNoise(0.5), Compose(Clip(1.0), GaussianNoise(0.1, seed=5))]
+STATELESS = PLAIN + RANDOM + LAYERWISE + NOISY
 EVERY = [*STATELESS, *FEEDBACK]
+QUIET = [operator for operator in EVERY if "noise" not in operator.spec]  # zero stays zero, and signs stay
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
