@@ -48,14 +48,10 @@ def length(published: Published, budget: Budget, ways: int | None, options: dict
     if ways is None:
         return Length(min(SHORT_SINUSOIDS, published.iterations.value), tasks, schedule)
     halved = max(1, tasks // 2)
-    allowed = SHORT_SECONDS / (SECONDS_A_PASS * halved * passes(ways, options))
+    of_support = published.support_passes.get(ways) or 2 * options["inner_steps"]
+    passes = ways * (of_support * options["shots"] + options["queries"])  # of one image, in a task
+    allowed = SHORT_SECONDS / (SECONDS_A_PASS * halved * passes)
     return Length(min(_rounded_down(allowed), published.iterations.value), halved, "cosine")
-
-
-def passes(ways: int, options: dict[str, Any]) -> int:
-    """The cost of a task in passes of one image, by which a budget is divided."""
-    steps = 0.5 if "adapt" in options else options["inner_steps"]
-    return int(ways * (2 * steps * options["shots"] + options["queries"]))
 
 
 def _rounded_down(value: float) -> int:

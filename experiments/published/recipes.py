@@ -62,6 +62,8 @@ class Published:
         meta_batch: tasks an iteration in the published budget, by ways (``None`` for tasks without classes).
         of_ways: further options of a `Recipe`, by ways.
         shares: options of a `Recipe` that are numbers of iterations, as shares of all of them.
+        support_passes: what an iteration costs, in passes of each support image, by ways; where it does not say, two
+            for each inner step.
         test_steps: adaptation steps of the published figures, by ways.
         figures: the published accuracies, by row.
         points: published mean squared errors of sinusoids: ``(test shots, adaptation steps, error)``.
@@ -76,6 +78,7 @@ class Published:
     meta_batch: Mapping[int | None, Setting]
     of_ways: Mapping[int | None, Settings] = field(default_factory=dict)
     shares: Settings = field(default_factory=dict)
+    support_passes: Mapping[int | None, int] = field(default_factory=dict)
     test_steps: Mapping[int | None, Setting] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
     points: tuple[tuple[int, int, float], ...] = ()
@@ -125,6 +128,9 @@ _OMNIGLOT_MAML = Published(
 _FIRST_ORDER = Setting("first-order", f"{MAML}, section 5.2")
 _META_SGD = "Li, Zhou, Chen and Li (2017), arXiv 1707.09835"
 _ONE_STEP = Setting(1, f"{_META_SGD}, which adapts in one step")
+_IMAML = "Rajeswaran, Finn, Kakade and Levine (2019), arXiv 1909.04630"
+_IMAML_CODE = "the authors' code, github.com/aravindr93/imaml_dev, examples/README.md"
+_SOLVED = Setting(1, "one solution of the proximal problem, as in training")
 _PLUS = "Antoniou, Edwards and Storkey (2019), arXiv 1810.09502"
 _PLUS_CODE = (
     "the authors' code, github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch, experiment_config/omniglot_maml++"
@@ -179,9 +185,33 @@ OMNIGLOT: Mapping[str, Published] = {
             **_OMNIGLOT_MAML.settings,
             "adapt": Setting(("head",), "the method: the body stays as it is in adaptation"),
         },
+        support_passes={5: 1, 20: 1},
         iterations=Setting(60_000, AS_MAML),
         meta_batch={5: Setting(32, AS_MAML), 20: Setting(16, AS_MAML)},
         figures={"20w1s": Figure(96.2), "20w5s": Figure(98.0)},
+    ),
+    "imaml": Published(
+        title="implicit MAML",
+        paper=_IMAML,
+        settings={
+            "optimizer": Setting("adam", f"{_IMAML}, section 4"),
+            "lr": Setting(0.001, f"{_IMAML_CODE}: outer_lr"),
+            "estimator": Setting("implicit", f"{_IMAML}, section 3"),
+        },
+        iterations=Setting(20_000, f"{_IMAML_CODE}: meta_steps, at least so many"),
+        meta_batch={5: Setting(32, f"{_IMAML_CODE}: task_mb_size"), 20: Setting(16, AS_MAML)},
+        of_ways={
+            5: {"proximal": Setting("2,iterations=16,cg_iterations=5", f"{_IMAML_CODE}: lam, n_steps, cg_steps")},
+            20: {"proximal": Setting("2,iterations=25,cg_iterations=5", f"{_IMAML}, appendix: 25 steps")},
+        },
+        support_passes={5: 65, 20: 90},  # 16 and 25 gradients, 5 Hessian-vector products, and the solver's own work
+        test_steps={5: _SOLVED, 20: _SOLVED},
+        figures={
+            "5w1s": Figure(99.5, 0.26),
+            "5w5s": Figure(99.74, 0.11),
+            "20w1s": Figure(96.18, 0.36),
+            "20w5s": Figure(99.14, 0.1),
+        },
     ),
     "maml++": Published(
         title="MAML++",
