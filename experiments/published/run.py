@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from metamom.common.choices import Norm
 from metamom.common.did_you_mean import did_you_mean
-from metamom.common.options import declared
 from metamom.evaluation import evaluate
-from metamom.experiments.options import RecipeOptions
 from metamom.experiments.published.budgets import length
 from metamom.experiments.published.outcome import Measurement, Outcome, write
 from metamom.experiments.published.recipes import (
@@ -115,7 +113,7 @@ def plan(
         device: where to compute.
 
     Raises:
-        ValueError: for an unknown name, and a recipe with options that this version does not have.
+        ValueError: for an unknown name.
     """
     known = OMNIGLOT if experiment == "omniglot" else SINUSOID
     for what, given, names in (("recipe", name, known), ("budget", budget, BUDGETS)):
@@ -132,23 +130,8 @@ def plan(
     options |= {name: round(share.value * total) for name, share in published.shares.items()}
     chosen = optimizer or str(options["optimizer"])
     options |= _outer(experiment, chosen, options, lr)
-    check_known(name, options)
     recipe = Recipe(task=experiment, ways=ways, seed=seed, compile="auto", device=device, **options)
     return Plan(experiment, name, published, row, budget, chosen, recipe, total)
-
-
-def check_known(name: str, options: dict[str, Any]) -> None:
-    """Refuse a recipe with options that a `Recipe` does not have.
-
-    Raises:
-        ValueError: naming them.
-    """
-    missing = sorted(set(options) - {each.name for each in declared(RecipeOptions)})
-    if missing:
-        raise ValueError(
-            f"the recipe {name} sets {', '.join(missing)}, which a training run of this version does not have. Use a "
-            "version of metamom that has it."
-        )
 
 
 def _outer(experiment: str, chosen: str, options: dict[str, Any], lr: float | None) -> dict[str, Any]:

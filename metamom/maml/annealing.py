@@ -97,7 +97,7 @@ def check_annealing(estimator: Estimator, multi_step: int, first_order: int) -> 
     """Refuse options that the estimator cannot follow.
 
     Raises:
-        ValueError: for tracked and proximal estimators, and for ones that have no second derivatives or split the support set.
+        ValueError: for tracked and proximal estimators, and for ones without the exact second derivatives.
     """
     if multi_step and ESTIMATORS[estimator].averages is not None:
         raise ValueError(

@@ -81,8 +81,8 @@ def check_step_norms(estimator: Estimator) -> None:
         )
     if ESTIMATORS[estimator].proximal:
         raise ValueError(
-            f"estimator {estimator!r} adapts by solving a problem, not by inner steps: leave out step_norms=True, or use "
-            "estimator='exact'."
+            f"estimator {estimator!r} adapts by solving a problem, not by inner steps: leave out step_norms=True, or "
+            "use estimator='exact'."
         )
 
 
