@@ -118,7 +118,6 @@ def test_maml_on_sinusoids_trains_one_network():
         (lambda: plan_sinusoid(5, "anil"), "recipe must be one of maml, fomaml, meta-sgd, maml++; got 'anil'"),
         (lambda: plan_sinusoid(5, "maml", budget="long"), "budget must be one of short, published"),
         (lambda: plan_sinusoid(5, "maml", optimizer="lion"), "optimizer must be one of adam, sgd, composite"),
-        (lambda: check_known("new", {"lr": 1, "memory": 2}), "the recipe new sets memory, which"),
         (lambda: list(read_all("no-folder")), "no-folder is not a folder with runs"),
     ],
 )
