@@ -90,6 +90,8 @@ def test_code_of_the_pages_runs(block, tmp_path, monkeypatch, request):
     if '"runs/photos"' in block.code:
         folder = request.getfixturevalue("trained_on_photos")
         given |= {"metamom": metamom}
+    if "tensorboard" in block.code:
+        need("tensorboard")
     for package in ("accelerate", "lightning"):
         if package in block.code:
             need(package)
