@@ -179,7 +179,7 @@ class EF21SGDM(EF21):
         docs/theory/operators.md; Fatkhullin, Tyurin, Richtárik, "Momentum provably improves error feedback!", 2023.
     """
 
-    names = ("estimate", "momentum")
+    names: tuple[str, ...] = ("estimate", "momentum")
     carries_momentum = True
 
     def __init__(self, operator: BiasOperator | str, eta: float = 0.1) -> None:

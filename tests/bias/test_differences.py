@@ -229,7 +229,7 @@ def test_marina_counts_its_calls():
 
 @each([DIANA(RESCALED, alpha=0.3), DASHA(RESCALED, a=0.2), MARINA(RESCALED, p=0.3), DIANA(QSGD(4), alpha=0.2)])
 def test_no_floor_and_no_noise_are_left_on_workers_that_differ(operator):
-    """An unbiased operator alone has noise that stays; compressed differences converge exactly, at a fixed step size."""
+    """An unbiased operator alone has noise that stays; compressed differences converge, at a fixed step size."""
     workers = random_workers()
     x = torch.zeros(6, dtype=torch.float64)
     alone = x
