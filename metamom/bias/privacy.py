@@ -31,8 +31,8 @@ def noise_multiplier(operator: BiasOperator) -> float:
         if isinstance(first, Clip) and not first.per_tensor and isinstance(second, GaussianNoise):
             return second.sigma / (2 * first.max_norm)
     raise ValueError(
-        f"{operator.spec} does not bound what a message reveals: take clip21-sgd2m:TAU:noise=SIGMA, or an operator with "
-        "clip:TAU+noise:SIGMA in a row."
+        f"{operator.spec} does not bound what a message reveals: take clip21-sgd2m:TAU:noise=SIGMA, or an operator "
+        "with clip:TAU+noise:SIGMA in a row."
     )
 
 
