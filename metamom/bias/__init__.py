@@ -14,6 +14,7 @@ from metamom.bias.multilevel_qsgd import MLMCQSGD
 from metamom.bias.multilevel_topk import MLMCTopK
 from metamom.bias.noise import GaussianNoise
 from metamom.bias.normalize import Normalize, Sign
+from metamom.bias.privacy import privacy_spent
 from metamom.bias.random import QSGD, RandK
 from metamom.bias.spec import parse
 from metamom.bias.topk import TopK
@@ -48,4 +49,5 @@ __all__ = [
     "TopK",
     "as_operator",
     "parse",
+    "privacy_spent",
 ]

@@ -17,6 +17,16 @@ from metamom.theory.composite import (
 )
 from metamom.theory.deviation import bound_1b, bound_1b_schedule, max_step_1b, phi0_1b, theta_star
 from metamom.theory.diagnose import Diagnosis, diagnose
+from metamom.theory.differences import (
+    bound_dasha,
+    bound_diana,
+    bound_marina,
+    dasha_step,
+    dasha_weight,
+    diana_alpha,
+    diana_step,
+    marina_step,
+)
 from metamom.theory.feedback import bound_ef14, bound_ef21, clip21_inactive, clip21_steps, ef14_step, ef21_step
 from metamom.theory.feedback_momentum import Start, bound_ef21_sgdm, ef21_sgdm_step
 from metamom.theory.nonconvex import Terms, best_step, bound_1a, delta0_from, max_step, terms_1a
@@ -41,17 +51,24 @@ __all__ = [
     "bound_1b",
     "bound_1b_schedule",
     "bound_1c",
+    "bound_dasha",
+    "bound_diana",
     "bound_ef14",
     "bound_ef21",
     "bound_ef21_sgdm",
+    "bound_marina",
     "bound_tracking",
     "clip21_inactive",
     "clip21_steps",
     "composite_constants",
     "critical_beta",
+    "dasha_step",
+    "dasha_weight",
     "delta0_from",
     "designs",
     "diagnose",
+    "diana_alpha",
+    "diana_step",
     "ef14_step",
     "ef21_sgdm_step",
     "ef21_step",
@@ -59,6 +76,7 @@ __all__ = [
     "first_order_constants",
     "fixed_points",
     "inner_floor",
+    "marina_step",
     "max_step",
     "max_step_1b",
     "max_step_2a",

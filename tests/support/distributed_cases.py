@@ -45,7 +45,7 @@ COMPRESSED = (
     "mlmc:topk:5%",
     "mlmc:qsgd",
 )
-FED_BACK = ("ef14:topk:5%", "ef21:topk:5%", "ef21:qsgd:64:tensor", "clip21:0.1")
+FED_BACK = ("ef14:topk:5%", "ef21:topk:5%", "ef21:qsgd:64:tensor", "clip21:0.1", "diana(0.3):randk:50%:scaled")
 CASES = {
     **{f"{spec} {dtype}": Case(spec, dtype=dtype, steps=10) for spec in ("none", "topk:5%") for dtype in DTYPES},
     **{spec: Case(spec) for spec in ("clip:1", "normalize", "clip:0.5+topk:5%", *COMPRESSED, *FED_BACK)},
@@ -54,6 +54,17 @@ CASES = {
         for spec in ("none", "clip:1", "topk:5%", "topk:5%:all", "ef21:topk:5%")
     },
     "ef21-sgdm": Case("ef21-sgdm(0.2):topk:5%", beta=1.0),
+    **{
+        spec: Case(spec, beta=1.0)
+        for spec in (
+            "ef21-sgd2m(0.2):topk:5%",
+            "clip21-sgd2m:0.1:server=0.5:noise=0.001",
+            "dasha(0.2,0.5):mlmc:topk:20%",
+        )
+    },
+    "marina": Case("marina(0.3):randk:50%:scaled", steps=8),
+    "marina rank0": Case("marina(0.3):topk:5%", server="rank0"),
+    "marina median": Case("marina(0.3):topk:5%", aggregate="median"),
     **{f"{how} {spec}": Case(spec, aggregate=how) for how in ("median", "trimmed:0.3") for spec in ("none", "topk:5%")},
     "median ef21 rank0": Case("ef21:topk:5%", aggregate="median", server="rank0"),
     "geomedian": Case("clip:1", aggregate="geomedian"),
@@ -70,10 +81,19 @@ CASES = {
 ON_FOUR = [
     "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
-    "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%",
+    "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
 ]  # fmt: skip
 # gone on with on another number of processes
-RESUMED = ("qsgd:4", "ef14:topk:5%", "ef21:topk:5%", "median ef21 rank0", "moml", "one worker, ef21", "dropout")
+RESUMED = (
+    "qsgd:4",
+    "ef14:topk:5%",
+    "ef21:topk:5%",
+    "median ef21 rank0",
+    "moml",
+    "one worker, ef21",
+    "dropout",
+    "marina",
+)
 
 
 def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, list[dict[str, Any]]]:

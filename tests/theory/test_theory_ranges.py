@@ -16,6 +16,7 @@ from metamom.theory import checks, designs, fixed_points, quadratic, regression,
 E = torch.eye(2)
 G = designs.Gaussian(E)
 A = {"L": 1.0, "beta": 0.5, "gamma": 0.05, "delta0": 1.0, "K": 100, "b2": 0.1, "sigma2": 0.2, "B": 0.1, "M": 0.1}
+D = {"omega": 2.0, "L": 1.0, "L_tilde": 1.0, "workers": 4}
 VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (theory.best_step, {"L": 1.0, "beta": 0.5, "delta0": 1.0, "K": 100, "b2": 0.1, "sigma2": 0.2, "B": 0.1, "M": 0.1}),
     (theory.bias_bound, {"L": 1.0, "rho": 1.0, "alpha": 0.1, "sigma_g": 1.0, "m": 4, "sigma_h": 1.0}),
@@ -68,6 +69,14 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         theory.bound_ef21,
         {"alpha_c": 0.5, "L": 1.0, "L_tilde": 1.0, "gamma": 0.05, "delta0": 1.0, "start_error_sq": 1.0, "K": 100},
     ),
+    (theory.bound_dasha, {**D, "gamma": 0.01, "delta0": 1.0, "mean_error_sq": 1.0, "worker_error_sq": 1.0, "K": 100}),
+    (theory.bound_diana, {**D, "alpha": 0.2, "gamma": 0.01, "delta0": 1.0, "shift_error_sq": 1.0, "K": 100}),
+    (theory.bound_marina, {**D, "p": 0.2, "gamma": 0.01, "delta0": 1.0, "K": 100}),
+    (theory.dasha_step, D),
+    (theory.dasha_weight, {"omega": 2.0}),
+    (theory.diana_alpha, {"omega": 2.0}),
+    (theory.diana_step, {**D, "alpha": 0.2}),
+    (theory.marina_step, {**D, "p": 0.2}),
     (
         theory.bound_ef21_sgdm,
         {
