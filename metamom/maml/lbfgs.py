@@ -151,7 +151,8 @@ def minimise(
 
 def _ending(state: _Search, iterations: int, eps: float) -> Tensor:
     """The index of how each task has ended, ``[A]``; -1 for one that goes on."""
-    unresolved = -state.slope <= RESOLVED * eps * state.value.abs()
+    length, size = (torch.linalg.vector_norm(x, dim=1) for x in (state.direction, state.u))
+    unresolved = (-state.slope <= RESOLVED * eps * state.value.abs()) | (length <= RESOLVED * eps * size)
     stays = state.before - state.value <= STAYS[1] * (state.highest - state.value)
     idle, no_step = state.idle >= IDLE, state.backtracks > BACKTRACKS
     how = torch.full_like(state.number, -1)

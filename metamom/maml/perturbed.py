@@ -103,7 +103,7 @@ def perturbed_solution(
         objective_of,
         first,
         tolerance=inner.tolerance,
-        iterations=settings.iterations,
+        iterations=inner.solves.most(settings.iterations),
         eps=inner.eps,
         target=inner.tolerance * torch.linalg.vector_norm(filled(asked, solved), dim=1),
         curvature=settings.strength,

@@ -85,7 +85,7 @@ def solution(inner: InnerProblem, own: Params, others: Params) -> Params:
         objective_of,
         start,
         tolerance=inner.tolerance,
-        iterations=inner.settings.iterations,
+        iterations=inner.solves.most(inner.settings.iterations),
         eps=inner.eps,
         curvature=inner.settings.strength,
     )
@@ -149,7 +149,8 @@ def implicit_gradients(
             return torch.add(v, filled(found, own), alpha=1 / strength)
 
         b = flat(cotangents.values())
-        solved = conjugate_gradients(product, b, tolerance=tolerance, iterations=inner.settings.cg_iterations)
+        iterations = inner.solves.most(inner.settings.cg_iterations)
+        solved = conjugate_gradients(product, b, tolerance=tolerance, iterations=iterations)
         inner.solves.note_implicit(solved, tolerance, inner.settings)
         z = unflattened(solved.x, own)
         mixed = derivatives({name: v / -strength for name, v in z.items()}, rest)

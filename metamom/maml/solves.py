@@ -55,6 +55,10 @@ class Solves:
         finally:
             self._trying = False
 
+    def most(self, iterations: int) -> int:
+        """``iterations``, or 2 to measure memory, which does not depend on them."""
+        return min(iterations, 2) if self._trying else iterations
+
     def note(self, found: Minimum, settings: Proximal) -> None:
         """Keep how the proximal problem was solved, and warn if it was not."""
         if self._trying:

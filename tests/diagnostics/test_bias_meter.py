@@ -420,3 +420,12 @@ def test_it_is_printed_as_a_small_table():
     norm = found.sizes[1].bias.norm
     assert lines[2] == f"  10  {norm.value:<8.3g}  {norm.low:.3g} to {norm.high:.3g}"
     assert len(lines) == 4
+
+
+def test_the_bias_of_proximal_estimators_in_linear_regression():
+    """With a population, the reference is the proximal objective's gradient; perturbing adds O(nu^2)."""
+    learner = MAML(nn.Linear(2, 1, bias=False).double(), F.mse_loss, estimator="perturbed", proximal="1,nu=1e-2")
+    found = measure(learner, LinearRegression(2, 16, 8, dtype=torch.float64), inner_batches=(2, 4), draws=4)
+    for at in found.sizes:
+        assert set(at.sources) == {"curvature", "perturbation"}
+        assert float(at.sources["perturbation"].mean.norm()) < 1e-2 * float(at.sources["curvature"].mean.norm())
