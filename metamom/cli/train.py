@@ -31,7 +31,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
         leaf.set_defaults(run=run, task=task, leaf=leaf, data_root=None)
         for title in ("task", "learner", "bias", "optimizer", "run"):
             group = leaf.add_argument_group(title)
-            if title == "learner":
+            if title == "learner" and task in METHODS:
                 flag(
                     group,
                     "--recipe",
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     keep_freed_memory()
     options = run_options(arguments)
     given = world.broadcast_object(lambda: kept_options(arguments)) | given_flags(arguments)
-    if arguments.recipe is not None:
+    if getattr(arguments, "recipe", None) is not None:
         ways = given.get("ways", task_defaults(arguments.task)["ways"])
         given = method(arguments.task, arguments.recipe, ways, options["iterations"]) | given
     if given.get("optimizer", "momentum") != "momentum" and {"beta", "first_step", "normalize"} & set(given):
