@@ -233,9 +233,9 @@ def test_no_floor_and_no_noise_are_left_on_workers_that_differ(operator):
     workers = random_workers()
     x = torch.zeros(6, dtype=torch.float64)
     alone = x
-    for step in range(1200):
-        x = x - 0.05 * operator(workers.gradients(x)).mean(0)
-        alone = alone - 0.05 * operator.operator(workers.gradients(alone), step=step).mean(0)
+    for step in range(450):
+        x = x - 0.1 * operator(workers.gradients(x)).mean(0)
+        alone = alone - 0.1 * operator.operator(workers.gradients(alone), step=step).mean(0)
     torch.testing.assert_close(x, workers.optimum, rtol=0, atol=1e-8)
     assert float((alone - workers.optimum).norm()) > 1e-3
 
@@ -244,8 +244,8 @@ def test_no_floor_and_no_noise_are_left_on_workers_that_differ(operator):
 def test_double_momentum_leaves_no_floor(operator):
     workers = random_workers()
     x = torch.zeros(6, dtype=torch.float64)
-    for _ in range(1500):
-        x = x - 0.05 * operator(workers.gradients(x)).mean(0)
+    for _ in range(500):
+        x = x - 0.1 * operator(workers.gradients(x)).mean(0)
     torch.testing.assert_close(x, workers.optimum, rtol=0, atol=1e-8)
 
 

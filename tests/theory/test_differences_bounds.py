@@ -20,7 +20,7 @@ from metamom.theory import (
     marina_step,
 )
 
-N, D, K, RUNS = 4, 4, 40, 30
+N, D, K, RUNS = 4, 4, 40, 12
 OMEGA = 1.0  # Rand-K scaled, half of the entries
 
 
