@@ -88,7 +88,13 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     others = re.search(rf"; (\S+) with {optimizer}\b", shown.pop("weight_decay"))
     assert float(others[1] if others else 0) == (0 if decay is None else decay.default)
     words = {"adapt": "all", "compile": "off", "learn_inner_lr": "off", "normalize": "off", "patience": "off"}
-    words |= {"fixed_tasks": "new tasks in each iteration", "tracking": "0.2", "optimizer": "momentum", "norm": "batch"}
+    words |= {
+        "fixed_tasks": "new tasks in each iteration",
+        "tracking": "0.2",
+        "proximal": "2",
+        "optimizer": "momentum",
+        "norm": "batch",
+    }
     words |= {"root": "none", "splits": "the folders in --root", "augment": "none"}
     words |= {"init": "weights drawn from --seed", "init_except": "none"}
     words |= {"learner_kind": "maml", "head": "the last layer", "within_alphabet": "off"}

@@ -425,7 +425,7 @@ def test_differences_of_a_model_that_draws():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "crossfit"}, "estimator must be one of exact, independent, .*scsc; got 'crossfit'"),
+        ({"estimator": "crossfit"}, "estimator must be one of exact, independent, .*perturbed; got 'crossfit'"),
         ({"inner_batches": "new"}, "inner_batches must be one of same, fresh; got 'new'"),
     ],
 )

@@ -71,6 +71,7 @@ def test_what_may_differ_is_one_list():
         *described["learner"],
         "learn_inner_lr",
         "tracking",
+        "proximal",
         "norm",
     }  # those described if they are set
     of_places = {"device", "patience", "root", "splits", "model_folder"}
