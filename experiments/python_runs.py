@@ -122,10 +122,13 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
         estimator=options["estimator"],
         inner_batches=options.get("inner_batches", "same"),
         tracking=options.get("tracking"),
-        learn_inner_lr=_learned(learned, state),
+        learn_inner_lr=alpha.get("kind") or _learned(learned, state),
         adapt=adapted,
         autocast=None if autocast is None else as_dtype(autocast),
         norm=options.get("norm", _norm(settings.get("normalisation"), model)),
+        multi_step=options.get("multi_step", 0),
+        first_order_until=options.get("first_order_until", 0),
+        step_norms=options.get("step_norms", False),
         **{name: options[name] for name in ("head", "train_on") if name in options},
     )
 

@@ -136,6 +136,9 @@ class Recipe(RecipeOptions):
             adapt=self.adapt,
             learn_inner_lr=self.learn_inner_lr,
             inner_batches=self.inner_batches,
+            multi_step=self.multi_step,
+            first_order_until=self.first_order_until,
+            step_norms=self.step_norms,
         )
         if self.learner_kind == "protomaml" and self.family.classes is None:
             raise ValueError(f"{self.family.title} have no classes, so no prototypes; got learner_kind='protomaml'.")
@@ -275,6 +278,9 @@ class Recipe(RecipeOptions):
             compile=self.compile,
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
             norm=self.norm,
+            multi_step=self.multi_step,
+            first_order_until=self.first_order_until,
+            step_norms=self.step_norms,
             head=self.head,
         )
 

@@ -18,7 +18,7 @@ SERVERS: tuple[Server, ...] = get_args(Server)
 TIMEOUT = 600.0
 """How long processes of `metamom.distributed` wait for each other, in seconds; a first compiled step takes minutes."""
 
-LearnedStepSizes = Literal["scalar", "tensor", "entry"]
+LearnedStepSizes = Literal["scalar", "tensor", "tensor-step", "entry"]
 LEARNED_STEP_SIZES: tuple[LearnedStepSizes, ...] = get_args(LearnedStepSizes)
 LearnInnerLR = bool | LearnedStepSizes  # of `metamom.MAML`
 

@@ -23,6 +23,7 @@ from metamom.maml.inner_loop import Problem, losses, predictions, start_of, traj
 from metamom.maml.metrics import accuracy
 from metamom.maml.modes import differentiable, out_of_inference
 from metamom.maml.run_by_task import Support
+from metamom.maml.step_norms import after
 from metamom.maml.swapping import named
 from metamom.maml.task_weights import Params, Start
 
@@ -54,7 +55,7 @@ class Adapting(Configured):
             problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
             start = start_of(problem, rows, count(support_x), whole)
             *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
-        return adapted
+            return {**adapted, **after(start.norms, len(along))}
 
     def fit(self, support_x: Tree, support_y: Tree, steps: int | None = None, *, norm: Norm | None = None) -> nn.Module:
         """Adapt to one task, and return the adapted model as a module of its own.
@@ -127,7 +128,9 @@ class Adapting(Configured):
         with out_of_inference():
             whole, along = _whole(support_x, support_y, mask, steps)
             rows = {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
-            return trajectory(problem, start_of(problem, rows, count(support_x), whole), along, keep_graph=False)
+            start = start_of(problem, rows, count(support_x), whole)
+            found = trajectory(problem, start, along, keep_graph=False)
+            return ({**own, **after(start.norms, step)} for step, own in enumerate(found))
 
     def predict(
         self,

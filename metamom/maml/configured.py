@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from metamom.bias import BiasOperator
 from metamom.bias.function import function_name
+from metamom.common.checks import check_flag
 from metamom.common.choices import Norm
 from metamom.common.summaries import summary
 from metamom.compile.graph import CompileMode
+from metamom.maml.annealing import Annealing, check_annealing
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml.gradient import MetaGradients, Plan
@@ -27,6 +29,7 @@ from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import selected
 from metamom.maml.server_step import Backward as Backward
+from metamom.maml.step_norms import StepNorms, check_step_norms
 from metamom.maml.swapping import alone, named
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import TRACKING, Memory, check_tracking
@@ -59,6 +62,9 @@ class Configured(nn.Module):
         compile: CompileMode = False,
         autocast: torch.dtype | None = None,
         norm: Norm | None = None,
+        multi_step: int = 0,
+        first_order_until: int = 0,
+        step_norms: bool = False,
     ) -> None:
         super().__init__()
         check_estimator(estimator, inner_batches)
@@ -83,8 +89,18 @@ class Configured(nn.Module):
         self.norm: Norm | None = norm
         weights = trainable(model, loss_fn)
         self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
-        self.adapted = selected(self._adapt, {name: p for name, p in named(model).items() if p.requires_grad})
-        self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr)
+        self.norms_by_step: StepNorms | None = None
+        if check_flag("step_norms", step_norms):
+            check_step_norms(estimator)
+            self.norms_by_step = StepNorms(model, inner_steps)
+        self.adapted = selected(self._adapt, self._movable())
+        self.step_sizes = StepSizes(
+            inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr, inner_steps
+        )
+        self.annealing: Annealing | None = None
+        if multi_step != 0 or first_order_until != 0:
+            self.annealing = Annealing(multi_step, first_order_until, inner_steps)
+            check_annealing(estimator, multi_step, first_order_until)
         self.memory: Memory | None = None
         if ESTIMATORS[estimator].averages is not None:
             self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
@@ -118,6 +134,8 @@ class Configured(nn.Module):
             check_loss_owner(value)
             self._modules.pop(name, None)  # a module may replace a function, or a function a module
         super().__setattr__(name, value)
+        if name == "inner_steps" and isinstance(annealing := getattr(self, "annealing", None), Annealing):
+            annealing.follow(value)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy adapts what this learner adapts now; a predicate cannot be pickled, and names can."""
@@ -151,6 +169,8 @@ class Configured(nn.Module):
             "adapt": list(self.adapted),
             **({} if self.memory is None else {"tracking": self.memory.tracking}),
             **({} if self.norm is None else {"norm": self.norm}),
+            **({} if self.annealing is None else self.annealing.describe()),
+            **({} if self.norms_by_step is None else {"step_norms": True}),
             **({} if self.kind == "maml" else {"kind": self.kind}),
         }
 
@@ -189,11 +209,12 @@ class Configured(nn.Module):
     def meta_parameters(self) -> Params:
         """The parameters that get a meta-gradient, by name: trainable ones of model and loss, and learned step sizes.
 
-        Names are those of ``model.named_parameters()``. If ``loss_fn`` is a module, its parameters follow as
+        Names are those of ``model.named_parameters()``; with ``step_norms``, scales and offsets of normalisations are
+        ``"step_norms.NAME"`` instead. If ``loss_fn`` is a module, its parameters follow as
         ``"loss_fn.NAME"`` (inner steps do not move them). Step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
         self._keep_up()
-        return trainable(self.model, self.loss_fn, self._rule().replaced) | self.step_sizes.learned()
+        return self._problem().parameters() | self.step_sizes.learned()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""
@@ -214,7 +235,7 @@ class Configured(nn.Module):
         resolved(self.model, self.norm)
         if self.vectorize == "vmap":
             check_hooks(self.model)
-        parameters = {name: p for name, p in named(self.model).items() if p.requires_grad}
+        parameters = self._movable()
         adapted = selected(self._adapt, parameters)
         if adapted != self.adapted:
             self.step_sizes.follow({name: parameters[name] for name in adapted})
@@ -228,13 +249,21 @@ class Configured(nn.Module):
         self._run, self._vectorization = RunByTask(), Vectorization(self.vectorize)
         self._structure = now
 
+    def _movable(self) -> Params:
+        """The model's parameters that inner steps may move."""
+        given = frozenset() if self.norms_by_step is None else self.norms_by_step.names
+        return {name: p for name, p in named(self.model).items() if p.requires_grad and name not in given}
+
     def _problem(self) -> Problem:
+        annealing = self.annealing
         return Problem(
             self.model,
             self.loss_fn,
             self.adapted,
             self.step_sizes,
-            self.estimator,
+            self.norms_by_step,
+            None if annealing is None else annealing.objective(),
+            self.estimator if annealing is None else annealing.estimator(self.estimator),
             self.autocast,
             resolved(self.model, self.norm),
             self._run,

@@ -25,7 +25,7 @@ from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.maml.draws import Step
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut, passes
-from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of, trainable
+from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.plain_autograd import uncompiled
@@ -67,7 +67,8 @@ class Plan(NamedTuple):
     def kind(self) -> tuple[Hashable, ...]:
         """What the memory of a task depends on, apart from shapes. The run is another object for other modules."""
         problem = self.problem
-        settings = self.inner_steps, self.inner_batches, problem.estimator, problem.autocast, problem.norm
+        adaptation = self.inner_steps, self.inner_batches, problem.estimator, problem.objective is None
+        settings = *adaptation, problem.autocast, problem.norm
         looped = problem.vectorization.vectorize, frozenset(problem.vectorization.looped)
         return *settings, *looped, problem.run, problem.loss_fn, problem.model.training
 
@@ -95,7 +96,7 @@ class Plan(NamedTuple):
             self.memory.keep(task_ids, dict(zip(self.problem.adapted, averages, strict=True)), self._trainable())
 
     def _trainable(self) -> Params:
-        return trainable(self.problem.model, self.problem.loss_fn)
+        return self.problem.parameters()
 
 
 class OfTasks(NamedTuple):
@@ -218,13 +219,12 @@ class MetaGradients:
             return plan.chunk_size
         key = (plan.kind(), compute is None, *_kinds(batch))
         if key not in self._budgets:
-            problem = plan.problem
-            weights = trainable(problem.model, problem.loss_fn, problem.rule.replaced) | problem.step_sizes.learned()
+            weights = plan.problem.parameters() | plan.problem.step_sizes.learned()
             # a copy, since what is saved of a view would count as the whole batch
             first = batch.part(0, 1)
             one = TaskBatch(*(mapped(Tensor.clone, x) for x in first))
             of_one = self._one_task(weights, one) if compute is None else partial(compute, one)
-            adapted = sum(weights[name].nbytes for name in problem.adapted if name in weights)
+            adapted = sum(weights[name].nbytes for name in plan.problem.adapted if name in weights)
             self._budgets[key] = tasks_within_budget(of_one, one, adapted)
         return self._budgets[key]
 
@@ -246,6 +246,7 @@ class MetaGradients:
             fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
         vectorization = problem.vectorization
         fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
+        fixed.append(problem.objective is None)
         return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any) -> tuple[Tensor, ...]:
@@ -294,7 +295,7 @@ def chunk_gradient(
         for term in plan.cut(tasks):
             found = episodes(problem, rows, term, memory)
             with explained(problem.model, loop=problem.loops()):
-                grads = gradients(found.losses.sum() * (scale * term.weight), [*rows.values(), *around.values()])
+                grads = gradients(found.objective.sum() * (scale * term.weight), [*rows.values(), *around.values()])
             past = [name for name, grad in zip(around, grads[len(rows) :], strict=True) if grad is not None]
             if past:
                 raise from_outside(past)
@@ -316,10 +317,10 @@ def chunk_gradient(
 def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
     memory = plan.recall(batch)
     thin = not torch.is_grad_enabled()  # the caller may keep the graph
-    found = [(term, episodes(plan.problem, rows, term, memory, thin=thin).losses) for term in plan.cut(batch)]
-    each = [(term, losses.view(-1, term.copies)) for term, losses in found]
-    first = each[0][1][:, 0]
-    if len(each) == 1 and each[0][0].copies == 1:
+    found = [(term, episodes(plan.problem, rows, term, memory, thin=thin)) for term in plan.cut(batch)]
+    each = [(term, results.objective.view(-1, term.copies)) for term, results in found]
+    first = found[0][1].losses.view(-1, found[0][0].copies)[:, 0]
+    if len(each) == 1 and each[0][0].copies == 1 and plan.problem.objective is None:
         return first
     return straight_through(first, torch.stack([term.weight * losses.sum(1) for term, losses in each]).sum(0))
 

@@ -34,6 +34,7 @@ from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice
 from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask, Support
+from metamom.maml.step_norms import StepNorms
 from metamom.maml.swapping import alone, is_training, named, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
 from metamom.maml.tracking import tracked
@@ -53,6 +54,8 @@ class Problem(NamedTuple):
         loss_fn: ``(predictions [N, ...], targets [N, ...]) -> 0-d loss`` of one task.
         adapted: names of the parameters that inner steps move.
         step_sizes: alpha of each adapted parameter.
+        step_norms: the normalisations' scales and offsets by inner step, if they are learned so.
+        objective: weights of the query losses after each inner step, ``[J]``; ``None`` for the last one only.
         estimator: decides how inner steps are differentiated.
         autocast: dtype of the model's products, ``None`` for the dtype of the weights.
         norm: what the model's normalisations use, from `metamom.maml.norm.resolved`.
@@ -67,6 +70,8 @@ class Problem(NamedTuple):
     loss_fn: LossFn
     adapted: tuple[str, ...]
     step_sizes: StepSizes
+    step_norms: StepNorms | None
+    objective: Tensor | None
     estimator: Estimator
     autocast: torch.dtype | None
     norm: Norm | None
@@ -75,6 +80,14 @@ class Problem(NamedTuple):
     readings: LossReadings
     uses: Uses
     rule: Rule = PLAIN
+
+    def parameters(self) -> Params:
+        """The trainable parameters of model and loss, with those that differ between inner steps in place of others."""
+        found = trainable(self.model, self.loss_fn, self.rule.replaced)
+        if self.step_norms is None:
+            return found
+        own = {name: p for name, p in found.items() if name not in self.step_norms.names}
+        return own | self.step_norms.learned()
 
     def parts(self) -> tuple[Part, Part]:
         """The model and the loss, in their current modes."""
@@ -90,12 +103,14 @@ class Episodes(NamedTuple):
     """The results of T·c adaptations.
 
     Attributes:
-        losses: query losses ``[T·c]``.
+        losses: query losses ``[T·c]``, after the last inner step.
+        objective: what is differentiated, ``[T·c]``: these, or the weighted sums of those after each step.
         predictions: on the query sets, ``[T·c, Q, ...]``, a tensor or a tree.
         adapted: the adapted weights that made them, ``[T·c, *shape]``.
     """
 
     losses: Tensor
+    objective: Tensor
     predictions: Tree
     adapted: Params
 
@@ -289,16 +304,18 @@ def trajectory(
     steps, own = list(steps), start.own
     features = _features(problem, steps, keep_graph)
     yield own
-    for batch in steps:
+    for number, batch in enumerate(steps):
         with out_of_inference(), torch.enable_grad():
             at = own if keep_graph else {name: w.detach().requires_grad_() for name, w in own.items()}
-            grads = _gradient(problem, start, at, batch, keep_graph, features)
+            grads = _gradient(problem, start.at(number), at, batch, keep_graph, features)
             check_cut(problem, [name for name, grad in grads.items() if grad is None], *batch.points())
             if keep_graph and ESTIMATORS[problem.estimator].derivatives != "none":
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
                 _check_constant(problem, flat, batch)
             own = {
-                name: w if (grad := grads[name]) is None else inner_step(w, _alpha(problem, name, start, w), grad)
+                name: w
+                if (grad := grads[name]) is None
+                else inner_step(w, _alpha(problem, name, start, w, number), grad)
                 for name, w in at.items()
             }
         if not thin:
@@ -318,16 +335,29 @@ def episodes(problem: Problem, rows: Params, term: Adaptations, memory: Params, 
         memory: the moving averages of a tracked estimator; empty for other estimators.
         thin: see `trajectory`; for graphs that are differentiated before anything else changes the weights.
     """
-    start, outer = start_of(problem, rows, count(term.query_x), term.steps[0]), problem.rule.outer
+    start = start_of(problem, rows, count(term.query_x), term.steps[0])
+    given, outer = support_of(problem, term), problem.rule.outer
+
+    def queried(adapted: Params, steps: int) -> tuple[Tensor, Tree]:
+        there = start.at(steps)
+        predicted = predictions(problem, there, adapted, term.query_x, term.query_mask, support=given)
+        return losses(problem, there, adapted, predicted, *term.query()[1:]), predicted
+
     keep_graph = torch.is_grad_enabled() and outer is None
-    *_, adapted = trajectory(problem, start, term.steps, keep_graph, thin=thin)
+    _, *before, adapted = trajectory(problem, start, term.steps, keep_graph, thin=thin)
+    if outer is not None:
+        with torch.no_grad():
+            last, predicted = queried(adapted, len(term.steps))
+        last = outer(start.own, adapted, last)
+        return Episodes(last, last, predicted, adapted)
     if memory:
         adapted = tracked(memory, adapted, lambda weights: _step_from(problem, weights, term.steps[0]))
-    given = support_of(problem, term)
-    with nullcontext() if outer is None else torch.no_grad():
-        predicted = predictions(problem, start, adapted, term.query_x, term.query_mask, support=given)
-        found = losses(problem, start, adapted, predicted, *term.query()[1:])
-    return Episodes(found if outer is None else outer(start.own, adapted, found), predicted, adapted)
+    last, predicted = queried(adapted, len(term.steps))
+    objective = last
+    if problem.objective is not None:
+        each = [queried(weights, number)[0] for number, weights in enumerate(before, 1)]
+        objective = torch.stack([*each, last], 1) @ problem.objective.to(last)
+    return Episodes(last, objective, predicted, adapted)
 
 
 def support_of(problem: Problem, term: Adaptations) -> Support | None:
@@ -348,14 +378,14 @@ def _step_from(problem: Problem, weights: Params, batch: InnerBatch) -> Params:
     return adapted
 
 
-def _alpha(problem: Problem, name: str, start: Start, weight: Tensor) -> float | Tensor:
-    return problem.step_sizes.of(name, start.step_sizes, weight.dim())
+def _alpha(problem: Problem, name: str, start: Start, weight: Tensor, step: int) -> float | Tensor:
+    return problem.step_sizes.of(name, start.step_sizes, weight.dim(), step)
 
 
 def _features(problem: Problem, steps: Sequence[InnerBatch], keep_graph: bool) -> Features | None:
-    """Where the inner steps of one adaptation keep their features; differences of gradients do not use any."""
+    """Where the inner steps of one adaptation keep their features; none if steps differ in more than weights."""
     derivatives = ESTIMATORS[problem.estimator].derivatives if keep_graph else "none"
-    if derivatives == "differences":
+    if derivatives == "differences" or problem.step_norms is not None:
         return None
     sets = [x for step in steps for x in (step.x, *(() if step.hessian is None else step.hessian[:1]))]
     return Features(sets, graph=derivatives != "none")
@@ -424,6 +454,7 @@ def check_cut(
     def loss(weights: Params) -> Tensor:
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1):
+            start = start.at(0)
             predicted = predictions(problem, start, start.own, x, mask, support=support)
             return losses(problem, start, start.own, predicted, y, mask)
 
@@ -447,7 +478,7 @@ def _check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) -
         start = start_of(problem, {name: w.unsqueeze(0) for name, w in weights.items()}, 1)
         with step.tasks(0, 1), torch.enable_grad():
             at = {name: w.detach().requires_grad_() for name, w in start.own.items()}
-            found = _gradient(problem, start, at, one, keep_graph=False)[name]
+            found = _gradient(problem, start.at(0), at, one, keep_graph=False)[name]
         assert found is not None
         return found
 
@@ -462,4 +493,4 @@ def _modules(problem: Problem) -> Iterator[nn.Module]:
 
 def _values(problem: Problem) -> Params:
     """The trainable parameters' values."""
-    return {name: w.detach() for name, w in trainable(problem.model, problem.loss_fn).items()}
+    return {name: w.detach() for name, w in problem.parameters().items()}

@@ -1,4 +1,7 @@
-"""Inner step sizes: one for all parameters, for each tensor or for each entry; fixed or learned (Meta-SGD)."""
+"""Inner step sizes: one for all parameters, for each tensor or for each entry; fixed or learned (Meta-SGD).
+
+Legend: T tasks, J inner steps.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.checks import check_number
+from metamom.common.choices import LEARNED_STEP_SIZES
 from metamom.common.choices import LearnInnerLR as LearnInnerLR
 
 
@@ -21,7 +25,9 @@ class StepSizes(nn.Module):
             that are scalar or have the parameter's shape. Leaf tensors that require a gradient are learned in place.
         adapted: the adapted parameters by name.
         learn: ``False`` keeps them as given; ``"scalar"`` learns one number for all, ``"tensor"`` one for each
-            parameter tensor, ``"entry"`` (or ``True``) one for each entry, which is Meta-SGD.
+            parameter tensor, ``"tensor-step"`` one for each tensor and inner step (MAML++), ``"entry"`` (or ``True``)
+            one for each entry, which is Meta-SGD.
+        steps: J, which only ``"tensor-step"`` reads. Further steps use the size of the last one.
 
     Raises:
         ValueError: for a step size that is not positive and finite, a missing or unknown name, a wrong shape, or one
@@ -29,6 +35,7 @@ class StepSizes(nn.Module):
 
     Reference:
         Li, Zhou, Chen, Li, "Meta-SGD" (2017) for ``"entry"``; not to be confused with plain meta-SGD, beta = 1.
+        Antoniou, Edwards, Storkey, "How to train your MAML" (2019) for ``"tensor-step"``.
     """
 
     def __init__(
@@ -36,11 +43,15 @@ class StepSizes(nn.Module):
         inner_lr: float | Tensor | Mapping[str, float | Tensor],
         adapted: Mapping[str, Tensor],
         learn: LearnInnerLR,
+        steps: int = 1,
     ) -> None:
         super().__init__()
         self.kind = "entry" if learn is True else learn
-        if not isinstance(self.kind, (bool, str)) or self.kind not in (False, "scalar", "tensor", "entry"):
-            raise ValueError(f'learn_inner_lr must be a bool, "scalar", "tensor" or "entry"; got {learn!r}.')
+        if not isinstance(self.kind, (bool, str)) or self.kind not in (False, *LEARNED_STEP_SIZES):
+            raise ValueError(
+                f'learn_inner_lr must be a bool, "scalar", "tensor", "tensor-step" or "entry"; got {learn!r}.'
+            )
+        self._steps = steps
         if self.kind == "scalar" and isinstance(inner_lr, Mapping):
             raise ValueError('learn_inner_lr="scalar" learns one number: pass inner_lr as one number too.')
         given = dict(inner_lr) if isinstance(inner_lr, Mapping) else dict.fromkeys(adapted, inner_lr)
@@ -55,7 +66,8 @@ class StepSizes(nn.Module):
         # prefixed, since a parameter may share its name with an attribute of this module ("shared", "training")
         self._attributes = {name: "alpha" if self.shared else f"alpha:{name.replace('.', ':')}" for name in adapted}
         for name, parameter in adapted.items():
-            value, place = _checked(name, given[name], parameter), self._attributes[name]
+            by_step = (steps,) if self.kind == "tensor-step" else None
+            value, place = _checked(name, given[name], parameter, by_step), self._attributes[name]
             if isinstance(value, Tensor) and value.requires_grad:
                 if self.kind is not False or not value.is_leaf:
                     raise ValueError(
@@ -75,7 +87,7 @@ class StepSizes(nn.Module):
                 else:
                     self.fixed[name] = value
             elif place not in self._parameters:
-                size = parameter.shape if self.kind == "entry" else ()
+                size = parameter.shape if self.kind == "entry" else by_step or ()
                 start = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
                 if self.kind == "tensor" and start.dim():
                     raise ValueError(f'learn_inner_lr="tensor" learns one number per tensor; got a tensor for {name}.')
@@ -91,7 +103,7 @@ class StepSizes(nn.Module):
         Raises:
             ValueError: as a new `StepSizes`, and for a tensor that requires a gradient.
         """
-        other = StepSizes(inner_lr, adapted, self.kind)
+        other = StepSizes(inner_lr, adapted, self.kind, self._steps)
         if other.kind is False and other.learned():
             raise ValueError(
                 "an inner_lr that requires a gradient must be given when the learner is made: MAML(..., inner_lr=...)."
@@ -159,7 +171,8 @@ class StepSizes(nn.Module):
         """The fixed step sizes and which ones are learned, as JSON values. The state dict holds the learned values."""
         tensors = {name: self._registered(place) for name, place in self._attributes.items()}
         fixed = {name: t.tolist() for name, t in tensors.items() if t is not None and not t.requires_grad}
-        return {"fixed": {**self.fixed, **fixed}, "learned": sorted(self.learned())}
+        kind = {"kind": self.kind} if self.kind == "tensor-step" else {}  # others show by their shapes
+        return {"fixed": {**self.fixed, **fixed}, "learned": sorted(self.learned()), **kind}
 
     def learned(self) -> dict[str, Tensor]:
         """The learned step sizes by their key among the meta-parameters, ``"inner_lr.NAME"`` or ``"inner_lr"``."""
@@ -170,28 +183,36 @@ class StepSizes(nn.Module):
                 found["inner_lr" if self.shared else f"inner_lr.{name}"] = tensor
         return found
 
-    def of(self, name: str, learned: Mapping[str, Tensor], dim: int) -> float | Tensor:
+    def of(self, name: str, learned: Mapping[str, Tensor], dim: int, step: int = 0) -> float | Tensor:
         """Alpha of one parameter, shaped to multiply its gradients ``[T, *shape]``.
 
         Args:
             name: an adapted parameter.
             learned: values of the learned step sizes, with the keys of `learned` and a leading task axis.
             dim: number of dimensions of those gradients, including the task axis.
+            step: how many inner steps were taken before.
         """
         if name in self.fixed:
             return self.fixed[name]
         key = "inner_lr" if self.shared else f"inner_lr.{name}"
         if key in learned:
             alpha = learned[key]
+            if self.kind == "tensor-step":
+                alpha = alpha[:, min(step, alpha.shape[1] - 1)]
             return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # align each task's number with its task
         fixed = self._registered(self._attributes[name])
         assert fixed is not None
         return fixed
 
 
-def _checked(name: str, value: float | Tensor, parameter: Tensor) -> float | Tensor:
+def _checked(name: str, value: float | Tensor, parameter: Tensor, by_step: tuple[int] | None = None) -> float | Tensor:
     if isinstance(value, Tensor):
-        if value.dim() and value.shape != parameter.shape:
+        if by_step and value.dim() and value.shape != by_step:
+            raise ValueError(
+                f"the inner step sizes of {name} must be a number, or one number for each of the {by_step[0]} inner "
+                f"steps; got a tensor of shape {tuple(value.shape)}."
+            )
+        if not by_step and value.dim() and value.shape != parameter.shape:
             raise ValueError(
                 f"the inner step size of {name} must be a number or have its shape {tuple(parameter.shape)}; "
                 f"got {tuple(value.shape)}."

@@ -46,7 +46,8 @@ class MAML(Training):
             support set (of each half). A support set must divide into `support_parts` parts.
         tracking: b_u in (0, 1], the weight of a new inner step in the moving averages of ``"moml"``,
             ``"moml-coupled"`` and ``"scsc"``; 0.2 by default, 1 for no average.
-        learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``.
+        learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``,
+            or ``"tensor-step"``, one for each tensor and inner step (MAML++). Further steps use the size of step J.
         adapt: which parameters inner steps move: names of parameters or modules, or a predicate on a parameter's
             name; all trainable ones by default. ANIL is ``adapt=["head"]``: features that no inner step changes are
             computed once for all inner steps (docs/performance/index.md says for which models).
@@ -70,6 +71,15 @@ class MAML(Training):
             support set at the adapted weights, so that predictions do not depend on the other queries (inductive). By
             default ``"frozen"`` for a model in ``eval()`` with running statistics, else ``"batch"``. Running statistics
             are never written.
+        multi_step: N, the iterations over which the weights of the query losses after each inner step anneal from 1/J
+            each to the last one alone (`metamom.maml.annealing.step_weights`); 0 for the last one from the start. The
+            gradient is that of the weighted sum, and the reported loss that after the last step. `backward` and
+            `training_loss` count the iterations, which are a part of the state dict; `losses` and `meta_gradient` do
+            not.
+        first_order_until: the number of first iterations with ``"first-order"`` meta-gradients, before those of
+            ``estimator="exact"``.
+        step_norms: learn the scale and offset of batch and instance normalisation for each of 0, ..., J inner steps
+            (`metamom.maml.step_norms.StepNorms`). Inner steps do not move them then.
 
     Random layers (dropout) are seeded from torch's generator at the start of a step and from the task's number in the
     batch, so their draws do not depend on chunks or processes. A compiled meta-gradient draws per chunk. Several
@@ -123,6 +133,7 @@ class MAML(Training):
                 norm=self.norm if norm is None else norm,
             )
         other._run, other._vectorization = self._run, self._vectorization
+        other.norms_by_step, other.adapted = self.norms_by_step, self.adapted
         if inner_lr is None:
             other.step_sizes = self.step_sizes
         return other

@@ -70,7 +70,8 @@ def _of_task(plan: Plan, weights: Params, one: TaskBatch) -> str:
 
         def loss(own: Params, number: int) -> float:
             x, y, mask = sets[number]
-            return float(losses(problem, start, own, predictions(problem, start, own, x, mask), y, mask).sum())
+            there = start.at(number % len(sets))
+            return float(losses(problem, there, own, predictions(problem, there, own, x, mask), y, mask).sum())
 
         before = loss(start.own, -1)
         for number, own in enumerate(trajectory(problem, start, term.steps, keep_graph=False)):

@@ -18,7 +18,7 @@ from metamom.maml.tracking import check_tracking
 from metamom.maml.vectorize import VECTORIZE
 
 # Options used only by the constructor: setting one later would have no effect, or leave the learner inconsistent.
-BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile")
+BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile", "multi_step", "first_order_until", "step_norms")
 
 
 def check_option(name: str, value: Any) -> None:

@@ -5,10 +5,13 @@ Legend: T tasks, n workers with T/n tasks each.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
+
+from metamom.maml.step_norms import PREFIX, after
 
 Params = dict[str, Tensor]
 
@@ -21,12 +24,19 @@ class Start(NamedTuple):
         kept: the other parameters if they differ between tasks (because workers differ), ``[T, *shape]``.
         shared: the other parameters if all tasks share them, ``[*shape]``: one large product instead of T.
         step_sizes: learned inner step sizes, ``[T, ...]``.
+        norms: normalisations' scales and offsets by inner step, ``[T, J + 1, *shape]``, see
+            `metamom.maml.step_norms.StepNorms`.
     """
 
     own: Params
     kept: Params
     shared: Params
     step_sizes: Params
+    norms: Mapping[str, Tensor] = MappingProxyType({})
+
+    def at(self, step: int) -> Start:
+        """The same, with the scales and offsets that belong to the weights after some inner steps."""
+        return self._replace(kept={**self.kept, **after(self.norms, step)}) if self.norms else self
 
 
 def deal(rows: Params, num_tasks: int, adapted: Collection[str], step_sizes: Collection[str]) -> Start:
@@ -38,14 +48,17 @@ def deal(rows: Params, num_tasks: int, adapted: Collection[str], step_sizes: Col
         adapted: names of the parameters that the inner steps move.
         step_sizes: names of the learned step sizes.
     """
-    start = Start({}, {}, {}, {})
+    norms: Params = {}
+    start = Start({}, {}, {}, {}, norms)
     for name, row in rows.items():
         workers, shape = row.shape[0], row.shape[1:]
-        if workers == 1 and name not in adapted and name not in step_sizes:
+        if workers == 1 and name not in adapted and name not in step_sizes and not name.startswith(PREFIX):
             start.shared[name] = row[0]
             continue
         # a view with one worker, so that nothing is copied
         tasks = row.unsqueeze(1).expand(workers, num_tasks // workers, *shape).reshape(num_tasks, *shape)
         kind = start.step_sizes if name in step_sizes else start.own if name in adapted else start.kept
+        if name.startswith(PREFIX):
+            kind, name = norms, name.removeprefix(PREFIX)
         kind[name] = tasks
     return start

@@ -194,7 +194,7 @@ class Training(Adapting):
         if isinstance(bias, str):  # its state carries over from step to step
             bias = self.operators.setdefault(bias, as_operator(bias))
         with out_of_inference():
-            return server_step(
+            done = server_step(
                 self._gradients,
                 self.meta_parameters(),
                 differentiable_batch(batch),
@@ -203,3 +203,6 @@ class Training(Adapting):
                 accuracy=self._accuracy,
                 **options,
             )
+        if self.annealing is not None:
+            self.annealing.count()
+        return done

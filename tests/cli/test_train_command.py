@@ -21,7 +21,7 @@ from metamom.training.directory import read_config, read_metrics
 EVERY_FLAG = {
     "--inner-lr": "0.02", "--inner-steps": "2", "--first-step": "gradient", "--adapt": "2,4",
     "--learn-inner-lr": "tensor", "--estimator": "first-order", "--chunk-size": "2", "--dtype": "float64",
-    "--inner-batches": "fresh",
+    "--inner-batches": "fresh", "--multi-step": "3",
     "--device": "cpu", "--workers": "2", "--bias": "topk:5%", "--aggregate": "median", "--optimizer": "momentum",
     "--fixed-tasks": "8", "--order": "reshuffle",
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
@@ -45,6 +45,7 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
+        "multi_step": 3, "first_order_until": 0, "step_norms": False,
         "init": None, "init_except": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,

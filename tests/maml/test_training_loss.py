@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Callable[[], MAML], dict]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_is_that_of_backward(case):
+def test_gradient_is_that_of_backward(case, traced):
     make, options = CASES[case]
     ours, theirs = make(), make()
     for k in range(2):  # the second adds to the first, and error feedback carries over
@@ -49,6 +49,7 @@ def test_gradient_is_that_of_backward(case):
         assert loss.detach() == expected
     for name, gradient in gradients(theirs).items():
         assert torch.equal(gradients(ours)[name], gradient), name
+    assert len(traced) == (2 if case == "compiled" else 0)
 
 
 def test_scaled_and_added_to_another_loss():
