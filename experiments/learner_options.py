@@ -5,6 +5,7 @@
 from dataclasses import dataclass
 
 from metamom.common.choices import LEARNERS, Learner
+from metamom.common.flag_types import long_count
 from metamom.common.options import Flag, option
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.image_options import ImageOptions
@@ -21,7 +22,7 @@ def _learners(task: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerOptions(ImageOptions):
-    """The kind of learner; a method of `metamom.experiments.recipes.Recipe` is called ``learner``."""
+    """The kind of learner, and the parts of MAML++. `metamom.experiments.recipes.Recipe` has a method ``learner``."""
 
     learner_kind: Learner | None = option(  # None for maml, as in runs of earlier versions
         None,
@@ -37,5 +38,40 @@ class LearnerOptions(ImageOptions):
             "the last layer",
             metavar="NAME",
             before="inner_lr",
+        ),
+    )
+    multi_step: int | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "iterations over which the query losses after each inner step give way to the last one (MAML++)",
+            "0",
+            type=long_count,
+            metavar="N",
+            before="adapt",
+        ),
+    )
+    first_order_until: int | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "first iterations without second derivatives",
+            "0",
+            type=long_count,
+            metavar="N",
+            before="adapt",
+        ),
+    )
+    step_norms: bool | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "learn scale and offset of batch normalisation for each inner step",
+            "off",
+            bare=True,
+            before="adapt",
         ),
     )

@@ -174,26 +174,6 @@ class RecipeOptions(LearnerOptions):
             bare="entry",
         ),
     )
-    multi_step: int = option(
-        0,
-        later=True,
-        flag=Flag(
-            "learner",
-            "iterations over which the query losses after each inner step give way to the last one (MAML++)",
-            type=long_count,
-            metavar="N",
-        ),
-    )
-    first_order_until: int = option(
-        0,
-        later=True,
-        flag=Flag("learner", "first iterations without second derivatives", type=long_count, metavar="N"),
-    )
-    step_norms: bool = option(
-        False,
-        later=True,
-        flag=Flag("learner", "learn scale and offset of batch normalisation for each inner step", bare=True),
-    )
     adapt: tuple[str, ...] | None = option(
         None,
         flag=Flag(

@@ -139,6 +139,9 @@ class Recipe(RecipeOptions):
             adapt=self.adapt,
             learn_inner_lr=self.learn_inner_lr,
             inner_batches=self.inner_batches,
+            multi_step=self.multi_step or 0,
+            first_order_until=self.first_order_until or 0,
+            step_norms=bool(self.step_norms),
         )
         if self.learner_kind == "protomaml" and self.family.classes is None:
             raise ValueError(f"{self.family.title} have no classes, so no prototypes; got learner_kind='protomaml'.")

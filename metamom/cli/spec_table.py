@@ -68,7 +68,7 @@ def _render(records: list[_Record]) -> str:
     options = {each.words[0]: each.words[1:] for each in records if each.called == "Option"}
 
     def option(name: str) -> str:
-        return f":{name}=N" if options[name][1] == "int" else f":{name}"
+        return f":{name}" if options[name][1] in (None, "None") else f":{name}=N"
 
     rows = []
     singles = [each for each in records if each.called == "spelled"]

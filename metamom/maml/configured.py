@@ -93,29 +93,39 @@ class Configured(nn.Module):
         self.autocast = autocast
         self.vectorize: Vectorize = vectorize
         self.norm: Norm | None = norm
-        weights = trainable(model, loss_fn)
         self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
-        self.norms_by_step: StepNorms | None = None
-        if check_flag("step_norms", step_norms):
-            check_step_norms(estimator)
-            self.norms_by_step = StepNorms(model, inner_steps)
-        self.adapted = selected(self._adapt, self._movable())
-        self.step_sizes = StepSizes(
-            inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr, inner_steps
-        )
-        self.annealing: Annealing | None = None
-        if multi_step != 0 or first_order_until != 0:
-            self.annealing = Annealing(multi_step, first_order_until, inner_steps)
-            check_annealing(estimator, multi_step, first_order_until)
+        self._make_parts(inner_lr, learn_inner_lr, tracking, multi_step, first_order_until, step_norms)
         check_proximal(estimator, proximal, inner_steps, bool(self.step_sizes.learned()))
-        self.memory: Memory | None = None
-        if ESTIMATORS[estimator].averages is not None:
-            self.memory = Memory(estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
         self.operators: dict[str, BiasOperator | None] = {}
         self._readings, self._uses = LossReadings(), Uses()
         self._run, self._vectorization = RunByTask(), Vectorization(vectorize)
         self._structure = structure(model)
         self._gradients = MetaGradients(self._plan, compile)
+
+    def _make_parts(
+        self,
+        inner_lr: float | Tensor | Mapping[str, float | Tensor],
+        learn_inner_lr: LearnInnerLR,
+        tracking: float | None,
+        multi_step: int,
+        first_order_until: int,
+        step_norms: bool,
+    ) -> None:
+        """Make what the learner has besides the model: step sizes, and the state of some options."""
+        weights, steps = trainable(self.model, self.loss_fn), self.inner_steps
+        self.norms_by_step: StepNorms | None = None
+        if check_flag("step_norms", step_norms):
+            check_step_norms(self.estimator)
+            self.norms_by_step = StepNorms(self.model, steps)
+        self.adapted = selected(self._adapt, self._movable())
+        self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr, steps)
+        self.annealing: Annealing | None = None
+        if multi_step != 0 or first_order_until != 0:
+            self.annealing = Annealing(multi_step, first_order_until, steps)
+            check_annealing(self.estimator, multi_step, first_order_until)
+        self.memory: Memory | None = None
+        if ESTIMATORS[self.estimator].averages is not None:
+            self.memory = Memory(self.estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Constructor options are checked as in the constructor.

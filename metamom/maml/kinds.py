@@ -11,13 +11,13 @@ from metamom.maml.boil import BOIL
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
 from metamom.maml.protomaml import ESTIMATORS, ProtoMAML
-from metamom.maml.reptile import Reptile
+from metamom.maml.reptile import NOT_OF_REPTILE, Reptile
 
 KINDS: dict[str, type[MAML]] = {each.kind: each for each in (MAML, BOIL, Reptile, ProtoMAML)}
 WITH_HEAD = ("boil", "protomaml")
 LEFT_OUT: dict[str, tuple[str, ...]] = {  # options of every run that a kind has no use for
     "boil": ("adapt",),
-    "reptile": ("adapt", "estimator", "tracking", "learn_inner_lr"),
+    "reptile": ("adapt", *NOT_OF_REPTILE),
 }
 
 
@@ -29,6 +29,7 @@ def check_kind_options(
     adapt: object,
     learn_inner_lr: object,
     inner_batches: str,
+    **switched: object,
 ) -> None:
     """Refuse the options of a run that its kind of learner does not have.
 
@@ -39,6 +40,7 @@ def check_kind_options(
         adapt: what adapts, ``None`` for the default.
         learn_inner_lr: whether step sizes are learned.
         inner_batches: ``"same"`` or ``"fresh"``.
+        **switched: other options of `metamom.MAML`, which are on if they are not 0 or ``False``.
 
     Raises:
         ValueError: naming the option.
@@ -50,6 +52,7 @@ def check_kind_options(
         "adapt": adapt is not None,
         "estimator": estimator != "exact",
         "learn_inner_lr": learn_inner_lr is not False,
+        **{name: bool(value) for name, value in switched.items()},
     }
     for name in LEFT_OUT.get(kind, ()):
         if changed.get(name, False):

@@ -140,7 +140,7 @@ class MAML(Training):
                 norm=self.norm if norm is None else norm,
             )
         other._run, other._vectorization, other.solves = self._run, self._vectorization, self.solves
-        other.norms_by_step = self.norms_by_step
+        other.norms_by_step, other.adapted = self.norms_by_step, self.adapted
         if inner_lr is None:
             other.step_sizes = self.step_sizes
         return other

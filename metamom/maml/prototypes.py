@@ -74,7 +74,7 @@ class FromPrototypes(NamedTuple):
         if not is_tracing():
             self._check("support", first.y, first.mask)
         target = InputOf(problem.model, self.head)
-        features = predictions(problem, start, start.own, first.x, first.mask, target=target)
+        features = predictions(problem, start.at(0), start.own, first.x, first.mask, target=target)
         weight, bias = nearest_prototype(features, first.y, self.classes, first.mask)
         own = {name: w.view_as(w) for name, w in start.own.items()}
         return start._replace(own=own | {self.weight: weight, self.bias: bias})

@@ -17,6 +17,14 @@ from metamom.maml.rules import Rule
 from metamom.maml.task_weights import Params
 
 TrainOn = Literal["all", "support"]
+NOT_OF_REPTILE: dict[str, Any] = {  # options of `metamom.MAML` that it does not have, with the values that they are at
+    "estimator": "first-order",
+    "tracking": None,
+    "learn_inner_lr": False,
+    "multi_step": 0,
+    "first_order_until": 0,
+    "step_norms": False,
+}
 
 
 def displaced(before: Params, after: Params, losses: Tensor) -> Tensor:
@@ -29,9 +37,6 @@ def displaced(before: Params, after: Params, losses: Tensor) -> Tensor:
     """
     dots = [((w - after[name]).detach() * w).flatten(1).sum(1) for name, w in before.items()]
     return straight_through(losses, sum(dots[1:], dots[0]))
-
-
-NOT_HERE = (("multi_step", 0), ("first_order_until", 0), ("step_norms", False))
 
 
 class Reptile(MAML):
@@ -50,7 +55,8 @@ class Reptile(MAML):
         loss_fn: as of `metamom.MAML`, without parameters, which inner steps would not move.
         train_on: what meta-gradients adapt on: ``"all"``, support and query set together, as in the paper, whose
             training does not divide a task's points; or ``"support"``. Evaluations adapt on support sets.
-        **options: as of `metamom.MAML`, but for ``estimator``, ``tracking``, ``learn_inner_lr`` and ``adapt``.
+        **options: as of `metamom.MAML`, but for ``adapt``, ``estimator``, ``tracking``, ``learn_inner_lr``,
+            ``multi_step``, ``first_order_until`` and ``step_norms``.
             ``inner_batches="fresh"`` gives each inner step its own part of the points, as in the paper.
 
     Raises:
@@ -72,7 +78,7 @@ class Reptile(MAML):
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, train_on: TrainOn = "all", **options: Any) -> None:
         check_word("train_on", train_on, get_args(TrainOn))
-        for name, plain in (("estimator", "first-order"), ("tracking", None), ("learn_inner_lr", False), *NOT_HERE):
+        for name, plain in NOT_OF_REPTILE.items():
             if options.pop(name, plain) != plain:
                 raise ValueError(
                     f"Reptile differentiates nothing, so {name} does not apply: leave it out, or use MAML."

@@ -45,7 +45,8 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert config["settings"] == {
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
-        "multi_step": 3, "first_order_until": 0, "step_norms": False, "learner_kind": "maml", "head": None,
+        "multi_step": 3, "first_order_until": None, "step_norms": None, "learner_kind": None,
+        "head": None, "proximal": None,
         "init": None, "init_except": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
@@ -215,7 +216,7 @@ def test_a_published_recipe_sets_the_defaults(metamom, tmp_path):
     settings = read_config(tmp_path / "run")["settings"]
     expected = {
         "learn_inner_lr": "tensor-step", "inner_steps": 5, "multi_step": 0, "first_order_until": 2, "optimizer": "adam",
-        "schedule": "cosine:6", "lr": 0.01, "meta_batch": 2, "shots": 3, "step_norms": False,
+        "schedule": "cosine:6", "lr": 0.01, "meta_batch": 2, "shots": 3, "step_norms": None,
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
 

@@ -343,6 +343,7 @@ MISTAKES = {
     "reptile has no estimator": (lambda: made("reptile", estimator="exact"), "so estimator does not apply"),
     "reptile learns no step sizes": (lambda: made("reptile", learn_inner_lr=True), "so learn_inner_lr does not apply"),
     "reptile adapts all": (lambda: made("reptile", adapt=["last"]), "all trainable parameters adapt"),
+    "reptile has no losses by step": (lambda: made("reptile", multi_step=5), "so multi_step does not apply"),
     "train_on": (lambda: made("reptile", train_on="queries"), "train_on must be"),
     "a loss that learns": (
         lambda: Reptile(net(), nn.Bilinear(1, 1, 1)),
@@ -362,6 +363,30 @@ def test_mistakes_are_explained(mistake):
     call, message = MISTAKES[mistake]
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["boil", "protomaml"])
+def test_parts_of_maml_plus_plus(kind):
+    """Normalisations by inner step start as the model's own, and a weight of 0 on earlier losses changes nothing."""
+    batch, plain = tasks().sample(0, 2), made(kind)
+    by_step = made(kind, step_norms=True, adapt=None)
+    assert not any(name.startswith("body.1.") for name in (*by_step.adapted, *by_step.meta_parameters()))
+    assert "step_norms.body.1.weight" in by_step.meta_parameters()
+    other = by_step.like(norm="batch")
+    assert_close(other.meta_gradient(batch).grads, by_step.meta_gradient(batch).grads)
+    annealed = made(kind, multi_step=1)
+    annealed.backward(batch)
+    torch.testing.assert_close(annealed.meta_gradient(batch).losses, plain.meta_gradient(batch).losses)
+    before = [made(kind, **options).adapt(*batch[:2], steps=0) for options in ({}, {"step_norms": True})]
+    assert all(torch.equal(before[0][name], w) for name, w in before[1].items() if name in before[0])
+
+
+def test_a_run_with_normalisations_by_step_resumes(tmp_path):
+    """The model's own scales and offsets get no gradient, so an optimizer has no state of them."""
+    for iterations in (1, 2):
+        learner = made("maml", step_norms=True)
+        optimizer = CompositeMomentum(learner.parameters(), lr=0.1)
+        train(learner, optimizer, tasks(), iterations=iterations, meta_batch=2, run_dir=tmp_path, resume=True)
 
 
 def test_options_set_later_are_checked():

@@ -72,6 +72,9 @@ def test_what_may_differ_is_one_list():
         "learn_inner_lr",
         "tracking",
         "proximal",
+        "multi_step",
+        "first_order_until",
+        "step_norms",
         "norm",
     }  # those described if they are set
     of_places = {"device", "patience", "root", "splits", "model_folder"}
