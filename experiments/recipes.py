@@ -282,9 +282,9 @@ class Recipe(RecipeOptions):
             compile=self.compile,
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
             norm=self.norm,
-            multi_step=self.multi_step,
-            first_order_until=self.first_order_until,
-            step_norms=self.step_norms,
+            multi_step=self.multi_step or 0,
+            first_order_until=self.first_order_until or 0,
+            step_norms=bool(self.step_norms),
             head=self.head,
         )
 
