@@ -91,7 +91,7 @@ def spec_help() -> str:
     """A table of operators and options, at most 100 columns wide."""
     rows = [("  ".join(_spelled(each)), each.meaning, _options(each.options)) for each in single_spellings()]
     rows += [(each.spelling, each.meaning, "") for each in JOINED.values()]
-    rows += [(_around(each), each.meaning, "") for each in AROUND.values()]
+    rows += [(_around(each), each.meaning, "") for _, each in sorted(AROUND.items())]
     return spec_table(rows, [(_options((name,)), option.meaning) for name, option in OPTIONS.items()])
 
 

@@ -68,7 +68,7 @@ def _render(records: list[_Record]) -> str:
     options = {each.words[0]: each.words[1:] for each in records if each.called == "Option"}
 
     def option(name: str) -> str:
-        return f":{name}" if options[name][1] in (None, "None") else f":{name}=N"
+        return f":{name}=N" if options[name][1] in ("int", "float") else f":{name}"
 
     rows = []
     singles = [each for each in records if each.called == "spelled"]
@@ -77,6 +77,8 @@ def _render(records: list[_Record]) -> str:
         rows.append((spelling, meaning, " ".join(map(option, more.get("options", ())))))
     for _, (sign, meaning), _more in [each for each in records if each.called == "spelled_between"]:
         rows.append((joined_spelling(sign), meaning, ""))
-    for _, (name, meaning), more in [each for each in records if each.called == "spelled_around"]:
+    for _, (name, meaning), more in sorted(
+        (each for each in records if each.called == "spelled_around"), key=lambda each: str(each.words[0])
+    ):
         rows.append((around_spelling(name, more.get("argument", "")), meaning, ""))
     return table(rows, [(option(name), words[2]) for name, words in options.items()])
