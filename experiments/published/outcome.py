@@ -15,6 +15,7 @@ from metamom.common.schema import read_record
 from metamom.evaluation import Evaluation
 
 FILE = "published.json"
+WITHIN = ", within an alphabet"  # ends the name of a measurement on such tasks
 DIVERGED = 100.0  # mean squared error of a sinusoid; predictions within the range of the targets, ±5, have less
 
 
@@ -23,7 +24,8 @@ class Measurement:
     """One evaluation on test tasks.
 
     Attributes:
-        name: what sets it apart: the statistics that normalise (``"batch"``, ``"support"``), or the ``"5 shots"``.
+        name: what sets it apart: the statistics that normalise (``"batch"``, ``"support"``), with `WITHIN` on tasks of
+            one alphabet; or the ``"5 shots"``.
         steps: numbers of adaptation steps, ``k`` of them.
         mean: over the tasks that did not diverge, ``k`` values: accuracies in [0, 1], or mean squared errors.
         halfwidth: of their 95 % intervals over these tasks.

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from metamom.common import tables
 from metamom.common.intervals import student_halfwidth
-from metamom.experiments.published.outcome import DIVERGED, Measurement, Outcome
+from metamom.experiments.published.outcome import DIVERGED, WITHIN, Measurement, Outcome
 from metamom.experiments.published.recipes import OMNIGLOT, ROWS, SINUSOID, Published
 from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 
@@ -46,26 +46,40 @@ def record(outcome: Outcome) -> Published:
 
 
 def lines(outcome: Outcome) -> list[str]:
-    """What a finished run prints: its evaluations beside the published figures."""
-    published, tests = record(outcome), outcome.tested
-    rows = [["steps", *map(_heading, tests), "published"]]
-    for number, steps in enumerate(tests[0].steps):
-        if outcome.row is None:
-            marks = [f"{error:g} ({shots} shots)" for shots, at, error in published.points if at == steps]
-        else:
-            at = published.test_steps[ROWS[outcome.row].ways].value
-            marks = [f"{published.figures[outcome.row]} %"] if steps == at and outcome.row in published.figures else []
-        rows.append([str(steps), *(_cell(each, number) for each in tests), ", ".join(marks)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    found = [title(outcome), ""]
-    found += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if any(any(each.diverged) for each in tests):
+    """What a finished run prints: its evaluations beside the published figures, then those within an alphabet."""
+    usual = [test for test in outcome.tested if not test.name.endswith(WITHIN)]
+    within = [test for test in outcome.tested if test.name.endswith(WITHIN)]
+    found = [title(outcome), "", *_printed(usual, _published(outcome, usual[0].steps))]
+    if within:
+        found += ["", "tasks within an alphabet", *_printed(within)]
+    if any(any(each.diverged) for each in outcome.tested):
         found.append(f"(diverged: tasks with an error above {DIVERGED:g}, which the means leave out)")
-    return [*found, f"({tests[0].tasks} test tasks, ± 95 %; the checkpoint after {outcome.checkpoint:,} iterations)"]
+    return [*found, f"({usual[0].tasks} test tasks, ± 95 %; the checkpoint after {outcome.checkpoint:,} iterations)"]
+
+
+def _published(outcome: Outcome, steps: Sequence[int]) -> list[str]:
+    """The published figures after these adaptation steps; empty texts where there is none."""
+    published = record(outcome)
+    if outcome.row is None:
+        points = [[f"{error:g} ({shots} shots)" for shots, at, error in published.points if at == k] for k in steps]
+        return [", ".join(marks) for marks in points]
+    tested_at = published.test_steps[ROWS[outcome.row].ways].value
+    figure = published.figures.get(outcome.row)
+    return [f"{figure} %" if figure is not None and k == tested_at else "" for k in steps]
+
+
+def _printed(tests: Sequence[Measurement], published: Sequence[str] = ()) -> list[str]:
+    """Measurements after the same numbers of steps, as a table of columns, with a last column if one is given."""
+    rows = [["steps", *map(_heading, tests), *(["published"] if published else [])]]
+    for number, steps in enumerate(tests[0].steps):
+        rows.append([str(steps), *(_cell(each, number) for each in tests), *published[number : number + 1]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _heading(test: Measurement) -> str:
-    return f"{test.name} ({STATISTICS[test.name]})" if test.name in STATISTICS else test.name
+    name = test.name.removesuffix(WITHIN)
+    return f"{name} ({STATISTICS[name]})" if name in STATISTICS else name
 
 
 def _cell(test: Measurement, number: int) -> str:
@@ -81,7 +95,7 @@ def omniglot_table(outcomes: Iterable[Outcome]) -> list[str]:
 
     With several seeds, the mean of their accuracies and Student's 95 % interval; with one, its interval over tasks.
     """
-    accuracies = [f"{name}, %" for name in STATISTICS.values()]
+    accuracies = [f"{name}{within}, %" for within in ("", WITHIN) for name in STATISTICS.values()]
     found = tables.head("row", "method", "budget", "outer optimizer", "seeds", *accuracies, "published", "minutes")
     grouped = _grouped(each for each in outcomes if each.row is not None)
     order = list(ROWS)
@@ -89,7 +103,7 @@ def omniglot_table(outcomes: Iterable[Outcome]) -> list[str]:
         first = runs[0]
         published, row = record(first), str(first.row)
         steps = published.test_steps[ROWS[row].ways].value
-        cells = [_over_seeds([run.named(name).at(steps) for run in runs], 100, 2) for name in STATISTICS]
+        cells = [_accuracies(runs, name + within, steps) for within in ("", WITHIN) for name in STATISTICS]
         minutes = np.mean([run.minutes for run in runs])
         budget = f"{first.budget}: {first.iterations:,} × {first.meta_batch}"
         figure = published.figures.get(row, "")
@@ -97,6 +111,13 @@ def omniglot_table(outcomes: Iterable[Outcome]) -> list[str]:
         optimizer = f"{OPTIMIZER_NAMES[first.optimizer]}, {first.lr:g}"
         found.append(tables.row(row, name, budget, optimizer, len(runs), *cells, figure, f"{minutes:.0f}"))
     return found
+
+
+def _accuracies(runs: Sequence[Outcome], name: str, steps: int) -> str:
+    """A cell of the table; empty if a run has no such measurement."""
+    if not all(name in {test.name for test in run.tested} for run in runs):
+        return ""
+    return _over_seeds([run.named(name).at(steps) for run in runs], 100, 2)
 
 
 def sinusoid_table(outcomes: Iterable[Outcome]) -> list[str]:

@@ -10,7 +10,7 @@ from metamom.common.choices import Norm
 from metamom.common.did_you_mean import did_you_mean
 from metamom.evaluation import evaluate
 from metamom.experiments.published.budgets import length
-from metamom.experiments.published.outcome import Measurement, Outcome, write
+from metamom.experiments.published.outcome import WITHIN, Measurement, Outcome, write
 from metamom.experiments.published.recipes import (
     BUDGETS,
     OMNIGLOT,
@@ -25,6 +25,7 @@ from metamom.experiments.published.report import sinusoid_figure
 from metamom.experiments.recipe_training import train_recipe
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.saved import SavedRun, load_run
+from metamom.tasks import Omniglot
 from metamom.training.directory import environment, read_metrics
 
 TEST_TASKS = 1000
@@ -201,7 +202,9 @@ def reproduce(
 
 
 def tested(run: SavedRun, wanted: Plan, *, root: str | None, tasks: int) -> tuple[Measurement, ...]:
-    """The evaluations on test tasks: on Omniglot with both kinds of statistics, on sinusoids with 5 and 10 points."""
+    """The evaluations on test tasks: on Omniglot with both kinds of statistics, also within an alphabet where the test
+    characters allow it; on sinusoids with 5 and 10 points.
+    """
     # tasks of `shots` support points, whatever the estimator trained on
     recipe = replace(run.recipe, estimator="exact", inner_batches="same")
     if wanted.row is None:
@@ -212,6 +215,11 @@ def tested(run: SavedRun, wanted: Plan, *, root: str | None, tasks: int) -> tupl
         return tuple(Measurement.of(*each) for each in found)
     ways = ROWS[wanted.row].ways
     steps = tuple(sorted({0, wanted.recipe.inner_steps, wanted.published.test_steps[ways].value}))
-    sampler = recipe.sampler("test", root=root)
-    both = [evaluate(run.learner, sampler, tasks=tasks, steps=steps, norm=norm) for norm in STATISTICS]
-    return tuple(Measurement.of(str(each.norm), each) for each in both)
+    samplers = {"": recipe.sampler("test", root=root)}
+    if Omniglot.has_alphabets("test", ways):
+        samplers[WITHIN] = replace(recipe, within_alphabet=True).sampler("test", root=root)
+    return tuple(
+        Measurement.of(f"{norm}{within}", evaluate(run.learner, sampler, tasks=tasks, steps=steps, norm=norm))
+        for within, sampler in samplers.items()
+        for norm in STATISTICS
+    )

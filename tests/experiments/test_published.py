@@ -193,6 +193,10 @@ def test_omniglot_with_both_kinds_of_statistics(data_root, tmp_path, capsys):
         again = metamom.evaluate(run.learner, sampler, tasks=4, steps=(0, 1, 3), norm=norm)
         assert outcome.named(norm).mean == pytest.approx(again.mean)
         assert outcome.named(norm).steps == (0, 1, 3)
+        within = run.sampler(root=str(data_root), within_alphabet=True)
+        again = metamom.evaluate(run.learner, within, tasks=4, steps=(0, 1, 3), norm=norm)
+        assert outcome.named(f"{norm}, within an alphabet").mean == pytest.approx(again.mean)
+    assert "tasks within an alphabet" in said
 
 
 def made(seed: int, accuracy: float, **changes: object) -> Outcome:
@@ -235,11 +239,14 @@ def test_tables_over_seeds():
     half = T_2 * 1.0 / math.sqrt(3)
     assert line == (
         f"| 5w1s | MAML, 3 steps | short: 20,000 × 16 | Adam, 0.001 | 3 | 97.00 ± {half:.2f} | 87.00 ± {half:.2f} | "
-        "98.7 ± 0.4 | 30 |"
+        " |  | 98.7 ± 0.4 | 30 |"
     )
     assert len(report.omniglot_table([*runs, made(0, 0.9, optimizer="composite", lr=0.5)])) == 4
     *_, alone = report.omniglot_table([runs[0]])
-    assert "| 1 | 96.00 ± 1.00 | 86.00 ± 1.00 |" in alone
+    assert "| 1 | 96.00 ± 1.00 | 86.00 ± 1.00 |  |  |" in alone
+    within = tuple(replace(test, name=f"{test.name}, within an alphabet") for test in runs[1].tested)
+    *_, line = report.omniglot_table([replace(runs[0], tested=runs[0].tested + within)])
+    assert "| 96.00 ± 1.00 | 86.00 ± 1.00 | 97.00 ± 1.00 | 87.00 ± 1.00 |" in line
     assert "98.7 ± 0.4" in report.lines(runs[0])[-2]
 
 
