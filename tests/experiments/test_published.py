@@ -18,11 +18,13 @@ from metamom import cli
 from metamom.common.options import declared
 from metamom.experiments.options import RecipeOptions
 from metamom.experiments.published import __main__ as collect
-from metamom.experiments.published import report
+from metamom.experiments.published import alphabets, report
 from metamom.experiments.published.budgets import SECONDS_A_PASS, SHORT_SECONDS
 from metamom.experiments.published.outcome import FILE, Measurement, Outcome, read_all, write
 from metamom.experiments.published.recipes import BUDGETS, OMNIGLOT, OPTIMIZERS, ROWS, SINUSOID
 from metamom.experiments.published.run import Plan, plan_omniglot, plan_sinusoid, reproduce
+from metamom.nets import Conv4
+from metamom.tasks import OmniglotRuns
 
 KNOWN = {each.name for each in declared(RecipeOptions)}
 T_2 = 4.302653  # the 97.5 % quantile of Student's t with two degrees of freedom
@@ -197,6 +199,24 @@ def test_omniglot_with_both_kinds_of_statistics(data_root, tmp_path, capsys):
         again = metamom.evaluate(run.learner, within, tasks=4, steps=(0, 1, 3), norm=norm)
         assert outcome.named(f"{norm}, within an alphabet").mean == pytest.approx(again.mean)
     assert "tasks within an alphabet" in said
+
+
+def test_within_new_alphabets(data_root, tmp_path, monkeypatch, capsys):
+    words = ["alphabets", "--run-dir", str(tmp_path), "--data-root", str(data_root), "--recipe", "anil"]
+    monkeypatch.setattr("sys.argv", [*words, "--iterations", "1", "--tasks", "3"])
+    alphabets.main()
+    assert "published runs, support" in capsys.readouterr().out
+    tested = json.loads((tmp_path / alphabets.FILE).read_text(encoding="utf-8"))["tested"]
+    learner = metamom.load(tmp_path, model=Conv4(20)).learner
+    runs = OmniglotRuns(data_root)
+    for norm in ("batch", "support"):
+        again = metamom.evaluate(learner, runs, tasks=20, steps=(0, 5), norm=norm)
+        assert tested[f"published runs, {norm}"]["mean"] == pytest.approx(again.mean)
+        assert tested[f"random tasks, {norm}"]["tasks"] == 3
+    monkeypatch.setattr("sys.argv", [*words, "--iterations", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        alphabets.main()
+    assert "already holds a run" in capsys.readouterr().err
 
 
 def made(seed: int, accuracy: float, **changes: object) -> Outcome:
