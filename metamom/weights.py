@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamom.common.files import replacing, write_atomically
+from metamom.common.files import write_atomically
 from metamom.common.numbers import counted
 from metamom.common.weights import MOST, differences
 
@@ -32,7 +32,7 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
     Raises:
         ValueError: for another suffix, a state that holds something other than tensors, and a file in the card's place.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -51,8 +51,7 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
     path.parent.mkdir(parents=True, exist_ok=True)
     # copies, since the format has no tensors that share memory
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_atomically(path, save(tensors, metadata={"format": "pt"}))  # the library's own files are the user's alone
     if card is not None:
         write_atomically(described, (json.dumps(card, indent=2, default=str) + "\n").encode())
     return path

@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import json
 import math
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,17 @@ def test_weights_and_their_card(tmp_path):
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(said.stdout) == pytest.approx(run.learner.model(x).flatten().tolist(), rel=1e-6)
+
+
+@needs_safetensors
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of files are Unix's")
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save_weights(network(), tmp_path / "weights.safetensors", {"licence": "MIT"})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (path, path.with_suffix(".json"))} == {0o640}
 
 
 @needs_safetensors
