@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import block
+from metamom.common.numbers import counted
 from metamom.decentral.graph import neighbours
 from metamom.decentral.step import mix_row
 from metamom.distributed import World
@@ -33,8 +34,8 @@ class Links:
         n = len(mixing)
         if n % world.size:
             raise ValueError(
-                f"every process carries equally many workers with weights of their own: {n} workers on {world.size} "
-                f"processes do not divide. Start a number of processes that divides {n}."
+                f"every process carries equally many workers with weights of their own: {counted(n, 'worker')} on "
+                f"{world.size} processes do not divide. Start a number of processes that divides {n}."
             )
         self.mine = world.workers(n)
         self._world, self._rows = world, mixing.tolist()

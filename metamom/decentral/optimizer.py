@@ -106,8 +106,7 @@ class DecentralizedMomentum(Optimizer):
     def edge_bytes(self) -> int:
         """Bytes that one worker sends to one neighbour in a step."""
         first: Tensor = self.param_groups[0]["params"][0]
-        entries = (2 if self.tracking else 1) * sum(self._sizes)
-        return entries * int(first.element_size())
+        return (2 if self.tracking else 1) * sum(self._sizes) * first.element_size()
 
     @property
     def wire_bytes(self) -> int:
@@ -207,7 +206,7 @@ class DecentralizedMomentum(Optimizer):
             [{"params": params, "worker": worker} for worker, params in zip(links.mine, lists, strict=True)],
             {"lr": lr, "beta": beta},
         )
-        self._sizes = [p.numel() for p in lists[0]]
+        self._sizes: list[int] = [p.numel() for p in lists[0]]
         for group in self.param_groups:
             _check_options(group)
         return links

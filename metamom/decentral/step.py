@@ -68,7 +68,8 @@ def decentralized_step(
         The next weights and state; new tensors.
 
     Raises:
-        ValueError: if rows or columns of the mixing matrix do not sum to one, for shapes that differ, or for a beta out of range.
+        ValueError: if rows or columns of the mixing matrix do not sum to one, for shapes that differ, or for a beta
+            out of range.
 
     Example:
         >>> from metamom.decentral import complete
