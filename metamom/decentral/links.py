@@ -8,7 +8,7 @@ from torch import Tensor
 from metamom.batch import block
 from metamom.common.numbers import counted
 from metamom.decentral.graph import neighbours
-from metamom.decentral.step import mix_row
+from metamom.decentral.step import Slots, mix, slots_of
 from metamom.distributed import World
 from metamom.distributed.neighbours import exchange
 
@@ -38,7 +38,7 @@ class Links:
                 f"{world.size} processes do not divide. Start a number of processes that divides {n}."
             )
         self.mine = world.workers(n)
-        self._world, self._rows = world, mixing.tolist()
+        self._world = world
         from_whom = neighbours(mixing)
         self.edges = sum(map(len, from_whom))
         blocks = [block(n, rank, world.size) for rank in range(world.size)]
@@ -50,6 +50,13 @@ class Links:
         here = world.rank
         self._sends = {q: crossing[here, q] for q in range(len(blocks)) if crossing[here, q]}
         self._receives = {p: crossing[p, here] for p in range(len(blocks)) if crossing[p, here]}
+        order = [*self.mine, *[worker for rows in self._receives.values() for worker in rows]]
+        position = {worker: i for i, worker in enumerate(order)}
+        slots = slots_of(mixing)
+        mine = slots.positions[list(self.mine)].tolist()
+        self._slots = Slots(
+            torch.tensor([[position[worker] for worker in row] for row in mine]), slots.weights[list(self.mine)]
+        )
 
     def mix(self, messages: Tensor) -> Tensor:
         """``sum_j W_ij message_j`` for this process's workers: ``[own, ...] -> [own, ...]``.
@@ -61,8 +68,4 @@ class Links:
         sends = {peer: messages[[j - first for j in rows]] for peer, rows in self._sends.items()}
         arrived = {peer: messages.new_empty(len(rows), *messages.shape[1:]) for peer, rows in self._receives.items()}
         exchange(self._world, sends, arrived, self._crossings * messages[0].nbytes)
-        known = dict(zip(self.mine, messages, strict=True))
-        for peer, rows in self._receives.items():
-            known.update(zip(rows, arrived[peer], strict=True))
-        order = sorted(known)
-        return torch.stack([mix_row([self._rows[i][j] for j in order], [known[j] for j in order]) for i in self.mine])
+        return mix(torch.cat([messages, *arrived.values()]), self._slots)

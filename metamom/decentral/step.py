@@ -5,7 +5,6 @@ Legend: n workers, each with weights of its own; rows ``[n, ...]`` hold one work
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,7 +95,7 @@ def decentralized_step(
     if not isinstance(beta, Tensor):
         check_beta(beta)
     messages, momentum = outgoing(x, grads, state, lr=lr, beta=beta, tracking=tracking)
-    mixed = torch.stack([mix_row(row, list(messages)) for row in weights.tolist()])
+    mixed = mix(messages, slots_of(weights))
     tracker = mixed[:, 1] if tracking else state.tracker
     return mixed[:, 0], DecentralizedState(momentum, tracker)
 
@@ -119,11 +118,33 @@ def outgoing(
     return torch.stack([x - lr * y, y], 1), momentum
 
 
-def mix_row(weights: Sequence[float], rows: Sequence[Tensor]) -> Tensor:
-    """``sum_j w_j rows_j`` over the non-zero weights, in their order: the same bits wherever it is computed."""
-    total: Tensor | None = None
-    for weight, row in zip(weights, rows, strict=True):
-        if weight != 0:
-            total = row * weight if total is None else total.add_(row * weight)
-    assert total is not None  # the weights sum to one
+class Slots(NamedTuple):
+    """For each of some workers, whom it takes messages from, in order, and with which weights.
+
+    Attributes:
+        positions: ``[own, K]``, where K is the largest number of non-zero weights in a row.
+        weights: ``[own, K]`` float64; zero in the slots that a worker does not need.
+    """
+
+    positions: Tensor
+    weights: Tensor
+
+
+def slots_of(mixing: Tensor) -> Slots:
+    """The slots of all workers of a mixing matrix ``[n, n]``."""
+    absent = mixing == 0
+    positions = absent.int().argsort(dim=1, stable=True)[:, : int((~absent).sum(1).max())]
+    weights = mixing.gather(1, positions)
+    return Slots(torch.where(weights == 0, positions[:, :1], positions), weights)
+
+
+def mix(messages: Tensor, slots: Slots) -> Tensor:
+    """``sum_j W_ij messages_j``: ``[m, ...] -> [own, ...]``.
+
+    The sum runs over the slots in order, entry by entry, so that its bits do not depend on who computes it.
+    """
+    weights = slots.weights.to(messages).view(*slots.weights.shape, *[1] * (messages.dim() - 1))
+    total = messages[slots.positions[:, 0]] * weights[:, 0]
+    for slot in range(1, weights.shape[1]):
+        total += messages[slots.positions[:, slot]] * weights[:, slot]
     return total
