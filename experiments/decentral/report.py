@@ -17,7 +17,7 @@ from metamom.experiments.decentral.problem import METHODS, DecentralFloors, bias
 from metamom.experiments.decentral.runs import exact_floor, noisy_floor, run
 from metamom.experiments.shared.figures import COLOURS, DASHES, column_of_panels, save
 
-ZERO = 1e-20  # squared norms below this are rounding
+ZERO = 1e-12  # squared norms below this count as zero: rounding, and what the slowest runs have left to go
 
 
 def report(config: DecentralFloors, run_dir: Path) -> Path:
@@ -95,7 +95,7 @@ def table(config: DecentralFloors, floors: list[dict[str, Any]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """A squared norm; what is rounding is zero."""
+    """A squared norm; below `ZERO`, zero."""
     return "0" if value < ZERO else f"{value:.2e}"
 
 
@@ -124,7 +124,7 @@ def draw(config: DecentralFloors, found: dict[str, Any], path: Path) -> None:
 def _with_law(
     panel: Axes, x: list[float], rows: list[dict[str, Any]], colour: str, marker: str, *, label: str | None = None
 ) -> None:
-    """Measured floors as markers, and predicted ones as a line; what is rounding lies at the bottom."""
+    """Measured floors as markers, and predicted ones as a line; what counts as zero lies at the bottom."""
     panel.plot(x, [max(row["predicted"], ZERO) for row in rows], color=colour, linewidth=0.8, linestyle=":")
     panel.plot(x, [max(row["value"], ZERO) for row in rows], marker, color=colour, markersize=5, label=label)
     panel.set_yscale("log")
