@@ -13,7 +13,7 @@ FLOORS = [  # from the ground up: rooms, and modules that stand by themselves, a
     ["distributed"],
     ["bias"],
     ["server", "nets", "theory"],
-    ["compile"],
+    ["compile", "decentral"],
     ["maml"],
     ["task_metrics"],
     ["judging", "baselines", "ensemble"],

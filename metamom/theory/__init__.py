@@ -6,7 +6,7 @@ module each: `designs`, `regression`, `wishart`, `quadratic`, `fixed_points`. Bi
 ValueError for numbers out of range, and TypeError for anything but a number.
 """
 
-from metamom.theory import designs, fixed_points, quadratic, regression, wishart
+from metamom.theory import decentral, designs, fixed_points, quadratic, regression, wishart
 from metamom.theory.composite import (
     bias_bound,
     bias_bound_steps,
@@ -64,6 +64,7 @@ __all__ = [
     "critical_beta",
     "dasha_step",
     "dasha_weight",
+    "decentral",
     "delta0_from",
     "designs",
     "diagnose",
