@@ -25,11 +25,13 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.maml.draws import Step
+from metamom.maml.episodes import episodes, support_of
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatches, check_support, cut, passes
-from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.plain_autograd import uncompiled
+from metamom.maml.problem import Problem
+from metamom.maml.step_gradients import check_cut
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids
 from metamom.maml.unused import from_outside
