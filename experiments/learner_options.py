@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 
 from metamom.common.choices import LEARNERS, Learner
-from metamom.common.flag_types import long_count
+from metamom.common.flag_types import long_count, number
 from metamom.common.options import Flag, option
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.image_options import ImageOptions
@@ -73,5 +73,19 @@ class LearnerOptions(ImageOptions):
             "off",
             bare=True,
             before="adapt",
+        ),
+    )
+    inner_lr_lr: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "step size γ of learned inner step sizes, which --schedule scales too; they stay positive only if it is "
+            "small compared with --inner-lr",
+            "that of --lr",
+            type=number,
+            metavar="LR",
+            commands=("train",),
+            before="beta",
         ),
     )

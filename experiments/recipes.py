@@ -25,6 +25,7 @@ from metamom.experiments.optimizers import (
     checked_weight_decay,
     default_lr,
     find_optimizer,
+    groups_of,
     make_optimizer,
     parse_arguments,
 )
@@ -153,6 +154,14 @@ class Recipe(RecipeOptions):
         """
         parse_arguments(self.optimizer, self.optimizer_args)
         object.__setattr__(self, "weight_decay", checked_weight_decay(self.optimizer, self.weight_decay))
+        if self.inner_lr_lr is not None:
+            if not 0 < self.inner_lr_lr < math.inf:
+                raise ValueError(f"inner_lr_lr is a step size and must be > 0 and finite; got {self.inner_lr_lr}.")
+            if self.learn_inner_lr is False:
+                raise ValueError(
+                    "inner_lr_lr is the outer step size of learned inner step sizes: choose which to learn, with "
+                    'learn_inner_lr="tensor" (--learn-inner-lr tensor), or leave it out.'
+                )
         parse_schedule(self.schedule)
         if self.warmup is not None:
             object.__setattr__(self, "warmup", check_whole("warmup", self.warmup, 0) or None)
@@ -310,7 +319,7 @@ class Recipe(RecipeOptions):
             arguments["weight_decay"] = self.weight_decay
         if self.optimizer == "momentum":
             arguments |= {"beta": self.beta, "first_step": self.first_step, "normalize": self.normalize}
-        return make_optimizer(self.optimizer, learner.parameters(), arguments)
+        return make_optimizer(self.optimizer, groups_of(learner, self.inner_lr_lr), arguments)
 
     def callbacks(self) -> list[EarlyStopping]:
         """The callbacks of `metamom.train`: early stopping, if ``patience`` is set.

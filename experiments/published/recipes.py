@@ -280,7 +280,11 @@ SINUSOID: Mapping[str, Published] = {
         _SINUSOID_MAML,
         title="MAML++",
         paper=_PLUS,
-        settings={**_SINUSOID_MAML.settings, **_PARTS_OF_PLUS},
+        settings={
+            **_SINUSOID_MAML.settings,
+            **_PARTS_OF_PLUS,
+            "inner_lr_lr": Setting(0.0001, f"{OURS}: at Adam's 0.001, inner step sizes of 0.01 become negative"),
+        },
         iterations=Setting(70_000, f"{OURS}: MAML's, to compare on equal budgets; the paper has no sinusoids"),
         shares=_SHARES_OF_PLUS,
         points=(),
