@@ -75,6 +75,17 @@ class LearnerOptions(ImageOptions):
             before="adapt",
         ),
     )
+    positive_inner_lr: bool | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "learn the logarithms of the inner step sizes, so that none becomes negative",
+            "off",
+            bare=True,
+            before="adapt",
+        ),
+    )
     inner_lr_lr: float | None = option(
         None,
         later=True,
@@ -87,5 +98,17 @@ class LearnerOptions(ImageOptions):
             metavar="LR",
             commands=("train",),
             before="beta",
+        ),
+    )
+    inner_optimizer: str | None = option(  # None for plain steps, as in runs of earlier versions
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "what inner steps follow: sgd, plain steps; momentum:M or nesterov:M; or adam, with options as in "
+            "adam:beta1=0.9,beta2=0.999,eps=1e-8,eps_root=0",
+            "sgd",
+            metavar="SPEC",
+            before="inner_steps",
         ),
     )

@@ -32,6 +32,7 @@ from metamom.experiments.optimizers import (
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
 from metamom.experiments.schedules import make_schedulers, over, parse_schedule
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
+from metamom.maml.inner_optimizer import as_inner_optimizer, check_inner_optimizer
 from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
@@ -143,7 +144,16 @@ class Recipe(RecipeOptions):
             multi_step=self.multi_step or 0,
             first_order_until=self.first_order_until or 0,
             step_norms=bool(self.step_norms),
+            positive_inner_lr=bool(self.positive_inner_lr),
         )
+        if self.positive_inner_lr and self.learn_inner_lr is False:
+            raise ValueError(
+                "positive_inner_lr keeps learned inner step sizes positive: choose which to learn, with "
+                'learn_inner_lr="tensor" (--learn-inner-lr tensor), or leave it out.'
+            )
+        inside = as_inner_optimizer(self.inner_optimizer)
+        check_inner_optimizer(self.estimator, inside)
+        object.__setattr__(self, "inner_optimizer", None if inside.plain else inside.spec)
         if self.learner_kind == "protomaml" and self.family.classes is None:
             raise ValueError(f"{self.family.title} have no classes, so no prototypes; got learner_kind='protomaml'.")
 
@@ -294,6 +304,8 @@ class Recipe(RecipeOptions):
             multi_step=self.multi_step or 0,
             first_order_until=self.first_order_until or 0,
             step_norms=bool(self.step_norms),
+            inner_optimizer=self.inner_optimizer,
+            positive_inner_lr=bool(self.positive_inner_lr),
             head=self.head,
         )
 

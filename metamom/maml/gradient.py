@@ -71,7 +71,7 @@ class Plan(NamedTuple):
         """What the memory of a task depends on, apart from shapes. The run is another object for other modules."""
         problem = self.problem
         adaptation = self.inner_steps, self.inner_batches, problem.estimator, problem.objective is None
-        settings = *adaptation, problem.autocast, problem.norm
+        settings = *adaptation, problem.autocast, problem.norm, problem.inner_optimizer
         looped = problem.vectorization.vectorize, frozenset(problem.vectorization.looped)
         return *settings, *looped, problem.run, problem.loss_fn, problem.model.training
 
@@ -255,7 +255,8 @@ class MetaGradients:
         vectorization = problem.vectorization
         fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
         fixed.append(problem.objective is None)
-        return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
+        adaptation = plan.inner_steps, problem.estimator, plan.inner_batches, problem.inner_optimizer
+        return *adaptation, problem.autocast, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metamom.maml.estimators import ESTIMATORS, InnerBatch
 from metamom.maml.inner_step import inner_step
+from metamom.maml.inner_updates import Moments, direction
 from metamom.maml.modes import out_of_inference
 from metamom.maml.problem import Problem
 from metamom.maml.proximal_adaptation import proximal_trajectory
@@ -25,14 +26,15 @@ def trajectory(
 ) -> Iterator[Params]:
     """Yield the adapted parameters after 0, 1, ..., J inner steps, ``[T, *shape]``.
 
-    ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, with the derivatives that the estimator asks for. They are plain
-    tensors, unless they may be thin factors (`metamom.nets.low_rank`).
+    ``u_0 = w, u_{j+1} = u_j - alpha * grad L_j(u_j)``, or the update of another inner optimizer, with the derivatives
+    that the estimator asks for. They are plain tensors, unless they may be thin factors (`metamom.nets.low_rank`).
     """
     if ESTIMATORS[problem.estimator].proximal:
         yield from proximal_trajectory(problem, start, steps, keep_graph)
         return
     steps, own = list(steps), start.own
     features = features_of(problem, steps, keep_graph)
+    moments: dict[str, Moments | None] = {}
     yield own
     for number, batch in enumerate(steps):
         with out_of_inference(), torch.enable_grad():
@@ -42,12 +44,14 @@ def trajectory(
             if keep_graph and ESTIMATORS[problem.estimator].derivatives != "none":
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
                 check_constant(problem, flat, batch)
-            own = {
-                name: w
-                if (grad := grads[name]) is None
-                else inner_step(w, _alpha(problem, name, start, w, number), grad)
-                for name, w in at.items()
-            }
+            own = {}
+            for name, w in at.items():
+                grad = grads[name]
+                if grad is None:
+                    own[name] = w
+                    continue
+                taken, moments[name] = direction(problem.inner_optimizer, moments.get(name), grad)
+                own[name] = inner_step(w, _alpha(problem, name, start, w, number), taken)
         if not thin:
             own = {name: plain(w) for name, w in own.items()}
         if not keep_graph:

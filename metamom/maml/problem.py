@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metamom.common.choices import Norm
 from metamom.maml.estimators import Estimator, InnerBatch
 from metamom.maml.inner_lr import StepSizes
+from metamom.maml.inner_optimizer import InnerOptimizer, InnerSGD
 from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.proximal import Proximal
 from metamom.maml.rules import PLAIN, Rule
@@ -48,6 +49,7 @@ class Problem(NamedTuple):
         proximal: how the proximal problem is solved, for the estimators that adapt by one.
         solves: how its last solves went.
         rule: where the learner departs from MAML.
+        inner_optimizer: what inner steps follow.
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class Problem(NamedTuple):
     proximal: Proximal
     solves: Solves
     rule: Rule = PLAIN
+    inner_optimizer: InnerOptimizer = InnerSGD()
 
     def parameters(self) -> Params:
         """The trainable parameters of model and loss, with those that differ between inner steps in place of others."""
