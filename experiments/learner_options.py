@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 
 from metamom.common.choices import LEARNERS, Learner
-from metamom.common.flag_types import long_count
+from metamom.common.flag_types import long_count, number
 from metamom.common.options import Flag, option
 from metamom.experiments.families import FAMILIES
 from metamom.experiments.image_options import ImageOptions
@@ -73,5 +73,42 @@ class LearnerOptions(ImageOptions):
             "off",
             bare=True,
             before="adapt",
+        ),
+    )
+    positive_inner_lr: bool | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "learn the logarithms of the inner step sizes, so that none becomes negative",
+            "off",
+            bare=True,
+            before="adapt",
+        ),
+    )
+    inner_lr_lr: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "step size γ of learned inner step sizes, which --schedule scales too; they stay positive only if it is "
+            "small compared with --inner-lr",
+            "that of --lr",
+            type=number,
+            metavar="LR",
+            commands=("train",),
+            before="beta",
+        ),
+    )
+    inner_optimizer: str | None = option(  # None for plain steps, as in runs of earlier versions
+        None,
+        later=True,
+        flag=Flag(
+            "learner",
+            "what inner steps follow: sgd, plain steps; momentum:M or nesterov:M; or adam, with options as in "
+            "adam:beta1=0.9,beta2=0.999,eps=1e-8,eps_root=0",
+            "sgd",
+            metavar="SPEC",
+            before="inner_steps",
         ),
     )

@@ -15,6 +15,7 @@ from metamom.common.checks import check_number
 from metamom.common.did_you_mean import did_you_mean
 from metamom.common.numbers import real, shown
 from metamom.experiments.defaults import STEP_SIZES
+from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum
 
 FLAGS = ("lr", "weight_decay", "beta", "first_step", "normalize")  # they have flags of their own
@@ -94,8 +95,34 @@ def parse_arguments(name: str, text: str | None) -> dict[str, Any]:
     return found
 
 
-def make_optimizer(name: str, params: Iterable[nn.Parameter], arguments: Mapping[str, Any]) -> Optimizer:
+def groups_of(learner: MAML, inner_lr_lr: float | None) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
+    """The parameters of an optimizer of a learner: all in one group, or learned inner step sizes in a second one.
+
+    Adam moves each number by about its step size γ in each iteration. With γ = 0.001, an inner step size of 0.01 may
+    be negative after a few, unless it has a smaller γ of its own.
+
+    Args:
+        learner: with learned inner step sizes, unless ``inner_lr_lr`` is ``None``.
+        inner_lr_lr: γ of the inner step sizes; ``None`` for the optimizer's.
+    """
+    if inner_lr_lr is None:
+        return learner.parameters()
+    step_sizes = list(learner.step_sizes.parameters())
+    ids = {id(p) for p in step_sizes}
+    others = [p for p in learner.parameters() if id(p) not in ids]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": step_sizes, "lr": inner_lr_lr}]
+    return groups
+
+
+def make_optimizer(
+    name: str, params: Iterable[nn.Parameter] | list[dict[str, Any]], arguments: Mapping[str, Any]
+) -> Optimizer:
     """Make an optimizer.
+
+    Args:
+        name: of its class.
+        params: parameters, or groups of them.
+        arguments: of its constructor.
 
     Raises:
         ValueError: with what its constructor says of the arguments.

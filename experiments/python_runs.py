@@ -130,6 +130,8 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
         multi_step=options.get("multi_step", 0),
         first_order_until=options.get("first_order_until", 0),
         step_norms=options.get("step_norms", False),
+        inner_optimizer=options.get("inner_optimizer"),
+        positive_inner_lr=alpha.get("positive", False),
         **{name: options[name] for name in ("head", "train_on") if name in options},
     )
 

@@ -25,12 +25,14 @@ from metamom.experiments.optimizers import (
     checked_weight_decay,
     default_lr,
     find_optimizer,
+    groups_of,
     make_optimizer,
     parse_arguments,
 )
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
 from metamom.experiments.schedules import make_schedulers, over, parse_schedule
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
+from metamom.maml.inner_optimizer import as_inner_optimizer, check_inner_optimizer
 from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
@@ -142,7 +144,16 @@ class Recipe(RecipeOptions):
             multi_step=self.multi_step or 0,
             first_order_until=self.first_order_until or 0,
             step_norms=bool(self.step_norms),
+            positive_inner_lr=bool(self.positive_inner_lr),
         )
+        if self.positive_inner_lr and self.learn_inner_lr is False:
+            raise ValueError(
+                "positive_inner_lr keeps learned inner step sizes positive: choose which to learn, with "
+                'learn_inner_lr="tensor" (--learn-inner-lr tensor), or leave it out.'
+            )
+        inside = as_inner_optimizer(self.inner_optimizer)
+        check_inner_optimizer(self.estimator, inside)
+        object.__setattr__(self, "inner_optimizer", None if inside.plain else inside.spec)
         if self.learner_kind == "protomaml" and self.family.classes is None:
             raise ValueError(f"{self.family.title} have no classes, so no prototypes; got learner_kind='protomaml'.")
 
@@ -153,6 +164,14 @@ class Recipe(RecipeOptions):
         """
         parse_arguments(self.optimizer, self.optimizer_args)
         object.__setattr__(self, "weight_decay", checked_weight_decay(self.optimizer, self.weight_decay))
+        if self.inner_lr_lr is not None:
+            if not 0 < self.inner_lr_lr < math.inf:
+                raise ValueError(f"inner_lr_lr is a step size and must be > 0 and finite; got {self.inner_lr_lr}.")
+            if self.learn_inner_lr is False:
+                raise ValueError(
+                    "inner_lr_lr is the outer step size of learned inner step sizes: choose which to learn, with "
+                    'learn_inner_lr="tensor" (--learn-inner-lr tensor), or leave it out.'
+                )
         parse_schedule(self.schedule)
         if self.warmup is not None:
             object.__setattr__(self, "warmup", check_whole("warmup", self.warmup, 0) or None)
@@ -285,6 +304,8 @@ class Recipe(RecipeOptions):
             multi_step=self.multi_step or 0,
             first_order_until=self.first_order_until or 0,
             step_norms=bool(self.step_norms),
+            inner_optimizer=self.inner_optimizer,
+            positive_inner_lr=bool(self.positive_inner_lr),
             head=self.head,
         )
 
@@ -310,7 +331,7 @@ class Recipe(RecipeOptions):
             arguments["weight_decay"] = self.weight_decay
         if self.optimizer == "momentum":
             arguments |= {"beta": self.beta, "first_step": self.first_step, "normalize": self.normalize}
-        return make_optimizer(self.optimizer, learner.parameters(), arguments)
+        return make_optimizer(self.optimizer, groups_of(learner, self.inner_lr_lr), arguments)
 
     def callbacks(self) -> list[EarlyStopping]:
         """The callbacks of `metamom.train`: early stopping, if ``patience`` is set.

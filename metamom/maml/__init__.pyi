@@ -1,4 +1,6 @@
 from .boil import BOIL as BOIL
+from .inner_optimizer import InnerAdam as InnerAdam
+from .inner_optimizer import InnerSGD as InnerSGD
 from .learner import MAML as MAML
 from .learner import Backward as Backward
 from .learner import LossFn as LossFn

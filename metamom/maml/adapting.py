@@ -19,9 +19,11 @@ from metamom.maml.configured import Configured
 from metamom.maml.estimators import InnerBatch
 from metamom.maml.features import shared
 from metamom.maml.fitting import fit_and_predict, fitted, refuse_one_task
-from metamom.maml.inner_loop import Problem, losses, predictions, start_of, trajectory
+from metamom.maml.inner_loop import trajectory
 from metamom.maml.metrics import accuracy
 from metamom.maml.modes import differentiable, out_of_inference
+from metamom.maml.predicting import losses, predictions
+from metamom.maml.problem import Problem, start_of
 from metamom.maml.run_by_task import Support
 from metamom.maml.step_norms import after
 from metamom.maml.swapping import named

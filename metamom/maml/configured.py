@@ -18,13 +18,19 @@ from metamom.maml.annealing import Annealing, check_annealing
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml.gradient import MetaGradients, Plan
-from metamom.maml.inner_loop import Problem, trainable
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
+from metamom.maml.inner_optimizer import (
+    InnerOptimizer,
+    InnerOptimizerLike,
+    as_inner_optimizer,
+    check_inner_optimizer,
+)
 from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.loss_readings import LossReadings
 from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
+from metamom.maml.problem import Problem, trainable
 from metamom.maml.proximal import Proximal, ProximalLike, as_proximal, check_proximal
 from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
@@ -68,9 +74,13 @@ class Configured(nn.Module):
         multi_step: int = 0,
         first_order_until: int = 0,
         step_norms: bool = False,
+        inner_optimizer: InnerOptimizerLike = None,
+        positive_inner_lr: bool = False,
     ) -> None:
         super().__init__()
         check_estimator(estimator, inner_batches)
+        self._inner_optimizer = as_inner_optimizer(inner_optimizer)
+        check_inner_optimizer(estimator, self._inner_optimizer)
         check_option("inner_steps", inner_steps)
         check_option("loss_fn", loss_fn)
         check_option("vectorize", vectorize)
@@ -94,7 +104,8 @@ class Configured(nn.Module):
         self.vectorize: Vectorize = vectorize
         self.norm: Norm | None = norm
         self._adapt = adapt if adapt is None or callable(adapt) or isinstance(adapt, str) else tuple(adapt)
-        self._make_parts(inner_lr, learn_inner_lr, tracking, multi_step, first_order_until, step_norms)
+        self._make_step_sizes(inner_lr, learn_inner_lr, positive_inner_lr, step_norms)
+        self._make_state(tracking, multi_step, first_order_until)
         check_proximal(estimator, proximal, inner_steps, bool(self.step_sizes.learned()))
         self.operators: dict[str, BiasOperator | None] = {}
         self._readings, self._uses = LossReadings(), Uses()
@@ -102,29 +113,32 @@ class Configured(nn.Module):
         self._structure = structure(model)
         self._gradients = MetaGradients(self._plan, compile)
 
-    def _make_parts(
+    def _make_step_sizes(
         self,
         inner_lr: float | Tensor | Mapping[str, float | Tensor],
-        learn_inner_lr: LearnInnerLR,
-        tracking: float | None,
-        multi_step: int,
-        first_order_until: int,
+        learn: LearnInnerLR,
+        positive: bool,
         step_norms: bool,
     ) -> None:
-        """Make what the learner has besides the model: step sizes, and the state of some options."""
+        """Make what the learner learns besides the model's parameters."""
         weights, steps = trainable(self.model, self.loss_fn), self.inner_steps
         self.norms_by_step: StepNorms | None = None
         if check_flag("step_norms", step_norms):
             check_step_norms(self.estimator)
             self.norms_by_step = StepNorms(self.model, steps)
         self.adapted = selected(self._adapt, self._movable())
-        self.step_sizes = StepSizes(inner_lr, {name: weights[name] for name in self.adapted}, learn_inner_lr, steps)
+        moved, positive = {name: weights[name] for name in self.adapted}, check_flag("positive_inner_lr", positive)
+        self.step_sizes = StepSizes(inner_lr, moved, learn, steps, positive)
+
+    def _make_state(self, tracking: float | None, multi_step: int, first_order_until: int) -> None:
+        """Make the state of the options that change over training."""
         self.annealing: Annealing | None = None
         if multi_step != 0 or first_order_until != 0:
-            self.annealing = Annealing(multi_step, first_order_until, steps)
+            self.annealing = Annealing(multi_step, first_order_until, self.inner_steps)
             check_annealing(self.estimator, multi_step, first_order_until)
         self.memory: Memory | None = None
         if ESTIMATORS[self.estimator].averages is not None:
+            weights = trainable(self.model, self.loss_fn)
             self.memory = Memory(self.estimator, TRACKING if tracking is None else tracking, weights, self.adapted)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -171,6 +185,11 @@ class Configured(nn.Module):
         return self.step_sizes.values()
 
     @property
+    def inner_optimizer(self) -> InnerOptimizer:
+        """What inner steps follow."""
+        return self._inner_optimizer
+
+    @property
     def support_parts(self) -> int:
         """The number of equal parts that a meta-gradient splits each support set into; 1 means no split.
 
@@ -191,6 +210,7 @@ class Configured(nn.Module):
             **({} if self.norm is None else {"norm": self.norm}),
             **({} if self.annealing is None else self.annealing.describe()),
             **({} if self.norms_by_step is None else {"step_norms": True}),
+            **({} if self.inner_optimizer.plain else {"inner_optimizer": self.inner_optimizer.spec}),
             **({} if self.kind == "maml" else {"kind": self.kind}),
         }
 
@@ -203,6 +223,7 @@ class Configured(nn.Module):
             "inner_steps": self.inner_steps,
             "estimator": self.estimator,
             "proximal": self.proximal.spec if ESTIMATORS[self.estimator].proximal else None,
+            "inner_optimizer": None if self.inner_optimizer.plain else self.inner_optimizer.spec,
             "adapt": None if every or self.kind == "boil" else self.adapted,
             "head": getattr(self, "head", None),
             "norm": self.norm,
@@ -294,6 +315,7 @@ class Configured(nn.Module):
             self.proximal,
             self.solves,
             self._rule(),
+            self.inner_optimizer,
         )
 
     def _rule(self) -> Rule:

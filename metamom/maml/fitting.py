@@ -19,11 +19,11 @@ from metamom.bias.checks import all_finite
 from metamom.common.choices import Norm
 from metamom.common.trees import Tree, leaves, mapped, named_leaves
 from metamom.maml.batch_checks import NonFiniteDataError, refuse_non_finite
-from metamom.maml.inner_loop import Problem
 from metamom.maml.modes import out_of_inference
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.norm_modes import Normalisation, Statistics, statistics_of
 from metamom.maml.not_finite import NonFiniteStepError
+from metamom.maml.problem import Problem
 from metamom.maml.run_by_task import RunByTask, Support, call
 from metamom.maml.swapping import alone, evaluating, tensors_within
 from metamom.maml.task_weights import Params, Start

@@ -25,11 +25,13 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize, spans, tasks_within_budget
 from metamom.maml.draws import Step
+from metamom.maml.episodes import episodes, support_of
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatches, check_support, cut, passes
-from metamom.maml.inner_loop import Problem, check_cut, episodes, support_of
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.plain_autograd import uncompiled
+from metamom.maml.problem import Problem
+from metamom.maml.step_gradients import check_cut
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids
 from metamom.maml.unused import from_outside
@@ -69,7 +71,7 @@ class Plan(NamedTuple):
         """What the memory of a task depends on, apart from shapes. The run is another object for other modules."""
         problem = self.problem
         adaptation = self.inner_steps, self.inner_batches, problem.estimator, problem.objective is None
-        settings = *adaptation, problem.autocast, problem.norm
+        settings = *adaptation, problem.autocast, problem.norm, problem.inner_optimizer
         looped = problem.vectorization.vectorize, frozenset(problem.vectorization.looped)
         return *settings, *looped, problem.run, problem.loss_fn, problem.model.training
 
@@ -253,7 +255,8 @@ class MetaGradients:
         vectorization = problem.vectorization
         fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
         fixed.append(problem.objective is None)
-        return plan.inner_steps, problem.estimator, plan.inner_batches, problem.autocast, *fixed
+        adaptation = plan.inner_steps, problem.estimator, plan.inner_batches, problem.inner_optimizer
+        return *adaptation, problem.autocast, *fixed
 
     def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""

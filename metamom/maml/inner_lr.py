@@ -28,6 +28,8 @@ class StepSizes(nn.Module):
             parameter tensor, ``"tensor-step"`` one for each tensor and inner step (MAML++), ``"entry"`` (or ``True``)
             one for each entry, which is Meta-SGD.
         steps: J, which only ``"tensor-step"`` reads. Further steps use the size of the last one.
+        positive: learn log alpha in place of alpha, so that step sizes stay positive, and an outer step changes them by
+            a factor. The learned tensors are the logarithms.
 
     Raises:
         ValueError: for a step size that is not positive and finite, a missing or unknown name, a wrong shape, or one
@@ -44,16 +46,13 @@ class StepSizes(nn.Module):
         adapted: Mapping[str, Tensor],
         learn: LearnInnerLR,
         steps: int = 1,
+        positive: bool = False,
     ) -> None:
         super().__init__()
         self.kind = "entry" if learn is True else learn
-        if not isinstance(self.kind, (bool, str)) or self.kind not in (False, *LEARNED_STEP_SIZES):
-            raise ValueError(
-                f'learn_inner_lr must be a bool, "scalar", "tensor", "tensor-step" or "entry"; got {learn!r}.'
-            )
+        self.positive = positive
+        _check_learned(learn, inner_lr, positive)
         self._steps = steps
-        if self.kind == "scalar" and isinstance(inner_lr, Mapping):
-            raise ValueError('learn_inner_lr="scalar" learns one number: pass inner_lr as one number too.')
         given = dict(inner_lr) if isinstance(inner_lr, Mapping) else dict.fromkeys(adapted, inner_lr)
         if set(given) != set(adapted):
             raise ValueError(
@@ -91,6 +90,7 @@ class StepSizes(nn.Module):
                 start = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
                 if self.kind == "tensor" and start.dim():
                     raise ValueError(f'learn_inner_lr="tensor" learns one number per tensor; got a tensor for {name}.')
+                start = start.log() if positive else start
                 self._register(place, nn.Parameter(start.expand(size).clone()))
 
     def assign(self, inner_lr: float | Tensor | Mapping[str, float | Tensor], adapted: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ class StepSizes(nn.Module):
         Raises:
             ValueError: as a new `StepSizes`, and for a tensor that requires a gradient.
         """
-        other = StepSizes(inner_lr, adapted, self.kind, self._steps)
+        other = StepSizes(inner_lr, adapted, self.kind, self._steps, self.positive)
         if other.kind is False and other.learned():
             raise ValueError(
                 "an inner_lr that requires a gradient must be given when the learner is made: MAML(..., inner_lr=...)."
@@ -147,12 +147,15 @@ class StepSizes(nn.Module):
             self.fixed[name] = next(iter(values))
 
     def values(self) -> float | Tensor | dict[str, float | Tensor]:
-        """The current step sizes: one number or tensor if all adapted parameters share it, else by name."""
+        """The current step sizes: one number or tensor if all adapted parameters share it, else by name.
+
+        Learned ones are the learned tensors themselves, or, if ``positive``, computed from them.
+        """
         each: dict[str, float | Tensor] = dict(self.fixed)
         for name, place in self._attributes.items():
             tensor = self._registered(place)
             if tensor is not None:
-                each[name] = tensor
+                each[name] = tensor.detach().exp() if self.positive else tensor
         if self.shared or (len(self.fixed) == len(each) and len(set(self.fixed.values())) == 1):
             return next(iter(each.values()))
         return each
@@ -171,11 +174,15 @@ class StepSizes(nn.Module):
         """The fixed step sizes and which ones are learned, as JSON values. The state dict holds the learned values."""
         tensors = {name: self._registered(place) for name, place in self._attributes.items()}
         fixed = {name: t.tolist() for name, t in tensors.items() if t is not None and not t.requires_grad}
-        kind = {"kind": self.kind} if self.kind == "tensor-step" else {}  # others show by their shapes
+        kind: dict[str, Any] = {"kind": self.kind} if self.kind == "tensor-step" else {}  # others show by their shapes
+        kind |= {"positive": True} if self.positive else {}
         return {"fixed": {**self.fixed, **fixed}, "learned": sorted(self.learned()), **kind}
 
     def learned(self) -> dict[str, Tensor]:
-        """The learned step sizes by their key among the meta-parameters, ``"inner_lr.NAME"`` or ``"inner_lr"``."""
+        """The learned step sizes by their key among the meta-parameters, ``"inner_lr.NAME"`` or ``"inner_lr"``.
+
+        If ``positive``, these are their logarithms.
+        """
         found = {}
         for name, place in self._attributes.items():
             tensor = self._registered(place)
@@ -199,10 +206,26 @@ class StepSizes(nn.Module):
             alpha = learned[key]
             if self.kind == "tensor-step":
                 alpha = alpha[:, min(step, alpha.shape[1] - 1)]
+            alpha = alpha.exp() if self.positive else alpha
             return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # align each task's number with its task
         fixed = self._registered(self._attributes[name])
         assert fixed is not None
         return fixed
+
+
+def _check_learned(
+    learn: LearnInnerLR, inner_lr: float | Tensor | Mapping[str, float | Tensor], positive: bool
+) -> None:
+    """Refuse a kind of learned step sizes that is unknown, or does not fit the others' form."""
+    if not isinstance(learn, (bool, str)) or learn not in (False, True, *LEARNED_STEP_SIZES):
+        raise ValueError(f'learn_inner_lr must be a bool, "scalar", "tensor", "tensor-step" or "entry"; got {learn!r}.')
+    if learn == "scalar" and isinstance(inner_lr, Mapping):
+        raise ValueError('learn_inner_lr="scalar" learns one number: pass inner_lr as one number too.')
+    if positive and learn is False:
+        raise ValueError(
+            "positive_inner_lr learns the logarithms of inner step sizes: choose which to learn, with "
+            'learn_inner_lr="tensor" (--learn-inner-lr tensor), or leave it out.'
+        )
 
 
 def _checked(name: str, value: float | Tensor, parameter: Tensor, by_step: tuple[int] | None = None) -> float | Tensor:

@@ -24,8 +24,8 @@ from metamom.maml.training import Training
 class MAML(Training):
     """Model-agnostic meta-learning around any model, with exact second-order meta-gradients.
 
-    A task's weights after J inner steps are ``u_0 = w, u_{j+1} = u_j - alpha * grad L_support(u_j)``; its meta-loss is
-    ``L_query(u_J)``.
+    A task's weights after J inner steps are ``u_0 = w, u_{j+1} = u_j - alpha * grad L_support(u_j)``, unless
+    ``inner_optimizer`` says otherwise; its meta-loss is ``L_query(u_J)``.
 
     Args:
         model: maps ``[N, ...]`` to predictions ``[N, ...]``. It runs with separate weights for each task, so it must
@@ -53,6 +53,8 @@ class MAML(Training):
             Can be set later.
         learn_inner_lr: learn alpha with the weights: ``True`` or ``"entry"`` (Meta-SGD), ``"tensor"``, ``"scalar"``,
             or ``"tensor-step"``, one for each tensor and inner step (MAML++). Further steps use the size of step J.
+        positive_inner_lr: learn the logarithms of these, so that no step size becomes negative, and outer steps change
+            them by factors. The meta-parameters ``"inner_lr..."`` are the logarithms; `inner_lr` shows the step sizes.
         adapt: which parameters inner steps move: names of parameters or modules, or a predicate on a parameter's
             name; all trainable ones by default. ANIL is ``adapt=["head"]``: features that no inner step changes are
             computed once for all inner steps (docs/performance/index.md says for which models).
@@ -85,6 +87,12 @@ class MAML(Training):
             ``estimator="exact"``.
         step_norms: learn the scale and offset of batch and instance normalisation for each of 0, ..., J inner steps
             (`metamom.maml.step_norms.StepNorms`). Inner steps do not move them then.
+        inner_optimizer: what inner steps follow, differentiated through: ``"sgd"``, the default, for plain steps;
+            ``"momentum:0.9"`` or ``"nesterov:0.9"``; ``"adam"``, with options as in
+            ``"adam:beta1=0.9,beta2=0.999,eps=1e-8"``; or an `InnerSGD` or `InnerAdam` of `metamom.maml`. The updates
+            are those of `torch.optim.SGD` and `torch.optim.Adam` of step size ``inner_lr``, from a fresh state for each
+            task and adaptation. Not for proximal and tracked estimators; Adam also not for ``"independent"``,
+            ``"hessian-free"`` and ``"cross-fit"``.
 
     Random layers (dropout) are seeded from torch's generator at the start of a step and from the task's number in the
     batch, so their draws do not depend on chunks or processes. A compiled meta-gradient draws per chunk. Several
@@ -138,6 +146,7 @@ class MAML(Training):
                 autocast=self.autocast,
                 vectorize=self.vectorize,
                 norm=self.norm if norm is None else norm,
+                inner_optimizer=self.inner_optimizer,
             )
         other._run, other._vectorization, other.solves = self._run, self._vectorization, self.solves
         other.norms_by_step, other.adapted = self.norms_by_step, self.adapted

@@ -13,7 +13,9 @@ from metamom.bias.checks import all_finite
 from metamom.common.diverged import DivergedError
 from metamom.maml.draws import Step
 from metamom.maml.gradient import Plan
-from metamom.maml.inner_loop import losses, predictions, start_of, trajectory
+from metamom.maml.inner_loop import trajectory
+from metamom.maml.predicting import losses, predictions
+from metamom.maml.problem import start_of
 from metamom.maml.task_weights import Params
 
 SMALLER_LR = "Try a smaller lr, or clipped gradients (bias=Clip(1.0))."

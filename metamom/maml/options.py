@@ -11,6 +11,7 @@ from torch import nn
 from metamom.common.checks import INNER_STEPS, check_whole, is_word
 from metamom.common.kinds import named_type
 from metamom.maml.estimators import check_estimator, tracked_estimators
+from metamom.maml.inner_optimizer import check_inner_optimizer
 from metamom.maml.model_checks import check_hooks, check_kind
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.proximal import check_proximal
@@ -19,7 +20,17 @@ from metamom.maml.tracking import check_tracking
 from metamom.maml.vectorize import VECTORIZE
 
 # Options used only by the constructor: setting one later would have no effect, or leave the learner inconsistent.
-BUILT_IN = ("adapt", "learn_inner_lr", "tracking", "compile", "multi_step", "first_order_until", "step_norms")
+BUILT_IN = (
+    "adapt",
+    "learn_inner_lr",
+    "positive_inner_lr",
+    "tracking",
+    "compile",
+    "multi_step",
+    "first_order_until",
+    "step_norms",
+    "inner_optimizer",
+)
 
 
 def check_option(name: str, value: Any) -> None:
@@ -129,6 +140,7 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
         options = {each: getattr(learner, each) for each in ("estimator", "inner_batches", "inner_steps")}
         options[name] = value
         check_estimator(options["estimator"], options["inner_batches"])
+        check_inner_optimizer(options["estimator"], learner.inner_optimizer)
         check_tracking(options["estimator"], tracking, options["inner_steps"], learned)
         learns = bool(learner.step_sizes.learned())
         check_proximal(options["estimator"], None, options["inner_steps"], learns, learner._gradients.compile is True)

@@ -15,7 +15,8 @@ from metamom.common.kinds import named_type
 from metamom.common.trees import Tree
 from metamom.compile.tracing import is_tracing
 from metamom.maml.estimators import InnerBatch
-from metamom.maml.inner_loop import Problem, predictions
+from metamom.maml.predicting import predictions
+from metamom.maml.problem import Problem
 from metamom.maml.task_weights import Start
 
 

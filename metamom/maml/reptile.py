@@ -21,6 +21,7 @@ NOT_OF_REPTILE: dict[str, Any] = {  # options of `metamom.MAML` that it does not
     "estimator": "first-order",
     "tracking": None,
     "learn_inner_lr": False,
+    "positive_inner_lr": False,
     "multi_step": 0,
     "first_order_until": 0,
     "step_norms": False,
@@ -56,7 +57,7 @@ class Reptile(MAML):
         train_on: what meta-gradients adapt on: ``"all"``, support and query set together, as in the paper, whose
             training does not divide a task's points; or ``"support"``. Evaluations adapt on support sets.
         **options: as of `metamom.MAML`, but for ``adapt``, ``estimator``, ``tracking``, ``learn_inner_lr``,
-            ``multi_step``, ``first_order_until`` and ``step_norms``.
+            ``positive_inner_lr``, ``multi_step``, ``first_order_until`` and ``step_norms``.
             ``inner_batches="fresh"`` gives each inner step its own part of the points, as in the paper.
 
     Raises:

@@ -18,7 +18,7 @@ from metamom.maml.estimators import InnerBatch
 from metamom.maml.task_weights import Params, Start
 
 if TYPE_CHECKING:
-    from metamom.maml.inner_loop import Problem
+    from metamom.maml.problem import Problem
 
 
 class Rule(NamedTuple):

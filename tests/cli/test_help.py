@@ -98,8 +98,15 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     words |= {"root": "none", "splits": "the folders in --root", "augment": "none"}
     words |= {"init": "weights drawn from --seed", "init_except": "none"}
     words |= {"learner_kind": "maml", "head": "the last layer", "within_alphabet": "off"}
-    words |= {"proximal": "2", "step_norms": "off", "multi_step": "0", "first_order_until": "0"}
-    words |= {"optimizer_args": "its own", "clip_grad": "off", "warmup": "0"}
+    words |= {
+        "proximal": "2",
+        "step_norms": "off",
+        "positive_inner_lr": "off",
+        "inner_optimizer": "sgd",
+        "multi_step": "0",
+        "first_order_until": "0",
+    }
+    words |= {"optimizer_args": "its own", "inner_lr_lr": "that of --lr", "clip_grad": "off", "warmup": "0"}
     for name, value in recipe.settings().items():
         if name in shown:
             assert shown[name] == words.get(name, str(value)), name

@@ -27,7 +27,7 @@ EVERY_FLAG = {
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
     "--checkpoint-every": "2", "--shots": "4", "--queries": "3", "--evaluate-every": "2", "--evaluate-tasks": "5",
     "--patience": "9", "--optimizer-args": "foreach=false", "--weight-decay": "0.001", "--clip-grad": "0.5",
-    "--schedule": "constant", "--warmup": "2",
+    "--schedule": "constant", "--warmup": "2", "--inner-lr-lr": "0.00005", "--inner-optimizer": "momentum:.50",
 }  # fmt: skip
 
 
@@ -46,12 +46,12 @@ def test_train_with_every_flag(metamom, tmp_path):
         "task": "sinusoid", "ways": None, "shots": 4, "queries": 3, "inner_lr": 0.02, "inner_steps": 2,
         "estimator": "first-order", "inner_batches": "fresh", "tracking": None,
         "multi_step": 3, "first_order_until": None, "step_norms": None, "learner_kind": None,
-        "head": None, "proximal": None,
+        "head": None, "proximal": None, "inner_optimizer": "momentum:0.5", "positive_inner_lr": None,
         "init": None, "init_except": None,
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
         "optimizer_args": "foreach=false", "weight_decay": 0.001, "clip_grad": 0.5,
-        "schedule": "constant", "warmup": 2,
+        "schedule": "constant", "warmup": 2, "inner_lr_lr": 0.00005,
         "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
         "seed": 3, "patience": 9, "dtype": "float64", "device": "cpu",
@@ -215,8 +215,9 @@ def test_a_published_recipe_sets_the_defaults(metamom, tmp_path):
     assert said.code == 0, said
     settings = read_config(tmp_path / "run")["settings"]
     expected = {
-        "learn_inner_lr": "tensor-step", "inner_steps": 5, "multi_step": 0, "first_order_until": 2, "optimizer": "adam",
-        "schedule": "cosine:6", "lr": 0.01, "meta_batch": 2, "shots": 3, "step_norms": None,
+        "learn_inner_lr": "tensor-step", "inner_steps": 5, "multi_step": 0, "first_order_until": None,
+        "optimizer": "adam",
+        "schedule": "cosine:6", "lr": 0.01, "meta_batch": 2, "shots": 3, "step_norms": None, "positive_inner_lr": True,
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
 

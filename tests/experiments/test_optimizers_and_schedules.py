@@ -114,6 +114,11 @@ def test_they_reach_the_optimizer():
         ({"optimizer": "adam", "weight_decay": -1.0}, "weight_decay must be >= 0 and finite; got -1.0"),
         ({"weight_decay": math.nan}, "weight_decay must be >= 0 and finite; got nan"),
         ({"optimizer": "rprop", "weight_decay": 0.1}, "rprop has no weight decay; got 0.1"),
+        (
+            {"learn_inner_lr": True, "inner_lr_lr": 0.0},
+            "inner_lr_lr is a step size and must be > 0 and finite; got 0.0",
+        ),
+        ({"inner_lr_lr": 0.1}, "inner_lr_lr is the outer step size of learned inner step sizes: choose which"),
         ({"warmup": -1}, "warmup must be >= 0; got -1"),
         ({"patience": 0}, "patience.* must be >= 1; got 0"),
         ({"schedule": "plateau:1"}, r"FACTOR must be in \(0, 1\); got 1.0"),
@@ -216,11 +221,34 @@ def test_plateaus(text, factor, patience):
     assert (plateau.factor, plateau.patience, plateau.mode) == (factor, patience, "min")
 
 
+@pytest.mark.parametrize("learn", ["scalar", "tensor", "tensor-step", "entry"])
+def test_a_step_size_of_the_inner_step_sizes(learn):
+    """Adam's first step moves each number by its group's γ; the schedule halves both in the third."""
+    settings = {"lr": 0.01, "inner_lr_lr": 0.0002, "schedule": "cosine:4", "inner_steps": 2}
+    settings |= {"optimizer": "adam", "optimizer_args": "eps=1e-100"}
+    recipe = Recipe("sinusoid", dtype="float64", learn_inner_lr=learn, **settings)
+    learner = recipe.learner()
+    optimizer = recipe.make_optimizer(learner)
+    schedulers = recipe.schedulers(optimizer)
+    before = {name: w.detach().clone() for name, w in learner.meta_parameters().items()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+    learner.backward(recipe.sampler().sample(0, 8))
+    optimizer.step()
+    for name, w in learner.meta_parameters().items():
+        step = 0.0002 if name.startswith("inner_lr") else 0.01
+        moved = (w.detach() - before[name])[w.grad != 0].abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, step), rtol=1e-6, atol=0)
+    for _ in range(2):
+        schedulers[0].step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.0001])
+
+
 EVERYTHING = {
     "cosine": ["--schedule", "cosine", "--warmup", "3"],
     "plateau": ["--schedule", "plateau:0.5,0", "--warmup", "3"],
     "AdamW": ["--optimizer", "adamw", "--optimizer-args", "betas=0.8,0.9", "--weight-decay", "0.1", "--warmup", "2"],
     "momentum": ["--weight-decay", "0.1", "--clip-grad", "0.5"],
+    "inner step sizes": ["--learn-inner-lr", "tensor", "--inner-lr-lr", "1e-4", "--schedule", "cosine"],
 }
 
 

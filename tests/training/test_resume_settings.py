@@ -75,6 +75,8 @@ def test_what_may_differ_is_one_list():
         "multi_step",
         "first_order_until",
         "step_norms",
+        "inner_optimizer",
+        "positive_inner_lr",
         "norm",
     }  # those described if they are set
     of_places = {"device", "patience", "root", "splits", "model_folder"}

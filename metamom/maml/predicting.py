@@ -1,0 +1,164 @@
+"""Predictions and losses as functions of a problem and the tasks' weights.
+
+Legend: T tasks, N points of a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metamom.common.trees import Tree, leaves, mapped
+from metamom.compile.tracing import is_tracing
+from metamom.maml.features import Features
+from metamom.maml.loss_readings import LossFn
+from metamom.maml.misfits import check_loss, targets_explained
+from metamom.maml.model_checks import check_hooks
+from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
+from metamom.maml.plain_autograd import differentiable_twice
+from metamom.maml.problem import Problem, names_in_loss
+from metamom.maml.run_by_task import Support
+from metamom.maml.swapping import alone, slots, swapped
+from metamom.maml.task_weights import Params, Start
+from metamom.maml.vectorize import map_over_tasks
+from metamom.maml.vmap_errors import explained, loss_draws_refused
+
+
+def predictions(
+    problem: Problem,
+    start: Start,
+    own: Params,
+    x: Tree,
+    mask: Tensor | None = None,
+    *,
+    support: Support | None = None,
+    draws: bool = True,
+    features: Features | None = None,
+    target: Callable[..., Any] | None = None,
+) -> Tree:
+    """Predict ``[T, N, ...]`` from ``x: [T, N, ...]`` with parameters that have moved from ``start`` to ``own``.
+
+    Of points outside ``mask`` [T, N], predictions mean nothing; a loop over the tasks leaves them out. A random model
+    draws separately for each task. With ``draws=False``, drawing is an error. With ``norm="support"``, normalisations
+    use the statistics of ``support``, or of ``x`` if it is ``None``. ``features`` are those of earlier calls with the
+    same weights outside ``own``. A ``target`` is called in place of the model, with its weights in it.
+    """
+    part, _ = problem.parts()
+
+    def compute(x: Tree, loop: bool) -> Tree:
+        return problem.run(
+            problem.model,
+            start,
+            own,
+            x,
+            mask,
+            draws=draws,
+            dtype=problem.autocast,
+            loop=loop,
+            norm=problem.norm,
+            support=support,
+            features=features,
+            target=target,
+        )
+
+    def run() -> Tree:
+        loop = problem.vectorization.loops(part)
+        padded = mask is not None or (support is not None and support.mask is not None)
+        if padded and not loop:
+            must_not = problem.vectorization.vectorize == "vmap"
+            kind = problem.norm, mask, must_not
+            loop = loops_over_padded(problem.run.mixes, problem.model, partial(compute, loop=False), x, *kind)
+        return compute(x, loop)
+
+    out = problem.vectorization.attempt([part], run)
+    if problem.autocast is None:
+        return out
+    wanted = next(each.dtype for each in (*leaves(x), *own.values()) if each.is_floating_point())
+    return mapped(lambda each: each.to(wanted) if each.is_floating_point() else each, out)
+
+
+def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree, mask: Tensor | None = None) -> Tensor:
+    """Compute the losses ``[T]`` of predictions ``[T, N, ...]``, given the parameters that made them.
+
+    With a ``mask`` [T, N] of the points that count, the loss is called on each task's own points. A loss with a
+    parameter ``mask`` is called on all tasks at once.
+
+    If a loss module shares parameters with the model, it gets each task's adapted ones.
+
+    Raises:
+        ValueError: for targets that do not fit, or if the loss is not one number a task.
+    """
+    # torch's losses take bytes as labels, but not under vmap
+    y = mapped(lambda each: each.long() if each.dtype == torch.uint8 else each, y)
+    loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
+    _, part = problem.parts()
+
+    masked = mask is not None and takes_mask(problem.loss_fn)
+
+    def one_task(predicted: Tree, y: tuple[Tree, ...], mask: tuple[Tensor, ...], loop: bool) -> Tensor:
+        if mask and loop:
+            (predicted, y), mask = cut_off((predicted, y), mask[0]), (mask[0][mask[0]],)
+        loss = loss_fn(predicted, *y, **({"mask": mask[0]} if masked else {}))
+        check_loss(loss)
+        return loss
+
+    module = problem.loss_fn if isinstance(problem.loss_fn, nn.Module) else None
+    args = predicted, () if y is None else (y,), () if mask is None else (mask,)
+
+    def run() -> Tensor:
+        loop = problem.vectorization.loops(part)
+        if mask is not None and not loop and not masked:
+            if problem.vectorization.vectorize == "vmap":
+                raise ValueError(
+                    'loss_fn has no parameter mask, so with vectorize="vmap" it cannot leave out the padding of a '
+                    'batch from metamom.pad. Use vectorize="auto", which calls it task by task on the original points.'
+                )
+            loop = True
+        one = partial(one_task, loop=loop)
+        if module is not None and (not loop or is_tracing()):
+            check_hooks(module, compiling=loop)
+        with (
+            explained(problem.model, "loss_fn", loop=loop),
+            targets_explained(predicted, y),
+            differentiable_twice(module) if loop else nullcontext(),
+            loss_draws_refused(leaves(predicted)[0].device) if loop and not is_tracing() else nullcontext(),
+        ):
+            if module is not None and names:
+                return _with_parameters(module, one, names, start, own, args, loop)
+            of_tasks: Tensor = map_over_tasks(one, loop)(*args)
+            return of_tasks
+
+    found = problem.vectorization.attempt([part], run)
+    if found.dim() != 1:
+        raise ValueError(
+            f"loss_fn must return one number per task, as reduction='mean' does; got shape {tuple(found.shape[1:])} "
+            "for each."
+        )
+    return found
+
+
+def _with_parameters(
+    module: nn.Module,
+    loss: LossFn,
+    names: Mapping[str, str],
+    start: Start,
+    own: Params,
+    args: tuple[Tree, ...],
+    loop: bool,
+) -> Tensor:
+    """Losses from a loss module with parameters; ``names`` maps its parameter names to those of the task weights."""
+    with alone(module):
+        found = slots(module)
+
+        def one_task(own: Params, kept: Params, *args: Tree) -> Tensor:
+            weights = {**start.shared, **kept, **own}
+            with swapped(found, {name: weights[meta] for name, meta in names.items() if meta in weights}):
+                return loss(*args)
+
+        of_tasks: Tensor = map_over_tasks(one_task, loop)(own, start.kept, *args)
+    return of_tasks
