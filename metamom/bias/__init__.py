@@ -1,6 +1,7 @@
 """Bias operators, which a worker applies to its gradient before sending it."""
 
 from metamom.bias.base import BiasOperator
+from metamom.bias.block8 import Block8
 from metamom.bias.clip import Clip, ClipValue
 from metamom.bias.compose import Compose
 from metamom.bias.constants import Constants
@@ -12,11 +13,13 @@ from metamom.bias.function import Bias, Function, Identity, as_operator
 from metamom.bias.marina import MARINA
 from metamom.bias.multilevel_qsgd import MLMCQSGD
 from metamom.bias.multilevel_topk import MLMCTopK
+from metamom.bias.natural import Natural
 from metamom.bias.noise import GaussianNoise
 from metamom.bias.normalize import Normalize, Sign
 from metamom.bias.privacy import privacy_spent
 from metamom.bias.random import QSGD, RandK
 from metamom.bias.spec import parse
+from metamom.bias.terngrad import TernGrad
 from metamom.bias.topk import TopK
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "QSGD",
     "Bias",
     "BiasOperator",
+    "Block8",
     "Clip",
     "Clip21",
     "Clip21SGD2M",
@@ -42,10 +46,12 @@ __all__ = [
     "GaussianNoise",
     "Identity",
     "MLMCTopK",
+    "Natural",
     "NonFiniteError",
     "Normalize",
     "RandK",
     "Sign",
+    "TernGrad",
     "TopK",
     "as_operator",
     "parse",

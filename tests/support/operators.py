@@ -20,11 +20,14 @@ from metamom.bias import (
     MARINA,
     MLMCQSGD,
     BiasOperator,
+    Block8,
     Clip21,
     Clip21SGD2M,
     ErrorFeedback,
     GaussianNoise,
     MLMCTopK,
+    Natural,
+    TernGrad,
 )
 from metamom.bias.select import INTEGERS
 
@@ -46,6 +49,9 @@ PLAIN: list[BiasOperator] = [
     ClipValue(1e30),
     Normalize(),
     Sign(),
+    Block8(),
+    Block8(4),
+    Block8(3, dynamic=True),
     Compose(Clip(1.0), TopK(ratio=0.3)),
     Compose(TopK(2), Sign()),
 ]
@@ -72,6 +78,13 @@ RANDOM: list[BiasOperator] = [
     MLMCQSGD(),
     MLMCQSGD(3, geometric=0.25, seed=5),
     Compose(Clip(1.0), MLMCTopK(1)),
+    Natural(),
+    Natural(seed=5),
+    TernGrad(),
+    TernGrad(clip=1.5, seed=5),
+    Block8(random=True),
+    Block8(2, random=True, dynamic=True, seed=5),
+    Compose(Clip(1.0), Natural()),
 ]
 LAYERWISE: list[BiasOperator] = [
     TopK(1, per_tensor=True),
@@ -85,6 +98,9 @@ LAYERWISE: list[BiasOperator] = [
     QSGD(3, per_tensor=True),
     MLMCTopK(1, per_tensor=True),
     MLMCQSGD(2, per_tensor=True),
+    TernGrad(per_tensor=True),
+    Block8(2, per_tensor=True),
+    Block8(2, random=True, per_tensor=True),
     Compose(Normalize(per_tensor=True), TopK(2), QSGD(3, per_tensor=True)),
 ]
 FEEDBACK: list[ErrorFeedback] = [
@@ -104,9 +120,13 @@ FEEDBACK: list[ErrorFeedback] = [
     MARINA(QSGD(4), p=0.4),
     DASHA(RandK(2, scaled=True), a=0.2),
     DASHA(MLMCTopK(1), a=0.2, eta=0.3),
+    EF21(Natural(nearest=True)),
+    DIANA(Natural(), alpha=0.5),
+    EF14(Block8(2, dynamic=True)),
 ]
 NOISY: list[BiasOperator] = [GaussianNoise(0.5), Compose(Clip(1.0), GaussianNoise(0.1, seed=5))]
-STATELESS = PLAIN + RANDOM + LAYERWISE + NOISY
+NEAREST: list[BiasOperator] = [Natural(nearest=True)]  # of powers of two, which are not those times a number
+STATELESS = PLAIN + NEAREST + RANDOM + LAYERWISE + NOISY
 EVERY = [*STATELESS, *FEEDBACK]
 QUIET = [operator for operator in EVERY if "noise" not in operator.spec]  # zero stays zero, and signs stay
 
