@@ -65,7 +65,7 @@ class Block8(Rounding):
         generator: draw from this generator instead, in the order of calls; its state is saved with a run.
 
     Raises:
-        ValueError: for arguments out of range, and for a seed or generator without ``random``.
+        ValueError: for arguments out of range, and for a generator without ``random``.
 
     Example:
         >>> Block8(block=2)(torch.tensor([1.0, 0.3, 100.0, 30.0]))

@@ -75,7 +75,7 @@ class Natural(Rounding):
         generator: draw from this generator instead, in the order of calls; its state is saved with a run.
 
     Raises:
-        ValueError: for a seed out of range, and for a seed or generator with ``nearest``, which has no draws.
+        ValueError: for a seed out of range, and for a generator with ``nearest``, which has no draws.
 
     Example:
         >>> Natural(nearest=True)(torch.tensor([3.5, -1.25, 0.7, 0.0]))

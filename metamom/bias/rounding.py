@@ -59,10 +59,10 @@ class Rounding(Draws):
     def _seeded_to_round(self, seed: int, generator: torch.Generator | None) -> None:
         """Take the draws' seed and generator, which only random rounding has."""
         self._seeded(seed, generator)
-        if not self.draws and (seed or generator is not None):
+        if not self.draws and generator is not None:
             raise ValueError(
-                f"{type(self).__name__} rounds to the nearest number here, without draws: leave out seed= and "
-                "generator=, or let it round at random."
+                f"{type(self).__name__} rounds to the nearest number here, without draws: leave out generator=, "
+                "or let it round at random."
             )
 
     def state_dict(self) -> dict[str, Any]:

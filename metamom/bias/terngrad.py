@@ -26,7 +26,7 @@ def ternary(gradient: Tensor, uniform: Tensor, clip: float | None = None) -> tup
         clip: first limit magnitudes to ``clip`` times their root mean square; then the mean is the clipped gradient.
 
     Returns:
-        ``(s [..., 1], digits [..., d])``, with ``C(g) = s * digits``: digits -1, 0 and 1 (int8), and s in the gradient's dtype.
+        ``(s [..., 1], digits [..., d])``, with ``C(g) = s * digits``: digits -1, 0, 1 (int8), and s as the gradient.
     """
     scaled, scale, norm = scaled_norm(gradient.double())
     limit = torch.ones_like(norm)
