@@ -27,6 +27,7 @@ from .bias import EF21SGDM as EF21SGDM
 from .bias import MARINA as MARINA
 from .bias import MLMCQSGD as MLMCQSGD
 from .bias import QSGD as QSGD
+from .bias import Block8 as Block8
 from .bias import Clip as Clip
 from .bias import Clip21 as Clip21
 from .bias import Clip21SGD2M as Clip21SGD2M
@@ -35,9 +36,12 @@ from .bias import Compose as Compose
 from .bias import GaussianNoise as GaussianNoise
 from .bias import Identity as Identity
 from .bias import MLMCTopK as MLMCTopK
+from .bias import Natural as Natural
 from .bias import Normalize as Normalize
+from .bias import PowerSGD as PowerSGD
 from .bias import RandK as RandK
 from .bias import Sign as Sign
+from .bias import TernGrad as TernGrad
 from .bias import TopK as TopK
 from .comparing import compare_runs as compare_runs
 from .evaluation import Adaptable as Adaptable

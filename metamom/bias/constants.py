@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from metamom.bias.checks import check_setting
@@ -72,3 +75,42 @@ class Contraction(ABC):
 
     def _contraction(self, d: int) -> float | None:
         return None
+
+
+def nearest_loss(codes: Sequence[float], d: int) -> float:
+    """The largest ``||C(g) - g||^2 / ||g||^2`` if d entries go to the nearest code, in units of the largest magnitude.
+
+    A gap of half-width h around m has its largest error at m. With d - 1 entries there, next to the largest one, the
+    loss is ``(d - 1) h^2 / (1 + (d - 1) m^2)``; no other gradient loses more (docs/theory/operators.md).
+
+    Args:
+        codes: increasing, from 0 to 1, two or more.
+        d: number of entries, >= 1.
+
+    Example:
+        >>> nearest_loss([0.0, 0.5, 1.0], 17)  # all others at 1/4: 16/16 of 1 + 16/16
+        0.5
+    """
+    gaps = [((high - low) / 2, (high + low) / 2) for low, high in pairwise(codes)]
+    return max((d - 1) * half**2 / (1 + (d - 1) * middle**2) for half, middle in gaps)
+
+
+def random_omega(codes: Sequence[float], d: int) -> float:
+    """The largest ``E ||C(g) - g||^2 / ||g||^2`` if d entries go to one of the two codes around them, without bias.
+
+    With the codes u < v around an entry x its variance is ``(x - u)(v - x)``. The largest omega is ``mu - 1``, with mu
+    the largest root of ``mu^2 + mu ((d - 1) u v - 1) = (d - 1) (u + v)^2 / 4`` of any gap (docs/theory/operators.md).
+
+    Args:
+        codes: increasing, from 0 to 1, two or more.
+        d: number of entries, >= 1.
+
+    Example:
+        >>> random_omega([0.0, 1.0], 9)  # (sqrt(9) - 1) / 2
+        1.0
+    """
+    roots = []
+    for low, high in pairwise(codes):
+        half = (1 - (d - 1) * low * high) / 2
+        roots.append(half + math.sqrt(half**2 + (d - 1) * (low + high) ** 2 / 4))
+    return max(0.0, max(roots) - 1)

@@ -48,6 +48,12 @@ OPTIONS: dict[str, Option] = {
     "eta": Option("eta", float, "weight of a new gradient in the workers' momentum"),
     "server": Option("server", float, "weight of a message in the server's estimates (1 unless given)"),
     "noise": Option("noise", float, "standard deviation of Gaussian noise on each entry"),
+    "nearest": Option("nearest", True, "round to the nearest power of two, without draws"),
+    "clip": Option("clip", float, "first limit entries to N times their root mean square (2.5 in the paper)"),
+    "block": Option("block", int, "entries of a block (2048 unless given)"),
+    "dynamic": Option("dynamic", True, "codes of seven decades, instead of evenly spaced ones"),
+    "random": Option("random", True, "round at random, which makes it unbiased"),
+    "fresh": Option("fresh", True, "start at a new random matrix each time, keeping nothing"),
     "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
 _AROUND = re.compile(r"(?P<name>[a-z0-9-]+)(?:\((?P<argument>[^)]*)\))?:(?P<inner>.*)")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.bias import Layout
 from metamom.maml.estimators import ESTIMATORS, Estimator, support_parts, treats_halves_alike
 from metamom.maml.learner import MAML
 from metamom.server.aggregate import flatten
@@ -143,7 +144,7 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
 
 def single_gradients(
     learner: MAML, pool: TaskBatch, inner_batch: int, queries: int | None, each: int
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, Layout]:
     """Gradients ``[T/each, d]`` of workers with ``each`` tasks, from one draw of the inner batches; and tensor sizes.
 
     Args:
@@ -160,7 +161,7 @@ def single_gradients(
     weights = learner.meta_parameters().values()
     own = learner.like()
     grads = flatten(own.meta_gradient(batch, workers=pool.num_tasks // each).grads.values())
-    return grads, [w.numel() for w in weights]
+    return grads, Layout(w.shape for w in weights)
 
 
 def _repeated(pool: TaskBatch, count: int) -> tuple[Tensor, Tensor]:

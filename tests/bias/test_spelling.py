@@ -23,10 +23,14 @@ from metamom.bias import (
     EF21SGDM,
     MARINA,
     MLMCQSGD,
+    Block8,
     Clip21,
     Clip21SGD2M,
     GaussianNoise,
     MLMCTopK,
+    Natural,
+    PowerSGD,
+    TernGrad,
     parse,
 )
 from metamom.bias.spec import spec_help, spellings
@@ -93,6 +97,15 @@ def test_specs_lose_no_digit(ratio, x, n):
         ("mlmc:topk:3:geometric=0.5:tensor:seed=7", MLMCTopK(3, geometric=0.5, per_tensor=True, seed=7)),
         ("mlmc:qsgd", MLMCQSGD()),
         ("clip:1+mlmc:qsgd:bits=4:geometric=1", Compose(Clip(1.0), MLMCQSGD(4, geometric=1))),
+        ("natural", Natural()),
+        ("natural:nearest", Natural(nearest=True)),
+        ("natural:seed=7", Natural(seed=7)),
+        ("terngrad:clip=2.5:tensor", TernGrad(clip=2.5, per_tensor=True)),
+        ("block8", Block8()),
+        ("powersgd:2:fresh:seed=7", PowerSGD(2, fresh=True, seed=7)),
+        ("ef14:powersgd:2", EF14(PowerSGD(2))),
+        ("ef21:block8:block=256:dynamic", EF21(Block8(256, dynamic=True))),
+        ("clip:1+block8:random:seed=7", Compose(Clip(1.0), Block8(random=True, seed=7))),
         ("ef14:topk:1%", EF14(TopK(ratio=0.01))),
         ("ef21:topk:1%", EF21(TopK(ratio=0.01))),
         ("ef21-sgdm(0.1):topk:1%", EF21SGDM(TopK(ratio=0.01), eta=0.1)),
@@ -132,10 +145,10 @@ def test_specs_are_short(operator, spec):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "unknown operator ''; wanted none, clip:TAU, clip21:TAU, clip21-sgd2m:TAU,"),
+        ("", "unknown operator ''; wanted none, block8, clip:TAU, clip21:TAU, clip21-sgd2m:TAU,"),
         ("none:1", "none has no option '1'"),
         ("TopK:3", "unknown operator 'TopK:3'"),
-        ("topq:3", "unknown operator 'topq:3'; did you mean topk? Wanted none, clip:TAU"),
+        ("topq:3", "unknown operator 'topq:3'; did you mean topk? Wanted none, block8, clip:TAU"),
         ("topk", "topk needs a number after a colon"),
         ("topk:", "topk needs a number after a colon"),
         ("topk:1.5", "'1.5' does not fit topk"),
@@ -194,6 +207,11 @@ def test_specs_are_short(operator, spec):
         ("clip21-sgd2m:0", "tau > 0 and finite; got 0.0"),
         ("clip21-sgd2m:1:server=2", "0 < server <= 1; got 2.0"),
         ("clip21-sgd2m:1:noise=-1", "noise >= 0 and finite; got -1.0"),
+        ("natural:scaled", "natural has no option 'scaled'; it has :nearest :seed=N"),
+        ("powersgd:0", "PowerSGD's rank must be >= 1; got 0"),
+        ("clip:1+powersgd:2", "got PowerSGD(rank=2). Take it with fresh=True, to keep nothing."),
+        ("terngrad:clip=0", "TernGrad needs clip > 0 and finite, or None not to clip; got 0.0"),
+        ("block8:block=0", "whole number of entries in a block, block >= 1; got 0"),
         ("noise:0", "standard deviation sigma > 0 and finite; got 0.0"),
         ("diana(2):sign", "DIANA needs a weight 0 < alpha <= 1; got 2.0"),
         ("marina(0):sign", "MARINA needs a weight 0 < p <= 1; got 0.0"),
@@ -216,7 +234,7 @@ def test_parse_says_which_part_is_wrong(spec, message):
     assert str(caught.value).startswith(f"bias operator {spec!r}: ")
 
 
-LATER = {"ALPHA": "0.5", "SIGMA": "0.5", "W": "0.5", "A": "sign", "B": "sign", "P": "0.5"}  # longer names first
+LATER = {"ALPHA": "0.5", "SIGMA": "0.5", "W": "0.5", "RANK": "2", "A": "sign", "B": "sign", "P": "0.5"}  # long first
 
 
 def test_the_help_lists_what_the_parser_takes():
@@ -225,7 +243,8 @@ def test_the_help_lists_what_the_parser_takes():
     assert max(map(len, table)) <= 100
     examples = {"K": "3", "P%": "5%", "TAU": "0.5", "C": "0.5", "LEVELS": "4", "ETA": "0.1", **LATER}
     values = {"tensor": "", "all": "", "scaled": "", "shared": "", "geometric": "=0.5", "bits": "=3"}
-    values |= {"eta": "=0.3", "server": "=0.5", "noise": "=0.5", "seed": "=7"}
+    values |= {"eta": "=0.3", "server": "=0.5", "noise": "=0.5", "nearest": "", "clip": "=2.5", "block": "=256"}
+    values |= {"dynamic": "", "random": "", "fresh": "", "seed": "=7"}
     assert [line.split()[0] for line in table[-len(values) :]] == [f":{o}" + "=N" * bool(v) for o, v in values.items()]
     for spelling in spellings():
         (line,) = [line for line in table if f"  {spelling} " in line]

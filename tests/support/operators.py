@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -20,11 +21,16 @@ from metamom.bias import (
     MARINA,
     MLMCQSGD,
     BiasOperator,
+    Block8,
     Clip21,
     Clip21SGD2M,
     ErrorFeedback,
     GaussianNoise,
+    Layout,
     MLMCTopK,
+    Natural,
+    PowerSGD,
+    TernGrad,
 )
 from metamom.bias.select import INTEGERS
 
@@ -46,6 +52,8 @@ PLAIN: list[BiasOperator] = [
     ClipValue(1e30),
     Normalize(),
     Sign(),
+    Block8(),
+    Block8(3, dynamic=True),
     Compose(Clip(1.0), TopK(ratio=0.3)),
     Compose(TopK(2), Sign()),
 ]
@@ -72,6 +80,11 @@ RANDOM: list[BiasOperator] = [
     MLMCQSGD(),
     MLMCQSGD(3, geometric=0.25, seed=5),
     Compose(Clip(1.0), MLMCTopK(1)),
+    Natural(seed=5),
+    TernGrad(),
+    TernGrad(clip=1.5, seed=5),
+    Block8(2, random=True, dynamic=True, seed=5),
+    Compose(Clip(1.0), Natural()),
 ]
 LAYERWISE: list[BiasOperator] = [
     TopK(1, per_tensor=True),
@@ -85,6 +98,9 @@ LAYERWISE: list[BiasOperator] = [
     QSGD(3, per_tensor=True),
     MLMCTopK(1, per_tensor=True),
     MLMCQSGD(2, per_tensor=True),
+    TernGrad(per_tensor=True),
+    Block8(2, per_tensor=True),
+    Block8(2, random=True, per_tensor=True),
     Compose(Normalize(per_tensor=True), TopK(2), QSGD(3, per_tensor=True)),
 ]
 FEEDBACK: list[ErrorFeedback] = [
@@ -104,11 +120,24 @@ FEEDBACK: list[ErrorFeedback] = [
     MARINA(QSGD(4), p=0.4),
     DASHA(RandK(2, scaled=True), a=0.2),
     DASHA(MLMCTopK(1), a=0.2, eta=0.3),
+    EF21(Natural(nearest=True)),
+    DIANA(Natural(), alpha=0.5),
+    EF14(Block8(2, dynamic=True)),
+    EF14(PowerSGD(1)),
+    DIANA(PowerSGD(1, seed=5), alpha=0.5),
 ]
 NOISY: list[BiasOperator] = [GaussianNoise(0.5), Compose(Clip(1.0), GaussianNoise(0.1, seed=5))]
-STATELESS = PLAIN + RANDOM + LAYERWISE + NOISY
-EVERY = [*STATELESS, *FEEDBACK]
-QUIET = [operator for operator in EVERY if "noise" not in operator.spec]  # zero stays zero, and signs stay
+NEAREST: list[BiasOperator] = [Natural(nearest=True)]  # of powers of two, which are not those times a number
+STATELESS = PLAIN + NEAREST + RANDOM + LAYERWISE + NOISY
+LOW_RANK: list[BiasOperator] = [
+    PowerSGD(1),
+    PowerSGD(2),
+    PowerSGD(1, fresh=True),
+    Compose(Clip(1.0), PowerSGD(1, fresh=True)),
+]
+EVERY = [*STATELESS, *LOW_RANK, *FEEDBACK]
+QUIET = [operator for operator in EVERY if not re.search("noise|powersgd", operator.spec)]  # signs stay
+FROM_ZERO = [operator for operator in EVERY if "noise" not in operator.spec]  # zero stays zero
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -127,9 +156,12 @@ def gradients(draw: st.DrawFn, min_d: int = 3, rows: int | None = None) -> Tenso
     return g[0] if rows is None and n == 1 and draw(st.booleans()) else g
 
 
-def cut(d: int) -> list[int]:
-    """The sizes of two parameter tensors, unless there is but one entry."""
-    return [d] if d == 1 else [d // 3, d - d // 3]  # the first is empty at d = 2
+def cut(d: int) -> Layout:
+    """The sizes of a vector and a matrix, unless there is but one entry."""
+    if d == 1:
+        return Layout([(1,)])
+    first = d // 3 + (d - d // 3) % 2  # empty at d = 2
+    return Layout([(first,), (2, (d - first) // 2)])
 
 
 def bits(g: Tensor) -> Tensor:
