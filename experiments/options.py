@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from metamom.common.choices import (
+    AGGREGATES,
+    ATTACKS,
     FIRST_STEPS,
     LEARNED_STEP_SIZES,
     NORMS,
@@ -297,7 +299,17 @@ class RecipeOptions(LearnerOptions):
         "mean",
         flag=Flag(
             "bias",
-            "how the server aggregates the workers' gradients: mean, median, trimmed:SHARE, geomedian",
+            f"how the server aggregates the workers' gradients: {', '.join(AGGREGATES)}",
+            metavar="SPEC",
+        ),
+    )
+    attack: str | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "bias",
+            f"what the last F workers send instead of their gradients, to test --aggregate: {', '.join(ATTACKS)}",
+            "none",
             metavar="SPEC",
         ),
     )
