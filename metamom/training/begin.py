@@ -131,16 +131,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         metamom.training.checkpoints.CheckpointError: if none of its checkpoints can be used.
     """
     options, operator = checked.options, checked.operator
-    parts: dict[str, Any] = {
-        "learner": learner,
-        "optimizer": optimizer,
-        **{f"scheduler{i}": s for i, s in enumerate(checked.schedulers)},
-    }
-    if operator is not None and operator.state_dict():
-        operator.reset()
-        parts["bias"] = operator
-    if checked.robust.stateful:
-        parts["aggregate"] = checked.robust
+    parts = _parts(learner, optimizer, checked)
     callbacks = Callbacks(checked.callbacks, world)
     if checked.callbacks:
         parts["callbacks"] = callbacks
@@ -191,6 +182,21 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         seen = {"learner": learner, "optimizer": optimizer, "run_dir": path, "settings": settings}
         stack.enter_context(callbacks.starting(**seen, iterations=options.iterations, step=progress.done))
         yield session
+
+
+def _parts(learner: MAML, optimizer: Optimizer, checked: Checked) -> dict[str, Any]:
+    """What a run's checkpoints hold, but for its callbacks; the operator's state starts anew."""
+    parts: dict[str, Any] = {
+        "learner": learner,
+        "optimizer": optimizer,
+        **{f"scheduler{i}": s for i, s in enumerate(checked.schedulers)},
+    }
+    if checked.operator is not None and checked.operator.state_dict():
+        checked.operator.reset()
+        parts["bias"] = checked.operator
+    if checked.robust.stateful:
+        parts["aggregate"] = checked.robust
+    return parts
 
 
 def _agree(learner: MAML, plan: Mapping[str, Any], checked: Checked, world: World) -> None:

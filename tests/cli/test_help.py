@@ -99,6 +99,7 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     words |= {"init": "weights drawn from --seed", "init_except": "none"}
     words |= {"learner_kind": "maml", "head": "the last layer", "within_alphabet": "off"}
     words |= {"proximal": "2", "step_norms": "off", "multi_step": "0", "first_order_until": "0"}
+    words |= {"attack": "none"}
     words |= {"optimizer_args": "its own", "clip_grad": "off", "warmup": "0"}
     for name, value in recipe.settings().items():
         if name in shown:
