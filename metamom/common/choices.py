@@ -38,7 +38,7 @@ METRICS = ("accuracy", "loss", "macro-f1", "rmse", "calibration-error")
 
 ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
 CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
-Aggregate = str  # one of these: `metamom.server.robust.robust_mean`
+Aggregate = str  # one of these: `metamom.server.robust_mean`
 AGGREGATES = (
     "mean",
     "median",

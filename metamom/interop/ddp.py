@@ -70,8 +70,8 @@ def register(
             operator is copied, with its state.
         scope: what C acts on: the gradient of the whole ``"model"``, flattened in the order of its parameters, or that
             of each ``"bucket"`` of DDP (``bucket_cap_mb``) by itself. Random operators draw alike in each bucket.
-        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust.robust_mean`. One with a state is a
-            `metamom.server.robust.RobustMean`, with ``scope="model"``; save its `state_dict` along with the others.
+        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust_mean`. One with a state is a
+            `metamom.server.RobustMean`, with ``scope="model"``; save its `state_dict` along with the others.
         dtype: in which gradients are sent and C and its state compute. By default float32, or float64 for gradients in
             float64. With ``torch.float16`` and no operator this is torch's ``fp16_compress_hook``.
         scaler: the `torch.amp.GradScaler` of the loop, if there is one. C then acts on gradients divided by its scale,

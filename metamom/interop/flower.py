@@ -252,7 +252,7 @@ class MomentumStrategy(flower.serverapp.strategy.FedAvg):  # type: ignore[misc, 
     Args:
         optimizer: makes the server's optimizer from the parameters: ``lambda p: CompositeMomentum(p, lr=0.1)``.
         bias: the operator C, as of `client_app`, for its messages.
-        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust.robust_mean`.
+        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust_mean`.
         **options: of ``flwr.serverapp.strategy.FedAvg``, such as ``fraction_train=0.25``.
 
     Attributes:

@@ -100,8 +100,8 @@ class Training(Adapting):
             bias: the operator C on each worker's flattened gradient ``[n, d]``, its SPEC (``"topk:5%"``), or a function
                 ``[d] -> [d]``; none by default. Error feedback and tracked estimators update their state unless the
                 step fails.
-            aggregate: ``"mean"``, or a robust mean: see `metamom.server.robust.robust_mean`. One with a state
-                (centred clipping, bucketing) or an attack is a `metamom.server.robust.RobustMean`, the same in each
+            aggregate: ``"mean"``, or a robust mean: see `metamom.server.robust_mean`. One with a state
+                (centred clipping, bucketing) or an attack is a `metamom.server.RobustMean`, the same in each
                 step.
             world: the processes that compute this step together; one by default. Every process gets the gradient,
                 loss and metrics over all processes.

@@ -70,7 +70,7 @@ class Aggregation:
         n: number of workers, over all processes.
         bias: the operator C on ``[n, d]``, its SPEC, or a function ``[d] -> [d]``; ``None`` for none. A SPEC must not
             name an operator with state from step to step: create such an operator once and pass it.
-        how: see `metamom.server.robust.robust_mean`; or a `metamom.server.robust.RobustMean`, with its state and an
+        how: see `metamom.server.robust_mean`; or a `metamom.server.RobustMean`, with its state and an
             attack. Its state changes in `finish`.
         sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself.
         world: the processes; one by default.

@@ -258,7 +258,7 @@ def as_robust_mean(how: AnyAggregate) -> RobustMean:
     if robust.stateful:
         raise ValueError(
             f"aggregate={how!r} would be a new robust mean at each step, but it carries a state from step to step (the "
-            f"last aggregate, or a count of draws): make it once, robust = metamom.server.robust.RobustMean({how!r}), "
+            f"last aggregate, or a count of draws): make it once, robust = metamom.server.RobustMean({how!r}), "
             "and pass aggregate=robust."
         )
     return robust

@@ -110,7 +110,7 @@ def train(
         workers: n, must divide ``meta_batch``.
         bias: the operator on each worker's gradient, its SPEC (``"topk:5%"``), or a function ``[d] -> [d]``. Its state
             is reset at the start of the run, and saved with it.
-        aggregate: how the server combines the workers' gradients; see `metamom.server.robust.robust_mean`. If it has a
+        aggregate: how the server combines the workers' gradients; see `metamom.server.robust_mean`. If it has a
             state, it starts with the run, and is saved with it.
         attack: what the last F workers send instead of their gradients, to test ``aggregate``: ``"alie:2"``; see
             `metamom.server.attacks`.

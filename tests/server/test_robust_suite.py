@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from metamom.common import choices
 from metamom.server.attacks import ATTACKS as ATTACK_KINDS
 from metamom.server.attacks import parse_attack
 from metamom.server.robust import Memory, RobustMean, as_robust_mean, check_aggregate, parse_rule, robust_mean
+from metamom.server.rules import base
 from metamom.server.rules.base import MIXERS, load_all
 from metamom.server.rules.base import RULES as RULE_KINDS
-from metamom.server.spelling import spelled
+from metamom.server.rules.mixing import NearestNeighbours
+from metamom.server.spelling import Argument, Kind, spelled
 
 each_rule = pytest.mark.parametrize("how", RULES)
 each_attack = pytest.mark.parametrize("attack", ATTACKS)
@@ -34,6 +37,26 @@ def test_the_lists_have_every_kind():
     mixers = [f"{spelled(name, kind)}>RULE" for name, kind in MIXERS.items()]
     assert set(choices.AGGREGATES) == {*spellings, *mixers}
     assert set(choices.ATTACKS) == {spelled(name, kind) for name, kind in ATTACK_KINDS.items()}
+
+
+def test_a_rule_is_added_in_one_place(monkeypatch):
+    load_all()
+
+    @dataclass(frozen=True)
+    class First(base.Rule):
+        skipped: int = 0
+
+        @property
+        def spec(self) -> str:
+            return f"first:{self.skipped}"
+
+        def combine(self, rows, memory=base.START):
+            return rows[self.skipped].clone()
+
+    monkeypatch.setitem(RULE_KINDS, "first", Kind(First, (Argument("skipped", int, "K"),)))
+    assert torch.equal(robust_mean(vectors(), "nnm:2>first:1"), NearestNeighbours(2).mix(vectors())[1])
+    with pytest.raises(ValueError, match=r"aggregate must be mean, .* first:K, "):
+        parse_rule("second:1")
 
 
 @each_rule
