@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metamom.bias.checks import check_seed
+from metamom.bias.checks import all_finite, check_seed
 from metamom.common.checks import check_number
 from metamom.rng import DrawCoordinates, Floats, Purpose, normals, uniforms
 from metamom.server.rules.base import FAULTY, check_faulty
@@ -57,11 +57,17 @@ class Attack(ABC):
         """
 
     def __call__(self, rows: Tensor, step: int = 0) -> Tensor:
-        """The vectors ``[n, d]`` with the last F replaced; ``rows`` do not change."""
+        """The vectors ``[n, d]`` with the last F replaced; ``rows`` do not change.
+
+        Raises:
+            ValueError: as `check`, and if what they send is beyond the range of the vectors' dtype.
+        """
         self.check(len(rows))
         x = widened(rows)
         honest = len(rows) - self.faulty
         sent = self.sent(x[:honest], x[honest:], step).to(rows.dtype)
+        if not all_finite(sent):
+            raise ValueError(f"attack {self.spec} sends numbers beyond the range of {rows.dtype}: weaken it.")
         return torch.cat([rows[:honest], sent.expand(self.faulty, -1)])
 
     def check(self, workers: int) -> None:

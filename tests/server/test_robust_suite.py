@@ -320,6 +320,11 @@ def test_bad_spellings_of_attacks(attack):
         parse_attack(attack)
 
 
+def test_an_attack_beyond_the_range_of_the_dtype():
+    with pytest.raises(ValueError, match=r"sends numbers beyond the range of torch\.float16: weaken it"):
+        parse_attack("gaussian:2:std=1e9")(vectors(dtype=torch.float16))
+
+
 def test_another_type():
     with pytest.raises(TypeError, match=r"attack is a name .* got 3"):
         parse_attack(3)  # type: ignore[arg-type]

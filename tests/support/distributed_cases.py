@@ -84,7 +84,8 @@ CASES = {
 ON_FOUR = [
     "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
-    "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina", "byz-ef21-sgdm", "buckets",
+    "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
+    "byz-ef21-sgdm", "buckets",
 ]  # fmt: skip
 # gone on with on another number of processes
 RESUMED = (
