@@ -26,7 +26,6 @@ from metamom.common.flag_types import folder, task_count
 from metamom.common.intervals import student_halfwidth
 from metamom.experiments.quadratics import Quadratics
 from metamom.optim import momentum_update
-from metamom.server.aggregate import aggregate
 from metamom.server.robust import RobustMean
 
 N, FAULTY, D = 10, 2, 10
@@ -87,7 +86,9 @@ def stops_at(method: Method, rule: str, attack: str | None, seed: int, steps: in
     v, norms = torch.zeros_like(x), []
     for _ in range(steps):
         noise = NOISE * torch.randn(N, D, generator=generator, dtype=torch.float64)
-        v = momentum_update(v, aggregate(problem.gradients(x) + noise, operator, robust)[0], method.beta)
+        total = robust.combine(operator(problem.gradients(x) + noise))
+        robust.commit(total)
+        v = momentum_update(v, total, method.beta)
         x = x - LR * v
         norms.append(float(honest.gradients(x).mean(0).square().sum()))
     return sum(norms[-last:]) / last
@@ -120,7 +121,7 @@ def main() -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description="Robust means under attack.", allow_abbrev=False)
     parser.add_argument("--run-dir", type=folder, default=Path("runs/attacks"), help="where to write the report")
-    parser.add_argument("--seeds", type=task_count, default=4, help="runs of each (default: 4)")
+    parser.add_argument("--seeds", type=task_count, default=3, help="runs of each (default: 3)")
     arguments = parser.parse_args()
     entries = measured(arguments.seeds)
     text = report(entries)

@@ -70,7 +70,7 @@ CASES = {
     "median ef21 rank0": Case("ef21:topk:5%", aggregate="median", server="rank0"),
     "geomedian": Case("clip:1", aggregate="geomedian"),
     "byz-ef21-sgdm": Case("ef21-sgdm(0.2):topk:5%", beta=1.0, aggregate="centred-clip:0.5", attack="ipm:2"),
-    "buckets": Case(aggregate="bucketing:2>median", attack="gaussian:2:std=0.1", server="rank0"),
+    "buckets": Case(aggregate="bucketing:2>median", attack="gaussian:2:std=0.1"),
     "one worker": Case(workers=1),
     "one worker, ef21": Case("ef21:topk:5%", workers=1),
     "two workers, rank0": Case("topk:5%", workers=2, server="rank0"),
