@@ -96,20 +96,21 @@ class Messages:
 
     def __init__(self, n: int, how: RobustMean, step: PendingStep, world: World) -> None:
         self._n, self._how, self._step, self._world = n, how, step, world
-        self._messages: list[Tensor] = []
+        self._messages: list[tuple[int, Tensor]] = []  # with their workers
         self._like = torch.empty(0)  # one worker's gradient
         self._sent = 0  # bytes
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Collected`."""
-        self._messages += self._step.send(rows, workers)
+        self._messages += zip(workers, self._step.send(rows, workers), strict=True)
         self._like = rows[0]
 
     def combined(self) -> Tensor:
         """See `Collected`."""
+        self._messages.sort(key=lambda each: each[0])  # processes have consecutive workers
         everyones = self._lengths()
         self._sent = int(everyones.sum())
-        mine = torch.cat(self._messages)
+        mine = torch.cat([message for _, message in self._messages])
         padded = nn.functional.pad(mine, (0, int(everyones.sum(1).max()) - len(mine)))
         gathered = self._world.gather_to_server(padded)
 
@@ -127,7 +128,7 @@ class Messages:
 
     def _lengths(self) -> Tensor:
         """The lengths of all messages, ``[processes, workers of each]``."""
-        mine = torch.tensor([len(message) for message in self._messages])
+        mine = torch.tensor([len(message) for _, message in self._messages])
         return self._world.gather(mine) if self._step.operator.varies else mine.expand(self._world.size, -1)
 
     def wire_bytes(self, total: Tensor) -> int:

@@ -103,6 +103,15 @@ def test_the_order_in_which_workers_are_added_plays_no_part():
     expected, expected_report = aggregate(STEPS[0], None, robust)
     assert torch.equal(total, expected)
     assert report["bias_error"] == pytest.approx(expected_report["bias_error"])
+
+    def run(world: World) -> Tensor:
+        server = Aggregation(N, parse("topk:2"), robust, world=world, measure=False)
+        for worker in reversed(world.workers(N)):
+            server.add(STEPS[0][[worker]], [worker])
+        return server.finish()[0]
+
+    wanted = aggregate(STEPS[0], parse("topk:2"), robust)[0]
+    assert all(torch.equal(found, wanted) for found in on_processes(2, run))
     with pytest.raises(ValueError, match="an attack acts on the last of workers 0 to 1; got worker 5"):
         aggregate(STEPS[0][:2], None, RobustMean("mean", "ipm:1"), workers=[0, 5])
 
