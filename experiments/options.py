@@ -1,7 +1,7 @@
 """The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
 
 To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it; `LearnerOptions` says which
-kind of learner.
+kind of learner, `AttackOptions` which workers attack.
 `metamom.experiments.recipes.Recipe` is where it takes effect.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metamom.common.choices import (
+    AGGREGATES,
     FIRST_STEPS,
     LEARNED_STEP_SIZES,
     NORMS,
@@ -37,9 +38,9 @@ from metamom.common.flag_types import (
     task_count,
 )
 from metamom.common.options import Flag, declared, option
+from metamom.experiments.attack_options import AttackOptions
 from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
-from metamom.experiments.learner_options import LearnerOptions
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -96,7 +97,7 @@ def _proximal(task: str) -> str:
 
 
 @dataclass(frozen=True)
-class RecipeOptions(LearnerOptions):
+class RecipeOptions(AttackOptions):
     """The options that decide how a run goes, but for its length.
 
     ``None`` stands for the task's default, unless the help says otherwise.
@@ -297,7 +298,7 @@ class RecipeOptions(LearnerOptions):
         "mean",
         flag=Flag(
             "bias",
-            "how the server aggregates the workers' gradients: mean, median, trimmed:SHARE, geomedian",
+            f"how the server aggregates the workers' gradients: {', '.join(AGGREGATES)}",
             metavar="SPEC",
         ),
     )

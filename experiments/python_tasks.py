@@ -124,7 +124,11 @@ def recipe_of_tasks(settings: Mapping[str, Any], *, root: str | None = None) -> 
         "task": "images" if images else str(within.get("family")).lower(),
         **{name: within[name] for name in ("ways", "queries", "seed", "dtype", "within_alphabet") if name in within},
         **{name: options[name] for name in ("inner_steps", "inner_batches", "estimator") if name in options},
-        **{name: settings[name] for name in ("workers", "meta_batch", "bias", "aggregate") if name in settings},
+        **{
+            name: settings[name]
+            for name in ("workers", "meta_batch", "bias", "aggregate", "attack")
+            if name in settings
+        },
         **({"fixed_tasks": fixed["n"], "order": fixed["order"]} if fixed else {}),
         **({"on_broken": settings.get("location", {}).get("on_broken", "raise")} if images else {}),
     }

@@ -37,7 +37,7 @@ from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
 from metamom.maml.proximal import as_proximal
-from metamom.server.robust import check_aggregate
+from metamom.server.robust import RobustMean
 from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
@@ -90,7 +90,7 @@ class Recipe(RecipeOptions):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.family.check(**self.own())
         check_seed(self.seed)
-        check_aggregate(self.aggregate)
+        RobustMean(self.aggregate, self.attack)  # checks them
         self._check_fixed_tasks()
         self._check_learner()
         self._check_optimizer()

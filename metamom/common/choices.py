@@ -38,7 +38,25 @@ METRICS = ("accuracy", "loss", "macro-f1", "rmse", "calibration-error")
 
 ChunkSize = int | Literal["auto"] | None  # of `metamom.MAML`
 CompileMode = bool | Literal["auto"]  # of `metamom.MAML`
-Aggregate = str  # "mean", "median", "trimmed:SHARE" or "geomedian": `metamom.server.robust.robust_mean`
+Aggregate = str  # one of these: `metamom.server.robust_mean`
+AGGREGATES = (
+    "mean",
+    "median",
+    "trimmed:SHARE",
+    "geomedian",
+    "krum:F",
+    "multi-krum:F[:M]",
+    "centred-clip:RADIUS[:iterations=L]",
+    "nnm:F>RULE",
+    "bucketing:S[:seed=SEED]>RULE",
+)
+ATTACKS = (  # `metamom.server.attacks`
+    "sign-flip:F",
+    "ipm:F[:eps=EPS]",
+    "alie:F[:z=Z]",
+    "mimic:F[:worker=I]",
+    "gaussian:F[:std=STD][:seed=SEED]",
+)
 
 Standardize = Literal["data", "imagenet", "none"]  # of images: which channel means and deviations to take away
 STANDARDIZED: tuple[Standardize, ...] = get_args(Standardize)

@@ -30,7 +30,7 @@ from metamom.common.trees import mapped
 from metamom.distributed import World
 from metamom.interop.ddp_state import Groups, divided, joined
 from metamom.server.aggregate import Aggregation
-from metamom.server.robust import Aggregate, check_aggregate
+from metamom.server.robust import AnyAggregate, as_robust_mean
 
 __all__ = ["BiasedReduction", "register"]
 
@@ -50,7 +50,7 @@ def register(
     bias: Bias = None,
     scope: Scope = "model",
     *,
-    aggregate: Aggregate = "mean",
+    aggregate: AnyAggregate = "mean",
     dtype: torch.dtype | None = None,
     scaler: GradScaler | None = None,
 ) -> "BiasedReduction":
@@ -70,7 +70,8 @@ def register(
             operator is copied, with its state.
         scope: what C acts on: the gradient of the whole ``"model"``, flattened in the order of its parameters, or that
             of each ``"bucket"`` of DDP (``bucket_cap_mb``) by itself. Random operators draw alike in each bucket.
-        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust.robust_mean`.
+        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust_mean`. One with a state is a
+            `metamom.server.RobustMean`, with ``scope="model"``; save its `state_dict` along with the others.
         dtype: in which gradients are sent and C and its state compute. By default float32, or float64 for gradients in
             float64. With ``torch.float16`` and no operator this is torch's ``fp16_compress_hook``.
         scaler: the `torch.amp.GradScaler` of the loop, if there is one. C then acts on gradients divided by its scale,
@@ -124,13 +125,16 @@ class BiasedReduction:
         parameters: dict[str, nn.Parameter],
         bias: Bias,
         scope: Scope,
-        aggregate: Aggregate,
+        aggregate: AnyAggregate,
         dtype: torch.dtype | None,
         scaler: GradScaler | None,
         group: dist.ProcessGroup,
     ) -> None:
         check_word("scope", scope, ("model", "bucket"))
-        check_aggregate(aggregate, group.size())
+        robust = as_robust_mean(aggregate)
+        robust.check(group.size())
+        if robust.stateful and scope == "bucket":
+            raise ValueError(f"{robust} keeps a state of whole gradients: use scope='model'.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype is a floating-point dtype, such as torch.bfloat16; got {dtype!r}.")
         operator = copy.deepcopy(as_operator(bias) or Identity())
@@ -146,8 +150,9 @@ class BiasedReduction:
         self._sizes = Layout(p.shape for p in parameters.values())
         if scope == "model":
             operator.wire_bytes(sum(self._sizes), sizes=self._sizes)  # checks K
-        operator.shard([self.world.rank], each=aggregate != "mean")
-        self._scope, self._aggregate, self._dtype, self._scaler = scope, aggregate, dtype, scaler
+        operator.shard([self.world.rank], each=robust.gathers)
+        self._scope, self._robust, self._dtype, self._scaler = scope, robust, dtype, scaler
+        self._aggregate = robust.spec
         self._whole: Groups = (tuple(range(len(parameters))),)
         self._groups: Groups = self._whole
         self._operators = [operator]  # of each group
@@ -221,7 +226,7 @@ class BiasedReduction:
     def _fit(self, operator: BiasOperator, state: Mapping[str, Any], strict: bool) -> None:
         """Keep this process's part of a loaded state of error feedback."""
         n, rank, loaded = self.world.size, self.world.rank, operator.current_state()
-        each = self._aggregate != "mean"
+        each = self._robust.gathers
         same = state["workers"] == n
         if not same and strict:
             raise ValueError(
@@ -306,7 +311,7 @@ class BiasedReduction:
     def _step(self, operator: BiasOperator, group: Sequence[int], row: Tensor) -> Aggregation:
         """The server's step for one group, which has this worker's gradient."""
         sizes = Layout(self._sizes.shapes[number] for number in group)
-        step = Aggregation(self.world.size, operator, self._aggregate, sizes=sizes, world=self.world, measure=False)
+        step = Aggregation(self.world.size, operator, self._robust, sizes=sizes, world=self.world, measure=False)
         step.add(row.to(self._dtype or row.dtype), [self.world.rank])
         return step
 

@@ -29,7 +29,7 @@ from metamom.interop.imports import import_flower
 from metamom.judging import judged
 from metamom.maml.learner import MAML
 from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
-from metamom.server.robust import Aggregate, check_aggregate
+from metamom.server.robust import Aggregate, RobustMean
 
 __all__ = ["MomentumStrategy", "client_app", "from_arrays", "to_arrays"]
 
@@ -252,7 +252,7 @@ class MomentumStrategy(flower.serverapp.strategy.FedAvg):  # type: ignore[misc, 
     Args:
         optimizer: makes the server's optimizer from the parameters: ``lambda p: CompositeMomentum(p, lr=0.1)``.
         bias: the operator C, as of `client_app`, for its messages.
-        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust.robust_mean`.
+        aggregate: ``"mean"`` or a robust mean, see `metamom.server.robust_mean`.
         **options: of ``flwr.serverapp.strategy.FedAvg``, such as ``fraction_train=0.25``.
 
     Attributes:
@@ -287,11 +287,11 @@ class MomentumStrategy(flower.serverapp.strategy.FedAvg):  # type: ignore[misc, 
                 "MomentumStrategy needs a function that makes the optimizer from the parameters, such as "
                 f"lambda p: CompositeMomentum(p, lr=0.1); got {optimizer!r:.60}."
             )
-        check_aggregate(aggregate)
+        robust = RobustMean(aggregate)
         super().__init__(**options)
         self.optimizer: Optimizer | None = None
         self.participants: dict[int, list[int]] = {}
-        self._make_optimizer, self._operator, self._aggregate = optimizer, _operator(bias), aggregate
+        self._make_optimizer, self._operator, self._robust = optimizer, _operator(bias), robust
         self._weights: dict[str, nn.Parameter] = {}
         self._estimates: dict[int, Tensor] = {}  # the server's [d] of each client, by number (EF21)
         self._delivered: dict[int, int] = {}  # the last round of which the message of a node arrived
@@ -356,7 +356,7 @@ class MomentumStrategy(flower.serverapp.strategy.FedAvg):  # type: ignore[misc, 
             # what arrived now may be more than what the server keeps of it (DIANA)
             rows = [present.get(number, self._estimates[number]) for number in sorted(self._estimates)]
             rows += [torch.zeros_like(rows[0])] * (self._nodes - len(rows))
-        server = Aggregation(len(rows), None, self._aggregate, measure=False)
+        server = Aggregation(len(rows), None, self._robust, measure=False)
         server.add(torch.stack(rows), range(len(rows)))
         return server.finish()
 

@@ -19,7 +19,7 @@ from metamom.maml.gradient import MetaGradients, OfTasks
 from metamom.maml.not_finite import not_finite
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import Aggregation, deliver, unflatten
-from metamom.server.robust import Aggregate
+from metamom.server.robust import AnyAggregate
 
 
 class Backward(NamedTuple):
@@ -44,7 +44,7 @@ def server_step(
     *,
     workers: int,
     bias: Bias,
-    aggregate: Aggregate,
+    aggregate: AnyAggregate,
     world: World,
     measure: bool,
     check_finite: bool,

@@ -22,7 +22,7 @@ from metamom.maml.server_step import server_step
 from metamom.maml.task_weights import Params
 from metamom.maml.training_loss import with_gradient
 from metamom.server.aggregate import after_hooks, unflatten
-from metamom.server.robust import Aggregate
+from metamom.server.robust import AnyAggregate
 
 
 class MetaGradient(NamedTuple):
@@ -87,7 +87,7 @@ class Training(Adapting):
         *,
         workers: int = 1,
         bias: Bias = None,
-        aggregate: Aggregate = "mean",
+        aggregate: AnyAggregate = "mean",
         world: World | None = None,
         measure: bool = True,
         check_finite: bool = True,
@@ -100,7 +100,9 @@ class Training(Adapting):
             bias: the operator C on each worker's flattened gradient ``[n, d]``, its SPEC (``"topk:5%"``), or a function
                 ``[d] -> [d]``; none by default. Error feedback and tracked estimators update their state unless the
                 step fails.
-            aggregate: ``"mean"``, or a robust mean: see `metamom.server.robust.robust_mean`.
+            aggregate: ``"mean"``, or a robust mean: see `metamom.server.robust_mean`. One with a state
+                (centred clipping, bucketing) or an attack is a `metamom.server.RobustMean`, the same in each
+                step.
             world: the processes that compute this step together; one by default. Every process gets the gradient,
                 loss and metrics over all processes.
             measure: whether to measure ``bias_error``. With several processes this exchanges whole gradients.
@@ -135,7 +137,7 @@ class Training(Adapting):
         *,
         workers: int = 1,
         bias: Bias = None,
-        aggregate: Aggregate = "mean",
+        aggregate: AnyAggregate = "mean",
         check_finite: bool = True,
     ) -> Tensor:
         """The mean query loss over the tasks, a 0-d tensor; its ``backward()`` gives what `backward` adds to ``.grad``.

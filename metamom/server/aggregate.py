@@ -13,7 +13,7 @@ from metamom.bias.coordinates import Sizes
 from metamom.bias.function import without_state
 from metamom.common.averaged import forget, note
 from metamom.distributed import World, as_world
-from metamom.server.robust import Aggregate, check_aggregate
+from metamom.server.robust import AnyAggregate, as_robust_mean
 from metamom.server.workers import OwnWorkers, SharedWorkers
 
 
@@ -70,14 +70,16 @@ class Aggregation:
         n: number of workers, over all processes.
         bias: the operator C on ``[n, d]``, its SPEC, or a function ``[d] -> [d]``; ``None`` for none. A SPEC must not
             name an operator with state from step to step: create such an operator once and pass it.
-        how: see `metamom.server.robust.robust_mean`.
+        how: see `metamom.server.robust_mean`; or a `metamom.server.RobustMean`, with its state and an
+            attack. Its state changes in `finish`.
         sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself, or their
             `metamom.bias.Layout`, for operators on matrices.
         world: the processes; one by default.
         measure: whether to measure the ``bias_error``. With several processes this exchanges uncompressed gradients.
 
     Raises:
-        ValueError: for an unknown ``how``, or one that trims none of n workers; for a SPEC that does not name an
+        ValueError: for an unknown ``how``, a name of one with state, or one that cannot combine n workers or trims
+            none of them; for a SPEC that does not name an
             operator, or names one with state; for workers that cannot be split over the processes; for an operator
             that draws in the order of calls, with several processes.
 
@@ -89,7 +91,7 @@ class Aggregation:
         self,
         n: int,
         bias: Bias = None,
-        how: Aggregate = "mean",
+        how: AnyAggregate = "mean",
         *,
         sizes: Sizes | None = None,
         world: World | None = None,
@@ -97,8 +99,9 @@ class Aggregation:
     ) -> None:
         world = as_world(world)
         operator = without_state(bias)
-        check_aggregate(how, n)
-        if how != "mean":
+        robust = as_robust_mean(how)
+        robust.check(n)
+        if robust.gathers:
             # a robust mean would hide one worker's NaN, so use an operator, which checks for it
             operator = operator or Identity()
         if world.size > 1 and operator is not None and not operator.separable:
@@ -110,9 +113,9 @@ class Aggregation:
         self.operator = operator
         self._workers: OwnWorkers | SharedWorkers
         if n < world.size:
-            self._workers = SharedWorkers(n, operator, how, sizes, world)
+            self._workers = SharedWorkers(n, operator, robust, sizes, world)
         else:
-            self._workers = OwnWorkers(n, operator, how, sizes, world, measure)
+            self._workers = OwnWorkers(n, operator, robust, sizes, world, measure)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """Add gradients ``[k, d]`` of these workers, each worker once.
@@ -127,7 +130,7 @@ class Aggregation:
         self._workers.add(rows, workers)
 
     def finish(self) -> tuple[Tensor, dict[str, float | int | None]]:
-        """Compute the aggregate, and store the operator's next state.
+        """Compute the aggregate, and store the next state of the operator and of the robust mean.
 
         Returns:
             ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
@@ -139,7 +142,7 @@ class Aggregation:
 def aggregate(
     grads: Tensor,
     bias: Bias = None,
-    how: Aggregate = "mean",
+    how: AnyAggregate = "mean",
     *,
     workers: Sequence[int] | None = None,
     sizes: Sizes | None = None,

@@ -11,7 +11,7 @@ from torch.linalg import vector_norm
 
 from metamom.distributed import World
 from metamom.server.pending import PendingStep
-from metamom.server.robust import Aggregate, robust_mean
+from metamom.server.robust import RobustMean
 
 
 class Collected(Protocol):
@@ -56,7 +56,7 @@ class StreamedSum:
 
 
 class AllRows:
-    """Keeps the operator's outputs, for an aggregate that is not a mean. All rows are added in one call.
+    """Keeps the operator's outputs, for an aggregate that needs each of them. All rows are added in one call.
 
     Args:
         n: number of workers, over all processes.
@@ -65,18 +65,19 @@ class AllRows:
         world: the processes.
     """
 
-    def __init__(self, n: int, how: Aggregate, step: PendingStep, world: World) -> None:
+    def __init__(self, n: int, how: RobustMean, step: PendingStep, world: World) -> None:
         self._n, self._how, self._step, self._world = n, how, step, world
         self._rows = torch.empty(0)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Collected`."""
-        self._rows = self._step.apply(rows, workers)
+        rows, order = self._step.apply(rows, workers), _ascending(workers)
+        self._rows = rows if order == [*range(len(order))] else rows[order]
 
     def combined(self) -> Tensor:
         """See `Collected`."""
         rows = self._world.gather_to_server(self._rows)
-        return from_server(self._world, lambda: robust_mean(rows.flatten(0, 1), self._how), like=self._rows[0])
+        return from_server(self._world, lambda: self._how.combine(rows.flatten(0, 1)), like=self._rows[0])
 
     def wire_bytes(self, total: Tensor) -> int:
         """See `Collected`."""
@@ -93,40 +94,41 @@ class Messages:
         world: the processes.
     """
 
-    def __init__(self, n: int, how: Aggregate, step: PendingStep, world: World) -> None:
+    def __init__(self, n: int, how: RobustMean, step: PendingStep, world: World) -> None:
         self._n, self._how, self._step, self._world = n, how, step, world
-        self._messages: list[Tensor] = []
+        self._messages: list[tuple[int, Tensor]] = []  # with their workers
         self._like = torch.empty(0)  # one worker's gradient
         self._sent = 0  # bytes
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Collected`."""
-        self._messages += self._step.send(rows, workers)
+        self._messages += zip(workers, self._step.send(rows, workers), strict=True)
         self._like = rows[0]
 
     def combined(self) -> Tensor:
         """See `Collected`."""
+        self._messages.sort(key=lambda each: each[0])  # processes have consecutive workers
         everyones = self._lengths()
         self._sent = int(everyones.sum())
-        mine = torch.cat(self._messages)
+        mine = torch.cat([message for _, message in self._messages])
         padded = nn.functional.pad(mine, (0, int(everyones.sum(1).max()) - len(mine)))
         gathered = self._world.gather_to_server(padded)
 
         def made() -> Tensor:
             messages = [
                 message
-                for row, each in zip(gathered, everyones.tolist(), strict=True)
-                for message in row[: sum(each)].split(each)
+                for row, lengths in zip(gathered, everyones.tolist(), strict=True)
+                for message in row[: sum(lengths)].split(lengths)
             ]
-            mean = self._how == "mean"
-            whole = self._step.receive(messages, len(self._like), self._like.dtype, each=not mean)
-            return whole / self._n if mean else robust_mean(whole, self._how)
+            each = self._how.gathers
+            whole = self._step.receive(messages, len(self._like), self._like.dtype, each=each)
+            return self._how.combine(whole) if each else whole / self._n
 
         return from_server(self._world, made, self._like)
 
     def _lengths(self) -> Tensor:
         """The lengths of all messages, ``[processes, workers of each]``."""
-        mine = torch.tensor([len(message) for message in self._messages])
+        mine = torch.tensor([len(message) for _, message in self._messages])
         return self._world.gather(mine) if self._step.operator.varies else mine.expand(self._world.size, -1)
 
     def wire_bytes(self, total: Tensor) -> int:
@@ -161,7 +163,7 @@ class PlainMean:
     """The mean of the gradients without the operator, to measure its error.
 
     Args:
-        n: number of workers, over all processes.
+        n: number of workers, over all processes; the honest ones if some attack.
         world: the processes.
     """
 
@@ -183,8 +185,13 @@ class PlainMean:
 
 def add_rows(total: Tensor | None, rows: Tensor) -> Tensor:
     """Add the sum of rows ``[k, d]`` to a total ``[d]``; without a total, a single row is not copied."""
-    new = rows.sum(0) if len(rows) > 1 else rows[0]
+    new = rows[0] if len(rows) == 1 else rows.sum(0)
     return new if total is None else total + new
+
+
+def _ascending(workers: Sequence[int]) -> list[int]:
+    """The order in which these workers' numbers rise: robust means see the workers in this order."""
+    return sorted(range(len(workers)), key=lambda row: workers[row])
 
 
 def reducible(total: Tensor, world: World) -> Tensor:

@@ -12,7 +12,7 @@ from metamom.bias.coordinates import Sizes
 from metamom.distributed import World
 from metamom.server.collect import AllRows, Collected, HeldBack, Messages, PlainMean, StreamedSum, reducible
 from metamom.server.pending import PendingStep
-from metamom.server.robust import Aggregate
+from metamom.server.robust import RobustMean
 
 Report = dict[str, float | int | None]  # grad_norm, bias_error and wire_bytes
 
@@ -21,17 +21,20 @@ class OwnWorkers:
     """Each process adds the gradients of its own workers. Arguments as of an `Aggregation`, but an ``operator``."""
 
     def __init__(
-        self, n: int, operator: BiasOperator | None, how: Aggregate, sizes: Sizes | None, world: World, measure: bool
+        self, n: int, operator: BiasOperator | None, how: RobustMean, sizes: Sizes | None, world: World, measure: bool
     ) -> None:
-        mine, mean = len(world.workers(n)), how == "mean"
-        streams = mean and (operator is None or (operator.separable and not operator.feeds_back))
+        mine = len(world.workers(n))
+        self._n, self._how = n, how
+        streams = not how.gathers and (operator is None or (operator.separable and not operator.feeds_back))
         self._step = None if operator is None else PendingStep(operator, sizes)
         self._held = None if streams else HeldBack(mine)
-        self._plain = None if operator is None or not measure else PlainMean(n, world)
+        self._plain = None if operator is None or not measure else PlainMean(n - how.faulty, world)
         self._collected = _collected(n, how, self._step, world)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Aggregation.add`."""
+        if self._how.faulty and max(workers, default=0) >= self._n:
+            raise ValueError(f"an attack acts on the last of workers 0 to {self._n - 1}; got worker {max(workers)}.")
         if self._held is not None:
             whole = self._held.add(rows, workers)
             if whole is None:
@@ -39,7 +42,9 @@ class OwnWorkers:
             rows, workers = whole
         self._collected.add(rows, workers)
         if self._plain is not None:
-            self._plain.add(rows)
+            self._plain.add(
+                rows[[worker < self._n - self._how.faulty for worker in workers]] if self._how.faulty else rows
+            )
 
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""
@@ -54,6 +59,7 @@ class OwnWorkers:
         }
         if self._step is not None:
             self._step.commit()
+        self._how.commit(total)
         return total, report
 
 
@@ -64,7 +70,7 @@ class SharedWorkers:
     """
 
     def __init__(
-        self, n: int, operator: BiasOperator | None, how: Aggregate, sizes: Sizes | None, world: World
+        self, n: int, operator: BiasOperator | None, how: RobustMean, sizes: Sizes | None, world: World
     ) -> None:
         self._n, self._world = n, world
         self._server = OwnWorkers(n, operator, how, sizes, World(), measure=True)
@@ -83,11 +89,11 @@ class SharedWorkers:
         return self._server.finish()
 
 
-def _collected(n: int, how: Aggregate, step: PendingStep | None, world: World) -> Collected:
+def _collected(n: int, how: RobustMean, step: PendingStep | None, world: World) -> Collected:
     """The way to collect that fits the aggregate, the operator and the number of processes."""
     if step is not None and step.operator.compresses and world.size > 1:
         return Messages(n, how, step, world)
-    if how == "mean":
+    if not how.gathers:
         return StreamedSum(n, step, world)
     assert step is not None  # an `Aggregation` takes the identity for a robust mean
     return AllRows(n, how, step, world)

@@ -19,6 +19,7 @@ from metamom.diagnostics.while_training import check_track
 from metamom.distributed import SAME, World, digest
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
+from metamom.server.robust import RobustMean
 from metamom.training import board, plateau
 from metamom.training.callbacks import STOP, Callback, Callbacks
 from metamom.training.directory import RunDirectory
@@ -47,12 +48,14 @@ class Checked:
         operator: the operator on the workers' gradients.
         schedulers: the schedulers as a list.
         callbacks: the callbacks as a list, on the first process; none on the others.
+        robust: how the server combines the workers' gradients, with its state and the attack.
     """
 
     options: Options
     operator: BiasOperator | None
     schedulers: list[Scheduler | ReduceLROnPlateau]
     callbacks: list[Callback]
+    robust: RobustMean
 
     def advance(self) -> None:
         """Advance those schedulers that do so after each step."""
@@ -115,7 +118,8 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
         callbacks.append(board.TensorBoard())
     if world.first and any(isinstance(each, board.TensorBoard) for each in callbacks):
         board.find_writer()
-    return Checked(options, operator, schedulers, callbacks if world.first else [])
+    robust = RobustMean(options.aggregate, options.attack)
+    return Checked(options, operator, schedulers, callbacks if world.first else [], robust)
 
 
 @contextmanager
@@ -127,14 +131,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         metamom.training.checkpoints.CheckpointError: if none of its checkpoints can be used.
     """
     options, operator = checked.options, checked.operator
-    parts: dict[str, Any] = {
-        "learner": learner,
-        "optimizer": optimizer,
-        **{f"scheduler{i}": s for i, s in enumerate(checked.schedulers)},
-    }
-    if operator is not None and operator.state_dict():
-        operator.reset()
-        parts["bias"] = operator
+    parts = _parts(learner, optimizer, checked)
     callbacks = Callbacks(checked.callbacks, world)
     if checked.callbacks:
         parts["callbacks"] = callbacks
@@ -161,7 +158,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
             torch.set_rng_state(world.broadcast_object(torch.get_rng_state))
             if operator is not None:
                 n = options.workers
-                operator.shard(range(n) if n < world.size else world.workers(n), each=options.aggregate != "mean")
+                operator.shard(range(n) if n < world.size else world.workers(n), each=checked.robust.gathers)
         learner.expect(options.iterations - progress.done)
         if run is not None:  # from here on the directory changes
             run.forget_metrics_from(progress.logged, until=options.iterations)
@@ -185,6 +182,21 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         seen = {"learner": learner, "optimizer": optimizer, "run_dir": path, "settings": settings}
         stack.enter_context(callbacks.starting(**seen, iterations=options.iterations, step=progress.done))
         yield session
+
+
+def _parts(learner: MAML, optimizer: Optimizer, checked: Checked) -> dict[str, Any]:
+    """What a run's checkpoints hold, but for its callbacks; the operator's state starts anew."""
+    parts: dict[str, Any] = {
+        "learner": learner,
+        "optimizer": optimizer,
+        **{f"scheduler{i}": s for i, s in enumerate(checked.schedulers)},
+    }
+    if checked.operator is not None and checked.operator.state_dict():
+        checked.operator.reset()
+        parts["bias"] = checked.operator
+    if checked.robust.stateful:
+        parts["aggregate"] = checked.robust
+    return parts
 
 
 def _agree(learner: MAML, plan: Mapping[str, Any], checked: Checked, world: World) -> None:

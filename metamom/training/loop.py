@@ -76,6 +76,7 @@ def train(
     workers: int = 1,
     bias: Bias = None,
     aggregate: Aggregate = "mean",
+    attack: str | None = None,
     clip_grad: float | None = None,
     schedulers: Schedulers = (),
     validation: Sampler | None = None,
@@ -109,7 +110,10 @@ def train(
         workers: n, must divide ``meta_batch``.
         bias: the operator on each worker's gradient, its SPEC (``"topk:5%"``), or a function ``[d] -> [d]``. Its state
             is reset at the start of the run, and saved with it.
-        aggregate: how the server combines the workers' gradients; see `metamom.server.robust.robust_mean`.
+        aggregate: how the server combines the workers' gradients; see `metamom.server.robust_mean`. If it has a
+            state, it starts with the run, and is saved with it.
+        attack: what the last F workers send instead of their gradients, to test ``aggregate``: ``"alie:2"``; see
+            `metamom.server.attacks`.
         clip_grad: the largest norm of the aggregated gradient; a longer one is scaled down to it before the step. (The
             operator ``"clip:..."`` clips each worker's gradient.) The metrics get ``clip_factor``, in (0, 1].
         schedulers: one or several schedulers of this optimizer; each advances after every step. `ReduceLROnPlateau`
@@ -241,7 +245,7 @@ def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, worl
             batch,
             workers=checked.options.workers,
             bias=checked.operator,
-            aggregate=checked.options.aggregate,
+            aggregate=checked.robust,
             world=world,
             measure=world.size == 1 or step % MEASURE_EVERY == 0,
             check_finite=False,  # checked below, where the step is known

@@ -107,6 +107,7 @@ class Options:
     workers: int = option(1, check=whole(), record="settings")
     bias: Bias = option(None, record="settings")
     aggregate: Aggregate = option("mean", record="settings")
+    attack: str | None = option(None, record="settings", later=True)
     track_bias: TrackBias | None = option(
         None,
         record="length",

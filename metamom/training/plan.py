@@ -22,7 +22,7 @@ from metamom.maml.learner import MAML
 from metamom.maml.norm import resolved
 from metamom.optim import CompositeMomentum, LambdaBeta
 from metamom.server.aggregate import Aggregation
-from metamom.server.robust import Aggregate
+from metamom.server.robust import Aggregate, RobustMean
 from metamom.training.contents import Contents
 from metamom.training.options import Options
 from metamom.training.schedule_state import COUNTED_AT_PLATEAUS
@@ -66,7 +66,8 @@ def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World |
         block(options.meta_batch, world.rank, world.size)
     sizes = Layout(p.shape for p in learner.meta_parameters().values())
     # checks that they fit together
-    server = Aggregation(workers, options.bias, options.aggregate, sizes=sizes, world=world)
+    robust = RobustMean(options.aggregate, options.attack)
+    server = Aggregation(workers, options.bias, robust, sizes=sizes, world=world)
     if server.operator is not None:
         server.operator.wire_bytes(sum(sizes), sizes=sizes)  # raises an error if K is too large
     return options

@@ -23,6 +23,7 @@ from metamom.bias.feedback import ErrorFeedback
 from metamom.bias.marina import MARINA
 from metamom.maml.learner import MAML
 from metamom.optim import LambdaBeta
+from metamom.server.robust import RobustMean
 from metamom.training.alike import check_kind, refuse, short
 from metamom.training.checkpoints import CheckpointError
 from metamom.training.optimizer_state import check_loaded, check_optimizer, is_fixed
@@ -90,6 +91,8 @@ def load_parts(
                 check_loaded(before[name], part.state_dict(), moved=moved)
             elif isinstance(part, BiasOperator) and entries is not None:
                 _check_operator(part, entries, workers if step else None, calls)
+            elif isinstance(part, RobustMean) and entries is not None:
+                part.check_loaded(entries, calls)
         if step:
             for name in [name for name, part in parts.items() if isinstance(part, Optimizer)]:
                 check_rates(parts[name], schedules)

@@ -105,6 +105,7 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
         "inner_optimizer": "sgd",
         "multi_step": "0",
         "first_order_until": "0",
+        "attack": "none",
     }
     words |= {"optimizer_args": "its own", "inner_lr_lr": "that of --lr", "clip_grad": "off", "warmup": "0"}
     for name, value in recipe.settings().items():

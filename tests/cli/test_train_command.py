@@ -22,8 +22,8 @@ EVERY_FLAG = {
     "--inner-lr": "0.02", "--inner-steps": "2", "--first-step": "gradient", "--adapt": "2,4",
     "--learn-inner-lr": "tensor", "--estimator": "first-order", "--chunk-size": "2", "--dtype": "float64",
     "--inner-batches": "fresh", "--multi-step": "3",
-    "--device": "cpu", "--workers": "2", "--bias": "topk:5%", "--aggregate": "median", "--optimizer": "momentum",
-    "--fixed-tasks": "8", "--order": "reshuffle",
+    "--device": "cpu", "--workers": "2", "--bias": "topk:5%", "--aggregate": "median",
+    "--attack": "ipm:1", "--optimizer": "momentum", "--fixed-tasks": "8", "--order": "reshuffle",
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
     "--checkpoint-every": "2", "--shots": "4", "--queries": "3", "--evaluate-every": "2", "--evaluate-tasks": "5",
     "--patience": "9", "--optimizer-args": "foreach=false", "--weight-decay": "0.001", "--clip-grad": "0.5",
@@ -53,7 +53,7 @@ def test_train_with_every_flag(metamom, tmp_path):
         "optimizer_args": "foreach=false", "weight_decay": 0.001, "clip_grad": 0.5,
         "schedule": "constant", "warmup": 2, "inner_lr_lr": 0.00005,
         "meta_batch": 4, "workers": 2,
-        "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
+        "bias": "topk:5%", "aggregate": "median", "attack": "ipm:1", "fixed_tasks": 8, "order": "reshuffle",
         "seed": 3, "patience": 9, "dtype": "float64", "device": "cpu",
     }  # fmt: skip
     assert config["length"] == {

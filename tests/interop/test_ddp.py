@@ -19,6 +19,7 @@ from ddp_cases import (
     SIZES,
     STEPS,
     all_cases,
+    attacked,
     flat,
     gradient_of,
     rows_of,
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from metamom.bias import BiasOperator, Layout, parse
 from metamom.server.aggregate import aggregate
+from metamom.server.robust import AnyAggregate
 
 pytestmark = pytest.mark.xdist_group("ddp")
 PROCESSES = (2, 3, 1)  # in this order: two save what one and three go on with
@@ -50,7 +52,7 @@ def assert_close(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-def in_one_process(rows: Sequence[Tensor], bias: BiasOperator | str, how: str = "mean") -> Tensor:
+def in_one_process(rows: Sequence[Tensor], bias: BiasOperator | str, how: AnyAggregate = "mean") -> Tensor:
     """Our own aggregation of each step's gradients ``[n, d]``."""
     operator = parse(bias) if isinstance(bias, str) else copy.deepcopy(bias)
     return torch.stack([aggregate(each, operator, how, sizes=Layout(SHAPES))[0] for each in rows])
@@ -117,6 +119,13 @@ def test_robust_aggregates(how, spec, found):
     wanted = in_one_process(all_rows(3), spec, how)
     for process in found[3]:
         assert_close(process["robust"][f"{how} {spec}"], wanted)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_robust_mean_with_state_under_attack(size, found):
+    wanted = in_one_process(all_rows(size), "ef21:topk:30%", attacked())
+    for process in found[size]:
+        assert_close(process["robust"]["attacked"], wanted)
 
 
 @each_size
@@ -271,6 +280,8 @@ def test_a_model_with_a_hook_can_be_copied_and_pickled(size, found):
         ("k", r"ValueError: TopK needs 1 <= k <= 16 .*got k=17"),
         ("scope", "ValueError: scope .*model.*bucket.*layer"),
         ("aggregate", "ValueError: trimmed:0.1 of 2 workers leaves out none"),
+        ("aggregate by bucket", r"ValueError: RobustMean\(.* keeps a state of whole gradients: use scope='model'"),
+        ("aggregate with state", "ValueError: aggregate='centred-clip:0.5' would be a new robust mean at each step"),
         ("dtype", "TypeError: dtype is a floating-point dtype.*int8"),
         ("scaler", "TypeError: scaler is the torch.amp.GradScaler"),
         ("twice", "ValueError: this DDP model has a communication hook already"),

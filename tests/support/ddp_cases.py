@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metamom import CompositeMomentum, RandK
 from metamom.interop.ddp import register
+from metamom.server import RobustMean
 
 SHAPES = [(5,), (2, 3), (1,), (4,)]
 SIZES = [5, 6, 1, 4]
@@ -111,7 +112,15 @@ def robust() -> dict[str, Tensor]:
                 model = made()
                 register(model, spec, aggregate=how)
                 found[f"{how} {spec}"] = steps(model)
+    if dist.get_world_size() > 1:
+        model = made()
+        register(model, "ef21:topk:30%", aggregate=attacked())
+        found["attacked"] = steps(model)
     return found
+
+
+def attacked() -> RobustMean:
+    return RobustMean("centred-clip:0.5", attack="ipm:1")
 
 
 def as_torch() -> dict[str, tuple[Tensor, Tensor]]:
@@ -271,6 +280,8 @@ def refused(folder: Path) -> dict[str, str]:
     found["k"] = said(lambda: register(made(), "topk:17"))
     found["scope"] = said(lambda: register(made(), "topk:1", "layer"))
     found["aggregate"] = said(lambda: register(made(), aggregate="trimmed:0.1"))
+    found["aggregate by bucket"] = said(lambda: register(made(), scope="bucket", aggregate=attacked()))
+    found["aggregate with state"] = said(lambda: register(made(), aggregate="centred-clip:0.5"))
     found["dtype"] = said(lambda: register(made(), dtype=torch.int8))
     found["scaler"] = said(lambda: register(made(), scaler=2.0))
     twice = made()

@@ -23,6 +23,7 @@ class Case(NamedTuple):
     bias: str = "none"
     workers: int = 8
     aggregate: str = "mean"
+    attack: str | None = None
     server: Server = "replicated"
     beta: float = 0.1
     dtype: torch.dtype = torch.float64
@@ -79,6 +80,8 @@ CASES = {
     **{f"{how} {spec}": Case(spec, aggregate=how) for how in ("median", "trimmed:0.3") for spec in ("none", "topk:5%")},
     "median ef21 rank0": Case("ef21:topk:5%", aggregate="median", server="rank0"),
     "geomedian": Case("clip:1", aggregate="geomedian"),
+    "byz-ef21-sgdm": Case("ef21-sgdm(0.2):topk:5%", beta=1.0, aggregate="centred-clip:0.5", attack="ipm:2"),
+    "buckets": Case(aggregate="bucketing:2>median", attack="gaussian:2:std=0.1"),
     "one worker": Case(workers=1),
     "one worker, ef21": Case("ef21:topk:5%", workers=1),
     "two workers, rank0": Case("topk:5%", workers=2, server="rank0"),
@@ -93,6 +96,7 @@ ON_FOUR = [
     "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
     "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
+    "byz-ef21-sgdm", "buckets",
 ]  # fmt: skip
 # gone on with on another number of processes
 RESUMED = (
@@ -105,6 +109,8 @@ RESUMED = (
     "one worker, ef21",
     "dropout",
     "marina",
+    "byz-ef21-sgdm",
+    "buckets",
 )
 
 
@@ -134,6 +140,7 @@ def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, l
         workers=case.workers,
         bias=bias,
         aggregate=case.aggregate,
+        attack=case.attack,
         world=world,
     )
     return learner, result.metrics
