@@ -183,7 +183,7 @@ class PlainMean:
 
 def add_rows(total: Tensor | None, rows: Tensor) -> Tensor:
     """Add the sum of rows ``[k, d]`` to a total ``[d]``; without a total, a single row is not copied."""
-    new = rows.sum(0) if len(rows) > 1 else rows[0]
+    new = rows[0] if len(rows) == 1 else rows.sum(0)
     return new if total is None else total + new
 
 

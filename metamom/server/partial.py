@@ -1,0 +1,301 @@
+"""A step of the server with absent workers or unequal weights.
+
+Legend: n workers, m of them present; gradients of length d; worker i counts with weight ``w_i``, which sum to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metamom.bias import BiasOperator
+from metamom.bias.coordinates import Sizes
+from metamom.common.checks import check_number
+from metamom.distributed import World
+from metamom.server.collect import add_rows, dense_bytes, from_server, reducible
+from metamom.server.pending import PendingStep
+from metamom.server.robust import Aggregate, check_aggregate, robust_mean
+
+
+def normalised_weights(weights: Sequence[float] | str | None, n: int) -> tuple[float, ...] | None:
+    """Check the weights of n workers, and scale them to sum 1. Equal ones are ``None``.
+
+    Raises:
+        TypeError: for anything but a sequence of numbers.
+        ValueError: unless there are n, all positive and finite.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise TypeError(
+            f"worker_weights are positive numbers, one for each worker, such as [1, 2]; got {weights!r:.80}."
+        )
+    for weight in weights:
+        check_number("each of worker_weights", weight)
+    if len(weights) != n or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"worker_weights are {n} positive, finite numbers, one for each worker; got {len(weights)}: "
+            f"{list(weights)!r:.80}."
+        )
+    if len(set(weights)) == 1:
+        return None
+    total = math.fsum(weights)
+    return tuple(float(weight) / total for weight in weights)
+
+
+class Part(NamedTuple):
+    """Which workers are present in a step, and how they count.
+
+    Attributes:
+        n: the number of workers, over all processes.
+        present: the present ones, ascending.
+        weights: of all workers, sum 1; ``None`` if they are equal.
+    """
+
+    n: int
+    present: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, n: int, present: Sequence[int] | None, weights: Sequence[float] | None, operator: BiasOperator | None
+    ) -> Part | None:
+        """Check both; ``None`` if all workers are present with equal weights.
+
+        Raises:
+            TypeError: as `normalised_weights`.
+            ValueError: for other weights or workers, or an operator that does not allow absent workers.
+        """
+        normalised = normalised_weights(weights, n)
+        chosen = tuple(range(n)) if present is None else tuple(present)
+        if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < n:
+            raise ValueError(f"present are numbers of the {n} workers, at least one, ascending; got {list(chosen)}.")
+        if len(chosen) == n:
+            return None if normalised is None else cls(n, chosen, normalised)
+        if operator is not None and not operator.allows_absent:
+            raise ValueError(
+                f"{operator.spec} needs all workers in every step: with absent ones it would be another method. Use "
+                "participation=1, or an operator such as ef21:SPEC."
+            )
+        return cls(n, chosen, normalised)
+
+    def averaged(self, operator: BiasOperator | None) -> tuple[int, ...]:
+        """The workers that the server averages: all of them if it remembers them, else those present."""
+        return tuple(range(self.n)) if remembers(operator) else self.present
+
+    def weighted(self, rows: Tensor, workers: Sequence[int]) -> Tensor:
+        """Multiply each worker's row ``[k, d]`` by ``n w_i``."""
+        if self.weights is None:
+            return rows
+        factors = torch.tensor([self.n * self.weights[worker] for worker in workers], dtype=torch.float64)
+        return rows * factors.to(rows).unsqueeze(1)
+
+
+def remembers(operator: BiasOperator | None) -> bool:
+    """Whether the server keeps an estimate of each worker's gradient, also while the worker is absent."""
+    return operator is not None and operator.remembered is not None
+
+
+class PartialStep(PendingStep):
+    """A `PendingStep` in which workers may be absent: what is kept of them does not change.
+
+    Args:
+        operator: as of `PendingStep`.
+        sizes: as of `PendingStep`.
+        part: the present workers.
+        mine: the workers of this process.
+    """
+
+    def __init__(self, operator: BiasOperator, sizes: Sizes | None, part: Part, mine: Sequence[int]) -> None:
+        super().__init__(operator, sizes)
+        self._part, self._mine = part, mine
+        self._zero = torch.empty(0)  # [d]
+
+    def apply(self, rows: Tensor, workers: Sequence[int]) -> Tensor:
+        """See `PendingStep.apply`; without workers, there is nothing to apply."""
+        self._zero = rows.new_zeros(rows.shape[1])
+        return super().apply(rows, workers) if len(rows) else rows
+
+    def send(self, rows: Tensor, workers: Sequence[int]) -> list[Tensor]:
+        """See `PendingStep.send`."""
+        self._zero = rows.new_zeros(rows.shape[1])
+        return super().send(rows, workers) if len(rows) else []
+
+    def estimate(self, worker: int) -> Tensor:
+        """The server's estimate ``[d]`` of a worker of this process; zero before its first gradient."""
+        assert self.operator.remembered is not None
+        kept = self._state.workers.get(worker)
+        return self._zero if not kept else kept[self.operator.remembered].to(self._zero)
+
+    def receive(self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, *, each: bool) -> Tensor:
+        """See `PendingStep.receive`, with the messages of the present workers, and estimates of all if it has them."""
+        present = list(self._part.present)
+        if not each or not remembers(self.operator) or len(present) == self._part.n:
+            return super().receive(messages, d, dtype, each=each)
+        state = self._state
+        zeros = torch.zeros(self._part.n, d, dtype=dtype, device=messages[0].device)
+        before = zeros if state.server is None else state.server.to(zeros)
+        _, after = self.operator.transition_receive(
+            messages, replace(state, server=before[present]), d, dtype, self.sizes, each=True
+        )
+        assert after.server is not None
+        estimates = before.clone()
+        estimates[present] = after.server
+        self._state = replace(after, server=estimates)
+        return estimates
+
+    def commit(self) -> None:
+        """See `PendingStep.commit`. Workers that were never present keep zeros, as before their first gradient."""
+        names, state = self.operator.names, self._state
+        if names:
+            new = [worker for worker in self._mine if worker not in state.workers]
+            kept = {worker: dict.fromkeys(names, self._zero) for worker in new}
+            workers = dict(sorted({**state.workers, **kept}.items()))
+            self._state = replace(state, workers=workers)
+        super().commit()
+
+
+class PartialSum:
+    """Keeps the weighted sum of the operator's outputs, for a mean. Arguments as of `PartialMessages`."""
+
+    def __init__(self, part: Part, how: Aggregate, step: PartialStep | None, world: World) -> None:
+        self._part, self._step, self._world = part, step, world
+        self._mine = world.workers(part.n)
+        self._total: Tensor | None = None
+
+    def add(self, rows: Tensor, workers: Sequence[int]) -> None:
+        """See `metamom.server.collect.Collected`."""
+        out = rows if self._step is None else self._step.apply(rows, workers)
+        self._total = add_rows(self._total, self._part.weighted(out, workers))
+
+    def combined(self) -> Tensor:
+        """See `metamom.server.collect.Collected`."""
+        assert self._total is not None
+        operator = None if self._step is None else self._step.operator
+        total = self._total
+        absent = [worker for worker in self._mine if worker not in self._part.present]
+        if self._step is not None and remembers(operator) and absent:
+            estimates = torch.stack([self._step.estimate(worker) for worker in absent])
+            total = add_rows(total, self._part.weighted(estimates, absent))
+        whole = self._world.reduce(reducible(total, self._world))
+        count = len(self._part.averaged(operator))
+        return from_server(self._world, lambda: whole / count, like=whole)
+
+    def wire_bytes(self, total: Tensor) -> int:
+        """See `metamom.server.collect.Collected`: of the present workers."""
+        return len(self._part.present) * dense_bytes(self._step, total)
+
+
+class PartialRows:
+    """Keeps the operator's outputs, for an aggregate that is not a mean. Arguments as of `PartialMessages`."""
+
+    def __init__(self, part: Part, how: Aggregate, step: PartialStep, world: World) -> None:
+        self._part, self._how, self._step, self._world = part, how, step, world
+        self._mine = world.workers(part.n)
+        self._rows: dict[int, Tensor] = {}
+        self._zero = torch.empty(0)
+
+    def add(self, rows: Tensor, workers: Sequence[int]) -> None:
+        """See `metamom.server.collect.Collected`."""
+        self._zero = rows.new_zeros(rows.shape[1])
+        self._rows |= dict(zip(workers, self._step.apply(rows, workers), strict=True))
+
+    def combined(self) -> Tensor:
+        """See `metamom.server.collect.Collected`."""
+        kept = self._step.estimate if remembers(self._step.operator) else lambda worker: self._zero
+        mine = torch.stack([self._rows[worker] if worker in self._rows else kept(worker) for worker in self._mine])
+        rows = self._world.gather_to_server(mine)
+        averaged = list(self._part.averaged(self._step.operator))
+        return from_server(self._world, lambda: robust_mean(rows.flatten(0, 1)[averaged], self._how), like=self._zero)
+
+    def wire_bytes(self, total: Tensor) -> int:
+        """See `metamom.server.collect.Collected`: of the present workers."""
+        return len(self._part.present) * dense_bytes(self._step, total)
+
+
+class PartialMessages:
+    """Keeps the present workers' messages, which several processes send instead of gradients.
+
+    Args:
+        part: the present workers, and the weights.
+        how: the aggregate.
+        step: the step of an operator that compresses.
+        world: the processes.
+    """
+
+    def __init__(self, part: Part, how: Aggregate, step: PartialStep, world: World) -> None:
+        self._part, self._how, self._step, self._world = part, how, step, world
+        self._mine = world.workers(part.n)
+        self._messages: dict[int, Tensor] = {}
+        self._like = torch.empty(0)  # one worker's gradient
+        self._sent = 0  # bytes
+
+    def add(self, rows: Tensor, workers: Sequence[int]) -> None:
+        """See `metamom.server.collect.Collected`."""
+        self._like = rows.new_zeros(rows.shape[1])
+        self._messages |= dict(zip(workers, self._step.send(rows, workers), strict=True))
+
+    def combined(self) -> Tensor:
+        """See `metamom.server.collect.Collected`."""
+        part, step, none = self._part, self._step, torch.empty(0, dtype=torch.uint8, device=self._like.device)
+        mine = [self._messages.get(worker, none) for worker in self._mine]
+        everyones = self._world.gather(torch.tensor([len(message) for message in mine]))  # [processes, workers of each]
+        self._sent = int(everyones.sum())
+        bytes_ = torch.cat(mine)
+        padded = nn.functional.pad(bytes_, (0, int(everyones.sum(1).max()) - len(bytes_)))
+        gathered = self._world.gather_to_server(padded)
+
+        def made() -> Tensor:
+            messages = [
+                message
+                for row, each in zip(gathered, everyones.tolist(), strict=True)
+                for message in row[: sum(each)].split(each)
+            ]
+            sent = [messages[worker] for worker in part.present]
+            averaged, mean = part.averaged(step.operator), self._how == "mean"
+            d, dtype = len(self._like), self._like.dtype
+            if mean and part.weights is None:
+                return step.receive(sent, d, dtype, each=False) / len(averaged)
+            rows = step.receive(sent, d, dtype, each=True)
+            if mean:
+                return part.weighted(rows, averaged).sum(0) / len(averaged)
+            return robust_mean(rows, self._how)
+
+        return from_server(self._world, made, self._like)
+
+    def wire_bytes(self, total: Tensor) -> int:
+        """See `metamom.server.collect.Collected`: of the present workers."""
+        return self._sent
+
+
+Partial = PartialSum | PartialRows | PartialMessages
+
+
+def partial_collected(part: Part, how: Aggregate, step: PartialStep | None, world: World) -> Partial:
+    """The way to collect that fits the aggregate, the operator and the number of processes."""
+    if step is not None and step.operator.compresses and world.size > 1:
+        return PartialMessages(part, how, step, world)
+    if how == "mean":
+        return PartialSum(part, how, step, world)
+    assert step is not None  # an `Aggregation` takes the identity for a robust mean
+    return PartialRows(part, how, step, world)
+
+
+def check_part(part: Part | None, how: Aggregate, operator: BiasOperator | None) -> None:
+    """Refuse weights with a robust mean, and one that trims none of the workers that are averaged.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    if part is None or how == "mean":
+        return
+    if part.weights is not None:
+        raise ValueError(
+            f"worker_weights need aggregate='mean': {how} counts all workers alike. Leave one of them out."
+        )
+    check_aggregate(how, len(part.averaged(operator)))
