@@ -22,8 +22,8 @@ from metamom.server.pending import PendingStep
 from metamom.server.robust import Aggregate, check_aggregate, robust_mean
 
 
-def normalised_weights(weights: Sequence[float] | str | None, n: int) -> tuple[float, ...] | None:
-    """Check the weights of n workers, and scale them to sum 1. Equal ones are ``None``.
+def normalised_weights(weights: object, n: int) -> tuple[float, ...] | None:
+    """Check the weights of n workers, and scale them to sum 1. Equal ones are ``None``, as is ``None``.
 
     Raises:
         TypeError: for anything but a sequence of numbers.
@@ -37,15 +37,15 @@ def normalised_weights(weights: Sequence[float] | str | None, n: int) -> tuple[f
         )
     for weight in weights:
         check_number("each of worker_weights", weight)
-    if len(weights) != n or not all(0 < weight < math.inf for weight in weights):
+    given = [float(weight) for weight in weights]
+    if len(given) != n or not all(0 < weight < math.inf for weight in given):
         raise ValueError(
-            f"worker_weights are {n} positive, finite numbers, one for each worker; got {len(weights)}: "
-            f"{list(weights)!r:.80}."
+            f"worker_weights are {n} positive, finite numbers, one for each worker; got {len(given)}: {given!r:.80}."
         )
-    if len(set(weights)) == 1:
+    if len(set(given)) == 1:
         return None
-    total = math.fsum(weights)
-    return tuple(float(weight) / total for weight in weights)
+    total = math.fsum(given)
+    return tuple(weight / total for weight in given)
 
 
 class Part(NamedTuple):

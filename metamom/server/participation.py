@@ -51,7 +51,7 @@ def present_workers(workers: int, share: float, step: int, seed: int = 0) -> tup
 
     Example:
         >>> present_workers(6, 0.5, step=0), present_workers(6, 0.5, step=1)
-        ((2, 3, 5), (0, 2, 4))
+        ((1, 2, 5), (0, 3, 4))
     """
     count = present_count(workers, share)
     if count == workers:
