@@ -13,7 +13,7 @@ from metamom.bias.coordinates import Sizes
 from metamom.bias.function import without_state
 from metamom.common.averaged import forget, note
 from metamom.distributed import World, as_world
-from metamom.server.partial import Part, check_part
+from metamom.server.part import Part, check_part
 from metamom.server.robust import Aggregate, check_aggregate
 from metamom.server.workers import OwnWorkers, SharedWorkers
 

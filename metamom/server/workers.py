@@ -11,7 +11,8 @@ from metamom.bias import BiasOperator
 from metamom.bias.coordinates import Sizes
 from metamom.distributed import World
 from metamom.server.collect import AllRows, Collected, HeldBack, Messages, PlainMean, StreamedSum, reducible
-from metamom.server.partial import Part, PartialStep, partial_collected
+from metamom.server.part import Part
+from metamom.server.partial import PartialStep, partial_collected
 from metamom.server.pending import PendingStep
 from metamom.server.robust import Aggregate
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from metamom.bias import DASHA, DIANA, EF21, MARINA, BiasOperator, Clip, TopK, parse
 from metamom.distributed import World
 from metamom.server.aggregate import Aggregation, aggregate
-from metamom.server.partial import normalised_weights
+from metamom.server.part import normalised_weights
 from metamom.server.participation import Participation, present_count, present_workers
 from metamom.server.robust import robust_mean
 
@@ -74,8 +74,7 @@ def test_against_loops_over_the_workers(spec, weights):
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["equal", "weighted"])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("server", ["replicated", "rank0"])
+@pytest.mark.parametrize(("size", "server"), [(2, "rank0"), (4, "replicated")])
 @pytest.mark.parametrize("spec", ["none", "topk:2", "qsgd:4", "ef14:topk:2", "ef21:topk:2", "clip21:0.5"])
 def test_on_several_processes(spec, size, weights, server):
     alone, sent = steps(parse(spec), weights=weights)
