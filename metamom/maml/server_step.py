@@ -73,10 +73,9 @@ def server_step(
         federation.check(batch, workers, world)
         first, present = world.rank * batch.num_tasks, federation.present(workers)
         if world.size > 1:
-            operator, shapes = as_operator(bias), [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
-            what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
-            what += federation.described()
-            world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
+            shapes = [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
+            what = f"{_spec(bias)}, aggregate={aggregate}, measure={measure}{federation.described()}"
+            world.step(f"a step of workers={workers}, bias={what}, batches of {shapes}", weights.values())
         server = Aggregation(
             workers,
             bias,
@@ -113,13 +112,7 @@ def server_step(
         for name, parameter in weights.items():
             deliver(parameter, gradient[name], server.operator, add=True)
     if tasks.averages:
-        assert batch.task_ids is not None
-        averages = tasks.averages
-        if here is not None:
-            averages = tuple(here.spread(u, batch.num_tasks, 0.0) for u in averages)
-        chosen = slice(None) if here is None else here.everyone
-        everyones = [world.gather(u).flatten(0, 1)[chosen] for u in averages]
-        gradients.plan().remember(world.gather(batch.task_ids).flatten()[chosen], everyones, total, losses)
+        gradients.plan().remember(*_averages(world, tasks, batch, here), total, losses)
     return Backward(losses.mean(), {"accuracy": _mean(shares), **report, "sent_bytes": world.sent - sent})
 
 
@@ -152,6 +145,21 @@ def _mean(shares: Sequence[Tensor]) -> float | None:
     """The mean over tasks with at least one label that counts; ``None`` without such a task."""
     mean = float(shares[0].nanmean()) if shares else math.nan
     return None if math.isnan(mean) else mean
+
+
+def _spec(bias: Bias) -> str:
+    operator = as_operator(bias)
+    return "none" if operator is None else operator.spec
+
+
+def _averages(world: World, tasks: OfTasks, batch: TaskBatch, here: Here | None) -> tuple[Tensor, list[Tensor]]:
+    """The ids and the averages of a tracked estimator of all processes' tasks, of present workers."""
+    assert batch.task_ids is not None
+    ids, averages = batch.task_ids, tasks.averages
+    if here is None:
+        return world.gather(ids).flatten(), [world.gather(u).flatten(0, 1) for u in averages]
+    spread = [here.spread(u, batch.num_tasks, 0.0) for u in averages]
+    return world.gather(ids).flatten()[here.everyone], [world.gather(u).flatten(0, 1)[here.everyone] for u in spread]
 
 
 def _accuracies(
