@@ -30,6 +30,7 @@ from metamom.common.flag_types import (
     long_count,
     names,
     number,
+    numbers,
     path,
     point_count,
     seed,
@@ -300,6 +301,44 @@ class RecipeOptions(LearnerOptions):
             "how the server aggregates the workers' gradients: mean, median, trimmed:SHARE, geomedian",
             metavar="SPEC",
         ),
+    )
+    participation: float | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "bias",
+            "share of the workers that are present in each iteration, at least one, drawn from --seed; the server "
+            "remembers the estimates of absent ones with ef21, clip21 and others",
+            "1",
+            type=number,
+            metavar="SHARE",
+        ),
+    )
+    worker_weights: tuple[float, ...] | None = option(
+        None,
+        later=True,
+        flag=Flag("bias", "positive weights of the workers in the mean", "equal", type=numbers, metavar="W,W,..."),
+    )
+    local_steps: int | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "bias",
+            "meta-steps that each worker takes on its own part of the tasks between two averages",
+            "1",
+            type=step_count,
+            metavar="N",
+        ),
+    )
+    local_lr: float | None = option(
+        None,
+        later=True,
+        flag=Flag("bias", "step size of local steps", "γ", type=number),
+    )
+    down_bias: str | None = option(
+        None,
+        later=True,
+        flag=Flag("bias", "operator on the server's message to the workers, see below", "none", metavar="SPEC"),
     )
     fixed_tasks: int | None = option(
         None,

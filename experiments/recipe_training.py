@@ -63,6 +63,7 @@ def train_recipe(
         workers=recipe.workers,
         bias=recipe.operator(),
         aggregate=recipe.aggregate,
+        **recipe.federation(),
         clip_grad=recipe.clip_grad,
         schedulers=recipe.schedulers(optimizer),
         callbacks=recipe.callbacks(),

@@ -40,8 +40,8 @@ class Federation(NamedTuple):
     local_lr: float | None = None
     down: DownBias | None = None
 
-    def check(self, batch: TaskBatch, workers: int, world: World) -> None:
-        """Refuse options out of range, and a batch that local steps do not divide.
+    def check(self, tasks: int, workers: int, world: World) -> None:
+        """Refuse options out of range, and a number of tasks of all processes that local steps do not divide.
 
         Raises:
             TypeError: for a number of the wrong type.
@@ -61,7 +61,7 @@ class Federation(NamedTuple):
                 f"local steps need each worker on one process; got {workers} workers on {world.size} processes. Use at "
                 "least as many workers as processes."
             )
-        check_tasks(batch.num_tasks * world.size, workers, self.local_steps)
+        check_tasks(tasks, workers, self.local_steps)
 
     def described(self) -> str:
         """What processes must agree on, for an error; empty for the defaults."""

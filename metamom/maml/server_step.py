@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,22 +70,15 @@ def server_step(
     sent = world.sent
     with world.together():
         gradients.plan().check(batch)
-        federation.check(batch, workers, world)
+        federation.check(batch.num_tasks * world.size, workers, world)
         first, present = world.rank * batch.num_tasks, federation.present(workers)
         if world.size > 1:
             shapes = [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
             what = f"{_spec(bias)}, aggregate={aggregate}, measure={measure}{federation.described()}"
             world.step(f"a step of workers={workers}, bias={what}, batches of {shapes}", weights.values())
-        server = Aggregation(
-            workers,
-            bias,
-            aggregate,
-            sizes=[w.numel() for w in weights.values()],
-            world=world,
-            measure=measure,
-            present=present,
-            worker_weights=federation.worker_weights,
-        )
+        sizes = [w.numel() for w in weights.values()]
+        part: dict[str, Any] = {"present": present, "worker_weights": federation.worker_weights}
+        server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure, **part)
         here = Here.of(present, batch, workers, world)
         try:
             tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first, here, federation)
