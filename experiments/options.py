@@ -1,7 +1,7 @@
 """The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
 
 To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it; `LearnerOptions` says which
-kind of learner.
+kind of learner, and `WorkerOptions` when and how workers take part.
 `metamom.experiments.recipes.Recipe` is where it takes effect.
 """
 
@@ -30,7 +30,6 @@ from metamom.common.flag_types import (
     long_count,
     names,
     number,
-    numbers,
     path,
     point_count,
     seed,
@@ -40,7 +39,7 @@ from metamom.common.flag_types import (
 from metamom.common.options import Flag, declared, option
 from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
-from metamom.experiments.learner_options import LearnerOptions
+from metamom.experiments.worker_options import WorkerOptions
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -97,7 +96,7 @@ def _proximal(task: str) -> str:
 
 
 @dataclass(frozen=True)
-class RecipeOptions(LearnerOptions):
+class RecipeOptions(WorkerOptions):
     """The options that decide how a run goes, but for its length.
 
     ``None`` stands for the task's default, unless the help says otherwise.
@@ -301,44 +300,6 @@ class RecipeOptions(LearnerOptions):
             "how the server aggregates the workers' gradients: mean, median, trimmed:SHARE, geomedian",
             metavar="SPEC",
         ),
-    )
-    participation: float | None = option(
-        None,
-        later=True,
-        flag=Flag(
-            "bias",
-            "share of the workers that are present in each iteration, at least one, drawn from --seed; the server "
-            "remembers the estimates of absent ones with ef21, clip21 and others",
-            "1",
-            type=number,
-            metavar="SHARE",
-        ),
-    )
-    worker_weights: tuple[float, ...] | None = option(
-        None,
-        later=True,
-        flag=Flag("bias", "positive weights of the workers in the mean", "equal", type=numbers, metavar="W,W,..."),
-    )
-    local_steps: int | None = option(
-        None,
-        later=True,
-        flag=Flag(
-            "bias",
-            "meta-steps that each worker takes on its own part of the tasks between two averages",
-            "1",
-            type=step_count,
-            metavar="N",
-        ),
-    )
-    local_lr: float | None = option(
-        None,
-        later=True,
-        flag=Flag("bias", "step size of local steps", "γ", type=number),
-    )
-    down_bias: str | None = option(
-        None,
-        later=True,
-        flag=Flag("bias", "operator on the server's message to the workers, see below", "none", metavar="SPEC"),
     )
     fixed_tasks: int | None = option(
         None,

@@ -116,7 +116,7 @@ class Training(Adapting):
             check_finite: refuse a loss or gradient that is not finite. ``False`` adds it to ``.grad`` as it is, unless
                 an operator refuses it, for loops that skip such steps themselves (as `torch.amp.GradScaler` does).
             participation: the share of workers that are present in each step, drawn by a counter
-                (`metamom.server.participation.Participation`); all by default. The others compute and send nothing. A
+                (`metamom.server.Participation`); all by default. The others compute and send nothing. A
                 memoryless operator's mean is that over the present workers. Where the server remembers each worker's
                 estimate (EF21, EF21-SGDM, EF21-SGD2M, Clip21, ...), it averages all of them, those of the absent ones
                 unchanged (EF21-PP).
@@ -126,7 +126,7 @@ class Training(Adapting):
                 divided by ``local_lr``. With `metamom.CompositeMomentum` of the same step size and ``beta=1``, this is
                 Per-FedAvg. From the second local step on, a compiled meta-gradient runs eagerly.
             local_lr: the step size of local steps, > 0; needed if there are several.
-            down_bias: compress the server's message to the workers (`metamom.server.down.DownBias`, EF21-P), or the
+            down_bias: compress the server's message to the workers (`metamom.server.DownBias`, EF21-P), or the
                 operator's SPEC: meta-gradients are then taken at the weights that workers have received.
 
         Returns:

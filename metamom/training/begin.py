@@ -133,18 +133,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         metamom.training.checkpoints.CheckpointError: if none of its checkpoints can be used.
     """
     options, operator = checked.options, checked.operator
-    parts: dict[str, Any] = {
-        "learner": learner,
-        "optimizer": optimizer,
-        **{f"scheduler{i}": s for i, s in enumerate(checked.schedulers)},
-    }
-    if operator is not None and operator.state_dict():
-        operator.reset()
-        parts["bias"] = operator
-    for name, part in (("participation", options.participation), ("down_bias", options.down_bias)):
-        if isinstance(part, (Participation, DownBias)):
-            part.reset()
-            parts[name] = part
+    parts = _parts(learner, optimizer, checked)
     callbacks = Callbacks(checked.callbacks, world)
     if checked.callbacks:
         parts["callbacks"] = callbacks
@@ -196,6 +185,24 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
         seen = {"learner": learner, "optimizer": optimizer, "run_dir": path, "settings": settings}
         stack.enter_context(callbacks.starting(**seen, iterations=options.iterations, step=progress.done))
         yield session
+
+
+def _parts(learner: MAML, optimizer: Optimizer, checked: Checked) -> dict[str, Any]:
+    """What a checkpoint holds the state of, by name, at the start of a run."""
+    options, operator = checked.options, checked.operator
+    parts: dict[str, Any] = {
+        "learner": learner,
+        "optimizer": optimizer,
+        **{f"scheduler{i}": s for i, s in enumerate(checked.schedulers)},
+    }
+    if operator is not None and operator.state_dict():
+        operator.reset()
+        parts["bias"] = operator
+    for name, part in (("participation", options.participation), ("down_bias", options.down_bias)):
+        if isinstance(part, (Participation, DownBias)):
+            part.reset()
+            parts[name] = part
+    return parts
 
 
 def _agree(learner: MAML, plan: Mapping[str, Any], checked: Checked, world: World) -> None:

@@ -122,7 +122,7 @@ def train(
         worker_weights: a positive weight for each worker, scaled to sum 1; equal by default.
         local_steps: the meta-steps that each worker takes on its own tasks between two averages; see `MAML.backward`.
         local_lr: the step size of local steps; ``None`` for the optimizer's of the same step.
-        down_bias: compress the server's message to the workers: a `metamom.server.down.DownBias`, its operator or SPEC.
+        down_bias: compress the server's message to the workers: a `metamom.server.DownBias`, its operator or SPEC.
             Its state is reset at the start of the run, and saved with it. Validations use the server's weights.
         clip_grad: the largest norm of the aggregated gradient; a longer one is scaled down to it before the step. (The
             operator ``"clip:..."`` clips each worker's gradient.) The metrics get ``clip_factor``, in (0, 1].
