@@ -30,6 +30,7 @@ def down_update(
         ``(x [d], C's next state)``.
 
     Example:
+        >>> import torch
         >>> from metamom import TopK
         >>> down_update(torch.zeros(3), torch.tensor([1.0, -3.0, 2.0]), TopK(1), State(), 0)[0]
         tensor([ 0., -3.,  0.])
@@ -76,6 +77,7 @@ class DownBias:
         ValueError: for a SPEC that does not name an operator.
 
     Example:
+        >>> import torch
         >>> down = DownBias("topk:1")
         >>> down.commit(down.next(torch.zeros(2)))
         >>> down.next(torch.tensor([1.0, 2.0])).weights
