@@ -188,12 +188,8 @@ class MetaGradients:
         plan.check(batch)
         workers = check_whole("the number of workers", workers, 1)
         per_worker = len(block(batch.num_tasks, 0, workers))
-        size, everyone = self.chunk_size(plan, batch), range(workers) if present is None else present
-        parts = [
-            (run.start * per_worker + start, run.start * per_worker + stop)
-            for run in _consecutive(everyone)
-            for start, stop in spans(len(run) * per_worker, size, per_worker)
-        ]
+        everyone = range(workers) if present is None else present
+        parts = self._parts(everyone, per_worker, self.chunk_size(plan, batch), alike=present is not None)
         padded = batch.support_mask is not None or batch.query_mask is not None
         # a loop over unpadded tasks, and the end of a solve, depend on values
         alone = padded or ESTIMATORS[plan.problem.estimator].proximal or starts is not None
@@ -203,6 +199,8 @@ class MetaGradients:
         rows: Tensor | None = None
         held: list[OfTasks] = []
         step = Step()
+        if present is not None:  # processes without present workers draw a seed too
+            step.seed()
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
             tasks = batch if stop - start == batch.num_tasks else batch.part(start, stop)
@@ -219,6 +217,17 @@ class MetaGradients:
             if stop % per_worker == 0:
                 yield OfWorkers(rows, OfTasks.joined(held))
                 rows, held = None, []
+
+    def _parts(
+        self, everyone: Sequence[int], per_worker: int, size: int | None, *, alike: bool
+    ) -> list[tuple[int, int]]:
+        """The chunks of tasks of these workers. Compiled ones are ``alike``: of one worker, or a part of it."""
+        runs = [range(i, i + 1) for i in everyone] if alike and self.compile else _consecutive(everyone)
+        return [
+            (run.start * per_worker + start, run.start * per_worker + stop)
+            for run in runs
+            for start, stop in spans(len(run) * per_worker, size, per_worker)
+        ]
 
     def losses(self, weights: Params, batch: TaskBatch) -> Tensor:
         """Query losses ``[T]`` of the first adaptation, with the weighted derivatives of all adaptations."""

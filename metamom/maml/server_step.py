@@ -15,6 +15,7 @@ from metamom.bias.checks import all_finite
 from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
 from metamom.maml.batch_checks import refuse_non_finite
+from metamom.maml.draws import Step
 from metamom.maml.federation import Federation, Here, no_tasks
 from metamom.maml.gradient import MetaGradients, OfTasks
 from metamom.maml.local_steps import by_worker_locally
@@ -211,6 +212,8 @@ def _to_server(
         plan = gradients.plan()
         like = torch.cat([w.detach().reshape(-1) for w in weights.values()])
         server.add(like.new_zeros(0, len(like)), [])
+        for _ in range(federation.local_steps):
+            Step().seed()  # so that torch's generator is the same on all processes
         return no_tasks(weights, () if plan.memory is None else plan.problem.adapted)
     for rows, tasks in computed:
         try:

@@ -81,6 +81,7 @@ CASES = {
     "dropout": Case("topk:20%", chunk_size=3, dropout=0.2),
     "a quarter present": Case("topk:5%", more={"participation": 0.25}),
     "a quarter present, moml": Case("clip:1", estimator="moml", more={"participation": 0.25}),
+    "a quarter present, dropout": Case(dropout=0.2, chunk_size=1, more={"participation": 0.25, "local_steps": 2}),
     "absent shared worker": Case("ef21:topk:5%", workers=2, more={"participation": 0.5}),
     "federated": Case(
         "ef21:topk:5%",
@@ -99,7 +100,7 @@ ON_FOUR = [
     "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
     "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
-    "a quarter present, moml", "absent shared worker", "federated",
+    "a quarter present, moml", "a quarter present, dropout", "absent shared worker", "federated",
 ]  # fmt: skip
 # gone on with on another number of processes
 RESUMED = (
