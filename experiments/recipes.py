@@ -31,6 +31,7 @@ from metamom.experiments.optimizers import (
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
 from metamom.experiments.schedules import make_schedulers, over, parse_schedule
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
+from metamom.maml.federation import check_estimator as check_local_estimator
 from metamom.maml.federation import check_local, check_tasks
 from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
@@ -164,6 +165,7 @@ class Recipe(RecipeOptions):
                 f"local_lr is the step size of local steps: pass local_steps > 1 (--local-steps); got {self.local_lr}."
             )
         if self.local_steps is not None:
+            check_local_estimator(self.estimator, self.local_steps)
             check_local(self.local_steps, 1.0 if self.local_lr is None else self.local_lr)
             check_tasks(self.meta_batch or self.workers, check_whole("workers", self.workers, 1), self.local_steps)
         if as_down_bias(self.down_bias) is None:

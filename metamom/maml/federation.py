@@ -15,6 +15,7 @@ from metamom.bias import BiasOperator
 from metamom.common.checks import check_number, check_whole
 from metamom.common.trees import mapped
 from metamom.distributed import World
+from metamom.maml.estimators import ESTIMATORS, Estimator
 from metamom.maml.gradient import OfTasks
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import unflatten
@@ -147,6 +148,19 @@ def check_local(steps: object, lr: object) -> None:
         assert isinstance(lr, (int, float))
         if not 0 < lr < math.inf:
             raise ValueError(f"local_lr is the step size of local steps, finite and > 0; got {lr}.")
+
+
+def check_estimator(estimator: Estimator, local_steps: int) -> None:
+    """Refuse local steps of an estimator that remembers the weights at a task's last visit.
+
+    Raises:
+        ValueError: with what to use.
+    """
+    if local_steps > 1 and ESTIMATORS[estimator].averages == "scsc":
+        raise ValueError(
+            f"estimator {estimator!r} remembers the server's weights at a task's last visit, but local steps visit it "
+            f"at others: use estimator 'moml', or local_steps=1; got local_steps={local_steps}."
+        )
 
 
 def check_tasks(tasks: int, workers: int, local_steps: int) -> None:

@@ -16,7 +16,7 @@ from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
 from metamom.maml.batch_checks import refuse_non_finite
 from metamom.maml.draws import Step
-from metamom.maml.federation import Federation, Here, no_tasks
+from metamom.maml.federation import Federation, Here, check_estimator, no_tasks
 from metamom.maml.gradient import MetaGradients, OfTasks
 from metamom.maml.local_steps import by_worker_locally
 from metamom.maml.not_finite import not_finite
@@ -71,6 +71,7 @@ def server_step(
     sent = world.sent
     with world.together():
         gradients.plan().check(batch)
+        check_estimator(gradients.plan().problem.estimator, federation.local_steps)
         federation.check(batch.num_tasks * world.size, workers, world)
         first, present = world.rank * batch.num_tasks, federation.present(workers)
         if world.size > 1:

@@ -19,7 +19,7 @@ from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.bias.function import Function, function_name
 from metamom.common.kinds import named_type
 from metamom.distributed import World, as_world
-from metamom.maml.federation import Federation
+from metamom.maml.federation import Federation, check_estimator
 from metamom.maml.learner import MAML
 from metamom.maml.norm import resolved
 from metamom.optim import CompositeMomentum, LambdaBeta
@@ -71,6 +71,7 @@ def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World |
     sizes = [p.numel() for p in learner.meta_parameters().values()]
     # checks that they fit together
     plan = federation(options, options.local_lr)
+    check_estimator(learner.estimator, options.local_steps)
     plan.check(options.meta_batch, workers, as_world(world))
     part: dict[str, Any] = {"present": plan.present(workers), "worker_weights": plan.worker_weights}
     server = Aggregation(workers, options.bias, options.aggregate, sizes=sizes, world=world, **part)

@@ -11,7 +11,7 @@ from endings import assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom import MAML, CompositeMomentum, TopK
+from metamom import MAML, CompositeMomentum, Reptile, TopK
 from metamom.bias import NonFiniteError, parse
 from metamom.nets.models import SinusoidMLP
 from metamom.server.down import DownBias
@@ -162,6 +162,39 @@ def test_local_steps(share, spec, weights):
         torch.testing.assert_close(written(made), wanted, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(loss, torch.cat(losses).mean())
         optimizer.step()
+
+
+def small(normalised: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    norm = [nn.BatchNorm1d(5, track_running_stats=False)] if normalised else []
+    return nn.Sequential(nn.Linear(1, 5), *norm, nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MAML(small(), F.mse_loss, inner_lr=0.05, estimator="independent"),
+        lambda: MAML(small(), F.mse_loss, inner_lr=0.05, inner_steps=2, learn_inner_lr=True),
+        lambda: MAML(small(normalised=True), F.mse_loss, inner_lr=0.05, step_norms=True),
+        lambda: MAML(small(), F.mse_loss, inner_lr=0.05, vectorize="loop"),
+        lambda: Reptile(small(), F.mse_loss, inner_lr=0.05, inner_steps=2),
+    ],
+    ids=["independent", "learned step sizes", "norms by step", "looped", "reptile"],
+)
+def test_local_steps_of_other_learners(make):
+    """Of the present workers, against one learner for each."""
+    made, share = make(), Participation(0.5, seed=2)
+    tasks = Sinusoid(shots=4, queries=4).sample(0, T).to(dtype=torch.float64)
+    sums = []
+    for worker in share.present(N):
+        local, total = make(), torch.zeros(len(flat(made)), dtype=torch.float64)
+        for part in tasks.split(N)[worker].split(2):
+            g = gradient(local, part)
+            set_flat(local, flat(local) - 0.1 * g)
+            total = total + g
+        sums.append(total)
+    made.backward(tasks, workers=N, participation=share, local_steps=2, local_lr=0.1)
+    torch.testing.assert_close(written(made), torch.stack(sums).mean(0), rtol=1e-10, atol=1e-12)
 
 
 def test_per_fedavg():
