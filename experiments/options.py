@@ -1,7 +1,7 @@
 """The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
 
 To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it; `LearnerOptions` says which
-kind of learner, `AttackOptions` which workers attack.
+kind of learner, `AttackOptions` which workers attack, and `WorkerOptions` when and how workers take part.
 `metamom.experiments.recipes.Recipe` is where it takes effect.
 """
 
@@ -41,6 +41,7 @@ from metamom.common.options import Flag, declared, option
 from metamom.experiments.attack_options import AttackOptions
 from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
+from metamom.experiments.worker_options import WorkerOptions
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -97,7 +98,7 @@ def _proximal(task: str) -> str:
 
 
 @dataclass(frozen=True)
-class RecipeOptions(AttackOptions):
+class RecipeOptions(AttackOptions, WorkerOptions):
     """The options that decide how a run goes, but for its length.
 
     ``None`` stands for the task's default, unless the help says otherwise.

@@ -64,6 +64,7 @@ def train_recipe(
         bias=recipe.operator(),
         aggregate=recipe.aggregate,
         attack=recipe.attack,
+        **recipe.federation(),
         clip_grad=recipe.clip_grad,
         schedulers=recipe.schedulers(optimizer),
         callbacks=recipe.callbacks(),

@@ -32,11 +32,16 @@ from metamom.experiments.optimizers import (
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
 from metamom.experiments.schedules import make_schedulers, over, parse_schedule
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
+from metamom.maml.federation import check_estimator as check_local_estimator
+from metamom.maml.federation import check_local, check_tasks
 from metamom.maml.inner_optimizer import as_inner_optimizer, check_inner_optimizer
 from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
 from metamom.maml.proximal import as_proximal
+from metamom.server.down import as_down_bias
+from metamom.server.part import normalised_weights
+from metamom.server.participation import Participation, check_participation
 from metamom.server.robust import RobustMean
 from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
@@ -85,12 +90,13 @@ class Recipe(RecipeOptions):
             raise ValueError(
                 f"ways must be at most {MOST_WAYS:,}, about as many classes as there are; got {self.ways}."
             )
-        for name in ("adapt", "augment", "init_except"):  # JSON has lists
+        for name in ("adapt", "augment", "init_except", "worker_weights"):  # JSON has lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.family.check(**self.own())
         check_seed(self.seed)
         RobustMean(self.aggregate, self.attack)  # checks them
+        self._check_federation()
         self._check_fixed_tasks()
         self._check_learner()
         self._check_optimizer()
@@ -156,6 +162,32 @@ class Recipe(RecipeOptions):
         object.__setattr__(self, "inner_optimizer", None if inside.plain else inside.spec)
         if self.learner_kind == "protomaml" and self.family.classes is None:
             raise ValueError(f"{self.family.title} have no classes, so no prototypes; got learner_kind='protomaml'.")
+
+    def _check_federation(self) -> None:
+        """Check the options of workers; those that change nothing become ``None``, as in earlier versions' runs."""
+        if self.participation is not None and check_participation(self.participation) == 1:
+            object.__setattr__(self, "participation", None)
+        normalised_weights(self.worker_weights, self.workers)
+        if self.local_steps is not None:
+            steps = check_whole("local_steps", self.local_steps, 1)
+            object.__setattr__(self, "local_steps", None if steps == 1 else steps)
+        if self.local_lr is not None and self.local_steps is None:
+            raise ValueError(
+                f"local_lr is the step size of local steps: pass local_steps > 1 (--local-steps); got {self.local_lr}."
+            )
+        if self.local_steps is not None:
+            check_local_estimator(self.estimator, self.local_steps)
+            check_local(self.local_steps, 1.0 if self.local_lr is None else self.local_lr)
+            check_tasks(self.meta_batch or self.workers, check_whole("workers", self.workers, 1), self.local_steps)
+        if as_down_bias(self.down_bias) is None:
+            object.__setattr__(self, "down_bias", None)
+
+    def federation(self) -> dict[str, Any]:
+        """The keywords of `metamom.train` for absent workers, weights, local steps and the message to the workers."""
+        given: dict[str, Any] = {"worker_weights": self.worker_weights, "local_lr": self.local_lr}
+        if self.participation is not None:
+            given["participation"] = Participation(self.participation, seed=self.seed)
+        return given | {"local_steps": self.local_steps or 1, "down_bias": as_down_bias(self.down_bias)}
 
     def _check_optimizer(self) -> None:
         """Check the options of the optimizer and the schedule; those at their defaults become ``None``.

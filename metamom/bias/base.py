@@ -35,6 +35,8 @@ class BiasOperator(Value, Codec, Contraction, Stateful):
     compresses: bool = False  # whether a message is shorter than all entries, so that processes send messages
     names: tuple[str, ...] = ()  # names of the tensors [d] that each worker keeps between calls (error feedback)
     carries_momentum: bool = False  # whether the workers average gradients over steps, so that the server must not
+    allows_absent: bool = True  # whether some workers may be absent from a step
+    remembered: str | None = None  # which of a worker's tensors the server keeps too, and averages while it is absent
 
     def transition(
         self, rows: Tensor, state: State, place: Coordinates, sizes: Sizes | None = None

@@ -57,6 +57,8 @@ class DIANA(EF21):
         optimizer's beta).
     """
 
+    allows_absent = False  # with absent workers, an unbiased estimate weights the messages differently
+
     def __init__(self, operator: BiasOperator | str, alpha: float = 0.1) -> None:
         super().__init__(operator)
         self.alpha = check_weight("DIANA", "alpha", alpha)
@@ -123,6 +125,7 @@ class DASHA(EF21):
     """
 
     names = ("estimate", "momentum")
+    allows_absent = False  # DASHA-PP sends other messages
 
     def __init__(self, operator: BiasOperator | str, a: float = 0.1, eta: float = 1.0) -> None:
         super().__init__(operator)

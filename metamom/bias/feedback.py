@@ -138,6 +138,11 @@ class EF21(ErrorFeedback):
         """Which of the workers' tensors the server has too."""
         return "estimate"
 
+    @property
+    def remembered(self) -> str | None:  # type: ignore[override]
+        """See `BiasOperator.remembered`: the server's estimate (EF21-PP)."""
+        return self._at_server
+
     def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
         return rows - kept["estimate"], kept
 

@@ -59,6 +59,7 @@ class MARINA(EF21):
     """
 
     names = ("estimate", "previous")
+    allows_absent = False  # PP-MARINA sends other messages
 
     def __init__(self, operator: BiasOperator | str, p: float = 0.1) -> None:
         super().__init__(operator)

@@ -43,6 +43,8 @@ from metamom.maml.task_weights import Params
 from metamom.maml.tracking import TRACKING, Memory, check_tracking
 from metamom.maml.unused import Uses
 from metamom.maml.vectorize import Vectorization, Vectorize
+from metamom.server.down import DownBias
+from metamom.server.participation import Participation
 
 
 class Configured(nn.Module):
@@ -108,6 +110,7 @@ class Configured(nn.Module):
         self._make_state(tracking, multi_step, first_order_until)
         check_proximal(estimator, proximal, inner_steps, bool(self.step_sizes.learned()))
         self.operators: dict[str, BiasOperator | None] = {}
+        self.federated: dict[str, Participation | DownBias] = {}
         self._readings, self._uses = LossReadings(), Uses()
         self._run, self._vectorization = RunByTask(), Vectorization(vectorize)
         self._structure = structure(model)

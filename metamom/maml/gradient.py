@@ -162,7 +162,16 @@ class MetaGradients:
             cost = COMPILE_SECONDS * layers * passes(now.problem.estimator, now.inner_steps)
             self.of_chunk = Compiled(self.eager, self.built_in, compile, cost)
 
-    def by_worker(self, weights: Params, batch: TaskBatch, workers: int, number: int = 0) -> Iterator[OfWorkers]:
+    def by_worker(
+        self,
+        weights: Params,
+        batch: TaskBatch,
+        workers: int,
+        number: int = 0,
+        *,
+        present: Sequence[int] | None = None,
+        starts: Params | None = None,
+    ) -> Iterator[OfWorkers]:
         """Yield the workers' flattened meta-gradients in order, a few at a time as chunks finish.
 
         Args:
@@ -170,6 +179,8 @@ class MetaGradients:
             batch: T tasks.
             workers: n, must divide T.
             number: the index of the first task in the batch of all processes, which seeds a random model's draws.
+            present: the workers, of 0 to n - 1, to compute; all by default.
+            starts: the weights ``[k, *shape]`` of these k workers, if they are not the meta-parameters.
 
         Raises:
             ValueError: as `MAML.meta_gradient`.
@@ -179,20 +190,28 @@ class MetaGradients:
         plan.check(batch)
         workers = check_whole("the number of workers", workers, 1)
         per_worker = len(block(batch.num_tasks, 0, workers))
-        parts = list(spans(batch.num_tasks, self.chunk_size(plan, batch), per_worker))
+        everyone = range(workers) if present is None else present
+        parts = self._parts(everyone, per_worker, self.chunk_size(plan, batch), alike=present is not None)
         padded = batch.support_mask is not None or batch.query_mask is not None
         # a loop over unpadded tasks, and the end of a solve, depend on values
-        of_chunk = self.eager if padded or ESTIMATORS[plan.problem.estimator].proximal else self.of_chunk
+        alone = padded or ESTIMATORS[plan.problem.estimator].proximal or starts is not None
+        of_chunk = self.eager if alone else self.of_chunk
         if of_chunk is self.of_chunk:
             self._announce(weights, batch, len(parts))
         rows: Tensor | None = None
         held: list[OfTasks] = []
         step = Step()
+        if present is not None:  # processes without present workers draw a seed too
+            step.seed()
         for start, stop in parts:
             first, last = start // per_worker, -(-stop // per_worker)  # the workers whose tasks these are
-            tasks = batch if len(parts) == 1 else batch.part(start, stop)
+            tasks = batch if stop - start == batch.num_tasks else batch.part(start, stop)
+            own = {}
+            if starts is not None:
+                row = everyone.index(first)
+                own = {"starts": {name: w[row : row + last - first] for name, w in starts.items()}}
             with step.tasks(number + start, stop - start):
-                found = of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks))
+                found = of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks), **own)
             averages = 2 + (0 if plan.memory is None else len(plan.problem.adapted))
             held.append(OfTasks(found[0], found[1], found[2:averages]))
             chunk = _flat(found[averages:])
@@ -200,6 +219,17 @@ class MetaGradients:
             if stop % per_worker == 0:
                 yield OfWorkers(rows, OfTasks.joined(held))
                 rows, held = None, []
+
+    def _parts(
+        self, everyone: Sequence[int], per_worker: int, size: int | None, *, alike: bool
+    ) -> list[tuple[int, int]]:
+        """The chunks of tasks of these workers. Compiled ones are ``alike``: of one worker, or a part of it."""
+        runs = [range(i, i + 1) for i in everyone] if alike and self.compile else _consecutive(everyone)
+        return [
+            (run.start * per_worker + start, run.start * per_worker + stop)
+            for run in runs
+            for start, stop in spans(len(run) * per_worker, size, per_worker)
+        ]
 
     def losses(self, weights: Params, batch: TaskBatch) -> Tensor:
         """Query losses ``[T]`` of the first adaptation, with the weighted derivatives of all adaptations."""
@@ -258,10 +288,14 @@ class MetaGradients:
         adaptation = plan.inner_steps, problem.estimator, plan.inner_batches, problem.inner_optimizer
         return *adaptation, problem.autocast, *fixed
 
-    def eager(self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any) -> tuple[Tensor, ...]:
+    def eager(
+        self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any, starts: Params | None = None
+    ) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""
         plan = self.plan()
         gradient = partial(chunk_gradient, plan, weights, memory, workers, scale, *batch)
+        if starts is not None:
+            gradient = partial(gradient, starts=starts)
         with uncompiled():
             return plan.problem.vectorization.attempt(plan.problem.parts(), gradient)
 
@@ -284,20 +318,30 @@ class MetaGradients:
 
 
 def chunk_gradient(
-    plan: Plan, weights: Params, memory: Params, workers: int, scale: float, form: TreeSpec, *batch: Tensor
+    plan: Plan,
+    weights: Params,
+    memory: Params,
+    workers: int,
+    scale: float,
+    form: TreeSpec,
+    *batch: Tensor,
+    starts: Params | None = None,
 ) -> tuple[Tensor, ...]:
     """Query losses, predictions, tracked averages, and each worker's gradient of ``scale`` times the sum of losses.
 
     The batch comes as its form and its tensors (`metamom.common.trees.flattened`), as compiled graphs take it. The
     result is a flat tuple, as they return it. Gradients are ``[workers, d]``. If a weight is not contiguous, they are
     ``[workers, *shape]`` for each parameter instead: a compiler would otherwise reorder it entry by entry in the middle
-    of the sum over tasks.
+    of the sum over tasks. With ``starts`` ``[workers, *shape]``, each worker's gradient is that at its own weights.
     """
     problem = plan.problem
     first: tuple[Tensor, ...] = ()
     totals: list[Tensor] = []
     with torch.enable_grad():
-        rows = {name: w.detach().expand(workers, *w.shape).requires_grad_() for name, w in weights.items()}
+        rows = {
+            name: (w.detach().expand(workers, *w.shape) if starts is None else starts[name].detach()).requires_grad_()
+            for name, w in weights.items()
+        }
         around = {} if is_tracing() else weights  # the losses may depend on these through the rows only
         fields = restored(form, batch)
         tasks = TaskBatch(*fields[:4])._replace(support_mask=fields[4], query_mask=fields[5])
@@ -344,6 +388,15 @@ def _kinds(batch: TaskBatch) -> tuple[Hashable, ...]:
     """The form of a batch, and everything about its tensors except the number of tasks and the values."""
     form, tensors = flattened((*batch[:4], *batch[5:]))
     return str(form), *((x.shape[1:], x.dtype, x.device) for x in tensors)  # the form itself cannot be copied
+
+
+def _consecutive(numbers: Sequence[int]) -> Iterator[range]:
+    """The runs of consecutive numbers in an ascending sequence."""
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield range(numbers[start], numbers[i - 1] + 1)
+            start = i
 
 
 def _flat(grads: Sequence[Tensor]) -> Tensor:

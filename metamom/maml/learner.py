@@ -104,6 +104,7 @@ class MAML(Training):
         solves: how the last solves of ``"implicit"`` and ``"perturbed"`` went: see `metamom.maml.solves.Solves`.
         operators: the operators that were passed to `backward` as a SPEC, each created once. With error feedback,
             save their ``state_dict()`` with the learner's.
+        federated: the same of `backward`'s ``participation`` and ``down_bias``, by what was passed.
 
     Raises:
         ValueError: for an option that is out of range or not supported by the estimator, an unknown parameter name, a

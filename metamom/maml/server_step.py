@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,16 @@ from metamom.bias.checks import all_finite
 from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
 from metamom.maml.batch_checks import refuse_non_finite
+from metamom.maml.draws import Step
+from metamom.maml.federation import Federation, Here, check_estimator, no_tasks
 from metamom.maml.gradient import MetaGradients, OfTasks
+from metamom.maml.local_steps import by_worker_locally
 from metamom.maml.not_finite import not_finite
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import Aggregation, deliver, unflatten
 from metamom.server.robust import AnyAggregate
+
+ALL_PRESENT = Federation()
 
 
 class Backward(NamedTuple):
@@ -30,7 +35,9 @@ class Backward(NamedTuple):
         metrics: ``accuracy`` (on the query sets; ``None`` for regression), ``grad_norm`` (of the aggregate),
             ``bias_error`` (how far the operator moved the mean gradient, relative to that gradient's norm; ``None``
             if it was not measured), ``wire_bytes`` (of the workers' messages to the server) and ``sent_bytes``
-            (the total that all processes sent each other in this step; see `metamom.distributed.World`).
+            (the total that all processes sent each other in this step; see `metamom.distributed.World`). With absent
+            workers, loss and metrics are those of the present ones. With ``down_bias``, also ``wire_bytes_down`` (of
+            the server's messages to all workers).
     """
 
     loss: Tensor
@@ -50,6 +57,7 @@ def server_step(
     check_finite: bool,
     accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
     take: Callable[[Params, BiasOperator | None], None] | None = None,
+    federation: Federation = ALL_PRESENT,
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -58,36 +66,40 @@ def server_step(
         weights: the meta-parameters by name.
         accuracy: computes the tasks' accuracies from predictions ``[T, Q, ...]`` and targets.
         take: gets that gradient, and the operator, instead of ``.grad``.
+        federation: absent workers, their weights, and local steps; its message to the workers is the caller's.
     """
     sent = world.sent
     with world.together():
         gradients.plan().check(batch)
-        first = world.rank * batch.num_tasks
+        check_estimator(gradients.plan().problem.estimator, federation.local_steps)
+        federation.check(batch.num_tasks * world.size, workers, world)
+        first, present = world.rank * batch.num_tasks, federation.present(workers)
         if world.size > 1:
-            operator, shapes = as_operator(bias), [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
-            what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
-            world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
-        server = Aggregation(
-            workers, bias, aggregate, sizes=Layout(w.shape for w in weights.values()), world=world, measure=measure
-        )
+            shapes = [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
+            what = f"{_spec(bias)}, aggregate={aggregate}, measure={measure}{federation.described()}"
+            world.step(f"a step of workers={workers}, bias={what}, batches of {shapes}", weights.values())
+        sizes = Layout(w.shape for w in weights.values())
+        part: dict[str, Any] = {"present": present, "worker_weights": federation.worker_weights}
+        server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure, **part)
+        here = Here.of(present, batch, workers, world)
         try:
-            tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first)
+            tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first, here, federation)
         except NonFiniteError as error:
             if not check_finite:
                 raise
             with torch.no_grad():
                 own = gradients.losses(weights, batch)
             raise not_finite(gradients.plan(), weights, batch, own, first) from error
-        right = accuracy(tasks.predictions, batch.query_y, batch.query_mask)
-    outcomes = world.gather(torch.stack([tasks.losses] if right is None else [tasks.losses, right.to(tasks.losses)]))
-    losses, *shares = outcomes.transpose(0, 1).flatten(1)
+        right = _accuracies(accuracy, tasks, batch, here)
+    losses, shares = _everyones(world, tasks.losses, right, batch.num_tasks, here)
+    own = tasks.losses if here is None else here.spread(tasks.losses, batch.num_tasks, 0.0)
     finite = all_finite(losses)
     if not finite:
-        _refuse(gradients, weights, batch, tasks.losses, losses, first, world, check_finite)
+        _refuse(gradients, weights, batch, own, losses, first, world, check_finite)
     total, report = server.finish()
     norm = report["grad_norm"]
     if not (norm is not None and math.isfinite(norm)) and finite and not all_finite(total):
-        _refuse(gradients, weights, batch, tasks.losses, losses, first, world, check_finite)
+        _refuse(gradients, weights, batch, own, losses, first, world, check_finite)
     gradient = unflatten(total, weights)
     if take is not None:
         take(gradient, server.operator)
@@ -95,9 +107,7 @@ def server_step(
         for name, parameter in weights.items():
             deliver(parameter, gradient[name], server.operator, add=True)
     if tasks.averages:
-        assert batch.task_ids is not None
-        everyones = [world.gather(u).flatten(0, 1) for u in tasks.averages]
-        gradients.plan().remember(world.gather(batch.task_ids).flatten(), everyones, total, losses)
+        gradients.plan().remember(*_averages(world, tasks, batch, here), total, losses)
     return Backward(losses.mean(), {"accuracy": _mean(shares), **report, "sent_bytes": world.sent - sent})
 
 
@@ -132,14 +142,83 @@ def _mean(shares: Sequence[Tensor]) -> float | None:
     return None if math.isnan(mean) else mean
 
 
+def _spec(bias: Bias) -> str:
+    operator = as_operator(bias)
+    return "none" if operator is None else operator.spec
+
+
+def _averages(world: World, tasks: OfTasks, batch: TaskBatch, here: Here | None) -> tuple[Tensor, list[Tensor]]:
+    """The ids and the averages of a tracked estimator of all processes' tasks, of present workers."""
+    assert batch.task_ids is not None
+    ids, averages = batch.task_ids, tasks.averages
+    if here is None:
+        return world.gather(ids).flatten(), [world.gather(u).flatten(0, 1) for u in averages]
+    spread = [here.spread(u, batch.num_tasks, 0.0) for u in averages]
+    return world.gather(ids).flatten()[here.everyone], [world.gather(u).flatten(0, 1)[here.everyone] for u in spread]
+
+
+def _accuracies(
+    accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
+    tasks: OfTasks,
+    batch: TaskBatch,
+    here: Here | None,
+) -> Tensor | None:
+    """The accuracies of this process's tasks, of present workers."""
+    if here is None:
+        return accuracy(tasks.predictions, batch.query_y, batch.query_mask)
+    if not len(here.positions):
+        return None
+    chosen = here.tasks(batch)
+    return accuracy(tasks.predictions, chosen.query_y, chosen.query_mask)
+
+
+def _everyones(
+    world: World, losses: Tensor, right: Tensor | None, num_tasks: int, here: Here | None
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The losses ``[T]``, and the accuracies if there are any, of all processes' tasks, of present workers."""
+    if here is None:
+        outcomes = world.gather(torch.stack([losses] if right is None else [losses, right.to(losses)]))
+        everyones, *shares = outcomes.transpose(0, 1).flatten(1)
+        return everyones, shares
+    # processes without present workers do not know whether there are accuracies
+    own = losses.new_full((2, num_tasks), math.nan, dtype=torch.float64)
+    own[0] = here.spread(losses.double(), num_tasks, math.nan)
+    if right is not None:
+        own[1] = here.spread(right.double(), num_tasks, math.nan)
+    everyones, shares = world.gather(own).transpose(0, 1).flatten(1)[:, here.everyone]
+    return everyones.to(losses.dtype), [shares]
+
+
 def _to_server(
-    server: Aggregation, gradients: MetaGradients, weights: Params, batch: TaskBatch, mine: range, first: int
+    server: Aggregation,
+    gradients: MetaGradients,
+    weights: Params,
+    batch: TaskBatch,
+    mine: range,
+    first: int,
+    here: Here | None,
+    federation: Federation,
 ) -> OfTasks:
-    """Send the gradients of this process's workers to the server, and return the results of their tasks."""
+    """Send the gradients of this process's present workers to the server, and return the results of their tasks."""
     found, done = [], 0
-    for rows, tasks in gradients.by_worker(weights, batch, len(mine), first):
+    here_workers = None if here is None else here.workers
+    if federation.local_steps == 1:
+        computed = gradients.by_worker(weights, batch, len(mine), first, present=here_workers)
+    else:
+        steps, lr = federation.local_steps, federation.local_lr
+        assert lr is not None
+        computed = by_worker_locally(gradients, weights, batch, len(mine), first, here_workers, steps, lr)
+    present = mine if here_workers is None else [mine[worker] for worker in here_workers]
+    if not present:
+        plan = gradients.plan()
+        like = torch.cat([w.detach().reshape(-1) for w in weights.values()])
+        server.add(like.new_zeros(0, len(like)), [])
+        for _ in range(federation.local_steps):
+            Step().seed()  # so that torch's generator is the same on all processes
+        return no_tasks(weights, () if plan.memory is None else plan.problem.adapted)
+    for rows, tasks in computed:
         try:
-            server.add(rows, mine[done : done + len(rows)])
+            server.add(rows, present[done : done + len(rows)])
         except NonFiniteError:
             refuse_non_finite(batch, first)
             raise

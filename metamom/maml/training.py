@@ -5,6 +5,7 @@ Legend: T tasks, n workers with T/n tasks each, J inner steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,17 @@ from metamom.batch import TaskBatch
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.distributed import World, as_world
 from metamom.maml.adapting import Adapting
+from metamom.maml.federation import Federation, kept_down_bias, kept_participation
 from metamom.maml.gradient import OfTasks
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.modes import differentiable_batch, out_of_inference
+from metamom.maml.server_step import ALL_PRESENT, server_step
 from metamom.maml.server_step import Backward as Backward
-from metamom.maml.server_step import server_step
 from metamom.maml.task_weights import Params
 from metamom.maml.training_loss import with_gradient
 from metamom.server.aggregate import after_hooks, unflatten
+from metamom.server.down import DownBias
+from metamom.server.participation import Participation
 from metamom.server.robust import AnyAggregate
 
 
@@ -91,6 +95,11 @@ class Training(Adapting):
         world: World | None = None,
         measure: bool = True,
         check_finite: bool = True,
+        participation: Participation | float | None = None,
+        worker_weights: Sequence[float] | None = None,
+        local_steps: int = 1,
+        local_lr: float | None = None,
+        down_bias: DownBias | str | None = None,
     ) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
@@ -108,6 +117,19 @@ class Training(Adapting):
             measure: whether to measure ``bias_error``. With several processes this exchanges whole gradients.
             check_finite: refuse a loss or gradient that is not finite. ``False`` adds it to ``.grad`` as it is, unless
                 an operator refuses it, for loops that skip such steps themselves (as `torch.amp.GradScaler` does).
+            participation: the share of workers that are present in each step, drawn by a counter
+                (`metamom.server.Participation`); all by default. The others compute and send nothing. A
+                memoryless operator's mean is that over the present workers. Where the server remembers each worker's
+                estimate (EF21, EF21-SGDM, EF21-SGD2M, Clip21, ...), it averages all of them, those of the absent ones
+                unchanged (EF21-PP).
+            worker_weights: a positive weight for each worker, scaled to sum 1; equal by default. They need the mean.
+            local_steps: H >= 1, the meta-steps ``w_i <- w_i - local_lr * g_i(w_i)`` that each worker takes on tasks
+                of its own, T/(n H) for each, before it sends the sum of its H gradients: the difference of its weights
+                divided by ``local_lr``. With `metamom.CompositeMomentum` of the same step size and ``beta=1``, this is
+                Per-FedAvg. From the second local step on, a compiled meta-gradient runs eagerly.
+            local_lr: the step size of local steps, > 0; needed if there are several.
+            down_bias: compress the server's message to the workers (`metamom.server.DownBias`, EF21-P), or the
+                operator's SPEC: meta-gradients are then taken at the weights that workers have received.
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
@@ -128,6 +150,13 @@ class Training(Adapting):
             world=world,
             measure=measure,
             check_finite=check_finite,
+            federation=Federation(
+                kept_participation(participation, self.federated),
+                worker_weights,
+                local_steps,
+                local_lr,
+                kept_down_bias(down_bias, self.federated),
+            ),
         )
 
     @asserts_explained()
@@ -192,10 +221,12 @@ class Training(Adapting):
         """`training_loss`."""
         return self.training_loss(batch, **options)
 
-    def _server_step(self, batch: TaskBatch, *, bias: Bias, world: World | None, **options: Any) -> Backward:
+    def _server_step(
+        self, batch: TaskBatch, *, bias: Bias, world: World | None, federation: Federation = ALL_PRESENT, **options: Any
+    ) -> Backward:
         if isinstance(bias, str):  # its state carries over from step to step
             bias = self.operators.setdefault(bias, as_operator(bias))
-        with out_of_inference():
+        with out_of_inference(), federation.seen(self.meta_parameters(), options["workers"]) as report:
             done = server_step(
                 self._gradients,
                 self.meta_parameters(),
@@ -203,8 +234,10 @@ class Training(Adapting):
                 bias=bias,
                 world=as_world(world),
                 accuracy=self._accuracy,
+                federation=federation,
                 **options,
             )
+            done.metrics.update(report)
         if self.annealing is not None:
             self.annealing.count()
         return done

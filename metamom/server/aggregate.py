@@ -13,6 +13,7 @@ from metamom.bias.coordinates import Sizes
 from metamom.bias.function import without_state
 from metamom.common.averaged import forget, note
 from metamom.distributed import World, as_world
+from metamom.server.part import Part, check_part
 from metamom.server.robust import AnyAggregate, as_robust_mean
 from metamom.server.workers import OwnWorkers, SharedWorkers
 
@@ -76,15 +77,24 @@ class Aggregation:
             `metamom.bias.Layout`, for operators on matrices.
         world: the processes; one by default.
         measure: whether to measure the ``bias_error``. With several processes this exchanges uncompressed gradients.
+        present: the numbers of the workers that are present in this step, ascending; all by default. The mean is that
+            over the present ones, except for operators with which the server remembers an estimate of each worker's
+            gradient (EF21, EF21-SGDM, EF21-SGD2M, Clip21, ...): it then averages all n estimates, those of the absent
+            ones unchanged (EF21-PP).
+        worker_weights: n positive weights, scaled to sum 1: the aggregate is ``sum_i w_i C(g_i)``, or
+            ``n/m sum_i w_i C(g_i)`` over m present workers, whose expected value over uniform draws of them is the
+            same. Equal by default. They need ``how="mean"``.
 
     Raises:
         ValueError: for an unknown ``how``, a name of one with state, or one that cannot combine n workers or trims
             none of them; for a SPEC that does not name an
             operator, or names one with state; for workers that cannot be split over the processes; for an operator
-            that draws in the order of calls, with several processes.
+            that draws in the order of calls, with several processes; for workers or weights out of range, and for an
+            operator that needs all workers (DIANA, MARINA, DASHA).
 
     Reference:
-        arXiv 2403.00853, the server's averaging.
+        arXiv 2403.00853, the server's averaging; Fatkhullin, Sokolov, Gorbunov, Li, Richtárik, "EF21 with Bells &
+        Whistles", 2021, arXiv 2110.03294, for absent workers.
     """
 
     def __init__(
@@ -96,6 +106,8 @@ class Aggregation:
         sizes: Sizes | None = None,
         world: World | None = None,
         measure: bool = True,
+        present: Sequence[int] | None = None,
+        worker_weights: Sequence[float] | None = None,
     ) -> None:
         world = as_world(world)
         operator = without_state(bias)
@@ -110,15 +122,17 @@ class Aggregation:
                 "make it with seed= in place of generator=."
             )
         world.workers(n)  # checks that they can be split
+        part = Part.of(n, present, worker_weights, operator)
+        check_part(part, robust, operator)
         self.operator = operator
         self._workers: OwnWorkers | SharedWorkers
         if n < world.size:
-            self._workers = SharedWorkers(n, operator, robust, sizes, world)
+            self._workers = SharedWorkers(n, operator, robust, sizes, world, part)
         else:
-            self._workers = OwnWorkers(n, operator, robust, sizes, world, measure)
+            self._workers = OwnWorkers(n, operator, robust, sizes, world, measure, part)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
-        """Add gradients ``[k, d]`` of these workers, each worker once.
+        """Add gradients ``[k, d]`` of these workers, each present worker once; ``[0, d]`` if this process has none.
 
         Gradients can be added in several calls, and are usually not kept. They are kept if the operator has error
         feedback (its state is updated for all workers or none) or draws in the order of calls, or if the aggregate is

@@ -11,6 +11,8 @@ from metamom.bias import BiasOperator
 from metamom.bias.coordinates import Sizes
 from metamom.distributed import World
 from metamom.server.collect import AllRows, Collected, HeldBack, Messages, PlainMean, StreamedSum, reducible
+from metamom.server.part import Part
+from metamom.server.partial import PartialStep, partial_collected
 from metamom.server.pending import PendingStep
 from metamom.server.robust import RobustMean
 
@@ -21,15 +23,30 @@ class OwnWorkers:
     """Each process adds the gradients of its own workers. Arguments as of an `Aggregation`, but an ``operator``."""
 
     def __init__(
-        self, n: int, operator: BiasOperator | None, how: RobustMean, sizes: Sizes | None, world: World, measure: bool
+        self,
+        n: int,
+        operator: BiasOperator | None,
+        how: RobustMean,
+        sizes: Sizes | None,
+        world: World,
+        measure: bool,
+        part: Part | None = None,
     ) -> None:
-        mine = len(world.workers(n))
-        self._n, self._how = n, how
+        mine = world.workers(n)
+        present = list(mine) if part is None else [worker for worker in mine if worker in part.present]
         streams = not how.gathers and (operator is None or (operator.separable and not operator.feeds_back))
-        self._step = None if operator is None else PendingStep(operator, sizes)
-        self._held = None if streams else HeldBack(mine)
-        self._plain = None if operator is None or not measure else PlainMean(n - how.faulty, world)
-        self._collected = _collected(n, how, self._step, world)
+        honest = n - how.faulty if part is None else len(part.present)
+        self._n, self._how, self._part = n, how, part
+        self._held = None if streams else HeldBack(len(present))
+        self._plain = None if operator is None or not measure else PlainMean(honest, world)
+        self._step: PendingStep | None = None
+        self._collected: Collected
+        if part is not None:
+            step = None if operator is None else PartialStep(operator, sizes, part, mine)
+            self._step, self._collected = step, partial_collected(part, how, step, world)
+        else:
+            self._step = None if operator is None else PendingStep(operator, sizes)
+            self._collected = _collected(n, how, self._step, world)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Aggregation.add`."""
@@ -42,9 +59,15 @@ class OwnWorkers:
             rows, workers = whole
         self._collected.add(rows, workers)
         if self._plain is not None:
-            self._plain.add(
-                rows[[worker < self._n - self._how.faulty for worker in workers]] if self._how.faulty else rows
-            )
+            self._plain.add(self._counted(rows, workers))
+
+    def _counted(self, rows: Tensor, workers: Sequence[int]) -> Tensor:
+        """The rows whose mean the ``bias_error`` is relative to: those of honest workers, by weight."""
+        if self._part is not None:
+            return self._part.weighted(rows, workers)
+        if not self._how.faulty:
+            return rows
+        return rows[[worker < self._n - self._how.faulty for worker in workers]]
 
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""
@@ -70,10 +93,17 @@ class SharedWorkers:
     """
 
     def __init__(
-        self, n: int, operator: BiasOperator | None, how: RobustMean, sizes: Sizes | None, world: World
+        self,
+        n: int,
+        operator: BiasOperator | None,
+        how: RobustMean,
+        sizes: Sizes | None,
+        world: World,
+        part: Part | None = None,
     ) -> None:
         self._n, self._world = n, world
-        self._server = OwnWorkers(n, operator, how, sizes, World(), measure=True)
+        self._present = list(range(n)) if part is None else list(part.present)
+        self._server = OwnWorkers(n, operator, how, sizes, World(), measure=True, part=part)
         self._total: Tensor | None = None  # [n, d]
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
@@ -85,7 +115,8 @@ class SharedWorkers:
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""
         assert self._total is not None
-        self._server.add(self._world.all_reduce(reducible(self._total, self._world)), range(self._n))
+        total = self._world.all_reduce(reducible(self._total, self._world))
+        self._server.add(total if len(self._present) == self._n else total[self._present], self._present)
         return self._server.finish()
 
 

@@ -27,6 +27,7 @@ from metamom.theory.differences import (
     diana_step,
     marina_step,
 )
+from metamom.theory.federated import bound_ef21_p, bound_ef21_pp, ef21_p_step, ef21_pp_step
 from metamom.theory.feedback import bound_ef14, bound_ef21, clip21_inactive, clip21_steps, ef14_step, ef21_step
 from metamom.theory.feedback_momentum import Start, bound_ef21_sgdm, ef21_sgdm_step
 from metamom.theory.nonconvex import Terms, best_step, bound_1a, delta0_from, max_step, terms_1a
@@ -55,6 +56,8 @@ __all__ = [
     "bound_diana",
     "bound_ef14",
     "bound_ef21",
+    "bound_ef21_p",
+    "bound_ef21_pp",
     "bound_ef21_sgdm",
     "bound_marina",
     "bound_tracking",
@@ -71,6 +74,8 @@ __all__ = [
     "diana_alpha",
     "diana_step",
     "ef14_step",
+    "ef21_p_step",
+    "ef21_pp_step",
     "ef21_sgdm_step",
     "ef21_step",
     "explain",

@@ -19,6 +19,9 @@ from metamom.diagnostics.while_training import check_track
 from metamom.distributed import SAME, World, digest
 from metamom.evaluation import Evaluation
 from metamom.maml.learner import MAML
+from metamom.server.down import DownBias
+from metamom.server.part import normalised_weights
+from metamom.server.participation import Participation
 from metamom.server.robust import RobustMean
 from metamom.training import board, plateau
 from metamom.training.callbacks import STOP, Callback, Callbacks
@@ -34,6 +37,7 @@ from metamom.training.plan import (
     check_optimizer,
     check_plan,
     describe,
+    step_size,
 )
 from metamom.training.progress import Progress, Saved
 from metamom.training.session import Session
@@ -100,6 +104,8 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
     operator = as_operator(options.bias)
     options = check_plan(learner, sampler, replace(options, bias=operator), world)
     check_optimizer(learner, optimizer)
+    if options.local_steps > 1 and options.local_lr is None:
+        step_size(optimizer)
     check_momentum(optimizer, operator)
     schedulers = as_schedulers(options.schedulers, optimizer)
     if options.validation is not None:
@@ -158,7 +164,8 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
             torch.set_rng_state(world.broadcast_object(torch.get_rng_state))
             if operator is not None:
                 n = options.workers
-                operator.shard(range(n) if n < world.size else world.workers(n), each=checked.robust.gathers)
+                each = checked.robust.gathers or normalised_weights(options.worker_weights, n) is not None
+                operator.shard(range(n) if n < world.size else world.workers(n), each=each)
         learner.expect(options.iterations - progress.done)
         if run is not None:  # from here on the directory changes
             run.forget_metrics_from(progress.logged, until=options.iterations)
@@ -186,16 +193,21 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
 
 def _parts(learner: MAML, optimizer: Optimizer, checked: Checked) -> dict[str, Any]:
     """What a run's checkpoints hold, but for its callbacks; the operator's state starts anew."""
+    options, operator = checked.options, checked.operator
     parts: dict[str, Any] = {
         "learner": learner,
         "optimizer": optimizer,
         **{f"scheduler{i}": s for i, s in enumerate(checked.schedulers)},
     }
-    if checked.operator is not None and checked.operator.state_dict():
-        checked.operator.reset()
-        parts["bias"] = checked.operator
+    if operator is not None and operator.state_dict():
+        operator.reset()
+        parts["bias"] = operator
     if checked.robust.stateful:
         parts["aggregate"] = checked.robust
+    for name, part in (("participation", options.participation), ("down_bias", options.down_bias)):
+        if isinstance(part, (Participation, DownBias)):
+            part.reset()
+            parts[name] = part
     return parts
 
 

@@ -19,11 +19,13 @@ from metamom.evaluation import Evaluation, evaluate
 from metamom.maml.batch_checks import NonFiniteDataError
 from metamom.maml.learner import MAML
 from metamom.maml.server_step import Backward
+from metamom.server.down import DownBias
+from metamom.server.participation import Participation
 from metamom.server.robust import Aggregate
 from metamom.training.begin import Checked, begin, check
 from metamom.training.callbacks import Callback
 from metamom.training.options import Options
-from metamom.training.plan import Schedulers, check_momentum
+from metamom.training.plan import Schedulers, check_momentum, federation, step_size
 from metamom.training.session import Session
 from metamom.training.stall import StallMonitor
 
@@ -37,8 +39,8 @@ class TrainResult(NamedTuple):
     Attributes:
         metrics: one entry for each step of this call: ``step, loss, accuracy, grad_norm, bias_error, wire_bytes,
             sent_bytes, seconds, world_size``; with ``clip_grad``, also ``clip_factor``, while ``grad_norm`` is the norm
-            before; if measured, also ``validation`` with ``validation_halfwidth``, and ``measured_bias``
-            (`metamom.diagnostics.track`).
+            before; with ``down_bias``, also ``wire_bytes_down``; if measured, also ``validation`` with
+            ``validation_halfwidth``, and ``measured_bias`` (`metamom.diagnostics.track`).
         validation: the last validation, if any.
         resumed_from: number of steps before this call.
         stopped: the reason, if a callback has stopped the run.
@@ -77,6 +79,11 @@ def train(
     bias: Bias = None,
     aggregate: Aggregate = "mean",
     attack: str | None = None,
+    participation: Participation | float | None = None,
+    worker_weights: Sequence[float] | None = None,
+    local_steps: int = 1,
+    local_lr: float | None = None,
+    down_bias: DownBias | BiasOperator | str | None = None,
     clip_grad: float | None = None,
     schedulers: Schedulers = (),
     validation: Sampler | None = None,
@@ -114,6 +121,13 @@ def train(
             state, it starts with the run, and is saved with it.
         attack: what the last F workers send instead of their gradients, to test ``aggregate``: ``"alie:2"``; see
             `metamom.server.attacks`.
+        participation: the share of workers that are present in each step, or a `Participation` with a seed of its own;
+            see `MAML.backward`. Its count of steps is reset at the start of the run, and saved with it.
+        worker_weights: a positive weight for each worker, scaled to sum 1; equal by default.
+        local_steps: the meta-steps that each worker takes on its own tasks between two averages; see `MAML.backward`.
+        local_lr: the step size of local steps; ``None`` for the optimizer's of the same step.
+        down_bias: compress the server's message to the workers: a `metamom.server.DownBias`, its operator or SPEC.
+            Its state is reset at the start of the run, and saved with it. Validations use the server's weights.
         clip_grad: the largest norm of the aggregated gradient; a longer one is scaled down to it before the step. (The
             operator ``"clip:..."`` clips each worker's gradient.) The metrics get ``clip_factor``, in (0, 1].
         schedulers: one or several schedulers of this optimizer; each advances after every step. `ReduceLROnPlateau`
@@ -194,7 +208,7 @@ def _steps(
 
         batch = world.sample(sampler, step, options.meta_batch).to(like.device, like.dtype)
         optimizer.zero_grad()
-        loss, report = _gradient(learner, batch, step, checked, world, session)
+        loss, report = _gradient(learner, optimizer, batch, step, checked, world, session)
         report |= _clipped(learner, report, options.clip_grad)
         optimizer.step()
         checked.advance()
@@ -232,7 +246,15 @@ def _finished(
     return validation
 
 
-def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:
+def _gradient(
+    learner: MAML,
+    optimizer: Optimizer,
+    batch: TaskBatch,
+    step: int,
+    checked: Checked,
+    world: World,
+    session: Session,
+) -> Backward:
     """Write the server's gradient to ``.grad``, and share a signal with all processes along with it.
 
     Raises:
@@ -240,12 +262,20 @@ def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, worl
         NonFiniteDataError: if the batch is not finite.
     """
     world.status = session.interrupts.caught or 0
+    options = checked.options
+    local_lr = step_size(optimizer) if options.local_steps > 1 and options.local_lr is None else options.local_lr
+    plan = federation(options, local_lr)
     try:
         found = learner.backward(
             batch,
-            workers=checked.options.workers,
+            workers=options.workers,
             bias=checked.operator,
             aggregate=checked.robust,
+            participation=plan.participation,
+            worker_weights=plan.worker_weights,
+            local_steps=plan.local_steps,
+            local_lr=plan.local_lr,
+            down_bias=plan.down,
             world=world,
             measure=world.size == 1 or step % MEASURE_EVERY == 0,
             check_finite=False,  # checked below, where the step is known

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from metamom.batch import Sampler
-    from metamom.bias import Bias
+    from metamom.bias import Bias, BiasOperator
     from metamom.diagnostics.while_training import TrackBias
+    from metamom.server.down import DownBias
+    from metamom.server.participation import Participation
     from metamom.training.callbacks import Callback
     from metamom.training.plan import Schedulers
 
@@ -43,6 +45,29 @@ def _clip_grad(name: str, value: Any) -> float | None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is the largest norm of the gradient, finite and > 0, or None for any; got {value}.")
     return float(value)
+
+
+def _local_lr(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{name} is the step size of local steps, finite and > 0, or None for the optimizer's; got {value}."
+        )
+    return float(value)
+
+
+def _worker_weights(name: str, value: Any) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{name} are positive numbers, one for each worker, such as [1, 2], or None; got {value!r:.80}."
+        )
+    for weight in value:
+        check_number(f"each of {name}", weight)
+    return tuple(float(weight) for weight in value)
 
 
 def _evaluate_tasks(name: str, value: Any) -> int:
@@ -108,6 +133,23 @@ class Options:
     bias: Bias = option(None, record="settings")
     aggregate: Aggregate = option("mean", record="settings")
     attack: str | None = option(None, record="settings", later=True)
+    participation: Participation | float | None = option(
+        None,
+        record="settings",
+        later=True,
+        as_json=lambda drawn: drawn.described() if hasattr(drawn, "described") else drawn,
+    )
+    worker_weights: Sequence[float] | None = option(
+        None, check=_worker_weights, record="settings", later=True, as_json=lambda weights: weights and [*weights]
+    )
+    local_steps: int = option(1, check=whole(1, MOST), record="settings", later=True)
+    local_lr: float | None = option(None, check=_local_lr, record="settings", later=True)
+    down_bias: DownBias | BiasOperator | str | None = option(
+        None,
+        record="settings",
+        later=True,
+        as_json=lambda down: down.operator.spec if hasattr(down, "operator") else down,
+    )
     track_bias: TrackBias | None = option(
         None,
         record="length",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -17,11 +18,14 @@ from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, Layout, as_operator
 from metamom.bias.function import Function, function_name
 from metamom.common.kinds import named_type
-from metamom.distributed import World
+from metamom.distributed import World, as_world
+from metamom.maml.federation import Federation, check_estimator
 from metamom.maml.learner import MAML
 from metamom.maml.norm import resolved
 from metamom.optim import CompositeMomentum, LambdaBeta
 from metamom.server.aggregate import Aggregation
+from metamom.server.down import as_down_bias
+from metamom.server.participation import Participation
 from metamom.server.robust import Aggregate, RobustMean
 from metamom.training.contents import Contents
 from metamom.training.options import Options
@@ -46,7 +50,7 @@ def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World |
     """Check arguments of `train` that would otherwise fail only after the run has started.
 
     Returns:
-        The options, with NumPy's numbers converted to Python's.
+        The options, with NumPy's numbers converted to Python's, and objects for ``participation`` and ``down_bias``.
 
     Raises:
         TypeError: for anything but a learner or a sampler, or for an option of the wrong type.
@@ -66,11 +70,45 @@ def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World |
         block(options.meta_batch, world.rank, world.size)
     sizes = Layout(p.shape for p in learner.meta_parameters().values())
     # checks that they fit together
+    plan = federation(options, options.local_lr)
+    check_estimator(learner.estimator, options.local_steps)
+    plan.check(options.meta_batch, workers, as_world(world))
+    part: dict[str, Any] = {"present": plan.present(workers), "worker_weights": plan.worker_weights}
     robust = RobustMean(options.aggregate, options.attack)
-    server = Aggregation(workers, options.bias, robust, sizes=sizes, world=world)
+    server = Aggregation(workers, options.bias, robust, sizes=sizes, world=world, **part)
+    if plan.down is not None:
+        plan.down.operator.wire_bytes(sum(sizes), sizes=sizes)
     if server.operator is not None:
         server.operator.wire_bytes(sum(sizes), sizes=sizes)  # raises an error if K is too large
-    return options
+    return replace(options, participation=plan.participation, down_bias=plan.down)
+
+
+def federation(options: Options, local_lr: float | None = None) -> Federation:
+    """The options of absent workers, weights, local steps and the message to the workers.
+
+    Args:
+        options: of the run.
+        local_lr: the step size of local steps; any if ``None``.
+    """
+    share, down = options.participation, as_down_bias(options.down_bias)
+    participation = share if share is None or isinstance(share, Participation) else Participation(share)
+    several = options.local_steps > 1
+    lr = (1.0 if local_lr is None else local_lr) if several else None
+    return Federation(participation, options.worker_weights, options.local_steps, lr, down)
+
+
+def step_size(optimizer: Optimizer) -> float:
+    """The step size of all of an optimizer's groups.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    sizes = [float(group["lr"]) for group in optimizer.param_groups]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"local steps take the optimizer's step size, but its groups have {sizes}: pass local_lr (--local-lr)."
+        )
+    return sizes[0]
 
 
 def check_momentum(optimizer: Optimizer, operator: BiasOperator | None) -> None:

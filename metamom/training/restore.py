@@ -23,6 +23,8 @@ from metamom.bias.feedback import ErrorFeedback
 from metamom.bias.marina import MARINA
 from metamom.maml.learner import MAML
 from metamom.optim import LambdaBeta
+from metamom.server.down import DownBias
+from metamom.server.participation import Participation
 from metamom.server.robust import RobustMean
 from metamom.training.alike import check_kind, refuse, short
 from metamom.training.checkpoints import CheckpointError
@@ -93,6 +95,8 @@ def load_parts(
                 _check_operator(part, entries, workers if step else None, calls)
             elif isinstance(part, RobustMean) and entries is not None:
                 part.check_loaded(entries, calls)
+            elif isinstance(part, (Participation, DownBias)):
+                _check_federated(part, entries, calls)
         if step:
             for name in [name for name, part in parts.items() if isinstance(part, Optimizer)]:
                 check_rates(parts[name], schedules)
@@ -171,6 +175,22 @@ def _check_operator(operator: BiasOperator, entries: int, workers: int | None, c
     for member in _random(operator):
         if calls is not None and member.draw_step != calls:
             refuse("'calls'", f"{calls}, one for each step", member.draw_step)
+
+
+def _check_federated(part: Participation | DownBias, entries: int | None, calls: int | None) -> None:
+    """Refuse a count of steps, or weights that workers see, that a run cannot have after this many steps."""
+    if isinstance(part, Participation):
+        if calls is not None and part.steps != calls:
+            refuse("'steps'", f"{calls}, one for each step", part.steps)
+        return
+    messages = None if calls is None else max(calls - 1, 0)
+    if messages is not None and part.messages != messages:
+        refuse("'messages'", f"{messages}, one before each step but the first", part.messages)
+    if calls and (part.seen is None or (entries is not None and len(part.seen) != entries)):
+        refuse("'seen'", f"a tensor of {entries} entries", part.seen)
+    for member in _random(part.operator):
+        if messages is not None and member.draw_step != messages:
+            refuse("'calls'", f"{messages}, one for each message", member.draw_step)
 
 
 def _random(operator: BiasOperator) -> Iterator[BiasOperator]:

@@ -28,6 +28,7 @@ EVERY_FLAG = {
     "--checkpoint-every": "2", "--shots": "4", "--queries": "3", "--evaluate-every": "2", "--evaluate-tasks": "5",
     "--patience": "9", "--optimizer-args": "foreach=false", "--weight-decay": "0.001", "--clip-grad": "0.5",
     "--schedule": "constant", "--warmup": "2", "--inner-lr-lr": "0.00005", "--inner-optimizer": "momentum:.50",
+    "--local-steps": "2", "--local-lr": "0.001", "--down-bias": "topk:20%",
 }  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def test_train_with_every_flag(metamom, tmp_path):
         "optimizer_args": "foreach=false", "weight_decay": 0.001, "clip_grad": 0.5,
         "schedule": "constant", "warmup": 2, "inner_lr_lr": 0.00005,
         "meta_batch": 4, "workers": 2,
-        "bias": "topk:5%", "aggregate": "median", "attack": "ipm:1", "fixed_tasks": 8, "order": "reshuffle",
+        "bias": "topk:5%", "aggregate": "median", "attack": "ipm:1", "participation": None, "worker_weights": None,
+        "local_steps": 2, "local_lr": 0.001, "down_bias": "topk:20%", "fixed_tasks": 8, "order": "reshuffle",
         "seed": 3, "patience": 9, "dtype": "float64", "device": "cpu",
     }  # fmt: skip
     assert config["length"] == {
@@ -70,6 +72,7 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert (group["lr"], group["beta"], group["first_step"], group["normalize"]) == (0.0001, 0.5, "gradient", True)
     assert (group["foreach"], group["weight_decay"]) == (False, 0.001)
     assert all(0 < line["clip_factor"] <= 1 for line in lines)
+    assert [line["wire_bytes_down"] > 0 for line in lines] == [False, True, True, True]
     assert list((run / "tensorboard").iterdir())
     again = metamom("train", "sinusoid", *flags, "--normalize", "--run-dir", run, "--resume", "--tensorboard")
     assert again.code == 0

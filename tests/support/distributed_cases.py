@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ class Case(NamedTuple):
     chunk_size: int | None = None
     steps: int = 6
     dropout: float = 0.0
+    more: Mapping[str, Any] = MappingProxyType({})  # further options of `train`
 
 
 DTYPES = (torch.float64, torch.float32)
@@ -90,6 +93,21 @@ CASES = {
     "moml": Case("topk:20%", estimator="moml"),
     "workers of two processes": Case("randk:5%", workers=2),
     "dropout": Case("topk:20%", chunk_size=3, dropout=0.2),
+    "a quarter present": Case("topk:5%", more={"participation": 0.25}),
+    "a quarter present, moml": Case("clip:1", estimator="moml", more={"participation": 0.25}),
+    "a quarter present, dropout": Case(dropout=0.2, chunk_size=1, more={"participation": 0.25, "local_steps": 2}),
+    "absent shared worker": Case("ef21:topk:5%", workers=2, more={"participation": 0.5}),
+    "federated": Case(
+        "ef21:topk:5%",
+        server="rank0",
+        more={
+            "participation": 0.3,
+            "worker_weights": range(1, 9),
+            "local_steps": 2,
+            "local_lr": 0.01,
+            "down_bias": "randk:20%",
+        },
+    ),
 }
 # of these every process more costs time
 ON_FOUR = [
@@ -97,6 +115,7 @@ ON_FOUR = [
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
     "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
     "byz-ef21-sgdm", "buckets",
+    "a quarter present, moml", "a quarter present, dropout", "absent shared worker", "federated",
 ]  # fmt: skip
 # gone on with on another number of processes
 RESUMED = (
@@ -111,6 +130,7 @@ RESUMED = (
     "marina",
     "byz-ef21-sgdm",
     "buckets",
+    "federated",
 )
 
 
@@ -142,6 +162,7 @@ def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, l
         aggregate=case.aggregate,
         attack=case.attack,
         world=world,
+        **case.more,
     )
     return learner, result.metrics
 

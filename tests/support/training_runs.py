@@ -117,6 +117,16 @@ KINDS: dict[str, Callable[[], Parts]] = {
     "workers and TopK": compressed,
     "RandK": fed_back("randk:20%:seed=3", 0.3),
     "EF14": fed_back("ef14:topk:5%", 0.3),
+    "federated": lambda: momentum()._replace(
+        options={
+            "workers": 4,
+            "bias": parse("ef21:topk:5%"),
+            "participation": 0.5,
+            "worker_weights": (1, 2, 3, 4),
+            "local_steps": 2,
+            "down_bias": "randk:20%",
+        }
+    ),
     "EF21-SGDM": fed_back("ef21-sgdm(0.2):clip:1+randk:50%", 1.0),
 }
 
