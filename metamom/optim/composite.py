@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from metamom.common.averaged import forget
-from metamom.common.choices import FirstStep
+from metamom.common.choices import FOLLOWING, FirstStep, Variant
 from metamom.common.sharded import placed_as
 from metamom.optim.checks import (
     as_parameters,
@@ -27,7 +27,7 @@ from metamom.optim.fused import check_fused, fused_step_
 from metamom.optim.groups import Defaults, take_scheduled_momentum
 from metamom.optim.initialisation import only_makes_state, without_a_gradient
 from metamom.optim.last_gradient import keep_last_gradients
-from metamom.optim.sharded import check_norm_is_known, total_norm
+from metamom.optim.sharded import check_norm_is_known, check_weights_are_known, total_norm
 from metamom.optim.update import (
     look_ahead,
     momentum_update,
@@ -38,6 +38,20 @@ from metamom.optim.update import (
     shrink_,
     together,
 )
+from metamom.optim.variants import (
+    Changes,
+    at,
+    extrapolated,
+    gradient_change,
+    hessian_change,
+    keep_previous,
+    not_evaluated,
+    transport_,
+    variant_of,
+    with_decay,
+)
+
+R = TypeVar("R")
 
 LATER = {  # options that states of earlier versions may lack
     "maximize": False,
@@ -47,6 +61,7 @@ LATER = {  # options that states of earlier versions may lack
     "decoupled_weight_decay": False,
     "fused": None,
     "differentiable": False,
+    "variant": None,
 }
 
 
@@ -84,6 +99,14 @@ class CompositeMomentum(Optimizer):
             gradient, in all groups that normalise; if v is zero, nothing moves. This needs no bound on lr. Its bias
             floor is 2b in the mean gradient norm (`metamom.theory.bound_1c`), which a lower lr approaches. Of
             DTensors, as `fully_shard` and tensor parallelism make them, it is the norm of the full tensors.
+        variant: how v follows the weights (docs/reference/optimizer.md); one for all groups. ``"heavy-ball"`` is the
+            rule above, and so is ``None``. ``"igt"`` takes the gradient at the extrapolated point
+            ``w + (1 - beta)/beta (w - w_prev)``. ``"storm"`` is ``v <- g(w) + (1 - beta)(v - g(w_prev))``, with both
+            gradients of the same data. ``"hessian"`` is ``v <- (1 - beta)(v + H(w)(w - w_prev)) + beta g``. The
+            optimizer has to call what computes these gradients: pass `step` a closure, or call
+            ``learner.backward(batch, momentum=optimizer)`` before it. For ``"hessian"``,
+            ``loss.backward(create_graph=True)`` is enough. These three keep w_prev as the state ``"previous"``. They
+            have no fused, differentiable or Nesterov's form.
         maximize: ascend instead of descend.
         foreach: update all tensors of a group together (True), one by one (False), or together if all of them are
             plain strided tensors (None). The result is the same.
@@ -123,6 +146,7 @@ class CompositeMomentum(Optimizer):
         decoupled_weight_decay: bool = False,
         nesterov: bool = False,
         normalize: bool = False,
+        variant: Variant | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -138,6 +162,7 @@ class CompositeMomentum(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "nesterov": nesterov,
             "normalize": normalize,
+            "variant": variant,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -145,6 +170,7 @@ class CompositeMomentum(Optimizer):
         }
         check_options(defaults)
         self._waiting: set[Tensor] = set()  # parameters with a momentum that no gradient has entered yet
+        self._changes: Changes | None = None  # from `evaluate`, for the next step
         super().__init__(as_parameters(params), Defaults(defaults))
 
     @property
@@ -178,11 +204,12 @@ class CompositeMomentum(Optimizer):
         self.defaults = Defaults(self.defaults)
         for p, each in self.state.items():
             if isinstance(each, dict) and "momentum" in each:  # users' hooks may keep other things here
-                self.state[p] = {**each, "momentum": each["momentum"].clone()}
+                kept = {name: each[name].clone() for name in ("momentum", "previous") if name in each}
+                self.state[p] = {**each, **kept}
         for group in self.param_groups:
             for name, value in LATER.items():
                 group.setdefault(name, value)
-        self._waiting = without_a_gradient(self.state)
+        self._waiting, self._changes = without_a_gradient(self.state), None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Options that it does not set come from the constructor."""
@@ -192,6 +219,7 @@ class CompositeMomentum(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            variant_of(self.param_groups)
             if options["normalize"]:
                 check_norm_is_known(group["params"])
             if options["fused"]:
@@ -203,6 +231,7 @@ class CompositeMomentum(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to ``None`` or to zero, like every optimizer. ``None`` takes a tenth of the time."""
+        self._changes = None
         for group in self.param_groups:
             forget(group["params"])
         if not set_to_none:
@@ -222,32 +251,109 @@ class CompositeMomentum(Optimizer):
         """Take one momentum step on every parameter that has a gradient.
 
         Args:
-            closure: recomputes the loss and its gradients; called once, before the step, with gradients enabled.
+            closure: clears the gradients, and recomputes the loss and its gradients; called once, before the step, with
+                gradients enabled. With ``variant="storm"``, it is called at w_prev and then at w, and must use the same
+                data in both calls; with ``"igt"``, once at the extrapolated point.
 
         Returns:
-            What the closure returned.
+            What the closure returned, at w or at the extrapolated point.
 
         Raises:
-            ValueError: for a beta out of range, or a beta below 1 if workers have averaged the gradients (EF21SGDM).
+            ValueError: for a beta out of range, or a beta below 1 if workers have averaged the gradients (EF21SGDM);
+                for gradients without a closure that the variant cannot use.
             TypeError: for a sparse gradient, or parameters that the fused kernel cannot take.
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self.evaluate(closure)
         with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
             self._step()
         return loss
 
+    @property
+    def variant(self) -> Variant | None:
+        """The variant of all groups."""
+        return variant_of(self.param_groups)
+
+    def evaluate(self, closure: Callable[[], R]) -> R:
+        """Call a closure at the points where the variant takes its gradients; the next `step` needs no closure then.
+
+        ``step(closure)`` is this and ``step()``. Call it by itself if something happens between the two. `zero_grad`
+        discards what it has found.
+
+        Args:
+            closure: as of `step`.
+
+        Returns:
+            What the closure returned, at w or at the extrapolated point.
+
+        Raises:
+            ValueError: under ZeroRedundancyOptimizer, where no process can set all weights.
+        """
+        variant, changes = self.variant, None
+        with torch.enable_grad():
+            if variant == "igt":
+                check_weights_are_known(variant)
+                betas = {p: group["beta"] for group in self.param_groups for p in group["params"]}
+                with at({p: extrapolated(p, w, betas[p]) for p, w in self.previous().items()}):
+                    found = closure()
+                changes = {}
+            elif variant == "storm":
+                check_weights_are_known(variant)
+                params = [p for group in self.param_groups for p in group["params"]]
+                found, changes = gradient_change(params, self.previous(), closure)
+            else:
+                found = closure()
+        self._changes = changes
+        return found
+
+    def previous(self) -> dict[Tensor, Tensor]:
+        """``w_prev``: the weights of each parameter's last update, of those that have one. Not copied."""
+        kept = {p: each["previous"] for p, each in self.state.items() if "previous" in each}
+        return {p: w for p, w in kept.items() if p not in self._waiting}
+
+    def transport(self, changes: Changes) -> None:
+        """Have the next `step` add a change to the momentum: ``v <- (1 - beta)(v + c) + beta g``.
+
+        For those who compute it themselves: of ``"storm"`` ``g(w) - g(w_prev)``, of ``"hessian"`` the Hessian times
+        ``w - w_prev``. See `previous`.
+
+        Args:
+            changes: c of each parameter, of its shape; of parameters that are missing, it is zero.
+
+        Raises:
+            ValueError: without such a variant.
+        """
+        if self.variant not in FOLLOWING:
+            raise ValueError(f"only variants {', '.join(FOLLOWING)} change the momentum; got {self.variant!r}.")
+        self._changes = changes
+
+    def _taken_changes(self) -> Changes:
+        """The changes of the momenta in this step, of what they average."""
+        variant, changes, self._changes = self.variant, self._changes, None
+        if variant not in FOLLOWING:
+            return {}
+        previous = self.previous()
+        if changes is None and variant == "hessian":
+            check_weights_are_known(variant)
+            changes = hessian_change((p for group in self.param_groups for p in group["params"]), previous)
+        if changes is None:
+            raise not_evaluated(variant)
+        return with_decay(changes, previous, self.param_groups)
+
     def _step(self) -> None:
+        makes_state = only_makes_state(self.state, self.param_groups)
+        changes = {} if makes_state else self._taken_changes()
         pending = [self._pending(group) for group in self.param_groups]  # all checks before any weight moves
-        if only_makes_state(self.state, self.param_groups):
+        if makes_state:
             self._make_state(pending)
             return
         moves = []
         for each in pending:
             if not each.params:
                 continue
+            if each.group["variant"] in FOLLOWING:
+                keep_previous(self.state, each.params)
             if _decays(each.group, decoupled=True):
                 factor = 1 - _value(each.group, "lr") * _value(each.group, "weight_decay")
                 found_inf = getattr(self, "found_inf", None) if each.group["fused"] else None
@@ -255,7 +361,7 @@ class CompositeMomentum(Optimizer):
             if each.group["fused"]:
                 self._step_fused(each)
             else:
-                moves.append((each, self._directions(each)))
+                moves.append((each, self._directions(each, changes)))
         normalised = [v for each, vs in moves if each.group["normalize"] for v in vs]
         norm = total_norm(normalised) if normalised else None
         for (group, params, _), directions in moves:
@@ -279,7 +385,7 @@ class CompositeMomentum(Optimizer):
             check_not_averaged(pairs, group["beta"])
         return _Pending(group, [p for p, _ in pairs], [g if type(g) is Tensor else placed_as(g, p) for p, g in pairs])
 
-    def _directions(self, pending: _Pending) -> list[Tensor]:
+    def _directions(self, pending: _Pending, changes: Changes) -> list[Tensor]:
         """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""
         group, params, grads = pending
         own = group["maximize"] or _decays(group, decoupled=False)
@@ -297,6 +403,9 @@ class CompositeMomentum(Optimizer):
             # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding. So new buffers, which are already v_0, are skipped.
             moving, new_grads = list(compress(params, started)), list(compress(grads, started))
         bufs = [self.state[p]["momentum"] for p in moving]
+        if changes:
+            held = [p for p in moving if p in changes]
+            transport_([self.state[p]["momentum"] for p in held], [changes[p] for p in held], group["foreach"])
         if group["differentiable"]:
             for p, v, g in zip(moving, bufs, new_grads, strict=True):
                 self.state[p]["momentum"] = momentum_update(v, g, beta)
@@ -331,6 +440,8 @@ class CompositeMomentum(Optimizer):
         for each in pending:
             for p in each.params:
                 self.state[p]["momentum"] = torch.zeros_like(p)
+            if each.group["variant"] in FOLLOWING:
+                keep_previous(self.state, each.params)
             self._waiting.update(each.params)
             forget(each.params)
 

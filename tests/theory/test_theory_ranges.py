@@ -237,6 +237,9 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         {"alpha": 0.1, "d": 3, "delta_sq": 1.0, "sigma2": 1.0, "m_in": 2, "m_h": 2, "m_out": 2},
     ),
     (wishart.variance_coupled, {"alpha": 0.1, "d": 3, "delta_sq": 1.0, "sigma2": 1.0, "m": 2, "m_out": 2}),
+    (theory.variant_powers, {"variant": "igt"}),
+    (theory.variant_step, {"variant": "storm", "t": 10, "gamma": 0.1}),
+    (theory.variant_weight, {"variant": "hessian", "t": 10}),
 ]
 
 NAMES = ("method", "form", "at")  # arguments that are one of a few words
