@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, NamedTuple, NoReturn, TypeVar, overload
+from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metamom.common.averaged import forget
 from metamom.common.choices import FOLLOWING, FirstStep, Variant
@@ -22,12 +21,13 @@ from metamom.optim.checks import (
     check_options,
     check_state,
 )
+from metamom.optim.following import Following
 from metamom.optim.from_sgd import from_sgd, is_from_sgd
 from metamom.optim.fused import check_fused, fused_step_
 from metamom.optim.groups import Defaults, take_scheduled_momentum
 from metamom.optim.initialisation import only_makes_state, without_a_gradient
 from metamom.optim.last_gradient import keep_last_gradients
-from metamom.optim.sharded import check_norm_is_known, check_weights_are_known, total_norm
+from metamom.optim.sharded import check_norm_is_known, total_norm
 from metamom.optim.update import (
     look_ahead,
     momentum_update,
@@ -38,20 +38,7 @@ from metamom.optim.update import (
     shrink_,
     together,
 )
-from metamom.optim.variants import (
-    Changes,
-    at,
-    extrapolated,
-    gradient_change,
-    hessian_change,
-    keep_previous,
-    not_evaluated,
-    transport_,
-    variant_of,
-    with_decay,
-)
-
-R = TypeVar("R")
+from metamom.optim.variants import Changes, keep_previous, transport_, variant_of
 
 LATER = {  # options that states of earlier versions may lack
     "maximize": False,
@@ -73,7 +60,7 @@ class _Pending(NamedTuple):
     grads: list[Tensor]
 
 
-class CompositeMomentum(Optimizer):
+class CompositeMomentum(Following):
     """Momentum as the paper analyses it: ``v <- (1 - beta) v + beta g``, then ``w <- w - lr v``.
 
     Beta is the weight of the *new* gradient: ``beta=0.1`` corresponds to a momentum of 0.9 elsewhere, and ``beta=1`` is
@@ -169,8 +156,8 @@ class CompositeMomentum(Optimizer):
             "differentiable": differentiable,
         }
         check_options(defaults)
-        self._waiting: set[Tensor] = set()  # parameters with a momentum that no gradient has entered yet
-        self._changes: Changes | None = None  # from `evaluate`, for the next step
+        self._waiting = set()  # parameters with a momentum that no gradient has entered yet
+        self._changes = None
         super().__init__(as_parameters(params), Defaults(defaults))
 
     @property
@@ -269,77 +256,6 @@ class CompositeMomentum(Optimizer):
         with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
             self._step()
         return loss
-
-    @property
-    def variant(self) -> Variant | None:
-        """The variant of all groups."""
-        return variant_of(self.param_groups)
-
-    def evaluate(self, closure: Callable[[], R]) -> R:
-        """Call a closure at the points where the variant takes its gradients; the next `step` needs no closure then.
-
-        ``step(closure)`` is this and ``step()``. Call it by itself if something happens between the two. `zero_grad`
-        discards what it has found.
-
-        Args:
-            closure: as of `step`.
-
-        Returns:
-            What the closure returned, at w or at the extrapolated point.
-
-        Raises:
-            ValueError: under ZeroRedundancyOptimizer, where no process can set all weights.
-        """
-        variant, changes = self.variant, None
-        with torch.enable_grad():
-            if variant == "igt":
-                check_weights_are_known(variant)
-                betas = {p: group["beta"] for group in self.param_groups for p in group["params"]}
-                with at({p: extrapolated(p, w, betas[p]) for p, w in self.previous().items()}):
-                    found = closure()
-                changes = {}
-            elif variant == "storm":
-                check_weights_are_known(variant)
-                params = [p for group in self.param_groups for p in group["params"]]
-                found, changes = gradient_change(params, self.previous(), closure)
-            else:
-                found = closure()
-        self._changes = changes
-        return found
-
-    def previous(self) -> dict[Tensor, Tensor]:
-        """``w_prev``: the weights of each parameter's last update, of those that have one. Not copied."""
-        kept = {p: each["previous"] for p, each in self.state.items() if "previous" in each}
-        return {p: w for p, w in kept.items() if p not in self._waiting}
-
-    def transport(self, changes: Changes) -> None:
-        """Have the next `step` add a change to the momentum: ``v <- (1 - beta)(v + c) + beta g``.
-
-        For those who compute it themselves: of ``"storm"`` ``g(w) - g(w_prev)``, of ``"hessian"`` the Hessian times
-        ``w - w_prev``. See `previous`.
-
-        Args:
-            changes: c of each parameter, of its shape; of parameters that are missing, it is zero.
-
-        Raises:
-            ValueError: without such a variant.
-        """
-        if self.variant not in FOLLOWING:
-            raise ValueError(f"only variants {', '.join(FOLLOWING)} change the momentum; got {self.variant!r}.")
-        self._changes = changes
-
-    def _taken_changes(self) -> Changes:
-        """The changes of the momenta in this step, of what they average."""
-        variant, changes, self._changes = self.variant, self._changes, None
-        if variant not in FOLLOWING:
-            return {}
-        previous = self.previous()
-        if changes is None and variant == "hessian":
-            check_weights_are_known(variant)
-            changes = hessian_change((p for group in self.param_groups for p in group["params"]), previous)
-        if changes is None:
-            raise not_evaluated(variant)
-        return with_decay(changes, previous, self.param_groups)
 
     def _step(self) -> None:
         makes_state = only_makes_state(self.state, self.param_groups)
