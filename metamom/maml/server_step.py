@@ -50,6 +50,7 @@ def server_step(
     check_finite: bool,
     accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
     take: Callable[[Params, BiasOperator | None], None] | None = None,
+    changes: Callable[[Tensor], Tensor] | None = None,
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -58,6 +59,7 @@ def server_step(
         weights: the meta-parameters by name.
         accuracy: computes the tasks' accuracies from predictions ``[T, Q, ...]`` and targets.
         take: gets that gradient, and the operator, instead of ``.grad``.
+        changes: of the momenta of this process's workers, ``[k, d]``, given their gradients ``[k, d]``.
     """
     sent = world.sent
     with world.together():
@@ -71,7 +73,7 @@ def server_step(
             workers, bias, aggregate, sizes=[w.numel() for w in weights.values()], world=world, measure=measure
         )
         try:
-            tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first)
+            tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first, changes)
         except NonFiniteError as error:
             if not check_finite:
                 raise
@@ -133,16 +135,33 @@ def _mean(shares: Sequence[Tensor]) -> float | None:
 
 
 def _to_server(
-    server: Aggregation, gradients: MetaGradients, weights: Params, batch: TaskBatch, mine: range, first: int
+    server: Aggregation,
+    gradients: MetaGradients,
+    weights: Params,
+    batch: TaskBatch,
+    mine: range,
+    first: int,
+    changes: Callable[[Tensor], Tensor] | None,
 ) -> OfTasks:
     """Send the gradients of this process's workers to the server, and return the results of their tasks."""
-    found, done = [], 0
+    found, done, held = [], 0, []
     for rows, tasks in gradients.by_worker(weights, batch, len(mine), first):
-        try:
-            server.add(rows, mine[done : done + len(rows)])
-        except NonFiniteError:
-            refuse_non_finite(batch, first)
-            raise
-        done += len(rows)
         found.append(tasks)
+        if changes is not None:
+            held.append(rows)
+        else:
+            _add(server, rows, mine[done : done + len(rows)], batch, first)
+        done += len(rows)
+    if changes is not None:
+        everyones = torch.cat(held)
+        server.transport(changes(everyones), mine)
+        _add(server, everyones, mine, batch, first)
     return OfTasks.joined(found)
+
+
+def _add(server: Aggregation, rows: Tensor, workers: Sequence[int], batch: TaskBatch, first: int) -> None:
+    try:
+        server.add(rows, workers)
+    except NonFiniteError:
+        refuse_non_finite(batch, first)
+        raise

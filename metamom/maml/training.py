@@ -5,15 +5,18 @@ Legend: T tasks, n workers with T/n tasks each, J inner steps.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.distributed import World, as_world
 from metamom.maml.adapting import Adapting
+from metamom.maml.following import Following, check_momentum_kind
 from metamom.maml.gradient import OfTasks
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.modes import differentiable_batch, out_of_inference
@@ -91,6 +94,7 @@ class Training(Adapting):
         world: World | None = None,
         measure: bool = True,
         check_finite: bool = True,
+        momentum: Optimizer | None = None,
     ) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
@@ -106,6 +110,10 @@ class Training(Adapting):
             measure: whether to measure ``bias_error``. With several processes this exchanges whole gradients.
             check_finite: refuse a loss or gradient that is not finite. ``False`` adds it to ``.grad`` as it is, unless
                 an operator refuses it, for loops that skip such steps themselves (as `torch.amp.GradScaler` does).
+            momentum: the `metamom.CompositeMomentum` that steps next. If its ``variant`` needs gradients elsewhere too,
+                or a Hessian-vector product, they are computed from the same tasks. With ``bias="ef21-sgdm(ETA):A"``
+                and ``beta=1``, the variant is that of the workers' momenta. Bytes count all messages. ``loss`` is that
+                at w; of ``"igt"``, that at the extrapolated point.
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
@@ -118,15 +126,23 @@ class Training(Adapting):
             metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
                 failure of one process.
         """
-        return self._server_step(
-            batch,
-            workers=workers,
-            bias=bias,
-            aggregate=aggregate,
-            world=world,
-            measure=measure,
-            check_finite=check_finite,
-        )
+        options = {"aggregate": aggregate, "measure": measure, "check_finite": check_finite}
+        if momentum is None:
+            return self._server_step(batch, workers=workers, bias=bias, world=world, **options)
+        optimizer = check_momentum_kind(momentum)
+        with out_of_inference():
+            following = Following(
+                self._gradients,
+                self.meta_parameters(),
+                differentiable_batch(batch),
+                workers,
+                as_operator(self._kept(bias)),
+                as_world(world),
+                partial(self._at_one_point, batch, workers=workers, bias=bias, world=world, **options),
+            )
+            done = following.backward(optimizer)
+        self._count()
+        return done
 
     @asserts_explained()
     def training_loss(
@@ -190,19 +206,28 @@ class Training(Adapting):
         """`training_loss`."""
         return self.training_loss(batch, **options)
 
-    def _server_step(self, batch: TaskBatch, *, bias: Bias, world: World | None, **options: Any) -> Backward:
-        if isinstance(bias, str):  # its state carries over from step to step
-            bias = self.operators.setdefault(bias, as_operator(bias))
+    def _server_step(self, batch: TaskBatch, **options: Any) -> Backward:
+        done = self._at_one_point(batch, **options)
+        self._count()
+        return done
+
+    def _at_one_point(self, batch: TaskBatch, *, bias: Bias, world: World | None, **options: Any) -> Backward:
+        """A step of the server at the current weights, which does not count as an iteration."""
         with out_of_inference():
-            done = server_step(
+            return server_step(
                 self._gradients,
                 self.meta_parameters(),
                 differentiable_batch(batch),
-                bias=bias,
+                bias=self._kept(bias),
                 world=as_world(world),
                 accuracy=self._accuracy,
                 **options,
             )
+
+    def _kept(self, bias: Bias) -> Bias:
+        """The operator of a SPEC, made once, since its state carries over from step to step; anything else as it is."""
+        return self.operators.setdefault(bias, as_operator(bias)) if isinstance(bias, str) else bias
+
+    def _count(self) -> None:
         if self.annealing is not None:
             self.annealing.count()
-        return done

@@ -41,6 +41,12 @@ class OwnWorkers:
         if self._plain is not None:
             self._plain.add(rows)
 
+    def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
+        """See `Aggregation.transport`."""
+        if self._step is None:
+            raise ValueError("without an operator, no worker carries a momentum that could change.")
+        self._step.transport(changes, workers)
+
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""
         total = self._collected.combined()
@@ -75,6 +81,10 @@ class SharedWorkers:
         whole = rows.new_zeros(self._n, rows.shape[1])
         whole[list(workers)] = rows * (self._n / self._world.size)
         self._total = whole if self._total is None else self._total + whole
+
+    def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
+        """Not supported."""
+        raise ValueError(f"a worker that {self._world.size / self._n:g} processes share has no momentum to change.")
 
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""

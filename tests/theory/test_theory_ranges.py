@@ -242,7 +242,7 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (theory.variant_weight, {"variant": "hessian", "t": 10}),
 ]
 
-NAMES = ("method", "form", "at")  # arguments that are one of a few words
+NAMES = ("method", "form", "at", "variant")  # arguments that are one of a few words
 NUMBERS: tuple[Any, ...] = (
     -1, 0, 0.0, -0.5, 2.5, math.nan, math.inf, -math.inf, 1e308, 1e200, 1e-308, 5e-324, True, 10**400,
 )  # fmt: skip
