@@ -16,6 +16,7 @@ from metamom.common.choices import (
     LEARNED_STEP_SIZES,
     NORMS,
     ORDERS,
+    VARIANTS,
     Aggregate,
     ChunkSize,
     CompileMode,
@@ -23,6 +24,7 @@ from metamom.common.choices import (
     LearnInnerLR,
     Norm,
     Order,
+    Variant,
 )
 from metamom.common.flag_types import (
     auto,
@@ -248,6 +250,30 @@ class RecipeOptions(LearnerOptions):
         later=True,
         flag=Flag("optimizer", "move by γ v/‖v‖, so that every step has length γ", commands=TRAIN),
     )
+    variant: Variant | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "how the momentum follows the weights: heavy-ball, not at all; igt, gradients at an extrapolated point; "
+            "storm, differences of two gradients; hessian, Hessian-vector products. With --bias ef21-sgdm(ETA):A, the "
+            "workers' momenta",
+            "heavy-ball",
+            choices=VARIANTS,
+            commands=TRAIN,
+        ),
+    )
+    beta_schedule: str | None = option(
+        None,
+        later=True,
+        flag=Flag(
+            "optimizer",
+            "of β: constant; power:P, β t^-P in iteration t = 1, 2, ...; power, with the P of the --variant",
+            "constant",
+            metavar="SPEC",
+            commands=TRAIN,
+        ),
+    )
     weight_decay: float | None = option(
         None,
         later=True,
@@ -274,7 +300,8 @@ class RecipeOptions(LearnerOptions):
         later=True,
         flag=Flag(
             "optimizer",
-            "of γ: constant; cosine:N, from γ to 0 in N iterations; cosine, in all of them; plateau:FACTOR,PATIENCE, "
+            "of γ: constant; cosine:N, from γ to 0 in N iterations; cosine, in all of them; power:P, γ t^-P in "
+            "iteration t; power, with the P of the --variant; plateau:FACTOR,PATIENCE, "
             f"times FACTOR ({PLATEAU[0]}) after more than PATIENCE ({PLATEAU[1]}) validations without improvement",
             metavar="SPEC",
         ),

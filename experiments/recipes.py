@@ -29,18 +29,26 @@ from metamom.experiments.optimizers import (
     parse_arguments,
 )
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
-from metamom.experiments.schedules import make_schedulers, over, parse_schedule
+from metamom.experiments.schedules import (
+    make_beta_schedulers,
+    make_schedulers,
+    over,
+    parse_beta_schedule,
+    with_power,
+)
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
 from metamom.maml.proximal import as_proximal
+from metamom.optim import LambdaBeta
 from metamom.server.robust import check_aggregate
 from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
 from metamom.tasks.preprocessing import Preprocessing
+from metamom.theory import variant_powers
 from metamom.training.early_stopping import EarlyStopping
 from metamom.weights import load_weights
 
@@ -153,7 +161,17 @@ class Recipe(RecipeOptions):
         """
         parse_arguments(self.optimizer, self.optimizer_args)
         object.__setattr__(self, "weight_decay", checked_weight_decay(self.optimizer, self.weight_decay))
-        parse_schedule(self.schedule)
+        powers = None if self.variant is None else variant_powers(self.variant)
+        object.__setattr__(self, "schedule", with_power(self.schedule, powers and powers.step))
+        if self.beta_schedule is not None:
+            text = with_power(self.beta_schedule, powers and powers.weight)
+            constant = parse_beta_schedule(text).kind == "constant"
+            object.__setattr__(self, "beta_schedule", None if constant else text)
+        for name in ("variant", "beta_schedule"):
+            if self.optimizer != "momentum" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} belongs to the optimizer momentum; got {getattr(self, name)!r} with {self.optimizer}."
+                )
         if self.warmup is not None:
             object.__setattr__(self, "warmup", check_whole("warmup", self.warmup, 0) or None)
 
@@ -310,6 +328,7 @@ class Recipe(RecipeOptions):
             arguments["weight_decay"] = self.weight_decay
         if self.optimizer == "momentum":
             arguments |= {"beta": self.beta, "first_step": self.first_step, "normalize": self.normalize}
+            arguments |= {} if self.variant is None else {"variant": self.variant}
         return make_optimizer(self.optimizer, learner.parameters(), arguments)
 
     def callbacks(self) -> list[EarlyStopping]:
@@ -328,13 +347,14 @@ class Recipe(RecipeOptions):
         """
         return replace(self, schedule=over(self.schedule, self.warmup, iterations))
 
-    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR | LinearLR | ReduceLROnPlateau]:
-        """What moves the step size: the warm-up and the schedule.
+    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR | LinearLR | ReduceLROnPlateau | LambdaBeta]:
+        """What moves the step size, the warm-up and the schedule, and what moves β.
 
         Raises:
             ValueError: for a ``cosine`` without a length, see `over`.
         """
-        return make_schedulers(self.schedule, self.warmup, optimizer)
+        moved = make_schedulers(self.schedule, self.warmup, optimizer)
+        return [*moved, *make_beta_schedulers(self.beta_schedule, optimizer)]
 
 
 def find_device(name: str) -> torch.device:

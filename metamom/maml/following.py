@@ -16,10 +16,10 @@ from torch import Tensor
 from metamom.batch import TaskBatch
 from metamom.bias import BiasOperator
 from metamom.bias.feedback import EF21SGDM
-from metamom.common.choices import FOLLOWING
+from metamom.common.choices import FOLLOWING, Variant
 from metamom.common.kinds import named_type
 from metamom.distributed import World
-from metamom.maml.gradient import MetaGradients
+from metamom.maml.gradient import MetaGradients, Plan
 from metamom.maml.hessian import check_has_hessian, hessian_products
 from metamom.maml.server_step import Backward
 from metamom.maml.task_weights import Params
@@ -60,8 +60,8 @@ class Following(NamedTuple):
         variant = momentum.variant
         if variant not in FOLLOWING:
             return self.step()
+        check_variant(self.gradients.plan(), variant, self.operator, self.workers, self.world)
         on_workers = self.operator is not None and self.operator.carries_momentum
-        self._check(variant, on_workers)
         previous = momentum.previous()
         if variant == "igt" and on_workers:
             assert isinstance(self.operator, EF21SGDM)
@@ -78,37 +78,6 @@ class Following(NamedTuple):
         else:
             done = self._hessian_of_server(momentum, previous)
         return done
-
-    def _check(self, variant: str, on_workers: bool) -> None:
-        if variant != "igt" and self.gradients.plan().memory is not None:
-            raise ValueError(
-                f"variant={variant!r} takes two gradients a step, and a tracked estimator's averages move with each: "
-                'use variant="igt" or "heavy-ball", or another estimator.'
-            )
-        if variant == "hessian":
-            check_has_hessian(self.gradients.plan())
-        if self.operator is None:
-            return
-        if on_workers and type(self.operator) is not EF21SGDM:
-            raise ValueError(
-                f"the workers' momentum follows the weights in ef21-sgdm(ETA):A only; got {self.operator.spec} with "
-                f"variant={variant!r}. Use that, or no variant."
-            )
-        if on_workers and variant != "igt" and self.workers < self.world.size:
-            raise ValueError(
-                f"variant={variant!r} on the workers needs as many workers as processes; got {self.workers} workers "
-                f"for {self.world.size} processes."
-            )
-        if not on_workers and self.operator.feeds_back and variant != "igt":
-            raise ValueError(
-                f"variant={variant!r} takes two gradients a step, and the state of {self.operator.spec} is of one: "
-                'put the momentum on the workers, with bias="ef21-sgdm(ETA):A" and CompositeMomentum(beta=1).'
-            )
-        if not on_workers and variant == "hessian":
-            raise ValueError(
-                f'variant="hessian" has no second gradient that {self.operator.spec} could act on: use "storm", or put '
-                'the momentum on the workers, with bias="ef21-sgdm(ETA):A" and CompositeMomentum(beta=1).'
-            )
 
     def _of_server(self, momentum: CompositeMomentum, previous: dict[Tensor, Tensor]) -> Backward:
         """STORM on the server: two steps of the workers, with the same tasks and the operator's same draws."""
@@ -157,7 +126,7 @@ class Following(NamedTuple):
             return done
         return _more(done, wire_bytes=self.workers * d * size, sent_bytes=sent)
 
-    def _of_workers(self, variant: str, previous: dict[Tensor, Tensor]) -> Backward:
+    def _of_workers(self, variant: Variant, previous: dict[Tensor, Tensor]) -> Backward:
         """Each worker's own momentum follows."""
         along = self._moved(previous)
         if not along:
@@ -174,6 +143,48 @@ class Following(NamedTuple):
 
     def _moved(self, previous: dict[Tensor, Tensor]) -> Params:
         return {name: (w - previous[w]).detach() for name, w in self.weights.items() if w in previous}
+
+
+def check_variant(plan: Plan, variant: Variant, operator: BiasOperator | None, workers: int, world: World) -> None:
+    """Refuse a learner, an operator or processes that a variant of the momentum does not go with.
+
+    Args:
+        plan: how meta-gradients are computed.
+        variant: ``"igt"``, ``"storm"`` or ``"hessian"``.
+        operator: the operator on the workers' gradients.
+        workers: n, over all processes.
+        world: the processes.
+
+    Raises:
+        ValueError: with what to use instead.
+    """
+    two = f"variant={variant!r} takes two gradients a step"
+    on_workers = operator is not None and operator.carries_momentum
+    if variant != "igt" and plan.memory is not None:
+        raise ValueError(
+            f'{two}, and a tracked estimator\'s averages move with each: use variant="igt", or another estimator.'
+        )
+    if variant == "hessian":
+        check_has_hessian(plan)
+    if operator is None:
+        return
+    if on_workers and type(operator) is not EF21SGDM:
+        raise ValueError(
+            f"the workers' momentum follows the weights in ef21-sgdm(ETA):A only; got {operator.spec} with "
+            f"variant={variant!r}. Use that, or no variant."
+        )
+    if on_workers and variant != "igt" and workers < world.size:
+        raise ValueError(
+            f"variant={variant!r} on the workers needs as many workers as processes; got {workers} workers for "
+            f"{world.size} processes."
+        )
+    instead = 'put the momentum on the workers, with bias="ef21-sgdm(ETA):A" and CompositeMomentum(beta=1).'
+    if not on_workers and operator.feeds_back and variant != "igt":
+        raise ValueError(f"{two}, and the state of {operator.spec} is of one: {instead}")
+    if not on_workers and variant == "hessian":
+        raise ValueError(
+            f'variant="hessian" has no second gradient that {operator.spec} could act on: use "storm", or {instead}'
+        )
 
 
 def check_momentum_kind(momentum: Any) -> CompositeMomentum:

@@ -36,6 +36,7 @@ from metamom.training.plan import (
 )
 from metamom.training.progress import Progress, Saved
 from metamom.training.session import Session
+from metamom.training.variant import check_following
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
     options = check_plan(learner, sampler, replace(options, bias=operator), world)
     check_optimizer(learner, optimizer)
     check_momentum(optimizer, operator)
+    check_following(learner, optimizer, operator, options, world)
     schedulers = as_schedulers(options.schedulers, optimizer)
     if options.validation is not None:
         check_sampler(options.validation, "validation needs a sampler, which")

@@ -26,6 +26,7 @@ from metamom.training.options import Options
 from metamom.training.plan import Schedulers, check_momentum
 from metamom.training.session import Session
 from metamom.training.stall import StallMonitor
+from metamom.training.variant import following
 
 # Steps between measurements of the bias error with several processes, which have to exchange whole gradients.
 MEASURE_EVERY = 50
@@ -190,7 +191,7 @@ def _steps(
 
         batch = world.sample(sampler, step, options.meta_batch).to(like.device, like.dtype)
         optimizer.zero_grad()
-        loss, report = _gradient(learner, batch, step, checked, world, session)
+        loss, report = _gradient(learner, optimizer, batch, step, checked, world, session)
         report |= _clipped(learner, report, options.clip_grad)
         optimizer.step()
         checked.advance()
@@ -228,7 +229,15 @@ def _finished(
     return validation
 
 
-def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, world: World, session: Session) -> Backward:
+def _gradient(
+    learner: MAML,
+    optimizer: Optimizer,
+    batch: TaskBatch,
+    step: int,
+    checked: Checked,
+    world: World,
+    session: Session,
+) -> Backward:
     """Write the server's gradient to ``.grad``, and share a signal with all processes along with it.
 
     Raises:
@@ -245,6 +254,7 @@ def _gradient(learner: MAML, batch: TaskBatch, step: int, checked: Checked, worl
             world=world,
             measure=world.size == 1 or step % MEASURE_EVERY == 0,
             check_finite=False,  # checked below, where the step is known
+            momentum=following(optimizer),
         )
     except NonFiniteDataError as error:
         raise NonFiniteDataError(f"step {step}: {error}") from error

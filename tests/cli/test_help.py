@@ -100,6 +100,7 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     words |= {"learner_kind": "maml", "head": "the last layer", "within_alphabet": "off"}
     words |= {"proximal": "2", "step_norms": "off", "multi_step": "0", "first_order_until": "0"}
     words |= {"optimizer_args": "its own", "clip_grad": "off", "warmup": "0"}
+    words |= {"variant": "heavy-ball", "beta_schedule": "constant"}
     for name, value in recipe.settings().items():
         if name in shown:
             assert shown[name] == words.get(name, str(value)), name

@@ -27,7 +27,7 @@ EVERY_FLAG = {
     "--lr": "0.0001", "--beta": "0.5", "--seed": "3", "--iterations": "4", "--meta-batch": "4",
     "--checkpoint-every": "2", "--shots": "4", "--queries": "3", "--evaluate-every": "2", "--evaluate-tasks": "5",
     "--patience": "9", "--optimizer-args": "foreach=false", "--weight-decay": "0.001", "--clip-grad": "0.5",
-    "--schedule": "constant", "--warmup": "2",
+    "--schedule": "constant", "--warmup": "2", "--variant": "igt", "--beta-schedule": "power",
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_train_with_every_flag(metamom, tmp_path):
         "learn_inner_lr": "tensor", "adapt": ["2", "4"], "chunk_size": 2, "compile": False, "norm": None,
         "optimizer": "momentum", "lr": 0.0001, "beta": 0.5, "first_step": "gradient", "normalize": True,
         "optimizer_args": "foreach=false", "weight_decay": 0.001, "clip_grad": 0.5,
-        "schedule": "constant", "warmup": 2,
+        "schedule": "constant", "warmup": 2, "variant": "igt", "beta_schedule": "power:4/7",
         "meta_batch": 4, "workers": 2,
         "bias": "topk:5%", "aggregate": "median", "fixed_tasks": 8, "order": "reshuffle",
         "seed": 3, "patience": 9, "dtype": "float64", "device": "cpu",
@@ -67,7 +67,12 @@ def test_train_with_every_flag(metamom, tmp_path):
     assert state["learner"]["model.0.weight"].dtype == torch.float64
     assert {"step_sizes.alpha:2:weight", "step_sizes.alpha:4:bias"} <= state["learner"].keys()
     group = state["optimizer"]["param_groups"][0]
-    assert (group["lr"], group["beta"], group["first_step"], group["normalize"]) == (0.0001, 0.5, "gradient", True)
+    assert (group["lr"], group["beta"], group["first_step"], group["normalize"]) == (
+        0.0001,
+        0.5 * 5 ** (-4 / 7),
+        "gradient",
+        True,
+    )
     assert (group["foreach"], group["weight_decay"]) == (False, 0.001)
     assert all(0 < line["clip_factor"] <= 1 for line in lines)
     assert list((run / "tensorboard").iterdir())
