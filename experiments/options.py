@@ -268,7 +268,8 @@ class RecipeOptions(LearnerOptions):
         later=True,
         flag=Flag(
             "optimizer",
-            "of β: constant; power:P, β t^-P in iteration t = 1, 2, ...; power, with the P of the --variant",
+            "of β, or of the η of --bias ef21-sgdm(η):A: constant; power:P, β t^-P in iteration t = 1, 2, ...; power, "
+            "with the P of the --variant",
             "constant",
             metavar="SPEC",
             commands=TRAIN,

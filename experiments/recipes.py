@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
-from metamom.bias import BiasOperator, Identity, parse
+from metamom.bias import BiasOperator, Identity, LambdaEta, parse
 from metamom.common.checks import MOST, check_ways, check_whole
 from metamom.common.named_objects import module_folder
 from metamom.common.options import declared
@@ -347,14 +347,16 @@ class Recipe(RecipeOptions):
         """
         return replace(self, schedule=over(self.schedule, self.warmup, iterations))
 
-    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR | LinearLR | ReduceLROnPlateau | LambdaBeta]:
-        """What moves the step size, the warm-up and the schedule, and what moves β.
+    def schedulers(
+        self, optimizer: Optimizer, operator: BiasOperator | None = None
+    ) -> list[LambdaLR | LinearLR | ReduceLROnPlateau | LambdaBeta | LambdaEta]:
+        """What moves the step size, the warm-up and the schedule, and what moves β, or the η of the operator's workers.
 
         Raises:
             ValueError: for a ``cosine`` without a length, see `over`.
         """
         moved = make_schedulers(self.schedule, self.warmup, optimizer)
-        return [*moved, *make_beta_schedulers(self.beta_schedule, optimizer)]
+        return [*moved, *make_beta_schedulers(self.beta_schedule, optimizer, operator)]
 
 
 def find_device(name: str) -> torch.device:

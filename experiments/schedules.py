@@ -1,6 +1,6 @@
 """Schedules of the step size: ``constant``, ``cosine:N``, ``power:P``, ``plateau:FACTOR,PATIENCE``, after a warm-up.
 
-β has ``power:P`` too.
+β has ``power:P`` too, and so has the workers' own weight η.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
+from metamom.bias import EF21SGDM, BiasOperator, LambdaEta
 from metamom.common.checks import MOST, check_whole
 from metamom.common.numbers import real, shown, whole
 from metamom.experiments.defaults import PLATEAU
@@ -150,11 +151,30 @@ def make_schedulers(
     return [LambdaLR(optimizer, _factor(schedule.length, warmup or 0))]
 
 
-def make_beta_schedulers(text: str | None, optimizer: Optimizer) -> list[LambdaBeta]:
-    """The scheduler of β, if any: ``beta t^-P`` in iteration t = 1, 2, ..."""
+def make_beta_schedulers(
+    text: str | None, optimizer: Optimizer, operator: BiasOperator | None = None
+) -> list[LambdaBeta] | list[LambdaEta]:
+    """The scheduler of β, if any: ``beta t^-P`` in iteration t = 1, 2, ...
+
+    Args:
+        text: the schedule.
+        optimizer: with the beta.
+        operator: if the workers carry the momentum, its eta is scheduled instead.
+
+    Raises:
+        ValueError: for an operator whose eta cannot be scheduled.
+    """
     if text is None or parse_beta_schedule(text).kind == "constant":
         return []
-    return [LambdaBeta(optimizer, _power_factor(_given(parse_beta_schedule(text)), 0))]
+    factor = _power_factor(_given(parse_beta_schedule(text)), 0)
+    if operator is None or not operator.carries_momentum:
+        return [LambdaBeta(optimizer, factor)]
+    if not isinstance(operator, EF21SGDM):
+        raise ValueError(
+            f"the schedule of beta is that of the workers' momentum, which {operator.spec} does not have: use "
+            "ef21-sgdm(ETA):A, or no schedule (--beta-schedule)."
+        )
+    return [LambdaEta(operator, factor)]
 
 
 def _given(schedule: Schedule) -> float:

@@ -36,7 +36,7 @@ from metamom.training.plan import (
 )
 from metamom.training.progress import Progress, Saved
 from metamom.training.session import Session
-from metamom.training.variant import check_following
+from metamom.training.variant import check_eta_schedules, check_following
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
     check_momentum(optimizer, operator)
     check_following(learner, optimizer, operator, options, world)
     schedulers = as_schedulers(options.schedulers, optimizer)
+    check_eta_schedules(schedulers, operator)
     if options.validation is not None:
         check_sampler(options.validation, "validation needs a sampler, which")
     if options.track_bias is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch.optim import Optimizer
 
-from metamom.bias import BiasOperator
+from metamom.bias import BiasOperator, LambdaEta
 from metamom.common.choices import FOLLOWING
 from metamom.distributed import World
 from metamom.maml.following import check_variant
@@ -36,3 +39,17 @@ def check_following(
             f"clip_grad (--clip-grad) scales one gradient a step, and variant={ours.variant!r} takes the difference of "
             "two: use normalize=True (--normalize) for steps of bounded length."
         )
+
+
+def check_eta_schedules(schedulers: Iterable[Any], operator: BiasOperator | None) -> None:
+    """Refuse a schedule of another operator's eta, which would change nothing.
+
+    Raises:
+        ValueError: saying so.
+    """
+    for each in schedulers:
+        if isinstance(each, LambdaEta) and each.operator is not operator:
+            raise ValueError(
+                "LambdaEta schedules another operator than the run's, so that it would change nothing: make it of the "
+                "operator that is passed as bias."
+            )

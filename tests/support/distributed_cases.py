@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, BiasedAccumulator, CompositeMomentum, evaluate, nets, train
 from metamom.bias import RandK, parse
+from metamom.common.choices import FOLLOWING, Variant
 from metamom.distributed import Server, World, start
 from metamom.tasks import FixedTasks, Sinusoid
 
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     chunk_size: int | None = None
     steps: int = 6
     dropout: float = 0.0
+    variant: Variant | None = None
 
 
 DTYPES = (torch.float64, torch.float32)
@@ -75,6 +77,12 @@ CASES = {
     "chunks within workers": Case("qsgd:4", workers=4, chunk_size=1),
     "moml": Case("topk:20%", estimator="moml"),
     "workers of two processes": Case("randk:5%", workers=2),
+    "igt": Case(variant="igt"),
+    "storm": Case("topk:20%", variant="storm"),
+    "storm dropout": Case("randk:20%", variant="storm", dropout=0.2, server="rank0"),
+    "hessian": Case(variant="hessian", chunk_size=3),
+    "hessian of one worker": Case(variant="hessian", workers=1),
+    **{f"{variant} of the workers": Case("ef21-sgdm(0.2):topk:5%", beta=1.0, variant=variant) for variant in FOLLOWING},
     "dropout": Case("topk:20%", chunk_size=3, dropout=0.2),
 }
 # of these every process more costs time
@@ -82,6 +90,7 @@ ON_FOUR = [
     "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
     "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
     "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
+    "storm", "hessian", "storm of the workers",
 ]  # fmt: skip
 # gone on with on another number of processes
 RESUMED = (
@@ -109,7 +118,7 @@ def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, l
         estimator=case.estimator,
         chunk_size=case.chunk_size,
     )
-    optimizer = CompositeMomentum(learner.parameters(), lr=0.02, beta=case.beta)
+    optimizer = CompositeMomentum(learner.parameters(), lr=0.02, beta=case.beta, variant=case.variant)
     # fewer tasks a step than there are, so that tasks wander from one process to another
     sampler = FixedTasks(Sinusoid(shots=10, queries=10, seed=3), 3 * META_BATCH)
     bias = None if case.bias == "none" else parse(case.bias)

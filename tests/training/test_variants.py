@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, LambdaBeta, cli, nets, train
-from metamom.bias import parse
+from metamom.bias import LambdaEta, parse
 from metamom.common.choices import VARIANTS
 from metamom.experiments.recipes import Recipe
 from metamom.experiments.schedules import parse_schedule
@@ -101,6 +101,53 @@ def test_the_command_with_the_schedules_of_the_variant(variant, tmp_path):
     assert sizes == [sizes[0], *[sizes[0] * (2 if twice else 1)] * 2]
     command[command.index("3")] = "5"
     assert cli.main([*command, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("variant", ["igt", "storm"])
+def test_the_papers_method_resumed(variant, tmp_path):
+    """Normalised EF21 of the workers' momenta, whose eta follows the schedule; and the same bits after a stop."""
+    flags = ["--variant", variant, "--normalize", "--beta", "1", "--lr", "0.2", "--bias", "ef21-sgdm(1):topk:10%"]
+    flags += ["--schedule", "power", "--beta-schedule", "power", *SMALL]
+    ended = []
+    for name, stops in {"whole": ["4"], "resumed": ["2", "4"]}.items():
+        for stop in stops:
+            command = ["train", "sinusoid", "--iterations", stop, *flags, "--run-dir", str(tmp_path / name), "--resume"]
+            assert cli.main(command) == 0
+        ended.append(Checkpoints(tmp_path / name / "checkpoints").load_newest())
+    assert all(torch.equal(a, ended[1]["learner"][name]) for name, a in ended[0]["learner"].items())
+    lines = read_metrics(tmp_path / "whole")
+    assert len({line["wire_bytes"] for line in lines}) == 1
+    assert ended[0]["scheduler1"] == {"last_step": 4, "base_eta": 1.0}
+
+
+def test_eta_is_scheduled_as_a_loop_does():
+    learner, twin, C = learner_of(), learner_of(), "ef21-sgdm(0.5):topk:10%"
+    operator, other = parse(C), parse(C)
+    schedule = LambdaEta(operator, lambda k: (k + 1) ** -0.5)
+    run(learner, CompositeMomentum(learner.parameters(), lr=0.05, beta=1.0), 3, bias=operator, schedulers=[schedule])
+    assert operator.eta == 0.25
+    optimizer = CompositeMomentum(twin.parameters(), lr=0.05, beta=1.0)
+    for step in range(3):
+        other.eta = 0.5 * (step + 1) ** -0.5
+        optimizer.zero_grad()
+        twin.backward(Sinusoid().sample(step, 4), workers=2, bias=other)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(learner.parameters(), twin.parameters(), strict=True))
+
+
+def test_wrong_schedules_of_eta():
+    learner = learner_of()
+    optimizer = CompositeMomentum(learner.parameters(), lr=0.05, beta=1.0)
+    schedule = LambdaEta(parse("ef21-sgdm(0.5):topk:10%"), lambda k: 1.0)
+    with pytest.raises(ValueError, match="LambdaEta schedules another operator than the run's"):
+        run(learner, optimizer, 1, bias="ef21-sgdm(0.5):topk:10%", schedulers=[schedule])
+    with pytest.raises(TypeError, match="needs an operator with an eta, such as EF21SGDM; got"):
+        LambdaEta(parse("topk:10%"), lambda k: 1.0)
+    with pytest.raises(ValueError, match=r"eta must stay in \(0, 1\]; got 1.5 after 0 steps"):
+        LambdaEta(parse("ef21-sgdm(0.5):topk:10%"), lambda k: 3.0)
+    recipe = Recipe("sinusoid", beta=1.0, beta_schedule="power:1/2", bias="clip21-sgd2m:1")
+    with pytest.raises(ValueError, match="the workers' momentum, which clip21-sgd2m:1 does not have"):
+        recipe.schedulers(recipe.make_optimizer(recipe.learner()), recipe.operator())
 
 
 def test_powers_of_recipes():
