@@ -56,7 +56,8 @@ class Following(Optimizer):
         Raises:
             ValueError: under ZeroRedundancyOptimizer, where no process can set all weights.
         """
-        variant, changes = self.variant, None
+        variant = self.variant
+        changes: Changes | None = None
         with torch.enable_grad():
             if variant == "igt":
                 check_weights_are_known(variant)
