@@ -1,7 +1,7 @@
 """The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
 
 To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it; `LearnerOptions` says which
-kind of learner.
+kind of learner, `MomentumOptions` which momentum.
 `metamom.experiments.recipes.Recipe` is where it takes effect.
 """
 
@@ -16,7 +16,6 @@ from metamom.common.choices import (
     LEARNED_STEP_SIZES,
     NORMS,
     ORDERS,
-    VARIANTS,
     Aggregate,
     ChunkSize,
     CompileMode,
@@ -24,7 +23,6 @@ from metamom.common.choices import (
     LearnInnerLR,
     Norm,
     Order,
-    Variant,
 )
 from metamom.common.flag_types import (
     auto,
@@ -41,7 +39,7 @@ from metamom.common.flag_types import (
 from metamom.common.options import Flag, declared, option
 from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
-from metamom.experiments.learner_options import LearnerOptions
+from metamom.experiments.momentum_options import TRAIN, MomentumOptions
 from metamom.maml.estimators import (
     ESTIMATORS,
     INNER_BATCHES,
@@ -52,8 +50,6 @@ from metamom.maml.estimators import (
     support_parts,
     tracked_estimators,
 )
-
-TRAIN = ("train",)
 
 
 def task_defaults(task: str) -> dict[str, Any]:
@@ -98,7 +94,7 @@ def _proximal(task: str) -> str:
 
 
 @dataclass(frozen=True)
-class RecipeOptions(LearnerOptions):
+class RecipeOptions(MomentumOptions):
     """The options that decide how a run goes, but for its length.
 
     ``None`` stands for the task's default, unless the help says otherwise.
@@ -249,31 +245,6 @@ class RecipeOptions(LearnerOptions):
         False,
         later=True,
         flag=Flag("optimizer", "move by γ v/‖v‖, so that every step has length γ", commands=TRAIN),
-    )
-    variant: Variant | None = option(
-        None,
-        later=True,
-        flag=Flag(
-            "optimizer",
-            "how the momentum follows the weights: heavy-ball, not at all; igt, gradients at an extrapolated point; "
-            "storm, differences of two gradients; hessian, Hessian-vector products. With --bias ef21-sgdm(ETA):A, the "
-            "workers' momenta",
-            "heavy-ball",
-            choices=VARIANTS,
-            commands=TRAIN,
-        ),
-    )
-    beta_schedule: str | None = option(
-        None,
-        later=True,
-        flag=Flag(
-            "optimizer",
-            "of β, or of the η of --bias ef21-sgdm(η):A: constant; power:P, β t^-P in iteration t = 1, 2, ...; power, "
-            "with the P of the --variant",
-            "constant",
-            metavar="SPEC",
-            commands=TRAIN,
-        ),
     )
     weight_decay: float | None = option(
         None,
