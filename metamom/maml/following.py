@@ -178,7 +178,7 @@ def check_variant(plan: Plan, variant: Variant, operator: BiasOperator | None, w
             f"variant={variant!r} on the workers needs as many workers as processes; got {workers} workers for "
             f"{world.size} processes."
         )
-    instead = 'put the momentum on the workers, with bias="ef21-sgdm(ETA):A" and CompositeMomentum(beta=1).'
+    instead = 'put the momentum on the workers, with bias="ef21-sgdm(ETA):A" and CompositeMomentum(beta=1) (--beta 1).'
     if not on_workers and operator.feeds_back and variant != "igt":
         raise ValueError(f"{two}, and the state of {operator.spec} is of one: {instead}")
     if not on_workers and variant == "hessian":

@@ -125,7 +125,7 @@ def _check_previous(state: Mapping[str, Any], p: Tensor, which: str, variant: st
     previous = state.get("previous")
     if "momentum" in state and not (isinstance(previous, Tensor) and previous.shape == p.shape):
         raise ValueError(
-            f"variant={variant!r} keeps the weights of the last update, and the state has no 'previous' of shape "
+            f"variant={variant!r} keeps the weights of the last step, and the state has no 'previous' of shape "
             f"{tuple(p.shape)} for {which}. Load a state of the same variant, or start without one."
         )
 

@@ -266,10 +266,10 @@ class CompositeMomentum(Following):
             return
         moves = []
         for each in pending:
+            if each.group["variant"] in FOLLOWING:  # of all that have moved, also where this step has no gradient
+                keep_previous(self.state, [p for p in each.group["params"] if p.grad is not None or p in self.state])
             if not each.params:
                 continue
-            if each.group["variant"] in FOLLOWING:
-                keep_previous(self.state, each.params)
             if _decays(each.group, decoupled=True):
                 factor = 1 - _value(each.group, "lr") * _value(each.group, "weight_decay")
                 found_inf = getattr(self, "found_inf", None) if each.group["fused"] else None

@@ -75,7 +75,7 @@ class Following(Optimizer):
         return found
 
     def previous(self) -> dict[Tensor, Tensor]:
-        """``w_prev``: the weights of each parameter's last update, of those that have one. Not copied."""
+        """``w_prev``: the weights of the last step, of parameters that have had a gradient. Not copied."""
         kept = {p: each["previous"] for p, each in self.state.items() if "previous" in each}
         return {p: w for p, w in kept.items() if p not in self._waiting}
 

@@ -1,7 +1,7 @@
 """Momenta that follow the weights: the rules as pure functions, and what they need from a closure.
 
 All are ``v <- (1 - beta)(v + c) + beta g``. They differ in the change c that is added to the past, and in where g is
-taken. Let w be the weights, ``w_prev`` those of the last update of v, and xi the data of the step:
+taken. Let w be the weights, ``w_prev`` those of the last step, and xi the data of this one:
 
 | variant | c | g |
 |---|---|---|
@@ -35,7 +35,7 @@ def extrapolated(w: Tensor, previous: Tensor, beta: float | Tensor) -> Tensor:
 
     Args:
         w: the weights, any shape. Left unchanged.
-        previous: the weights of the last update, same shape.
+        previous: the weights of the last step, same shape.
         beta: weight of the new gradient, 0 < beta <= 1; 1 gives w itself.
 
     Returns:
@@ -104,7 +104,7 @@ def variant_of(groups: Iterable[Mapping[str, Any]]) -> Variant | None:
 
 
 def keep_previous(state: MutableMapping[Tensor, Any], params: Iterable[Tensor]) -> None:
-    """Keep the weights at which the momentum is updated, as ``"previous"``."""
+    """Keep the weights of this step, before they move, as ``"previous"``."""
     for p in params:
         mine = state[p]
         if "previous" in mine:

@@ -337,6 +337,43 @@ def test_a_state_without_the_previous_weights_is_refused():
         CompositeMomentum(Problem().params, lr=0.1).load_state_dict(state)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_that_only_makes_the_state(variant):
+    """As torch.distributed.checkpoint takes one: with lr = 0 and zero gradients, without a closure."""
+    problem, twin = Problem(), Problem()
+    optimizer = CompositeMomentum(problem.params, lr=0.0, variant=variant)
+    for p in problem.params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    kept = {"momentum", "previous"} if variant in FOLLOWING else {"momentum"}
+    assert all(set(optimizer.state[p]) == kept for p in problem.params)
+    optimizer.param_groups[0]["lr"] = 0.1
+    run(problem, optimizer)
+    run(twin, CompositeMomentum(twin.params, lr=0.1, variant=variant))
+    assert torch.equal(problem.weights, twin.weights)
+
+
+def test_a_parameter_without_a_gradient_in_one_step():
+    """w_prev are the weights of the last step for it too, so the momenta of the others follow exactly."""
+    problem = Problem(scale=0.0)
+    optimizer = CompositeMomentum(problem.params, lr=0.1, beta=0.5, variant="storm", first_step="gradient")
+    first, second = problem.params
+    for k in range(3):
+        inner = closure_of(problem, optimizer, 0)
+
+        def closure(inner=inner, k=k):
+            inner()
+            if k == 1:
+                second.grad = None
+
+        optimizer.step(closure)
+    last = torch.cat([optimizer.previous()[p] for p in problem.params])
+    assert not torch.equal(last, problem.weights)
+    # from g_0, with exact changes of a fixed quadratic, v is the gradient at w
+    v = optimizer.state[first]["momentum"]
+    torch.testing.assert_close(v, problem.gradient(last, 0)[:2], rtol=1e-12, atol=1e-12)
+
+
 def test_the_pure_rules():
     w, before = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
     assert torch.equal(extrapolated(w, before, 1.0), w)
