@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, TaskBatch
 from metamom.bias import EF21, EF21SGDM, RandK, TopK, parse
+from metamom.bias.coordinates import Coordinates
 from metamom.common.choices import FOLLOWING
 from metamom.maml.hessian import hessian_products
+from metamom.server.aggregate import Aggregation
 
 BETA, LR, STEPS = 0.3, 0.05, 4
 Flat = Callable[[Tensor], Tensor]
@@ -259,3 +261,23 @@ def test_without_a_variant_nothing_changes():
     twin.backward(regression_batch())
     for p, q in zip(learner.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [(None, "no worker carries a momentum"), (TopK(k=1), "topk:1 carries no momentum that could change")],
+)
+def test_a_server_without_momenta_of_workers(operator, message):
+    with pytest.raises(ValueError, match=message):
+        Aggregation(2, operator).transport(torch.zeros(2, 3), [0, 1])
+
+
+def test_only_momenta_that_exist_change():
+    """A worker without one starts at zero, as without a variant; and the state before is left as it is."""
+    operator = EF21SGDM(TopK(k=2), eta=0.5)
+    operator(torch.ones(1, 2), workers=[0])
+    before = operator.current_state()
+    after = operator.transport(torch.full((2, 2), 3.0), before, Coordinates(1, [0, 1]))
+    assert torch.equal(after.workers[0]["momentum"], torch.full((2,), 3.5))
+    assert torch.equal(before.workers[0]["momentum"], torch.full((2,), 0.5))
+    assert set(after.workers) == {0}
