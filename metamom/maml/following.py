@@ -88,16 +88,21 @@ class Following(NamedTuple):
         drawn = None if self.operator is None else self.operator.current_state()
         done: list[Backward] = []
 
-        def closure() -> None:
-            if done and self.operator is not None and state is not None and drawn is not None:
+        def rewind() -> None:
+            if self.operator is not None and state is not None and drawn is not None:
                 self.operator.store(drawn)
                 if state:
                     self.operator.load_state_dict(state)
+
+        def closure() -> None:
+            if done:
+                rewind()
             done.append(self.step())
 
         try:
             _, changes = gradient_change(params, own, closure)
         except BaseException:
+            rewind()
             for p, grad in before.items():
                 p.grad = grad
             raise
@@ -112,7 +117,7 @@ class Following(NamedTuple):
         changes: dict[Tensor, Tensor] = {}
         sent = self.world.sent
         if along:
-            with torch.random.fork_rng(devices=[]):  # the draws are the gradient's
+            with self.world.together(), torch.random.fork_rng(devices=[]):  # the draws are the gradient's
                 first = self.world.rank * self.batch.num_tasks
                 mine = hessian_products(self.gradients, self.weights, along, self.batch, 1, first)[0]
             mean = self.world.all_reduce(mine) / self.world.size
@@ -132,14 +137,15 @@ class Following(NamedTuple):
         if not along:
             return self.step()
         mine, first = self.world.workers(self.workers), self.world.rank * self.batch.num_tasks
-        with torch.random.fork_rng(devices=[]):
+        own = {self.weights[name]: previous[self.weights[name]] for name in along}
+        with self.world.together(), torch.random.fork_rng(devices=[]):  # the draws are the gradient's
             if variant == "hessian":
                 products = hessian_products(self.gradients, self.weights, along, self.batch, len(mine), first)
-                return self.step(changes=lambda rows: products)
-            with at({self.weights[name]: previous[self.weights[name]] for name in along}):
-                found = self.gradients.by_worker(self.weights, self.batch, len(mine), first)
-                earlier = torch.cat([each.gradients for each in found])
-        return self.step(changes=lambda rows: rows - earlier)
+            else:
+                with at(own):
+                    found = self.gradients.by_worker(self.weights, self.batch, len(mine), first)
+                    earlier = torch.cat([each.gradients for each in found])
+        return self.step(changes=lambda rows: products if variant == "hessian" else rows - earlier)
 
     def _moved(self, previous: dict[Tensor, Tensor]) -> Params:
         return {name: (w - previous[w]).detach() for name, w in self.weights.items() if w in previous}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metamom.common.choices import FOLLOWING, Variant
+from metamom.optim.groups import take_scheduled_momentum
 from metamom.optim.sharded import check_weights_are_known
 from metamom.optim.variants import (
     Changes,
@@ -61,6 +62,8 @@ class Following(Optimizer):
         with torch.enable_grad():
             if variant == "igt":
                 check_weights_are_known(variant)
+                for group in self.param_groups:
+                    take_scheduled_momentum(group)
                 betas = {p: group["beta"] for group in self.param_groups for p in group["params"]}
                 with at({p: extrapolated(p, w, betas[p]) for p, w in self.previous().items()}):
                     found = closure()

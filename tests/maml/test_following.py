@@ -263,6 +263,28 @@ def test_without_a_variant_nothing_changes():
         assert torch.equal(p.grad, q.grad)
 
 
+def test_a_failed_step_leaves_the_operator_and_the_gradients():
+    learner, operator = learner_of(), RandK(ratio=0.3, seed=1)
+    optimizer = CompositeMomentum(learner.parameters(), lr=LR, variant="storm")
+    learner.backward(regression_batch(0), workers=2, bias=operator, momentum=optimizer)
+    optimizer.step()
+    grads = [p.grad.clone() for p in learner.parameters()]
+    w, calls, exact = flat(learner), [], learner._at_one_point
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the second gradient")
+        return exact(*args, **kwargs)
+
+    learner._at_one_point = failing
+    with pytest.raises(RuntimeError, match="the second gradient"):
+        learner.backward(regression_batch(1), workers=2, bias=operator, momentum=optimizer)
+    assert operator.draw_step == 1
+    assert torch.equal(flat(learner), w)
+    assert all(torch.equal(p.grad, g) for p, g in zip(learner.parameters(), grads, strict=True))
+
+
 @pytest.mark.parametrize(
     ("operator", "message"),
     [(None, "no worker carries a momentum"), (TopK(k=1), "topk:1 carries no momentum that could change")],

@@ -374,6 +374,17 @@ def test_a_parameter_without_a_gradient_in_one_step():
     torch.testing.assert_close(v, problem.gradient(last, 0)[:2], rtol=1e-12, atol=1e-12)
 
 
+def test_a_cycled_momentum_moves_the_point():
+    """torch's schedulers put a momentum into the groups: IGT's point uses beta = 1 - momentum."""
+    problem, twin = Problem(), Problem()
+    optimizer = CompositeMomentum(problem.params, lr=0.1, variant="igt")
+    for k, beta in enumerate(BETAS):
+        optimizer.param_groups[0]["momentum"] = 1 - beta
+        optimizer.step(closure_of(problem, optimizer, k))
+    run(twin, CompositeMomentum(twin.params, lr=0.1, variant="igt"))
+    close([problem.weights], [twin.weights])
+
+
 def test_the_pure_rules():
     w, before = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
     assert torch.equal(extrapolated(w, before, 1.0), w)
