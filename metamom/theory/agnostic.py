@@ -93,7 +93,7 @@ def variant_step(variant: Variant, t: int, gamma: float = 1.0) -> float:
         ValueError: for another variant, or a number out of range.
 
     Example:
-        >>> variant_step("storm", 1000, gamma=0.5)
+        >>> round(variant_step("storm", 1000, gamma=0.5), 9)
         0.005
 
     Reference: arXiv 2511.14501, of which this has the powers. Its factors, if any, are left to the user.
