@@ -18,7 +18,7 @@ from metamom.experiments.defaults import STEP_SIZES
 from metamom.maml.learner import MAML
 from metamom.optim import CompositeMomentum
 
-FLAGS = ("lr", "weight_decay", "beta", "first_step", "normalize")  # they have flags of their own
+FLAGS = ("lr", "weight_decay", "beta", "first_step", "normalize", "variant")  # they have flags of their own
 # `train` differentiates no step, and captures none in a graph of a GPU
 UNUSED = ("params", "differentiable", "capturable")
 EXAMPLE = "wanted name=value,name=value, such as betas=0.9,0.99,eps=1e-6"

@@ -1,7 +1,8 @@
 """The options of a recipe, each with its default, flag and place in the record. Needs no torch, so that help is fast.
 
 To add one, add a field to `RecipeOptions`, or to `ImageOptions` if only images have it; `LearnerOptions` says which
-kind of learner, `AttackOptions` which workers attack, and `WorkerOptions` when and how workers take part.
+kind of learner, `AttackOptions` which workers attack, `WorkerOptions` when and how workers take part, and
+`MomentumOptions` which momentum.
 `metamom.experiments.recipes.Recipe` is where it takes effect.
 """
 
@@ -41,6 +42,7 @@ from metamom.common.options import Flag, declared, option
 from metamom.experiments.attack_options import AttackOptions
 from metamom.experiments.defaults import DTYPE_NAMES, PLATEAU, STEP_SIZES, WEIGHT_DECAYS
 from metamom.experiments.families import FAMILIES
+from metamom.experiments.momentum_options import TRAIN, MomentumOptions
 from metamom.experiments.worker_options import WorkerOptions
 from metamom.maml.estimators import (
     ESTIMATORS,
@@ -52,8 +54,6 @@ from metamom.maml.estimators import (
     support_parts,
     tracked_estimators,
 )
-
-TRAIN = ("train",)
 
 
 def task_defaults(task: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _proximal(task: str) -> str:
 
 
 @dataclass(frozen=True)
-class RecipeOptions(AttackOptions, WorkerOptions):
+class RecipeOptions(AttackOptions, WorkerOptions, MomentumOptions):
     """The options that decide how a run goes, but for its length.
 
     ``None`` stands for the task's default, unless the help says otherwise.
@@ -276,7 +276,8 @@ class RecipeOptions(AttackOptions, WorkerOptions):
         later=True,
         flag=Flag(
             "optimizer",
-            "of γ: constant; cosine:N, from γ to 0 in N iterations; cosine, in all of them; plateau:FACTOR,PATIENCE, "
+            "of γ: constant; cosine:N, from γ to 0 in N iterations; cosine, in all of them; power:P, γ t^-P in "
+            "iteration t; power, with the P of the --variant; plateau:FACTOR,PATIENCE, "
             f"times FACTOR ({PLATEAU[0]}) after more than PATIENCE ({PLATEAU[1]}) validations without improvement",
             metavar="SPEC",
         ),

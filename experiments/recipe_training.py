@@ -39,7 +39,7 @@ def train_recipe(
     recipe = recipe.over(options["iterations"])
     goes_on = as_world(world).broadcast_object(lambda: _goes_on(options))
     learner = recipe.learner(initial=not goes_on)
-    optimizer = recipe.make_optimizer(learner)
+    optimizer, operator = recipe.make_optimizer(learner), recipe.operator()
     run_dir = Path(options["run_dir"])
     if recipe.root is not None and run_dir.resolve().is_relative_to(Path(recipe.root).resolve()):
         raise ValueError(
@@ -61,12 +61,12 @@ def train_recipe(
         **options,
         meta_batch=recipe.meta_batch,
         workers=recipe.workers,
-        bias=recipe.operator(),
+        bias=operator,
         aggregate=recipe.aggregate,
         attack=recipe.attack,
         **recipe.federation(),
         clip_grad=recipe.clip_grad,
-        schedulers=recipe.schedulers(optimizer),
+        schedulers=recipe.schedulers(optimizer, operator),
         callbacks=recipe.callbacks(),
         validation=validation,
         settings=recipe.settings(),

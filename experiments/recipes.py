@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
-from metamom.bias import BiasOperator, Identity, parse
+from metamom.bias import BiasOperator, Identity, LambdaEta, parse
 from metamom.common.checks import MOST, check_ways, check_whole
 from metamom.common.named_objects import module_folder
 from metamom.common.options import declared
@@ -30,7 +30,13 @@ from metamom.experiments.optimizers import (
     parse_arguments,
 )
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
-from metamom.experiments.schedules import make_schedulers, over, parse_schedule
+from metamom.experiments.schedules import (
+    make_beta_schedulers,
+    make_schedulers,
+    over,
+    parse_beta_schedule,
+    with_power,
+)
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
 from metamom.maml.federation import check_estimator as check_local_estimator
 from metamom.maml.federation import check_local, check_tasks
@@ -39,6 +45,7 @@ from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
 from metamom.maml.norm import check_norm
 from metamom.maml.proximal import as_proximal
+from metamom.optim import LambdaBeta
 from metamom.server.down import as_down_bias
 from metamom.server.part import normalised_weights
 from metamom.server.participation import Participation, check_participation
@@ -48,6 +55,7 @@ from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
 from metamom.tasks.preprocessing import Preprocessing
+from metamom.theory import variant_powers
 from metamom.training.early_stopping import EarlyStopping
 from metamom.weights import load_weights
 
@@ -204,9 +212,23 @@ class Recipe(RecipeOptions):
                     "inner_lr_lr is the outer step size of learned inner step sizes: choose which to learn, with "
                     'learn_inner_lr="tensor" (--learn-inner-lr tensor), or leave it out.'
                 )
-        parse_schedule(self.schedule)
+        self._check_momentum()
         if self.warmup is not None:
             object.__setattr__(self, "warmup", check_whole("warmup", self.warmup, 0) or None)
+
+    def _check_momentum(self) -> None:
+        """Check the momentum's variant and schedules, and give power laws the variant's exponents."""
+        powers = None if self.variant is None else variant_powers(self.variant)
+        object.__setattr__(self, "schedule", with_power(self.schedule, powers and powers.step))
+        if self.beta_schedule is not None:
+            text = with_power(self.beta_schedule, powers and powers.weight)
+            constant = parse_beta_schedule(text).kind == "constant"
+            object.__setattr__(self, "beta_schedule", None if constant else text)
+        for name in ("variant", "beta_schedule"):
+            if self.optimizer != "momentum" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} belongs to the optimizer momentum; got {getattr(self, name)!r} with {self.optimizer}."
+                )
 
     @property
     def family(self) -> Family:
@@ -363,6 +385,7 @@ class Recipe(RecipeOptions):
             arguments["weight_decay"] = self.weight_decay
         if self.optimizer == "momentum":
             arguments |= {"beta": self.beta, "first_step": self.first_step, "normalize": self.normalize}
+            arguments |= {} if self.variant is None else {"variant": self.variant}
         return make_optimizer(self.optimizer, groups_of(learner, self.inner_lr_lr), arguments)
 
     def callbacks(self) -> list[EarlyStopping]:
@@ -381,13 +404,16 @@ class Recipe(RecipeOptions):
         """
         return replace(self, schedule=over(self.schedule, self.warmup, iterations))
 
-    def schedulers(self, optimizer: Optimizer) -> list[LambdaLR | LinearLR | ReduceLROnPlateau]:
-        """What moves the step size: the warm-up and the schedule.
+    def schedulers(
+        self, optimizer: Optimizer, operator: BiasOperator | None = None
+    ) -> list[LambdaLR | LinearLR | ReduceLROnPlateau | LambdaBeta | LambdaEta]:
+        """What moves the step size, the warm-up and the schedule, and what moves β, or the η of the operator's workers.
 
         Raises:
             ValueError: for a ``cosine`` without a length, see `over`.
         """
-        return make_schedulers(self.schedule, self.warmup, optimizer)
+        moved = make_schedulers(self.schedule, self.warmup, optimizer)
+        return [*moved, *make_beta_schedulers(self.beta_schedule, optimizer, operator)]
 
 
 def find_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ from metamom.bias.constants import Constants
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.differences import DASHA, DIANA
 from metamom.bias.double_momentum import EF21SGD2M, Clip21SGD2M
+from metamom.bias.eta_schedule import LambdaEta
 from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21, ErrorFeedback
 from metamom.bias.function import Bias, Function, Identity, as_operator
 from metamom.bias.layout import Layout
@@ -47,6 +48,7 @@ __all__ = [
     "Function",
     "GaussianNoise",
     "Identity",
+    "LambdaEta",
     "Layout",
     "MLMCTopK",
     "Natural",

@@ -194,6 +194,18 @@ class EF21SGDM(EF21):
             raise ValueError(f"EF21SGDM needs the weight of the new gradient, 0 < eta <= 1; got {eta}.")
         self.eta = float(eta)
 
+    def transport(self, changes: Tensor, state: State, place: Coordinates) -> State:
+        """Add a change ``[n, d]`` to the momenta of workers that have one: ``v_i <- v_i + c_i``.
+
+        With the next `transition`, it is ``v_i <- (1 - eta)(v_i + c_i) + eta g_i`` (`metamom.optim.variants`).
+        """
+        moved = {
+            worker: {**state.workers[worker], "momentum": state.workers[worker]["momentum"].to(change) + change}
+            for worker, change in zip(place.workers, changes, strict=True)
+            if worker in state.workers
+        }
+        return replace(state, workers={**state.workers, **moved})
+
     def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
         momentum = momentum_update_(kept["momentum"], rows, self.eta)
         return super()._before(momentum, {**kept, "momentum": momentum})

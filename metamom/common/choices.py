@@ -8,6 +8,11 @@ FirstStep = Literal["zero", "gradient"]
 """The first value of v in `metamom.CompositeMomentum`."""
 FIRST_STEPS: tuple[FirstStep, ...] = get_args(FirstStep)
 
+Variant = Literal["heavy-ball", "igt", "storm", "hessian"]
+"""The kinds of momentum of `metamom.CompositeMomentum`; `metamom.optim.variants` has their rules."""
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+FOLLOWING: tuple[Variant, ...] = ("igt", "storm", "hessian")  # those that need the weights of the last step
+
 Order = Literal["replacement", "reshuffle"]  # of `metamom.tasks.FixedTasks`
 ORDERS: tuple[Order, ...] = get_args(Order)
 

@@ -242,12 +242,12 @@ class MetaGradients:
             """Of the losses, which frees their graph."""
             with torch.enable_grad():
                 own = {name: w.detach().unsqueeze(0).requires_grad_() for name, w in weights.items()}
-                gradients(_estimated_losses(plan, own, one).sum(), [*own.values()])
+                gradients(estimated_losses(plan, own, one).sum(), [*own.values()])
 
         size = self.chunk_size(plan, batch, derivative)
         for start, stop in spans(batch.num_tasks, size, batch.num_tasks):
             with step.tasks(start, stop - start):
-                found.append(_estimated_losses(plan, rows, batch.part(start, stop)))
+                found.append(estimated_losses(plan, rows, batch.part(start, stop)))
         return torch.cat(found)
 
     def chunk_size(self, plan: Plan, batch: TaskBatch, compute: Callable[[TaskBatch], Any] | None = None) -> int | None:
@@ -367,7 +367,8 @@ def chunk_gradient(
     return *first, *totals
 
 
-def _estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
+def estimated_losses(plan: Plan, rows: Params, batch: TaskBatch) -> Tensor:
+    """The tasks' query losses ``[T]`` as functions of the workers' parameters ``[n, *shape]``, with their graph."""
     memory = plan.recall(batch)
     thin = not torch.is_grad_enabled()  # the caller may keep the graph
     found = [(term, episodes(plan.problem, rows, term, memory, thin=thin)) for term in plan.cut(batch)]

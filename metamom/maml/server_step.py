@@ -58,6 +58,7 @@ def server_step(
     accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
     take: Callable[[Params, BiasOperator | None], None] | None = None,
     federation: Federation = ALL_PRESENT,
+    changes: Callable[[Tensor], Tensor] | None = None,
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -67,6 +68,8 @@ def server_step(
         accuracy: computes the tasks' accuracies from predictions ``[T, Q, ...]`` and targets.
         take: gets that gradient, and the operator, instead of ``.grad``.
         federation: absent workers, their weights, and local steps; its message to the workers is the caller's.
+        changes: of the momenta of this process's workers, ``[k, d]``, given their gradients ``[k, d]``; without
+            ``federation``.
     """
     sent = world.sent
     with world.together():
@@ -83,7 +86,9 @@ def server_step(
         server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure, **part)
         here = Here.of(present, batch, workers, world)
         try:
-            tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first, here, federation)
+            tasks = _to_server(
+                server, gradients, weights, batch, world.workers(workers), first, here, federation, changes
+            )
         except NonFiniteError as error:
             if not check_finite:
                 raise
@@ -198,9 +203,10 @@ def _to_server(
     first: int,
     here: Here | None,
     federation: Federation,
+    changes: Callable[[Tensor], Tensor] | None,
 ) -> OfTasks:
     """Send the gradients of this process's present workers to the server, and return the results of their tasks."""
-    found, done = [], 0
+    found, done, held = [], 0, []
     here_workers = None if here is None else here.workers
     if federation.local_steps == 1:
         computed = gradients.by_worker(weights, batch, len(mine), first, present=here_workers)
@@ -217,11 +223,22 @@ def _to_server(
             Step().seed()  # so that torch's generator is the same on all processes
         return no_tasks(weights, () if plan.memory is None else plan.problem.adapted)
     for rows, tasks in computed:
-        try:
-            server.add(rows, present[done : done + len(rows)])
-        except NonFiniteError:
-            refuse_non_finite(batch, first)
-            raise
-        done += len(rows)
         found.append(tasks)
+        if changes is not None:
+            held.append(rows)
+        else:
+            _add(server, rows, present[done : done + len(rows)], batch, first)
+        done += len(rows)
+    if changes is not None:
+        everyones = torch.cat(held)
+        server.transport(changes(everyones), mine)
+        _add(server, everyones, mine, batch, first)
     return OfTasks.joined(found)
+
+
+def _add(server: Aggregation, rows: Tensor, workers: Sequence[int], batch: TaskBatch, first: int) -> None:
+    try:
+        server.add(rows, workers)
+    except NonFiniteError:
+        refuse_non_finite(batch, first)
+        raise

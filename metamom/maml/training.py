@@ -6,16 +6,20 @@ Legend: T tasks, n workers with T/n tasks each, J inner steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from metamom.batch import TaskBatch
 from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.common.choices import FOLLOWING
 from metamom.distributed import World, as_world
 from metamom.maml.adapting import Adapting
 from metamom.maml.federation import Federation, kept_down_bias, kept_participation
+from metamom.maml.following import Following, check_alone, check_momentum_kind
 from metamom.maml.gradient import OfTasks
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.modes import differentiable_batch, out_of_inference
@@ -100,6 +104,7 @@ class Training(Adapting):
         local_steps: int = 1,
         local_lr: float | None = None,
         down_bias: DownBias | str | None = None,
+        momentum: Optimizer | None = None,
     ) -> Backward:
         """Add the aggregated, biased meta-gradient ``1/n sum_i C(g_i)`` to ``.grad``, as a backward pass does.
 
@@ -130,6 +135,10 @@ class Training(Adapting):
             local_lr: the step size of local steps, > 0; needed if there are several.
             down_bias: compress the server's message to the workers (`metamom.server.DownBias`, EF21-P), or the
                 operator's SPEC: meta-gradients are then taken at the weights that workers have received.
+            momentum: the `metamom.CompositeMomentum` that steps next. If its ``variant`` needs gradients elsewhere too,
+                or a Hessian-vector product, they are computed from the same tasks. With ``bias="ef21-sgdm(ETA):A"``
+                and ``beta=1``, the variant is that of the workers' momenta. Bytes count all messages. ``loss`` is that
+                at w; of ``"igt"``, that at the extrapolated point.
 
         Returns:
             ``(loss, metrics)``, see `Backward`.
@@ -142,22 +151,31 @@ class Training(Adapting):
             metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
                 failure of one process.
         """
-        return self._server_step(
-            batch,
-            workers=workers,
-            bias=bias,
-            aggregate=aggregate,
-            world=world,
-            measure=measure,
-            check_finite=check_finite,
-            federation=Federation(
-                kept_participation(participation, self.federated),
-                worker_weights,
-                local_steps,
-                local_lr,
-                kept_down_bias(down_bias, self.federated),
-            ),
+        federation = Federation(
+            kept_participation(participation, self.federated),
+            worker_weights,
+            local_steps,
+            local_lr,
+            kept_down_bias(down_bias, self.federated),
         )
+        options = {"aggregate": aggregate, "measure": measure, "check_finite": check_finite}
+        optimizer = None if momentum is None else check_momentum_kind(momentum)
+        if optimizer is None or optimizer.variant not in FOLLOWING:
+            return self._server_step(batch, workers=workers, bias=bias, world=world, federation=federation, **options)
+        check_alone(optimizer.variant, federation, aggregate)
+        with out_of_inference():
+            following = Following(
+                self._gradients,
+                self.meta_parameters(),
+                differentiable_batch(batch),
+                workers,
+                as_operator(self._kept(bias)),
+                as_world(world),
+                partial(self._at_one_point, batch, workers=workers, bias=bias, world=world, **options),
+            )
+            done = following.backward(optimizer)
+        self._count()
+        return done
 
     @asserts_explained()
     def training_loss(
@@ -221,23 +239,30 @@ class Training(Adapting):
         """`training_loss`."""
         return self.training_loss(batch, **options)
 
-    def _server_step(
-        self, batch: TaskBatch, *, bias: Bias, world: World | None, federation: Federation = ALL_PRESENT, **options: Any
-    ) -> Backward:
-        if isinstance(bias, str):  # its state carries over from step to step
-            bias = self.operators.setdefault(bias, as_operator(bias))
+    def _server_step(self, batch: TaskBatch, *, federation: Federation = ALL_PRESENT, **options: Any) -> Backward:
         with out_of_inference(), federation.seen(self.meta_parameters(), options["workers"]) as report:
-            done = server_step(
+            done = self._at_one_point(batch, federation=federation, **options)
+            done.metrics.update(report)
+        self._count()
+        return done
+
+    def _at_one_point(self, batch: TaskBatch, *, bias: Bias, world: World | None, **options: Any) -> Backward:
+        """A step of the server at the current weights, which does not count as an iteration."""
+        with out_of_inference():
+            return server_step(
                 self._gradients,
                 self.meta_parameters(),
                 differentiable_batch(batch),
-                bias=bias,
+                bias=self._kept(bias),
                 world=as_world(world),
                 accuracy=self._accuracy,
-                federation=federation,
                 **options,
             )
-            done.metrics.update(report)
+
+    def _kept(self, bias: Bias) -> Bias:
+        """The operator of a SPEC, made once, since its state carries over from step to step; anything else as it is."""
+        return self.operators.setdefault(bias, as_operator(bias)) if isinstance(bias, str) else bias
+
+    def _count(self) -> None:
         if self.annealing is not None:
             self.annealing.count()
-        return done

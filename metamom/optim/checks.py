@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metamom.common.averaged import averaged_by
 from metamom.common.checks import check_number, is_word
+from metamom.common.choices import FOLLOWING, VARIANTS
 from metamom.common.kinds import named_type
 
 # Option names of other optimizers, and what to use instead.
@@ -57,7 +58,7 @@ def check_names(options: Mapping[str, Any], *, strict: bool) -> None:
         if strict:
             raise TypeError(
                 f"CompositeMomentum has no option {name!r}; its options are lr, beta, first_step, weight_decay, "
-                "decoupled_weight_decay, nesterov, normalize, maximize, foreach, fused and differentiable."
+                "decoupled_weight_decay, nesterov, normalize, variant, maximize, foreach, fused and differentiable."
             )
 
 
@@ -82,6 +83,12 @@ def check_options(options: dict[str, Any]) -> None:
                 raise ValueError(f"fused=True has no kernel with {other}=True. Leave one of the two out.")
     if options.get("differentiable") and options.get("foreach"):
         raise ValueError("differentiable=True updates the tensors one by one: leave foreach=True out.")
+    variant = options.get("variant")
+    if not (variant is None or is_word(variant, VARIANTS)):
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, or None; got {variant!r}.")
+    for other in ("fused", "differentiable", "nesterov"):
+        if variant in FOLLOWING and options.get(other):
+            raise ValueError(f"variant={variant!r} has no form with {other}=True. Leave one of the two out.")
 
 
 def check_state(state: Mapping[str, Any]) -> None:
@@ -110,6 +117,17 @@ def check_state(state: Mapping[str, Any]) -> None:
                     'entry out of state["state"], or, with torch.distributed.checkpoint, load a state that is not '
                     "flattened with strict=False: it starts with no momentum then."
                 )
+            if group.get("variant") in FOLLOWING and isinstance(each, Mapping):
+                _check_previous(each, p, f"parameter {index} of group {number}", group["variant"])
+
+
+def _check_previous(state: Mapping[str, Any], p: Tensor, which: str, variant: str) -> None:
+    previous = state.get("previous")
+    if "momentum" in state and not (isinstance(previous, Tensor) and previous.shape == p.shape):
+        raise ValueError(
+            f"variant={variant!r} keeps the weights of the last step, and the state has no 'previous' of shape "
+            f"{tuple(p.shape)} for {which}. Load a state of the same variant, or start without one."
+        )
 
 
 def check_beta(beta: Any) -> Any:

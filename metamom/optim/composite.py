@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metamom.common.averaged import forget
-from metamom.common.choices import FirstStep
+from metamom.common.choices import FOLLOWING, FirstStep, Variant
 from metamom.common.sharded import placed_as
 from metamom.optim.checks import (
     as_parameters,
@@ -22,6 +21,7 @@ from metamom.optim.checks import (
     check_options,
     check_state,
 )
+from metamom.optim.following import Following
 from metamom.optim.from_sgd import from_sgd, is_from_sgd
 from metamom.optim.fused import check_fused, fused_step_
 from metamom.optim.groups import Defaults, take_scheduled_momentum
@@ -38,6 +38,7 @@ from metamom.optim.update import (
     shrink_,
     together,
 )
+from metamom.optim.variants import Changes, keep_previous, transport_, variant_of
 
 LATER = {  # options that states of earlier versions may lack
     "maximize": False,
@@ -47,6 +48,7 @@ LATER = {  # options that states of earlier versions may lack
     "decoupled_weight_decay": False,
     "fused": None,
     "differentiable": False,
+    "variant": None,
 }
 
 
@@ -58,7 +60,7 @@ class _Pending(NamedTuple):
     grads: list[Tensor]
 
 
-class CompositeMomentum(Optimizer):
+class CompositeMomentum(Following):
     """Momentum as the paper analyses it: ``v <- (1 - beta) v + beta g``, then ``w <- w - lr v``.
 
     Beta is the weight of the *new* gradient: ``beta=0.1`` corresponds to a momentum of 0.9 elsewhere, and ``beta=1`` is
@@ -84,6 +86,14 @@ class CompositeMomentum(Optimizer):
             gradient, in all groups that normalise; if v is zero, nothing moves. This needs no bound on lr. Its bias
             floor is 2b in the mean gradient norm (`metamom.theory.bound_1c`), which a lower lr approaches. Of
             DTensors, as `fully_shard` and tensor parallelism make them, it is the norm of the full tensors.
+        variant: how v follows the weights (docs/reference/optimizer.md); one for all groups. ``"heavy-ball"`` is the
+            rule above, and so is ``None``. ``"igt"`` takes the gradient at the extrapolated point
+            ``w + (1 - beta)/beta (w - w_prev)``. ``"storm"`` is ``v <- g(w) + (1 - beta)(v - g(w_prev))``, with both
+            gradients of the same data. ``"hessian"`` is ``v <- (1 - beta)(v + H(w)(w - w_prev)) + beta g``. The
+            optimizer has to call what computes these gradients: pass `step` a closure, or call
+            ``learner.backward(batch, momentum=optimizer)`` before it. For ``"hessian"``,
+            ``loss.backward(create_graph=True)`` is enough. These three keep w_prev as the state ``"previous"``. They
+            have no fused, differentiable or Nesterov's form.
         maximize: ascend instead of descend.
         foreach: update all tensors of a group together (True), one by one (False), or together if all of them are
             plain strided tensors (None). The result is the same.
@@ -123,6 +133,7 @@ class CompositeMomentum(Optimizer):
         decoupled_weight_decay: bool = False,
         nesterov: bool = False,
         normalize: bool = False,
+        variant: Variant | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -138,13 +149,15 @@ class CompositeMomentum(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "nesterov": nesterov,
             "normalize": normalize,
+            "variant": variant,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
             "differentiable": differentiable,
         }
         check_options(defaults)
-        self._waiting: set[Tensor] = set()  # parameters with a momentum that no gradient has entered yet
+        self._waiting = set()  # parameters with a momentum that no gradient has entered yet
+        self._changes = None
         super().__init__(as_parameters(params), Defaults(defaults))
 
     @property
@@ -178,11 +191,12 @@ class CompositeMomentum(Optimizer):
         self.defaults = Defaults(self.defaults)
         for p, each in self.state.items():
             if isinstance(each, dict) and "momentum" in each:  # users' hooks may keep other things here
-                self.state[p] = {**each, "momentum": each["momentum"].clone()}
+                kept = {name: each[name].clone() for name in ("momentum", "previous") if name in each}
+                self.state[p] = {**each, **kept}
         for group in self.param_groups:
             for name, value in LATER.items():
                 group.setdefault(name, value)
-        self._waiting = without_a_gradient(self.state)
+        self._waiting, self._changes = without_a_gradient(self.state), None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Options that it does not set come from the constructor."""
@@ -192,6 +206,7 @@ class CompositeMomentum(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            variant_of(self.param_groups)
             if options["normalize"]:
                 check_norm_is_known(group["params"])
             if options["fused"]:
@@ -203,6 +218,7 @@ class CompositeMomentum(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to ``None`` or to zero, like every optimizer. ``None`` takes a tenth of the time."""
+        self._changes = None
         for group in self.param_groups:
             forget(group["params"])
         if not set_to_none:
@@ -222,30 +238,36 @@ class CompositeMomentum(Optimizer):
         """Take one momentum step on every parameter that has a gradient.
 
         Args:
-            closure: recomputes the loss and its gradients; called once, before the step, with gradients enabled.
+            closure: clears the gradients, and recomputes the loss and its gradients; called once, before the step, with
+                gradients enabled. With ``variant="storm"``, it is called at w_prev and then at w, and must use the same
+                data in both calls; with ``"igt"``, once at the extrapolated point.
 
         Returns:
-            What the closure returned.
+            What the closure returned, at w or at the extrapolated point.
 
         Raises:
-            ValueError: for a beta out of range, or a beta below 1 if workers have averaged the gradients (EF21SGDM).
+            ValueError: for a beta out of range, or a beta below 1 if workers have averaged the gradients (EF21SGDM);
+                for gradients without a closure that the variant cannot use.
             TypeError: for a sparse gradient, or parameters that the fused kernel cannot take.
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self.evaluate(closure)
         with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
             self._step()
         return loss
 
     def _step(self) -> None:
+        makes_state = only_makes_state(self.state, self.param_groups)
+        changes = {} if makes_state else self._taken_changes()
         pending = [self._pending(group) for group in self.param_groups]  # all checks before any weight moves
-        if only_makes_state(self.state, self.param_groups):
+        if makes_state:
             self._make_state(pending)
             return
         moves = []
         for each in pending:
+            if each.group["variant"] in FOLLOWING:  # of all that have moved, also where this step has no gradient
+                keep_previous(self.state, [p for p in each.group["params"] if p.grad is not None or p in self.state])
             if not each.params:
                 continue
             if _decays(each.group, decoupled=True):
@@ -255,7 +277,7 @@ class CompositeMomentum(Optimizer):
             if each.group["fused"]:
                 self._step_fused(each)
             else:
-                moves.append((each, self._directions(each)))
+                moves.append((each, self._directions(each, changes)))
         normalised = [v for each, vs in moves if each.group["normalize"] for v in vs]
         norm = total_norm(normalised) if normalised else None
         for (group, params, _), directions in moves:
@@ -279,7 +301,7 @@ class CompositeMomentum(Optimizer):
             check_not_averaged(pairs, group["beta"])
         return _Pending(group, [p for p, _ in pairs], [g if type(g) is Tensor else placed_as(g, p) for p, g in pairs])
 
-    def _directions(self, pending: _Pending) -> list[Tensor]:
+    def _directions(self, pending: _Pending, changes: Changes) -> list[Tensor]:
         """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""
         group, params, grads = pending
         own = group["maximize"] or _decays(group, decoupled=False)
@@ -297,6 +319,9 @@ class CompositeMomentum(Optimizer):
             # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding. So new buffers, which are already v_0, are skipped.
             moving, new_grads = list(compress(params, started)), list(compress(grads, started))
         bufs = [self.state[p]["momentum"] for p in moving]
+        if changes:
+            held = [p for p in moving if p in changes]
+            transport_([self.state[p]["momentum"] for p in held], [changes[p] for p in held], group["foreach"])
         if group["differentiable"]:
             for p, v, g in zip(moving, bufs, new_grads, strict=True):
                 self.state[p]["momentum"] = momentum_update(v, g, beta)
@@ -331,6 +356,8 @@ class CompositeMomentum(Optimizer):
         for each in pending:
             for p in each.params:
                 self.state[p]["momentum"] = torch.zeros_like(p)
+            if each.group["variant"] in FOLLOWING:
+                keep_previous(self.state, each.params)
             self._waiting.update(each.params)
             forget(each.params)
 

@@ -41,6 +41,19 @@ def check_norm_is_known(params: Iterable[Tensor]) -> None:
         )
 
 
+def check_weights_are_known(variant: str) -> None:
+    """Refuse a variant that uses the movement of all weights where a process knows only a part of them.
+
+    Raises:
+        ValueError: under ZeroRedundancyOptimizer.
+    """
+    if _within_zero():
+        raise ValueError(
+            f"variant={variant!r} needs the last movement of all weights, and under ZeroRedundancyOptimizer a process "
+            "has only its own share of them. Use the optimizer by itself, or torch.distributed.fsdp.fully_shard."
+        )
+
+
 def _within_zero() -> bool:
     """Whether a ZeroRedundancyOptimizer is calling. It passes some of the parameters, and nothing that says so."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")

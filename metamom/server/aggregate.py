@@ -143,6 +143,14 @@ class Aggregation:
         """
         self._workers.add(rows, workers)
 
+    def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
+        """Change the momenta that these workers carry by ``[k, d]``, before their gradients are added.
+
+        Raises:
+            ValueError: if the operator carries none, or if processes share a worker.
+        """
+        self._workers.transport(changes, workers)
+
     def finish(self) -> tuple[Tensor, dict[str, float | int | None]]:
         """Compute the aggregate, and store the next state of the operator and of the robust mean.
 

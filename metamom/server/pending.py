@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metamom.bias import BiasOperator
 from metamom.bias.coordinates import Sizes, place_of
+from metamom.bias.feedback import EF21SGDM
 from metamom.bias.state import EMPTY
 
 
@@ -31,6 +32,16 @@ class PendingStep:
         place = place_of(rows, self._step, workers)
         out, self._state = self.operator.transition(rows, self._state, place, self.sizes)
         return out
+
+    def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
+        """Change the momenta that the workers carry, ``[n, d]``.
+
+        Raises:
+            ValueError: for an operator without any that can.
+        """
+        if not isinstance(self.operator, EF21SGDM):
+            raise ValueError(f"{self.operator.spec} carries no momentum that could change: use ef21-sgdm(ETA):A.")
+        self._state = self.operator.transport(changes, self._state, place_of(changes, self._step, workers))
 
     def send(self, rows: Tensor, workers: Sequence[int]) -> list[Tensor]:
         """The workers' messages."""

@@ -69,6 +69,12 @@ class OwnWorkers:
             return rows
         return rows[[worker < self._n - self._how.faulty for worker in workers]]
 
+    def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
+        """See `Aggregation.transport`."""
+        if self._step is None:
+            raise ValueError("without an operator, no worker carries a momentum that could change.")
+        self._step.transport(changes, workers)
+
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""
         total = self._collected.combined()
@@ -111,6 +117,10 @@ class SharedWorkers:
         whole = rows.new_zeros(self._n, rows.shape[1])
         whole[list(workers)] = rows * (self._n / self._world.size)
         self._total = whole if self._total is None else self._total + whole
+
+    def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
+        """Not supported."""
+        raise ValueError(f"a worker that {self._world.size / self._n:g} processes share has no momentum to change.")
 
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""

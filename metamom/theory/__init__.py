@@ -7,6 +7,7 @@ ValueError for numbers out of range, and TypeError for anything but a number.
 """
 
 from metamom.theory import decentral, designs, fixed_points, quadratic, regression, wishart
+from metamom.theory.agnostic import Powers, variant_powers, variant_step, variant_weight
 from metamom.theory.composite import (
     bias_bound,
     bias_bound_steps,
@@ -42,6 +43,7 @@ __all__ = [
     "Diagnosis",
     "Explanation",
     "LinearRate",
+    "Powers",
     "Start",
     "Stationary",
     "Terms",
@@ -104,5 +106,8 @@ __all__ = [
     "terms_1a",
     "theta_star",
     "tracking_step",
+    "variant_powers",
+    "variant_step",
+    "variant_weight",
     "wishart",
 ]

@@ -41,6 +41,7 @@ from metamom.training.plan import (
 )
 from metamom.training.progress import Progress, Saved
 from metamom.training.session import Session
+from metamom.training.variant import check_eta_schedules, check_following
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def check(options: Options, learner: MAML, optimizer: Optimizer, sampler: Sample
     if options.local_steps > 1 and options.local_lr is None:
         step_size(optimizer)
     check_momentum(optimizer, operator)
+    check_following(learner, optimizer, operator, options, world)
     schedulers = as_schedulers(options.schedulers, optimizer)
+    check_eta_schedules(schedulers, operator)
     if options.validation is not None:
         check_sampler(options.validation, "validation needs a sampler, which")
     if options.track_bias is not None:

@@ -28,6 +28,7 @@ from metamom.training.options import Options
 from metamom.training.plan import Schedulers, check_momentum, federation, step_size
 from metamom.training.session import Session
 from metamom.training.stall import StallMonitor
+from metamom.training.variant import following
 
 # Steps between measurements of the bias error with several processes, which have to exchange whole gradients.
 MEASURE_EVERY = 50
@@ -279,6 +280,7 @@ def _gradient(
             world=world,
             measure=world.size == 1 or step % MEASURE_EVERY == 0,
             check_finite=False,  # checked below, where the step is known
+            momentum=following(optimizer),
         )
     except NonFiniteDataError as error:
         raise NonFiniteDataError(f"step {step}: {error}") from error

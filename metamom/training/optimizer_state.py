@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from metamom.common.choices import FOLLOWING
 from metamom.optim import CompositeMomentum
 from metamom.training.alike import check_alike, check_kind, is_number, refuse, same, short
 
@@ -28,7 +29,7 @@ def _of_rmsprop(group: Group) -> set[str]:
 
 # the state that these keep for each parameter, by its group's options: tensors of its shape, and a number "step"
 _KEPT: dict[type[Optimizer], Callable[[Group], set[str]]] = {
-    CompositeMomentum: lambda group: {"momentum"},
+    CompositeMomentum: lambda group: {"momentum", *(["previous"] if group["variant"] in FOLLOWING else [])},
     SGD: lambda group: {"momentum_buffer"} if group["momentum"] else set(),
     Adam: _of_adam,
     AdamW: _of_adam,

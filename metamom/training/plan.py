@@ -230,7 +230,11 @@ def describe(
     It leaves out how the run is computed (chunks, compilation, device), its length, and what is only measured. Further
     ``options`` are JSON values already.
     """
-    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    groups = [
+        # versions before the variants had no such entry
+        {k: _plain(v) for k, v in group.items() if k != "params" and not (k == "variant" and v is None)}
+        for group in optimizer.param_groups
+    ]
     operator = as_operator(bias)
     like = next(learner.model.parameters())
     uses = resolved(learner.model, None) if learner.norm is None else None  # what the model's mode says

@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from metamom.bias import LambdaEta
 from metamom.optim import LambdaBeta
 from metamom.training.alike import check_alike, refuse, same, short
 from metamom.training.optimizer_state import Moved, is_fixed
@@ -34,6 +35,8 @@ def moved_by(schedules: Iterable[Any]) -> Moved:
     for schedule in schedules:
         if isinstance(schedule, LambdaBeta):
             moved = moved._replace(names=moved.names | {"beta"})
+        elif isinstance(schedule, LambdaEta):
+            continue  # the operator's own
         elif not _is_torchs(schedule):
             return Moved(moved.names | _RATES | _MOMENTA, others=True)
         else:
@@ -44,7 +47,7 @@ def moved_by(schedules: Iterable[Any]) -> Moved:
     return moved
 
 
-def check_schedule(schedule: LRScheduler | LambdaBeta, state: Any, *, step: int) -> None:
+def check_schedule(schedule: LRScheduler | LambdaBeta | LambdaEta, state: Any, *, step: int) -> None:
     """Refuse a state that the schedule cannot have had after ``step`` steps.
 
     Raises:
@@ -55,7 +58,7 @@ def check_schedule(schedule: LRScheduler | LambdaBeta, state: Any, *, step: int)
     odd = [n for n in state if n not in mine and (not isinstance(n, str) or n == "optimizer" or hasattr(schedule, n))]
     if odd:  # torch would replace methods by them
         raise ValueError(f"its state holds {', '.join(map(str, odd))}, which {type(schedule).__name__} does not save")
-    if isinstance(schedule, LambdaBeta):
+    if isinstance(schedule, (LambdaBeta, LambdaEta)):
         _check_count("its state.last_step", state["last_step"], step)
         _check_made(mine, state, "its state", step)
     elif isinstance(schedule, ReduceLROnPlateau):  # it counts validations, and not steps

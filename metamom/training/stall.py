@@ -10,6 +10,7 @@ from torch.linalg import vector_norm
 from torch.optim import Optimizer
 
 from metamom.bias import BiasOperator, Layout
+from metamom.common.choices import FOLLOWING
 from metamom.maml.estimators import ESTIMATORS, Estimator
 from metamom.optim import CompositeMomentum
 from metamom.theory import diagnose
@@ -28,7 +29,8 @@ class StallMonitor:
 
     It does not change the run, and costs one norm of v every eighth step. With beta = 1, v equals g. Then it also keeps
     the gradient until the next measurement, and estimates the noise from the product of the two. It skips runs with
-    another optimizer than `CompositeMomentum`, with several parameter groups, or with normalised steps.
+    another optimizer than `CompositeMomentum`, with several parameter groups, with normalised steps, or
+    with a momentum that follows the weights.
 
     Args:
         optimizer: the run's optimizer.
@@ -49,7 +51,8 @@ class StallMonitor:
         self.earlier: list[Tensor] | None = None
         self.next = FIRST
         groups = optimizer.param_groups
-        self.judges = isinstance(optimizer, CompositeMomentum) and len(groups) == 1 and not groups[0]["normalize"]
+        ours = isinstance(optimizer, CompositeMomentum) and optimizer.variant not in FOLLOWING
+        self.judges = ours and len(groups) == 1 and not groups[0]["normalize"]
 
     def update(self, loss: float, grad_norm: float) -> None:
         """Record a completed step. Warns at most once."""

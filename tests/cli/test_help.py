@@ -109,6 +109,7 @@ def test_defaults_of_a_recipe(task, optimizer, capsys):
     }
     words |= {"optimizer_args": "its own", "inner_lr_lr": "that of --lr", "clip_grad": "off", "warmup": "0"}
     words |= {"participation": "1", "worker_weights": "equal", "local_steps": "1", "local_lr": "γ", "down_bias": "none"}
+    words |= {"variant": "heavy-ball", "beta_schedule": "constant"}
     for name, value in recipe.settings().items():
         if name in shown:
             assert shown[name] == words.get(name, str(value)), name

@@ -160,8 +160,8 @@ def test_one_line_for_bad_flags(words, message, tmp_path, capsys):
 
 def test_defaults_are_not_recorded():
     """So that runs of earlier versions, which had none of these options, go on."""
-    names = ("optimizer_args", "weight_decay", "clip_grad", "warmup", "patience")
-    recipe = Recipe("sinusoid", weight_decay=0.0, warmup=0)
+    names = ("optimizer_args", "weight_decay", "clip_grad", "warmup", "patience", "variant", "beta_schedule")
+    recipe = Recipe("sinusoid", weight_decay=0.0, warmup=0, beta_schedule="constant")
     assert {name: recipe.settings()[name] for name in names} == dict.fromkeys(names)
     assert Recipe("sinusoid", optimizer="adamw", weight_decay=0.01).weight_decay is None
     assert Recipe("sinusoid", optimizer="adamw", weight_decay=0.0).weight_decay == 0
@@ -213,7 +213,7 @@ def test_a_cosine_over_all_iterations():
     ("text", "factor", "patience"), [("plateau", 0.1, 10), ("plateau:0.5", 0.5, 10), ("plateau:0.5,3", 0.5, 3)]
 )
 def test_plateaus(text, factor, patience):
-    assert parse_schedule(text)[2:] == (factor, patience)
+    assert parse_schedule(text)[2:4] == (factor, patience)
     recipe = Recipe("sinusoid", schedule=text, warmup=3)
     warm, plateau = recipe.schedulers(recipe.make_optimizer(recipe.learner()))
     assert isinstance(warm, LinearLR)

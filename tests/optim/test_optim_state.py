@@ -158,6 +158,7 @@ LATER = {
     "decoupled_weight_decay": False,
     "fused": None,
     "differentiable": False,
+    "variant": None,
 }
 
 

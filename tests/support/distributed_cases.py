@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, BiasedAccumulator, CompositeMomentum, evaluate, nets, train
 from metamom.bias import RandK, parse
+from metamom.common.choices import FOLLOWING, Variant
 from metamom.distributed import Server, World, start
 from metamom.tasks import FixedTasks, Sinusoid
 
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     steps: int = 6
     dropout: float = 0.0
     more: Mapping[str, Any] = MappingProxyType({})  # further options of `train`
+    variant: Variant | None = None
 
 
 DTYPES = (torch.float64, torch.float32)
@@ -92,6 +94,12 @@ CASES = {
     "chunks within workers": Case("qsgd:4", workers=4, chunk_size=1),
     "moml": Case("topk:20%", estimator="moml"),
     "workers of two processes": Case("randk:5%", workers=2),
+    "igt": Case(variant="igt"),
+    "storm": Case("topk:20%", variant="storm"),
+    "storm dropout": Case("randk:20%", variant="storm", dropout=0.2, server="rank0"),
+    "hessian": Case(variant="hessian", chunk_size=3),
+    "hessian of one worker": Case(variant="hessian", workers=1),
+    **{f"{variant} of the workers": Case("ef21-sgdm(0.2):topk:5%", beta=1.0, variant=variant) for variant in FOLLOWING},
     "dropout": Case("topk:20%", chunk_size=3, dropout=0.2),
     "a quarter present": Case("topk:5%", more={"participation": 0.25}),
     "a quarter present, moml": Case("clip:1", estimator="moml", more={"participation": 0.25}),
@@ -116,6 +124,7 @@ ON_FOUR = [
     "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
     "byz-ef21-sgdm", "buckets",
     "a quarter present, moml", "a quarter present, dropout", "absent shared worker", "federated",
+    "storm", "hessian", "storm of the workers",
 ]  # fmt: skip
 # gone on with on another number of processes
 RESUMED = (
@@ -147,7 +156,7 @@ def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, l
         estimator=case.estimator,
         chunk_size=case.chunk_size,
     )
-    optimizer = CompositeMomentum(learner.parameters(), lr=0.02, beta=case.beta)
+    optimizer = CompositeMomentum(learner.parameters(), lr=0.02, beta=case.beta, variant=case.variant)
     # fewer tasks a step than there are, so that tasks wander from one process to another
     sampler = FixedTasks(Sinusoid(shots=10, queries=10, seed=3), 3 * META_BATCH)
     bias = None if case.bias == "none" else parse(case.bias)

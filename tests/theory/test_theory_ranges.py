@@ -253,9 +253,12 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         {"alpha": 0.1, "d": 3, "delta_sq": 1.0, "sigma2": 1.0, "m_in": 2, "m_h": 2, "m_out": 2},
     ),
     (wishart.variance_coupled, {"alpha": 0.1, "d": 3, "delta_sq": 1.0, "sigma2": 1.0, "m": 2, "m_out": 2}),
+    (theory.variant_powers, {"variant": "igt"}),
+    (theory.variant_step, {"variant": "storm", "t": 10, "gamma": 0.1}),
+    (theory.variant_weight, {"variant": "hessian", "t": 10}),
 ]
 
-NAMES = ("method", "form", "at")  # arguments that are one of a few words
+NAMES = ("method", "form", "at", "variant")  # arguments that are one of a few words
 NUMBERS: tuple[Any, ...] = (
     -1, 0, 0.0, -0.5, 2.5, math.nan, math.inf, -math.inf, 1e308, 1e200, 1e-308, 5e-324, True, 10**400,
 )  # fmt: skip

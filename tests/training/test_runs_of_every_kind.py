@@ -49,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "rprop": {"optimizer": lambda p: Rprop(p, lr=0.01)},
     "adafactor": {"optimizer": lambda p: Adafactor(p, lr=0.01)},
     "normalized": {"optimizer": lambda p: CompositeMomentum(p, lr=0.01, normalize=True)},
+    "storm": {"optimizer": lambda p: CompositeMomentum(p, lr=0.01, variant="storm")},
     "sgd, StepLR": {"optimizer": lambda p: SGD(p, lr=0.01), "schedule": lambda o: StepLR(o, 3, 0.5)},
     "CyclicLR": {
         "optimizer": lambda p: SGD(p, lr=0.01, momentum=0.5),
