@@ -14,21 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from metamom.common.flag_types import folder
-from metamom.experiments.leaderboard.cell import measure
+from metamom.experiments.leaderboard.finishing import finish
 from metamom.experiments.leaderboard.report import report
-from metamom.experiments.leaderboard.results import cells, keep, kept
 from metamom.experiments.leaderboard.suite import FULL, QUICK, Plan
 from metamom.experiments.shared.processes import run_in_processes
-
-
-def finish(out: Path, plan: Plan, share: int, shares: int) -> None:
-    """Measure every ``shares``-th cell that is not there yet."""
-    for problem, setup in tqdm(list(cells())[share::shares], desc=f"cells {share + 1} of {shares}", disable=None):
-        if kept(out, problem, setup, plan) is None:
-            keep(out, problem, setup, plan, measure(problem, setup, plan))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -51,9 +51,9 @@ def report(out: Path, plan: Plan) -> Path:
         "# The leaderboard",
         "",
         f"{done} of {len(every)} cells are finished. γ from {_powers(plan)}, chosen for each entry by",
-        f"{plan.search_seeds} seeds; {plan.seeds} other seeds measure it. ± is a 95 % interval over these. In bold: means",
-        "within the interval of the best of the column. –: not a tenth better than the start, or never at the target.",
-        f"*: the best γ is at an end of the grid. Targets: {targets}.",
+        f"{plan.search_seeds} seeds; {plan.seeds} other seeds measure it. ± is a 95 % interval over these. In bold:",
+        "means within the interval of the best of the column. –: not a tenth better than the start, or never at the",
+        f"target. *: the best γ is at an end of the grid. Targets: {targets}.",
     ]
     for column in COLUMNS:
         lines += ["", f"## {column.title.format(steps=plan.steps)}", "", *_table(found, column)]
