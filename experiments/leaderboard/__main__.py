@@ -18,7 +18,7 @@ import torch
 from metamom.common.flag_types import folder
 from metamom.experiments.leaderboard.finishing import finish
 from metamom.experiments.leaderboard.report import report
-from metamom.experiments.leaderboard.suite import FULL, QUICK, Plan
+from metamom.experiments.leaderboard.suite import FULL, QUICK
 from metamom.experiments.shared.processes import run_in_processes
 
 
