@@ -7,6 +7,7 @@ ValueError for numbers out of range, and TypeError for anything but a number.
 """
 
 from metamom.theory import designs, fixed_points, quadratic, regression, wishart
+from metamom.theory.averages import averaged_floor, averaged_limit
 from metamom.theory.composite import (
     bias_bound,
     bias_bound_steps,
@@ -27,8 +28,10 @@ from metamom.theory.differences import (
     diana_step,
     marina_step,
 )
+from metamom.theory.double_momentum import DoubleStart, bound_ef21_sgd2m, ef21_sgd2m_step
 from metamom.theory.feedback import bound_ef14, bound_ef21, clip21_inactive, clip21_steps, ef14_step, ef21_step
 from metamom.theory.feedback_momentum import Start, bound_ef21_sgdm, ef21_sgdm_step
+from metamom.theory.methods import Method, method_step
 from metamom.theory.nonconvex import Terms, best_step, bound_1a, delta0_from, max_step, terms_1a
 from metamom.theory.normalized import bound_1c
 from metamom.theory.pl import LinearRate, max_step_2a, rate_2a, rate_2a_affine, rate_2b, rate_2b_bias
@@ -39,11 +42,15 @@ from metamom.theory.tracking import bound_tracking, inner_floor, moml_kappa, scs
 
 __all__ = [
     "Diagnosis",
+    "DoubleStart",
     "Explanation",
     "LinearRate",
+    "Method",
     "Start",
     "Stationary",
     "Terms",
+    "averaged_floor",
+    "averaged_limit",
     "best_step",
     "bias_bound",
     "bias_bound_steps",
@@ -55,6 +62,7 @@ __all__ = [
     "bound_diana",
     "bound_ef14",
     "bound_ef21",
+    "bound_ef21_sgd2m",
     "bound_ef21_sgdm",
     "bound_marina",
     "bound_tracking",
@@ -70,6 +78,7 @@ __all__ = [
     "diana_alpha",
     "diana_step",
     "ef14_step",
+    "ef21_sgd2m_step",
     "ef21_sgdm_step",
     "ef21_step",
     "explain",
@@ -82,6 +91,7 @@ __all__ = [
     "max_step_2a",
     "mean_square_bound",
     "meta_smoothness",
+    "method_step",
     "moml_kappa",
     "phi0_1b",
     "quadratic",
