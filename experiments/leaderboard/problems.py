@@ -52,7 +52,8 @@ class Problem(ABC):
     attackers: int = 0
     scale: float = 5.0
     workers: int = WORKERS
-    what: ClassVar[str] = "error"
+    unit: ClassVar[float] = 0.001  # tables show errors in these
+    sign: ClassVar[str] = ", ‰"
 
     @property
     def clips(self) -> bool:
@@ -99,7 +100,6 @@ class Noisy(Problem):
     noise: float = 0.1
     target: float = 0.01
     attackers: int = 0
-    what: ClassVar[str] = "‖∇f‖², start = 1"
 
     @cached_property
     def quadratics(self) -> Quadratics:

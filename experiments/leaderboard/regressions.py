@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +38,6 @@ class Regressions(Problem):
     q: int = 20
     spread: float = 0.5
     target: float = 0.01
-    what: ClassVar[str] = "‖∇f‖², start = 1"
 
     @cached_property
     def spectra(self) -> Tensor:

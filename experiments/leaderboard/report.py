@@ -53,7 +53,8 @@ def report(out: Path, plan: Plan) -> Path:
         f"{done} of {len(every)} cells are finished. γ from {_powers(plan)}, chosen for each entry by",
         f"{plan.search_seeds} seeds; {plan.seeds} other seeds measure it. ± is a 95 % interval over these. In bold:",
         "means within the interval of the best of the column. –: not a tenth better than the start, or never at the",
-        f"target. *: the best γ is at an end of the grid. Targets: {targets}.",
+        "target. *: the best γ is at an end of the grid. Errors are ‖∇f‖² over its start, on sinusoids the loss.",
+        f"Targets: {targets}.",
     ]
     for column in COLUMNS:
         lines += ["", f"## {column.title.format(steps=plan.steps)}", "", *_table(found, column)]
@@ -72,23 +73,23 @@ def shown(cell: Cell, column: Column) -> str:
         return f"{found['finite']} of {found['seeds']}"
     if found["mean"] is None or (column.question != "target" and not found["mean"] < 0.9 * cell["start"]):
         return "–"
-    mean, half = (found[name] / column.unit for name in column.fields)
+    unit = column.unit * (1.0 if column.question == "target" else PROBLEMS[cell["problem"]].unit)
+    mean, half = (found[name] / unit for name in column.fields)
     return f"{number(mean, half)}{'*' * found['edge']}"
 
 
 def number(mean: float, halfwidth: float) -> str:
-    """``mean ± halfwidth``, both to the half-width's first digit."""
+    """``mean ± halfwidth``, both to the half-width's first digit, or to whole numbers."""
     if halfwidth == 0 or not math.isfinite(halfwidth):
         return f"{mean:.4g}"
-    digits = -math.floor(math.log10(halfwidth))
-    if digits <= 4:
-        return f"{round(mean, digits):.{max(0, digits)}f} ± {round(halfwidth, digits):.{max(0, digits)}f}"
-    power = math.floor(math.log10(abs(mean))) if mean else -digits
-    return f"({mean / 10**power:.{digits + power}f} ± {halfwidth / 10**power:.{digits + power}f})e{power}"
+    digits = max(0, -math.floor(math.log10(halfwidth)))
+    return f"{mean:.{digits}f} ± {halfwidth:.{digits}f}"
 
 
 def _table(found: Cells, column: Column) -> list[str]:
-    lines = tables.head("method", *(problem.title for problem in PROBLEMS.values()))
+    signs = [problem.sign * (column.question != "target") for problem in PROBLEMS.values()]
+    titles = [f"{problem.title}{sign}" for problem, sign in zip(PROBLEMS.values(), signs, strict=True)]
+    lines = tables.head("method", *titles)
     best = {name: _best(found, name, column) for name in PROBLEMS}
     for method in METHODS:
         row = []
@@ -130,7 +131,7 @@ def _best(found: Cells, problem: str, column: Column) -> float:
 
 def laws(found: Cells, plan: Plan) -> list[str]:
     """Measured errors of whole gradients against their exact laws."""
-    lines = tables.head("problem", "method", "γ", "measured", "law")
+    lines = tables.head("problem", "method", "γ", "measured, ‰", "law, ‰")
     for (name, method), cell in found.items():
         problem, entry = PROBLEMS[name], cell["steps"]
         setup = next(m for m in METHODS if m.name == method).on(problem.operator, problem.clips)
@@ -138,9 +139,17 @@ def laws(found: Cells, plan: Plan) -> list[str]:
             continue
         value = law(problem, setup, entry["lr"], plan.steps, round(plan.last * readings(problem, plan.steps)))
         if value is not None:
-            lines.append(tables.row(problem.title, method, f"{entry['lr']:g}", shown(cell, COLUMNS[0]), f"{value:.3g}"))
+            lines.append(
+                tables.row(
+                    problem.title, method, f"{entry['lr']:g}", shown(cell, COLUMNS[0]), f"{value / problem.unit:.3g}"
+                )
+            )
     floor = next(composite_floor(problem) for problem in PROBLEMS.values() if isinstance(problem, Regressions))
-    return [*lines, "", f"Regressions: at the mean iterate of whole gradients the error is {floor:.3g}, for every β."]
+    return [
+        *lines,
+        "",
+        f"Regressions: at the mean iterate of whole gradients the error is {1000 * floor:.3g} ‰, for every β.",
+    ]
 
 
 def _powers(plan: Plan) -> str:

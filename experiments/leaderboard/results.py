@@ -40,9 +40,7 @@ def kept(out: Path, problem: Problem, setup: Setup, plan: Plan) -> Cell | None:
         cell: Cell = json.loads(path.read_text(encoding="utf-8"))
         settings = cell["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a cell of the leaderboard ({error}): delete it, or take another --out."
-        ) from None
+        raise ValueError(f"{path} is damaged ({error!r}): delete it, or take another --out.") from None
     if settings != settings_of(problem, plan):
         raise ValueError(
             f"{path} was measured with other settings than this run's (--quick, --seeds, or a problem that has "

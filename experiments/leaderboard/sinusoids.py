@@ -71,7 +71,8 @@ class Sinusoids(Problem):
     population: int = 100
     target: float = 0.8
     every: int = 10
-    what: ClassVar[str] = "loss after adaptation"
+    unit: ClassVar[float] = 1.0
+    sign: ClassVar[str] = ""
 
     @cached_property
     def shapes(self) -> tuple[Tensor, Tensor]:
