@@ -9,7 +9,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
 from metamom.experiments.leaderboard.problems import WORKERS, Generators, Problem
 
@@ -28,25 +27,23 @@ class Points(NamedTuple):
 
 
 def network(weights: Tensor, x: Tensor) -> Tensor:
-    """Two hidden layers of `HIDDEN` tanh units: weights ``[d]``, ``[points, 1] -> [points, 1]``."""
-    w0, b0, w1, b1, w2, b2 = (w.view(s) for w, s in zip(weights.split(SIZES), SHAPES, strict=True))
-    hidden = torch.tanh(torch.tanh(x @ w0.T + b0) @ w1.T + b1)
-    return hidden @ w2.T + b2
+    """Two hidden layers of `HIDDEN` tanh units: weights ``[..., d]``, ``[..., points, 1] -> [..., points, 1]``."""
+    parts = zip(weights.split(SIZES, -1), SHAPES, strict=True)
+    w0, b0, w1, b1, w2, b2 = (w.view(*w.shape[:-1], *(shape if len(shape) == 2 else (1, *shape))) for w, shape in parts)
+    hidden = torch.tanh(torch.tanh(x @ w0.mT + b0) @ w1.mT + b1)
+    return hidden @ w2.mT + b2
 
 
-def squared_error(predicted: Tensor, y: Tensor) -> Tensor:
-    """The mean; `mse_loss` refuses these shapes under several `vmap`s."""
-    return (predicted - y).square().mean()
+def squared_error(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The mean over the points, ``[...]``."""
+    return (network(weights, x) - y).square().mean((-2, -1))
 
 
-def task_loss(weights: Tensor, alpha: float, points: Points) -> Tensor:
-    """The query loss of one task after an inner step on its support points."""
-
-    def inner(w: Tensor) -> Tensor:
-        return squared_error(network(w, points.support_x), points.support_y)
-
-    adapted = weights - alpha * grad(inner)(weights)
-    return squared_error(network(adapted, points.query_x), points.query_y)
+def meta_losses(weights: Tensor, alpha: float, points: Points, *, differentiable: bool) -> Tensor:
+    """Each task's query loss after an inner step on its support points, for weights ``[..., n, J, d]``."""
+    inner = squared_error(weights, points.support_x, points.support_y).sum()
+    (gradient,) = torch.autograd.grad(inner, weights, create_graph=differentiable)
+    return squared_error(weights - alpha * gradient, points.query_x, points.query_y)
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,13 @@ class Sinusoids(Problem):
     """
 
     name: str = "composite"
-    title: str = "composite: sinusoids"
+    title: str = "sinusoids, composite"
     operator: str = "topk:1%"
-    tasks: int = 2
+    tasks: int = 1
     alpha: float = 0.05
     m: int = 5
     q: int = 10
-    population: int = 100
+    population: int = 40
     target: float = 0.8
     every: int = 10
     unit: ClassVar[float] = 1.0
@@ -106,18 +103,18 @@ class Sinusoids(Problem):
         y = amplitude * torch.sin(x + phase)
         return Points(x[..., : self.m, :], y[..., : self.m, :], x[..., self.m :, :], y[..., self.m :, :])
 
-    def worker_loss(self, weights: Tensor, points: Points) -> Tensor:
-        """The mean over one worker's tasks."""
-        return vmap(task_loss, (None, None, 0))(weights, self.alpha, points).mean()
-
     def gradients(self, x: Tensor, sample: Points) -> Tensor:
         """See `Problem.gradients`."""
-        of_workers = vmap(grad(self.worker_loss), (None, 0))
-        out: Tensor = vmap(vmap(of_workers, (0, 0)), (0, None))(x, sample)
-        return out
+        of_workers = x.unsqueeze(-2).expand(*x.shape[:-1], self.workers, -1).clone().requires_grad_()
+        losses = meta_losses(self._of_tasks(of_workers), self.alpha, sample, differentiable=True)
+        return torch.autograd.grad(losses.mean(-1).sum(), of_workers)[0]
 
     def error(self, x: Tensor) -> Tensor:
         """The mean over workers and tasks of the loss on all points."""
-        of_all = vmap(self.worker_loss, (None, 0))
-        out: Tensor = vmap(vmap(of_all, (0, None)), (0, None))(x, self.all_points).mean(-1)
-        return out
+        of_workers = x.unsqueeze(-2).expand(*x.shape[:-1], self.workers, -1).clone().requires_grad_()
+        losses = meta_losses(self._of_tasks(of_workers), self.alpha, self.all_points, differentiable=False)
+        return losses.detach().mean((-2, -1))
+
+    def _of_tasks(self, of_workers: Tensor) -> Tensor:
+        """Weights ``[..., n, d] -> [..., n, J, d]``."""
+        return of_workers.unsqueeze(-2).expand(*of_workers.shape[:-1], self.tasks, -1)

@@ -15,9 +15,9 @@ PROBLEMS: Mapping[str, Problem] = {
         Noisy("none", "no bias", "none", target=0.001),
         Noisy("topk", "Top-K 1 %", "topk:1%", spread=0.1, curves=0.3, target=0.003),
         Noisy("clip", "clipping", "clip:1", spread=0.5, curves=0.3, noise=0.05, target=0.001),
-        Sinusoids(),
         Regressions(),
         Noisy("attack", "attack", "topk:1%", spread=0.1, curves=0.3, target=0.01, attackers=1),
+        Sinusoids(),
     )
 }
 
