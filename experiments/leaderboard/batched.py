@@ -104,7 +104,7 @@ def means(vectors: Tensor, how: str) -> Tensor:
     rows = vectors.reshape(-1, n, vectors.shape[-1])
     if how == "geomedian":
         return geometric_medians(rows).view(*vectors.shape[:-2], -1)
-    return torch.stack([robust_mean(each, how) for each in rows]).view(*vectors.shape[:-2], -1)  # type: ignore[arg-type]
+    return torch.stack([robust_mean(each, how) for each in rows]).view(*vectors.shape[:-2], -1)
 
 
 def geometric_medians(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 def measure(problem: Problem, setup: Setup, plan: Plan) -> dict[str, Any]:
     """Search the step sizes and measure; a plain value for JSON."""
-    began, d = time.perf_counter(), len(problem.start)
+    began, d, plan = time.perf_counter(), len(problem.start), plan.on(problem)
     budget = plan.budget(d)
     asked: dict[str, Callable[[Record], Tensor]] = {
         "steps": lambda record: after_steps(record, plan),

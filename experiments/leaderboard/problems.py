@@ -41,6 +41,7 @@ class Problem(ABC):
         operator: A, the operator that messages pass through: ``none``, ``topk:1%`` or ``clip:1``.
         target: the error to reach.
         every: steps between two readings of the error.
+        share: of the plan's steps that are run.
         attackers: how many of the workers attack, the last ones.
     """
 
@@ -49,6 +50,7 @@ class Problem(ABC):
     operator: str
     target: float
     every: int = 1
+    share: float = 1.0
     attackers: int = 0
     scale: float = 5.0
     workers: int = WORKERS
@@ -133,3 +135,11 @@ class Noisy(Problem):
         """``||grad f(x)||^2`` over that of the start."""
         f = self.honest
         return (f.curvature * (x - f.optimum)).square().sum(-1) / f.curvature.square().sum()
+
+
+@dataclass(frozen=True)
+class Attacked(Noisy):
+    """The same with attackers, whose gradients point away from the optimum."""
+
+    attackers: int = 1
+    share: float = 0.5

@@ -38,6 +38,7 @@ class Regressions(Problem):
     q: int = 20
     spread: float = 0.5
     target: float = 0.01
+    share: float = 0.5
 
     @cached_property
     def spectra(self) -> Tensor:

@@ -30,8 +30,8 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("Error after {steps} steps", "steps"),
-    Column("Error after the bytes of {steps} messages of 1 %", "bytes"),
+    Column("Error after all steps", "steps"),
+    Column("Error after the bytes of as many messages of 1 %", "bytes"),
     Column("Steps to the target", "target"),
     Column("KB of a worker to the target", "target", ("bytes", "bytes_halfwidth"), 1000.0),
 )
@@ -46,6 +46,7 @@ def report(out: Path, plan: Plan) -> Path:
     picture(out / "figures" / "leaderboard.png", found)
     every = list(cells())
     done = sum(path_of(out, problem, setup).exists() for problem, setup in every)
+    steps = ", ".join(f"{plan.on(problem).steps} ({problem.title})" for problem in PROBLEMS.values())
     targets = ", ".join(f"{problem.target:g} ({problem.title})" for problem in PROBLEMS.values())
     lines = [
         "# The leaderboard",
@@ -54,10 +55,10 @@ def report(out: Path, plan: Plan) -> Path:
         f"{plan.search_seeds} seeds; {plan.seeds} other seeds measure it. ± is a 95 % interval over these. In bold:",
         "means within the interval of the best of the column. –: not a tenth better than the start, or never at the",
         "target. *: the best γ is at an end of the grid. Errors are ‖∇f‖² over its start, on sinusoids the loss.",
-        f"Targets: {targets}.",
+        f"Targets: {targets}. Steps: {steps}.",
     ]
     for column in COLUMNS:
-        lines += ["", f"## {column.title.format(steps=plan.steps)}", "", *_table(found, column)]
+        lines += ["", f"## {column.title}", "", *_table(found, column)]
     lines += ["", "## Exact laws", "", *laws(found, plan), ""]
     lines += ["![Steps and bytes to the target](figures/leaderboard.png)"]
     write_atomically(out / "report.md", ("\n".join(lines) + "\n").encode())
@@ -137,7 +138,8 @@ def laws(found: Cells, plan: Plan) -> list[str]:
         setup = next(m for m in METHODS if m.name == method).on(problem.operator, problem.clips)
         if entry is None or entry["mean"] is None or same_as(next(m for m in METHODS if m.name == method), problem):
             continue
-        value = law(problem, setup, entry["lr"], plan.steps, round(plan.last * readings(problem, plan.steps)))
+        steps = plan.on(problem).steps
+        value = law(problem, setup, entry["lr"], steps, max(1, round(plan.last * readings(problem, steps))))
         if value is not None:
             lines.append(
                 tables.row(

@@ -28,10 +28,11 @@ class Points(NamedTuple):
 
 def network(weights: Tensor, x: Tensor) -> Tensor:
     """Two hidden layers of `HIDDEN` tanh units: weights ``[..., d]``, ``[..., points, 1] -> [..., points, 1]``."""
-    parts = zip(weights.split(SIZES, -1), SHAPES, strict=True)
+    parts = zip(torch.split(weights, SIZES, -1), SHAPES, strict=True)
     w0, b0, w1, b1, w2, b2 = (w.view(*w.shape[:-1], *(shape if len(shape) == 2 else (1, *shape))) for w, shape in parts)
     hidden = torch.tanh(torch.tanh(x @ w0.mT + b0) @ w1.mT + b1)
-    return hidden @ w2.mT + b2
+    out: Tensor = hidden @ w2.mT + b2
+    return out
 
 
 def squared_error(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -66,8 +67,9 @@ class Sinusoids(Problem):
     m: int = 5
     q: int = 10
     population: int = 40
-    target: float = 0.8
+    target: float = 1.5
     every: int = 10
+    share: float = 0.5
     unit: ClassVar[float] = 1.0
     sign: ClassVar[str] = ""
 

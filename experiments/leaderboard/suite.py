@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from metamom.experiments.leaderboard.problems import Noisy, Problem
+from metamom.experiments.leaderboard.problems import Attacked, Noisy, Problem
 from metamom.experiments.leaderboard.regressions import Regressions
 from metamom.experiments.leaderboard.sinusoids import Sinusoids
 
@@ -16,7 +16,7 @@ PROBLEMS: Mapping[str, Problem] = {
         Noisy("topk", "Top-K 1 %", "topk:1%", spread=0.1, curves=0.3, target=0.003),
         Noisy("clip", "clipping", "clip:1", spread=0.5, curves=0.3, noise=0.05, target=0.001),
         Regressions(),
-        Noisy("attack", "attack", "topk:1%", spread=0.1, curves=0.3, target=0.01, attackers=1),
+        Attacked("attack", "attack", "topk:1%", spread=0.1, curves=0.3, target=0.01),
         Sinusoids(),
     )
 }
@@ -39,6 +39,10 @@ class Plan:
     search_seeds: int = 3
     seeds: int = 10
     last: float = 0.1
+
+    def on(self, problem: Problem) -> Plan:
+        """The plan for a problem that runs a share of the steps."""
+        return replace(self, steps=round(problem.share * self.steps))
 
     def budget(self, d: int) -> int:
         """The bytes that messages of 1 % of d entries take in all steps: 4 of a value, 4 of its index."""

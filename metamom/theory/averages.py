@@ -73,7 +73,7 @@ def averaged_limit(weights: Sequence[float], L: float) -> float:
         for k in range(2, q + 2):
             second = second - b[k] * current
             previous, current = current, twice * current - previous
-        roots = second.roots()
+        roots = np.roots(second.coef[::-1])
         found += [float(c.real) for c in roots if abs(c.imag) < ROUNDING and -1 < c.real < 1]
     limits = []
     for cosine in found:
@@ -103,7 +103,7 @@ def averaged_floor(lam: Numbers, sigma2: Numbers, weights: Sequence[float], gamm
     Reference: docs/theory/operators.md, "Averages in turn": the covariance solves ``S = A S A^T + Q``.
     """
     axes, noise = (torch.as_tensor(value, dtype=torch.float64).flatten() for value in (lam, sigma2))
-    axes, noise = torch.broadcast_tensors(axes, noise)
+    axes, noise = axes + 0 * noise, noise + 0 * axes
     if len(axes) == 0 or not bool(((axes > 0) & axes.isfinite() & (noise >= 0) & noise.isfinite()).all()):
         raise ValueError("curvatures lam must be > 0, variances sigma2 >= 0, all finite; got others, or none.")
     limit = averaged_limit(weights, float(axes.max()))
@@ -117,7 +117,7 @@ def averaged_floor(lam: Numbers, sigma2: Numbers, weights: Sequence[float], gamm
         system = torch.eye(size**2, dtype=torch.float64) - torch.kron(A, A)
         try:
             covariance = torch.linalg.solve(system, outer.flatten()).view(size, size)
-        except torch.linalg.LinAlgError as error:  # steps too small for 1 - gamma to differ from 1
+        except torch._C._LinAlgError as error:  # steps too small for 1 - gamma to differ from 1
             raise ZeroDivisionError("the step is too small") from error
         total += curvature**2 * float(covariance[0, 0])
     return total

@@ -17,7 +17,7 @@ from metamom.experiments.leaderboard import cell, laws, report, results, suite
 from metamom.experiments.leaderboard.batched import ManyQSGD, ManyTopK, means, operator_for
 from metamom.experiments.leaderboard.cell import best, interval, to_target
 from metamom.experiments.leaderboard.methods import METHODS, RULES, Setup
-from metamom.experiments.leaderboard.problems import Noisy, sign_flip
+from metamom.experiments.leaderboard.problems import Attacked, Noisy, sign_flip
 from metamom.experiments.leaderboard.regressions import Regressions
 from metamom.experiments.leaderboard.running import Record, run
 from metamom.experiments.leaderboard.sinusoids import HIDDEN, Sinusoids
@@ -190,7 +190,7 @@ def test_questions_of_a_cell():
 
 @pytest.fixture
 def small(monkeypatch):
-    problems = {each.name: each for each in (TOPK, Noisy("attack", "attack", "topk:1%", attackers=1), Regressions())}
+    problems = {each.name: each for each in (TOPK, Attacked("attack", "attack", "topk:1%"), Regressions())}
     chosen = [METHODS[0], METHODS[3], METHODS[8], next(m for m in METHODS if m.kind == "robust")]
     for module in (suite, results, report, report.picture.__globals__):
         for name, value in (("PROBLEMS", problems), ("METHODS", chosen)):
