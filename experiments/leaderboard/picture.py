@@ -31,7 +31,7 @@ def values(found: Mapping[tuple[str, str], Cell], field: str) -> npt.NDArray[np.
 
 
 def picture(path: Path, found: Mapping[tuple[str, str], Cell]) -> None:
-    """Draw two heat maps next to each other: steps, and KB that a worker sends."""
+    """Draw two heat maps next to each other: steps, and KB that a worker sends; the darker, the nearer to the best."""
     figure = Figure(figsize=(15, 0.36 * len(METHODS) + 2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _map(left, values(found, "mean"), "steps to the target", 1)
@@ -49,7 +49,7 @@ def _map(panel: Axes, found: npt.NDArray[np.float64], title: str, unit: float) -
         bright = np.isfinite(value) and ratio[i, j] < math.sqrt(WORST)
         panel.text(j, i, text, ha="center", va="center", color="white" if bright else "black")
     panel.set_xticks(range(len(PROBLEMS)), [problem.title for problem in PROBLEMS.values()], rotation=30, ha="right")
-    panel.set_title(f"{title} (dark: best of its column; –: not every seed has it)")
+    panel.set_title(title)
     kinds = [method.kind for method in METHODS]
     for i in range(1, len(kinds)):
         if kinds[i] != kinds[i - 1]:
