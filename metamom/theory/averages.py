@@ -115,11 +115,10 @@ def averaged_floor(lam: Numbers, sigma2: Numbers, weights: Sequence[float], gamm
         size = len(A)
         outer = variance * torch.outer(kick, kick)
         system = torch.eye(size**2, dtype=torch.float64) - torch.kron(A, A)
-        try:
-            covariance = torch.linalg.solve(system, outer.flatten()).view(size, size)
-        except torch._C._LinAlgError as error:  # steps too small for 1 - gamma to differ from 1
-            raise ZeroDivisionError("the step is too small") from error
-        total += curvature**2 * float(covariance[0, 0])
+        solution, info = torch.linalg.solve_ex(system, outer.flatten())
+        if int(info):
+            raise ZeroDivisionError("the step is too small for 1 - gamma to differ from 1")
+        total += curvature**2 * float(solution[0])
     return total
 
 
