@@ -8,6 +8,7 @@ ValueError for numbers out of range, and TypeError for anything but a number.
 
 from metamom.theory import decentral, designs, fixed_points, quadratic, regression, wishart
 from metamom.theory.agnostic import Powers, variant_powers, variant_step, variant_weight
+from metamom.theory.averages import averaged_floor, averaged_limit
 from metamom.theory.composite import (
     bias_bound,
     bias_bound_steps,
@@ -28,9 +29,11 @@ from metamom.theory.differences import (
     diana_step,
     marina_step,
 )
+from metamom.theory.double_momentum import DoubleStart, bound_ef21_sgd2m, ef21_sgd2m_step
 from metamom.theory.federated import bound_ef21_p, bound_ef21_pp, ef21_p_step, ef21_pp_step
 from metamom.theory.feedback import bound_ef14, bound_ef21, clip21_inactive, clip21_steps, ef14_step, ef21_step
 from metamom.theory.feedback_momentum import Start, bound_ef21_sgdm, ef21_sgdm_step
+from metamom.theory.methods import Method, method_step
 from metamom.theory.nonconvex import Terms, best_step, bound_1a, delta0_from, max_step, terms_1a
 from metamom.theory.normalized import bound_1c
 from metamom.theory.pl import LinearRate, max_step_2a, rate_2a, rate_2a_affine, rate_2b, rate_2b_bias
@@ -41,12 +44,16 @@ from metamom.theory.tracking import bound_tracking, inner_floor, moml_kappa, scs
 
 __all__ = [
     "Diagnosis",
+    "DoubleStart",
     "Explanation",
     "LinearRate",
+    "Method",
     "Powers",
     "Start",
     "Stationary",
     "Terms",
+    "averaged_floor",
+    "averaged_limit",
     "best_step",
     "bias_bound",
     "bias_bound_steps",
@@ -60,6 +67,7 @@ __all__ = [
     "bound_ef21",
     "bound_ef21_p",
     "bound_ef21_pp",
+    "bound_ef21_sgd2m",
     "bound_ef21_sgdm",
     "bound_marina",
     "bound_tracking",
@@ -78,6 +86,7 @@ __all__ = [
     "ef14_step",
     "ef21_p_step",
     "ef21_pp_step",
+    "ef21_sgd2m_step",
     "ef21_sgdm_step",
     "ef21_step",
     "explain",
@@ -90,6 +99,7 @@ __all__ = [
     "max_step_2a",
     "mean_square_bound",
     "meta_smoothness",
+    "method_step",
     "moml_kappa",
     "phi0_1b",
     "quadratic",

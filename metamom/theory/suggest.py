@@ -6,6 +6,7 @@ from math import inf, isinf
 from typing import Literal, NamedTuple
 
 from metamom.theory import checks
+from metamom.theory.methods import Method, known, method_step
 from metamom.theory.nonconvex import Terms, best_step, max_step, terms_1a
 
 Part = Literal["distance", "bias", "noise"]
@@ -39,6 +40,7 @@ def suggest_step(
     sigma2: float = 0,
     B: float = 0,
     M: float = 0,
+    method: Method | None = None,
 ) -> float:
     """Suggest a step size that the theory guarantees.
 
@@ -53,21 +55,32 @@ def suggest_step(
         delta0: ``f(x_0) - f*``, > 0, if known; an upper bound is enough.
         K: number of steps of the run, if known.
         b2, sigma2, B, M: bias and noise as for `bound_1a`; for bias operators, see ``operator.constants(d, ...)``.
+        method: error feedback or compressed differences, whose own limit is returned instead (`method_step`); the
+            server then has no momentum, ``beta=1``.
 
     Returns:
         gamma, the ``lr`` of `CompositeMomentum`.
 
     Raises:
-        ValueError: for a number out of its range, or only one of delta0 and K.
+        ValueError: for a number out of its range, only one of delta0 and K, or a method with ``beta`` below 1.
 
     Example:
         >>> round(suggest_step(L=1.0, beta=0.1), 6)
         0.052632
         >>> round(suggest_step(L=1.0, beta=1.0, delta0=1.0, K=200, sigma2=1.0), 6)
         0.1
+        >>> round(suggest_step(L=1.0, beta=1.0, method=Method("ef21", alpha_c=0.25)), 6)
+        0.133975
 
-    Reference: docs/theory/theorems.md, Theorem 1A.
+    Reference: docs/theory/theorems.md, Theorem 1A; docs/theory/operators.md for methods.
     """
+    if method is not None:
+        if beta != 1:
+            raise ValueError(
+                f"the limit of {method.name} is that of plain steps on the server, beta=1; got beta={beta!r}. Momentum "
+                "on the server is not covered."
+            )
+        return method_step(method, L)
     if (delta0 is None) != (K is None):
         raise ValueError("the best step for a run needs both delta0 and K; got one of them. Pass both, or neither.")
     if delta0 is not None and K is not None:
@@ -79,13 +92,22 @@ def suggest_step(
 
 @checks.as_stated
 def explain(
-    L: float, beta: float, gamma: float, delta0: float, K: float, b2: float, sigma2: float, B: float = 0, M: float = 0
+    L: float,
+    beta: float,
+    gamma: float,
+    delta0: float,
+    K: float,
+    b2: float,
+    sigma2: float,
+    B: float = 0,
+    M: float = 0,
+    method: Method | None = None,
 ) -> Explanation:
     """Explain which term of Theorem 1A's bound dominates, and which parameter lowers it.
 
     The bound is a worst case. The error itself may be smaller, and its largest part may be a different one.
 
-    The arguments are those of `bound_1a`.
+    The arguments are those of `bound_1a`, and a ``method`` to take instead: its largest gamma and its floor are added.
 
     Returns:
         The terms, the name of the largest, and the text.
@@ -104,10 +126,10 @@ def explain(
     dominant: Part = max(parts, key=lambda name: parts[name])
     steps = "In the limit" if isinf(K) else f"After {K} steps"
     total = terms.total
+    added = [] if method is None else [_method(method, L, gamma)]
     if total == 0:
-        return Explanation(
-            terms, dominant, f"{steps} the bound on the mean of ||grad f||^2 is 0: nothing limits convergence."
-        )
+        text = f"{steps} the bound on the mean of ||grad f||^2 is 0: nothing limits convergence."
+        return Explanation(terms, dominant, " ".join([text, *added]))
     shares = ", ".join(f"{_NAMES[name]} {part:.3g} ({part / total:.0%})" for name, part in parts.items())
     lines = [f"{steps} the mean of ||grad f||^2 is at most {total:.3g}: {shares}."]
     if dominant == "bias":
@@ -118,7 +140,17 @@ def explain(
         lines.append(_distance(L, beta, gamma, terms, K))
     if B > 0:
         lines.append(f"The relative bias B={B:g} multiplies every term by 1/(1 - B) = {1 / (1 - B):.3g} or more.")
-    return Explanation(terms, dominant, " ".join(lines))
+    return Explanation(terms, dominant, " ".join(lines + added))
+
+
+def _method(method: Method, L: float, gamma: float) -> str:
+    """What a method would change."""
+    limit, of = method_step(method, L), known(method)
+    fits = "is within it" if gamma <= limit else "is beyond it"
+    return (
+        f"With {method.name}: {of.floor}; its largest gamma, with plain steps on the server, is {limit:.3g}, and "
+        f"gamma={gamma:.3g} {fits} ({of.source})."
+    )
 
 
 _NAMES: dict[Part, str] = {"distance": "initial distance", "bias": "bias", "noise": "noise"}
