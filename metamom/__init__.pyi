@@ -38,6 +38,7 @@ from .bias import Identity as Identity
 from .bias import MLMCTopK as MLMCTopK
 from .bias import Natural as Natural
 from .bias import Normalize as Normalize
+from .bias import PowerSGD as PowerSGD
 from .bias import RandK as RandK
 from .bias import Sign as Sign
 from .bias import TernGrad as TernGrad

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metamom.bias import BiasOperator
+from metamom.bias import BiasOperator, Layout
 from metamom.experiments.paper.memory import Needs, largest_chunk
 from metamom.experiments.paper.nodes import Seen
 from metamom.experiments.paper.protocol import Protocol
@@ -80,7 +80,7 @@ class Training:
         self.model.to(device=device, dtype=train.images.dtype)
         self.optimizer = CompositeMomentum(self.model.parameters(), lr=lr, beta=beta, first_step="gradient")
         check_momentum(self.optimizer, bias)
-        self.sizes = [p.numel() for p in self.model.parameters()]
+        self.sizes = Layout(p.shape for p in self.model.parameters())
         self.parameters = sum(self.sizes)
         bias.wire_bytes(self.parameters, sizes=self.sizes)  # raises for an operator that is too large
         self.epochs = 0

@@ -10,12 +10,14 @@ from metamom.bias.differences import DASHA, DIANA
 from metamom.bias.double_momentum import EF21SGD2M, Clip21SGD2M
 from metamom.bias.feedback import EF14, EF21, EF21SGDM, Clip21, ErrorFeedback
 from metamom.bias.function import Bias, Function, Identity, as_operator
+from metamom.bias.layout import Layout
 from metamom.bias.marina import MARINA
 from metamom.bias.multilevel_qsgd import MLMCQSGD
 from metamom.bias.multilevel_topk import MLMCTopK
 from metamom.bias.natural import Natural
 from metamom.bias.noise import GaussianNoise
 from metamom.bias.normalize import Normalize, Sign
+from metamom.bias.powersgd import PowerSGD
 from metamom.bias.privacy import privacy_spent
 from metamom.bias.random import QSGD, RandK
 from metamom.bias.spec import parse
@@ -45,10 +47,12 @@ __all__ = [
     "Function",
     "GaussianNoise",
     "Identity",
+    "Layout",
     "MLMCTopK",
     "Natural",
     "NonFiniteError",
     "Normalize",
+    "PowerSGD",
     "RandK",
     "Sign",
     "TernGrad",

@@ -101,6 +101,11 @@ class BiasOperator(Value, Codec, Contraction, Stateful):
         return bool(self.names)
 
     @property
+    def keeps_start(self) -> bool:
+        """Whether what each worker keeps is no error feedback, but where its next search starts (PowerSGD)."""
+        return False
+
+    @property
     def remedy(self) -> str:
         """Advice on how to lower this operator's bias, for a user who has reached its floor."""
         return f"a weaker operator than {self.spec}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,7 @@ class ErrorFeedback(BiasOperator):
     """
 
     def __init__(self, operator: BiasOperator | str) -> None:
-        self.operator = inner_operator(operator, "error feedback goes around an operator without it")
+        self.operator = inner_operator(operator, "error feedback goes around an operator without it", starts=True)
         self._workers: dict[int, dict[str, Tensor]] = {}
 
     @property
@@ -111,7 +111,10 @@ class ErrorFeedback(BiasOperator):
         """The next state of all workers, given the new tensors ``[n, d]`` of those at this place."""
         for tensor in kept.values():  # if these are finite, so is what the server receives
             self._in_range(tensor)
-        moved = {worker: {name: kept[name][row] for name in kept} for row, worker in enumerate(place.workers)}
+        moved = {
+            worker: {**state.workers.get(worker, {}), **{name: kept[name][row] for name in kept}}
+            for row, worker in enumerate(place.workers)
+        }
         return {**state.workers, **moved}
 
     def current_state(self) -> State:
@@ -121,10 +124,7 @@ class ErrorFeedback(BiasOperator):
     def store(self, state: State) -> None:
         """See `BiasOperator.store`. A worker's tensors keep their memory: new ones would fragment it."""
         super().store(state)
-        self._workers = {
-            worker: {name: stored(self._workers.get(worker, {}).get(name), tensor) for name, tensor in kept.items()}
-            for worker, kept in state.workers.items()
-        }
+        self._workers = stored_workers(self._workers, state.workers)
 
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         raise AssertionError("transitions go around the operator, which applies itself")
@@ -186,19 +186,9 @@ class ErrorFeedback(BiasOperator):
             )
         if not isinstance(state["workers"], dict) or not isinstance(state["operator"], dict):
             raise ValueError(f"{self.spec} keeps a dict of workers and one of its operator; got {state!r:.80}.")
-        for worker, kept in state["workers"].items():
-            if not isinstance(kept, dict) or set(kept) != set(self.names):
-                got = ", ".join(map(str, kept)) if isinstance(kept, dict) else type(kept).__name__
-                raise ValueError(f"{self.spec} keeps {', '.join(self.names)} of each worker; got {got}.")
-            if type(worker) is not int or worker < 0:
-                raise ValueError(f"{self.spec} numbers the workers by whole numbers >= 0; got {worker!r:.80}.")
-            for name, tensor in kept.items():
-                if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not tensor.is_floating_point():
-                    raise ValueError(f"{self.spec} keeps {name} [d] of worker {worker}; got {tensor!r:.80}.")
+        check_workers(self.spec, state["workers"], (*self.names, *self.operator.names))
         self.operator.load_state_dict(state["operator"])
-        self._workers = {
-            worker: {name: tensor.clone() for name, tensor in kept.items()} for worker, kept in state["workers"].items()
-        }
+        self._workers = stored_workers({}, state["workers"])
 
     def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
         """See `BiasOperator.shard`."""
@@ -224,3 +214,30 @@ def stored(before: Tensor | None, tensor: Tensor) -> Tensor:
         tensor.dtype,
     )
     return before.copy_(tensor) if before is not None and fits else tensor.clone()
+
+
+def stored_workers(before: Mapping[int, Kept], after: Mapping[int, Kept]) -> dict[int, dict[str, Tensor]]:
+    """Copy the workers' tensors, into the memory of those before them where they fit."""
+    return {
+        worker: {name: stored(before.get(worker, {}).get(name), tensor) for name, tensor in kept.items()}
+        for worker, kept in after.items()
+    }
+
+
+def check_workers(spec: str, workers: Any, names: Sequence[str]) -> None:
+    """Check what an operator keeps of each worker, from a checkpoint.
+
+    Raises:
+        ValueError: for anything but tensors ``[d]`` of these names for each worker.
+    """
+    if not isinstance(workers, dict):
+        raise ValueError(f"{spec} keeps a dict of workers; got {workers!r:.80}.")
+    for worker, kept in workers.items():
+        if not isinstance(kept, dict) or set(kept) != set(names):
+            got = ", ".join(map(str, kept)) if isinstance(kept, dict) else type(kept).__name__
+            raise ValueError(f"{spec} keeps {', '.join(names)} of each worker; got {got}.")
+        if type(worker) is not int or worker < 0:
+            raise ValueError(f"{spec} numbers the workers by whole numbers >= 0; got {worker!r:.80}.")
+        for name, tensor in kept.items():
+            if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not tensor.is_floating_point():
+                raise ValueError(f"{spec} keeps {name} [d] of worker {worker}; got {tensor!r:.80}.")

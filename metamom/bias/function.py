@@ -91,16 +91,21 @@ def as_operator(bias: Bias) -> BiasOperator | None:
     return bias if bias is None or isinstance(bias, BiasOperator) else Function(bias)
 
 
-def inner_operator(operator: BiasOperator | str, wanted: str) -> BiasOperator:
-    """Convert an operator or SPEC to one that another operator can wrap.
+def inner_operator(operator: BiasOperator | str, wanted: str, *, starts: bool = False) -> BiasOperator:
+    """Convert an operator or SPEC to one that another operator can wrap, also one that keeps ``starts`` (PowerSGD).
 
     Raises:
         TypeError: for anything but an operator, and for one with error feedback, with what is ``wanted``.
         ValueError: as `as_operator`.
     """
     made = as_operator(operator) if isinstance(operator, str) else operator
-    if not isinstance(made, BiasOperator) or made.feeds_back:
-        raise TypeError(f"{wanted}; got {operator!r}.")
+    if not isinstance(made, BiasOperator) or (made.feeds_back and not (starts and made.keeps_start)):
+        advice = (
+            f" Take {made.spec}:fresh, which keeps nothing."
+            if isinstance(made, BiasOperator) and made.keeps_start
+            else ""
+        )
+        raise TypeError(f"{wanted}; got {operator!r}.{advice}")
     return made
 
 

@@ -53,6 +53,7 @@ OPTIONS: dict[str, Option] = {
     "block": Option("block", int, "entries of a block (2048 unless given)"),
     "dynamic": Option("dynamic", True, "codes of seven decades, instead of evenly spaced ones"),
     "random": Option("random", True, "round at random, which makes it unbiased"),
+    "fresh": Option("fresh", True, "start at a new random matrix each time, keeping nothing"),
     "seed": Option("seed", int, "seed of the draws (0 unless given)", check_seed),
 }
 _AROUND = re.compile(r"(?P<name>[a-z0-9-]+)(?:\((?P<argument>[^)]*)\))?:(?P<inner>.*)")

@@ -160,7 +160,7 @@ def single_gradients(
     weights = learner.meta_parameters().values()
     own = learner.like()
     grads = flatten(own.meta_gradient(batch, workers=pool.num_tasks // each).grads.values())
-    return grads, [w.numel() for w in weights]
+    return grads, Layout(w.shape for w in weights)
 
 
 def _repeated(pool: TaskBatch, count: int) -> tuple[Tensor, Tensor]:

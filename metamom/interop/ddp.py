@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from metamom.bias import Bias, BiasOperator, Identity, as_operator
+from metamom.bias import Bias, BiasOperator, Identity, Layout, as_operator
 from metamom.bias.checks import all_finite
 from metamom.bias.coordinates import NonFiniteError
 from metamom.bias.state import State
@@ -143,7 +143,7 @@ class BiasedReduction:
         self.world = World(group.rank(), group.size(), group=group)
         self._parameters = parameters
         self._numbers = {p: number for number, p in enumerate(parameters.values())}
-        self._sizes = [p.numel() for p in parameters.values()]
+        self._sizes = Layout(p.shape for p in parameters.values())
         if scope == "model":
             operator.wire_bytes(sum(self._sizes), sizes=self._sizes)  # checks K
         operator.shard([self.world.rank], each=aggregate != "mean")
@@ -305,7 +305,7 @@ class BiasedReduction:
 
     def _step(self, operator: BiasOperator, group: Sequence[int], row: Tensor) -> Aggregation:
         """The server's step for one group, which has this worker's gradient."""
-        sizes = [self._sizes[number] for number in group]
+        sizes = Layout(self._sizes.shapes[number] for number in group)
         step = Aggregation(self.world.size, operator, self._aggregate, sizes=sizes, world=self.world, measure=False)
         step.add(row.to(self._dtype or row.dtype), [self.world.rank])
         return step

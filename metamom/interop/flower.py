@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metamom.batch import Sampler, TaskBatch, check_sampler, drawn, of_stream
-from metamom.bias import Bias, BiasOperator, Identity, as_operator
+from metamom.bias import Bias, BiasOperator, Identity, Layout, as_operator
 from metamom.bias.coordinates import place_of
 from metamom.bias.state import EMPTY, State
 from metamom.common.checks import check_number, check_whole
@@ -173,7 +173,7 @@ class _Client:
             row,
             State(workers={number: before.tensors}),
             place_of(row, step, [number]),
-            [w.numel() for w in learner.meta_parameters().values()],
+            Layout(w.shape for w in learner.meta_parameters().values()),
         )
         keep(context, before, Kept(step + 1, state.workers.get(number, {})))
         content = {
@@ -367,7 +367,7 @@ class MomentumStrategy(flower.serverapp.strategy.FedAvg):  # type: ignore[misc, 
             before = State(server=self._estimates.get(number))
         elif self._delivered.get(reply.metadata.src_node_id):
             logging.getLogger("flwr").warning("client %d has lost its state, and starts at zero again", number)
-        sizes = [weight.numel() for weight in self._weights.values()]
+        sizes = Layout(weight.shape for weight in self._weights.values())
         dtype = reduce(torch.promote_types, (weight.dtype for weight in self._weights.values()), torch.float32)
         message = torch.from_numpy(reply.content["message"]["message"].numpy())
         out, state = self._operator.transition_receive([message], before, sum(sizes), dtype, sizes)

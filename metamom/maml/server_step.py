@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.bias import Bias, BiasOperator, NonFiniteError, as_operator
+from metamom.bias import Bias, BiasOperator, Layout, NonFiniteError, as_operator
 from metamom.bias.checks import all_finite
 from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
@@ -68,7 +68,7 @@ def server_step(
             what = f"bias={'none' if operator is None else operator.spec}, aggregate={aggregate}, measure={measure}"
             world.step(f"a step of workers={workers}, {what}, batches of {shapes}", weights.values())
         server = Aggregation(
-            workers, bias, aggregate, sizes=[w.numel() for w in weights.values()], world=world, measure=measure
+            workers, bias, aggregate, sizes=Layout(w.shape for w in weights.values()), world=world, measure=measure
         )
         try:
             tasks = _to_server(server, gradients, weights, batch, world.workers(workers), first)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from metamom.bias import Bias, as_operator
+from metamom.bias import Bias, Layout, as_operator
 from metamom.common.kinds import named_type
 from metamom.common.sharded import is_sharded
 from metamom.distributed import World, as_world
@@ -204,7 +204,7 @@ class BiasedAccumulator:
             order = self._order()
             means = [[total / self._step.counts[i] for total in self._step.sums[i]] for i in order]
             rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
-            sizes = [p.numel() for p in self.params]
+            sizes = Layout(p.shape for p in self.params)
             server = Aggregation(self.workers or len(order), self.bias, sizes=sizes, world=self.world)
             server.add(rows, order)
         total, report = server.finish()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
-from metamom.bias import Bias, BiasOperator, as_operator
+from metamom.bias import Bias, BiasOperator, Layout, as_operator
 from metamom.bias.function import Function, function_name
 from metamom.common.kinds import named_type
 from metamom.distributed import World
@@ -64,7 +64,7 @@ def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World |
         )
     if world is not None:
         block(options.meta_batch, world.rank, world.size)
-    sizes = [p.numel() for p in learner.meta_parameters().values()]
+    sizes = Layout(p.shape for p in learner.meta_parameters().values())
     # checks that they fit together
     server = Aggregation(workers, options.bias, options.aggregate, sizes=sizes, world=world)
     if server.operator is not None:

@@ -156,8 +156,8 @@ def checked_generators(state: Any, where: str) -> Generators:
 def _check_operator(operator: BiasOperator, entries: int, workers: int | None, calls: int | None) -> None:
     """Refuse a state that an operator cannot have after steps with this many workers, or this many calls, if known."""
     state = operator.state_dict()
-    _check_entries(state, entries, "its state", finite=isinstance(operator, ErrorFeedback))
-    if isinstance(operator, ErrorFeedback) and workers is not None:
+    _check_entries(state, entries, "its state", finite=operator.feeds_back)
+    if operator.feeds_back and workers is not None:
         got = sorted(state["workers"])
         if got != list(range(workers)):
             kept = ", ".join(operator.names)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.optim import Optimizer
 
-from metamom.bias import BiasOperator
+from metamom.bias import BiasOperator, Layout
 from metamom.maml.estimators import ESTIMATORS, Estimator
 from metamom.optim import CompositeMomentum
 from metamom.theory import diagnose
@@ -41,7 +41,7 @@ class StallMonitor:
         self, optimizer: Optimizer, operator: BiasOperator | None = None, estimator: Estimator | None = None
     ) -> None:
         self.optimizer = optimizer
-        sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+        sizes = Layout(p.shape for group in optimizer.param_groups for p in group["params"])
         self.biased = _biased(operator, estimator, sizes)
         self.remedy = _remedy(operator, estimator)
         self.losses: list[float] = []
@@ -97,7 +97,7 @@ def _is_biased(estimator: Estimator | None) -> bool:
 def _remedy(operator: BiasOperator | None, estimator: Estimator | None) -> str:
     """Advice that lowers the known bias, or may lower it."""
     cures = ['the estimator "exact"'] * _is_biased(estimator)
-    if operator is not None and not operator.feeds_back:
+    if operator is not None and not (operator.feeds_back and not operator.keeps_start):
         cures.append(operator.remedy)
     return ", or ".join(cures) or "another estimator or error feedback"
 
@@ -108,7 +108,7 @@ def _biased(operator: BiasOperator | None, estimator: Estimator | None, sizes: S
         return True
     if operator is None:
         return None if estimator is None else ESTIMATORS[estimator].biased
-    if operator.feeds_back:
+    if operator.feeds_back and not operator.keeps_start:
         return None
     try:
         constants = operator.constants(sum(sizes), zeta2=1.0, sizes=sizes)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from operators import (
     DTYPES,
     EVERY,
+    FROM_ZERO,
     LAYERWISE,
     PLAIN,
     QUIET,
@@ -56,7 +57,7 @@ def test_workers_at_once_or_one_by_one(operator, g):
     torch.testing.assert_close(out, torch.stack(rows), rtol=rounding(g.dtype, g.shape[-1]), atol=0)
 
 
-@each(QUIET)
+@each(FROM_ZERO)
 @each_dtype
 def test_zero_stays_zero(operator, dtype):
     operator.reset()

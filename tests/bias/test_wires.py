@@ -153,7 +153,7 @@ def test_blocks_by_hand():
     codes = dynamic_codes()
     assert len(codes) == 128
     assert codes[1:4] == pytest.approx((1e-6, 5.5e-6, 1e-5))
-    assert codes[64:66] == pytest.approx((0.1, 0.1 + 0.9 / 64))
+    assert codes[63:65] == pytest.approx((0.1, 0.1 + 0.9 / 64))
     assert list(codes) == sorted(set(codes))
     message = Block8(4).encode(g)
     assert message[:8].view(torch.float32).tolist() == [127, 0.5]

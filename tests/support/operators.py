@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from metamom.bias import (
     Clip21SGD2M,
     ErrorFeedback,
     GaussianNoise,
+    Layout,
     MLMCTopK,
     Natural,
+    PowerSGD,
     TernGrad,
 )
 from metamom.bias.select import INTEGERS
@@ -123,12 +126,22 @@ FEEDBACK: list[ErrorFeedback] = [
     EF21(Natural(nearest=True)),
     DIANA(Natural(), alpha=0.5),
     EF14(Block8(2, dynamic=True)),
+    EF14(PowerSGD(1)),
+    EF21(PowerSGD(1, fresh=True)),
+    DIANA(PowerSGD(1, seed=5), alpha=0.5),
 ]
 NOISY: list[BiasOperator] = [GaussianNoise(0.5), Compose(Clip(1.0), GaussianNoise(0.1, seed=5))]
 NEAREST: list[BiasOperator] = [Natural(nearest=True)]  # of powers of two, which are not those times a number
 STATELESS = PLAIN + NEAREST + RANDOM + LAYERWISE + NOISY
-EVERY = [*STATELESS, *FEEDBACK]
-QUIET = [operator for operator in EVERY if "noise" not in operator.spec]  # zero stays zero, and signs stay
+LOW_RANK: list[BiasOperator] = [
+    PowerSGD(1),
+    PowerSGD(2),
+    PowerSGD(1, fresh=True),
+    Compose(Clip(1.0), PowerSGD(1, fresh=True)),
+]
+EVERY = [*STATELESS, *LOW_RANK, *FEEDBACK]
+QUIET = [operator for operator in EVERY if not re.search("noise|powersgd", operator.spec)]  # signs stay
+FROM_ZERO = [operator for operator in EVERY if "noise" not in operator.spec]  # zero stays zero
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -147,9 +160,12 @@ def gradients(draw: st.DrawFn, min_d: int = 3, rows: int | None = None) -> Tenso
     return g[0] if rows is None and n == 1 and draw(st.booleans()) else g
 
 
-def cut(d: int) -> list[int]:
-    """The sizes of two parameter tensors, unless there is but one entry."""
-    return [d] if d == 1 else [d // 3, d - d // 3]  # the first is empty at d = 2
+def cut(d: int) -> Layout:
+    """The sizes of a vector and a matrix, unless there is but one entry."""
+    if d == 1:
+        return Layout([(1,)])
+    first = d // 3 + (d - d // 3) % 2  # empty at d = 2
+    return Layout([(first,), (2, (d - first) // 2)])
 
 
 def bits(g: Tensor) -> Tensor:
