@@ -100,12 +100,8 @@ def inner_operator(operator: BiasOperator | str, wanted: str, *, starts: bool = 
     """
     made = as_operator(operator) if isinstance(operator, str) else operator
     if not isinstance(made, BiasOperator) or (made.feeds_back and not (starts and made.keeps_start)):
-        advice = (
-            f" Take {made.spec}:fresh, which keeps nothing."
-            if isinstance(made, BiasOperator) and made.keeps_start
-            else ""
-        )
-        raise TypeError(f"{wanted}; got {operator!r}.{advice}")
+        keeps = isinstance(made, BiasOperator) and made.keeps_start
+        raise TypeError(f"{wanted}; got {operator!r}." + " Take it with fresh=True, to keep nothing." * keeps)
     return made
 
 

@@ -37,7 +37,8 @@ def exponents(gradient: Tensor, uniform: Tensor | None) -> Tensor:
     bits = _MANTISSA[gradient.element_size()]
     whole = gradient.abs().view(INTEGERS[gradient.element_size()]).to(torch.int64)
     fraction = (whole & (2**bits - 1)).double() * 2.0**-bits
-    return (whole >> bits) + ((fraction >= 0.5) if uniform is None else (uniform < fraction))
+    up: Tensor = fraction >= 0.5 if uniform is None else uniform < fraction
+    return (whole >> bits) + up
 
 
 def powers_of_two(negative: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +104,7 @@ class Natural(Rounding):
         return self._in_range(out.to(rows.dtype))
 
     def _exponents(self, wide: Tensor, at: Coordinates) -> Tensor:
-        uniform = None if self.nearest else self._uniforms(at, *wide.shape, wide.device)
+        uniform = None if self.nearest else self._uniforms(at, len(wide), wide.shape[1], wide.device)
         return exponents(wide, uniform)
 
     def _contraction(self, d: int) -> float | None:
@@ -150,4 +151,4 @@ class Natural(Rounding):
 
 def _high_base(size: int) -> int:
     """How many values the sign and the high bits of an exponent have together, for numbers of this many bytes."""
-    return 2 ** (1 + _EXPONENT[size] - 8)
+    return 1 << (1 + _EXPONENT[size] - 8)

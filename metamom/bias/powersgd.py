@@ -170,7 +170,7 @@ class PowerSGD(Warm):
             length = part.stop - part.start if shape is None else self._length(shape)
             entries, place = numbers[place : place + length], place + length
             if shape is not None:
-                p, q = entries.to(wide).split([shape[0] * self.rank, shape[1] * self.rank])
+                p, q = torch.split(entries.to(wide), [shape[0] * self.rank, shape[1] * self.rank])
                 columns = zip(p.view(-1, self.rank).T, q.view(-1, self.rank).T, strict=True)
                 entries = sum((torch.outer(*pair) for pair in columns), entries.new_zeros(shape, dtype=wide)).flatten()
             parts.append(entries.to(numbers.dtype))

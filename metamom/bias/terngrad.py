@@ -100,7 +100,7 @@ class TernGrad(Draws):
         return scale * digits.to(rows.dtype)
 
     def _sent(self, rows: Tensor, at: Coordinates) -> tuple[Tensor, Tensor]:
-        return ternary(rows, self._uniforms(at, *rows.shape, rows.device), self.clip)
+        return ternary(rows, self._uniforms(at, len(rows), rows.shape[1], rows.device), self.clip)
 
     def _contraction(self, d: int) -> float | None:
         omega = random_omega([0.0, 1.0], d)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ class Warm(Draws):
     """
 
     fresh: bool
-    _workers: dict[int, Kept]
+    _workers: Mapping[int, Kept]
 
     def _seeded_to_search(self, fresh: bool, seed: int) -> None:
         self._seeded(seed, None)

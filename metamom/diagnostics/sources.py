@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
+from metamom.bias import Layout
 from metamom.maml.estimators import ESTIMATORS, Estimator, support_parts, treats_halves_alike
 from metamom.maml.learner import MAML
 from metamom.server.aggregate import flatten
@@ -143,7 +144,7 @@ def estimator_parts(learner: MAML, pool: TaskBatch, inner_batch: int, target: Te
 
 def single_gradients(
     learner: MAML, pool: TaskBatch, inner_batch: int, queries: int | None, each: int
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, Layout]:
     """Gradients ``[T/each, d]`` of workers with ``each`` tasks, from one draw of the inner batches; and tensor sizes.
 
     Args:

@@ -29,6 +29,7 @@ from metamom.bias import (
     GaussianNoise,
     MLMCTopK,
     Natural,
+    PowerSGD,
     TernGrad,
     parse,
 )
@@ -101,6 +102,8 @@ def test_specs_lose_no_digit(ratio, x, n):
         ("natural:seed=7", Natural(seed=7)),
         ("terngrad:clip=2.5:tensor", TernGrad(clip=2.5, per_tensor=True)),
         ("block8", Block8()),
+        ("powersgd:2:fresh:seed=7", PowerSGD(2, fresh=True, seed=7)),
+        ("ef14:powersgd:2", EF14(PowerSGD(2))),
         ("ef21:block8:block=256:dynamic", EF21(Block8(256, dynamic=True))),
         ("clip:1+block8:random:seed=7", Compose(Clip(1.0), Block8(random=True, seed=7))),
         ("ef14:topk:1%", EF14(TopK(ratio=0.01))),
@@ -205,6 +208,8 @@ def test_specs_are_short(operator, spec):
         ("clip21-sgd2m:1:server=2", "0 < server <= 1; got 2.0"),
         ("clip21-sgd2m:1:noise=-1", "noise >= 0 and finite; got -1.0"),
         ("natural:scaled", "natural has no option 'scaled'; it has :nearest :seed=N"),
+        ("powersgd:0", "PowerSGD's rank must be >= 1; got 0"),
+        ("clip:1+powersgd:2", "got PowerSGD(2). Take it with fresh=True, to keep nothing."),
         ("terngrad:clip=0", "TernGrad needs clip > 0 and finite, or None not to clip; got 0.0"),
         ("block8:block=0", "whole number of entries in a block, block >= 1; got 0"),
         ("noise:0", "standard deviation sigma > 0 and finite; got 0.0"),
@@ -229,7 +234,15 @@ def test_parse_says_which_part_is_wrong(spec, message):
     assert str(caught.value).startswith(f"bias operator {spec!r}: ")
 
 
-LATER = {"ALPHA": "0.5", "SIGMA": "0.5", "W": "0.5", "A": "sign", "B": "sign", "P": "0.5"}  # longer names first
+LATER = {
+    "ALPHA": "0.5",
+    "SIGMA": "0.5",
+    "W": "0.5",
+    "RANK": "2",
+    "A": "sign",
+    "B": "sign",
+    "P": "0.5",
+}  # longer names first
 
 
 def test_the_help_lists_what_the_parser_takes():
@@ -239,7 +252,7 @@ def test_the_help_lists_what_the_parser_takes():
     examples = {"K": "3", "P%": "5%", "TAU": "0.5", "C": "0.5", "LEVELS": "4", "ETA": "0.1", **LATER}
     values = {"tensor": "", "all": "", "scaled": "", "shared": "", "geometric": "=0.5", "bits": "=3"}
     values |= {"eta": "=0.3", "server": "=0.5", "noise": "=0.5", "nearest": "", "clip": "=2.5", "block": "=256"}
-    values |= {"dynamic": "", "random": "", "seed": "=7"}
+    values |= {"dynamic": "", "random": "", "fresh": "", "seed": "=7"}
     assert [line.split()[0] for line in table[-len(values) :]] == [f":{o}" + "=N" * bool(v) for o, v in values.items()]
     for spelling in spellings():
         (line,) = [line for line in table if f"  {spelling} " in line]
