@@ -31,8 +31,8 @@ def dynamic_codes() -> tuple[float, ...]:
 
     Example:
         >>> codes = dynamic_codes()
-        >>> len(codes), codes[:3], codes[-1]
-        (128, (0.0, 1e-06, 5.5e-06), 1.0)
+        >>> len(codes), codes[:2], codes[-1]
+        (128, (0.0, 1e-06), 1.0)
     """
     codes = [0.0]
     for i in range(7):

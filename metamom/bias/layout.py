@@ -16,6 +16,7 @@ class Layout(tuple[int, ...]):
         shapes: the same, as tuples.
 
     Example:
+        >>> import torch
         >>> layout = Layout(p.shape for p in torch.nn.Linear(3, 2).parameters())
         >>> layout, layout.shapes
         ((6, 2), ((2, 3), (2,)))
@@ -29,5 +30,5 @@ class Layout(tuple[int, ...]):
         made.shapes = kept
         return made
 
-    def __getnewargs__(self) -> tuple[tuple[tuple[int, ...], ...]]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[tuple[tuple[int, ...], ...]]:
         return (self.shapes,)
