@@ -173,7 +173,8 @@ def _check_operator(operator: BiasOperator, entries: int, workers: int | None, c
 def _random(operator: BiasOperator) -> Iterator[BiasOperator]:
     """The random operators inside an operator, which count calls. `train` makes one call a step."""
     if isinstance(operator, Draws):
-        yield operator
+        if operator.state_dict():  # otherwise it rounds without draws
+            yield operator
     elif isinstance(operator, ErrorFeedback):
         if isinstance(operator, MARINA):
             yield operator

@@ -15,6 +15,7 @@ from ddp_cases import (
     OPERATORS,
     SAVED,
     SCOPES,
+    SHAPES,
     SIZES,
     STEPS,
     all_cases,
@@ -25,7 +26,7 @@ from ddp_cases import (
 from forked import run_forked
 from torch import Tensor
 
-from metamom.bias import BiasOperator, parse
+from metamom.bias import BiasOperator, Layout, parse
 from metamom.server.aggregate import aggregate
 
 pytestmark = pytest.mark.xdist_group("ddp")
@@ -52,7 +53,7 @@ def assert_close(got: Tensor, wanted: Tensor) -> None:
 def in_one_process(rows: Sequence[Tensor], bias: BiasOperator | str, how: str = "mean") -> Tensor:
     """Our own aggregation of each step's gradients ``[n, d]``."""
     operator = parse(bias) if isinstance(bias, str) else copy.deepcopy(bias)
-    return torch.stack([aggregate(each, operator, how, sizes=SIZES)[0] for each in rows])
+    return torch.stack([aggregate(each, operator, how, sizes=Layout(SHAPES))[0] for each in rows])
 
 
 def all_rows(size: int) -> list[Tensor]:
@@ -83,7 +84,7 @@ def in_plain_loops(
                 if around == "ef21-sgdm(0.2)":
                     momentum[worker, at] = g = 0.8 * momentum[worker, at] + 0.2 * g
                 wanted = {"": g, "ef14": g + kept[worker, at]}.get(around, g - kept[worker, at])
-                c = operator(wanted, step=number, workers=[worker], sizes=[SIZES[i] for i in group])
+                c = operator(wanted, step=number, workers=[worker], sizes=Layout(SHAPES[i] for i in group))
                 if around == "ef14":
                     kept[worker, at] = wanted - c
                 elif around:

@@ -57,6 +57,11 @@ def test_it_is_the_mean_over_workers_after_the_operator(gradients, bias, data):
         "ef14:topk:1%",
         "ef21-sgdm(0.3):sign:tensor",
         "clip21:0.5",
+        "natural",
+        "terngrad:tensor",
+        "ef21:block8:block=64",
+        "powersgd:1",
+        "ef14:powersgd:2",
     ],
 )
 def test_it_equals_mamls_own_backward(spec):

@@ -44,8 +44,19 @@ COMPRESSED = (
     "sign:tensor",
     "mlmc:topk:5%",
     "mlmc:qsgd",
+    "natural",
+    "terngrad:clip=2.5:tensor",
+    "block8:block=64:random",
+    "powersgd:1",
 )
-FED_BACK = ("ef14:topk:5%", "ef21:topk:5%", "ef21:qsgd:64:tensor", "clip21:0.1", "diana(0.3):randk:50%:scaled")
+FED_BACK = (
+    "ef14:topk:5%",
+    "ef21:topk:5%",
+    "ef21:qsgd:64:tensor",
+    "clip21:0.1",
+    "diana(0.3):randk:50%:scaled",
+    "ef14:powersgd:2",
+)
 CASES = {
     **{f"{spec} {dtype}": Case(spec, dtype=dtype, steps=10) for spec in ("none", "topk:5%") for dtype in DTYPES},
     **{spec: Case(spec) for spec in ("clip:1", "normalize", "clip:0.5+topk:5%", *COMPRESSED, *FED_BACK)},
@@ -87,6 +98,7 @@ ON_FOUR = [
 RESUMED = (
     "qsgd:4",
     "ef14:topk:5%",
+    "ef14:powersgd:2",
     "ef21:topk:5%",
     "median ef21 rank0",
     "moml",

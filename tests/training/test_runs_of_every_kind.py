@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.lr_scheduler import StepLR
 
 from metamom import MAML, Clip, Compose, CompositeMomentum, LambdaBeta, TopK, train
-from metamom.bias import EF14, EF21, RandK
+from metamom.bias import EF14, EF21, Block8, Natural, PowerSGD, RandK
 from metamom.experiments.recipes import Recipe
 from metamom.nets.models import SinusoidMLP
 from metamom.training.checkpoints import Checkpoints, load, save
@@ -66,6 +66,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "ef14": {"bias": lambda: EF14(TopK(3)), "workers": 2},
     "ef21": {"bias": lambda: EF21(TopK(3)), "workers": 2},
     "randk": {"bias": lambda: EF14(Compose(Clip(1.0), RandK(3))), "workers": 2},
+    "block8": {"bias": lambda: EF21(Block8(16)), "workers": 2},
+    "natural": {"bias": Natural, "workers": 2},
+    "powersgd": {"bias": lambda: PowerSGD(1), "workers": 2},
+    "ef14 of powersgd": {"bias": lambda: EF14(PowerSGD(1)), "workers": 2},
     "validated": {"validation": TASKS, "evaluate_every": 2, "evaluate_tasks": 4},
 }
 
@@ -253,6 +257,13 @@ OF_KIND: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     ),
     ("ef21", at("bias", "workers", value={}), "the estimate of each of 2 workers, 0 to 1; got those of none"),
     ("ef21", lost("bias", "workers", 0), "the estimate of each of 2 workers, 0 to 1; got those of 1"),
+    ("powersgd", lost("bias", "workers", 1), "the start of each of 2 workers, 0 to 1; got those of 0"),
+    ("powersgd", at("bias", "calls", value=3), "'calls' should be 4, one for each step; got 3"),
+    (
+        "ef14 of powersgd",
+        at("bias", "workers", 0, value=lambda kept: {"error": kept["error"]}),
+        "keeps error, start of each worker; got error",
+    ),
     ("randk", at("bias", "operator", "1", "calls", value=3), "'calls' should be 4, one for each step; got 3"),
     (
         "validated",
