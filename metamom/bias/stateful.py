@@ -66,7 +66,8 @@ class Stateful(ABC):
             step: seeds random operators, together with the worker; the number of earlier calls by default.
             workers: the workers' numbers, >= 0 and distinct; 0, 1, ... by default. They seed random operators, and
                 error feedback keeps a state for each.
-            sizes: the numbers of entries of the parameter tensors, which layer-wise operators need.
+            sizes: the numbers of entries of the parameter tensors, which layer-wise operators need; a `Layout` has
+                their shapes too, which PowerSGD needs.
 
         Returns:
             ``[..., d]``, a new tensor or the same one.

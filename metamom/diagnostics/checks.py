@@ -53,6 +53,11 @@ def check_plan(
     check_number("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1); got {confidence}. 95 % is 0.95.")
+    if operator is not None and operator.keeps_start:
+        raise ValueError(
+            f"{operator.spec} starts at what its last step found, which a single draw does not show. Measure "
+            f"{operator.spec}:fresh, which keeps nothing."
+        )
     if operator is not None and operator.feeds_back:
         raise ValueError(
             f"{operator.spec} has error feedback: its bias depends on all earlier gradients, which a single draw "

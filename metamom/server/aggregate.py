@@ -71,7 +71,8 @@ class Aggregation:
         bias: the operator C on ``[n, d]``, its SPEC, or a function ``[d] -> [d]``; ``None`` for none. A SPEC must not
             name an operator with state from step to step: create such an operator once and pass it.
         how: see `metamom.server.robust.robust_mean`.
-        sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself.
+        sizes: the numbers of entries of the parameter tensors, for operators that act on each by itself, or their
+            `metamom.bias.Layout`, for operators on matrices.
         world: the processes; one by default.
         measure: whether to measure the ``bias_error``. With several processes this exchanges uncompressed gradients.
 

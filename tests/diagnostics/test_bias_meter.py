@@ -324,6 +324,7 @@ BAD = {
     "no queries": ({"queries": 0}, "queries must be >= 1; got 0"),
     "many queries": ({"queries": 9}, "queries=9 shots are more than the 4"),
     "confidence": ({"confidence": 95}, r"confidence must be in \(0, 1\); got 95. 95 % is 0.95"),
+    "a start": ({"bias": "powersgd:1"}, "powersgd:1 starts at what its last step found.*Measure powersgd:1:fresh"),
     "error feedback": ({"bias": EF21(TopK(ratio=0.1))}, "has error feedback.*Measure the operator inside"),
 }
 

@@ -25,7 +25,7 @@ from forked import metamom, run_forked, script
 from processes import REPOSITORY, free_port, torchrun
 
 from metamom import BiasedAccumulator, evaluate
-from metamom.bias import parse
+from metamom.bias import Layout, parse
 from metamom.distributed import World, start
 from metamom.tasks import Sinusoid
 from metamom.training.checkpoints import load
@@ -133,7 +133,7 @@ def test_bytes_are_those_that_were_exchanged(name, size, together):
         gradients = 2 * others * case.workers * d * entry
     elif case.bias != "none" and parse(case.bias).compresses:
         messages = line["wire_bytes"]
-        least = case.workers * parse(case.bias).wire_bytes(d, entry, [w.numel() for w in weights])
+        least = case.workers * parse(case.bias).wire_bytes(d, entry, Layout(w.shape for w in weights))
         assert messages == least
         gradients = others * messages if case.server == "replicated" else others * messages // size
         gradients += others * size * (case.workers // size) * 8 * parse(case.bias).varies  # their lengths

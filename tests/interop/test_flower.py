@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metamom import EF14, EF21, MAML, CompositeMomentum, RandK, TopK, evaluate, train
-from metamom.bias import parse
+from metamom.bias import Layout, parse
 from metamom.nets.models import SinusoidMLP
 from metamom.server.aggregate import aggregate, flatten, unflatten
 from metamom.server.robust import robust_mean
@@ -124,7 +124,7 @@ def by_hand(
             estimates |= dict(zip(present, operator(rows, step=number - 1, workers=present), strict=True))
             total = robust_mean(torch.stack([estimates.get(i, torch.zeros_like(rows[0])) for i in range(n)]), how)
         else:
-            total, _ = aggregate(rows, operator, how, workers=present, sizes=[p.numel() for p in made.parameters()])
+            total, _ = aggregate(rows, operator, how, workers=present, sizes=Layout(p.shape for p in made.parameters()))
         for name, gradient in unflatten(total, made.meta_parameters()).items():
             made.meta_parameters()[name].grad = gradient
         server.step()
@@ -137,7 +137,17 @@ def assert_same_weights(ours: MAML, theirs: MAML, **tolerance) -> None:
         torch.testing.assert_close(p, theirs.meta_parameters()[name], **(tolerance or {"rtol": 1e-10, "atol": 1e-12}))
 
 
-BIASES = ["none", "topk:20%", "randk:20%", "qsgd:4", "sign:tensor", "ef14:topk:10%", "ef21:topk:10%", "clip21:0.5"]
+BIASES = [
+    "none",
+    "topk:20%",
+    "randk:20%",
+    "qsgd:4",
+    "sign:tensor",
+    "ef14:topk:10%",
+    "ef21:topk:10%",
+    "clip21:0.5",
+    "ef14:powersgd:1",
+]
 
 
 @pytest.mark.parametrize("bias", BIASES)
