@@ -53,7 +53,6 @@ PLAIN: list[BiasOperator] = [
     Normalize(),
     Sign(),
     Block8(),
-    Block8(4),
     Block8(3, dynamic=True),
     Compose(Clip(1.0), TopK(ratio=0.3)),
     Compose(TopK(2), Sign()),
@@ -81,11 +80,9 @@ RANDOM: list[BiasOperator] = [
     MLMCQSGD(),
     MLMCQSGD(3, geometric=0.25, seed=5),
     Compose(Clip(1.0), MLMCTopK(1)),
-    Natural(),
     Natural(seed=5),
     TernGrad(),
     TernGrad(clip=1.5, seed=5),
-    Block8(random=True),
     Block8(2, random=True, dynamic=True, seed=5),
     Compose(Clip(1.0), Natural()),
 ]
@@ -127,7 +124,6 @@ FEEDBACK: list[ErrorFeedback] = [
     DIANA(Natural(), alpha=0.5),
     EF14(Block8(2, dynamic=True)),
     EF14(PowerSGD(1)),
-    EF21(PowerSGD(1, fresh=True)),
     DIANA(PowerSGD(1, seed=5), alpha=0.5),
 ]
 NOISY: list[BiasOperator] = [GaussianNoise(0.5), Compose(Clip(1.0), GaussianNoise(0.1, seed=5))]
