@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metamom.bias.checks import check_setting
 from metamom.bias.constants import Constants, nearest_loss, random_omega
 from metamom.bias.coordinates import Coordinates, Sizes
-from metamom.bias.rounding import Rounding, nearest_code, random_code
+from metamom.bias.rounding import Rounding, even_code, nearest_code, random_code
 from metamom.bias.spelling import Row, spelled
 
 LARGEST = 127  # of the numbers of a code; a byte holds -127..127
@@ -116,12 +116,17 @@ class Block8(Rounding):
         scale = blocks.abs().amax(-1, keepdim=True)
         wide = blocks.double()
         magnitude = torch.where(scale > 0, wide.abs() / scale.double(), 0)
-        codes = torch.tensor(self.codes, dtype=torch.float64, device=rows.device)
-        if self.random:
-            numbers = random_code(magnitude, codes, self._in_blocks(self._uniforms(at, n, d, rows.device)))
-        else:
-            numbers = nearest_code(magnitude, codes)
+        numbers = self._rounded(
+            magnitude, self._in_blocks(self._uniforms(at, n, d, rows.device)) if self.random else None
+        )
         return scale, torch.where(wide < 0, -numbers, numbers)
+
+    def _rounded(self, magnitude: Tensor, uniform: Tensor | None) -> Tensor:
+        """The numbers of the codes for magnitudes in [0, 1]."""
+        if not self.dynamic:
+            return even_code(magnitude, LARGEST, uniform)
+        codes = torch.tensor(self.codes, dtype=torch.float64, device=magnitude.device)
+        return nearest_code(magnitude, codes) if uniform is None else random_code(magnitude, codes, uniform)
 
     def _in_blocks(self, rows: Tensor) -> Tensor:
         """``[n, d]`` as ``[n, blocks, b]``, with zeros at the end."""

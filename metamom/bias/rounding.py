@@ -48,6 +48,24 @@ def random_code(magnitude: Tensor, codes: Tensor, uniform: Tensor) -> Tensor:
     return below + (uniform < (magnitude - low) / (high - low))
 
 
+def even_code(magnitude: Tensor, count: int, uniform: Tensor | None = None) -> Tensor:
+    """`nearest_code`, or with ``uniform`` `random_code`, for the codes ``i / count``, without a search.
+
+    Args:
+        magnitude: ``[...]`` in [0, 1], float64.
+        count: number of the last code, >= 1.
+        uniform: ``[...]`` numbers on [0, 1).
+
+    Returns:
+        ``[...]`` int64.
+    """
+    exact = magnitude * count
+    if uniform is None:
+        return (exact - 0.5).ceil().clamp_min_(0).to(torch.int64)
+    below = exact.floor()
+    return (below + (uniform < exact - below)).to(torch.int64)
+
+
 class Rounding(Draws):
     """An operator that rounds at random, or, if `draws` is false, without draws and without a state."""
 

@@ -17,6 +17,7 @@ from metamom import Block8, Natural, TernGrad
 from metamom.bias import NonFiniteError
 from metamom.bias.block8 import dynamic_codes, linear_codes
 from metamom.bias.constants import nearest_loss, random_omega
+from metamom.bias.rounding import even_code, nearest_code, random_code
 
 HAND = torch.tensor([3.0, -1.25, 0.0, 0.7], dtype=torch.float64)
 
@@ -190,6 +191,15 @@ def test_constants_of_a_code_book_against_a_grid(codes, d):
     assert nearest_loss(codes, d) == pytest.approx(most[0], rel=1e-9, abs=1e-15)
     assert most[1] - 1e-12 <= random_omega(codes, d) <= 1.001 * most[1] + 1e-12 or d > 10**4
     assert random_omega(codes, d) >= most[1] - 1e-12
+
+
+def test_even_codes_need_no_search():
+    x, u = torch.rand(2, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:4] = torch.tensor([0.0, 1.0, 0.25, 0.75])
+    for count in (1, 2, 8, 127):
+        codes = torch.arange(count + 1, dtype=torch.float64) / count
+        assert torch.equal(even_code(x, count), nearest_code(x, codes))
+        assert torch.equal(even_code(x, count, u), random_code(x, codes, u))
 
 
 def test_constants_of_blocks_are_attained():
