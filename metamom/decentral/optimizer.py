@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metamom.bias import Bias, as_operator
+from metamom.bias import Bias, Layout, as_operator
 from metamom.common.checks import check_flag, check_number
 from metamom.common.sharded import is_sharded
 from metamom.decentral.graph import check_mixing
@@ -206,7 +206,7 @@ class DecentralizedMomentum(Optimizer):
             [{"params": params, "worker": worker} for worker, params in zip(links.mine, lists, strict=True)],
             {"lr": lr, "beta": beta},
         )
-        self._sizes: list[int] = [p.numel() for p in lists[0]]
+        self._sizes = Layout(p.shape for p in lists[0])
         for group in self.param_groups:
             _check_options(group)
         return links

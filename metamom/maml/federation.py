@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.bias import BiasOperator
+from metamom.bias import BiasOperator, Layout
 from metamom.common.checks import check_number, check_whole
 from metamom.common.trees import mapped
 from metamom.distributed import World
@@ -87,7 +87,7 @@ class Federation(NamedTuple):
             yield {}
         else:
             flat = torch.cat([w.detach().reshape(-1) for w in weights.values()])
-            found = self.down.next(flat, [w.numel() for w in weights.values()])
+            found = self.down.next(flat, Layout(w.shape for w in weights.values()))
             with replaced(weights, found):
                 yield {"wire_bytes_down": workers * found.bytes}
             self.down.commit(found)
