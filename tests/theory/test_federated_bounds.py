@@ -68,3 +68,18 @@ def test_a_compressed_message():
 def test_whole_messages_are_gradient_descent():
     assert ef21_pp_step(0.3, 1.0, 1.0, 2.0) == ef21_step(0.3, 1.0, 2.0)
     assert ef21_p_step(1.0, 4.0) == 0.25
+
+
+@pytest.mark.parametrize(("operator", "low", "high"), [(EF21(TopK(1)), 0.0, 1e-12), (None, 1e-3, 1e3)])
+def test_remembered_estimates_leave_no_floor(operator, low, high):
+    """With half of the workers present; the mean over those that are present moves with the draws."""
+    problem, participation, x = Problem(), Participation(0.5), torch.zeros(D, dtype=torch.float64)
+    last = []
+    for _ in range(1500):
+        present = participation.present(N)
+        server = Aggregation(N, operator, present=present)
+        server.add(problem.gradients(x)[list(present)], present)
+        x = x - 0.05 * server.finish()[0]
+        participation.advance()
+        last.append(float(problem.gradients(x).mean(0).square().sum()))
+    assert low <= statistics.mean(last[-100:]) < high
