@@ -1,9 +1,10 @@
-"""Collect runs of ``metamom reproduce omniglot`` and ``sinusoid``: tables and a figure beside the published numbers.
+"""Collect runs of ``metamom reproduce omniglot`` and ``sinusoid``: tables and figures beside the published numbers.
 
     python -m metamom.experiments.published FOLDER ... [--out DIR]
 
 Reads every run below the folders that has a `published.json`. Writes ``report.md`` with the tables of Omniglot and of
-sinusoids, and ``figures/sinusoid-published.png``: the error against adaptation steps.
+sinusoids, and two figures: ``figures/omniglot-published.png``, validation error during training, and
+``figures/sinusoid-published.png``, the error against adaptation steps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from metamom.common.files import write_atomically
 from metamom.common.flag_types import folder
 from metamom.common.numbers import counted
+from metamom.experiments.published.curves import omniglot_figure
 from metamom.experiments.published.outcome import read_all
 from metamom.experiments.published.report import omniglot_table, sinusoid_figure, sinusoid_table
 
@@ -25,14 +27,19 @@ def main() -> None:
     parser.add_argument("--out", type=folder, default=Path("runs/published"), help="where the report goes")
     arguments = parser.parse_args()
     try:
-        outcomes = [outcome for _, outcome in read_all(*arguments.folders)]
+        runs = [*read_all(*arguments.folders)]
     except ValueError as error:
         parser.error(str(error))
+    outcomes = [outcome for _, outcome in runs]
     if not outcomes:
         parser.error("these folders have no finished run of `metamom reproduce omniglot` or `sinusoid`.")
     parts = []
     if any(each.row is not None for each in outcomes):
+        omniglot_figure(
+            arguments.out / "figures" / "omniglot-published.png", [each for each in runs if each[1].row is not None]
+        )
         parts += ["## Omniglot", "", *omniglot_table(outcomes), ""]
+        parts += ["![Validation error during training](figures/omniglot-published.png)", ""]
     if any(each.row is None for each in outcomes):
         picture = arguments.out / "figures" / "sinusoid-published.png"
         sinusoid_figure(picture, outcomes)

@@ -20,6 +20,7 @@ from metamom.experiments.options import RecipeOptions
 from metamom.experiments.published import __main__ as collect
 from metamom.experiments.published import alphabets, report
 from metamom.experiments.published.budgets import SECONDS_A_PASS, SHORT_SECONDS
+from metamom.experiments.published.curves import validations
 from metamom.experiments.published.outcome import FILE, Measurement, Outcome, read_all, write
 from metamom.experiments.published.recipes import BUDGETS, OMNIGLOT, OPTIMIZERS, ROWS, SINUSOID
 from metamom.experiments.published.run import Plan, plan_omniglot, plan_sinusoid, reproduce
@@ -287,13 +288,17 @@ def test_a_collection(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "runs" / "a")
     (tmp_path / "runs" / "b").mkdir()
     write(made(0, 0.96), tmp_path / "runs" / "b")
+    lines = [{"step": step, "validation": value} for step, value in ((0, math.nan), (4, 0.5), (9, 0.9))]
+    (tmp_path / "runs" / "b" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    assert validations(tmp_path / "runs" / "b", 16) == ([0.08, 0.16], pytest.approx([50.0, 10.0]))
     command = ["published", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", command)
     collect.main()
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "2 runs" in text
-    assert (tmp_path / "out" / "figures" / "sinusoid-published.png").stat().st_size > 10_000
+    for name in ("sinusoid", "omniglot"):
+        assert (tmp_path / "out" / "figures" / f"{name}-published.png").stat().st_size > 10_000
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr("sys.argv", ["published", str(tmp_path / "empty")])
     with pytest.raises(SystemExit, match="2"):

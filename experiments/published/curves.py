@@ -1,0 +1,56 @@
+"""Validation error of runs on Omniglot during training, with the published errors as lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from metamom.experiments.published.outcome import Outcome
+from metamom.experiments.published.recipes import ROWS
+from metamom.experiments.published.report import OPTIMIZER_NAMES, record
+from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
+from metamom.training.directory import read_metrics
+
+TICKS = (0.5, 1, 2, 5, 10, 20, 50)  # per cent
+
+
+def omniglot_figure(path: Path, runs: Iterable[tuple[Path, Outcome]]) -> None:
+    """Draw validation error against training tasks, a panel for each row of the table.
+
+    Args:
+        path: the PNG.
+        runs: run directories on Omniglot with their outcomes.
+    """
+    by_row: dict[str, list[tuple[Path, Outcome]]] = {}
+    for run, outcome in runs:
+        by_row.setdefault(str(outcome.row), []).append((run, outcome))
+    rows = [row for row in ROWS if row in by_row]
+    figure, panels = row_of_panels(len(rows))
+    for panel, row in zip(panels, rows, strict=True):
+        styles: dict[str, tuple[str, str]] = {}
+        for run, outcome in by_row[row]:
+            label = f"{record(outcome).title}, {OPTIMIZER_NAMES[outcome.optimizer]} {outcome.lr:g}"
+            first = label not in styles
+            colour, dash = styles.setdefault(label, (COLOURS[len(styles) % 6], DASHES[len(styles) % 4]))
+            tasks, errors = validations(run, outcome.meta_batch)
+            panel.plot(tasks, errors, color=colour, linestyle=dash, label=label if first else None)
+            published = record(outcome).figures.get(row)
+            if first and published is not None:
+                panel.axhline(
+                    100 - published.mean, color=colour, linestyle=":", label=f"{record(outcome).title}, published"
+                )
+        ways, shots = ROWS[row]
+        panel.set(title=f"{ways}-way {shots}-shot", xlabel="training tasks, thousands", yscale="log")
+        panel.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        panel.minorticks_off()
+        panel.legend(frameon=False)
+    panels[0].set_ylabel("validation error, %")
+    save(figure, path)
+
+
+def validations(run: Path, meta_batch: int) -> tuple[list[float], list[float]]:
+    """The thousands of training tasks before each validation of a run, and its error in per cent."""
+    lines = [line for line in read_metrics(run) if not math.isnan(line.get("validation", math.nan))]
+    tasks = [(line["step"] + 1) * meta_batch / 1000 for line in lines]
+    return tasks, [100 - 100 * line["validation"] for line in lines]
