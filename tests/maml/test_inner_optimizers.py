@@ -298,6 +298,10 @@ def test_a_run_has_it_and_goes_on(tmp_path):
             sampler = Sinusoid(shots=4, queries=4)
             optimizer = CompositeMomentum(learner.parameters(), lr=0.01)
             train(learner, optimizer, sampler, iterations=iterations, meta_batch=2, run_dir=run, resume=True)
+        loaded = metamom.load(run, model=network().float()).learner
+        assert loaded.inner_optimizer == learner.inner_optimizer
+        found, wanted = (each.adapt(*sampler.sample(0, 2)[:2], steps=4) for each in (loaded, learner))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         other = made("sgd", network().float(), **options)
         optimizer = CompositeMomentum(other.parameters(), lr=0.01)
         with pytest.raises(ValueError, match="inner_optimizer"):

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from metamom import MAML
+import metamom
+from metamom import MAML, train
 from metamom.tasks import Sinusoid
 
 TASKS = Sinusoid(shots=4, queries=3)
+TASKS64 = Sinusoid(shots=4, queries=3, dtype=torch.float64)
 KINDS = ["scalar", "tensor", "tensor-step", "entry"]
 
 
@@ -85,6 +87,23 @@ def test_copies_and_states():
     for each in (other, copy.deepcopy(learner), pickle.loads(pickle.dumps(learner)), learner.like()):
         for name, grad in learner.meta_gradient(batch()).grads.items():
             torch.testing.assert_close(each.meta_gradient(batch()).grads[name], grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("learn", KINDS)
+def test_a_run_goes_on_and_loads(learn, tmp_path):
+    for iterations in (1, 2):
+        learner = made(learn)
+        optimizer = torch.optim.Adam(learner.parameters(), lr=0.1)
+        train(learner, optimizer, TASKS64, iterations=iterations, meta_batch=2, run_dir=tmp_path, resume=True)
+    loaded = metamom.load(tmp_path, model=network()).learner
+    assert loaded.step_sizes.positive
+    assert loaded.step_sizes.kind == learn
+    for name, p in learner.meta_parameters().items():
+        torch.testing.assert_close(loaded.meta_parameters()[name], p, rtol=0, atol=0)
+    other = made(learn, positive=False)
+    optimizer = torch.optim.Adam(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="positive"):
+        train(other, optimizer, TASKS64, iterations=3, meta_batch=2, run_dir=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
