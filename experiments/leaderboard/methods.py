@@ -6,19 +6,11 @@ Legend of an operator's SPEC: ``{A}`` is the problem's operator (``none``, ``top
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from metamom.optim import momentum_update_
-
 Kind = Literal["plain", "feedback", "unbiased", "robust"]
-Oracle = Callable[[Tensor], Tensor]  # points [G, S, d] -> the server's gradient there [G, S, d], of this step's sample
-Memory = dict[str, Tensor]  # a rule's tensors [G, S, d]
-Rule = Callable[[Tensor, Oracle, Tensor, "Setup", Memory, int], Tensor]
 
 
 class Setup(NamedTuple):
@@ -48,7 +40,7 @@ class Method:
         beta: weight of the new gradient in the server's momentum.
         normalize: whether steps have length gamma.
         aggregate: the server's mean, see `metamom.server.robust.robust_mean`.
-        rule: the server's step, a name in `RULES`.
+        rule: the server's step, a name in `metamom.experiments.leaderboard.rules.RULES`.
     """
 
     name: str
@@ -69,6 +61,11 @@ METHODS: Sequence[Method] = (
     Method("SGD, whole gradients", "none", "plain"),
     Method("momentum, whole gradients", "none", "plain", beta=0.1),
     Method("normalised momentum, whole gradients", "none", "plain", beta=0.1, normalize=True),
+    Method("IGT, whole gradients", "none", "plain", beta=0.1, rule="igt"),
+    Method("STORM, two whole gradients a step", "none", "plain", beta=0.1, rule="storm"),
+    Method("normalised momentum, power schedules", "none", "plain", normalize=True, rule="heavy-ball-powers"),
+    Method("normalised IGT, power schedules", "none", "plain", normalize=True, rule="igt-powers"),
+    Method("normalised STORM, power schedules", "none", "plain", normalize=True, rule="storm-powers"),
     Method("SGD", "{A}", "plain"),
     Method("momentum", "{A}", "plain", beta=0.1),
     Method("normalised momentum", "{A}", "plain", beta=0.1, normalize=True),
@@ -84,10 +81,14 @@ METHODS: Sequence[Method] = (
     Method("Clip21-SGD2M", "clip21-sgd2m:1:eta=0.1", "feedback"),
     Method("Rand-K + momentum", "{C}randk:1%:scaled", "unbiased", beta=0.1),
     Method("QSGD + momentum", "{C}qsgd:16", "unbiased", beta=0.1),
+    Method("TernGrad + momentum", "{C}terngrad", "unbiased", beta=0.1),
+    Method("natural compression + momentum", "{C}natural", "unbiased", beta=0.1),
+    Method("8-bit blocks + momentum", "{C}block8:block=50", "unbiased", beta=0.1),
     Method("MLMC Top-K", "{C}mlmc:topk:1%", "unbiased"),
     Method("MLMC Top-K + momentum", "{C}mlmc:topk:1%", "unbiased", beta=0.1),
     Method("MLMC QSGD + momentum", "{C}mlmc:qsgd", "unbiased", beta=0.1),
     Method("DIANA, Rand-K", "diana(0.01):{C}randk:1%:scaled", "unbiased"),
+    Method("DIANA, natural compression", "diana(0.8):{C}natural", "unbiased"),
     Method("DIANA, QSGD", "diana(0.7):{C}qsgd:16", "unbiased"),
     Method("DIANA, QSGD + momentum", "diana(0.7):{C}qsgd:16", "unbiased", beta=0.1),
     Method("MARINA, Rand-K", "marina(0.01):{C}randk:1%:scaled", "unbiased"),
@@ -96,20 +97,11 @@ METHODS: Sequence[Method] = (
     Method("median of whole gradients + momentum", "none", "robust", beta=0.1, aggregate="median"),
     Method("trimmed mean of whole gradients + momentum", "none", "robust", beta=0.1, aggregate="trimmed:0.2"),
     Method("geometric median of whole gradients + momentum", "none", "robust", beta=0.1, aggregate="geomedian"),
+    Method("Krum of whole gradients + momentum", "none", "robust", beta=0.1, aggregate="krum:1"),
+    Method("multi-Krum of whole gradients + momentum", "none", "robust", beta=0.1, aggregate="multi-krum:1:3"),
+    Method("NNM, trimmed mean, whole gradients + momentum", "none", "robust", beta=0.1, aggregate="nnm:1>trimmed:0.2"),
+    Method("NNM, trimmed mean of EF21-SGDM", "ef21-sgdm(0.1):{A}", "robust", aggregate="nnm:1>trimmed:0.2"),
     Method("trimmed mean of workers' momentum", "ef21-sgdm(0.1):none", "robust", aggregate="trimmed:0.2"),
     Method("trimmed mean of EF21-SGDM", "ef21-sgdm(0.1):{A}", "robust", aggregate="trimmed:0.2"),
     Method("median of EF21-SGDM", "ef21-sgdm(0.1):{A}", "robust", aggregate="median"),
 )
-
-
-def momentum(x: Tensor, gradient: Oracle, lr: Tensor, setup: Setup, memory: Memory, step: int) -> Tensor:
-    """`CompositeMomentum` from ``v_{-1} = 0``, for many runs ``[G, S, d]`` with step sizes ``[G, 1, 1]``."""
-    v = memory.setdefault("momentum", torch.zeros_like(x))
-    direction = momentum_update_(v, gradient(x), setup.beta)
-    if setup.normalize:
-        norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-        direction = torch.where(norm > 0, direction / norm, direction)
-    return x - lr * direction
-
-
-RULES: dict[str, Rule] = {"momentum": momentum}

@@ -13,8 +13,9 @@ from torch import Tensor
 from metamom.bias.coordinates import place_of
 from metamom.bias.state import State
 from metamom.experiments.leaderboard.batched import means, operator_for
-from metamom.experiments.leaderboard.methods import RULES, Memory, Setup
+from metamom.experiments.leaderboard.methods import Setup
 from metamom.experiments.leaderboard.problems import Problem
+from metamom.experiments.leaderboard.rules import RULES, Memory
 
 FAR = 1e6  # a run has diverged when its error is this many times the start's
 LARGE = 1e12  # and when an entry of a gradient is as large

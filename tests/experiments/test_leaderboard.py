@@ -16,15 +16,16 @@ from metamom.experiments.leaderboard import __main__ as command
 from metamom.experiments.leaderboard import cell, laws, report, results, suite
 from metamom.experiments.leaderboard.batched import ManyQSGD, ManyTopK, means, operator_for
 from metamom.experiments.leaderboard.cell import best, interval, to_target
-from metamom.experiments.leaderboard.methods import METHODS, RULES, Setup
+from metamom.experiments.leaderboard.methods import METHODS, Setup
 from metamom.experiments.leaderboard.problems import Attacked, Noisy, sign_flip
 from metamom.experiments.leaderboard.regressions import Regressions
+from metamom.experiments.leaderboard.rules import RULES
 from metamom.experiments.leaderboard.running import Record, run
 from metamom.experiments.leaderboard.sinusoids import HIDDEN, Sinusoids
 from metamom.experiments.leaderboard.suite import PROBLEMS, Plan
 from metamom.server.robust import robust_mean
 from metamom.tasks.linear import half_squared_error
-from metamom.theory import stationary
+from metamom.theory import stationary, variant_step, variant_weight
 
 F64 = torch.float64
 TOPK = Noisy("small", "small", "topk:1%", spread=0.3, curves=0.3)
@@ -85,6 +86,29 @@ def test_runs_are_those_of_the_library(name):
             expected = torch.tensor(slow_run(TOPK, setup, lr, seed, 25), dtype=F64)
             torch.testing.assert_close(record.errors[:-1, row, column], expected, rtol=1e-10, atol=0)
     assert record.bytes.tolist() == [k * parse(setup.spec).wire_bytes(100) for k in range(26)]
+
+
+@pytest.mark.parametrize("variant", ["igt", "storm"])
+@pytest.mark.parametrize("scheduled", [False, True], ids=["beta", "powers"])
+def test_momenta_that_follow_the_weights_are_the_optimizers(variant, scheduled):
+    setup = Setup("none", 0.3, True, "mean", f"{variant}-powers" if scheduled else variant)
+    record = run(TOPK, setup, [0.1], [3], 12)
+    x, sample = torch.nn.Parameter(TOPK.start.clone()), torch.Generator().manual_seed(3)
+    optimizer = CompositeMomentum([x], lr=0.1, beta=0.3, normalize=True, variant=variant)
+    for k in range(12):
+        expected = TOPK.error(x.detach().view(1, 1, -1))[0, 0]
+        torch.testing.assert_close(record.errors[k, 0, 0], expected, rtol=1e-10, atol=0)
+        noise = TOPK.draw([sample])
+        if scheduled:
+            optimizer.param_groups[0]["beta"] = variant_weight(variant, k + 1)
+            optimizer.param_groups[0]["lr"] = variant_step(variant, k + 1, 0.1)
+
+        def closure(noise=noise):
+            x.grad = TOPK.gradients(x.detach().view(1, 1, -1), noise)[0, 0].mean(0)
+
+        optimizer.step(closure)
+    gradients = 12 if variant == "igt" else 23
+    assert int(record.bytes[-1]) == gradients * 400
 
 
 def test_a_run_that_diverges_is_infinite_and_harms_no_other():
