@@ -126,6 +126,8 @@ def test_bytes_are_those_that_were_exchanged(name, size, together):
     case = CASES[name]
     if case.variant in ("storm", "hessian") and not case.bias.startswith("ef21"):
         pytest.skip("two gradients a step, or a gradient and a Hessian-vector product")
+    if case.more:
+        pytest.skip("workers are absent: their messages are counted in the next test")
     weights, metrics = together[size][name]
     line = metrics[1]
     d, entry = sum(w.numel() for w in weights), weights[0].element_size()
@@ -149,6 +151,18 @@ def test_bytes_are_those_that_were_exchanged(name, size, together):
         gradients += agreement + others * d * entry  # the server's result
     memory = 0 if case.estimator == "exact" else others * META_BATCH * (8 + d * entry)
     assert line["sent_bytes"] == agreement + losses + gradients + memory
+
+
+@pytest.mark.parametrize(("name", "size"), [each for each in EACH if CASES[each[0]].more])
+def test_bytes_of_the_messages_of_those_who_are_present(name, size, together):
+    case = CASES[name]
+    weights, metrics = together[size][name]
+    d, entry = sum(w.numel() for w in weights), weights[0].element_size()
+    present = max(1, round(case.more["participation"] * case.workers))
+    operator = parse(case.bias)
+    each = operator.wire_bytes(d, entry, Layout(w.shape for w in weights)) if operator.compresses else d * entry
+    assert [line["wire_bytes"] for line in metrics] == [present * each] * len(metrics)
+    assert all(line["sent_bytes"] > 0 for line in metrics)
 
 
 @pytest.mark.parametrize("size", SIZES)
