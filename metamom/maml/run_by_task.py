@@ -19,6 +19,7 @@ from metamom.common.trees import Tree, count, device_of, mapped, named_leaves, p
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
+from metamom.maml.batched import over_tasks
 from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_states, rewinder
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
@@ -87,7 +88,8 @@ class RunByTask:
     Attributes:
         draws: the modes (values of ``model.training``) in which the model draws at random.
         calls: whether the model calls such functions, by mode, by what its normalisations use, and by the number of
-            tasks (for small numbers PyTorch's own functions may be faster) and whether more are to follow.
+            tasks (for small numbers PyTorch's own functions may be faster), whether more are to follow, and whether it
+            runs under vmap.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
@@ -96,7 +98,7 @@ class RunByTask:
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
-        self.calls: dict[tuple[bool, Norm | None, int, bool], bool] = {}
+        self.calls: dict[tuple[bool, Norm | None, int, bool, bool], bool] = {}
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
@@ -232,16 +234,16 @@ class RunByTask:
     def _over_tasks(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
-            return _vmap(one_task, "different")(*rows)
+            return over_tasks(one_task, "different")(*rows)
         if not (draws and mode in self.draws):
             try:
-                return _vmap(one_task, "error")(*rows)
+                return over_tasks(one_task, "error")(*rows)
             except RuntimeError as error:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
         with DrawsByTask(count(rows.sets[-1])):
-            return _vmap(one_task, "different")(*rows)
+            return over_tasks(one_task, "different")(*rows)
 
     def _one_by_one(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
@@ -265,13 +267,13 @@ class RunByTask:
     @contextmanager
     def _functions(self, model: nn.Module, norm: Norm | None, tasks: int, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model is new, has called them before, or has modules that may call them."""
-        kind = model.training, norm, tasks, are_many()
+        kind = model.training, norm, tasks, are_many(), fast
         if not self.calls.get(kind, True):
             yield
             return
         with FunctionsByTask(fast=fast) as functions:
             yield
-        self.calls[kind] = self.calls.get(kind, False) or functions.seen or may_call_them(model)
+        self.calls[kind] = self.calls.get(kind, False) or functions.seen or may_call_them(model, loop=not fast)
 
     @contextmanager
     def _attributes(self, model: nn.Module) -> Iterator[None]:
@@ -360,7 +362,3 @@ def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, ten
         )
     return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
 
-
-def _vmap(one_task: Callable[..., Tree], randomness: str) -> Callable[..., Tree]:
-    batched: Callable[..., Tree] = torch.func.vmap(one_task, randomness=randomness)
-    return batched

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metamom.compile.tracing import is_tracing
+from metamom.maml.batched import over_tasks
 from metamom.maml.draws import rewinder
 from metamom.maml.vmap_errors import VmapError
 
@@ -85,7 +86,7 @@ class Vectorization:
 
 def map_over_tasks(one_task: Callable[..., Any], loop: bool) -> Callable[..., Any]:
     """``one_task`` as a function of all tasks' arguments, by vmap or by `one_by_one`. It must not draw at random."""
-    return partial(one_by_one, one_task) if loop else torch.func.vmap(one_task)
+    return partial(one_by_one, one_task) if loop else over_tasks(one_task)
 
 
 def one_by_one(one_task: Callable[..., Any], *args: Any) -> Any:
