@@ -1,7 +1,7 @@
 """`torch.func.vmap` over a leading axis of tasks, without most of its Python overhead.
 
-Each meta-gradient enters vmap twice for the model and twice for the loss. PyTorch's own checks its arguments and walks their
-structure five times, which for a small network takes as long as the network.
+Each meta-gradient enters vmap twice for the model and twice for the loss. PyTorch's own checks its arguments and walks
+their structure five times, which for a small network takes as long as the network.
 """
 
 from __future__ import annotations

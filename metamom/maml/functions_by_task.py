@@ -33,8 +33,8 @@ class FunctionsByTask(TorchFunctionMode):
     """Replaces calls of these functions inside a model.
 
     Args:
-        fast: whether the model runs under vmap. Slow functions are then replaced too, see `metamom.nets.functions`; in a
-            loop, only those with wrong or missing second derivatives are.
+        fast: whether the model runs under vmap. Slow functions are then replaced too, see `metamom.nets.functions`; in
+            a loop, only those with wrong or missing second derivatives are.
 
     Attributes:
         seen: whether a call has been replaced.

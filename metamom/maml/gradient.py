@@ -285,9 +285,9 @@ def chunk_gradient(
     """Query losses, predictions, tracked averages, and each worker's gradient of ``scale`` times the sum of losses.
 
     The batch comes as its form and its tensors (`metamom.common.trees.flattened`), as compiled graphs take it. The
-    result is a flat tuple, as they return it. Gradients are ``[workers, *shape]`` for each parameter. In a graph they are
-    ``[workers, d]``, unless a weight is not contiguous: a compiler would reorder it entry by entry in the middle of the sum
-    over tasks.
+    result is a flat tuple, as they return it. Gradients are ``[workers, *shape]`` for each parameter. In a graph they
+    are ``[workers, d]``, unless a weight is not contiguous: a compiler would reorder it entry by entry in the middle of
+    the sum over tasks.
     """
     problem = plan.problem
     first: tuple[Tensor, ...] = ()

@@ -204,8 +204,10 @@ def predictions(
         )
 
     def run() -> Tree:
-        loop = problem.vectorization.loops(part)
         padded = mask is not None or (support is not None and support.mask is not None)
+        loop = problem.vectorization.loops(part)
+        if not loop and not padded and problem.vectorization.vectorize == "auto":
+            loop = problem.run.prefers_a_loop(problem.model, own, x)
         if padded and not loop:
             must_not = problem.vectorization.vectorize == "vmap"
             kind = problem.norm, mask, must_not

@@ -25,6 +25,7 @@ from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions_of
+from metamom.maml.loop_preferred import faster_in_a_loop
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
@@ -94,6 +95,7 @@ class RunByTask:
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
         points: the shapes and dtypes of sets for which the model was seen to take any number of points.
+        preferred: whether the model runs faster task by task, by mode, number of points, and adapted parameters.
     """
 
     def __init__(self) -> None:
@@ -103,6 +105,7 @@ class RunByTask:
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
+        self.preferred: dict[tuple[bool, int, tuple[str, ...]], bool] = {}
 
     def __call__(
         self,
@@ -155,6 +158,15 @@ class RunByTask:
             if loop and masked:
                 sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
             return run(model if target is None else target, sets)
+
+    def prefers_a_loop(self, model: nn.Module, own: Params, x: Tree) -> bool:
+        """Whether the model, which vmap can take, runs faster task by task, see `metamom.maml.loop_preferred`."""
+        if is_tracing():
+            return False
+        kind = is_training(model), points(x), tuple(own)
+        if kind not in self.preferred:
+            self.preferred[kind] = faster_in_a_loop(model, own, points(x))
+        return self.preferred[kind]
 
     def _by_features(
         self,
@@ -361,4 +373,3 @@ def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, ten
             }
         )
     return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
-
