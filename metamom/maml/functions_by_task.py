@@ -58,7 +58,7 @@ class FunctionsByTask(TorchFunctionMode):
             self.seen = self.seen or self._fast.seen
             return found
         other = by_task(func)
-        if self._fast is None and (func in _FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs or {})):
+        if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs or {})):
             return func(*args, **(kwargs or {}))
         if other is None:
             return on_any_layout(func, args, kwargs or {})
@@ -197,7 +197,7 @@ def by_task(func: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 # what vmap alone gets wrong; a compiled graph never contains such a loop's hooks
-_FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
+FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
     {
         REQUIRES_GRAD,
         GRAD_FN,
@@ -240,7 +240,7 @@ def _names_one(kind: type[nn.Module], loop: bool) -> bool:
     if loop and kind in (nn.Embedding, nn.PReLU):
         return False
     attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn"}
-    replaced = [function for function in _OTHERS if not (loop and function in _FINE_IN_A_LOOP)]
+    replaced = [function for function in _OTHERS if not (loop and function in FINE_IN_A_LOOP)]
     names = {attributes.get(function, function.__name__) for function in replaced}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
     todo: list[CodeType] = [] if code is None else [code]

@@ -234,8 +234,9 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
     """
     # torch's losses take bytes as labels, but not under vmap
     y = mapped(lambda each: each.long() if each.dtype == torch.uint8 else each, y)
-    loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
     _, part = problem.parts()
+    once = mask is None and problem.vectorization.loops(part)
+    loss_fn, names = problem.readings.watched(problem.loss_fn, once), names_in_loss(problem.model, problem.loss_fn)
 
     masked = mask is not None and takes_mask(problem.loss_fn)
 
