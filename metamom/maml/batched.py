@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.vmap import lazy_load_decompositions
+from torch._functorch import vmap as of_torch
 from torch.utils import _pytree as pytree
 
 from metamom.compile.tracing import is_tracing
+
+_OF_TORCH: Any = of_torch  # the module, not the function of that name
 
 
 def over_tasks(function: Callable[..., Any], randomness: str = "error") -> Callable[..., Any]:
@@ -38,7 +40,7 @@ def _over_tasks(function: Callable[..., Any], randomness: str, *args: Any) -> An
     alike = leaves and all(isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == leaves[0].shape[0] for x in leaves)
     if is_tracing() or not alike:  # torch's own is traced, and raises its errors
         return torch.func.vmap(function, randomness=randomness)(*args)
-    lazy_load_decompositions()  # type: ignore[no-untyped-call]
+    _OF_TORCH.lazy_load_decompositions()
     tasks = leaves[0].shape[0]
     level = functorch._vmap_increment_nesting(tasks, randomness)
     try:

@@ -43,7 +43,8 @@ def faster_in_a_loop(model: nn.Module, adapted: Collection[str], points: int) ->
 
 
 def _is_slow(name: str, module: nn.Linear, adapted: Collection[str], points: int) -> bool:
-    chain: Any = module.parametrizations.weight
+    every: Any = module.parametrizations
+    chain = every.weight
     out, fan_in = module.out_features, module.in_features
     prefix = f"{name}.parametrizations.weight.original" if name else "parametrizations.weight.original"
     if out * fan_in < SMALLEST or not any(each.startswith(prefix) for each in adapted):

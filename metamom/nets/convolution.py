@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metamom.nets import kernels
 from metamom.nets.grouped import Grouped
-from metamom.nets.kernels.convolutions import Geometry
+from metamom.nets.kernels.convolutions import Geometry, convolve_backward
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -55,10 +55,10 @@ class _Convolution(Grouped):
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if (
-            all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled() and _is_plain(x)
-        ):  # the derivatives' own graph ends
-            to_x, to_weight = kernels.convolve_backward(x.contiguous(), weight, c.contiguous(), ctx.geometry)
+        to_x: Tensor | None
+        to_weight: Tensor | None
+        if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled() and _is_plain(x):
+            to_x, to_weight = convolve_backward(x.contiguous(), weight, c.contiguous(), ctx.geometry)
         else:
             to_x = _ToImages.run(c, weight, ctx.geometry, *x.shape[2:4]) if ctx.needs_input_grad[0] else None
             to_weight = _ToKernels.run(x, c, ctx.geometry, *weight.shape[3:]) if ctx.needs_input_grad[1] else None

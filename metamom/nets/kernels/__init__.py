@@ -17,13 +17,11 @@ from torch import Tensor
 
 from metamom.nets.kernels import convolutions, normalisations, reference
 from metamom.nets.kernels.build import load
-from metamom.nets.kernels.convolutions import convolve_backward
 
 __all__ = [
     "activate",
     "are_native",
     "convolve",
-    "convolve_backward",
     "convolve_to_images",
     "convolve_to_kernels",
     "fold",
