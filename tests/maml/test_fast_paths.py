@@ -30,6 +30,18 @@ class Words(nn.Module):
         return self.head(states[:, -1])
 
 
+class Bilinear(nn.Module):
+    """A bilinear layer of two halves of its input, with or without a bias, on points and on sequences of them."""
+
+    def __init__(self, *, bias: bool, sequences: bool) -> None:
+        super().__init__()
+        self.layer, self.head, self.sequences = nn.Bilinear(2, 2, 5, bias=bias), nn.Linear(5, 3), sequences
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = [half.unsqueeze(1) if self.sequences else half for half in x.split(2, -1)]
+        return self.head(torch.tanh(self.layer(*halves))).flatten(1)
+
+
 def mlp(wrap) -> nn.Module:
     return nn.Sequential(wrap(nn.Linear(4, 6)), nn.Tanh(), wrap(nn.Linear(6, 3)))
 
@@ -45,6 +57,8 @@ MODELS = {
     "batch normalisation": (lambda: images(lambda: nn.BatchNorm2d(4, track_running_stats=False)), (2, 6, 6)),
     "group normalisation": (lambda: images(lambda: nn.GroupNorm(2, 4)), (2, 6, 6)),
     "a recurrent layer": (Words, None),
+    "a bilinear layer": (lambda: Bilinear(bias=True, sequences=False), (4,)),
+    "a bilinear layer of sequences": (lambda: Bilinear(bias=False, sequences=True), (4,)),
     "an embedding with counts": (lambda: Words(scale_grad_by_freq=True), None),
 }
 
