@@ -82,7 +82,7 @@ def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -
     if not fits_together or a.dim() < 2 or a.dtype != b.dtype or a.dtype != weight.dtype:
         return F.bilinear(a, b, weight, bias)  # or PyTorch's error
     rows = a.flatten(0, -2) @ weight.transpose(0, 1).reshape(fan_a, out * fan_b)
-    found = (rows.unflatten(1, (out, fan_b)) @ b.flatten(0, -2).unsqueeze(-1)).squeeze(-1)
+    found: Tensor = (rows.view(-1, out, fan_b) @ b.flatten(0, -2).unsqueeze(-1)).squeeze(-1)
     found = found.reshape(*a.shape[:-1], out)
     return found if bias is None else found + bias
 
