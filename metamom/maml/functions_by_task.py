@@ -33,7 +33,8 @@ class FunctionsByTask(TorchFunctionMode):
     """Replaces calls of these functions inside a model.
 
     Args:
-        fast: whether to replace slow functions too, see `metamom.nets.functions`. They are slow only under vmap.
+        fast: whether the model runs under vmap. Slow functions are then replaced too, see `metamom.nets.functions`; in
+            a loop, only those with wrong or missing second derivatives are.
 
     Attributes:
         seen: whether a call has been replaced.
@@ -57,6 +58,8 @@ class FunctionsByTask(TorchFunctionMode):
             self.seen = self.seen or self._fast.seen
             return found
         other = by_task(func)
+        if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs or {})):
+            return func(*args, **(kwargs or {}))
         if other is None:
             return on_any_layout(func, args, kwargs or {})
         self.seen = True
@@ -193,19 +196,52 @@ def by_task(func: Callable[..., Any]) -> Callable[..., Any] | None:
     return _OTHERS.get(func)
 
 
-def may_call_them(model: nn.Module) -> bool:
-    """Whether the model has modules that call one of these functions, or name one in their ``forward``."""
-    return any(
-        isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.PReLU)) or _names_one(type(module))  # type: ignore[arg-type]  # a class hashes
-        for module in model.modules()
-    )
+# what vmap alone gets wrong; a compiled graph never contains such a loop's hooks
+FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
+    {
+        REQUIRES_GRAD,
+        GRAD_FN,
+        F.cross_entropy,
+        *(function for name in ("one_hot", "index_fill", "roll", "prelu") for function in _under_all_names(name)),
+    }
+)
+
+
+def is_plain_embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is `torch.nn.functional.embedding` without options that change its gradients or its table."""
+    if func is not F.embedding:
+        return False
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return given.get("max_norm") is None and not given.get("scale_grad_by_freq") and not given.get("sparse")
+
+
+def may_call_them(model: nn.Module, *, loop: bool = False) -> bool:
+    """Whether the model has modules that call one of these functions, or name one in their ``forward``.
+
+    Args:
+        model: the model.
+        loop: whether it runs task by task, where fewer functions are replaced.
+    """
+    return any(_calls_one(module, loop) or _names_one(type(module), loop) for module in model.modules())  # type: ignore[arg-type]  # a class hashes
+
+
+def _calls_one(module: nn.Module, loop: bool) -> bool:
+    if loop and isinstance(module, nn.Embedding):
+        return module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    if isinstance(module, (nn.Embedding, nn.PReLU)):
+        return not loop
+    return isinstance(module, (nn.EmbeddingBag, nn.MultiheadAttention))
 
 
 @cache
-def _names_one(kind: type[nn.Module]) -> bool:
+def _names_one(kind: type[nn.Module], loop: bool) -> bool:
     """Whether the code of a module's ``forward`` names one of these functions in any branch."""
+    if loop and kind in (nn.Embedding, nn.PReLU):
+        return False
     attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn"}
-    names = {attributes.get(function, function.__name__) for function in _OTHERS}
+    replaced = [function for function in _OTHERS if not (loop and function in FINE_IN_A_LOOP)]
+    names = {attributes.get(function, function.__name__) for function in replaced}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
     todo: list[CodeType] = [] if code is None else [code]
     while todo:

@@ -214,8 +214,7 @@ class MetaGradients:
                 found = of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks), **own)
             averages = 2 + (0 if plan.memory is None else len(plan.problem.adapted))
             held.append(OfTasks(found[0], found[1], found[2:averages]))
-            chunk = _flat(found[averages:])
-            rows = chunk if rows is None else rows + chunk
+            rows = _with_chunk(rows, found[averages:])
             if stop % per_worker == 0:
                 yield OfWorkers(rows, OfTasks.joined(held))
                 rows, held = None, []
@@ -330,9 +329,9 @@ def chunk_gradient(
     """Query losses, predictions, tracked averages, and each worker's gradient of ``scale`` times the sum of losses.
 
     The batch comes as its form and its tensors (`metamom.common.trees.flattened`), as compiled graphs take it. The
-    result is a flat tuple, as they return it. Gradients are ``[workers, d]``. If a weight is not contiguous, they are
-    ``[workers, *shape]`` for each parameter instead: a compiler would otherwise reorder it entry by entry in the middle
-    of the sum over tasks. With ``starts`` ``[workers, *shape]``, each worker's gradient is that at its own weights.
+    result is a flat tuple, as they return it. Gradients are ``[workers, *shape]`` for each parameter. In a graph they
+    are ``[workers, d]``, unless a weight is not contiguous: a compiler would reorder it entry by entry in the middle of
+    the sum over tasks. With ``starts`` ``[workers, *shape]``, each worker's gradient is that at its own weights.
     """
     problem = plan.problem
     first: tuple[Tensor, ...] = ()
@@ -362,7 +361,7 @@ def chunk_gradient(
                 judged = found.losses.new_empty(len(found.losses), 0) if judged is None else judged
                 first = found.losses.detach()[:: term.copies], judged.detach()[:: term.copies], *averages
             totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
-    if all(w.is_contiguous() for w in weights.values()):
+    if is_tracing() and all(w.is_contiguous() for w in weights.values()):
         totals = [flatten(totals)]
     return *first, *totals
 
@@ -398,6 +397,18 @@ def _consecutive(numbers: Sequence[int]) -> Iterator[range]:
         if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
             yield range(numbers[start], numbers[i - 1] + 1)
             start = i
+
+
+def _with_chunk(rows: Tensor | None, grads: Sequence[Tensor]) -> Tensor:
+    """The sum of a chunk's gradients and ``rows`` ``[n, d]``, in the memory of the latter if there are any."""
+    if rows is None:
+        return _flat(grads)
+    if len(grads) == 1:
+        return rows.add_(_flat(grads))
+    size = [g[0].numel() for g in grads]
+    for row, g in zip(rows.split_with_sizes(size, 1), grads, strict=True):
+        row.add_(g.reshape(row.shape))
+    return rows
 
 
 def _flat(grads: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from metamom.common.trees import Tree, leaves, lone
 from metamom.maml.class_scores import ClassScores, Reading, tensors_among
-from metamom.maml.functions_by_task import by_task
+from metamom.maml.functions_by_task import FINE_IN_A_LOOP, by_task
 from metamom.maml.pairings import Pairings
 
 LossFn = Callable[..., Tensor]
@@ -33,17 +33,27 @@ class LossReadings:
         # losses that pair predictions and targets correctly, and whether they call replaced functions
         self._fine: dict[Hashable, tuple[LossFn, bool]] = {}
 
-    def watched(self, loss_fn: LossFn) -> LossFn:
+    def watched(self, loss_fn: LossFn, once: bool = False) -> LossFn:
         """Wrap a loss function of one task so that its calls are watched.
 
         If the targets are values, the outcome depends only on shapes: once a loss has been watched for some shapes, it
         runs unwrapped. If they are labels, each call is watched.
 
+        Args:
+            loss_fn: the loss of one task.
+            once: whether the wrapper is called for tasks of the same shapes one after the other, so that watching the
+                first is enough.
+
         Raises:
             ValueError: when it is called, if it would broadcast targets against predictions of another shape.
         """
 
+        known = False
+
         def loss(predictions: Any, *given: Tree, **options: Any) -> Tensor:
+            nonlocal known
+            if known:
+                return loss_fn(predictions, *given, **options)
             scores, targets = leaves(predictions), lone(given)
             if targets is None:  # a tree of targets, or none: what the loss makes of it cannot be followed
                 with LossWatch(scores, None):
@@ -58,6 +68,7 @@ class LossReadings:
             with LossWatch(scores, targets, pairs=fine is None) as watch:
                 value = loss_fn(predictions, *given, **options)
             _remember(self._fine, seen, (loss_fn, watch.replaced))
+            known = once and not watch.changed
             if len(scores) == 1:
                 key = _key(loss_fn, scores[0].shape, targets.shape)
                 _remember(self._kept, key, (loss_fn, watch.reading()))
@@ -85,11 +96,12 @@ class LossWatch(TorchFunctionMode):
 
     Attributes:
         replaced: whether a call has been replaced.
+        changed: whether one has that differs in a loop over the tasks too.
     """
 
     def __init__(self, predictions: Sequence[Tensor], targets: Tensor | None, *, pairs: bool = True) -> None:
         super().__init__()
-        self.replaced = False
+        self.replaced = self.changed = False
         self._pairings = Pairings(predictions, targets) if pairs and targets is not None else None
         # a reading needs labels and a single tensor of predictions
         judged = len(predictions) == 1 and targets is not None and not targets.is_floating_point()
@@ -107,6 +119,7 @@ class LossWatch(TorchFunctionMode):
             self._pairings.check(func, tensors)
         other = by_task(func)
         self.replaced |= other is not None
+        self.changed |= other is not None and func not in FINE_IN_A_LOOP
         out = (other or func)(*args, **kwargs)
         if self._pairings is not None:
             self._pairings.follow(func, first, tensors, out)

@@ -67,8 +67,10 @@ def predictions(
         )
 
     def run() -> Tree:
-        loop = problem.vectorization.loops(part)
         padded = mask is not None or (support is not None and support.mask is not None)
+        loop = problem.vectorization.loops(part)
+        if not loop and not padded and problem.vectorization.vectorize == "auto":
+            loop = problem.run.prefers_a_loop(problem.model, own, x)
         if padded and not loop:
             must_not = problem.vectorization.vectorize == "vmap"
             kind = problem.norm, mask, must_not
@@ -95,8 +97,9 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
     """
     # torch's losses take bytes as labels, but not under vmap
     y = mapped(lambda each: each.long() if each.dtype == torch.uint8 else each, y)
-    loss_fn, names = problem.readings.watched(problem.loss_fn), names_in_loss(problem.model, problem.loss_fn)
     _, part = problem.parts()
+    once = mask is None and problem.vectorization.loops(part)
+    loss_fn, names = problem.readings.watched(problem.loss_fn, once), names_in_loss(problem.model, problem.loss_fn)
 
     masked = mask is not None and takes_mask(problem.loss_fn)
 

@@ -19,11 +19,13 @@ from metamom.common.trees import Tree, count, device_of, mapped, named_leaves, p
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
+from metamom.maml.batched import over_tasks
 from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_states, rewinder
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions_of
+from metamom.maml.loop_preferred import faster_in_a_loop
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
@@ -87,20 +89,23 @@ class RunByTask:
     Attributes:
         draws: the modes (values of ``model.training``) in which the model draws at random.
         calls: whether the model calls such functions, by mode, by what its normalisations use, and by the number of
-            tasks (for small numbers PyTorch's own functions may be faster) and whether more are to follow.
+            tasks (for small numbers PyTorch's own functions may be faster), whether more are to follow, and whether it
+            runs under vmap.
         leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
         points: the shapes and dtypes of sets for which the model was seen to take any number of points.
+        preferred: whether the model runs faster task by task, by mode, number of points, and adapted parameters.
     """
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
-        self.calls: dict[tuple[bool, Norm | None, int, bool], bool] = {}
+        self.calls: dict[tuple[bool, Norm | None, int, bool, bool], bool] = {}
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
+        self.preferred: dict[tuple[bool, int, tuple[str, ...]], bool] = {}
 
     def __call__(
         self,
@@ -153,6 +158,15 @@ class RunByTask:
             if loop and masked:
                 sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
             return run(model if target is None else target, sets)
+
+    def prefers_a_loop(self, model: nn.Module, own: Params, x: Tree) -> bool:
+        """Whether the model, which vmap can take, runs faster task by task, see `metamom.maml.loop_preferred`."""
+        if is_tracing():
+            return False
+        kind = is_training(model), points(x), tuple(own)
+        if kind not in self.preferred:
+            self.preferred[kind] = faster_in_a_loop(model, own, points(x))
+        return self.preferred[kind]
 
     def _by_features(
         self,
@@ -232,16 +246,16 @@ class RunByTask:
     def _over_tasks(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
         if is_tracing() and draws:
-            return _vmap(one_task, "different")(*rows)
+            return over_tasks(one_task, "different")(*rows)
         if not (draws and mode in self.draws):
             try:
-                return _vmap(one_task, "error")(*rows)
+                return over_tasks(one_task, "error")(*rows)
             except RuntimeError as error:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
         with DrawsByTask(count(rows.sets[-1])):
-            return _vmap(one_task, "different")(*rows)
+            return over_tasks(one_task, "different")(*rows)
 
     def _one_by_one(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
@@ -265,13 +279,13 @@ class RunByTask:
     @contextmanager
     def _functions(self, model: nn.Module, norm: Norm | None, tasks: int, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model is new, has called them before, or has modules that may call them."""
-        kind = model.training, norm, tasks, are_many()
+        kind = model.training, norm, tasks, are_many(), fast
         if not self.calls.get(kind, True):
             yield
             return
         with FunctionsByTask(fast=fast) as functions:
             yield
-        self.calls[kind] = self.calls.get(kind, False) or functions.seen or may_call_them(model)
+        self.calls[kind] = self.calls.get(kind, False) or functions.seen or may_call_them(model, loop=not fast)
 
     @contextmanager
     def _attributes(self, model: nn.Module) -> Iterator[None]:
@@ -359,8 +373,3 @@ def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, ten
             }
         )
     return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
-
-
-def _vmap(one_task: Callable[..., Tree], randomness: str) -> Callable[..., Tree]:
-    batched: Callable[..., Tree] = torch.func.vmap(one_task, randomness=randomness)
-    return batched

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metamom.compile.tracing import is_tracing
+from metamom.maml.batched import over_tasks
 from metamom.maml.draws import rewinder
 from metamom.maml.vmap_errors import VmapError
 
@@ -85,7 +86,7 @@ class Vectorization:
 
 def map_over_tasks(one_task: Callable[..., Any], loop: bool) -> Callable[..., Any]:
     """``one_task`` as a function of all tasks' arguments, by vmap or by `one_by_one`. It must not draw at random."""
-    return partial(one_by_one, one_task) if loop else torch.func.vmap(one_task)
+    return partial(one_by_one, one_task) if loop else over_tasks(one_task)
 
 
 def one_by_one(one_task: Callable[..., Any], *args: Any) -> Any:
@@ -98,19 +99,35 @@ def one_by_one(one_task: Callable[..., Any], *args: Any) -> Any:
     Raises:
         ValueError: if results of different tasks do not have the same structure and shapes.
     """
-    leaves, spec = pytree.tree_flatten(args)
-    of_tasks = zip(*(_rows(leaf) for leaf in leaves), strict=True)
-    results = [pytree.tree_flatten(one_task(*pytree.tree_unflatten(list(own), spec))) for own in of_tasks]
+    of_tasks = [_of_each_task(arg) for arg in args]
+    tasks = next(len(each) for each in of_tasks if each is not None)
+    own = zip(*([arg] * tasks if each is None else each for arg, each in zip(args, of_tasks, strict=True)), strict=True)
+    found = [one_task(*parts) for parts in own]
+    if all(isinstance(x, Tensor) for x in found) and len({x.shape for x in found}) == 1:
+        return _stack(tuple(found))
+    results = [pytree.tree_flatten(x) for x in found]
     structures = {str(structure) for _, structure in results}
-    shapes = {tuple(tuple(leaf.shape) for leaf in found) for found, _ in results}
+    shapes = {tuple(tuple(leaf.shape) for leaf in leaves) for leaves, _ in results}
     if len(structures) > 1 or len(shapes) > 1:
         raise ValueError(
             "every task must give results of one shape, since they are stacked; got "
             f"{', '.join(str([list(shape) for shape in each]) for each in sorted(shapes))}. Give all tasks the same "
             "number of points, and keep all of them in the model."
         )
-    stacked: list[Tensor] = [_stack(each) for each in zip(*(found for found, _ in results), strict=True)]
+    stacked: list[Tensor] = [_stack(each) for each in zip(*(leaves for leaves, _ in results), strict=True)]
     return pytree.tree_unflatten(stacked, results[0][1])
+
+
+def _of_each_task(tree: Any) -> Sequence[Any] | None:
+    """The parts of a tree that belong to each task; ``None`` for a tree without tensors."""
+    if isinstance(tree, Tensor):
+        return _rows(tree)
+    if not pytree.tree_leaves(tree):
+        return None
+    if type(tree) is dict and all(isinstance(x, Tensor) for x in tree.values()):  # quickly, for parameters
+        return [dict(zip(tree, parts, strict=True)) for parts in zip(*map(_rows, tree.values()), strict=True)]
+    leaves, form = pytree.tree_flatten(tree)
+    return [pytree.tree_unflatten(list(parts), form) for parts in zip(*map(_rows, leaves), strict=True)]
 
 
 def _rows(tensor: Tensor) -> Sequence[Tensor]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metamom.nets import kernels
 from metamom.nets.grouped import Grouped
-from metamom.nets.kernels.convolutions import Geometry
+from metamom.nets.kernels.convolutions import Geometry, convolve_backward
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -33,6 +34,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     return out
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether all groups are there as they are: outside `torch.func.vmap`, and not in a graph that is traced."""
+    traced = kernels.are_native(x) or torch._C._len_torch_dispatch_stack()
+    return not traced and not torch._C._are_functorch_transforms_active()
+
+
 class _Convolution(Grouped):
     """See `convolve`."""
 
@@ -48,8 +55,13 @@ class _Convolution(Grouped):
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        to_x = _ToImages.run(c, weight, ctx.geometry, *x.shape[2:4]) if ctx.needs_input_grad[0] else None
-        to_weight = _ToKernels.run(x, c, ctx.geometry, *weight.shape[3:]) if ctx.needs_input_grad[1] else None
+        to_x: Tensor | None
+        to_weight: Tensor | None
+        if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled() and _is_plain(x):
+            to_x, to_weight = convolve_backward(x.contiguous(), weight, c.contiguous(), ctx.geometry)
+        else:
+            to_x = _ToImages.run(c, weight, ctx.geometry, *x.shape[2:4]) if ctx.needs_input_grad[0] else None
+            to_weight = _ToKernels.run(x, c, ctx.geometry, *weight.shape[3:]) if ctx.needs_input_grad[1] else None
         to_bias = c.sum((1, 2, 3)) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias, None
 

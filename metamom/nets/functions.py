@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metamom.nets import cells
 from metamom.nets.convolution import convolve
 from metamom.nets.kernels.convolutions import Geometry
-from metamom.nets.linear import linear
+from metamom.nets.linear import bilinear, linear
 from metamom.nets.normalisation import Normalised, Pooling, normalise
 from metamom.nets.pooling import Averages, average
 from metamom.nets.rows import weight_norm
@@ -47,6 +47,7 @@ class FastFunctions:
         self._table: dict[Callable[..., Any], Callable[..., Any]] = {
             F.conv2d: self.conv2d,
             F.linear: self.linear,
+            F.bilinear: self.bilinear,
             F.batch_norm: self.batch_norm,
             F.instance_norm: self.instance_norm,
             F.group_norm: self.group_norm,
@@ -113,6 +114,13 @@ class FastFunctions:
             return F.linear(input, weight, bias)
         self.seen = True
         return found
+
+    def bilinear(self, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`torch.nn.functional.bilinear`."""
+        if not _suitable(input1, input2, weight):
+            return F.bilinear(input1, input2, weight, bias)
+        self.seen = True
+        return bilinear(input1, input2, weight, bias)
 
     def weight_norm(self, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
         """`torch._weight_norm`, of `torch.nn.utils.parametrizations.weight_norm`."""

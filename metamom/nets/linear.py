@@ -68,6 +68,25 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
     return out if input.dim() == 2 else out.reshape(*input.shape[:-1], weight.shape[0])
 
 
+def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same as `torch.nn.functional.bilinear`, which vmap computes task by task: ``a^T W_k b + bias_k``.
+
+    Args:
+        a: ``[..., in_a]`` of one task.
+        b: ``[..., in_b]``.
+        weight: ``[out, in_a, in_b]``.
+        bias: ``[out]``.
+    """
+    out, fan_a, fan_b = weight.shape
+    fits_together = a.shape[:-1] == b.shape[:-1] and (a.shape[-1], b.shape[-1]) == (fan_a, fan_b)
+    if not fits_together or a.dim() < 2 or a.dtype != b.dtype or a.dtype != weight.dtype:
+        return F.bilinear(a, b, weight, bias)  # or PyTorch's error
+    rows = a.flatten(0, -2) @ weight.transpose(0, 1).reshape(fan_a, out * fan_b)
+    found: Tensor = (rows.view(-1, out, fan_b) @ b.flatten(0, -2).unsqueeze(-1)).squeeze(-1)
+    found = found.reshape(*a.shape[:-1], out)
+    return found if bias is None else found + bias
+
+
 def _is_thin(input: Tensor, weight: Tensor) -> bool:
     """Whether the weight is kept as thin factors, or its gradient will be."""
     if not (functorch.is_batchedtensor(weight) and functorch.is_batchedtensor(input)):

@@ -97,6 +97,39 @@ def convolve_to_kernels(x: Tensor, c: Tensor, numbers: Sequence[int], kh: int, k
     )
 
 
+def convolve_backward(x: Tensor, weight: Tensor, c: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`convolve_to_images` and `convolve_to_kernels` in one call of PyTorch's derivative for each group.
+
+    Args:
+        x: images, ``[G, N, H, W, C]``.
+        weight: kernels, ``[G, K, C / groups, kh, kw]``.
+        c: the cotangent of the result, ``[G, N, H', W', K]``.
+        numbers: the geometry.
+    """
+    geometry = Geometry.of(numbers)
+    if geometry.patches_fit(c.shape[:2], c.shape[2:], weight):
+        kernel = weight.shape[3:]
+        return convolve_to_images(c, weight, numbers, *x.shape[2:4]), convolve_to_kernels(x, c, numbers, *kernel)
+    stride, padding, dilation, groups = geometry
+    found = [
+        torch.ops.aten.convolution_backward(
+            each.permute(0, 3, 1, 2),
+            images.permute(0, 3, 1, 2),
+            own,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [True, True, False],
+        )
+        for each, images, own in zip(c, x, weight, strict=True)
+    ]
+    return _stack([one[0] for one in found]), torch.stack([one[1].contiguous() for one in found])
+
+
 def _matrix(weight: Tensor) -> Tensor:
     """Kernels as the matrix that multiplies patches: ``[G, K, C, kh, kw]`` to ``[G, kh kw C, K]``."""
     return weight.permute(0, 3, 4, 2, 1).flatten(1, 3)

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 # Groups of at least so many entries are normalised one by one, with PyTorch's operator.
 LARGE = 2**14
+# The same for their derivatives, and the least entries of all groups for PyTorch's group normalisation.
+LARGE_BACKWARD, LARGE_OF_ALL = 2**16, 2**18
 
 
 def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,10 +43,22 @@ def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> t
         images = [one[0].permute(0, 2, 3, 1).contiguous() for one in each]
         z = torch.stack(images) if len(each) > 1 else images[0].unsqueeze(0)
         return z, torch.stack([one[1] for one in each]), torch.stack([one[2] for one in each])
+    if sets and y.numel() >= LARGE_OF_ALL and y.shape[1] == 1:
+        return _group_norm(y, gain, shift, eps, sets)
     rows = _rows(y)
     mean, rstd = moments(rows, eps, sets)
     scale = gain * rstd
     return torch.addcmul(_over(shift - mean * scale), rows, _over(scale)).view(y.shape), mean, rstd
+
+
+def _group_norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm` of groups of one image each, ``[G, 1, H, W, C]``, in two passes."""
+    G, _, H, W, C = y.shape
+    images = y.squeeze(1).permute(0, 3, 1, 2)
+    x, mean, rstd = torch.native_group_norm(images, None, None, G, C, H * W, sets, eps)
+    rows = x.permute(0, 2, 3, 1).reshape(G, H * W, C)
+    z = torch.addcmul(_over(shift), rows, _over(gain)).view(y.shape)
+    return z, mean.repeat_interleave(C // sets, 1), rstd.repeat_interleave(C // sets, 1)
 
 
 def activate(
@@ -106,6 +120,8 @@ def norm_backward(
     pooling, e is 0 except at the P ``places`` that it chose, so it is kept and summed as ``[G, P, C]``.
     Channels that share statistics share the means in P, in which each one's e counts times its gain.
     """
+    if not sets and places is None and y[0].numel() >= LARGE_BACKWARD and not torch.is_grad_enabled():
+        return _batch_norm_backward(_passed(dz, z, slope).view(y.shape), y, gain, mean, rstd)
     rows = _rows(y)
     M = rows.shape[1]
     e, there = _passed(dz, z, slope), _chosen(rows, y, places)
@@ -115,6 +131,20 @@ def norm_backward(
     on_y = _shared(-scale * rstd * dgain / M, sets)
     dy = torch.addcmul(_over(_shared(-scale * dshift / M, sets) - on_y * mean), rows, _over(on_y))
     return _add(dy, e, scale, y, places).view(y.shape), dgain, dshift
+
+
+def _batch_norm_backward(
+    e: Tensor, y: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm_backward` from the cotangent of ``gain x + shift``, group by group with PyTorch's operator."""
+    each = [
+        torch.ops.aten.native_batch_norm_backward(
+            c.permute(0, 3, 1, 2), own.permute(0, 3, 1, 2), g, None, None, m, r, True, 0.0, [True] * 3
+        )
+        for c, own, g, m, r in zip(e, y, gain, mean, rstd, strict=True)
+    ]
+    dy, dgain, dshift = (list(parts) for parts in zip(*each, strict=True))
+    return torch.stack([one.permute(0, 2, 3, 1) for one in dy]), torch.stack(dgain), torch.stack(dshift)
 
 
 def norm_double_backward(
