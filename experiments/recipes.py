@@ -30,16 +30,13 @@ from metamom.experiments.optimizers import (
     parse_arguments,
 )
 from metamom.experiments.options import RecipeOptions, options_of_some_families, task_defaults
+from metamom.experiments.recipe_checks import checked_federation, checked_momentum
 from metamom.experiments.schedules import (
     make_beta_schedulers,
     make_schedulers,
     over,
-    parse_beta_schedule,
-    with_power,
 )
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
-from metamom.maml.federation import check_estimator as check_local_estimator
-from metamom.maml.federation import check_local, check_tasks
 from metamom.maml.inner_optimizer import as_inner_optimizer, check_inner_optimizer
 from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
@@ -47,15 +44,13 @@ from metamom.maml.norm import check_norm
 from metamom.maml.proximal import as_proximal
 from metamom.optim import LambdaBeta
 from metamom.server.down import as_down_bias
-from metamom.server.part import normalised_weights
-from metamom.server.participation import Participation, check_participation
+from metamom.server.participation import Participation
 from metamom.server.robust import RobustMean
 from metamom.tasks import FixedTasks
 from metamom.tasks.checks import check_seed
 from metamom.tasks.family import TaskFamily
 from metamom.tasks.fixed import ORDERS
 from metamom.tasks.preprocessing import Preprocessing
-from metamom.theory import variant_powers
 from metamom.training.early_stopping import EarlyStopping
 from metamom.weights import load_weights
 
@@ -104,12 +99,16 @@ class Recipe(RecipeOptions):
         self.family.check(**self.own())
         check_seed(self.seed)
         RobustMean(self.aggregate, self.attack)  # checks them
-        self._check_federation()
+        self._become(checked_federation(self))
         self._check_fixed_tasks()
         self._check_learner()
         self._check_optimizer()
         self.operator()
         self.callbacks()
+
+    def _become(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def _check_family(self) -> None:
         """Refuse options that the family does not have."""
@@ -171,25 +170,6 @@ class Recipe(RecipeOptions):
         if self.learner_kind == "protomaml" and self.family.classes is None:
             raise ValueError(f"{self.family.title} have no classes, so no prototypes; got learner_kind='protomaml'.")
 
-    def _check_federation(self) -> None:
-        """Check the options of workers; those that change nothing become ``None``, as in earlier versions' runs."""
-        if self.participation is not None and check_participation(self.participation) == 1:
-            object.__setattr__(self, "participation", None)
-        normalised_weights(self.worker_weights, self.workers)
-        if self.local_steps is not None:
-            steps = check_whole("local_steps", self.local_steps, 1)
-            object.__setattr__(self, "local_steps", None if steps == 1 else steps)
-        if self.local_lr is not None and self.local_steps is None:
-            raise ValueError(
-                f"local_lr is the step size of local steps: pass local_steps > 1 (--local-steps); got {self.local_lr}."
-            )
-        if self.local_steps is not None:
-            check_local_estimator(self.estimator, self.local_steps)
-            check_local(self.local_steps, 1.0 if self.local_lr is None else self.local_lr)
-            check_tasks(self.meta_batch or self.workers, check_whole("workers", self.workers, 1), self.local_steps)
-        if as_down_bias(self.down_bias) is None:
-            object.__setattr__(self, "down_bias", None)
-
     def federation(self) -> dict[str, Any]:
         """The keywords of `metamom.train` for absent workers, weights, local steps and the message to the workers."""
         given: dict[str, Any] = {"worker_weights": self.worker_weights, "local_lr": self.local_lr}
@@ -204,31 +184,9 @@ class Recipe(RecipeOptions):
         """
         parse_arguments(self.optimizer, self.optimizer_args)
         object.__setattr__(self, "weight_decay", checked_weight_decay(self.optimizer, self.weight_decay))
-        if self.inner_lr_lr is not None:
-            if not 0 < self.inner_lr_lr < math.inf:
-                raise ValueError(f"inner_lr_lr is a step size and must be > 0 and finite; got {self.inner_lr_lr}.")
-            if self.learn_inner_lr is False:
-                raise ValueError(
-                    "inner_lr_lr is the outer step size of learned inner step sizes: choose which to learn, with "
-                    'learn_inner_lr="tensor" (--learn-inner-lr tensor), or leave it out.'
-                )
-        self._check_momentum()
+        self._become(checked_momentum(self))
         if self.warmup is not None:
             object.__setattr__(self, "warmup", check_whole("warmup", self.warmup, 0) or None)
-
-    def _check_momentum(self) -> None:
-        """Check the momentum's variant and schedules, and give power laws the variant's exponents."""
-        powers = None if self.variant is None else variant_powers(self.variant)
-        object.__setattr__(self, "schedule", with_power(self.schedule, powers and powers.step))
-        if self.beta_schedule is not None:
-            text = with_power(self.beta_schedule, powers and powers.weight)
-            constant = parse_beta_schedule(text).kind == "constant"
-            object.__setattr__(self, "beta_schedule", None if constant else text)
-        for name in ("variant", "beta_schedule"):
-            if self.optimizer != "momentum" and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} belongs to the optimizer momentum; got {getattr(self, name)!r} with {self.optimizer}."
-                )
 
     @property
     def family(self) -> Family:

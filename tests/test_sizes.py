@@ -14,7 +14,7 @@ LINES = {ast.FunctionDef: 60, ast.ClassDef: 250}  # without docstrings
 ARGUMENTS = 12
 # Their arguments and docstrings are the documentation of users. `train` has 24 keywords, callbacks and clip_grad among
 # them, since a run is one call: its options are one record inside, `metamom.training.options.Options`.
-PUBLIC = {"CompositeMomentum.__init__", "Configured.__init__", "ImageFolder.__init__", "train"}
+PUBLIC = {"CompositeMomentum.__init__", "Configured.__init__", "ImageFolder.__init__", "Training.backward", "train"}
 
 
 def definitions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:

@@ -22,7 +22,7 @@ from metamom.distributed import World
 from metamom.maml.federation import Federation
 from metamom.maml.gradient import MetaGradients, Plan
 from metamom.maml.hessian import check_has_hessian, hessian_products
-from metamom.maml.server_step import Backward
+from metamom.maml.server_step import Backward, Exchange
 from metamom.maml.task_weights import Params
 from metamom.optim import CompositeMomentum, extrapolated
 from metamom.optim.variants import at, gradient_change
@@ -42,7 +42,7 @@ class Following(NamedTuple):
         workers: n, over all processes.
         operator: the operator on the workers' gradients.
         world: the processes.
-        step: takes the server's step at the current weights, into ``.grad``, with ``changes=`` of the workers' momenta.
+        step: takes the server's step at the current weights, into ``.grad``; ``exchange=`` moves the workers' momenta.
     """
 
     gradients: MetaGradients
@@ -146,7 +146,8 @@ class Following(NamedTuple):
                 with at(own):
                     found = self.gradients.by_worker(self.weights, self.batch, len(mine), first)
                     earlier = torch.cat([each.gradients for each in found])
-        return self.step(changes=lambda rows: products if variant == "hessian" else rows - earlier)
+        changes = (lambda rows: products) if variant == "hessian" else (lambda rows: rows - earlier)
+        return self.step(exchange=Exchange(changes=changes))
 
     def _moved(self, previous: dict[Tensor, Tensor]) -> Params:
         return {name: (w - previous[w]).detach() for name, w in self.weights.items() if w in previous}

@@ -44,6 +44,22 @@ class Backward(NamedTuple):
     metrics: dict[str, float | int | None]
 
 
+class Exchange(NamedTuple):
+    """What a step does besides its usual way from the workers' gradients to ``.grad``.
+
+    Attributes:
+        take: gets the gradient, and the operator, instead of ``.grad``.
+        changes: of the momenta of this process's workers, ``[k, d]``, given their gradients ``[k, d]``; not with absent
+            workers or local steps.
+    """
+
+    take: Callable[[Params, BiasOperator | None], None] | None = None
+    changes: Callable[[Tensor], Tensor] | None = None
+
+
+USUAL = Exchange()
+
+
 def server_step(
     gradients: MetaGradients,
     weights: Params,
@@ -56,9 +72,8 @@ def server_step(
     measure: bool,
     check_finite: bool,
     accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
-    take: Callable[[Params, BiasOperator | None], None] | None = None,
     federation: Federation = ALL_PRESENT,
-    changes: Callable[[Tensor], Tensor] | None = None,
+    exchange: Exchange = USUAL,
 ) -> Backward:
     """Add ``1/n sum_i C(g_i)`` to the ``.grad`` of the weights; arguments as of `MAML.backward`.
 
@@ -66,10 +81,8 @@ def server_step(
         gradients: the workers' gradients.
         weights: the meta-parameters by name.
         accuracy: computes the tasks' accuracies from predictions ``[T, Q, ...]`` and targets.
-        take: gets that gradient, and the operator, instead of ``.grad``.
         federation: absent workers, their weights, and local steps; its message to the workers is the caller's.
-        changes: of the momenta of this process's workers, ``[k, d]``, given their gradients ``[k, d]``; without
-            ``federation``.
+        exchange: what takes the place of ``.grad``, and moves the workers' momenta.
     """
     sent = world.sent
     with world.together():
@@ -87,7 +100,7 @@ def server_step(
         here = Here.of(present, batch, workers, world)
         try:
             tasks = _to_server(
-                server, gradients, weights, batch, world.workers(workers), first, here, federation, changes
+                server, gradients, weights, batch, world.workers(workers), first, here, federation, exchange.changes
             )
         except NonFiniteError as error:
             if not check_finite:
@@ -106,8 +119,8 @@ def server_step(
     if not (norm is not None and math.isfinite(norm)) and finite and not all_finite(total):
         _refuse(gradients, weights, batch, own, losses, first, world, check_finite)
     gradient = unflatten(total, weights)
-    if take is not None:
-        take(gradient, server.operator)
+    if exchange.take is not None:
+        exchange.take(gradient, server.operator)
     else:
         for name, parameter in weights.items():
             deliver(parameter, gradient[name], server.operator, add=True)

@@ -23,7 +23,7 @@ from metamom.maml.following import Following, check_alone, check_momentum_kind
 from metamom.maml.gradient import OfTasks
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.modes import differentiable_batch, out_of_inference
-from metamom.maml.server_step import ALL_PRESENT, server_step
+from metamom.maml.server_step import ALL_PRESENT, Exchange, server_step
 from metamom.maml.server_step import Backward as Backward
 from metamom.maml.task_weights import Params
 from metamom.maml.training_loss import with_gradient
@@ -230,7 +230,7 @@ class Training(Adapting):
             world=None,
             measure=False,
             check_finite=check_finite,
-            take=lambda gradient, operator: taken.append((gradient, operator)),
+            exchange=Exchange(take=lambda gradient, operator: taken.append((gradient, operator))),
         )
         [(gradient, operator)] = taken
         return with_gradient(step.loss, gradient, weights, operator)
