@@ -143,9 +143,9 @@ def load_all() -> None:
 
 
 def single_spellings() -> list[Spelling]:
-    """The SPECs of single operators: ``none`` first, then by name."""
+    """The SPECs of single operators: ``none`` first, then those with an argument, then the others; each by name."""
     load_all()
-    return sorted(SPELLINGS.values(), key=lambda each: (each.name != "none", each.name))
+    return sorted(SPELLINGS.values(), key=lambda each: (each.name != "none", not each.argument, each.name))
 
 
 def operator_table() -> str:

@@ -63,6 +63,11 @@ def _literal(node: ast.expr) -> Any:
         return ast.unparse(node)
 
 
+def _place(each: _Record) -> tuple[bool, bool, str]:
+    """Where a single operator stands in the table."""
+    return each.words[0] != "none", not each.keywords.get("argument"), each.words[0]
+
+
 def _render(records: list[_Record]) -> str:
     """As `metamom.bias.spec.spec_help` has it."""
     options = {each.words[0]: each.words[1:] for each in records if each.called == "Option"}
@@ -72,7 +77,7 @@ def _render(records: list[_Record]) -> str:
 
     rows = []
     singles = [each for each in records if each.called == "spelled"]
-    for _, (name, meaning), more in sorted(singles, key=lambda each: (each.words[0] != "none", each.words[0])):
+    for _, (name, meaning), more in sorted(singles, key=_place):
         spelling = "  ".join(single_spellings(name, more.get("argument", ""), more.get("share", False)))
         rows.append((spelling, meaning, " ".join(map(option, more.get("options", ())))))
     for _, (sign, meaning), _more in [each for each in records if each.called == "spelled_between"]:

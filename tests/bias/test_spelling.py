@@ -145,10 +145,10 @@ def test_specs_are_short(operator, spec):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "unknown operator ''; wanted none, block8, clip:TAU, clip21:TAU, clip21-sgd2m:TAU,"),
+        ("", "unknown operator ''; wanted none, clip:TAU, clip21:TAU, clip21-sgd2m:TAU,"),
         ("none:1", "none has no option '1'"),
         ("TopK:3", "unknown operator 'TopK:3'"),
-        ("topq:3", "unknown operator 'topq:3'; did you mean topk? Wanted none, block8, clip:TAU"),
+        ("topq:3", "unknown operator 'topq:3'; did you mean topk? Wanted none, clip:TAU"),
         ("topk", "topk needs a number after a colon"),
         ("topk:", "topk needs a number after a colon"),
         ("topk:1.5", "'1.5' does not fit topk"),
