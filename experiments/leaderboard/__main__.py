@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from metamom.common.flag_types import folder
+from metamom.common.flag_types import folder, run_count
 from metamom.experiments.leaderboard.finishing import finish
 from metamom.experiments.leaderboard.report import report
 from metamom.experiments.leaderboard.suite import FULL, QUICK
@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Every method on every problem.", allow_abbrev=False)
     parser.add_argument("--out", type=folder, default=Path("runs/leaderboard"), help="where to write the results")
     parser.add_argument("--quick", action="store_true", help="few step sizes, seeds and steps, in a minute or two")
-    parser.add_argument("--seeds", type=int, help="how many seeds measure, 2 or more")
+    parser.add_argument("--seeds", type=run_count, help="how many seeds measure, 2 or more")
     parser.add_argument("--resume", action="store_true", help="keep the finished cells of --out")
-    parser.add_argument("--processes", type=int, default=1, help="how many processes share the cells")
+    parser.add_argument("--processes", type=run_count, default=1, help="how many processes share the cells")
     parser.add_argument("--report-only", action="store_true", help="write the tables of what is finished")
     given = parser.parse_args(arguments)
     plan = QUICK if given.quick else FULL
