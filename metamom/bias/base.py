@@ -103,6 +103,11 @@ class BiasOperator(Value, Codec, Contraction, Stateful):
         return bool(self.names)
 
     @property
+    def kept_names(self) -> tuple[str, ...]:
+        """The names of all tensors ``[d]`` that each worker keeps, those of an operator inside included."""
+        return self.names
+
+    @property
     def keeps_start(self) -> bool:
         """Whether what each worker keeps is no error feedback, but where its next search starts (PowerSGD)."""
         return False

@@ -126,6 +126,11 @@ class ErrorFeedback(BiasOperator):
         super().store(state)
         self._workers = stored_workers(self._workers, state.workers)
 
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """See `BiasOperator.kept_names`: the feedback's, and its operator's."""
+        return (*self.names, *self.operator.kept_names)
+
     def _apply(self, rows: Tensor, at: Coordinates) -> Tensor:
         raise AssertionError("transitions go around the operator, which applies itself")
 
@@ -186,7 +191,7 @@ class ErrorFeedback(BiasOperator):
             )
         if not isinstance(state["workers"], dict) or not isinstance(state["operator"], dict):
             raise ValueError(f"{self.spec} keeps a dict of workers and one of its operator; got {state!r:.80}.")
-        check_workers(self.spec, state["workers"], (*self.names, *self.operator.names))
+        check_workers(self.spec, state["workers"], self.kept_names)
         self.operator.load_state_dict(state["operator"])
         self._workers = stored_workers({}, state["workers"])
 

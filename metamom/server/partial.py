@@ -70,7 +70,7 @@ class PartialStep(PendingStep):
 
     def commit(self) -> None:
         """See `PendingStep.commit`. Workers that were never present keep zeros, as before their first gradient."""
-        names, state = self.operator.names, self._state
+        names, state = self.operator.kept_names, self._state
         if names:
             new = [worker for worker in self._mine if worker not in state.workers]
             kept = {worker: dict.fromkeys(names, self._zero) for worker in new}

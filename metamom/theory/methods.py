@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
+from metamom.common.choices import VARIANTS, Variant
 from metamom.common.did_you_mean import did_you_mean
 from metamom.theory import checks
+from metamom.theory.agnostic import variant_powers
 from metamom.theory.averages import averaged_limit
 from metamom.theory.differences import dasha_step, diana_alpha, diana_step, marina_step
 from metamom.theory.double_momentum import ef21_sgd2m_step
-from metamom.theory.feedback import ef14_step, ef21_step
+from metamom.theory.federated import ef21_p_step, ef21_pp_step
+from metamom.theory.feedback import ef14_step
 from metamom.theory.feedback_momentum import ef21_sgdm_step
 
 
@@ -21,7 +25,8 @@ class Method:
 
     Args:
         name: ``"ef14"``, ``"ef21"``, ``"ef21-sgdm"``, ``"ef21-sgd2m"``, ``"clip21-sgd2m"``, ``"diana"``, ``"marina"``
-            or ``"dasha"``.
+            or ``"dasha"``; ``"ef21-p"`` for a compressed message to the workers (``down_bias``); or the ``variant`` of
+            a normalised momentum, ``"heavy-ball"``, ``"igt"``, ``"storm"`` or ``"hessian"``, which has no step limit.
         alpha_c: contraction of the operator, in (0, 1] (``operator.contraction(d)``).
         omega: variance of an unbiased operator, >= 0 (``operator.constants(d).M``).
         eta: weight of a new gradient in the workers' averages, in (0, 1].
@@ -30,6 +35,7 @@ class Method:
         p: probability of MARINA's whole gradients, in (0, 1].
         L_tilde: root mean square smoothness of the workers' functions; L by default, which is right for equal ones.
         workers: n.
+        participation: the share of workers that are present in each step, in (0, 1]; below 1 for EF21 only (EF21-PP).
 
     Raises:
         ValueError: when used, for an unknown name, a number that is missing, or one out of its range.
@@ -44,6 +50,7 @@ class Method:
     p: float | None = None
     L_tilde: float | None = None
     workers: int = 1
+    participation: float = 1.0
 
     def number(self, name: str) -> float:
         """One of the numbers.
@@ -66,6 +73,19 @@ class Known(NamedTuple):
 
 
 OURS = "docs/theory/operators.md"
+
+
+def _follows(variant: Variant) -> Known:
+    """What is known of EF21 with one of the momenta that follow the weights, and steps of one length."""
+    weight, step, rate = variant_powers(variant)
+    return Known(
+        lambda m, L, L_tilde: inf,
+        f"no floor of compression or noise with weights t^(-{weight}) and normalised steps of length "
+        f"gamma t^(-{step}), with which the mean gradient norm falls as t^(-{rate})",
+        "Sadiev et al., arXiv 2511.14501",
+    )
+
+
 KNOWN: dict[str, Known] = {
     "ef14": Known(
         lambda m, L, L_tilde: ef14_step(m.number("alpha_c"), L),
@@ -73,7 +93,7 @@ KNOWN: dict[str, Known] = {
         f"{OURS}; the method: Seide et al. (2014)",
     ),
     "ef21": Known(
-        lambda m, L, L_tilde: ef21_step(m.number("alpha_c"), L, L_tilde),
+        lambda m, L, L_tilde: ef21_pp_step(m.number("alpha_c"), m.participation, L, L_tilde),
         "no floor of compression with exact gradients, however much the workers differ",
         "Richtárik, Sokolov, Fatkhullin (2021)",
     ),
@@ -108,6 +128,12 @@ KNOWN: dict[str, Known] = {
         "no floor of compression with exact gradients",
         f"{OURS}; the method: Tyurin, Richtárik (2023)",
     ),
+    "ef21-p": Known(
+        lambda m, L, L_tilde: ef21_p_step(m.number("alpha_c"), L),
+        "no floor of compression with exact gradients, if the messages to the server are whole",
+        f"{OURS}; the method: Gruntkowska, Tyurin, Richtárik (2022)",
+    ),
+    **{variant: _follows(variant) for variant in VARIANTS},
 }
 
 
@@ -131,15 +157,27 @@ def method_step(which: Method, L: float) -> float:
         which: the method's name and numbers.
         L: smoothness of f, > 0.
 
+    Returns:
+        gamma; infinity for normalised steps.
+
     Raises:
         ValueError: for an unknown name, a number that is missing, or one out of its range.
 
     Example:
         >>> round(method_step(Method("ef21", alpha_c=0.25, L_tilde=1.5), L=1.0), 9)
         0.093491562
+        >>> round(method_step(Method("ef21", alpha_c=0.5, L_tilde=1.5, participation=0.5), L=1.0), 9)
+        0.093491562
     """
     checks.positive(L=L)
-    return known(which).step(which, L, L if which.L_tilde is None else which.L_tilde)
+    of = known(which)
+    checks.weight(participation=which.participation)
+    if which.participation < 1 and which.name != "ef21":
+        raise ValueError(
+            f"the theory knows absent workers with ef21 only; got {which.name} with participation="
+            f"{which.participation!r}. Use participation=1."
+        )
+    return of.step(which, L, L if which.L_tilde is None else which.L_tilde)
 
 
 def _alpha(method: Method) -> float:

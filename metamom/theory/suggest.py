@@ -62,7 +62,8 @@ def suggest_step(
         gamma, the ``lr`` of `CompositeMomentum`.
 
     Raises:
-        ValueError: for a number out of its range, only one of delta0 and K, or a method with ``beta`` below 1.
+        ValueError: for a number out of its range, only one of delta0 and K, a method with ``beta`` below 1, or one
+            without a limit.
 
     Example:
         >>> round(suggest_step(L=1.0, beta=0.1), 6)
@@ -80,7 +81,13 @@ def suggest_step(
                 f"the limit of {method.name} is that of plain steps on the server, beta=1; got beta={beta!r}. Momentum "
                 "on the server is not covered."
             )
-        return method_step(method, L)
+        limit = method_step(method, L)
+        if isinf(limit):
+            raise ValueError(
+                f"{method.name} with normalised steps has no largest step size, so there is none to suggest: any gamma "
+                "> 0 converges with the schedules variant_weight and variant_step."
+            )
+        return limit
     if (delta0 is None) != (K is None):
         raise ValueError("the best step for a run needs both delta0 and K; got one of them. Pass both, or neither.")
     if delta0 is not None and K is not None:
@@ -146,6 +153,8 @@ def explain(
 def _method(method: Method, L: float, gamma: float) -> str:
     """What a method would change."""
     limit, of = method_step(method, L), known(method)
+    if isinf(limit):
+        return f"With {method.name}: {of.floor}; no gamma is too large ({of.source})."
     fits = "is within it" if gamma <= limit else "is beyond it"
     return (
         f"With {method.name}: {of.floor}; its largest gamma, with plain steps on the server, is {limit:.3g}, and "

@@ -11,7 +11,7 @@ import torch
 from test_pending_state import on_processes
 from torch import Tensor
 
-from metamom.bias import DASHA, DIANA, EF21, MARINA, BiasOperator, Clip, TopK, parse
+from metamom.bias import DASHA, DIANA, EF21, MARINA, BiasOperator, Clip, Layout, TopK, parse
 from metamom.distributed import World
 from metamom.server.aggregate import Aggregation, aggregate
 from metamom.server.part import normalised_weights
@@ -164,6 +164,22 @@ def test_the_state_goes_on_from_a_checkpoint():
 
     for found in on_processes(2, run):
         torch.testing.assert_close(torch.stack(found), torch.stack(wanted), rtol=1e-12, atol=1e-12)
+
+
+def test_workers_that_were_never_present_keep_the_start_of_the_operator_inside():
+    """Else the state of PowerSGD inside error feedback would not load."""
+    layout = Layout([(2, 3)])
+
+    def step(made: BiasOperator, rows: Tensor, here: Sequence[int]) -> Tensor:
+        server = Aggregation(N, made, present=here, sizes=layout)
+        server.add(rows[list(here)], here)
+        return server.finish()[0]
+
+    first = parse("ef21-sgdm(0.5):powersgd:1")
+    step(first, ROWS[0], PRESENT[0])
+    resumed = parse("ef21-sgdm(0.5):powersgd:1")
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert torch.equal(step(resumed, ROWS[1], (0, 1)), step(first, ROWS[1], (0, 1)))
 
 
 def test_draws():

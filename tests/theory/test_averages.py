@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from metamom import theory
 from metamom.bias.spec import parse
+from metamom.common.choices import VARIANTS
 from metamom.theory.methods import KNOWN, Method, method_step
 
 F64 = torch.float64
@@ -142,7 +143,7 @@ def test_no_run_of_ef21_sgd2m_exceeds_its_bound(eta, k):
 NUMBERS = {"alpha_c": 0.25, "omega": 3.0, "eta": 0.2, "server": 0.5, "p": 0.25, "L_tilde": 1.5, "workers": 4}
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [name for name in KNOWN if name not in VARIANTS])
 def test_every_method_has_a_step_and_a_floor(name):
     limit = theory.suggest_step(1.0, 1.0, method=Method(name, **NUMBERS))
     assert 0 < limit < inf
@@ -153,7 +154,29 @@ def test_every_method_has_a_step_and_a_floor(name):
     assert KNOWN[name].source in said
     words = {"ef21-sgdm": "(0.2)", "ef21-sgd2m": "(0.2)", "diana": "(0.2)", "marina": "(0.2)", "dasha": "(0.2)"}
     spec = "clip21-sgd2m:1" if name == "clip21-sgd2m" else f"{name}{words.get(name, '')}:topk:1"
-    assert parse(spec).spec.startswith(name)  # the names are those of operators
+    if name != "ef21-p":  # the operator of ef21-p is that of down_bias, without a SPEC of its own
+        assert parse(spec).spec.startswith(name)  # the names are those of operators
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_have_schedules_instead_of_a_step(name):
+    powers = theory.variant_powers(name)
+    assert method_step(Method(name), 1.0) == inf
+    said = theory.explain(1.0, 1.0, 0.1, 1.0, 1000, 0.2, 0.1, method=Method(name)).text
+    assert f"weights t^(-{powers.weight}) and normalised steps of length gamma t^(-{powers.step})" in said
+    assert f"falls as t^(-{powers.rate}); no gamma is too large" in said
+    with pytest.raises(ValueError, match=f"{name} with normalised steps has no largest step size"):
+        theory.suggest_step(1.0, 1.0, method=Method(name))
+
+
+def test_absent_workers_and_compressed_messages_down():
+    absent = Method("ef21", alpha_c=0.5, participation=0.5)
+    assert theory.suggest_step(2.0, 1.0, method=absent) == theory.ef21_pp_step(0.5, 0.5, 2.0, 2.0)
+    assert theory.suggest_step(2.0, 1.0, method=Method("ef21-p", alpha_c=0.75)) == theory.ef21_p_step(0.75, 2.0) == 0.25
+    with pytest.raises(ValueError, match=r"absent workers with ef21 only; got ef14 with participation=0\.5"):
+        method_step(Method("ef14", alpha_c=0.5, participation=0.5), 1.0)
+    with pytest.raises(ValueError, match="participation"):
+        method_step(Method("ef21", alpha_c=0.5, participation=1.5), 1.0)
 
 
 def test_method_steps_are_those_of_their_functions():
