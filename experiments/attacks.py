@@ -119,7 +119,9 @@ def report(entries: Sequence[Entry]) -> str:
 
 def main() -> None:
     """Write the report."""
-    parser = argparse.ArgumentParser(description="Robust means under attack.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.attacks", description="Robust means under attack.", allow_abbrev=False
+    )
     parser.add_argument("--run-dir", type=folder, default=Path("runs/attacks"), help="where to write the report")
     parser.add_argument("--seeds", type=task_count, default=3, help="runs of each (default: 3)")
     arguments = parser.parse_args()

@@ -18,7 +18,11 @@ from metamom.experiments.decentral.report import report
 
 def main() -> None:
     """Run, write and print."""
-    parser = argparse.ArgumentParser(description="Floors of momentum without a server.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.decentral",
+        description="Floors of momentum without a server.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--run-dir", type=folder, default=Path("runs/decentral"), help="where to write the report")
     print(report(DecentralFloors(), parser.parse_args().run_dir).read_text(encoding="utf-8"))
 

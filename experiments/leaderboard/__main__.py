@@ -24,7 +24,11 @@ from metamom.experiments.shared.processes import run_in_processes
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, write and print."""
-    parser = argparse.ArgumentParser(description="Every method on every problem.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.leaderboard",
+        description="Every method on every problem.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", type=folder, default=Path("runs/leaderboard"), help="where to write the results")
     parser.add_argument("--quick", action="store_true", help="few step sizes, seeds and steps, in a minute or two")
     parser.add_argument("--seeds", type=run_count, help="how many seeds measure, 2 or more")

@@ -209,7 +209,7 @@ def test_specs_are_short(operator, spec):
         ("clip21-sgd2m:1:noise=-1", "noise >= 0 and finite; got -1.0"),
         ("natural:scaled", "natural has no option 'scaled'; it has :nearest :seed=N"),
         ("powersgd:0", "PowerSGD's rank must be >= 1; got 0"),
-        ("clip:1+powersgd:2", "got PowerSGD(rank=2). Take it with fresh=True, to keep nothing."),
+        ("clip:1+powersgd:2", "got PowerSGD(rank=2). Take it with fresh=True, to keep nothing: powersgd:2:fresh."),
         ("terngrad:clip=0", "TernGrad needs clip > 0 and finite, or None not to clip; got 0.0"),
         ("block8:block=0", "whole number of entries in a block, block >= 1; got 0"),
         ("noise:0", "standard deviation sigma > 0 and finite; got 0.0"),
