@@ -61,7 +61,7 @@ class Uses:
         """
         names = [name for name in missing if name in weights and name not in self._unused]
         loss = _drawing_alike(loss)
-        used = changes(loss, weights, _without_gradient(loss, weights, names))
+        used = changes(loss, weights, _without_gradient(loss, weights, names)) if names else []
         if used:
             raise cut_off(used)
         self._unused.update(missing)

@@ -86,3 +86,20 @@ def test_state_dict_restores_learned_step_sizes():
     other = MAML(randomised(mlp(), seed=9), loss_fn, inner_lr=1.0, learn_inner_lr=True)
     other.load_state_dict(learner.state_dict())
     assert_close(other.meta_gradient(batch).grads, learner.meta_gradient(batch).grads, 1e-15)
+
+
+@pytest.mark.parametrize("kind", ["tensor-step", "tensor", "entry"])
+def test_step_sizes_of_unused_parameters_have_a_gradient_of_zero(kind):
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model, batch = randomised(Half()), regression_batch()
+    grads, _ = MAML(model, F.mse_loss, inner_lr=0.1, inner_steps=2, learn_inner_lr=kind).meta_gradient(batch)
+    alone = MAML(model.used, F.mse_loss, inner_lr=0.1, inner_steps=2, learn_inner_lr=kind).meta_gradient(batch).grads
+    assert torch.equal(grads["inner_lr.used.weight"], alone["inner_lr.weight"])
+    assert all(not grads[name].any() for name in grads if "idle" in name)
