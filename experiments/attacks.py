@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--run-dir", type=folder, default=Path("runs/attacks"), help="where to write the report")
     parser.add_argument("--seeds", type=task_count, default=3, help="runs of each (default: 3)")
     arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error(f"--seeds needs 2 or more, for an interval; got {arguments.seeds}.")
     entries = measured(arguments.seeds)
     text = report(entries)
     arguments.run_dir.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--processes needs 1 or more; got {given.processes}.")
     if (given.out / "cells").exists() and not (given.resume or given.report_only):
         parser.error(f"{given.out} holds a leaderboard: pass --resume to go on with it, or another --out.")
+    if given.report_only and not (given.out / "cells").exists():
+        parser.error(f"{given.out} holds no leaderboard yet: run without --report-only first, or pass another --out.")
     torch.set_num_threads(1)  # small tensors; processes are faster than threads
     if given.report_only:
         pass

@@ -100,8 +100,8 @@ def inner_operator(operator: BiasOperator | str, wanted: str, *, starts: bool = 
     """
     made = as_operator(operator) if isinstance(operator, str) else operator
     if not isinstance(made, BiasOperator) or (made.feeds_back and not (starts and made.keeps_start)):
-        keeps = isinstance(made, BiasOperator) and made.keeps_start
-        instead = f" Take it with fresh=True, to keep nothing: {made.spec}:fresh." if keeps else ""
+        start = made if isinstance(made, BiasOperator) and made.keeps_start else None
+        instead = f" Take it with fresh=True, to keep nothing: {start.spec}:fresh." if start is not None else ""
         raise TypeError(f"{wanted}; got {operator!r}.{instead}")
     return made
 

@@ -39,3 +39,10 @@ def test_the_tables():
     assert "**SGD**" in text
     assert "| aggregate | honest | sign-flip:2 |" in text
     assert text.count("| 0.5 ± 0.01 ") == len(entries)
+
+
+def test_one_seed_has_no_interval(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["attacks", "--seeds", "1"])
+    with pytest.raises(SystemExit):
+        attacks.main()
+    assert "--seeds needs 2 or more, for an interval; got 1." in capsys.readouterr().err

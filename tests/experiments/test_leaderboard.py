@@ -267,3 +267,9 @@ def test_numbers_are_rounded_by_their_intervals():
     assert report.number(0.3421, 0.031) == "0.34 ± 0.03"
     assert report.number(34.21, 2.1) == "34 ± 2"
     assert report.number(7.0, 0.0) == "7"
+
+
+def test_a_report_needs_finished_cells(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--report-only", "--out", str(tmp_path / "none")])
+    assert "holds no leaderboard yet: run without --report-only first" in capsys.readouterr().err
