@@ -41,14 +41,14 @@ class DrawingFunctions(TorchFunctionMode):
 
     def __enter__(self) -> DrawingFunctions:
         if self.everywhere:
-            self.draws.__enter__()
-        super().__enter__()
+            self.draws.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self.everywhere:
-            self.draws.__exit__(*error)
+            self.draws.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
@@ -178,5 +178,5 @@ def _operator_draws(name: str) -> bool:
         torch.Tag.nondeterministic_seeded in getattr(operator, overload).tags
         for operator in operators
         if isinstance(operator, torch._ops.OpOverloadPacket)
-        for overload in operator.overloads()
+        for overload in operator.overloads()  # type: ignore[no-untyped-call]
     )
