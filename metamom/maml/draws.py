@@ -7,14 +7,18 @@ task's number in the batch, and the number of the operation, so chunks and proce
 In a loop over the tasks, a task's random operations draw the same numbers as under vmap.
 
 A compiled meta-gradient contains its random operations and draws as ``vmap`` does.
+
+A mode that sees every operation takes longer than a small network. Once the functions that draw are known to be the
+only source of a model's draws (`metamom.maml.drawing_functions`), the mode is on only while one of them runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,18 +125,27 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.singles = 0  # that run on one task each, in task order
         self.seeded: dict[int, tuple[torch.Generator, Tensor]] = {}  # seeded in this call, with states before a draw
         self.only: int | None = None  # the task that runs, in a loop
+        self.inside = False  # a function that draws is running
+        self.elsewhere = False  # an operation has drawn outside of such functions
         step.calls += 1
         step.seed()
         self.untouched = torch.default_generator.get_state()
 
-    def each(self, one_task: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function that is called for each task in turn, without vmap. It draws as it would under vmap."""
+    def each(
+        self, one_task: Callable[..., Any], mode: Callable[[], AbstractContextManager[Any]] | None = None
+    ) -> Callable[..., Any]:
+        """Wrap a function that is called for each task in turn, without vmap. It draws as it would under vmap.
+
+        Args:
+            one_task: the function.
+            mode: makes the context of a call; ``None`` for this mode, which sees every operation.
+        """
         tasks = iter(range(self.tasks))
 
         def drawing(*args: Any) -> Any:
             self.only, self.operations, self.seeded = next(tasks), 0, {}
             self.untouched = torch.default_generator.get_state()
-            with self:
+            with self if mode is None else mode():
                 return one_task(*args)
 
         return drawing
@@ -143,6 +156,17 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
+        self.elsewhere = self.elsewhere or not self.inside
+        return self.call_operator(func, args, kwargs)
+
+    def call_operator(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call an operator that draws, task by task.
+
+        Args:
+            func: the overload.
+            args: its arguments, outside of vmap: with all tasks in the first dimension, or of one in a loop.
+            kwargs: its keyword arguments.
+        """
         generator = self._generator(kwargs.get("generator"))
         if self.only is not None:
             self.operations += 1
@@ -203,7 +227,7 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return given
 
     def _draw(
-        self, func: Any, args: Any, kwargs: dict[str, Any], task: int, what: str, generator: torch.Generator | None
+        self, func: Any, args: Any, kwargs: Mapping[str, Any], task: int, what: str, generator: torch.Generator | None
     ) -> Any:
         if generator is not None:  # it goes through the same states for each task
             if self.only is not None:
@@ -228,6 +252,7 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
 
 
+@cache
 def _with_generator(func: Any) -> Any:
     """The operation or its overload that takes a generator; ``None`` if there is none."""
     if any(argument.name == "generator" for argument in func._schema.arguments):

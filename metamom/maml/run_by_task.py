@@ -6,7 +6,7 @@ Legend: T tasks, N points of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
 from metamom.maml.batched import over_tasks
+from metamom.maml.drawing_functions import drawn_by_task
 from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_states, rewinder
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
@@ -88,6 +89,8 @@ class RunByTask:
 
     Attributes:
         draws: the modes (values of ``model.training``) in which the model draws at random.
+        draws_elsewhere: whether it draws outside of the functions of PyTorch that may draw, by mode and whether it runs
+            task by task, see `metamom.maml.drawing_functions`.
         calls: whether the model calls such functions, by mode, by what its normalisations use, and by the number of
             tasks (for small numbers PyTorch's own functions may be faster), whether more are to follow, and whether it
             runs under vmap.
@@ -100,6 +103,7 @@ class RunByTask:
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
+        self.draws_elsewhere: dict[tuple[bool, bool], bool] = {}
         self.calls: dict[tuple[bool, Norm | None, int, bool, bool], bool] = {}
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
@@ -254,8 +258,12 @@ class RunByTask:
                 if not draws or "randomness" not in str(error):
                     raise
             self.draws.add(mode)
-        with DrawsByTask(count(rows.sets[-1])):
-            return over_tasks(one_task, "different")(*rows)
+
+        def run(draws: DrawsByTask, on: Callable[[], AbstractContextManager[Any]]) -> Tree:
+            with on():
+                return over_tasks(one_task, "different")(*rows)
+
+        return self._drawing(run, rows, mode, loop=False)
 
     def _one_by_one(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Call ``one_task`` for each task in turn. Its random draws depend on the task's number."""
@@ -274,7 +282,15 @@ class RunByTask:
                     raise
             rewind()
             self.draws.add(mode)
-        return one_by_one(DrawsByTask(count(rows.sets[-1])).each(one_task), *rows)
+        return self._drawing(lambda draws, on: one_by_one(draws.each(one_task, on), *rows), rows, mode, loop=True)
+
+    def _drawing(self, run: Callable[..., Tree], rows: Rows, mode: bool, *, loop: bool) -> Tree:
+        """Run a model that draws. Look at every operation until all draws are known to be in functions that draw."""
+        kind = mode, loop
+        everywhere = self.draws_elsewhere.get(kind, True)
+        found, elsewhere = drawn_by_task(run, count(rows.sets[-1]), device_of(rows.sets), everywhere=everywhere)
+        self.draws_elsewhere[kind] = self.draws_elsewhere.get(kind, False) or elsewhere
+        return found
 
     @contextmanager
     def _functions(self, model: nn.Module, norm: Norm | None, tasks: int, *, fast: bool) -> Iterator[None]:

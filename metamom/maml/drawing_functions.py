@@ -1,0 +1,182 @@
+"""Functions that may draw at random, and a mode that separates only their operations by task.
+
+`metamom.maml.draws.DrawsByTask` gives each task its own draws. It sees every operation of a model, most of which draw
+nothing. `DrawingFunctions` sees the calls of functions instead, and turns that mode on for those that may draw. The
+draws are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from metamom.maml.draws import DrawsByTask, generator_states
+
+Result = TypeVar("Result")
+# methods of descriptors read attributes
+_BUILTIN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+
+
+class DrawingFunctions(TorchFunctionMode):
+    """Turns on a mode while functions that may draw are called.
+
+    Args:
+        draws: the mode.
+        everywhere: whether it is on for all other operations too. Its ``elsewhere`` says afterwards whether one of
+            them has drawn.
+    """
+
+    def __init__(self, draws: DrawsByTask, *, everywhere: bool) -> None:
+        super().__init__()
+        self.draws, self.everywhere = draws, everywhere
+
+    def __enter__(self) -> DrawingFunctions:
+        if self.everywhere:
+            self.draws.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self.everywhere:
+            self.draws.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if not may_draw(func):
+            return func(*args, **(kwargs or {}))
+        before, self.draws.inside = self.draws.inside, True
+        try:
+            if self.everywhere or before:
+                return func(*args, **(kwargs or {}))
+            dropped = dropout(self.draws, *args, **(kwargs or {})) if func is F.dropout else None
+            if dropped is not None:
+                return dropped
+            with self.draws:
+                return func(*args, **(kwargs or {}))
+        finally:
+            self.draws.inside = before
+
+
+def dropout(
+    draws: DrawsByTask, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor | None:
+    """`torch.nn.functional.dropout`, with the operations of PyTorch, and without a mode that sees each of them.
+
+    Returns:
+        The output; ``None`` for a call that PyTorch must make.
+    """
+    if not training or inplace or not 0 < p < 1 or input.numel() == 0 or not input.is_floating_point():
+        return None
+    if draws.only is not None:
+        return None if functorch.is_functorch_wrapped_tensor(input) else input * _noise(draws, input, p)
+    transform = retrieve_current_functorch_interpreter() if torch._C._are_functorch_transforms_active() else None
+    if not isinstance(transform, VmapInterpreter) or functorch.maybe_get_level(input) != transform.level():
+        return None
+    value, dim = functorch._unwrap_batched(input, transform.level())
+    nested = functorch.is_functorch_wrapped_tensor(value)
+    if nested or dim != 0 or not value.is_contiguous() or value.shape[0] != draws.tasks:
+        return None  # draws depend on the layout
+    with transform.lower():
+        noise = _noise(draws, value, p)
+    return input * functorch._add_batch_dim(noise, 0, transform.level())
+
+
+def _noise(draws: DrawsByTask, input: Tensor, p: float) -> Tensor:
+    noise = torch.empty_like(input)
+    draws.call_operator(torch.ops.aten.bernoulli_.float, (noise, 1 - p), {})
+    return noise.div_(1 - p)
+
+
+def drawn_by_task(
+    run: Callable[[DrawsByTask, Callable[[], DrawingFunctions]], Result],
+    tasks: int,
+    device: torch.device,
+    *,
+    everywhere: bool,
+) -> tuple[Result, bool]:
+    """Run a model that draws at random, so that each task has its own draws.
+
+    Args:
+        run: runs it, from the mode that draws and a function that makes the context in which to run the model.
+        tasks: T, the number of tasks.
+        device: where the model runs.
+        everywhere: whether to look at every operation. If not, and the generators have moved although no function
+            that draws should have moved them, the model is run once more, looking at every operation.
+
+    Returns:
+        What ``run`` returns, and whether the model draws outside of the functions that may draw.
+    """
+    draws = DrawsByTask(tasks)
+    step, before = draws.step, generator_states(device)
+
+    def context() -> DrawingFunctions:
+        return DrawingFunctions(draws, everywhere=everywhere)
+
+    found = run(draws, context)
+    if everywhere or _same(before, generator_states(device)):
+        return found, draws.elsewhere
+    torch.set_rng_state(before[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(before[1], device)
+    step.calls -= 1
+    return drawn_by_task(run, tasks, device, everywhere=True)[0], True
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@cache
+def may_draw(func: Callable[..., Any]) -> bool:
+    """Whether a function of PyTorch may draw at random.
+
+    It may if its operator is tagged so, or its Python code names one that is. Unknown kinds of functions may.
+
+    Example:
+        >>> may_draw(F.dropout), may_draw(torch.rand), may_draw(torch.Tensor.normal_), may_draw(F.gumbel_softmax)
+        (True, True, True, True)
+        >>> may_draw(F.relu), may_draw(F.linear), may_draw(torch.Tensor.add), may_draw(F.layer_norm)
+        (False, False, False, False)
+    """
+    if isinstance(func, FunctionType) and func.__module__ == F.__name__:
+        return any(map(_operator_draws, _named(func)))
+    return _operator_draws(func.__name__) if isinstance(func, _BUILTIN) else True
+
+
+def _named(func: FunctionType) -> set[str]:
+    """All names in the code of a function of `torch.nn.functional`, and of those functions there that it names."""
+    names: set[str] = set()
+    todo = [func]
+    while todo:
+        new = set(todo.pop().__code__.co_names) - names
+        names |= new
+        inner = [getattr(F, name, None) for name in new]
+        todo += [each for each in inner if isinstance(each, FunctionType) and each.__module__ == F.__name__]
+    return names
+
+
+@cache
+def _operator_draws(name: str) -> bool:
+    """Whether an operator of this name draws, or one that works in place."""
+    operators = [getattr(torch.ops.aten, each, None) for each in {name, name.removesuffix("_"), name + "_"}]
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(operator, overload).tags
+        for operator in operators
+        if isinstance(operator, torch._ops.OpOverloadPacket)
+        for overload in operator.overloads()  # type: ignore[no-untyped-call]
+    )
