@@ -18,6 +18,7 @@ OPTIMIZER_NAMES = {"adam": "Adam", "sgd": "plain meta-SGD", "composite": "moment
 STATISTICS = {"batch": "transductive", "support": "inductive"}
 SHOTS = (5, 10)  # the panels of the sinusoid figure
 SHOWN_STEPS = (0, 1, 5, 10)  # of the sinusoid table
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)  # of the sinusoid figure
 
 
 def title(outcome: Outcome) -> str:
@@ -166,7 +167,9 @@ def sinusoid_figure(path: Path, outcomes: Iterable[Outcome]) -> None:
         _draw(panel, {_label(runs[0]): runs for runs in grouped.values() if shown_at(runs[0], shots)}, shots, styles)
         _mark(panel, shots)
         panel.set(title=f"{shots} points", xlabel="adaptation steps", yscale="log")
-        panel.set_yticks([0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5], ["0.1", "0.2", "0.3", "0.5", "1", "2", "3", "5"])
+    ticks = [tick for tick in TICKS if tick > panels[0].get_ylim()[0]]  # others would widen the axis
+    for panel in panels:
+        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
     panels[0].set_ylabel("mean squared error")
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
