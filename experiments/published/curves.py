@@ -29,6 +29,7 @@ def omniglot_figure(path: Path, runs: Iterable[tuple[Path, Outcome]]) -> None:
     figure, panels = row_of_panels(len(rows))
     for panel, row in zip(panels, rows, strict=True):
         styles: dict[str, tuple[str, str]] = {}
+        marked: set[str] = set()  # published figures
         for run, outcome in by_row[row]:
             label = f"{record(outcome).title}, {OPTIMIZER_NAMES[outcome.optimizer]} {outcome.lr:g}"
             first = label not in styles
@@ -36,10 +37,10 @@ def omniglot_figure(path: Path, runs: Iterable[tuple[Path, Outcome]]) -> None:
             tasks, errors = validations(run, outcome.meta_batch)
             panel.plot(tasks, errors, color=colour, linestyle=dash, label=label if first else None)
             published = record(outcome).figures.get(row)
-            if first and published is not None:
-                panel.axhline(
-                    100 - published.mean, color=colour, linestyle=":", label=f"{record(outcome).title}, published"
-                )
+            title = f"{record(outcome).title}, published"
+            if published is not None and title not in marked:
+                panel.axhline(100 - published.mean, color=colour, linestyle=":", label=title)
+                marked.add(title)
         ways, shots = ROWS[row]
         panel.set(title=f"{ways}-way {shots}-shot", xlabel="training tasks, thousands", yscale="log")
         panel.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
