@@ -22,7 +22,11 @@ from metamom.experiments.published.report import omniglot_table, sinusoid_figure
 
 def main() -> None:
     """Collect, draw and write the report."""
-    parser = argparse.ArgumentParser(description="Runs of published recipes beside the papers.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.published",
+        description="Runs of published recipes beside the papers.",
+        allow_abbrev=False,
+    )
     parser.add_argument("folders", nargs="+", type=folder, metavar="FOLDER", help="with runs, at any depth")
     parser.add_argument("--out", type=folder, default=Path("runs/published"), help="where the report goes")
     arguments = parser.parse_args()

@@ -104,7 +104,11 @@ def record(wanted: Plan, tested: Mapping[str, Evaluation]) -> dict[str, object]:
 
 def main() -> None:
     """Train, test, print and write the result."""
-    parser = argparse.ArgumentParser(description="20-way one-shot tasks within new alphabets.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.published.alphabets",
+        description="20-way one-shot tasks within new alphabets.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--run-dir", type=folder, required=True, help="the run's directory")
     parser.add_argument("--recipe", choices=list(OMNIGLOT), default="maml", help="the method (default: maml)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="the outer one (default: the paper's)")

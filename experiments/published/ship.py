@@ -112,7 +112,11 @@ def _without_paths(words: list[str]) -> list[str]:
 
 def main() -> None:
     """Write the weights of the run that the command line names."""
-    parser = argparse.ArgumentParser(description="Ship the weights of a run on Omniglot.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.published.ship",
+        description="Ship the weights of a run on Omniglot.",
+        allow_abbrev=False,
+    )
     parser.add_argument("run", type=folder, metavar="RUN", help="a finished run of metamom reproduce omniglot")
     parser.add_argument("--into", type=folder, default=Path("metamom/nets/weights"), help="the folder of the weights")
     arguments = parser.parse_args()
