@@ -31,6 +31,8 @@ LIST = r"""\[(?P<list>(?:"[^"]*"|'[^']*')(?:, (?:"[^"]*"|'[^']*'))*)\]"""
 VALUE = rf"""(?:{LIST}|"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>-?\w+(?:\.\w+)*)(?![\w(\[]))"""
 GIVEN = re.compile(rf"{NAME}=(?:{VALUE}|(?=[\s,.;)]))")
 SUBJECT = re.compile(rf"^{NAME}(?= (?:must|knows|has|needs|is the)\b)")
+# a name of one word may be the word itself, as in "workers are ..."
+TWO_WORDS = re.compile(r"^(?P<name>[a-z]+(?:_[a-z]+)+)(?= (?:is|are|belongs|keeps|leaves|need)\b)")
 
 
 def in_flags(message: str, arguments: argparse.Namespace) -> str:
@@ -63,7 +65,9 @@ def in_flags(message: str, arguments: argparse.Namespace) -> str:
         return " ".join([name, *values])
 
     message = GIVEN.sub(with_value, message)
-    return SUBJECT.sub(lambda found: flag(found["name"]) or found[0], message)
+    for subject in (SUBJECT, TWO_WORDS):
+        message = subject.sub(lambda found: flag(found["name"]) or found[0], message)
+    return message
 
 
 def _in_a_call(before: str) -> bool:

@@ -99,3 +99,16 @@ def test_what_the_command_says_of_weights(metamom, trained, tmp_path):
     assert f"odd.safetensors do not fit the model. In the file, of other shapes: {first} [3] for" in said
     assert "such as the head: --init-except head." in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--down-bias", "ef21:topk:1%"], "--down-bias is an operator without error feedback"),
+        (["--local-lr", "0.1"], "--local-lr is the step size of local steps"),
+        (["--worker-weights", "1,2", "--workers", "3"], "--worker-weights are 3 positive, finite numbers"),
+        (["--optimizer", "adam", "--beta-schedule", "power:0.5"], "--beta-schedule belongs to the optimizer momentum"),
+    ],
+)
+def test_names_of_several_words_are_flags_before_any_verb(words, said, metamom, tmp_path):
+    assert said in metamom("train", "sinusoid", *words, "--run-dir", tmp_path / "run").err
