@@ -17,7 +17,7 @@ from metamom.compile.graph import CompileMode
 from metamom.maml.annealing import Annealing, check_annealing
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
-from metamom.maml.gradient import MetaGradients, Plan
+from metamom.maml.gradient import MetaGradients
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
 from metamom.maml.inner_optimizer import (
     InnerOptimizer,
@@ -30,6 +30,7 @@ from metamom.maml.loss_readings import LossReadings
 from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
+from metamom.maml.plan import Plan
 from metamom.maml.problem import Problem, trainable
 from metamom.maml.proximal import Proximal, ProximalLike, as_proximal, check_proximal
 from metamom.maml.rules import PLAIN, Rule

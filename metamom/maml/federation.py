@@ -15,8 +15,8 @@ from metamom.bias import BiasOperator, Layout
 from metamom.common.checks import check_number, check_whole
 from metamom.common.trees import mapped
 from metamom.distributed import World
+from metamom.maml.chunk_results import OfTasks
 from metamom.maml.estimators import ESTIMATORS, Estimator
-from metamom.maml.gradient import OfTasks
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import unflatten
 from metamom.server.down import DownBias, Seen, as_down_bias, compared

@@ -20,8 +20,9 @@ from metamom.common.choices import FOLLOWING, Variant
 from metamom.common.kinds import named_type
 from metamom.distributed import World
 from metamom.maml.federation import Federation
-from metamom.maml.gradient import MetaGradients, Plan
+from metamom.maml.gradient import MetaGradients
 from metamom.maml.hessian import check_has_hessian, hessian_products
+from metamom.maml.plan import Plan
 from metamom.maml.server_step import Backward, Exchange
 from metamom.maml.task_weights import Params
 from metamom.optim import CompositeMomentum, extrapolated

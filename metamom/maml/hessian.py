@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from metamom.batch import TaskBatch, block
+from metamom.maml.chunk_gradient import estimated_losses
 from metamom.maml.chunking import spans
 from metamom.maml.draws import Step
-from metamom.maml.gradient import MetaGradients, Plan, estimated_losses
+from metamom.maml.gradient import MetaGradients
 from metamom.maml.inner_step import gradients
 from metamom.maml.plain_autograd import uncompiled
+from metamom.maml.plan import Plan
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import flatten
 

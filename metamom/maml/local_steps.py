@@ -12,7 +12,8 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.common.trees import mapped
-from metamom.maml.gradient import MetaGradients, OfTasks, OfWorkers
+from metamom.maml.chunk_results import OfTasks, OfWorkers
+from metamom.maml.gradient import MetaGradients
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import unflatten
 

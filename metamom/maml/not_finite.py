@@ -12,8 +12,8 @@ from metamom.bias import NonFiniteError
 from metamom.bias.checks import all_finite
 from metamom.common.diverged import DivergedError
 from metamom.maml.draws import Step
-from metamom.maml.gradient import Plan
 from metamom.maml.inner_loop import trajectory
+from metamom.maml.plan import Plan
 from metamom.maml.predicting import losses, predictions
 from metamom.maml.problem import start_of
 from metamom.maml.task_weights import Params

@@ -15,9 +15,10 @@ from metamom.bias.checks import all_finite
 from metamom.common.trees import Tree, leaves
 from metamom.distributed import World
 from metamom.maml.batch_checks import refuse_non_finite
+from metamom.maml.chunk_results import OfTasks
 from metamom.maml.draws import Step
 from metamom.maml.federation import Federation, Here, check_estimator, no_tasks
-from metamom.maml.gradient import MetaGradients, OfTasks
+from metamom.maml.gradient import MetaGradients
 from metamom.maml.local_steps import by_worker_locally
 from metamom.maml.not_finite import not_finite
 from metamom.maml.task_weights import Params

@@ -18,9 +18,9 @@ from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.common.choices import FOLLOWING
 from metamom.distributed import World, as_world
 from metamom.maml.adapting import Adapting
+from metamom.maml.chunk_results import OfTasks
 from metamom.maml.federation import Federation, kept_down_bias, kept_participation
 from metamom.maml.following import Following, check_alone, check_momentum_kind
-from metamom.maml.gradient import OfTasks
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.modes import differentiable_batch, out_of_inference
 from metamom.maml.server_step import ALL_PRESENT, Exchange, server_step
