@@ -1,94 +1,64 @@
-"""Several learners as one: the mean of their predictions.
-
-Legend: T tasks, Q query points.
-"""
+"""Ensembles: of given learners (`Ensemble`), and of the best checkpoints of a run (`ensemble_of`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import copy
 
-import torch
-from torch import Tensor, nn
+from metamom.common.checks import check_whole
+from metamom.evaluation.ensemble import Ensemble
+from metamom.loading import LoadedRun
+from metamom.training.checkpoints import Checkpoints, load
 
-from metamom.common.choices import Norm
-from metamom.common.kinds import named_type
-from metamom.common.trees import Tree, lone
-from metamom.maml.learner import MAML
+__all__ = ["Ensemble", "ensemble_of"]
+
+MOST = 1000  # members
 
 
-class Ensemble:
-    """Adapts several learners to a task, and predicts the mean of their predictions; for `metamom.evaluate`.
-
-    For class scores (integer labels), it is the logarithm of the mean of the softmax probabilities, so that accuracy
-    and cross-entropy are those of that mean.
+def ensemble_of(run: LoadedRun, size: int) -> tuple[Ensemble, list[int]]:
+    """The checkpoints of a run with the best validations, as an ensemble.
 
     Args:
-        learners: one or more.
+        run: from `metamom.load`.
+        size: how many checkpoints, >= 1.
+
+    Returns:
+        The ensemble, and the numbers of steps before its checkpoints, the best first.
 
     Raises:
-        TypeError: for anything but `metamom.MAML`.
-        ValueError: for none.
+        ValueError: for a run that has kept fewer checkpoints with a validation.
 
     Example:
-        >>> from torch.nn import functional as F
-        >>> from metamom import evaluate, nets
-        >>> from metamom.tasks import Sinusoid
-        >>> members = [MAML(nets.SinusoidMLP(), F.mse_loss) for _ in range(3)]
-        >>> evaluate(Ensemble(members), Sinusoid(), tasks=10, steps=(0, 1), metric="loss").metric
-        'loss'
-
-    Reference:
-        Antoniou, Edwards, Storkey (2019), "How to train your MAML", section 5: the models of the best validations.
+        >>> ensemble, steps = ensemble_of(metamom.load("runs/omniglot"), 3)  # doctest: +SKIP
+        >>> metamom.evaluate(ensemble, sampler)  # doctest: +SKIP
     """
+    from metamom.experiments.saved import learner_state, load_learner
 
-    def __init__(self, learners: Sequence[MAML]) -> None:
-        self.learners = list(learners)
-        if not self.learners:
-            raise ValueError("an ensemble needs at least one learner; got none.")
-        for each in self.learners:
-            if not isinstance(each, MAML):
-                raise TypeError(f"the members of an ensemble are of metamom.MAML; got {named_type(each)}.")
+    size = check_whole("the size of an ensemble", size, 1, MOST)
+    checkpoints = Checkpoints(run.path / "checkpoints")
+    kept = {step: checkpoints.path(step) for step in checkpoints.steps()}
+    best_step, best = run.step, checkpoints.best
+    if best.exists():
+        state = load(best)
+        best_step = int(state["step"])
+        kept.setdefault(best_step, best)
+    values = {line["step"] + 1: line["validation"] for line in run.metrics if "validation" in line}
+    known = [step for step in kept if step in values]
+    if len(known) < size:
+        raise ValueError(
+            f"an ensemble of {size} needs as many checkpoints with a validation; the run in {run.path} has kept "
+            f"{len(known)}. Train with --evaluate-every and --checkpoint-every the same, and --keep-checkpoints as "
+            "large as the number of validations."
+        )
+    better = -1 if _higher_is_better(run) else 1
+    chosen = sorted(known, key=lambda step: (better * values[step], -step))[:size]
+    members = []
+    for step in chosen:
+        learner, where = copy.deepcopy(run.learner), f"the checkpoint {kept[step]}"
+        load_learner(learner, learner_state(load(kept[step]), where), where)
+        members.append(learner)
+    return Ensemble(members), chosen
 
-    @property
-    def loss_fn(self) -> Any:
-        """The loss of the first learner."""
-        return self.learners[0].loss_fn
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all learners."""
-        for learner in self.learners:
-            yield from learner.parameters()
-
-    def like(self, *, norm: Norm | None = None, inner_lr: float | None = None) -> Ensemble:
-        """The same with other options, see `metamom.MAML.like`."""
-        return Ensemble([learner.like(norm=norm, inner_lr=inner_lr) for learner in self.learners])
-
-    def adapt(self, support_x: Tree, support_y: Tree, *, steps: int) -> list[Any]:
-        """Each learner's adapted weights ``[T, *shape]``, with what `predict` needs."""
-        labels = lone(support_y)
-        classes = labels is not None and not labels.is_floating_point()
-        found: list[Any] = [classes]
-        for learner in self.learners:
-            *_, adapted = learner.trajectory(support_x, support_y, steps=steps)
-            given = {"support_x": support_x} if learner.norm == "support" else {}
-            found.append((adapted, given))
-        return found
-
-    def predict(self, state: list[Any], x: Tree) -> Tensor:
-        """The mean of the predictions, ``[T, Q, ...]``.
-
-        Raises:
-            TypeError: for models that return several tensors.
-        """
-        classes, *members = state
-        each = []
-        for learner, (adapted, given) in zip(self.learners, members, strict=True):
-            predicted = lone(learner.predict(adapted, x, **given))
-            if predicted is None:
-                raise TypeError("an ensemble averages predictions that are one tensor; these are several.")
-            each.append(predicted)
-        stacked = torch.stack(each)
-        if not classes:
-            return stacked.mean(0)
-        return torch.logsumexp(stacked.log_softmax(-1), 0) - torch.log(torch.tensor(float(len(each))))
+def _higher_is_better(run: LoadedRun) -> bool:
+    """Whether validations are accuracies: where training reports an accuracy, they are."""
+    return any(line.get("accuracy") is not None for line in run.metrics)

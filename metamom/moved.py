@@ -1,4 +1,4 @@
-"""Aliases for modules under their names in version 0.1: ``metamom.layers`` is ``metamom.nets.layers``."""
+"""Aliases for modules under their earlier names: ``metamom.layers``, in version 0.1, is ``metamom.nets.layers``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _ROOMS = {
 }
 _SHARED = ("figures", "parts", "peak", "processes")
 MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()} | {
+    "metamom.checkpoint_ensemble": "metamom.ensemble",
     "metamom.chunks": "metamom.maml.chunking",
     "metamom.compiled": "metamom.compile.graph",
     "metamom.counter": "metamom.rng",

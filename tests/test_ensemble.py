@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, evaluate, load, train
-from metamom.checkpoint_ensemble import ensemble_of
-from metamom.ensemble import Ensemble
+from metamom.ensemble import Ensemble, ensemble_of
 from metamom.tasks import Episodes, Sinusoid
 
 

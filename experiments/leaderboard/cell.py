@@ -21,7 +21,6 @@ from metamom.experiments.leaderboard.running import Record, run
 from metamom.experiments.leaderboard.suite import Plan
 
 MEASURED = 1000  # the first seed of those that measure
-QUESTIONS = ("steps", "bytes", "target")
 
 
 def after_steps(record: Record, plan: Plan) -> Tensor:

@@ -84,8 +84,8 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
-    from metamom.checkpoint_ensemble import ensemble_of
     from metamom.cli.results import as_json, evaluated, table, write_csv, write_record
+    from metamom.ensemble import ensemble_of
     from metamom.evaluation import evaluate
     from metamom.loading import load
     from metamom.tasks import ImageFolder

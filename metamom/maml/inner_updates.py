@@ -27,10 +27,6 @@ class Moments(NamedTuple):
     first: Tensor
     second: Tensor | None = None
 
-    def detached(self) -> Moments:
-        """The same without a graph."""
-        return Moments(self.steps, self.first.detach(), None if self.second is None else self.second.detach())
-
 
 def direction(optimizer: InnerOptimizer, moments: Moments | None, grad: Tensor) -> tuple[Tensor, Moments | None]:
     """d_j of ``u_j = u_{j-1} - alpha d_j``, and what the next step needs.
