@@ -26,7 +26,7 @@ BOXES = [
     (525, 280, "distributed/", "processes, messages"),
     (5, 280, "optim/", "the momentum step"),
     (5, 400, "training/", "loop, directory, resume"),
-    (265, 400, "evaluation", "accuracy, baselines"),
+    (265, 400, "evaluation/", "accuracy, baselines"),
     (525, 400, "diagnostics/, theory/", "bias, bounds"),
 ]
 BOX_WIDTH, BOX_HEIGHT = 190, 56

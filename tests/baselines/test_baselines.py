@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom import MAML, evaluate, evaluation
+import metamom.evaluation.tasks
+from metamom import MAML, evaluate
 from metamom.baselines import FineTuning, FromScratch, LinearProbe, NearestCentroid, Penultimate, standard_baselines
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, Sinusoid
@@ -124,7 +125,7 @@ def test_from_scratch_draws_new_weights_for_each_task(monkeypatch):
     first, again = (evaluate(scratch(), family, tasks=13, steps=(0, 2)).values for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
-    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    monkeypatch.setattr(metamom.evaluation.tasks, "BLOCK", 4)
     assert torch.equal(evaluate(scratch(), family, tasks=13, steps=(0, 2)).values, first)
     assert not torch.isclose(evaluate(scratch(1), family, tasks=13, steps=(0, 2)).values, first).any()
     x, y = (each[0] for each in family.sample(0, 2)[:2])
