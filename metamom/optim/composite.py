@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 
 from metamom.common.averaged import forget
 from metamom.common.choices import FOLLOWING, FirstStep, Variant
-from metamom.common.sharded import placed_as
-from metamom.optim.checks import (
-    as_parameters,
-    check_beta,
-    check_gradients,
-    check_names,
-    check_not_averaged,
-    check_options,
-    check_state,
-)
+from metamom.optim.checks import as_parameters, check_names, check_options, check_state
 from metamom.optim.following import Following
 from metamom.optim.from_sgd import from_sgd, is_from_sgd
 from metamom.optim.fused import check_fused, fused_step_
-from metamom.optim.groups import Defaults, take_scheduled_momentum
+from metamom.optim.groups import Defaults
 from metamom.optim.initialisation import only_makes_state, without_a_gradient
 from metamom.optim.last_gradient import keep_last_gradients
+from metamom.optim.pending import Pending, decays, descent_gradient, pending_of, value_of
 from metamom.optim.sharded import check_norm_is_known, total_norm
 from metamom.optim.update import (
     look_ahead,
@@ -50,14 +42,6 @@ LATER = {  # options that states of earlier versions may lack
     "differentiable": False,
     "variant": None,
 }
-
-
-class _Pending(NamedTuple):
-    """A group's parameters that have a gradient, and these gradients."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
 
 
 class CompositeMomentum(Following):
@@ -260,7 +244,7 @@ class CompositeMomentum(Following):
     def _step(self) -> None:
         makes_state = only_makes_state(self.state, self.param_groups)
         changes = {} if makes_state else self._taken_changes()
-        pending = [self._pending(group) for group in self.param_groups]  # all checks before any weight moves
+        pending = [pending_of(group) for group in self.param_groups]  # all checks before any weight moves
         if makes_state:
             self._make_state(pending)
             return
@@ -270,8 +254,8 @@ class CompositeMomentum(Following):
                 keep_previous(self.state, [p for p in each.group["params"] if p.grad is not None or p in self.state])
             if not each.params:
                 continue
-            if _decays(each.group, decoupled=True):
-                factor = 1 - _value(each.group, "lr") * _value(each.group, "weight_decay")
+            if decays(each.group, decoupled=True):
+                factor = 1 - value_of(each.group, "lr") * value_of(each.group, "weight_decay")
                 found_inf = getattr(self, "found_inf", None) if each.group["fused"] else None
                 shrink_(each.params, factor, each.group["foreach"], unless=found_inf)
             if each.group["fused"]:
@@ -283,31 +267,17 @@ class CompositeMomentum(Following):
         for (group, params, _), directions in moves:
             if group["normalize"] and norm is not None:
                 directions = of_unit_length(directions, norm)
-            move_(params, directions, _value(group, "lr"), group["foreach"])
+            move_(params, directions, value_of(group, "lr"), group["foreach"])
         for each in pending:
             forget(each.params)  # these gradients have been used
 
-    def _pending(self, group: dict[str, Any]) -> _Pending:
-        """The group's parameters that have a gradient, checked."""
-        take_scheduled_momentum(group)
-        check_beta(group["beta"])  # it may have been scheduled or changed by hand
-        pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
-        check_gradients(pairs)
-        if group["fused"]:
-            check_fused([p for p, _ in pairs])
-        if group["normalize"] and not torch.compiler.is_compiling():
-            check_norm_is_known(p for p, _ in pairs)  # a loaded state may have set this
-        if isinstance(group["beta"], Tensor) or group["beta"] != 1:
-            check_not_averaged(pairs, group["beta"])
-        return _Pending(group, [p for p, _ in pairs], [g if type(g) is Tensor else placed_as(g, p) for p, g in pairs])
-
-    def _directions(self, pending: _Pending, changes: Changes) -> list[Tensor]:
+    def _directions(self, pending: Pending, changes: Changes) -> list[Tensor]:
         """Update a group's momenta. Returns what its parameters move along: ``v_k``, or Nesterov's form of it."""
         group, params, grads = pending
-        own = group["maximize"] or _decays(group, decoupled=False)
+        own = group["maximize"] or decays(group, decoupled=False)
         if own:
-            grads = [_descent_gradient(p, g, group) for p, g in zip(params, grads, strict=True)]
-        beta = _value(group, "beta")
+            grads = [descent_gradient(p, g, group) for p, g in zip(params, grads, strict=True)]
+        beta = value_of(group, "beta")
         plain_sgd = not isinstance(beta, Tensor) and beta == 1
         if plain_sgd and not group["differentiable"] and not torch.compiler.is_compiling():
             keep_last_gradients(self.state, params, grads, own=own)
@@ -335,7 +305,7 @@ class CompositeMomentum(Following):
             return look_ahead(bufs, grads, beta, False if group["differentiable"] else group["foreach"])
         return bufs
 
-    def _start(self, pending: _Pending) -> list[bool]:
+    def _start(self, pending: Pending) -> list[bool]:
         """Make the momenta that do not exist yet: v_{-1}. Returns which ones did exist."""
         group, params, grads = pending
         started = self._started(params)
@@ -351,7 +321,7 @@ class CompositeMomentum(Following):
             return ["momentum" in self.state[p] and p not in self._waiting for p in params]
         return ["momentum" in self.state[p] for p in params]
 
-    def _make_state(self, pending: list[_Pending]) -> None:
+    def _make_state(self, pending: list[Pending]) -> None:
         """Make zero momenta, into which no gradient has entered."""
         for each in pending:
             for p in each.params:
@@ -361,7 +331,7 @@ class CompositeMomentum(Following):
             self._waiting.update(each.params)
             forget(each.params)
 
-    def _step_fused(self, pending: _Pending) -> None:
+    def _step_fused(self, pending: Pending) -> None:
         group = pending.group
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         fresh = group["first_step"] == "gradient" and not all(self._started(pending.params))
@@ -376,29 +346,3 @@ class CompositeMomentum(Following):
             params, grads, vs = (list(compress(x, chosen)) for x in (pending.params, pending.grads, bufs))
             if params:
                 fused_step_(params, grads, vs, group, new=new, grad_scale=grad_scale, found_inf=found_inf)
-
-
-def _value(group: dict[str, Any], name: str) -> float | Tensor:
-    """An option as a number, or as a tensor if it is one that autograd or torch.compile must see."""
-    value = group[name]
-    if isinstance(value, Tensor) and not (group["differentiable"] or torch.compiler.is_compiling()):
-        return float(value.detach())
-    return value  # type: ignore[no-any-return]
-
-
-def _decays(group: dict[str, Any], *, decoupled: bool) -> bool:
-    """Whether the group has weight decay of this kind. One in a tensor counts as some: its value is not asked for."""
-    decay = group["weight_decay"]
-    return group["decoupled_weight_decay"] is decoupled and (isinstance(decay, Tensor) or decay != 0)
-
-
-def _descent_gradient(p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """The gradient to average, with sign and weight decay applied. ``p.grad`` itself does not change."""
-    if group["maximize"]:
-        grad = -grad
-    if _decays(group, decoupled=False):
-        decay = _value(group, "weight_decay")
-        if isinstance(decay, Tensor):
-            return grad + p.clone() * decay.to(p.dtype)  # autograd needs p as it was before the step
-        grad = grad.add(p, alpha=decay)
-    return grad
