@@ -13,8 +13,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 IMPORT_ALL = """
 import importlib, pathlib, pkgutil, metamom
 assert pathlib.Path(metamom.__file__).is_relative_to({environment!r}), metamom.__file__
-of_extras = ("__main__", "interop.lightning", "interop.flower", "interop.flower_state")
-names = [m.name for m in pkgutil.walk_packages(metamom.__path__, "metamom.") if not m.name.endswith(of_extras)]
+of_extras = ("metamom.interop.lightning", "metamom.interop.flower")
+names = [m.name for m in pkgutil.walk_packages(metamom.__path__, "metamom.")]
+names = [name for name in names if not name.startswith(of_extras) and not name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
 assert {{"metamom.tasks.omniglot", "metamom.experiments.compare"}} <= set(names), names
