@@ -14,7 +14,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metamom.common.allocator import keep_freed_memory
 from metamom.common.checks import MOST, RUNS, check_whole
@@ -173,18 +173,7 @@ def compare(
         check_plan(
             base.learner(),
             sampler,
-            Options(
-                iterations=comparison.iterations,
-                meta_batch=base.meta_batch or 1,
-                workers=base.workers,
-                bias=base.operator(),
-                aggregate=base.aggregate,
-                attack=base.attack,
-                **base.federation(),
-                clip_grad=base.clip_grad,
-                evaluate_every=comparison.evaluate_every,
-                evaluate_tasks=comparison.validation_tasks,
-            ),
+            Options(**_options(comparison, base)),
         )
     for arm in comparison.arms():
         check_momentum(arm.make_optimizer(arm.learner()), arm.operator())
@@ -206,6 +195,22 @@ def compare(
             table = finished_table(comparison, [_ended(comparison, each, run.path) for each in there], len(recipes))
             number = getattr(interrupt, "signal_number", signal.SIGINT)
             raise ComparisonInterrupted(str(interrupt) or "interrupted.", number, table) from interrupt
+
+
+def _options(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
+    """The options of `metamom.train` for a run of the comparison."""
+    return {
+        "iterations": comparison.iterations,
+        "meta_batch": recipe.meta_batch or 1,
+        "workers": recipe.workers,
+        "bias": recipe.operator(),
+        "aggregate": recipe.aggregate,
+        "attack": recipe.attack,
+        **recipe.federation(),
+        "clip_grad": recipe.clip_grad,
+        "evaluate_every": comparison.evaluate_every,
+        "evaluate_tasks": comparison.validation_tasks,
+    }
 
 
 def _run_all(
@@ -251,18 +256,9 @@ def _run(
                 learner,
                 optimizer,
                 sampler,
-                iterations=comparison.iterations,
-                meta_batch=recipe.meta_batch or 1,
-                workers=recipe.workers,
-                bias=recipe.operator(),
-                aggregate=recipe.aggregate,
-                attack=recipe.attack,
-                **recipe.federation(),
-                clip_grad=recipe.clip_grad,
+                **_options(comparison, recipe),
                 schedulers=recipe.schedulers(optimizer),
                 validation=validation,
-                evaluate_every=comparison.evaluate_every,
-                evaluate_tasks=comparison.validation_tasks,
                 run_dir=path,
                 resume=True,
                 checkpoint_every=comparison.evaluate_every,

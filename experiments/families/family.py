@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 
 
+def cross_entropy_loss() -> LossFn:
+    """The loss of families with classes."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy
+
+
 class Defaults(NamedTuple):
     """What a recipe takes where nothing is given.
 

@@ -15,6 +15,7 @@ from metamom.experiments.families.family import (
     Defaults,
     Family,
     TaskSettings,
+    cross_entropy_loss,
 )
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from metamom.common.choices import OnBroken
     from metamom.maml.learner import MAML
-    from metamom.maml.loss_readings import LossFn
     from metamom.tasks import FixedTasks, ImageFolder
     from metamom.tasks.family import TaskFamily
     from metamom.tasks.preprocessing import Preprocessing
@@ -213,12 +213,6 @@ def check_outputs(learner: MAML, tasks: TaskFamily | FixedTasks, ways: int, spel
     )
 
 
-def _loss() -> LossFn:
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy
-
-
 FAMILY = Family(
     name="images",
     title="images",
@@ -229,7 +223,7 @@ FAMILY = Family(
     comparison=ComparisonPlan(lrs=(0.01, 0.03, 0.1), target=0.5),
     tasks=_tasks,
     model=_model,
-    loss=_loss,
+    loss=cross_entropy_loss,
     bias=BiasPlan((1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32"),
     classes=Classes("classes", seen_in=("train",)),
     options={

@@ -14,13 +14,13 @@ from metamom.experiments.families.family import (
     Defaults,
     Family,
     TaskSettings,
+    cross_entropy_loss,
 )
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from metamom.maml.loss_readings import LossFn
     from metamom.tasks.family import TaskFamily
 
 
@@ -53,12 +53,6 @@ def _model(ways: int | None, generator: torch.Generator, **of_tasks: Any) -> nn.
     return Conv4(ways, generator=generator)
 
 
-def _loss() -> LossFn:
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy
-
-
 FAMILY = Family(
     name="omniglot",
     title="Omniglot",
@@ -69,7 +63,7 @@ FAMILY = Family(
     comparison=ComparisonPlan(lrs=(0.1, 0.3, 1.0), target=0.85),
     tasks=_tasks,
     model=_model,
-    loss=_loss,
+    loss=cross_entropy_loss,
     bias=BiasPlan(
         (1, 2, 4), pool=16, queries=4, tasks=60, pairs=8, dtype="float32", reason="which has 20 drawings a class"
     ),

@@ -17,7 +17,7 @@ from problems import (
     randomised,
     regression_batch,
 )
-from slow_maml import adapt_task, slow_meta_gradient, weights_of
+from slow_maml import adapt_tasks, slow_meta_gradient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -172,17 +172,7 @@ def test_the_operator_meets_each_workers_whole_gradient(bias):
 def test_accuracy_is_of_the_query_sets():
     model, loss_fn, batch = problem("BatchNorm2d")
     right = []
-    for t in range(batch.num_tasks):
-        end = adapt_task(
-            model,
-            loss_fn,
-            weights_of(model),
-            batch.support_x[t],
-            batch.support_y[t],
-            steps=5,
-            inner_lr=lambda name: 0.3,
-            adapted=dict(model.named_parameters()),
-        )
+    for t, end in enumerate(adapt_tasks(model, loss_fn, batch, steps=5, inner_lr=0.3)):
         scores = torch.func.functional_call(model, end, (batch.query_x[t],))
         right.append((scores.argmax(-1) == batch.query_y[t]).double().mean())
     metrics = MAML(model, loss_fn, inner_lr=0.3, inner_steps=5, chunk_size=3).backward(batch, workers=2).metrics
@@ -199,17 +189,7 @@ def test_adapt_predict_and_trajectory(name, steps):
     predictions = learner.predict(adapted, batch.query_x)
     along = list(learner.trajectory(batch.support_x, batch.support_y, steps=4))
     assert len(along) == 5
-    for t in range(batch.num_tasks):
-        end = adapt_task(
-            model,
-            loss_fn,
-            weights_of(model),
-            batch.support_x[t],
-            batch.support_y[t],
-            steps=steps,
-            inner_lr=lambda n: 0.05,
-            adapted=dict(model.named_parameters()),
-        )
+    for t, end in enumerate(adapt_tasks(model, loss_fn, batch, steps=steps, inner_lr=0.05)):
         assert_close({n: w[t].detach() for n, w in adapted.items()}, {n: w.detach() for n, w in end.items()})
         assert_close({n: w[t] for n, w in along[steps].items()}, {n: w.detach() for n, w in end.items()})
         alone = torch.func.functional_call(model, end, (batch.query_x[t],))

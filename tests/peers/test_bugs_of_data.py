@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_omniglot import SIDE, TINY, members, pixels, write_zip
+from tiny_omniglot import SIDE, TINY, in_place_of_omniglot, members, pixels, write_zip
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, pad
-from metamom.tasks import Episodes, ImageFolder, Omniglot, omniglot, omniglot_archive
+from metamom.tasks import Episodes, ImageFolder, Omniglot
 
 
 def episodes(classes: int, each: int, **options: int) -> Episodes:
@@ -94,10 +94,7 @@ KEPT = [pixels(c, d).astype("float32") for c in range(TINY.characters) for d in 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A data root of two alphabets, whose characters every split has."""
-    monkeypatch.setattr(omniglot_archive, "PUBLISHED", {"background": TINY})
-    names = tuple(f"background/{a}/character0{n}" for a in ("Alpha", "Beta_(b)") for n in (1, 2, 3))
-    monkeypatch.setattr(omniglot, "split_characters", lambda split: names)
-    monkeypatch.setenv("METAMOM_CACHE", str(tmp_path / "cache"))
+    in_place_of_omniglot(monkeypatch, tmp_path / "cache")
     write_zip(tmp_path / "omniglot" / "images_background.zip", members())
     return tmp_path
 

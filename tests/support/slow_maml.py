@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,15 @@ def adapt_task(
         for name, grad in zip(moving, grads, strict=True):
             current[name] = current[name] - inner_lr(name) * grad
     return current
+
+
+def adapt_tasks(
+    model: nn.Module, loss_fn: LossFn, batch: TaskBatch, *, steps: int, inner_lr: float
+) -> Iterator[Params]:
+    """`adapt_task` for each task, of all trainable parameters."""
+    weights = weights_of(model)
+    for x, y in zip(batch.support_x, batch.support_y, strict=True):
+        yield adapt_task(model, loss_fn, weights, x, y, steps=steps, inner_lr=lambda name: inner_lr, adapted=weights)
 
 
 def slow_meta_gradient(

@@ -7,8 +7,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from metamom.tasks import omniglot, omniglot_archive
 from metamom.tasks.omniglot_archive import Expected
 
 SIDE = 12
@@ -40,6 +42,16 @@ def members(part: str = "background", expected: Expected = TINY) -> dict[str, by
         for c in range(expected.characters)
         for d in range(expected.drawings)
     }
+
+
+NAMES = tuple(f"background/{a}/character0{n}" for a in ("Alpha", "Beta_(b)") for n in (1, 2, 3))
+
+
+def in_place_of_omniglot(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Have the sampler expect these characters, in every split, with a cache of its own."""
+    monkeypatch.setattr(omniglot_archive, "PUBLISHED", {"background": TINY})
+    monkeypatch.setattr(omniglot, "split_characters", lambda split: NAMES)
+    monkeypatch.setenv("METAMOM_CACHE", str(cache))
 
 
 def write_zip(path: Path, contents: dict[str, bytes]) -> Path:

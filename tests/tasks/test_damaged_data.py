@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from fuzzing import bounded, campaign, damaged
 from irregular import IRREGULAR, put_in_place
-from tiny_omniglot import SIDE, TINY, members, pixels, write_folder, write_zip
+from tiny_omniglot import SIDE, TINY, in_place_of_omniglot, members, pixels, write_folder, write_zip
 from tiny_png import chunk, picture
 
-from metamom.tasks import Omniglot, fetch, omniglot, omniglot_archive
+from metamom.tasks import Omniglot, fetch
 from metamom.tasks.images import idx
 from metamom.tasks.locate import DataError, locate
 from metamom.tasks.omniglot_archive import read_characters
@@ -280,10 +280,7 @@ def test_bombs_are_refused_before_they_take_memory(tmp_path, what):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A data root with a folder of tiny drawings, in a cache of its own."""
-    monkeypatch.setattr(omniglot_archive, "PUBLISHED", {"background": TINY})
-    names = tuple(f"background/{a}/character0{n}" for a in ("Alpha", "Beta_(b)") for n in (1, 2, 3))
-    monkeypatch.setattr(omniglot, "split_characters", lambda split: names)
-    monkeypatch.setenv("METAMOM_CACHE", str(tmp_path / "cache"))
+    in_place_of_omniglot(monkeypatch, tmp_path / "cache")
     write_folder(tmp_path / "root" / "omniglot", members())
     return tmp_path / "root"
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_omniglot import SIDE, TINY, members, pixels, png, write_folder, write_zip
+from tiny_omniglot import SIDE, TINY, in_place_of_omniglot, members, pixels, png, write_folder, write_zip
 
-from metamom.tasks import Episodes, FixedTasks, Omniglot, PerWorker, omniglot, omniglot_archive
+from metamom.tasks import Episodes, FixedTasks, Omniglot, PerWorker, omniglot
 from metamom.tasks.locate import DataError
 from metamom.tasks.omniglot_archive import read_characters
 from metamom.tasks.omniglot_splits import split_characters
@@ -166,10 +166,7 @@ def test_archives_that_grow_are_refused(tmp_path):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A data root with a tiny background set, in a cache of its own."""
-    monkeypatch.setattr(omniglot_archive, "PUBLISHED", {"background": TINY})
-    names = tuple(f"background/{a}/character0{n}" for a in ("Alpha", "Beta_(b)") for n in (1, 2, 3))
-    monkeypatch.setattr(omniglot, "split_characters", lambda split: names)
-    monkeypatch.setenv("METAMOM_CACHE", str(tmp_path / "cache"))
+    in_place_of_omniglot(monkeypatch, tmp_path / "cache")
     root = tmp_path / "root"
     write_zip(root / "omniglot" / "images_background.zip", members())
     return root

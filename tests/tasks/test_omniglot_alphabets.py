@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_omniglot import SIDE, TINY, members, write_zip
+from tiny_omniglot import NAMES, SIDE, in_place_of_omniglot, members, write_zip
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,21 +16,18 @@ from metamom.experiments.python_tasks import known_sampler
 from metamom.experiments.recipes import Recipe
 from metamom.nets import Conv4
 from metamom.rng import DrawCoordinates
-from metamom.tasks import FixedTasks, Omniglot, OmniglotRuns, omniglot, omniglot_archive
+from metamom.tasks import FixedTasks, Omniglot, OmniglotRuns, omniglot
 from metamom.tasks.omniglot_runs import published_runs
 from metamom.tasks.omniglot_splits import split_characters
 from metamom.training.directory import read_config
 
-NAMES = tuple(f"background/{a}/character0{n}" for a in ("Alpha", "Beta_(b)") for n in (1, 2, 3))
 SMALL = {"split": "background", "image_size": SIDE, "within_alphabet": True}
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Path:
     """A data root with three characters of each of two alphabets, in a cache of its own."""
-    monkeypatch.setattr(omniglot_archive, "PUBLISHED", {"background": TINY})
-    monkeypatch.setattr(omniglot, "split_characters", lambda split: NAMES)
-    monkeypatch.setenv("METAMOM_CACHE", str(tmp_path / "cache"))
+    in_place_of_omniglot(monkeypatch, tmp_path / "cache")
     write_zip(tmp_path / "root" / "omniglot" / "images_background.zip", members())
     return tmp_path / "root"
 

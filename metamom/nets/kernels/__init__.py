@@ -166,18 +166,8 @@ def _activate_shape(y: Tensor, *_: Any) -> Tensor:
     return y.new_empty(y.shape)
 
 
-def _pool_shapes(
-    y: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    before: Tensor,
-    slope: float,
-    windows: list[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    return normalisations.pool(y, gain, shift, mean, rstd, before, slope, windows, ceil_mode)  # PyTorch knows them
+def _pool_shapes(*given: Any) -> tuple[Tensor, Tensor]:
+    return normalisations.pool(*given)  # PyTorch knows them
 
 
 def _norm_backward_shapes(dz: Tensor, y: Tensor, gain: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
