@@ -52,7 +52,7 @@ def paired_difference(first: Evaluation, second: Evaluation) -> Difference:
 
     Example:
         >>> from torch.nn import functional as F
-        >>> from metamom import nets
+        >>> from metamom import MAML, evaluate, nets, paired_difference
         >>> from metamom.tasks import Sinusoid
         >>> result = evaluate(MAML(nets.SinusoidMLP(), F.mse_loss), Sinusoid(), tasks=10, steps=(0, 1))
         >>> paired_difference(result, result).mean
@@ -113,7 +113,7 @@ def compare_learners(learners: Mapping[str, Adaptable], sampler: Sampler, **opti
 
     Example:
         >>> from torch.nn import functional as F
-        >>> from metamom import nets
+        >>> from metamom import MAML, compare_learners, nets
         >>> from metamom.tasks import Sinusoid
         >>> exact, first = (MAML(nets.SinusoidMLP(), F.mse_loss, inner_lr=lr) for lr in (0.01, 0.02))
         >>> found = compare_learners({"0.01": exact, "0.02": first}, Sinusoid(), tasks=10, steps=(1,))

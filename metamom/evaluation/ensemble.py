@@ -32,7 +32,8 @@ class Ensemble:
 
     Example:
         >>> from torch.nn import functional as F
-        >>> from metamom import evaluate, nets
+        >>> from metamom import MAML, evaluate, nets
+        >>> from metamom.ensemble import Ensemble
         >>> from metamom.tasks import Sinusoid
         >>> members = [MAML(nets.SinusoidMLP(), F.mse_loss) for _ in range(3)]
         >>> evaluate(Ensemble(members), Sinusoid(), tasks=10, steps=(0, 1), metric="loss").metric

@@ -72,7 +72,7 @@ def evaluate(
 
     Example:
         >>> from torch.nn import functional as F
-        >>> from metamom import nets
+        >>> from metamom import MAML, evaluate, nets
         >>> from metamom.tasks import Sinusoid
         >>> result = evaluate(MAML(nets.SinusoidMLP(), F.mse_loss), Sinusoid(), tasks=10, steps=(0, 1))
         >>> result.values.shape, result.metric
