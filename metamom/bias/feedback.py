@@ -13,7 +13,8 @@ from metamom.bias.base import BiasOperator
 from metamom.bias.checks import check_weight
 from metamom.bias.clip import Clip
 from metamom.bias.coordinates import Coordinates, Sizes
-from metamom.bias.feedback_base import ErrorFeedback, Rows, stored
+from metamom.bias.feedback_base import ErrorFeedback, Rows
+from metamom.bias.kept import stored
 from metamom.bias.spelling import Row, spelled, spelled_around
 from metamom.bias.state import EMPTY, State
 from metamom.common.numbers import short
