@@ -8,9 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from metamom.bias.checks import check_setting
-from metamom.bias.constants import Constants, nearest_loss, random_omega
-from metamom.bias.coordinates import Coordinates, Sizes
+from metamom.bias.constants import nearest_loss, random_omega
+from metamom.bias.coordinates import Coordinates
 from metamom.bias.rounding import Rounding, even_code, nearest_code, random_code
 from metamom.bias.spelling import Row, spelled
 
@@ -140,23 +139,11 @@ class Block8(Rounding):
         magnitude = scale.to(wide) * codes[numbers.abs()]
         return torch.where(numbers < 0, -magnitude, magnitude).to(scale.dtype).flatten(1)
 
-    def _contraction(self, d: int) -> float | None:
-        entries = min(d, self.block)
-        if not self.random:
-            return 1 - nearest_loss(self.codes, entries)
-        omega = random_omega(self.codes, entries)
-        return 1 - omega if omega < 1 else None
+    def _omega(self, d: int) -> float | None:
+        return random_omega(self.codes, min(d, self.block)) if self.random else None
 
-    def constants(
-        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
-    ) -> Constants:
-        """A contraction, or, with ``random``, unbiased; see `BiasOperator.constants`."""
-        if not self.random:
-            return super().constants(d, workers=workers, zeta2=zeta2, bound=bound, sizes=sizes)
-        check_setting(d, workers, zeta2, bound)
-        entries = max(min(size, self.block) for size in self._parts(d, sizes))
-        omega = random_omega(self.codes, entries) / workers
-        return Constants(0.0, 0.0, omega, omega * zeta2)
+    def _contraction(self, d: int) -> float | None:
+        return super()._contraction(d) if self.random else 1 - nearest_loss(self.codes, min(d, self.block))
 
     def _wire_bytes(self, d: int, element_size: int) -> int:
         """A scale for each block, and a byte for each entry."""

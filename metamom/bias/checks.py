@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from metamom.common.checks import check_number
+
 
 def all_finite(entries: Tensor) -> bool:
     """Whether no entry is infinite or NaN."""
@@ -23,6 +25,25 @@ def check_seed(seed: int) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"a seed is a whole number, 0 <= seed < 2^64; got {seed!r}.")
+
+
+def check_weight(kind: str, name: str, weight: float, what: str = "a weight") -> float:
+    """Check a weight in an average.
+
+    Args:
+        kind: the operator's name, for the error.
+        name: the argument's.
+        weight: what it was given.
+        what: says what it weighs, for the error.
+
+    Raises:
+        TypeError: for anything but a number.
+        ValueError: unless 0 < weight <= 1.
+    """
+    check_number(f"{kind}'s {name}", weight)
+    if not 0 < weight <= 1:
+        raise ValueError(f"{kind} needs {what} 0 < {name} <= 1; got {weight}.")
+    return float(weight)
 
 
 def check_setting(d: int, workers: int, zeta2: float, bound: float | None) -> None:

@@ -15,6 +15,7 @@ from metamom.bias.constants import Constants
 from metamom.bias.coordinates import Coordinates, Sizes
 from metamom.bias.norms import scaled_norm
 from metamom.bias.spelling import Row, spelled
+from metamom.common.numbers import short
 
 
 def clip(gradient: Tensor, max_norm: float) -> Tensor:
@@ -79,12 +80,12 @@ class Clip(BiasOperator):
     @property
     def remedy(self) -> str:
         """See `BiasOperator.remedy`."""
-        return f"a larger tau, or Clip21 (clip21:{_number(self.max_norm)})"
+        return f"a larger tau, or Clip21 (clip21:{short(self.max_norm)})"
 
     @property
     def spec(self) -> str:
         """``clip:TAU`` or ``clip:TAU:tensor``."""
-        return f"clip:{_number(self.max_norm)}" + ":tensor" * self.per_tensor
+        return f"clip:{short(self.max_norm)}" + ":tensor" * self.per_tensor
 
 
 @spelled(
@@ -123,7 +124,7 @@ class ClipValue(BiasOperator):
     @property
     def spec(self) -> str:
         """``clipvalue:C``."""
-        return f"clipvalue:{_number(self.max_value)}"
+        return f"clipvalue:{short(self.max_value)}"
 
 
 def _positive(what: str, value: Any) -> float:
@@ -133,7 +134,3 @@ def _positive(what: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{what} > 0 and finite; got {value}.")
     return number
-
-
-def _number(value: float) -> str:
-    return repr(value).removesuffix(".0")

@@ -68,13 +68,23 @@ class Contraction(ABC):
             ValueError: if no such bound is known, and for arguments out of range.
         """
         check_setting(d, workers, zeta2, bound)
+        omegas = [self._omega(size) for size in self._parts(d, sizes)]
+        if None not in omegas:
+            omega = max(omega for omega in omegas if omega is not None) / workers
+            return Constants(0.0, 0.0, omega, omega * zeta2)
         alpha = self.contraction(d, sizes)
         if alpha is None:
             raise ValueError(f"no constants are known for {self.spec}: it is neither contractive nor unbiased.")
         return Constants(1 - alpha, (1 - alpha) * zeta2, 0.0, 0.0)
 
-    def _contraction(self, d: int) -> float | None:
+    def _omega(self, d: int) -> float | None:
+        """If C is unbiased: the smallest known omega with ``E ||C(g) - g||^2 <= omega ||g||^2`` for all g ``[d]``."""
         return None
+
+    def _contraction(self, d: int) -> float | None:
+        """``alpha_c`` for gradients ``[d]``; None if there is none."""
+        omega = self._omega(d)
+        return 1 - omega if omega is not None and omega < 1 else None
 
 
 def nearest_loss(codes: Sequence[float], d: int) -> float:

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator
-from metamom.bias.coordinates import Sizes
+from metamom.bias.checks import check_weight
 from metamom.bias.feedback import EF21
 from metamom.bias.feedback_base import Rows
 from metamom.bias.spelling import Row, spelled_around
-from metamom.bias.state import State
-from metamom.common.checks import check_number
+from metamom.common.numbers import short
 from metamom.optim import momentum_update_
-
-
-def check_weight(kind: str, name: str, weight: float) -> float:
-    """Check a weight.
-
-    Raises:
-        ValueError: unless 0 < weight <= 1.
-    """
-    check_number(f"{kind}'s {name}", weight)
-    if not 0 < weight <= 1:
-        raise ValueError(f"{kind} needs a weight 0 < {name} <= 1; got {weight}.")
-    return float(weight)
 
 
 @spelled_around(
@@ -63,20 +46,8 @@ class DIANA(EF21):
         super().__init__(operator)
         self.alpha = check_weight("DIANA", "alpha", alpha)
 
-    def transition_receive(
-        self,
-        messages: Sequence[Tensor],
-        state: State,
-        d: int,
-        dtype: torch.dtype,
-        sizes: Sizes | None = None,
-        *,
-        each: bool = False,
-    ) -> tuple[Tensor, State]:
-        """See `BiasOperator.transition_receive`: the shifts before the messages, plus the messages."""
-        change = self._changes(messages, d, dtype, sizes, each)
-        shift = torch.zeros_like(change) if state.server is None else state.server.to(change)
-        return shift + change, replace(state, server=shift + self.alpha * change)
+    def _updated(self, before: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        return before + change, before + self.alpha * change
 
     def _after(self, wanted: Tensor, sent: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
         out = kept["estimate"] + sent
@@ -88,7 +59,7 @@ class DIANA(EF21):
     @property
     def spec(self) -> str:
         """``diana(ALPHA):SPEC``."""
-        return f"diana({repr(self.alpha).removesuffix('.0')}):{self.operator.spec}"
+        return f"diana({short(self.alpha)}):{self.operator.spec}"
 
 
 @spelled_around(
@@ -150,4 +121,4 @@ class DASHA(EF21):
     def spec(self) -> str:
         """``dasha(W):SPEC``, or ``dasha(W,ETA):SPEC``."""
         numbers = [self.a] if self.eta == 1 else [self.a, self.eta]
-        return f"dasha({','.join(repr(number).removesuffix('.0') for number in numbers)}):{self.operator.spec}"
+        return f"dasha({','.join(map(short, numbers))}):{self.operator.spec}"

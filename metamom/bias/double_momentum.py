@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
+from metamom.bias.checks import check_weight
 from metamom.bias.clip import Clip, clip
 from metamom.bias.compose import Compose
-from metamom.bias.coordinates import Sizes
 from metamom.bias.feedback import EF21, EF21SGDM
 from metamom.bias.feedback_base import Rows
 from metamom.bias.noise import GaussianNoise
 from metamom.bias.spelling import Row, spelled, spelled_around
-from metamom.bias.state import State
 from metamom.common.checks import check_number
+from metamom.common.numbers import short
 from metamom.optim import momentum_update_
 
 
@@ -104,10 +100,8 @@ class Clip21SGD2M(EF21):
     def __init__(
         self, max_norm: float, eta: float = 0.1, server: float = 1.0, *, noise: float = 0.0, seed: int = 0
     ) -> None:
-        for name, weight in (("eta", eta), ("server", server)):
-            check_number(f"Clip21SGD2M's {name}", weight)
-            if not 0 < weight <= 1:
-                raise ValueError(f"Clip21SGD2M needs the weight of the new value, 0 < {name} <= 1; got {weight}.")
+        self.eta = check_weight("Clip21SGD2M", "eta", eta, "the weight of the new value,")
+        self.server = check_weight("Clip21SGD2M", "server", server, "the weight of the new value,")
         check_number("Clip21SGD2M's noise", noise)
         if not 0 <= noise < float("inf"):
             raise ValueError(f"Clip21SGD2M needs a standard deviation, noise >= 0 and finite; got {noise}.")
@@ -115,24 +109,12 @@ class Clip21SGD2M(EF21):
         added = GaussianNoise(noise or 1.0, seed=seed)  # checks the seed, also without noise
         super().__init__(Compose(inner, added) if noise else inner)
         self.max_norm = inner.max_norm
-        self.eta, self.server, self.noise, self.seed = float(eta), float(server), float(noise), seed
+        self.noise, self.seed = float(noise), seed
         # the server's estimate of a noisy worker is not the worker's own
         self.names = ("estimate", "momentum", "received") if noise else ("estimate", "momentum")
 
-    def transition_receive(
-        self,
-        messages: Sequence[Tensor],
-        state: State,
-        d: int,
-        dtype: torch.dtype,
-        sizes: Sizes | None = None,
-        *,
-        each: bool = False,
-    ) -> tuple[Tensor, State]:
-        """See `BiasOperator.transition_receive`: the estimates, moved by the messages times ``server``."""
-        change = self._changes(messages, d, dtype, sizes, each) * self.server
-        estimates = change if state.server is None else state.server.to(change) + change
-        return estimates, replace(state, server=estimates)
+    def _updated(self, before: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._updated(before, change * self.server)
 
     def _before(self, rows: Tensor, kept: Rows) -> tuple[Tensor, Rows]:
         momentum = momentum_update_(kept["momentum"], rows, self.eta)
@@ -158,11 +140,7 @@ class Clip21SGD2M(EF21):
     @property
     def spec(self) -> str:
         """``clip21-sgd2m:TAU``, then ``:eta=``, ``:server=``, ``:noise=`` and ``:seed=`` if set."""
-        words = [f"eta={_short(self.eta)}"] * (self.eta != 0.1)
-        words += [f"server={_short(self.server)}"] * (self.server != 1)
-        words += [f"noise={_short(self.noise)}"] * bool(self.noise) + [f"seed={self.seed}"] * bool(self.seed)
-        return ":".join([f"clip21-sgd2m:{_short(self.max_norm)}", *words])
-
-
-def _short(value: float) -> str:
-    return repr(value).removesuffix(".0")
+        words = [f"eta={short(self.eta)}"] * (self.eta != 0.1)
+        words += [f"server={short(self.server)}"] * (self.server != 1)
+        words += [f"noise={short(self.noise)}"] * bool(self.noise) + [f"seed={self.seed}"] * bool(self.seed)
+        return ":".join([f"clip21-sgd2m:{short(self.max_norm)}", *words])

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator
+from metamom.bias.checks import check_weight
 from metamom.bias.clip import Clip
 from metamom.bias.coordinates import Coordinates, Sizes
-from metamom.bias.feedback_base import ErrorFeedback, Rows, stored
+from metamom.bias.feedback_base import ErrorFeedback, Rows
+from metamom.bias.kept import stored
 from metamom.bias.spelling import Row, spelled, spelled_around
 from metamom.bias.state import EMPTY, State
-from metamom.common.checks import check_number
+from metamom.common.numbers import short
 from metamom.optim import momentum_update_
 
 __all__ = ["EF14", "EF21", "EF21SGDM", "Clip21", "ErrorFeedback"]
@@ -91,8 +93,13 @@ class EF21(ErrorFeedback):
         change = self._changes(messages, d, dtype, sizes, each)
         # the checkpoint's estimates may have another device or dtype than the current gradients
         before = torch.zeros_like(change) if state.server is None else state.server.to(change)
+        out, estimates = self._updated(before, change)
+        return out, replace(state, server=estimates)
+
+    def _updated(self, before: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """What the server has after the messages' ``change``, and its next estimates. Sums ``[d]``, or ``[n, d]``."""
         estimates = before + change
-        return estimates, replace(state, server=estimates)
+        return estimates, estimates
 
     def _changes(
         self, messages: Sequence[Tensor], d: int, dtype: torch.dtype, sizes: Sizes | None, each: bool
@@ -189,10 +196,7 @@ class EF21SGDM(EF21):
 
     def __init__(self, operator: BiasOperator | str, eta: float = 0.1) -> None:
         super().__init__(operator)
-        check_number("EF21SGDM's eta", eta)
-        if not 0 < eta <= 1:
-            raise ValueError(f"EF21SGDM needs the weight of the new gradient, 0 < eta <= 1; got {eta}.")
-        self.eta = float(eta)
+        self.eta = check_weight("EF21SGDM", "eta", eta, "the weight of the new gradient,")
 
     def transport(self, changes: Tensor, state: State, place: Coordinates) -> State:
         """Add a change ``[n, d]`` to the momenta of workers that have one: ``v_i <- v_i + c_i``.
@@ -216,7 +220,7 @@ class EF21SGDM(EF21):
     @property
     def spec(self) -> str:
         """``ef21-sgdm(ETA):SPEC``."""
-        return f"ef21-sgdm({repr(self.eta).removesuffix('.0')}):{self.operator.spec}"
+        return f"ef21-sgdm({short(self.eta)}):{self.operator.spec}"
 
 
 @spelled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from metamom.bias.base import BiasOperator
 from metamom.bias.coordinates import Coordinates, Sizes, check_gradient
 from metamom.bias.function import inner_operator
+from metamom.bias.kept import KeepsWorkers, check_workers, stored_workers
 from metamom.bias.state import EMPTY, Kept, State
 
 Rows = dict[str, Tensor]  # the tensors [n, d] of a transition's workers, by name
 
 
-class ErrorFeedback(BiasOperator):
+class ErrorFeedback(KeepsWorkers):
     """The base of EF14, EF21, EF21-SGDM and Clip21: an operator, and tensors ``[d]`` that each worker keeps.
 
     A worker's state starts at zero, and each gradient of that worker updates it. It is part of a run: `train` saves it
@@ -94,14 +95,7 @@ class ErrorFeedback(BiasOperator):
 
     def _rows_of(self, state: State, rows: Tensor, place: Coordinates) -> Rows:
         """Copy the tensors ``[n, d]`` of the workers at this place, zero for a worker's first gradient."""
-        found = [state.workers.get(worker, {}) for worker in place.workers]
-        for kept in found:
-            for tensor in kept.values():
-                if tensor.shape != rows.shape[1:]:
-                    raise ValueError(
-                        f"{self.spec} keeps {len(tensor)} entries of each worker; got gradients of {rows.shape[1]}. "
-                        "Use an operator of its own for each run, or reset() it."
-                    )
+        found = self._kept(state, rows, place)
         if not any(found):
             return {name: torch.zeros_like(rows) for name in self.names}
         zero = torch.zeros_like(rows[0])
@@ -111,20 +105,7 @@ class ErrorFeedback(BiasOperator):
         """The next state of all workers, given the new tensors ``[n, d]`` of those at this place."""
         for tensor in kept.values():  # if these are finite, so is what the server receives
             self._in_range(tensor)
-        moved = {
-            worker: {**state.workers.get(worker, {}), **{name: kept[name][row] for name in kept}}
-            for row, worker in enumerate(place.workers)
-        }
-        return {**state.workers, **moved}
-
-    def current_state(self) -> State:
-        """See `BiasOperator.current_state`."""
-        return replace(super().current_state(), workers=self._workers)
-
-    def store(self, state: State) -> None:
-        """See `BiasOperator.store`. A worker's tensors keep their memory: new ones would fragment it."""
-        super().store(state)
-        self._workers = stored_workers(self._workers, state.workers)
+        return self._workers_after(state, kept, place)
 
     @property
     def kept_names(self) -> tuple[str, ...]:
@@ -171,7 +152,6 @@ class ErrorFeedback(BiasOperator):
     def reset(self) -> None:
         """Discard the state."""
         super().reset()
-        self._workers = {}
         self.operator.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,54 +175,5 @@ class ErrorFeedback(BiasOperator):
         self.operator.load_state_dict(state["operator"])
         self._workers = stored_workers({}, state["workers"])
 
-    def shard(self, workers: Sequence[int], *, each: bool = False) -> None:
-        """See `BiasOperator.shard`."""
-        self._workers = {worker: kept for worker, kept in self._workers.items() if worker in set(workers)}
-
-    @staticmethod
-    def gather(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See `BiasOperator.gather`: the workers of all processes, in order."""
-        workers = {worker: kept for state in states for worker, kept in state["workers"].items()}
-        return {**states[0], "workers": dict(sorted(workers.items()))}
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.operator!r})"
-
-
-def stored(before: Tensor | None, tensor: Tensor) -> Tensor:
-    """Copy a tensor, into the memory of the one before it if it fits."""
-    if before is tensor:
-        return tensor
-    fits = before is not None and (before.shape, before.device, before.dtype) == (
-        tensor.shape,
-        tensor.device,
-        tensor.dtype,
-    )
-    return before.copy_(tensor) if before is not None and fits else tensor.clone()
-
-
-def stored_workers(before: Mapping[int, Kept], after: Mapping[int, Kept]) -> dict[int, dict[str, Tensor]]:
-    """Copy the workers' tensors, into the memory of those before them where they fit."""
-    return {
-        worker: {name: stored(before.get(worker, {}).get(name), tensor) for name, tensor in kept.items()}
-        for worker, kept in after.items()
-    }
-
-
-def check_workers(spec: str, workers: Any, names: Sequence[str]) -> None:
-    """Check what an operator keeps of each worker, from a checkpoint.
-
-    Raises:
-        ValueError: for anything but tensors ``[d]`` of these names for each worker.
-    """
-    if not isinstance(workers, dict):
-        raise ValueError(f"{spec} keeps a dict of workers; got {workers!r:.80}.")
-    for worker, kept in workers.items():
-        if not isinstance(kept, dict) or set(kept) != set(names):
-            got = ", ".join(map(str, kept)) if isinstance(kept, dict) else type(kept).__name__
-            raise ValueError(f"{spec} keeps {', '.join(names)} of each worker; got {got}.")
-        if type(worker) is not int or worker < 0:
-            raise ValueError(f"{spec} numbers the workers by whole numbers >= 0; got {worker!r:.80}.")
-        for name, tensor in kept.items():
-            if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not tensor.is_floating_point():
-                raise ValueError(f"{spec} keeps {name} [d] of worker {worker}; got {tensor!r:.80}.")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from metamom.bias.base import BiasOperator
+from metamom.bias.checks import check_weight
 from metamom.bias.coordinates import Coordinates, Sizes, check_gradient
-from metamom.bias.differences import check_weight
 from metamom.bias.feedback import EF21
 from metamom.bias.feedback_base import Rows
 from metamom.bias.spelling import Row, spelled_around
 from metamom.bias.state import State
+from metamom.common.numbers import short
 from metamom.rng import DrawCoordinates, Purpose, uniforms
 
 
@@ -175,4 +176,4 @@ class MARINA(EF21):
     @property
     def spec(self) -> str:
         """``marina(P):SPEC``."""
-        return f"marina({repr(self.p).removesuffix('.0')}):{self.operator.spec}"
+        return f"marina({short(self.p)}):{self.operator.spec}"

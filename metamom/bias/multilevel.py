@@ -6,16 +6,13 @@ the probabilities ``p_l`` of the levels l = 1..L. In code, levels are numbered f
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from torch import Tensor
 
-from metamom.bias.checks import check_setting
-from metamom.bias.constants import Constants
-from metamom.bias.coordinates import Coordinates, Sizes
+from metamom.bias.coordinates import Coordinates
 from metamom.bias.draws import Draws
 from metamom.common.checks import check_number
+from metamom.common.numbers import short
 
 
 def adaptive(norms: Tensor) -> Tensor:
@@ -108,22 +105,6 @@ class MLMC(Draws):
         """``[L]``, for the norms of the differences."""
         return adaptive(norms) if self.geometric is None else geometric(self.geometric, len(norms)).to(norms.device)
 
-    @abstractmethod
-    def _omega(self, d: int) -> float:
-        """The smallest known omega with ``E ||C(g) - g||^2 <= omega ||g||^2`` for all g ``[d]``."""
-
-    def _contraction(self, d: int) -> float | None:
-        omega = self._omega(d)
-        return 1 - omega if omega < 1 else None
-
-    def constants(
-        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
-    ) -> Constants:
-        """Unbiased, with the largest omega of any gradient; see `BiasOperator.constants`."""
-        check_setting(d, workers, zeta2, bound)
-        omega = max(self._omega(size) for size in self._parts(d, sizes)) / workers
-        return Constants(0.0, 0.0, omega, omega * zeta2)
-
     def _uniform(self, at: Coordinates, rows: Tensor, count: int) -> Tensor:
         """Numbers ``[n, count]`` on [0, 1), on the CPU, for the rows ``[n, d]``."""
         return self._uniforms(at, len(rows), count, rows.device).cpu()
@@ -131,5 +112,5 @@ class MLMC(Draws):
     @property
     def _words(self) -> list[str]:
         """The options in a SPEC."""
-        chosen = [] if self.geometric is None else [f"geometric={repr(self.geometric).removesuffix('.0')}"]
+        chosen = [] if self.geometric is None else [f"geometric={short(self.geometric)}"]
         return [*chosen, *["tensor"] * self.per_tensor, *self._seed_word]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metamom.bias.checks import check_setting
-from metamom.bias.constants import Constants
-from metamom.bias.coordinates import Coordinates, Sizes
+from metamom.bias.coordinates import Coordinates
 from metamom.bias.packing import pack, packed_bytes, unpack
 from metamom.bias.rounding import Rounding
 from metamom.bias.select import INTEGERS
@@ -107,18 +105,11 @@ class Natural(Rounding):
         uniform = None if self.nearest else self._uniforms(at, len(wide), wide.shape[1], wide.device)
         return exponents(wide, uniform)
 
-    def _contraction(self, d: int) -> float | None:
-        return 8 / 9 if self.nearest else 7 / 8
+    def _omega(self, d: int) -> float | None:
+        return None if self.nearest else 1 / 8
 
-    def constants(
-        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
-    ) -> Constants:
-        """Unbiased with omega = 1/8, or a contraction if ``nearest``; see `BiasOperator.constants`."""
-        if self.nearest:
-            return super().constants(d, workers=workers, zeta2=zeta2, bound=bound, sizes=sizes)
-        check_setting(d, workers, zeta2, bound)
-        omega = 1 / 8 / workers
-        return Constants(0.0, 0.0, omega, omega * zeta2)
+    def _contraction(self, d: int) -> float | None:
+        return 8 / 9 if self.nearest else super()._contraction(d)
 
     def _wire_bytes(self, d: int, element_size: int) -> int:
         """The low 8 bits of each exponent, then the signs with the exponent's other bits."""

@@ -11,6 +11,7 @@ from metamom.bias.coordinates import Coordinates
 from metamom.bias.draws import Draws
 from metamom.bias.spelling import Row, spelled
 from metamom.common.checks import check_number
+from metamom.common.numbers import short
 
 
 def gaussian(uniform: Tensor, count: int) -> Tensor:
@@ -72,4 +73,4 @@ class GaussianNoise(Draws):
     @property
     def spec(self) -> str:
         """``noise:SIGMA``, then ``:seed=N``."""
-        return ":".join([f"noise:{repr(self.sigma).removesuffix('.0')}", *self._seed_word])
+        return ":".join([f"noise:{short(self.sigma)}", *self._seed_word])

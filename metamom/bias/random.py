@@ -182,20 +182,8 @@ class QSGD(Draws):
     def _quantized(self, rows: Tensor, at: Coordinates) -> tuple[Tensor, Tensor]:
         return quantize(rows, self._uniforms(at, len(rows), rows.shape[1], rows.device), self.levels)
 
-    def constants(
-        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
-    ) -> Constants:
-        """From the bound on omega; see `BiasOperator.constants`."""
-        check_setting(d, workers, zeta2, bound)
-        omega = max(self._omega(size) for size in self._parts(d, sizes)) / workers
-        return Constants(0.0, 0.0, omega, omega * zeta2)
-
     def _omega(self, d: int) -> float:
-        """``E ||C(g) - g||^2 <= omega ||g||^2``."""
         return float(min(d / self.levels**2, d**0.5 / self.levels))
-
-    def _contraction(self, d: int) -> float | None:
-        return 1 - self._omega(d) if self._omega(d) < 1 else None
 
     def _wire_bytes(self, d: int, element_size: int) -> int:
         """The norm, in 4 bytes or more, and a digit with 2 s + 1 values for each entry."""

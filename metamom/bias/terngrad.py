@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from metamom.bias.checks import check_setting
-from metamom.bias.constants import Constants, random_omega
-from metamom.bias.coordinates import Coordinates, Sizes
+from metamom.bias.constants import random_omega
+from metamom.bias.coordinates import Coordinates
 from metamom.bias.draws import Draws
 from metamom.bias.norms import scaled_norm
 from metamom.bias.packing import pack, packed_bytes, unpack
 from metamom.bias.spelling import Row, spelled
 from metamom.common.checks import check_number
+from metamom.common.numbers import short
 
 
 def ternary(gradient: Tensor, uniform: Tensor, clip: float | None = None) -> tuple[Tensor, Tensor]:
@@ -102,19 +102,8 @@ class TernGrad(Draws):
     def _sent(self, rows: Tensor, at: Coordinates) -> tuple[Tensor, Tensor]:
         return ternary(rows, self._uniforms(at, len(rows), rows.shape[1], rows.device), self.clip)
 
-    def _contraction(self, d: int) -> float | None:
-        omega = random_omega([0.0, 1.0], d)
-        return 1 - omega if self.clip is None and omega < 1 else None
-
-    def constants(
-        self, d: int, *, workers: int = 1, zeta2: float = 0.0, bound: float | None = None, sizes: Sizes | None = None
-    ) -> Constants:
-        """Unbiased, with the largest omega of any gradient, if it does not clip; see `BiasOperator.constants`."""
-        if self.clip is not None:
-            return super().constants(d, workers=workers, zeta2=zeta2, bound=bound, sizes=sizes)
-        check_setting(d, workers, zeta2, bound)
-        omega = max(random_omega([0.0, 1.0], size) for size in self._parts(d, sizes)) / workers
-        return Constants(0.0, 0.0, omega, omega * zeta2)
+    def _omega(self, d: int) -> float | None:
+        return random_omega([0.0, 1.0], d) if self.clip is None else None
 
     def _wire_bytes(self, d: int, element_size: int) -> int:
         """One number, and a base-3 digit for each entry."""
@@ -136,5 +125,5 @@ class TernGrad(Draws):
     @property
     def spec(self) -> str:
         """``terngrad``, then ``:clip=C``, ``:tensor`` and ``:seed=N`` if set."""
-        clip = [] if self.clip is None else [f"clip={repr(self.clip).removesuffix('.0')}"]
+        clip = [] if self.clip is None else [f"clip={short(self.clip)}"]
         return ":".join(["terngrad", *clip, *["tensor"] * self.per_tensor, *self._seed_word])

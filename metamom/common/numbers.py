@@ -39,6 +39,11 @@ def real(text: str) -> float:
     return float(plain)
 
 
+def short(number: float) -> str:
+    """The digits of a number in a SPEC, which read back as the same number: ``1`` for 1.0, ``0.1``."""
+    return repr(number).removesuffix(".0")
+
+
 def counted(n: int, one: str, many: str | None = None) -> str:
     """A number of things: ``1 class``, ``2,000 classes``.
 

@@ -15,6 +15,7 @@ from metamom.common.kinds import named_type
 from metamom.common.sharded import is_sharded
 from metamom.distributed import World, as_world
 from metamom.server.aggregate import Aggregation, deliver, flatten, unflatten
+from metamom.server.robust import AnyAggregate, as_robust_mean
 
 
 @dataclass
@@ -54,13 +55,16 @@ class BiasedAccumulator:
             ``[d] -> [d]``; ``None`` for the plain mean. If a parameter gets no gradient from a worker, that part of
             the worker's gradient is zero.
         workers: n; if given, `finish` requires exactly n. With error feedback, pass it or name the workers.
+        aggregate: ``"mean"``, or a robust mean of the ``C(g_i)``: see `metamom.server.robust_mean`. One with a state
+            from step to step is a `metamom.server.RobustMean`; save its `state_dict` along with the others.
         world: the processes that share a step (`metamom.distributed.start`); one by default. Each adds the gradients of
             its own workers (``world.workers(n)``) and gets the aggregate of all. This needs ``workers``. Processes that
             share a worker must call `add` equally often.
 
     Raises:
-        ValueError: without a trainable parameter, for ``workers`` below 1, or if they cannot be split over processes.
-        TypeError: for any other kind of bias, or for DTensors.
+        ValueError: without a trainable parameter, for ``workers`` below 1, or if they cannot be split over processes;
+            for an unknown aggregate, the name of one with a state, or one that cannot combine n workers.
+        TypeError: for any other kind of bias or aggregate, or for DTensors.
 
     Example:
         >>> from metamom import Clip
@@ -83,6 +87,7 @@ class BiasedAccumulator:
         bias: Bias = None,
         workers: int | None = None,
         *,
+        aggregate: AnyAggregate = "mean",
         world: World | None = None,
     ) -> None:
         if isinstance(params, Tensor):
@@ -106,6 +111,9 @@ class BiasedAccumulator:
         if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
             raise ValueError(f"the number of workers must be a whole number >= 1; got {workers}.")
         self.bias = as_operator(bias)
+        self.aggregate = as_robust_mean(aggregate)
+        if workers is not None:
+            self.aggregate.check(workers)
         self.workers = workers
         self.world = as_world(world)
         if self.world.size > 1 and workers is None:
@@ -193,19 +201,21 @@ class BiasedAccumulator:
 
         Raises:
             ValueError: if there was no `add`; if a gradient came after the last one; if the number of workers is not
-                ``workers``. Nothing is lost: correct it and call again.
+                ``workers``, or one that ``aggregate`` cannot combine. Nothing is lost: correct it and call again.
         """
         with self.world.together():
             if self.world.size > 1:
                 assert self.workers is not None
                 adds = "" if self.workers >= self.world.size else f", {sum(self._step.counts.values())} adds"
                 spec, d = "none" if self.bias is None else self.bias.spec, sum(p.numel() for p in self.params)
-                self.world.step(f"a step of workers={self.workers}, bias={spec}, {d} entries{adds}", self.params)
+                what = f"workers={self.workers}, bias={spec}, aggregate={self.aggregate.spec}, {d} entries{adds}"
+                self.world.step(f"a step of {what}", self.params)
             order = self._order()
             means = [[total / self._step.counts[i] for total in self._step.sums[i]] for i in order]
             rows = flatten(torch.stack(parts) for parts in zip(*means, strict=True))
             sizes = Layout(p.shape for p in self.params)
-            server = Aggregation(self.workers or len(order), self.bias, sizes=sizes, world=self.world)
+            n = self.workers or len(order)
+            server = Aggregation(n, self.bias, self.aggregate, sizes=sizes, world=self.world)
             server.add(rows, order)
         total, report = server.finish()
         grads = unflatten(total, {str(number): p for number, p in enumerate(self.params)})

@@ -127,9 +127,9 @@ class Aggregation:
         self.operator = operator
         self._workers: OwnWorkers | SharedWorkers
         if n < world.size:
-            self._workers = SharedWorkers(n, operator, robust, sizes, world, part)
+            self._workers = SharedWorkers(part, operator, robust, sizes, world)
         else:
-            self._workers = OwnWorkers(n, operator, robust, sizes, world, measure, part)
+            self._workers = OwnWorkers(part, operator, robust, sizes, world, measure)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """Add gradients ``[k, d]`` of these workers, each present worker once; ``[0, d]`` if this process has none.

@@ -1,4 +1,7 @@
-"""The ways to collect workers' gradients and combine them into one. Shapes: n workers in all, gradients of length d."""
+"""The ways to collect workers' gradients and combine them into one.
+
+Legend: n workers, m of them present; gradients of length d.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 
 from metamom.distributed import World
+from metamom.server.part import Part, remembers
 from metamom.server.pending import PendingStep
 from metamom.server.robust import RobustMean
 
@@ -24,94 +27,111 @@ class Collected(Protocol):
         """The aggregate ``[d]`` over all processes, which all call this together."""
 
     def wire_bytes(self, total: Tensor) -> int:
-        """Bytes of the workers' messages, as sent or as they would be."""
+        """Bytes of the present workers' messages, as sent or as they would be."""
 
 
 class StreamedSum:
-    """Keeps the sum of the operator's outputs, for a mean.
+    """Keeps the weighted sum of the operator's outputs, for a mean.
 
     Args:
-        n: number of workers, over all processes.
+        part: the present workers, and the weights.
         step: the operator's step; ``None`` without one.
         world: the processes.
     """
 
-    def __init__(self, n: int, step: PendingStep | None, world: World) -> None:
-        self._n, self._step, self._world = n, step, world
+    def __init__(self, part: Part, step: PendingStep | None, world: World) -> None:
+        self._part, self._step, self._world = part, step, world
         self._total: Tensor | None = None
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Collected`."""
-        self._total = add_rows(self._total, rows if self._step is None else self._step.apply(rows, workers))
+        out = rows if self._step is None else self._step.apply(rows, workers)
+        self._total = add_rows(self._total, self._part.weighted(out, workers))
 
     def combined(self) -> Tensor:
         """See `Collected`."""
         assert self._total is not None
-        whole = self._world.reduce(reducible(self._total, self._world))
-        return from_server(self._world, lambda: whole / self._n, like=whole)
+        total, part, step = self._total, self._part, self._step
+        operator = None if step is None else step.operator
+        absent = part.absent(self._world.workers(part.n))
+        if step is not None and absent and remembers(operator):
+            total = add_rows(total, part.weighted(step.estimates(absent, total), absent))
+        whole = self._world.reduce(reducible(total, self._world))
+        return from_server(self._world, lambda: whole / len(part.averaged(operator)), like=whole)
 
     def wire_bytes(self, total: Tensor) -> int:
         """See `Collected`."""
-        return self._n * dense_bytes(self._step, total)
+        return len(self._part.present) * dense_bytes(self._step, total)
 
 
 class AllRows:
     """Keeps the operator's outputs, for an aggregate that needs each of them. All rows are added in one call.
 
     Args:
-        n: number of workers, over all processes.
+        part: the present workers.
         how: the aggregate.
         step: the operator's step.
         world: the processes.
     """
 
-    def __init__(self, n: int, how: RobustMean, step: PendingStep, world: World) -> None:
-        self._n, self._how, self._step, self._world = n, how, step, world
+    def __init__(self, part: Part, how: RobustMean, step: PendingStep, world: World) -> None:
+        self._part, self._how, self._step, self._world = part, how, step, world
         self._rows = torch.empty(0)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Collected`."""
-        rows, order = self._step.apply(rows, workers), _ascending(workers)
-        self._rows = rows if order == [*range(len(order))] else rows[order]
+        out = self._step.apply(rows, workers)
+        absent = self._part.absent(self._world.workers(self._part.n))
+        if absent:  # processes gather equally many rows
+            out = torch.cat([out, self._step.estimates(absent, rows)])
+        order = _ascending([*workers, *absent])
+        self._rows = out if order == [*range(len(order))] else out[order]
 
     def combined(self) -> Tensor:
         """See `Collected`."""
-        rows = self._world.gather_to_server(self._rows)
-        return from_server(self._world, lambda: self._how.combine(rows.flatten(0, 1)), like=self._rows[0])
+        gathered = self._world.gather_to_server(self._rows)
+        averaged = self._part.averaged(self._step.operator)
+
+        def made() -> Tensor:
+            rows = gathered.flatten(0, 1)
+            return self._how.combine(rows if len(averaged) == self._part.n else rows[list(averaged)])
+
+        return from_server(self._world, made, like=self._rows[0])
 
     def wire_bytes(self, total: Tensor) -> int:
         """See `Collected`."""
-        return self._n * dense_bytes(self._step, total)
+        return len(self._part.present) * dense_bytes(self._step, total)
 
 
 class Messages:
-    """Keeps the workers' messages, which several processes send instead of gradients.
+    """Keeps the present workers' messages, which several processes send instead of gradients.
 
     Args:
-        n: number of workers, over all processes.
+        part: the present workers, and the weights.
         how: the aggregate.
         step: the step of an operator that compresses.
         world: the processes.
     """
 
-    def __init__(self, n: int, how: RobustMean, step: PendingStep, world: World) -> None:
-        self._n, self._how, self._step, self._world = n, how, step, world
-        self._messages: list[tuple[int, Tensor]] = []  # with their workers
+    def __init__(self, part: Part, how: RobustMean, step: PendingStep, world: World) -> None:
+        self._part, self._how, self._step, self._world = part, how, step, world
+        self._messages: dict[int, Tensor] = {}
         self._like = torch.empty(0)  # one worker's gradient
         self._sent = 0  # bytes
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Collected`."""
-        self._messages += zip(workers, self._step.send(rows, workers), strict=True)
-        self._like = rows[0]
+        self._messages |= dict(zip(workers, self._step.send(rows, workers), strict=True))
+        self._like = rows.new_empty(rows.shape[1])
 
     def combined(self) -> Tensor:
         """See `Collected`."""
-        self._messages.sort(key=lambda each: each[0])  # processes have consecutive workers
-        everyones = self._lengths()
+        none = torch.empty(0, dtype=torch.uint8, device=self._like.device)
+        mine = [self._messages.get(worker, none) for worker in self._world.workers(self._part.n)]
+        everyones = self._lengths(mine)
         self._sent = int(everyones.sum())
-        mine = torch.cat([message for _, message in self._messages])
-        padded = nn.functional.pad(mine, (0, int(everyones.sum(1).max()) - len(mine)))
+        bytes_ = torch.cat(mine)
+        padded = nn.functional.pad(bytes_, (0, int(everyones.sum(1).max()) - len(bytes_)))
         gathered = self._world.gather_to_server(padded)
 
         def made() -> Tensor:
@@ -120,67 +140,39 @@ class Messages:
                 for row, lengths in zip(gathered, everyones.tolist(), strict=True)
                 for message in row[: sum(lengths)].split(lengths)
             ]
-            each = self._how.gathers
-            whole = self._step.receive(messages, len(self._like), self._like.dtype, each=each)
-            return self._how.combine(whole) if each else whole / self._n
+            return self._received([messages[worker] for worker in self._part.present])
 
         return from_server(self._world, made, self._like)
 
-    def _lengths(self) -> Tensor:
-        """The lengths of all messages, ``[processes, workers of each]``."""
-        mine = torch.tensor([len(message) for _, message in self._messages])
-        return self._world.gather(mine) if self._step.operator.varies else mine.expand(self._world.size, -1)
+    def _lengths(self, mine: Sequence[Tensor]) -> Tensor:
+        """The lengths of all messages, ``[processes, workers of each]``, and 0 for absent workers."""
+        lengths = torch.tensor([len(message) for message in mine])
+        alike = self._part.plain and not self._step.operator.varies
+        return lengths.expand(self._world.size, -1) if alike else self._world.gather(lengths)
+
+    def _received(self, messages: Sequence[Tensor]) -> Tensor:
+        """The aggregate of the present workers' messages, on the server."""
+        part, d, dtype = self._part, len(self._like), self._like.dtype
+        averaged = part.averaged(self._step.operator)
+        each = self._how.gathers or part.weights is not None
+        whole = self._step.receive(messages, d, dtype, each=each)
+        if self._how.gathers:
+            return self._how.combine(whole)
+        return (part.weighted(whole, averaged).sum(0) if each else whole) / len(averaged)
 
     def wire_bytes(self, total: Tensor) -> int:
         """See `Collected`."""
         return self._sent
 
 
-class HeldBack:
-    """Holds gradients back until those of all workers of this process have arrived.
-
-    Args:
-        count: the number of these workers.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._rows: list[Tensor] = []
-        self._workers: list[int] = []
-
-    def add(self, rows: Tensor, workers: Sequence[int]) -> tuple[Tensor, Sequence[int]] | None:
-        """Hold these gradients; return all of them with their workers once none is missing."""
-        self._rows.append(rows)
-        self._workers += workers
-        if len(self._workers) < self._count:
-            return None
-        held, everyone = self._rows, self._workers
-        self._rows, self._workers = [], []
-        return torch.cat(held) if len(held) > 1 else rows, everyone
-
-
-class PlainMean:
-    """The mean of the gradients without the operator, to measure its error.
-
-    Args:
-        n: number of workers, over all processes; the honest ones if some attack.
-        world: the processes.
-    """
-
-    def __init__(self, n: int, world: World) -> None:
-        self._n, self._world = n, world
-        self._total: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        """Add gradients ``[k, d]``."""
-        self._total = add_rows(self._total, rows)
-
-    def error_of(self, total: Tensor) -> float:
-        """The distance of an aggregate ``[d]`` from this mean, relative to the mean's norm."""
-        assert self._total is not None
-        mean = self._world.all_reduce(reducible(self._total, self._world)) / self._n
-        norm = float(vector_norm(mean))
-        return float(vector_norm(total - mean)) / norm if norm else 0.0
+def way_to_collect(part: Part, how: RobustMean, step: PendingStep | None, world: World) -> Collected:
+    """The way to collect that fits the aggregate, the operator and the number of processes."""
+    if step is not None and step.operator.compresses and world.size > 1:
+        return Messages(part, how, step, world)
+    if not how.gathers:
+        return StreamedSum(part, step, world)
+    assert step is not None  # an `Aggregation` takes the identity for a robust mean
+    return AllRows(part, how, step, world)
 
 
 def add_rows(total: Tensor | None, rows: Tensor) -> Tensor:

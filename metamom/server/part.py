@@ -59,8 +59,8 @@ class Part(NamedTuple):
     @classmethod
     def of(
         cls, n: int, present: Sequence[int] | None, weights: Sequence[float] | None, operator: BiasOperator | None
-    ) -> Part | None:
-        """Check both; ``None`` if all workers are present with equal weights.
+    ) -> Part:
+        """Check both. By default all workers are present, with equal weights.
 
         Raises:
             TypeError: as `normalised_weights`.
@@ -70,14 +70,21 @@ class Part(NamedTuple):
         chosen = tuple(range(n)) if present is None else tuple(present)
         if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < n:
             raise ValueError(f"present are numbers of the {n} workers, at least one, ascending; got {list(chosen)}.")
-        if len(chosen) == n:
-            return None if normalised is None else cls(n, chosen, normalised)
-        if operator is not None and not operator.allows_absent:
+        if len(chosen) < n and operator is not None and not operator.allows_absent:
             raise ValueError(
                 f"{operator.spec} needs all workers in every step: with absent ones it would be another method. Use "
                 "participation=1, or an operator such as ef21:SPEC."
             )
         return cls(n, chosen, normalised)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all workers are present with equal weights."""
+        return len(self.present) == self.n and self.weights is None
+
+    def absent(self, workers: Sequence[int]) -> list[int]:
+        """Those of these workers that are not present."""
+        return [] if len(self.present) == self.n else [worker for worker in workers if worker not in self.present]
 
     def averaged(self, operator: BiasOperator | None) -> tuple[int, ...]:
         """The workers that the server averages: all of them if it remembers them, else those present."""
@@ -96,13 +103,13 @@ def remembers(operator: BiasOperator | None) -> bool:
     return operator is not None and operator.remembered is not None
 
 
-def check_part(part: Part | None, how: RobustMean, operator: BiasOperator | None) -> None:
+def check_part(part: Part, how: RobustMean, operator: BiasOperator | None) -> None:
     """Refuse weights with a robust mean, a robust mean that trims none of the workers that are averaged, and attacks.
 
     Raises:
         ValueError: with what to change.
     """
-    if part is None or not how.gathers:
+    if part.plain or not how.gathers:
         return
     if how.attack is not None:
         raise ValueError(

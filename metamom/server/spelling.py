@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from metamom.common.did_you_mean import did_you_mean
-from metamom.common.numbers import real, shown, whole
+from metamom.common.numbers import real, short, shown, whole
 
 Made = TypeVar("Made")
 
@@ -84,12 +84,8 @@ def spelled(name: str, kind: Kind[Made]) -> str:
 
 def text(name: str, *numbers: float, **options: float | None) -> str:
     """The text of a record; options that are ``None`` are left out."""
-    named = [f"{key}={_plain(value)}" for key, value in options.items() if value is not None]
-    return ":".join([name, *map(_plain, numbers), *named])
-
-
-def _plain(number: float) -> str:
-    return repr(number).removesuffix(".0")
+    named = [f"{key}={short(value)}" for key, value in options.items() if value is not None]
+    return ":".join([name, *map(short, numbers), *named])
 
 
 def _arguments(name: str, arguments: Sequence[Argument], words: Sequence[str]) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from metamom.bias import BiasOperator
 from metamom.bias.coordinates import Sizes
 from metamom.distributed import World
-from metamom.server.collect import AllRows, Collected, HeldBack, Messages, PlainMean, StreamedSum, reducible
+from metamom.server.collect import add_rows, reducible, way_to_collect
 from metamom.server.part import Part
-from metamom.server.partial import PartialStep, partial_collected
 from metamom.server.pending import PendingStep
 from metamom.server.robust import RobustMean
 
@@ -20,38 +20,31 @@ Report = dict[str, float | int | None]  # grad_norm, bias_error and wire_bytes
 
 
 class OwnWorkers:
-    """Each process adds the gradients of its own workers. Arguments as of an `Aggregation`, but an ``operator``."""
+    """Each process adds the gradients of its own workers. Arguments as of an `Aggregation`, checked."""
 
     def __init__(
         self,
-        n: int,
+        part: Part,
         operator: BiasOperator | None,
         how: RobustMean,
         sizes: Sizes | None,
         world: World,
         measure: bool,
-        part: Part | None = None,
     ) -> None:
-        mine = world.workers(n)
-        present = list(mine) if part is None else [worker for worker in mine if worker in part.present]
+        mine = world.workers(part.n)
         streams = not how.gathers and (operator is None or (operator.separable and not operator.feeds_back))
-        honest = n - how.faulty if part is None else len(part.present)
-        self._n, self._how, self._part = n, how, part
-        self._held = None if streams else HeldBack(len(present))
+        honest = len(part.present) - how.faulty
+        self._part, self._how = part, how
+        self._held = None if streams else HeldBack(len(mine) - len(part.absent(mine)))
         self._plain = None if operator is None or not measure else PlainMean(honest, world)
-        self._step: PendingStep | None = None
-        self._collected: Collected
-        if part is not None:
-            step = None if operator is None else PartialStep(operator, sizes, part, mine)
-            self._step, self._collected = step, partial_collected(part, how, step, world)
-        else:
-            self._step = None if operator is None else PendingStep(operator, sizes)
-            self._collected = _collected(n, how, self._step, world)
+        self._step = None if operator is None else PendingStep(operator, sizes, part, mine)
+        self._collected = way_to_collect(part, how, self._step, world)
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
         """See `Aggregation.add`."""
-        if self._how.faulty and max(workers, default=0) >= self._n:
-            raise ValueError(f"an attack acts on the last of workers 0 to {self._n - 1}; got worker {max(workers)}.")
+        n = self._part.n
+        if self._how.faulty and max(workers, default=0) >= n:
+            raise ValueError(f"an attack acts on the last of workers 0 to {n - 1}; got worker {max(workers)}.")
         if self._held is not None:
             whole = self._held.add(rows, workers)
             if whole is None:
@@ -63,11 +56,9 @@ class OwnWorkers:
 
     def _counted(self, rows: Tensor, workers: Sequence[int]) -> Tensor:
         """The rows whose mean the ``bias_error`` is relative to: those of honest workers, by weight."""
-        if self._part is not None:
-            return self._part.weighted(rows, workers)
         if not self._how.faulty:
-            return rows
-        return rows[[worker < self._n - self._how.faulty for worker in workers]]
+            return self._part.weighted(rows, workers)
+        return rows[[worker < self._part.n - self._how.faulty for worker in workers]]
 
     def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
         """See `Aggregation.transport`."""
@@ -99,17 +90,10 @@ class SharedWorkers:
     """
 
     def __init__(
-        self,
-        n: int,
-        operator: BiasOperator | None,
-        how: RobustMean,
-        sizes: Sizes | None,
-        world: World,
-        part: Part | None = None,
+        self, part: Part, operator: BiasOperator | None, how: RobustMean, sizes: Sizes | None, world: World
     ) -> None:
-        self._n, self._world = n, world
-        self._present = list(range(n)) if part is None else list(part.present)
-        self._server = OwnWorkers(n, operator, how, sizes, World(), measure=True, part=part)
+        self._n, self._present, self._world = part.n, list(part.present), world
+        self._server = OwnWorkers(part, operator, how, sizes, World(), measure=True)
         self._total: Tensor | None = None  # [n, d]
 
     def add(self, rows: Tensor, workers: Sequence[int]) -> None:
@@ -130,11 +114,48 @@ class SharedWorkers:
         return self._server.finish()
 
 
-def _collected(n: int, how: RobustMean, step: PendingStep | None, world: World) -> Collected:
-    """The way to collect that fits the aggregate, the operator and the number of processes."""
-    if step is not None and step.operator.compresses and world.size > 1:
-        return Messages(n, how, step, world)
-    if not how.gathers:
-        return StreamedSum(n, step, world)
-    assert step is not None  # an `Aggregation` takes the identity for a robust mean
-    return AllRows(n, how, step, world)
+class HeldBack:
+    """Holds gradients back until those of all workers of this process have arrived.
+
+    Args:
+        count: the number of these workers.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._rows: list[Tensor] = []
+        self._workers: list[int] = []
+
+    def add(self, rows: Tensor, workers: Sequence[int]) -> tuple[Tensor, Sequence[int]] | None:
+        """Hold these gradients; return all of them with their workers once none is missing."""
+        self._rows.append(rows)
+        self._workers += workers
+        if len(self._workers) < self._count:
+            return None
+        held, everyone = self._rows, self._workers
+        self._rows, self._workers = [], []
+        return torch.cat(held) if len(held) > 1 else rows, everyone
+
+
+class PlainMean:
+    """The mean of the gradients without the operator, to measure its error.
+
+    Args:
+        n: number of workers, over all processes; the honest ones if some attack.
+        world: the processes.
+    """
+
+    def __init__(self, n: int, world: World) -> None:
+        self._n, self._world = n, world
+        self._total: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add gradients ``[k, d]``."""
+        self._total = add_rows(self._total, rows)
+
+    def error_of(self, total: Tensor) -> float:
+        """The distance of an aggregate ``[d]`` from this mean, relative to the mean's norm."""
+        assert self._total is not None
+        mean = self._world.all_reduce(reducible(self._total, self._world)) / self._n
+        norm = float(vector_norm(mean))
+        return float(vector_norm(total - mean)) / norm if norm else 0.0

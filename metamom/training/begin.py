@@ -31,8 +31,6 @@ from metamom.training.given_callbacks import as_callbacks
 from metamom.training.options import Options
 from metamom.training.plan import (
     LATER,
-    Scheduler,
-    as_schedulers,
     check_momentum,
     check_optimizer,
     check_plan,
@@ -40,6 +38,7 @@ from metamom.training.plan import (
     step_size,
 )
 from metamom.training.progress import Progress, Saved
+from metamom.training.schedulers import Scheduler, as_schedulers
 from metamom.training.session import Session
 from metamom.training.variant import check_eta_schedules, check_following
 

@@ -25,7 +25,8 @@ from metamom.server.robust import Aggregate
 from metamom.training.begin import Checked, begin, check
 from metamom.training.callbacks import Callback
 from metamom.training.options import Options
-from metamom.training.plan import Schedulers, check_momentum, federation, step_size
+from metamom.training.plan import check_momentum, federation, step_size
+from metamom.training.schedulers import Schedulers
 from metamom.training.session import Session
 from metamom.training.stall import StallMonitor
 from metamom.training.variant import following

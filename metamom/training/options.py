@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metamom.server.down import DownBias
     from metamom.server.participation import Participation
     from metamom.training.callbacks import Callback
-    from metamom.training.plan import Schedulers
+    from metamom.training.schedulers import Schedulers
 
 
 def _evaluate_every(name: str, value: Any) -> int | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from metamom.batch import Sampler, TaskSampler, block, check_sampler, described
 from metamom.bias import Bias, BiasOperator, Layout, as_operator
@@ -22,7 +22,7 @@ from metamom.distributed import World, as_world
 from metamom.maml.federation import Federation, check_estimator
 from metamom.maml.learner import MAML
 from metamom.maml.norm import resolved
-from metamom.optim import CompositeMomentum, LambdaBeta
+from metamom.optim import CompositeMomentum
 from metamom.server.aggregate import Aggregation
 from metamom.server.down import as_down_bias
 from metamom.server.participation import Participation
@@ -30,20 +30,9 @@ from metamom.server.robust import Aggregate, RobustMean
 from metamom.training.contents import Contents
 from metamom.training.options import Options
 from metamom.training.schedule_state import COUNTED_AT_PLATEAUS
-
-
-@runtime_checkable
-class Scheduler(Protocol):
-    """Anything that advances after each step: torch's LR schedulers, `metamom.optim.LambdaBeta`."""
-
-    def step(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
-Schedulers: TypeAlias = Scheduler | ReduceLROnPlateau | Sequence[Scheduler | ReduceLROnPlateau]
+from metamom.training.schedulers import Scheduler as Scheduler
+from metamom.training.schedulers import Schedulers as Schedulers
+from metamom.training.schedulers import as_schedulers as as_schedulers
 
 
 def check_plan(learner: MAML, sampler: Sampler, options: Options, world: World | None = None) -> Options:
@@ -140,7 +129,7 @@ def check_optimizer(learner: MAML, optimizer: object) -> None:
         ValueError: if it has none of the learner's parameters, has others too, or lacks the learned step sizes.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {_kind(optimizer)}.")
+        raise TypeError(f"train takes a torch optimizer over learner.parameters(); got {named_type(optimizer)}.")
     if isinstance(optimizer, SparseAdam):
         raise TypeError("SparseAdam takes only sparse gradients, and meta-gradients are dense: use torch.optim.Adam.")
     if not _steps_alone(optimizer):
@@ -177,35 +166,6 @@ def _steps_alone(optimizer: Optimizer) -> bool:
     except ValueError:  # not written in Python, so it has no signature
         return True
     return True
-
-
-def as_schedulers(schedulers: Schedulers, optimizer: Optimizer) -> list[Scheduler | ReduceLROnPlateau]:
-    """Convert one scheduler or several to a list.
-
-    Raises:
-        TypeError: for anything but a scheduler.
-        ValueError: for a scheduler of another optimizer, which would have no effect.
-    """
-    if not isinstance(schedulers, (Scheduler, Iterable)):
-        raise TypeError(f"schedulers are one or a list of them, such as LambdaLR(optimizer, ...); got {schedulers!r}.")
-    found: list[Scheduler | ReduceLROnPlateau]
-    found = [schedulers] if isinstance(schedulers, (Scheduler, ReduceLROnPlateau)) else list(schedulers)
-    scheduler: Any
-    for scheduler in found:
-        if isinstance(scheduler, (LRScheduler, LambdaBeta)) and scheduler.optimizer is not optimizer:
-            raise ValueError(
-                f"{type(scheduler).__name__} schedules another optimizer than the one that trains, so that it would "
-                "change nothing: make it of this one."
-            )
-        if isinstance(scheduler, (type, Optimizer)) or not isinstance(scheduler, Scheduler):
-            wanted = "LambdaLR(optimizer, ...) or LambdaBeta(optimizer, ...)"
-            raise TypeError(f"schedulers are such as {wanted}; got {_kind(scheduler)}.")
-    return found
-
-
-def _kind(thing: object) -> str:
-    """Describe an object, for errors."""
-    return named_type(thing)
 
 
 # entries of `describe` that earlier versions did not record
