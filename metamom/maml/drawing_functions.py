@@ -98,7 +98,7 @@ def dropout(
 
 def _noise(draws: DrawsByTask, input: Tensor, p: float) -> Tensor:
     noise = torch.empty_like(input)
-    draws.call_operator(torch.ops.aten.bernoulli_.float, (noise, 1 - p), {})
+    draws.bernoulli_(noise, 1 - p)
     return noise.div_(1 - p)
 
 

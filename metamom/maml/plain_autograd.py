@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import checkpoint
 
+from metamom.common.modules import modules_of, named_modules_of
+
 _UNCOMPILED: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
@@ -29,7 +31,7 @@ def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
     Args:
         module: the model or the loss; ``None`` for a loss that is a function.
     """
-    parts = [] if module is None else module.modules()
+    parts = [] if module is None else modules_of(module)
     with ExitStack() as contexts:
         contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
         if torch.cuda.is_available() and any(isinstance(part, nn.RNNBase) for part in parts):
@@ -57,7 +59,7 @@ def uncompiled() -> Iterator[None]:
 def warm_starts(model: nn.Module) -> frozenset[str]:
     """The names of buffers that spectral norms overwrite in training, as the start of their next power iteration."""
     names: set[str] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules_of(model).items():
         keys = ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
         for hook in module._forward_pre_hooks.values():
             if type(hook).__name__ == "SpectralNorm":  # of torch.nn.utils.spectral_norm, which hides its class

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metamom.common.choices import Norm
+from metamom.common.modules import named_buffers_of
 from metamom.common.trees import Tree, count, device_of, mapped, named_leaves, points
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
@@ -323,7 +324,9 @@ def _of_one_task(
     It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
     """
     found = slots(model)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
+    buffers = {
+        name: b.clone() for name, b in named_buffers_of(model).items()
+    }  # leave the model's own buffers unchanged
     given = {**buffers, **start.shared, **start.kept, **own}
     watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
     scratch = warm_starts(model) if loop else frozenset()
