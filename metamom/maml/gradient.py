@@ -393,7 +393,10 @@ def _arguments(batch: TaskBatch) -> tuple[Any, ...]:
 
 def _kinds(batch: TaskBatch) -> tuple[Hashable, ...]:
     """The form of a batch, and everything about its tensors except the number of tasks and the values."""
-    form, tensors = flattened((*batch[:4], *batch[5:]))
+    fields = (*batch[:4], *batch[5:])
+    if all(x is None or isinstance(x, Tensor) for x in fields):  # quickly, for every step
+        return tuple([None if x is None else (x.shape[1:], x.dtype, x.device) for x in fields])
+    form, tensors = flattened(fields)
     return str(form), *((x.shape[1:], x.dtype, x.device) for x in tensors)  # the form itself cannot be copied
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.nn import _reduction as _Reduction
 from torch.nn import functional as F
 
 from metamom.compile.tracing import is_tracing
+from metamom.maml.batched import on_all_tasks
 from metamom.maml.embeddings_by_task import within
 
 
@@ -108,28 +107,16 @@ def _mean_of_all_tasks(input: Tensor, target: Tensor, ignore_index: int) -> Tens
 
     ``None`` for a call that vmap must make.
     """
-    if is_tracing() or not torch._C._are_functorch_transforms_active():
+    plain = input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64
+    if not plain or input.dtype not in (torch.float32, torch.float64) or len(input) != len(target):
         return None
-    transform = retrieve_current_functorch_interpreter()
-    if not isinstance(transform, VmapInterpreter) or any(
-        functorch.maybe_get_level(each) != transform.level() for each in (input, target)
-    ):
-        return None
-    scores, dim = functorch._unwrap_batched(input, transform.level())
-    labels, dim_of_labels = functorch._unwrap_batched(target, transform.level())
-    if dim != 0 or dim_of_labels != 0 or scores.dim() != 3 or labels.dim() != 2 or scores.shape[:2] != labels.shape:
-        return None
-    if scores.dtype not in (torch.float32, torch.float64) or labels.dtype != torch.int64:
-        return None
-    if any(functorch.is_functorch_wrapped_tensor(each) for each in (scores, labels)):
-        return None
-    with transform.lower():
-        each = F.cross_entropy(
-            scores.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="none"
-        ).view_as(labels)
-        means = each.sum(1) / (labels != ignore_index).sum(1)
-    found: Tensor = functorch._add_batch_dim(means, 0, transform.level())
-    return found
+
+    def means(scores: Tensor, labels: Tensor) -> Tensor:
+        counted = labels != ignore_index
+        each = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="none")
+        return each.view_as(labels).sum(1) / counted.sum(1)
+
+    return on_all_tasks(means, input, target)
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
