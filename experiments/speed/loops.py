@@ -27,7 +27,7 @@ from metamom.maml.vectorize import VECTORIZE, Vectorize
 from metamom.maml.vmap_errors import VmapError
 
 INNER_LR = 0.01
-WARM_UP = 3
+WARM_UP = 2
 TURN_SECONDS = 0.02  # at least, for each contender's turn: a training repeats the same work
 
 

@@ -92,7 +92,8 @@ def on_all_tasks(function: Callable[..., Tensor], *batched: Tensor) -> Tensor | 
 def _over_tasks(function: Callable[..., Any], randomness: str, *args: Any) -> Any:
     global _loaded
     try:
-        tasks = None if is_tracing() or not _HAS_PARTS else _tasks(args, None)
+        with torch._C.DisableTorchFunction():  # modes that watch the model would see each look at a shape
+            tasks = None if is_tracing() or not _HAS_PARTS else _tasks(args, None)
     except _UnusualError:
         tasks = None
     if tasks is None:  # torch's own is traced, and raises its errors
