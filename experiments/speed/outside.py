@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from metamom.experiments.speed.networks import conv_net, mlp
+from metamom.experiments.speed.networks import conv_net, mlp, resnet12
 
 WAYS = 5
 
@@ -175,5 +175,6 @@ OUTSIDE: dict[str, Outside] = {
     "mobilenet": _images(_mobile),
     "prelu-convs": _images(_prelu_convs),
     "unet": _images(UNet),
+    "resnet12": _images(lambda: resnet12((32, 64, 128, 256), WAYS)),
     "conv-bn-pool": Outside(lambda size: conv_net(32, size, 3, WAYS), lambda size: (3, size, size)),
 }
