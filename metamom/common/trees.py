@@ -6,6 +6,7 @@ A whole tree may also be ``None``, for labels that a loss does not need.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -91,8 +92,16 @@ def shown(tree: Tree) -> str:
 
 def flattened(fields: tuple[Tree, ...]) -> tuple[pytree.TreeSpec, list[Tensor]]:
     """The tensors of several trees, and their form, from which `restored` makes them again."""
+    if all(field is None or isinstance(field, Tensor) for field in fields):
+        return _form_of(*(field is None for field in fields)), [field for field in fields if field is not None]
     found, form = pytree.tree_flatten(tuple(() if field is None else field for field in fields))
     return form, found
+
+
+@cache
+def _form_of(*absent: bool) -> pytree.TreeSpec:
+    """The form of tensors, some of which are ``None``."""
+    return pytree.tree_flatten(tuple(() if each else 0 for each in absent))[1]
 
 
 def restored(form: pytree.TreeSpec, found: tuple[Tensor, ...]) -> tuple[Tree, ...]:

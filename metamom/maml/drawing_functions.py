@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from metamom.maml.batched import on_all_tasks
 from metamom.maml.draws import DrawsByTask, generator_states
 
 Result = TypeVar("Result")
@@ -84,21 +84,20 @@ def dropout(
         return None
     if draws.only is not None:
         return None if functorch.is_functorch_wrapped_tensor(input) else input * _noise(draws, input, p)
-    transform = retrieve_current_functorch_interpreter() if torch._C._are_functorch_transforms_active() else None
-    if not isinstance(transform, VmapInterpreter) or functorch.maybe_get_level(input) != transform.level():
-        return None
-    value, dim = functorch._unwrap_batched(input, transform.level())
-    nested = functorch.is_functorch_wrapped_tensor(value)
-    if nested or dim != 0 or not value.is_contiguous() or value.shape[0] != draws.tasks:
-        return None  # draws depend on the layout
-    with transform.lower():
-        noise = _noise(draws, value, p)
-    return input * functorch._add_batch_dim(noise, 0, transform.level())
+    usable = True
+
+    def noise(value: Tensor) -> Tensor:
+        nonlocal usable
+        usable = value.is_contiguous() and value.shape[0] == draws.tasks  # draws depend on the layout
+        return _noise(draws, value, p) if usable else value
+
+    found = on_all_tasks(noise, input)
+    return None if found is None or not usable else input * found
 
 
 def _noise(draws: DrawsByTask, input: Tensor, p: float) -> Tensor:
     noise = torch.empty_like(input)
-    draws.call_operator(torch.ops.aten.bernoulli_.float, (noise, 1 - p), {})
+    draws.bernoulli_(noise, 1 - p)
     return noise.div_(1 - p)
 
 

@@ -188,6 +188,28 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.cat(results)
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
+    def bernoulli_(self, out: Tensor, p: float) -> None:
+        """Fill a tensor as `call_operator` does with ``aten.bernoulli_.float``, with less overhead.
+
+        Args:
+            out: of all tasks ``[T, ...]``, outside of vmap, or of one in a loop; contiguous.
+            p: the probability of 1.
+        """
+        generator = self._generator(None)
+        if generator is not None or (self.only is None and len(out) != self.tasks):
+            self.call_operator(torch.ops.aten.bernoulli_.float, (out, p), {})
+            return
+        number = str(self.operations)
+        self.operations += 1
+        own = torch.Generator(out.device)
+        for task, part in enumerate(out.unbind()) if self.only is None else [(self.only, out)]:
+            part.bernoulli_(p, generator=own.manual_seed(self._seed(task, number)))
+
+    def _seed(self, task: int, what: str) -> int:
+        """The seed of one task's draws in an operation."""
+        key = f"{self.step.seed()} {self.start + task} {self.call} {what}"
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
     def _has_tasks(self, value: Any) -> bool:
         """Whether an argument is a tensor, or a size, with all tasks in its first dimension."""
         if isinstance(value, Tensor):
@@ -237,8 +259,7 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.seeded[id(generator)] = generator, generator.get_state()
             generator.set_state(self.seeded[id(generator)][1])
             return func(*args, **kwargs)
-        key = f"{self.step.seed()} {self.start + task} {self.call} {what}"
-        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+        seed = self._seed(task, what)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
         overload = _with_generator(func)

@@ -70,6 +70,7 @@ class MetaGradients:
         *,
         present: Sequence[int] | None = None,
         starts: Params | None = None,
+        plan: Plan | None = None,
     ) -> Iterator[OfWorkers]:
         """Yield the workers' flattened meta-gradients in order, a few at a time as chunks finish.
 
@@ -80,13 +81,15 @@ class MetaGradients:
             number: the index of the first task in the batch of all processes, which seeds a random model's draws.
             present: the workers, of 0 to n - 1, to compute; all by default.
             starts: the weights ``[k, *shape]`` of these k workers, if they are not the meta-parameters.
+            plan: the current one, if the caller has checked the batch by it.
 
         Raises:
             ValueError: as `MAML.meta_gradient`.
         """
         reuse_freed_memory()
-        plan = self.plan()
-        plan.check(batch)
+        if plan is None:
+            plan = self.plan()
+            plan.check(batch)
         workers = check_whole("the number of workers", workers, 1)
         per_worker = len(block(batch.num_tasks, 0, workers))
         everyone = range(workers) if present is None else present
@@ -94,9 +97,10 @@ class MetaGradients:
         padded = batch.support_mask is not None or batch.query_mask is not None
         # a loop over unpadded tasks, and the end of a solve, depend on values
         alone = padded or ESTIMATORS[plan.problem.estimator].proximal or starts is not None
-        of_chunk = self.eager if alone else self.of_chunk
-        if of_chunk is self.of_chunk:
+        compiled = bool(self.compile) and not alone
+        if compiled:
             self._announce(weights, batch, len(parts))
+        of_chunk = self.of_chunk if compiled else partial(_eagerly, plan)
         rows: Tensor | None = None
         held: list[OfTasks] = []
         step = Step()
@@ -172,12 +176,7 @@ class MetaGradients:
         self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any, starts: Params | None = None
     ) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""
-        plan = self.plan()
-        gradient = partial(chunk_gradient, plan, weights, memory, workers, scale, *batch)
-        if starts is not None:
-            gradient = partial(gradient, starts=starts)
-        with uncompiled():
-            return plan.problem.vectorization.attempt(plan.problem.parts(), gradient)
+        return _eagerly(self.plan(), weights, memory, workers, scale, *batch, starts=starts)
 
     def _announce(self, weights: Params, batch: TaskBatch, chunks: int) -> None:
         """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""
@@ -197,6 +196,14 @@ class MetaGradients:
         return partial(self.eager, weights, self.plan().recall(one), 1, 1.0, *_arguments(one))
 
 
+def _eagerly(plan: Plan, *args: Any, starts: Params | None = None) -> tuple[Tensor, ...]:
+    """`chunk_gradient`, in a loop over the tasks if vmap cannot take the model or the loss."""
+    given = {} if starts is None else {"starts": starts}
+    with uncompiled():
+        problem = plan.problem
+        return problem.vectorization.attempt(problem.parts(), partial(chunk_gradient, plan, *args, **given))
+
+
 def _arguments(batch: TaskBatch) -> tuple[Any, ...]:
     """A batch as arguments of `chunk_gradient`."""
     form, tensors = flattened((*batch[:4], *batch[5:]))
@@ -205,7 +212,10 @@ def _arguments(batch: TaskBatch) -> tuple[Any, ...]:
 
 def _kinds(batch: TaskBatch) -> tuple[Hashable, ...]:
     """The form of a batch, and everything about its tensors except the number of tasks and the values."""
-    form, tensors = flattened((*batch[:4], *batch[5:]))
+    fields = (*batch[:4], *batch[5:])
+    if all(x is None or isinstance(x, Tensor) for x in fields):  # quickly, for every step
+        return tuple([None if x is None else (x.shape[1:], x.dtype, x.device) for x in fields])
+    form, tensors = flattened(fields)
     return str(form), *((x.shape[1:], x.dtype, x.device) for x in tensors)  # the form itself cannot be copied
 
 

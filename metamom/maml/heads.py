@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from metamom.common.choices import Norm
+from metamom.common.modules import modules_of
 from metamom.maml.carried_over import generators_outside_torch
 from metamom.maml.swapping import is_training, slots
 from metamom.maml.task_weights import Params
@@ -233,7 +234,7 @@ def options_of(model: nn.Module) -> Hashable | None:
     if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return None
     found: list[Hashable] = []
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, torch.jit.ScriptModule) or module._forward_hooks or module._forward_pre_hooks:
             return None
         values = module.__dict__
@@ -244,7 +245,7 @@ def options_of(model: nn.Module) -> Hashable | None:
 
 def versions_of(model: nn.Module, sets: Sequence[Tensor]) -> Hashable:
     """Which tensors a model and its inputs consist of, and how often each was written to."""
-    registered = [t for m in model.modules() for held in (m._parameters, m._buffers) for t in held.values()]
+    registered = [t for m in modules_of(model) for held in (m._parameters, m._buffers) for t in held.values()]
     return tuple((id(t), _version(t)) for t in (*registered, *sets) if t is not None)
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as every_module
 from torch.overrides import TorchFunctionMode
 
 from metamom.common.trees import Tree, leaves, lone
 from metamom.maml.class_scores import ClassScores, Reading, tensors_among
 from metamom.maml.functions_by_task import FINE_IN_A_LOOP, by_task
+from metamom.maml.losses_by_task import cross_entropy
 from metamom.maml.pairings import Pairings
 
 LossFn = Callable[..., Tensor]
@@ -60,6 +63,9 @@ class LossReadings:
                     return loss_fn(predictions, *given, **options)
             seen = _seen(loss_fn, scores, targets)
             fine = self._fine.get(seen)
+            if fine is not None and self._is_known(loss_fn, scores, targets) and not options:
+                known = once
+                return loss_fn(predictions, *given) if once else _cross_entropy(loss_fn, predictions, targets)
             if fine is not None and not fine[1] and targets.is_floating_point():
                 try:
                     return loss_fn(predictions, *given, **options)
@@ -75,6 +81,17 @@ class LossReadings:
             return value
 
         return loss
+
+    def _is_known(self, loss_fn: LossFn, scores: Sequence[Tensor], targets: Tensor) -> bool:
+        """Whether a loss is PyTorch's cross entropy, and was watched for labels of these shapes.
+
+        It depends on nothing else that a call could change.
+        """
+        if not is_cross_entropy(loss_fn) or targets.is_floating_point() or len(scores) != 1:
+            return False
+        kept = self._kept.get(_key(loss_fn, scores[0].shape, targets.shape))
+        ignored = getattr(loss_fn, "ignore_index", None)
+        return kept is not None and kept[1].kind == "classes" and kept[1].ignored == ignored
 
     def of(self, loss_fn: LossFn, predictions: Tensor, targets: Tensor) -> Reading:
         """The reading for predictions ``[T, N, ...]`` and targets of these shapes."""
@@ -126,6 +143,29 @@ class LossWatch(TorchFunctionMode):
         if self._scores is not None:
             self._scores.see(func, first, kwargs, tensors, out)
         return out
+
+
+def is_cross_entropy(loss_fn: LossFn) -> bool:
+    """Whether a loss is `torch.nn.functional.cross_entropy`, or PyTorch's module without hooks."""
+    if not isinstance(loss_fn, nn.Module):
+        return loss_fn is F.cross_entropy
+    hooks = every_module._global_forward_hooks, every_module._global_forward_pre_hooks
+    own = loss_fn._forward_hooks, loss_fn._forward_pre_hooks
+    return type(loss_fn) is nn.CrossEntropyLoss and "forward" not in vars(loss_fn) and not any((*hooks, *own))
+
+
+def _cross_entropy(loss_fn: LossFn, predictions: Tensor, targets: Tensor) -> Tensor:
+    """What such a loss returns under vmap, called without the mode that watches it."""
+    if not isinstance(loss_fn, nn.CrossEntropyLoss):
+        return cross_entropy(predictions, targets)
+    return cross_entropy(
+        predictions,
+        targets,
+        weight=loss_fn.weight,
+        ignore_index=loss_fn.ignore_index,
+        reduction=loss_fn.reduction,
+        label_smoothing=loss_fn.label_smoothing,
+    )
 
 
 def _first_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

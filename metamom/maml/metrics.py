@@ -58,7 +58,7 @@ def accuracy(
         counted &= targets != reading.ignored
     if mask is not None:
         counted &= mask.view(*mask.shape, *[1] * (counted.dim() - 2))
-    right = (found == targets) & counted & ~best.isnan()
-    each = right.flatten(1).sum(1), counted.flatten(1).sum(1)
-    hits, of = (n.to(torch.promote_types(predictions.dtype, torch.float32)) for n in each)
+    right = (found == targets) & counted & (best == best)  # not NaN
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    hits, of = (each.flatten(1).sum(1, dtype=dtype) for each in (right, counted))
     return hits / of

@@ -12,6 +12,7 @@ from torch.nn.modules import module as every_module
 from torch.nn.parameter import is_lazy
 
 from metamom.common.kinds import named_type
+from metamom.common.modules import modules_of, named_parameters_of
 from metamom.maml.vmap_errors import VmapError
 
 # The wrapper classes, by module and name. They are looked up only in modules that are already imported: importing these
@@ -80,8 +81,8 @@ def check_kind(model: object) -> None:
 
 def structure(model: nn.Module) -> tuple[Hashable, ...]:
     """The key of `check_kind` and of the choice of adapted parameters: modules, hooks, and trainable parameters."""
-    modules = [(id(m), bool(m._backward_hooks or m._backward_pre_hooks)) for m in model.modules()]
-    return *modules, *(name for name, p in model.named_parameters() if p.requires_grad)
+    modules = [(id(m), bool(m._backward_hooks or m._backward_pre_hooks)) for m in modules_of(model)]
+    return *modules, *(name for name, p in named_parameters_of(model).items() if p.requires_grad)
 
 
 def check_hooks(module: nn.Module, *, compiling: bool = False) -> None:
@@ -94,7 +95,7 @@ def check_hooks(module: nn.Module, *, compiling: bool = False) -> None:
     Raises:
         VmapError: naming the modules.
     """
-    if not (has_global_hooks() or any(each._backward_hooks or each._backward_pre_hooks for each in module.modules())):
+    if not (has_global_hooks() or any(each._backward_hooks or each._backward_pre_hooks for each in modules_of(module))):
         return  # quickly, since every call of a model comes here
     names = [
         f"{name or 'the model'} ({type(each).__name__})"

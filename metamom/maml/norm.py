@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from metamom.common.choices import NORMS, Norm
+from metamom.common.modules import modules_of
 from metamom.maml.model_checks import scripted_calls
 from metamom.maml.swapping import alone
 from metamom.nets.layers import BatchNormReLU
@@ -43,7 +44,7 @@ def resolved(model: nn.Module, norm: Norm | None) -> Norm | None:
             ``"frozen"`` reads, and for a choice that cannot act on scripted code.
     """
     if norm is None:
-        layers = [module for module in model.modules() if isinstance(module, _NormBase)]  # fast: for every step
+        layers = [module for module in modules_of(model) if isinstance(module, _NormBase)]  # fast: for every step
         if not any(map(uses_running_statistics, layers)):
             return None
         norm = _of_mode(model)

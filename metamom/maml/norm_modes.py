@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metamom.common.choices import Norm
+from metamom.common.modules import modules_of
 from metamom.nets.functions import differentiated
 from metamom.nets.layers import batch_norm_relu
 from metamom.nets.statistics import uncounted
@@ -239,7 +240,7 @@ def normalising(
     if norm is None:
         yield lambda model, sets: model(sets[-1])
         return
-    with uncounted(model.modules()), MODES[norm]() as mode:
+    with uncounted(modules_of(model)), MODES[norm]() as mode:
         yield mode.call
 
 

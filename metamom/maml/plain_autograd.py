@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import checkpoint
+
+from metamom.common.modules import modules_of, named_modules_of
 
 _UNCOMPILED: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
@@ -29,14 +32,40 @@ def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
     Args:
         module: the model or the loss; ``None`` for a loss that is a function.
     """
-    parts = [] if module is None else module.modules()
-    with ExitStack() as contexts:
-        contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.cuda.is_available() and any(isinstance(part, nn.RNNBase) for part in parts):
-            contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
-        contexts.enter_context(uncompiled())
-        contexts.enter_context(_checkpoints_off())
+    parts = [] if module is None else modules_of(module)
+    recurrent = torch.cuda.is_initialized() and any(isinstance(part, nn.RNNBase) for part in parts)
+    no_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with _math_attention(), no_cudnn, uncompiled(), _checkpoints_off():
         yield
+
+
+@contextmanager
+def _math_attention() -> Iterator[None]:
+    """``sdpa_kernel(SDPBackend.MATH)``, which takes 30 microseconds; every call of a model in a loop comes here."""
+    if _ATTENTION is None:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+        return
+    before = [(use, enabled()) for enabled, use in _ATTENTION.values()]
+    for name, (_, use) in _ATTENTION.items():
+        use(name == "math")
+    try:
+        yield
+    finally:
+        for use, was in before:
+            use(was)
+
+
+def _attention_switches() -> dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] | None:
+    """How to ask for, and to set, the use of each kind of attention kernel; ``None`` if this PyTorch has other ones."""
+    names: Any = getattr(attention, "_backend_names", {})
+    pairs = [(f"_get_{name}_sdp_enabled", f"_set_sdp_use_{name}") for name in names]
+    if "math" not in names or not all(hasattr(torch._C, each) for pair in pairs for each in pair):
+        return None
+    return {name: (getattr(torch._C, a), getattr(torch._C, b)) for name, (a, b) in zip(names, pairs, strict=True)}
+
+
+_ATTENTION = _attention_switches()
 
 
 @contextmanager
@@ -57,7 +86,7 @@ def uncompiled() -> Iterator[None]:
 def warm_starts(model: nn.Module) -> frozenset[str]:
     """The names of buffers that spectral norms overwrite in training, as the start of their next power iteration."""
     names: set[str] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules_of(model).items():
         keys = ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
         for hook in module._forward_pre_hooks.values():
             if type(hook).__name__ == "SpectralNorm":  # of torch.nn.utils.spectral_norm, which hides its class

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metamom.common.trees import Tree, leaves, mapped
 from metamom.compile.tracing import is_tracing
+from metamom.maml.estimators import ESTIMATORS
 from metamom.maml.features import Features
 from metamom.maml.loss_readings import LossFn
 from metamom.maml.misfits import check_loss, targets_explained
@@ -70,7 +71,8 @@ def predictions(
         padded = mask is not None or (support is not None and support.mask is not None)
         loop = problem.vectorization.loops(part)
         if not loop and not padded and problem.vectorization.vectorize == "auto":
-            loop = problem.run.prefers_a_loop(problem.model, own, x)
+            first_order = ESTIMATORS[problem.estimator].derivatives == "none"
+            loop = problem.run.prefers_a_loop(problem.model, own, x, first_order=first_order)
         if padded and not loop:
             must_not = problem.vectorization.vectorize == "vmap"
             kind = problem.norm, mask, must_not

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
+from metamom.common.modules import named_parameters_of
 from metamom.maml.estimators import Estimator, InnerBatch
 from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_optimizer import InnerOptimizer, InnerSGD
@@ -93,8 +94,8 @@ def names_in_loss(model: nn.Module, loss_fn: LossFn) -> dict[str, str]:
     if not isinstance(loss_fn, nn.Module):
         return {}
     with alone(model, loss_fn):
-        of_model = {id(p): name for name, p in model.named_parameters()}
-        return {name: of_model.get(id(p), LOSS + name) for name, p in loss_fn.named_parameters()}
+        of_model = {id(p): name for name, p in named_parameters_of(model).items()}
+        return {name: of_model.get(id(p), LOSS + name) for name, p in named_parameters_of(loss_fn).items()}
 
 
 def trainable(model: nn.Module, loss_fn: LossFn, but: Collection[str] = ()) -> Params:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metamom.common.choices import Norm
+from metamom.common.modules import named_buffers_of
 from metamom.common.trees import Tree, count, device_of, mapped, named_leaves, points
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
@@ -26,7 +27,7 @@ from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions_of
-from metamom.maml.loop_preferred import faster_in_a_loop
+from metamom.maml.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
 from metamom.maml.misfits import check_output, inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
@@ -98,7 +99,8 @@ class RunByTask:
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
         points: the shapes and dtypes of sets for which the model was seen to take any number of points.
-        preferred: whether the model runs faster task by task, by mode, number of points, and adapted parameters.
+        preferred: whether the model runs faster task by task, by mode, number of points, adapted parameters, and the
+            number of tasks in first order (``None`` in second).
     """
 
     def __init__(self) -> None:
@@ -109,7 +111,7 @@ class RunByTask:
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
-        self.preferred: dict[tuple[bool, int, tuple[str, ...]], bool] = {}
+        self.preferred: dict[tuple[bool, int, tuple[str, ...], int | None], bool] = {}
 
     def __call__(
         self,
@@ -163,13 +165,17 @@ class RunByTask:
                 sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
             return run(model if target is None else target, sets)
 
-    def prefers_a_loop(self, model: nn.Module, own: Params, x: Tree) -> bool:
+    def prefers_a_loop(self, model: nn.Module, own: Params, x: Tree, *, first_order: bool) -> bool:
         """Whether the model, which vmap can take, runs faster task by task, see `metamom.maml.loop_preferred`."""
         if is_tracing():
             return False
-        kind = is_training(model), points(x), tuple(own)
+        mode = is_training(model)
+        first_order = first_order and mode not in self.draws
+        kind = mode, points(x), tuple(own), count(x) if first_order else None
         if kind not in self.preferred:
-            self.preferred[kind] = faster_in_a_loop(model, own, points(x))
+            self.preferred[kind] = faster_in_a_loop(model, own, points(x)) or (
+                first_order and convolutions_faster_in_a_loop(model, own, count(x))
+            )
         return self.preferred[kind]
 
     def _by_features(
@@ -323,7 +329,9 @@ def _of_one_task(
     It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
     """
     found = slots(model)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}  # leave the model's own buffers unchanged
+    buffers = {
+        name: b.clone() for name, b in named_buffers_of(model).items()
+    }  # leave the model's own buffers unchanged
     given = {**buffers, **start.shared, **start.kept, **own}
     watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
     scratch = warm_starts(model) if loop else frozenset()

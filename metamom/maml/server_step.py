@@ -21,6 +21,7 @@ from metamom.maml.federation import Federation, Here, check_estimator, no_tasks
 from metamom.maml.gradient import MetaGradients
 from metamom.maml.local_steps import by_worker_locally
 from metamom.maml.not_finite import not_finite
+from metamom.maml.plan import Plan
 from metamom.maml.task_weights import Params
 from metamom.server.aggregate import Aggregation, deliver, unflatten
 from metamom.server.robust import AnyAggregate
@@ -87,8 +88,9 @@ def server_step(
     """
     sent = world.sent
     with world.together():
-        gradients.plan().check(batch)
-        check_estimator(gradients.plan().problem.estimator, federation.local_steps)
+        plan = gradients.plan()
+        plan.check(batch)
+        check_estimator(plan.problem.estimator, federation.local_steps)
         federation.check(batch.num_tasks * world.size, workers, world)
         first, present = world.rank * batch.num_tasks, federation.present(workers)
         if world.size > 1:
@@ -100,9 +102,8 @@ def server_step(
         server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure, **part)
         here = Here.of(present, batch, workers, world)
         try:
-            tasks = _to_server(
-                server, gradients, weights, batch, world.workers(workers), first, here, federation, exchange.changes
-            )
+            mine, changes = world.workers(workers), exchange.changes
+            tasks = _to_server(server, gradients, weights, batch, mine, first, here, federation, changes, plan)
         except NonFiniteError as error:
             if not check_finite:
                 raise
@@ -218,19 +219,19 @@ def _to_server(
     here: Here | None,
     federation: Federation,
     changes: Callable[[Tensor], Tensor] | None,
+    plan: Plan,
 ) -> OfTasks:
     """Send the gradients of this process's present workers to the server, and return the results of their tasks."""
     found, done, held = [], 0, []
     here_workers = None if here is None else here.workers
     if federation.local_steps == 1:
-        computed = gradients.by_worker(weights, batch, len(mine), first, present=here_workers)
+        computed = gradients.by_worker(weights, batch, len(mine), first, present=here_workers, plan=plan)
     else:
         steps, lr = federation.local_steps, federation.local_lr
         assert lr is not None
         computed = by_worker_locally(gradients, weights, batch, len(mine), first, here_workers, steps, lr)
     present = mine if here_workers is None else [mine[worker] for worker in here_workers]
     if not present:
-        plan = gradients.plan()
         like = torch.cat([w.detach().reshape(-1) for w in weights.values()])
         server.add(like.new_zeros(0, len(like)), [])
         for _ in range(federation.local_steps):

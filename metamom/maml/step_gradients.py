@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from metamom.common.modules import modules_of
 from metamom.common.trees import Tree, mapped
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import Step
@@ -133,9 +134,9 @@ def check_constant(problem: Problem, names: Sequence[str], batch: InnerBatch) ->
 
 
 def _modules(problem: Problem) -> Iterator[nn.Module]:
-    yield from problem.model.modules()
+    yield from modules_of(problem.model)
     if isinstance(problem.loss_fn, nn.Module):
-        yield from problem.loss_fn.modules()
+        yield from modules_of(problem.loss_fn)
 
 
 def _values(problem: Problem) -> Params:

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from metamom.common.modules import modules_of, named_modules_of, named_parameters_of
+
 Places = list[tuple[dict[str, Tensor | None], str]]
 
 # The attributes in which a PyTorch module registers its tensors and modules. A forward does not write to them.
@@ -44,9 +46,9 @@ def alone(*models: nn.Module) -> Iterator[None]:
     """Lock these models, so that no other thread replaces their tensors or those of a module they share."""
     # lock in a fixed order to avoid deadlocks
     if len(models) == 1:
-        modules = sorted(models[0].modules(), key=id)
+        modules = sorted(modules_of(models[0]), key=id)
     else:
-        modules = sorted({module for model in models for module in model.modules()}, key=id)
+        modules = sorted({module for model in models for module in modules_of(model)}, key=id)
     with _MAKING:
         locks = [_LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock()) for module in modules]
     held = []
@@ -64,7 +66,7 @@ def slots(model: nn.Module) -> Slots:
     """Find where the parameters and buffers of ``model`` are registered. Call this under `alone`."""
     names: dict[int, str] = {}
     found = Slots({}, {})
-    modules = list(model.named_modules())
+    modules = named_modules_of(model).items()
     # parameters first: a tensor that is also registered as a buffer keeps its name as a parameter
     registries = [(prefix, module._parameters) for prefix, module in modules]
     registries += [(prefix, module._buffers) for prefix, module in modules]
@@ -81,7 +83,7 @@ def slots(model: nn.Module) -> Slots:
 def named(model: nn.Module) -> dict[str, Tensor]:
     """The parameters by name, as in ``model.named_parameters()``."""
     with alone(model):
-        return dict(model.named_parameters())
+        return dict(named_parameters_of(model))
 
 
 @contextmanager
@@ -161,7 +163,7 @@ def evaluating() -> Iterator[None]:
 @contextmanager
 def in_mode(model: nn.Module) -> Iterator[None]:
     """Put ``model`` into evaluation mode if this thread is `evaluating`. Use this under `alone`."""
-    training = [module for module in model.modules() if module.training] if _EVALUATING.get() else []
+    training = [module for module in modules_of(model) if module.training] if _EVALUATING.get() else []
     if training:
         model.eval()
     try:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from metamom.compile.tracing import is_tracing
 from metamom.maml.step_norms import PREFIX, after
 
 Params = dict[str, Tensor]
@@ -55,8 +56,11 @@ def deal(rows: Params, num_tasks: int, adapted: Collection[str], step_sizes: Col
         if workers == 1 and name not in adapted and name not in step_sizes and not name.startswith(PREFIX):
             start.shared[name] = row[0]
             continue
-        # a view with one worker, so that nothing is copied
-        tasks = row.unsqueeze(1).expand(workers, num_tasks // workers, *shape).reshape(num_tasks, *shape)
+        # views with one worker, so that nothing is copied
+        if workers == 1 and not is_tracing():  # compilers find products in the other form
+            tasks = row.expand(num_tasks, *shape)
+        else:
+            tasks = row.unsqueeze(1).expand(workers, num_tasks // workers, *shape).reshape(num_tasks, *shape)
         kind = start.step_sizes if name in step_sizes else start.own if name in adapted else start.kept
         if name.startswith(PREFIX):
             kind, name = norms, name.removeprefix(PREFIX)

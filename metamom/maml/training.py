@@ -240,18 +240,21 @@ class Training(Adapting):
         return self.training_loss(batch, **options)
 
     def _server_step(self, batch: TaskBatch, *, federation: Federation = ALL_PRESENT, **options: Any) -> Backward:
-        with out_of_inference(), federation.seen(self.meta_parameters(), options["workers"]) as report:
-            done = self._at_one_point(batch, federation=federation, **options)
+        weights = self.meta_parameters()
+        with out_of_inference(), federation.seen(weights, options["workers"]) as report:
+            done = self._at_one_point(batch, weights=weights, federation=federation, **options)
             done.metrics.update(report)
         self._count()
         return done
 
-    def _at_one_point(self, batch: TaskBatch, *, bias: Bias, world: World | None, **options: Any) -> Backward:
-        """A step of the server at the current weights, which does not count as an iteration."""
+    def _at_one_point(
+        self, batch: TaskBatch, *, bias: Bias, world: World | None, weights: Params | None = None, **options: Any
+    ) -> Backward:
+        """A step of the server at the current weights, the meta-parameters, which does not count as an iteration."""
         with out_of_inference():
             return server_step(
                 self._gradients,
-                self.meta_parameters(),
+                self.meta_parameters() if weights is None else weights,
                 differentiable_batch(batch),
                 bias=self._kept(bias),
                 world=as_world(world),

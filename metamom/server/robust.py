@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -115,6 +116,12 @@ def _check_names(how: str, before: list[str], last: str) -> None:
     )
 
 
+@cache
+def _mean() -> Rule:
+    """The rule of most steps, parsed once."""
+    return parse_rule("mean")
+
+
 class RobustMean:
     """A robust mean with what it keeps from step to step, and an attack to test it with.
 
@@ -143,7 +150,7 @@ class RobustMean:
     """
 
     def __init__(self, how: Aggregate = "mean", attack: str | None = None) -> None:
-        self.rule: Rule = parse_rule(how)
+        self.rule: Rule = _mean() if how == "mean" else parse_rule(how)
         self.attack: Attack | None = None if attack is None else parse_attack(attack)
         self.memory = Memory()
 

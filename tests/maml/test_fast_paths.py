@@ -13,8 +13,9 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from metamom import MAML, TaskBatch
 from metamom.maml import loop_preferred, run_by_task
 from metamom.maml.batched import over_tasks
-from metamom.maml.loop_preferred import faster_in_a_loop
-from metamom.nets.kernels import convolutions, normalisations
+from metamom.maml.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
+from metamom.nets.kernels import convolutions as kernels_of_convolutions
+from metamom.nets.kernels import normalisations
 
 
 class Words(nn.Module):
@@ -51,11 +52,32 @@ def images(norm) -> nn.Module:
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(36, 3))
 
 
+def convolutions(count: int, *parts: nn.Module, groups: int = 1, stride: int = 1) -> nn.Sequential:
+    """Convolutions with batch normalisation of two channels, other ``parts``, and a classifier."""
+    blocks = [
+        nn.Sequential(nn.Conv2d(2, 2, 3, stride, 1, groups=groups), nn.BatchNorm2d(2, track_running_stats=False))
+        for _ in range(count)
+    ]
+    return nn.Sequential(*blocks, *parts, nn.Flatten(), nn.LazyLinear(3) if stride > 1 else nn.Linear(32, 3))
+
+
+class Noisy(nn.Module):
+    """Convolutions that draw, in a module that is not PyTorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convolutions(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x + torch.randn_like(x))
+
+
 MODELS = {
     "spectral norm in eval()": (lambda: mlp(spectral_norm).eval(), (4,)),
     "weight norm": (lambda: mlp(weight_norm), (4,)),
     "batch normalisation": (lambda: images(lambda: nn.BatchNorm2d(4, track_running_stats=False)), (2, 6, 6)),
     "group normalisation": (lambda: images(lambda: nn.GroupNorm(2, 4)), (2, 6, 6)),
+    "three convolutions": (lambda: convolutions(3), (2, 4, 4)),
     "a recurrent layer": (Words, None),
     "a bilinear layer": (lambda: Bilinear(bias=True, sequences=False), (4,)),
     "a bilinear layer of sequences": (lambda: Bilinear(bias=False, sequences=True), (4,)),
@@ -83,7 +105,7 @@ def problem(name: str, tasks: int = 3, points: int = 4) -> Problem:
 def everything(monkeypatch) -> None:
     """The thresholds above which the fast paths are taken, at 0."""
     monkeypatch.setattr(loop_preferred, "SMALLEST", 0)
-    monkeypatch.setattr(convolutions, "FEW", 0)
+    monkeypatch.setattr(kernels_of_convolutions, "FEW", 0)
     for name in ("LARGE", "LARGE_BACKWARD", "LARGE_OF_ALL"):
         monkeypatch.setattr(normalisations, name, 0)
 
@@ -123,6 +145,55 @@ def test_which_models_are_faster_in_a_loop():
     assert [of(normed, points) for points in (5, 16, 17)] == [False, False, True]
     assert not of(nn.Linear(128, 128), 500)
     assert not of(weight_norm(nn.Conv2d(64, 64, 3)), 500)
+
+
+def test_which_convolutions_are_faster_in_a_loop():
+    def of(model: nn.Module, tasks: int, adapted=lambda name: True) -> bool:
+        names = [name for name, _ in model.named_parameters() if adapted(name)]
+        return convolutions_faster_in_a_loop(model, names, tasks)
+
+    few, deep, deepwise = convolutions(3), convolutions(8), convolutions(8, groups=2)
+    assert [of(few, tasks) for tasks in (1, 4, 5, 17)] == [True, True, False, False]
+    assert [of(deep, tasks) for tasks in (1, 4, 5, 16, 17)] == [True, True, True, True, False]
+    assert [of(deepwise, tasks) for tasks in (4, 5)] == [True, False]
+    assert not of(convolutions(2), 1)
+    assert not of(few, 4, lambda name: name.startswith("4"))  # the head alone
+    assert not of(convolutions(3, nn.Dropout(0.1)), 4)
+    assert not of(convolutions(3, stride=2), 4)
+    pools = nn.MaxPool2d(1), nn.AvgPool2d(1)
+    assert [of(convolutions(3, *pools, *rest), 4) for rest in ((), (nn.PReLU(),))] == [False, True]
+    assert [of(convolutions(8, *pools, *rest), 5) for rest in ((), (nn.MaxPool2d(1),))] == [False, False]
+
+
+def test_first_order_convolutions_run_in_a_loop(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        run_by_task, "one_by_one", lambda *args, one=run_by_task.one_by_one: (calls.append(1), one(*args))[1]
+    )
+    case = problem("three convolutions")
+    for options, expected in (
+        ({"estimator": "first-order"}, True),
+        ({"estimator": "first-order", "vectorize": "vmap"}, False),
+        ({}, False),
+    ):
+        calls.clear()
+        MAML(case.model, case.loss_fn, inner_lr=0.1, **options).backward(case.batch)
+        assert bool(calls) is expected
+
+
+def test_a_network_found_to_draw_draws_the_same_in_both():
+    case = problem("three convolutions")
+    model = Noisy().double()
+    found = []
+    for vectorize in ("auto", "vmap", "loop"):
+        learner = MAML(model, case.loss_fn, inner_lr=0.1, estimator="first-order", vectorize=vectorize)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found.append([learner.meta_gradient(case.batch).grads for _ in range(3)])
+    for others in found[1:]:
+        for ours, theirs in zip(found[0], others, strict=True):
+            for name, grad in theirs.items():
+                torch.testing.assert_close(ours[name], grad, rtol=1e-10, atol=1e-12)
 
 
 class TestOverTasks:
