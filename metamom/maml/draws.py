@@ -255,7 +255,6 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 torch.default_generator.manual_seed(seed)
             return func(*args, **kwargs)
 
-
     def _on_any_layout(self, func: Any, args: Any, kwargs: Mapping[str, Any], task: int, what: str) -> Any:
         """`_draw` on contiguous copies."""
         own = [value.contiguous() if isinstance(value, Tensor) else value for value in args]

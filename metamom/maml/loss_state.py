@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from metamom.maml.swapping import slots
@@ -22,6 +21,7 @@ class OwnState:
         module: the loss; use this under `metamom.maml.swapping.alone`.
 
     Example:
+        >>> import torch
         >>> loss = nn.BCEWithLogitsLoss()
         >>> loss.register_buffer("calls", torch.tensor(0))
         >>> state = OwnState(loss)

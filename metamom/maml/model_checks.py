@@ -71,11 +71,15 @@ def check_kind(model: object) -> None:
     sparse = [name for name, p in model.named_parameters() if p.requires_grad and p.layout is not torch.strided]
     if sparse:
         raise ValueError(
-            f"sparse parameters cannot be adapted: {', '.join(sparse)}. Make them dense (p.to_dense()), or freeze them: "
-            "p.requires_grad_(False)."
+            f"sparse parameters cannot be adapted: {', '.join(sparse)}. Make them dense (p.to_dense()), or freeze "
+            "them: p.requires_grad_(False)."
         )
     if not any(p.requires_grad for p in model.parameters()):
-        quantised = [name for name, module in model.named_modules() if ".quantized" in type(module).__module__]
+        quantised = [
+            name or type(module).__name__
+            for name, module in model.named_modules()
+            if ".quantized" in type(module).__module__ and hasattr(module, "weight")
+        ]
         if quantised:
             raise ValueError(
                 f"MAML needs a model with trainable parameters; the weights of {', '.join(quantised)} are quantised. "

@@ -231,15 +231,16 @@ class RunByTask:
         x = sets[-1].x if isinstance(sets[-1], Masked) else sets[-1]
         inputs = {} if loop else {**named_leaves("its input", x), **named_leaves("its support set", sets[0])}
         one_task, watched = _of_one_task(model, start, own, target, new=new, loop=loop)
+        closely = watched if new and not loop and not is_tracing() else ()  # a loop looks closely at each task
         with (
             explained(model, loop=loop),
             nullcontext() if draws else drawing_refused(),
-            unchanged({**inputs, **watched}, model, loop=loop, closely=watched if new and not is_tracing() else ()),
             in_mode(model),
             autocast(device_of(x), dtype),
             self._functions(model, norm, count(x), fast=not loop),
             normalising(model, norm) as over_sets,  # its functions may be replaced again by those above
             nullcontext() if loop else self._attributes(model),
+            unchanged({**inputs, **watched}, model, loop=loop, closely=closely),
             carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
             inputs_explained(model, x, watched),
             differentiable_twice(model) if loop else uncompiled(),
