@@ -74,7 +74,7 @@ def predictions(
             loop = problem.run.prefers_a_loop(problem.model, own, x)
         if padded and not loop:
             must_not = problem.vectorization.vectorize == "vmap"
-            kind = problem.norm, mask, must_not
+            kind = problem.norm, mask, must_not, problem.run.draws
             loop = loops_over_padded(problem.run.mixes, problem.model, partial(compute, loop=False), x, *kind)
         return compute(x, loop)
 

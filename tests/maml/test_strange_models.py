@@ -13,7 +13,7 @@ from small_models import Of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom import MAML
+from metamom import MAML, TaskBatch, pad
 
 ALPHA = 0.05
 RUNS = ("auto", "loop")
@@ -220,3 +220,17 @@ def test_a_transformer_layer_drops_the_same_in_a_loop():
         torch.manual_seed(1)
         found.append(gradient(model, vectorize))
     assert_close(found[0], found[1], 1e-10)
+
+
+@pytest.mark.parametrize("forward", ["if", "divided"])
+def test_padding_does_not_change_the_number_of_points_that_a_model_reads(forward):
+    kinds = {
+        "if": lambda self, x: self.c(self.a(x)) * (2 if len(x) > 2 else 1),
+        "divided": lambda self, x: self.c(self.a(x)) / len(x),
+    }
+    model = of(kinds[forward])
+    tasks = [TaskBatch(*(x[t : t + 1, :n] for x in BATCH[:4])) for t, n in enumerate((2, 6, 1))]
+    each = [meta_gradient_by_copies(model, F.mse_loss, task, inner_lr=ALPHA) for task in tasks]
+    expected = {name: sum(grads[name] for grads in each) / 3 for name in each[0]}
+    MAML(model, F.mse_loss, inner_lr=ALPHA).backward(pad(tasks))
+    assert_close({name: p.grad for name, p in model.named_parameters()}, expected, 1e-10)
