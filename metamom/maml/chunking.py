@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
         tensor = saved
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
-        for part in parts(tensor):
+        for part in (dense for each in parts(tensor) for dense in _with_storage(each)):
             storage = part.untyped_storage()
             sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
         if isinstance(tensor, LowRank) and tensor.base is not None and tensor.is_thin():
@@ -84,3 +84,16 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
     if device.type == "cuda":
         return max(1, int(torch.cuda.mem_get_info(device)[0] // 2 / (PEAK * each)))
     return max(1, int(BUDGET / (PEAK * max(each, WEIGHT_PASSES * (weights - sum(thin.values()))))))
+
+
+def _with_storage(tensor: Tensor) -> Sequence[Tensor]:
+    """The tensors whose memory holds it: none for zeros that are not stored, as the tangents of constants."""
+    if tensor._is_zerotensor():
+        return ()
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)

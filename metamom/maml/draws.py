@@ -172,9 +172,11 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.operations += 1
             return self._draw(func, args, kwargs, self.only, str(self.operations - 1), generator)
         if not any(self._has_tasks(value) for value in (*args, *kwargs.values())):
-            task, number = self.singles % self.tasks, self.singles // self.tasks
+            task = self.singles % self.tasks
             self.singles += 1
-            return self._draw(func, args, kwargs, task, f"single {number}", generator)
+            if task == 0:
+                self.operations += 1  # counted once, as in a loop
+            return self._draw(func, args, kwargs, task, str(self.operations - 1), generator)
         number = self.operations
         self.operations += 1
         results = []
@@ -261,6 +263,8 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         seed = self._seed(task, what)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not all(tensor.is_contiguous() for tensor in tensors):  # the order of draws must not depend on the layout
+            return self._on_any_layout(func, args, kwargs, task, what)
         device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
         overload = _with_generator(func)
         if overload is not None:
@@ -271,6 +275,18 @@ class DrawsByTask(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 torch.default_generator.manual_seed(seed)
             return func(*args, **kwargs)
+
+    def _on_any_layout(self, func: Any, args: Any, kwargs: Mapping[str, Any], task: int, what: str) -> Any:
+        """`_draw` on contiguous copies."""
+        own = [value.contiguous() if isinstance(value, Tensor) else value for value in args]
+        own_kwargs = {key: value.contiguous() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+        found = self._draw(func, own, own_kwargs, task, what, None)
+        if not func._schema.is_mutable:
+            return found
+        for written, copy in zip((*args, *kwargs.values()), (*own, *own_kwargs.values()), strict=True):
+            if written is not copy:
+                written.copy_(copy)
+        return args[0]
 
 
 @cache

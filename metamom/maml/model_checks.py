@@ -35,7 +35,7 @@ def check_kind(model: object) -> None:
         TypeError: for anything but a module.
         ValueError: for models spread over processes or devices, naming ``world=``; for scripted code that calls
             functions of `metamom.maml.functions_by_task`, which cannot be replaced there; for a model without trainable
-            parameters; and for one with uninitialised (lazy) parameters.
+            parameters; and for one with uninitialised (lazy) or sparse parameters.
     """
     if isinstance(model, type):
         raise TypeError(f"wanted a model, such as {model.__name__}(...); got the class {model.__name__} itself.")
@@ -69,7 +69,23 @@ def check_kind(model: object) -> None:
             f"parameters made under torch.inference_mode() cannot be trained: {', '.join(frozen_forever)}. Build the "
             "model outside it, or copy the weights: parameter.data = parameter.data.clone()."
         )
+    sparse = [name for name, p in model.named_parameters() if p.requires_grad and p.layout is not torch.strided]
+    if sparse:
+        raise ValueError(
+            f"sparse parameters cannot be adapted: {', '.join(sparse)}. Make them dense (p.to_dense()), or freeze "
+            "them: p.requires_grad_(False)."
+        )
     if not any(p.requires_grad for p in model.parameters()):
+        quantised = [
+            name or type(module).__name__
+            for name, module in model.named_modules()
+            if ".quantized" in type(module).__module__ and hasattr(module, "weight")
+        ]
+        if quantised:
+            raise ValueError(
+                f"MAML needs a model with trainable parameters; the weights of {', '.join(quantised)} are quantised. "
+                "Train the model before it is quantised."
+            )
         frozen = sum(1 for _ in model.parameters())
         why = (
             (f"all {frozen} of its parameters are frozen (requires_grad=False)")

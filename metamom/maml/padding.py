@@ -6,6 +6,7 @@ Legend: T tasks, N points of a task after padding, n before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any
@@ -167,6 +168,7 @@ def loops_over_padded(
     norm: Norm | None,
     mask: Tensor | None,
     must_not: bool,
+    draws: AbstractSet[bool],
 ) -> bool:
     """Whether padded tasks must run one by one, since the padding would change the predictions for other points.
 
@@ -178,6 +180,7 @@ def loops_over_padded(
         norm: what its normalisations use.
         mask: the points of ``x`` that count; ``None`` if only a support set with statistics is padded.
         must_not: whether a loop is refused.
+        draws: the modes in which the model was seen to draw at random; ``predict`` may add one.
 
     Raises:
         ValueError: if they must, and ``must_not``.
@@ -190,7 +193,7 @@ def loops_over_padded(
             rewind()
             return predict(x)
 
-        mixes = mixes_points(model, again, x, mask, frozen=norm == "frozen")
+        mixes = mixes_points(model, again, x, mask, frozen=norm == "frozen", draws=draws)
         rewind()
         if mixes is None:  # try with the next batch; until then a loop is right in any case
             return not must_not
@@ -207,9 +210,11 @@ def loops_over_padded(
 
 
 def mixes_points(
-    model: nn.Module, predict: Callable[[Tree], Tree], x: Tree, mask: Tensor, *, frozen: bool
+    model: nn.Module, predict: Callable[[Tree], Tree], x: Tree, mask: Tensor, *, frozen: bool, draws: AbstractSet[bool]
 ) -> bool | None:
     """Whether predictions for points depend on the padding, as with the statistics of a batch or attention to a set.
+
+    A model that does not draw at random is also run without the padding of all tasks, since it may read their number.
 
     Args:
         model: the model.
@@ -217,6 +222,7 @@ def mixes_points(
         x: inputs ``[T, N, ...]``.
         mask: ``[T, N]``.
         frozen: whether batch normalisation uses running statistics.
+        draws: the modes in which the model was seen to draw at random.
 
     Returns:
         ``None`` if there is no padding, or none that could have other values, to find out by.
@@ -227,13 +233,35 @@ def mixes_points(
     if all(torch.equal(a, b) for a, b in zip(leaves(x), leaves(changed), strict=True)):
         return None
     with torch.no_grad():
-        for a, b in zip(leaves(predict(x)), leaves(predict(changed)), strict=True):
-            if a.shape[:2] == mask.shape:
-                a, b = a[mask], b[mask]
-            scale = float(a.nan_to_num().abs().max()) if a.numel() else 0.0
-            if not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * scale, equal_nan=True):
-                return True
+        found = predict(x)
+        if _differ(found, predict(changed), mask):
+            return True
+        few = int(mask.cumprod(1).sum(1).min())  # the points that all tasks begin with
+        if is_training(model) in draws or not 0 < few < mask.shape[1]:
+            return False
+        try:
+            of_few = predict(mapped(partial(_first, few=few, mask=mask), x))
+        except (RuntimeError, ValueError, TypeError, IndexError):  # it takes this number of points only
+            return False
+        return _differ(mapped(partial(_first, few=few, mask=mask), found), of_few, mask[:, :few])
+
+
+def _differ(found: Tree, other: Tree, mask: Tensor) -> bool:
+    """Whether two predictions ``[T, N, ...]`` differ in points of a mask ``[T, N]``."""
+    for a, b in zip(leaves(found), leaves(other), strict=True):
+        if a.shape != b.shape:
+            return True
+        if a.shape[:2] == mask.shape:
+            a, b = a[mask], b[mask]
+        scale = float(a.nan_to_num().abs().max()) if a.numel() else 0.0
+        if not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * scale, equal_nan=True):
+            return True
     return False
+
+
+def _first(x: Tensor, few: int, mask: Tensor) -> Tensor:
+    """The first points of all tasks."""
+    return x[:, :few] if x.shape[:2] == mask.shape else x
 
 
 def _with_other_padding(x: Tensor, mask: Tensor) -> Tensor:

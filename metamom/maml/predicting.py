@@ -18,6 +18,7 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml.estimators import ESTIMATORS
 from metamom.maml.features import Features
 from metamom.maml.loss_readings import LossFn
+from metamom.maml.loss_state import OwnState
 from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
@@ -75,7 +76,7 @@ def predictions(
             loop = problem.run.prefers_a_loop(problem.model, own, x, first_order=first_order)
         if padded and not loop:
             must_not = problem.vectorization.vectorize == "vmap"
-            kind = problem.norm, mask, must_not
+            kind = problem.norm, mask, must_not, problem.run.draws
             loop = loops_over_padded(problem.run.mixes, problem.model, partial(compute, loop=False), x, *kind)
         return compute(x, loop)
 
@@ -127,15 +128,22 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
         one = partial(one_task, loop=loop)
         if module is not None and (not loop or is_tracing()):
             check_hooks(module, compiling=loop)
+        keeps_state = loop and module is not None and not is_tracing() and next(module.buffers(), None) is not None
         with (
+            alone(module) if keeps_state and module is not None else nullcontext(),
             explained(problem.model, "loss_fn", loop=loop),
             targets_explained(predicted, y),
             differentiable_twice(module) if loop else nullcontext(),
             loss_draws_refused(leaves(predicted)[0].device) if loop and not is_tracing() else nullcontext(),
         ):
+            state = OwnState(module) if keeps_state and module is not None else None
+            each = one if state is None else partial(state.of_task, one)
             if module is not None and names:
-                return _with_parameters(module, one, names, start, own, args, loop)
-            of_tasks: Tensor = map_over_tasks(one, loop)(*args)
+                of_tasks = _with_parameters(module, each, names, start, own, args, loop)
+            else:
+                of_tasks = map_over_tasks(each, loop)(*args)
+            if state is not None:
+                state.finish()
             return of_tasks
 
     found = problem.vectorization.attempt([part], run)

@@ -237,21 +237,29 @@ class RunByTask:
         x = sets[-1].x if isinstance(sets[-1], Masked) else sets[-1]
         inputs = {} if loop else {**named_leaves("its input", x), **named_leaves("its support set", sets[0])}
         one_task, watched = _of_one_task(model, start, own, target, new=new, loop=loop)
+        closely = watched if new and not loop and not is_tracing() else ()  # a loop looks closely at each task
         with (
             explained(model, loop=loop),
             nullcontext() if draws else drawing_refused(),
-            unchanged({**inputs, **watched}, model, loop=loop),
             in_mode(model),
             autocast(device_of(x), dtype),
             self._functions(model, norm, count(x), fast=not loop),
             normalising(model, norm) as over_sets,  # its functions may be replaced again by those above
-            self._attributes(model),
+            nullcontext() if loop else self._attributes(model),
+            unchanged({**inputs, **watched}, model, loop=loop, closely=closely),
             carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
             inputs_explained(model, x, watched),
             differentiable_twice(model) if loop else uncompiled(),
         ):
-            run = self._one_by_one if loop else self._over_tasks
-            return run(partial(one_task, over_sets), Rows(own, start.kept, sets), mode, draws)
+            rows, of_each = Rows(own, start.kept, sets), partial(one_task, over_sets)
+            if not loop:
+                return self._over_tasks(of_each, rows, mode, draws)
+
+            def of_one(*args: Any) -> Any:
+                with self._attributes(model):  # each task finds the attributes as they were
+                    return of_each(*args)
+
+            return self._one_by_one(of_one, rows, mode, draws)
 
     def _over_tasks(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""
@@ -348,9 +356,14 @@ def _of_one_task(
             sets = tuple(mapped(Tensor.clone, cut_off(*x) if isinstance(x, Masked) else x) for x in sets)
             weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
         places = {name: w for name, w in weights.items() if name in found.places}
+        moved = {name: w for name, w in places.items() if new and loop and name not in scratch and not is_tracing()}
 
         def with_weights(places: Params) -> Any:
-            with swapped(found, places), carried_over.refused(model) if new else nullcontext():
+            with (
+                swapped(found, places),
+                carried_over.refused(model) if new else nullcontext(),
+                unchanged(moved, model, loop=loop, closely=moved),
+            ):
                 return over_sets(partial(call, target), sets)
 
         out = _with_gradients_if_needed(with_weights, places, found.tensors) if loop else with_weights(places)

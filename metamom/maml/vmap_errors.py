@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from types import FrameType, TracebackType
@@ -42,6 +42,8 @@ SIGNS = (
     "atching rule",
     "doesn't match the broadcast shape",
     "that doesn't have storage",  # .tolist() and .numpy()
+    "unsupported for Sparse",
+    "SparseTensorImpl",
     "does not require grad",  # torch.autograd.grad in the forward: batched tensors do not
 )
 
@@ -153,20 +155,47 @@ def _gist(text: str) -> str:
 
 
 @contextmanager
-def unchanged(what: Mapping[str, Tensor], model: nn.Module, *, loop: bool = False) -> Iterator[None]:
+def unchanged(
+    what: Mapping[str, Tensor], model: nn.Module, *, loop: bool = False, closely: Collection[str] = ()
+) -> Iterator[None]:
     """Check that the model does not write to these tensors.
+
+    Args:
+        what: the tensors by name.
+        model: the model, for the message.
+        loop: whether the tasks run one by one, without vmap.
+        closely: the names of those with values to compare, since writes to ``tensor.data`` are not counted.
 
     Raises:
         VmapError: naming a tensor that was changed in place; a plain ValueError in a loop over the tasks.
     """
     before = {name: _version(tensor) for name, tensor in what.items()}
+    values = {name: (what[name].data_ptr(), what[name].detach().clone()) for name in closely if _is_plain(what[name])}
     yield
-    changed = [name for name, tensor in what.items() if _version(tensor) != before[name]]
+    changed = [
+        name
+        for name, tensor in what.items()
+        if _version(tensor) != before[name] or (name in values and _has_moved(tensor, *values[name]))
+    ]
     if changed:
         message = f"{type(model).__name__} changed in place: {', '.join(changed)}."
         if loop:
             raise ValueError(f"{message} {OF_CHANGES}")
         raise VmapError(f"{message} {REMEDY}", type(model).__name__, "it changes tensors in place")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has a memory of its own with a number for each entry."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not wrapped
+
+
+def _has_moved(tensor: Tensor, place: int, value: Tensor) -> bool:
+    """Whether a tensor has another memory than ``place``, or another value."""
+    if tensor.data_ptr() != place or tensor.shape != value.shape:
+        return True
+    same = (tensor == value) | ((tensor != tensor) & (value != value))
+    return not bool(same.all())
 
 
 def _version(tensor: Tensor) -> int:

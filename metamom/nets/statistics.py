@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -47,17 +48,26 @@ def fix(module: _NormBase, mean: Tensor, variance: Tensor) -> None:
 
 @contextmanager
 def uncounted(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep normalisation layers from counting their calls in ``num_batches_tracked``, which they do in place."""
+    """Keep normalisation layers from counting their calls in ``num_batches_tracked``, which they do in place.
+
+    `torch.nn.SyncBatchNorm` normalises without other processes meanwhile, since each has sets of its own.
+    """
+    modules = list(modules)
+    synchronised = [module for module in modules if isinstance(module, nn.SyncBatchNorm)]
     counting = [
         module for module in modules if isinstance(module, _NormBase) and module.num_batches_tracked is not None
     ]
     for module in counting:
         module.__dict__["num_batches_tracked"] = None
+    for module in synchronised:
+        module.__dict__["forward"] = MethodType(_BatchNorm.forward, module)
     try:
         yield
     finally:
         for module in counting:
             del module.__dict__["num_batches_tracked"]
+        for module in synchronised:
+            del module.__dict__["forward"]
 
 
 def _complete(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
