@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch._inductor
 
-
 # Groups that take longest for their number of tests, the longest first: begun last, one would leave the other processes
 # idle. The first two begin together, and only the second needs the kernels, which it builds.
 LONG = (
