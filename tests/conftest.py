@@ -5,19 +5,40 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch._inductor
 
+# Groups that take longest for their number of tests, the longest first: begun last, one would leave the other processes
+# idle. The first two begin together, and only the second needs the kernels, which it builds.
+LONG = (
+    "processes", "compile", "test_faults", "scaling", "test_images_command", "test_compare_command", "test_speed",
+    "test_processes", "test_learning_curves", "ddp", "test_demo", "test_notebooks", "test_python_runs",
+    "test_train_command", "test_norm_options", "test_validation_interrupted", "test_floor", "test_fuzz_runs",
+    "test_report_page", "test_norm_pretrained", "test_report_command", "test_learner_flags", "test_lightning",
+    "test_optim_compiled",
+)  # fmt: skip
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, which makes its fixtures once."""
+    """A file's tests run in one process, which makes its fixtures once.
+
+    Several processes take the groups in the order of the tests: the long ones first, then those of many tests.
+    """
+    groups: list[str] = []
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
+        marker = item.get_closest_marker("xdist_group")
+        if marker is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        groups.append(item.path.stem if marker is None else (*marker.args, *marker.kwargs.values())[0])
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        sizes, places = Counter(groups), {name: place for place, name in enumerate(LONG)}
+        order = sorted(range(len(items)), key=lambda i: (places.get(groups[i], len(LONG)), -sizes[groups[i]]))
+        items[:] = [items[i] for i in order]
 
 
 def pytest_collection_finish() -> None:

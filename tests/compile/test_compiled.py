@@ -13,6 +13,7 @@ import torch
 import torch._inductor
 from problems import (
     MODELS,
+    REGRESSION,
     assert_close,
     conv4,
     generator,
@@ -65,13 +66,13 @@ def test_a_model_that_scores_pairs_compiles(traced):
 @pytest.mark.parametrize(
     ("workers", "chunk_size", "options"),
     [
-        (1, None, {}),
-        (2, 1, {}),
+        pytest.param(1, None, {}, marks=pytest.mark.slow),
+        pytest.param(2, 1, {}, marks=pytest.mark.slow),
         (4, 3, {}),
-        (1, 2, {"inner_steps": 2}),
+        (1, 2, {"inner_steps": 2, "learn_inner_lr": "tensor"}),
         (2, None, {"estimator": "first-order"}),
         (2, 3, {"adapt": ["head"]}),
-        (2, None, {"learn_inner_lr": "tensor"}),
+        pytest.param(2, None, {"learn_inner_lr": "tensor"}, marks=pytest.mark.slow),
         (1, None, {"learn_inner_lr": "entry"}),
     ],
 )
@@ -304,8 +305,13 @@ def test_autocast_around_it_is_not_compiled_in(traced):
     assert len(traced) == 2
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        *((name, 2) for name in MODELS),
+        *((name, 1) if name in REGRESSION else pytest.param(name, 1, marks=pytest.mark.slow) for name in MODELS),
+    ],
+)
 def test_traced_agrees_with_the_loop(name, steps, monkeypatch):
     """The graph that is to be compiled, run as it is."""
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
@@ -438,13 +444,13 @@ def compared(model: Conv4, batch: TaskBatch, monkeypatch, **options: Any) -> tup
     return relative_error(narrow, wide), same
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_float32_is_exact_to_its_rounding(traced, steps):
     """The median: where a pre-activation lies within rounding of zero, float32 may take the other side; see below."""
     errors = []
     learner = MAML(conv4(8, dtype=torch.float32), F.cross_entropy, inner_lr=0.1, inner_steps=steps, compile=True)
     plain = MAML(plain_conv4(conv4(8)), F.cross_entropy, inner_lr=0.1, inner_steps=steps)
-    for seed in range(0, 90, 10):
+    for seed in range(0, 50, 10):
         ours = learner.meta_gradient(image_batch(seed, dtype=torch.float32)).grads
         assert {g.dtype for g in ours.values()} == {torch.float32}
         errors.append(relative_error(ours, plain.meta_gradient(image_batch(seed)).grads))

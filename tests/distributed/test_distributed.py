@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 from distributed_cases import (
     CASES,
     EVALUATED,
+    HANDED_OVER,
     META_BATCH,
+    MORE_ON_FOUR,
     ON_FOUR,
     RESUMED,
     accumulated,
@@ -33,7 +36,11 @@ from metamom.training.loop import MEASURE_EVERY
 
 pytestmark = pytest.mark.xdist_group("processes")  # what the fixtures make takes a minute: once
 SIZES = (2, 4)
-EACH = [(name, 2) for name in CASES] + [(name, 4) for name in ON_FOUR]
+EACH = [
+    *((name, 2) for name in CASES),
+    *((name, 4) for name in ON_FOUR),
+    *(pytest.param(name, 4, marks=pytest.mark.slow) for name in MORE_ON_FOUR),
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +50,39 @@ def alone() -> dict[str, Any]:
     return {name: ([p.detach() for p in learner.parameters()], metrics) for name, (learner, metrics) in found.items()}
 
 
+def on_processes(size: int, folder: Path, *which: Sequence[str]) -> dict[str, Any]:
+    """What processes found that did all of these cases."""
+    ended = run_forked(all_cases, size, folder / f"said-{size}", folder, *which)
+    assert [status for status, _ in ended] == [0] * size, ended
+    found: dict[str, Any] = torch.load(folder / f"{size}.pt", weights_only=True)
+    return found
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """Every case on 2 and on 4 processes; runs begun on 1 and on 2 are gone on with."""
+    """Every case on 2 and many on 4 processes; runs go from 1 process to 2, to 4, and end on 1."""
     folder = tmp_path_factory.mktemp("together")
     for name in RESUMED:
-        run(CASES[name], iterations=CASES[name].steps // 2, run_dir=folder / "half-1" / name)
-    found = {}
-    for size in SIZES:
-        shutil.copytree(folder / "half-1", folder / f"from-1-to-{size}")
-        ended = run_forked(all_cases, size, folder / f"said-{size}", folder)
-        assert [status for status, _ in ended] == [0] * size, ended
-        found[size] = torch.load(folder / f"{size}.pt", weights_only=True)
-        if size == 2:
-            shutil.copytree(folder / "half-2", folder / "from-2-to-1")
-    found[1] = {}
+        run(CASES[name], iterations=HANDED_OVER[1], run_dir=folder / "handed over" / name)
+    found = {2: on_processes(2, folder, list(CASES), RESUMED), 4: on_processes(4, folder, ON_FOUR, RESUMED), 1: {}}
     for name in RESUMED:
-        learner, _ = run(CASES[name], run_dir=folder / "from-2-to-1" / name, resume=True)
+        learner, _ = run(CASES[name], run_dir=folder / "handed over" / name, resume=True)
         found[1][name] = [p.detach() for p in learner.parameters()]
     return found
+
+
+@pytest.fixture(scope="module")
+def more_on_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The other cases on 4 processes."""
+    return on_processes(4, tmp_path_factory.mktemp("more"), MORE_ON_FOUR, ())
+
+
+@pytest.fixture
+def result(name: str, size: int, request: pytest.FixtureRequest) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Weights and metrics of a case on several processes."""
+    if size == 4 and name in MORE_ON_FOUR:
+        return request.getfixturevalue("more_on_four")[name]  # type: ignore[no-any-return]
+    return request.getfixturevalue("together")[size][name]  # type: ignore[no-any-return]
 
 
 def assert_same_weights(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -72,8 +93,8 @@ def assert_same_weights(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize(("name", "size"), EACH)
-def test_the_trajectory_does_not_depend_on_the_number_of_processes(name, size, alone, together):
-    weights, metrics = together[size][name]
+def test_the_trajectory_does_not_depend_on_the_number_of_processes(name, size, alone, result):
+    weights, metrics = result
     wanted, wanted_metrics = alone[name]
     assert_same_weights(weights, wanted)
     tolerance = 1e-9 if CASES[name].dtype is torch.float64 else 1e-4
@@ -96,17 +117,10 @@ def test_a_trajectory_moves(alone):
         assert float((weights[0] - start_weights[0].to(weights[0])).abs().max()) > 1e-5
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_run_begun_on_one_process_goes_on_on_several(name, size, alone, together):
-    assert_same_weights(together[size][f"{name} from 1"], alone[name][0])
-
-
-@pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_run_begun_on_two_processes_goes_on_on_another_number(name, size, alone, together):
-    found = together[1][name] if size == 1 else together[4][f"{name} from 2"]
-    assert_same_weights(found, alone[name][0])
+def test_a_run_goes_on_on_more_processes_and_on_fewer(name, alone, together):
+    """Two steps on one process, two on two, one on four, and the rest on one."""
+    assert_same_weights(together[1][name], alone[name][0])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -121,14 +135,14 @@ def test_evaluation_is_the_same_bit_for_bit(size, together):
 
 
 @pytest.mark.parametrize(("name", "size"), EACH)
-def test_bytes_are_those_that_were_exchanged(name, size, together):
+def test_bytes_are_those_that_were_exchanged(name, size, result):
     """Of a step without measurements: an agreement, the tasks' losses, and messages or gradients."""
     case = CASES[name]
     if case.variant in ("storm", "hessian") and not case.bias.startswith("ef21"):
         pytest.skip("two gradients a step, or a gradient and a Hessian-vector product")
     if case.more:
         pytest.skip("workers are absent: their messages are counted in the next test")
-    weights, metrics = together[size][name]
+    weights, metrics = result
     line = metrics[1]
     d, entry = sum(w.numel() for w in weights), weights[0].element_size()
     others = size - 1
@@ -153,10 +167,15 @@ def test_bytes_are_those_that_were_exchanged(name, size, together):
     assert line["sent_bytes"] == agreement + losses + gradients + memory
 
 
-@pytest.mark.parametrize(("name", "size"), [each for each in EACH if CASES[each[0]].more])
-def test_bytes_of_the_messages_of_those_who_are_present(name, size, together):
+PRESENT = [name for name, case in CASES.items() if case.more]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, 2) for name in PRESENT), *((name, 4) for name in PRESENT if name in ON_FOUR)]
+)
+def test_bytes_of_the_messages_of_those_who_are_present(name, size, result):
     case = CASES[name]
-    weights, metrics = together[size][name]
+    weights, metrics = result
     d, entry = sum(w.numel() for w in weights), weights[0].element_size()
     present = max(1, round(case.more["participation"] * case.workers))
     operator = parse(case.bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -115,16 +115,20 @@ CASES = {
         },
     ),
 }
-# of these every process more costs time
+# the paths that a number of processes can change; of these every process more costs time
 ON_FOUR = [
-    "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4", "sign", "ef21:topk:5%",
-    "none rank0", "ef21:topk:5% rank0", "median none", "median ef21 rank0", "one worker, ef21", "two workers, rank0",
-    "chunks within workers", "moml", "workers of two processes", "dropout", "mlmc:topk:5%", "marina",
-    "byz-ef21-sgdm", "buckets",
-    "a quarter present, dropout", "absent shared worker", "federated",
-    "storm", "hessian", "storm of the workers",
+    "none torch.float64", "topk:5% torch.float32", "clip:0.5+topk:5%", "topk:5%:all", "qsgd:4",
+    "none rank0", "ef21:topk:5% rank0", "median none", "one worker, ef21", "two workers, rank0",
+    "chunks within workers", "moml", "workers of two processes", "dropout", "marina", "buckets",
+    "absent shared worker", "federated", "storm of the workers",
 ]  # fmt: skip
-# gone on with on another number of processes
+# the same paths with other operators, rules and variants: in the slow tests
+MORE_ON_FOUR = [
+    "sign", "ef21:topk:5%", "median ef21 rank0", "mlmc:topk:5%", "byz-ef21-sgdm", "a quarter present, dropout",
+    "storm", "hessian",
+]  # fmt: skip
+# begun on one process, and gone on with on two, on four and again on one: the steps that each number ends with
+HANDED_OVER = {1: 2, 2: 4, 4: 5}
 RESUMED = (
     "qsgd:4",
     "ef14:topk:5%",
@@ -194,11 +198,10 @@ def accumulated(workers: int, world: World | None = None) -> list[torch.Tensor]:
     return [p.detach() for p in params]
 
 
-def all_cases(folder: Path) -> None:
-    """All of it with these processes; results as ``SIZE.pt``."""
+def all_cases(folder: Path, names: Sequence[str], resumed: Sequence[str]) -> None:
+    """All of it with these processes; results as ``SIZE.pt``, and runs that are gone on with in ``handed over``."""
     with start(timeout=60) as world:
         found: dict[str, Any] = {}
-        names = ON_FOUR if world.size == 4 else list(CASES)
         for name in names:
             case = CASES[name]
             world.server = case.server
@@ -208,18 +211,10 @@ def all_cases(folder: Path) -> None:
         found["evaluated"] = ([p.detach() for p in learner.parameters()], [each.values for each in values])
         world.server = "replicated"
         found["accumulated"] = accumulated(8, world)
-        for name in RESUMED:
+        for name in resumed:
             world.server = CASES[name].server
-            if world.size == 2:
-                run(CASES[name], world, iterations=CASES[name].steps // 2, run_dir=folder / "half-2" / name)
-            # what one process has begun
-            learner, _ = run(CASES[name], world, run_dir=folder / f"from-1-to-{world.size}" / name, resume=True)
-            found[f"{name} from 1"] = [p.detach() for p in learner.parameters()]
-        if world.size == 4:
-            for name in RESUMED:
-                world.server = CASES[name].server
-                learner, _ = run(CASES[name], world, run_dir=folder / "half-2" / name, resume=True)
-                found[f"{name} from 2"] = [p.detach() for p in learner.parameters()]
+            run_dir = folder / "handed over" / name
+            run(CASES[name], world, iterations=HANDED_OVER[world.size], run_dir=run_dir, resume=True)
         for _, metrics in (found[name] for name in names):
             for line in metrics:
                 del line["seconds"]

@@ -173,8 +173,8 @@ def test_killed_again_and_again_ends_as_undisturbed_on_any_number_of_processes(t
     """Without torchrun, which would start as many again. Who is left says so, and does not wait for the time-out."""
     draw, run = random.Random(7), tmp_path / "run"
     bias = "ef21-sgdm(0.2):topk:20%"
-    for at, size in ((draw.randrange(2, 9), 3), (draw.randrange(12, 19), 2), (draw.randrange(22, 29), 3)):
-        arguments = command(run, 40, "--resume", "--beta", "1", bias=bias)
+    for at, size in ((draw.randrange(2, 9), 2), (draw.randrange(12, 19), 3)):
+        arguments = command(run, 30, "--resume", "--beta", "1", bias=bias)
         with forked(metamom, size, tmp_path / "said", *arguments) as ranks:
             until_step(at, run, ranks)
             victim = draw.choice(ranks)
@@ -185,7 +185,7 @@ def test_killed_again_and_again_ends_as_undisturbed_on_any_number_of_processes(t
                 assert rank is victim or re.search(r"could not exchange .*: one of them has exited", said), said
     whole = tmp_path / "whole"
     for folder in (run, whole):
-        arguments = command(folder, 40, "--resume", "--beta", "1", bias=bias)
+        arguments = command(folder, 30, "--resume", "--beta", "1", bias=bias)
         assert_runs(arguments, tmp_path / "said")
     # sums of floats in another order on another number of processes
     for (name, got), wanted in zip(newest(run)["learner"].items(), newest(whole)["learner"].values(), strict=True):
@@ -197,34 +197,48 @@ def test_killed_again_and_again_ends_as_undisturbed_on_any_number_of_processes(t
 # hung
 
 
-@pytest.mark.parametrize("hung", [0, 1])
-def test_hung_rank_is_an_error_within_the_time_out(hung, tmp_path):
-    run = tmp_path / "run"
-    with forked(metamom, 3, tmp_path, *command(run, LONG, "--timeout", "5")) as ranks:
-        until_step(3, run, ranks)
-        os.kill(ranks[hung].pid, signal.SIGSTOP)
+def test_hung_rank_is_an_error_within_the_time_out(tmp_path):
+    """Process 0 of one run and process 1 of another, at once: the tests wait for one time-out."""
+    runs = [tmp_path / "run 0", tmp_path / "run 1"]
+    with (
+        forked(metamom, 3, tmp_path / "said 0", *command(runs[0], LONG, "--timeout", "5")) as first,
+        forked(metamom, 3, tmp_path / "said 1", *command(runs[1], LONG, "--timeout", "5")) as second,
+    ):
+        both = list(enumerate((first, second)))
+        for hung, ranks in both:
+            until_step(3, runs[hung], ranks)
+        for hung, ranks in both:
+            os.kill(ranks[hung].pid, signal.SIGSTOP)
         began = time.monotonic()
-        for rank in ranks[:hung] + ranks[hung + 1 :]:
-            status, said = rank.ended(timeout=5 + PATIENCE)
-            assert status == 3, said
-            assert "one of them has exited, or did not arrive within the time-out of 5 s (timeout=, --timeout)" in said
-            assert "Traceback" not in said
+        for hung, ranks in both:
+            for rank in ranks[:hung] + ranks[hung + 1 :]:
+                status, said = rank.ended(timeout=5 + PATIENCE)
+                assert status == 3, said
+                assert "has exited, or did not arrive within the time-out of 5 s (timeout=, --timeout)" in said
+                assert "Traceback" not in said
         assert time.monotonic() - began < 5 + 10, "they took their time"
-        os.kill(ranks[hung].pid, signal.SIGCONT)  # and it finds itself alone
-        status, said = ranks[hung].ended()
-        assert status == 3, said
-    assert newest(run)["step"] <= lines(run)
+        for hung, ranks in both:
+            os.kill(ranks[hung].pid, signal.SIGCONT)  # and it finds itself alone
+            status, said = ranks[hung].ended()
+            assert status == 3, said
+    for run in runs:
+        assert newest(run)["step"] <= lines(run)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_rank_that_waits_for_another_that_never_comes(rank, tmp_path):
-    with forked(metamom, 2, tmp_path, *command(tmp_path / "run", 5, "--timeout", "2"), only=rank) as ranks:
-        status, said = ranks[0].ended()
-    assert status == 3
-    assert f"metamom: error: process {rank} of 2 could not join the others at 127.0.0.1:" in said
-    assert " within 2 s: " in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "run").exists()
+def test_rank_that_waits_for_another_that_never_comes(tmp_path):
+    """Process 0 of one run and process 1 of another, at once."""
+    arguments = [command(tmp_path / f"run {rank}", 5, "--timeout", "2") for rank in (0, 1)]
+    with (
+        forked(metamom, 2, tmp_path, *arguments[0], only=0) as (first,),
+        forked(metamom, 2, tmp_path, *arguments[1], only=1) as (second,),
+    ):
+        ended = [first.ended(), second.ended()]
+    for rank, (status, said) in enumerate(ended):
+        assert status == 3
+        assert f"metamom: error: process {rank} of 2 could not join the others at 127.0.0.1:" in said
+        assert " within 2 s: " in said
+        assert "Traceback" not in said
+        assert not (tmp_path / f"run {rank}").exists()
 
 
 # killed while writing
@@ -253,7 +267,7 @@ def save_until_killed(folder: Path, after: float) -> int:
 def test_killed_at_any_moment_of_writing_a_checkpoint(tmp_path):
     draw, strays = random.Random(3), 0
     kept = Checkpoints(tmp_path, keep=2)
-    for _ in range(25):
+    for _ in range(15):
         written = save_until_killed(tmp_path, after=draw.uniform(0, 0.1))
         state = kept.load_newest()  # a warning of a damaged one would be an error
         assert state is not None
@@ -268,7 +282,7 @@ def test_killed_at_any_moment_of_writing_a_checkpoint(tmp_path):
         strays += len(list(tmp_path.glob("*.tmp")))
         kept.sweep()
         assert set(tmp_path.iterdir()) - {kept.best} == set(map(kept.path, kept.steps()))
-    assert strays > 5, "hardly any was killed while it wrote"
+    assert strays > 2, "hardly any was killed while it wrote"
 
 
 # a disk that is full, a directory that cannot be written to
