@@ -41,7 +41,7 @@ def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _math_attention() -> Iterator[None]:
-    """``sdpa_kernel(SDPBackend.MATH)``, which takes 30 microseconds; every call of a model in a loop comes here."""
+    """``sdpa_kernel(SDPBackend.MATH)``, which takes five times as long; every call of a model in a loop comes here."""
     if _ATTENTION is None:
         with sdpa_kernel(SDPBackend.MATH):
             yield
