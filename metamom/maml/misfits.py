@@ -119,7 +119,13 @@ def check_output(model: nn.Module, out: object) -> None:
         return
     leaves = pytree.tree_leaves(out)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError(f"{type(model).__name__} must return a tensor of predictions [N, ...]; got {_kind(out)}.")
+        others = sorted({_kind(leaf) for leaf in leaves if not isinstance(leaf, Tensor) and leaf is not out})
+        holding = f" that holds {', '.join(others)}" if others else ""
+        raise TypeError(
+            f"{type(model).__name__} must return a tensor of predictions [N, ...]; got {_kind(out)}{holding}. A tuple, "
+            "a list, a dict or a named tuple of nothing but tensors works too, and so do classes that "
+            "torch.utils._pytree.register_pytree_node knows."
+        )
 
 
 def check_loss(value: object) -> None:

@@ -234,3 +234,10 @@ def test_padding_does_not_change_the_number_of_points_that_a_model_reads(forward
     expected = {name: sum(grads[name] for grads in each) / 3 for name in each[0]}
     MAML(model, F.mse_loss, inner_lr=ALPHA).backward(pad(tasks))
     assert_close({name: p.grad for name, p in model.named_parameters()}, expected, 1e-10)
+
+
+@pytest.mark.parametrize("vectorize", RUNS)
+def test_results_that_are_not_tensors_are_named(vectorize):
+    model = of(lambda self, x: {"loss": None, "logits": self.c(self.a(x)), "scale": 2.0})
+    with pytest.raises(TypeError, match=r"\[N, ...\]; got a dict that holds None, a float\. A tuple"):
+        gradient(model, vectorize)
