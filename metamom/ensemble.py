@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 from metamom.common.checks import check_whole
 from metamom.evaluation.ensemble import Ensemble
@@ -25,7 +26,7 @@ def ensemble_of(run: LoadedRun, size: int) -> tuple[Ensemble, list[int]]:
         The ensemble, and the numbers of steps before its checkpoints, the best first.
 
     Raises:
-        ValueError: for a run that has kept fewer checkpoints with a validation.
+        ValueError: for a run that has kept fewer checkpoints with a validation that is a number.
 
     Example:
         >>> ensemble, steps = ensemble_of(metamom.load("runs/omniglot"), 3)  # doctest: +SKIP
@@ -41,7 +42,8 @@ def ensemble_of(run: LoadedRun, size: int) -> tuple[Ensemble, list[int]]:
         state = load(best)
         best_step = int(state["step"])
         kept.setdefault(best_step, best)
-    values = {line["step"] + 1: line["validation"] for line in run.metrics if "validation" in line}
+    found = {line["step"] + 1: line["validation"] for line in run.metrics if "validation" in line}
+    values = {step: value for step, value in found.items() if not math.isnan(value)}  # NaN has no order
     known = [step for step in kept if step in values]
     if len(known) < size:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, evaluate, load, train
 from metamom.ensemble import Ensemble, ensemble_of
+from metamom.loading import LoadedRun
 from metamom.tasks import Episodes, Sinusoid
 
 
@@ -92,6 +95,18 @@ def test_the_best_of_the_kept_checkpoints(run):
     values = evaluate(ensemble, Sinusoid(shots=4), tasks=6, steps=(1,)).values
     single = [evaluate(each, Sinusoid(shots=4), tasks=6, steps=(1,)).values for each in ensemble.learners]
     assert (values <= torch.stack(single).mean(0) + 1e-6).all()  # the squared error is convex
+
+
+def test_validations_that_diverged_are_no_members(run, monkeypatch):
+    """NaN compares as neither larger nor smaller, so it would disturb the order."""
+    logged = run.metrics
+    for bad in (8, 12):
+        lines = [line | ({"validation": math.nan} if line["step"] + 1 == bad else {}) for line in logged]
+        monkeypatch.setattr(LoadedRun, "metrics", lines)
+        _, steps = ensemble_of(run, 3)
+        validations = {line["step"] + 1: line["validation"] for line in lines if "validation" in line}
+        kept = {6, 8, 10, 12, run.step} - {bad}
+        assert steps == sorted(kept, key=validations.get)[:3]
 
 
 def test_more_members_than_checkpoints(run):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from metamom.common.files import write_atomically
 from metamom.common.flag_types import folder, long_count, seed, task_count
+from metamom.common.numbers import counted
 from metamom.evaluation import Evaluation, evaluate
 from metamom.experiments.published.recipes import BUDGETS, OMNIGLOT, OPTIMIZERS, ROWS
 from metamom.experiments.published.run import STATISTICS, TEST_TASKS, Plan, plan_omniglot
@@ -128,10 +129,10 @@ def main() -> None:
     except TrainingInterrupted as interrupt:
         raise SystemExit(f"{interrupt} Continue with --resume.") from None
     write_atomically(given.run_dir / FILE, (json.dumps(record(wanted, tested), indent=2) + "\n").encode())
-    print(f"{wanted.published.title}, {wanted.iterations:,} iterations of {wanted.recipe.meta_batch} tasks")
+    print(f"{wanted.published.title}, {counted(wanted.iterations, 'iteration')} of {wanted.recipe.meta_batch} tasks")
     for name, each in tested.items():
         shown = f"{100 * each.mean[-1]:.1f} ± {100 * each.halfwidth[-1]:.1f} %"
-        print(f"{name:<24} {shown} after {each.steps[-1]} steps, {each.values.shape[1]} tasks")
+        print(f"{name:<24} {shown} after {counted(each.steps[-1], 'step')}, {counted(each.values.shape[1], 'task')}")
     print(f"people, published runs:  {PEOPLE:g} %")
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from metamom.common import tables
 from metamom.common.intervals import student_halfwidth
+from metamom.common.numbers import counted
 from metamom.experiments.published.outcome import DIVERGED, WITHIN, Measurement, Outcome
 from metamom.experiments.published.recipes import OMNIGLOT, ROWS, SINUSOID, Published
 from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
@@ -29,7 +30,7 @@ def title(outcome: Outcome) -> str:
     else:
         task = f"Omniglot, {ROWS[outcome.row].ways}-way {ROWS[outcome.row].shots}-shot"
     return (
-        f"{published.title} on {task}: {outcome.iterations:,} iterations of {outcome.meta_batch} tasks with "
+        f"{published.title} on {task}: {counted(outcome.iterations, 'iteration')} of {outcome.meta_batch} tasks with "
         f"{OPTIMIZER_NAMES[outcome.optimizer]}, γ = {outcome.lr:g}, seed {outcome.seed}, {outcome.minutes:.1f} minutes"
     )
 
@@ -55,7 +56,8 @@ def lines(outcome: Outcome) -> list[str]:
         found += ["", "tasks within an alphabet", *_printed(within)]
     if any(any(each.diverged) for each in outcome.tested):
         found.append(f"(diverged: tasks with an error above {DIVERGED:g}, which the means leave out)")
-    return [*found, f"({usual[0].tasks} test tasks, ± 95 %; the checkpoint after {outcome.checkpoint:,} iterations)"]
+    chosen = f"the checkpoint after {counted(outcome.checkpoint, 'iteration')}"
+    return [*found, f"({counted(usual[0].tasks, 'test task')}, ± 95 %; {chosen})"]
 
 
 def _published(outcome: Outcome, steps: Sequence[int]) -> list[str]:

@@ -120,7 +120,7 @@ def plan(
     for what, given, names in (("recipe", name, known), ("budget", budget, BUDGETS)):
         if given not in names:
             near = did_you_mean([given], list(names))
-            raise ValueError(f"{what} must be one of {', '.join(names)}; got {given!r}{near}.")
+            raise ValueError(f"{what} must be one of {', '.join(names)}; got {given!r}{near or '.'}")
     published = known[name]
     options = published.options(ways)
     options = {"shots": shots, **options}

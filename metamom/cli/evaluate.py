@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         print(json.dumps(answer))
         return 0
     trained = (
-        f"the mean of iterations {', '.join(map(str, members))}"
+        f"the mean of {plural(len(members), 'iteration')} {', '.join(map(str, members))}"
         if members
         else (f"trained for {run.step} {plural(run.step, 'iteration')}")
     )

@@ -33,6 +33,8 @@ GIVEN = re.compile(rf"{NAME}=(?:{VALUE}|(?=[\s,.;)]))")
 SUBJECT = re.compile(rf"^{NAME}(?= (?:must|knows|has|needs|is the)\b)")
 # a name of one word may be the word itself, as in "workers are ..."
 TWO_WORDS = re.compile(r"^(?P<name>[a-z]+(?:_[a-z]+)+)(?= (?:is|are|belongs|keeps|leaves|need)\b)")
+# an argument of Python and, in parentheses, its flag, which are the same by now
+TWICE = re.compile(r"(?P<flag>--[a-z-]+(?: [\w.:%-]+)?) \((?P=flag)\)")
 
 
 def in_flags(message: str, arguments: argparse.Namespace) -> str:
@@ -67,7 +69,7 @@ def in_flags(message: str, arguments: argparse.Namespace) -> str:
     message = GIVEN.sub(with_value, message)
     for subject in (SUBJECT, TWO_WORDS):
         message = subject.sub(lambda found: flag(found["name"]) or found[0], message)
-    return message
+    return TWICE.sub(r"\g<flag>", message)
 
 
 def _in_a_call(before: str) -> bool:

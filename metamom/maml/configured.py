@@ -130,7 +130,7 @@ class Configured(nn.Module):
         if check_flag("step_norms", step_norms):
             check_step_norms(self.estimator)
             self.norms_by_step = StepNorms(self.model, steps)
-        self.adapted = selected(self._adapt, self._movable())
+        self.adapted = selected(self._adapt, self._movable(), self._by_step())
         moved, positive = {name: weights[name] for name in self.adapted}, check_flag("positive_inner_lr", positive)
         self.step_sizes = StepSizes(inner_lr, moved, learn, steps, positive)
 
@@ -282,7 +282,7 @@ class Configured(nn.Module):
         if self.vectorize == "vmap":
             check_hooks(self.model)
         parameters = self._movable()
-        adapted = selected(self._adapt, parameters)
+        adapted = selected(self._adapt, parameters, self._by_step())
         if adapted != self.adapted:
             self.step_sizes.follow({name: parameters[name] for name in adapted})
             if self.memory is not None:
@@ -297,8 +297,12 @@ class Configured(nn.Module):
 
     def _movable(self) -> Params:
         """The model's parameters that inner steps may move."""
-        given = frozenset() if self.norms_by_step is None else self.norms_by_step.names
+        given = self._by_step()
         return {name: p for name, p in named(self.model).items() if p.requires_grad and name not in given}
+
+    def _by_step(self) -> frozenset[str]:
+        """The model's parameters that are learned for each inner step instead."""
+        return frozenset() if self.norms_by_step is None else self.norms_by_step.names
 
     def _problem(self) -> Problem:
         annealing = self.annealing

@@ -7,8 +7,22 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 
-def selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of the parameters that the inner steps move, in the model's order."""
+def selected(
+    adapt: Iterable[str] | Callable[[str], bool] | None,
+    trainable: Mapping[str, Tensor],
+    by_step: frozenset[str] = frozenset(),
+) -> tuple[str, ...]:
+    """Names of the parameters that the inner steps move, in the model's order.
+
+    Args:
+        adapt: the option of `metamom.MAML`.
+        trainable: the parameters that they may move.
+        by_step: those that ``step_norms`` learns for each inner step, which they do not move.
+
+    Raises:
+        ValueError: for unknown names, and if nothing is left.
+        TypeError: for anything but names or a predicate.
+    """
     if adapt is None:
         names = tuple(trainable)
     elif callable(adapt):
@@ -21,6 +35,11 @@ def selected(adapt: Iterable[str] | Callable[[str], bool] | None, trainable: Map
             )
         wanted = [adapt] if isinstance(adapt, str) else list(adapt)
         unknown = [w for w in wanted if not any(_within(name, w) for name in trainable)]
+        if learned := [w for w in unknown if any(_within(name, w) for name in by_step)]:
+            raise ValueError(
+                f"step_norms=True learns scales and offsets for each inner step, and inner steps do not move them: "
+                f"leave {', '.join(map(repr, learned))} out of adapt, or leave out step_norms."
+            )
         if unknown:
             raise ValueError(
                 f"adapt must name trainable parameters, or modules that hold some; {unknown} is none of "

@@ -55,7 +55,9 @@ def pretrained(name: str) -> Pretrained:
     known = sorted(path.stem for path in FOLDER.glob("*.json"))
     if name not in known:
         have = f"there are {', '.join(known)}" if known else "this version has none"
-        raise ValueError(f"there are no pretrained weights {name!r:.60}; {have}{did_you_mean([str(name)], known)}.")
+        raise ValueError(
+            f"there are no pretrained weights {name!r:.60}; {have}{did_you_mean([str(name)], known) or '.'}"
+        )
     card = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     file = FOLDER / f"{name}.safetensors"
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None

@@ -270,6 +270,9 @@ def test_tables_over_seeds():
     *_, line = report.omniglot_table([replace(runs[0], tested=runs[0].tested + within)])
     assert "| 96.00 ± 1.00 | 86.00 ± 1.00 | 97.00 ± 1.00 | 87.00 ± 1.00 |" in line
     assert "98.7 ± 0.4" in report.lines(runs[0])[-2]
+    said = report.lines(replace(runs[0], iterations=1, checkpoint=1))
+    assert ": 1 iteration of 16 tasks" in said[0]
+    assert said[-1].endswith("the checkpoint after 1 iteration)")
 
 
 def test_networks_of_five_and_ten_points():

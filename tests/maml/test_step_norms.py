@@ -139,8 +139,10 @@ def test_models_and_estimators_without_them():
         MAML(network(), F.cross_entropy, estimator="implicit", step_norms=True)
     with pytest.raises(TypeError, match="step_norms must be True or False"):
         MAML(network(), F.cross_entropy, step_norms=1)
-    with pytest.raises(ValueError, match="adapt"):
+    with pytest.raises(ValueError, match=r"step_norms=True learns .*: leave '0\.1' out of adapt"):
         MAML(network(), F.cross_entropy, adapt=["0.1"], step_norms=True)
+    with pytest.raises(ValueError, match=r"\['nope'\] is none of"):
+        MAML(network(), F.cross_entropy, adapt=["nope"], step_norms=True)
 
 
 def test_evaluate_with_more_steps_than_trained():
