@@ -33,7 +33,8 @@ def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
         module: the model or the loss; ``None`` for a loss that is a function.
     """
     parts = [] if module is None else modules_of(module)
-    recurrent = torch.cuda.is_initialized() and any(isinstance(part, nn.RNNBase) for part in parts)
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    recurrent = on_gpu and any(isinstance(part, nn.RNNBase) for part in parts)
     no_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
     with _math_attention(), no_cudnn, uncompiled(), _checkpoints_off():
         yield
