@@ -89,7 +89,8 @@ def warm_starts(model: nn.Module) -> frozenset[str]:
     names: set[str] = set()
     for prefix, module in named_modules_of(model).items():
         keys = ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
-        for hook in module._forward_pre_hooks.values():
+        hooks: list[Any] = [*module._forward_pre_hooks.values()]
+        for hook in hooks:
             if type(hook).__name__ == "SpectralNorm":  # of torch.nn.utils.spectral_norm, which hides its class
                 keys += [f"{hook.name}_u", f"{hook.name}_v"]
         names.update(f"{prefix}.{key}" if prefix else key for key in keys)
