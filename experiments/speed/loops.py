@@ -33,7 +33,7 @@ TURN_SECONDS = 0.02  # at least, for each contender's turn: a training repeats t
 
 def plain_loop(model: nn.Module, batch: TaskBatch, first_order: bool) -> Callable[[], None]:
     """The loop that a user writes: functional_call, gradient, step, query loss, gradient; added to ``.grad``."""
-    weights = dict(model.named_parameters())
+    weights: dict[str, Tensor] = dict(model.named_parameters())
     tasks = list(zip(*batch[:4], strict=True))
 
     def loss(own: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class EmbeddingLSTM(nn.Module):
         return scores
 
 
-def _conv(fan_in: int, fan_out: int, kernel: int = 3, **options: int) -> nn.Conv2d:
+def _conv(fan_in: int, fan_out: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2, **options)
 
 

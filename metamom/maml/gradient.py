@@ -198,7 +198,7 @@ class MetaGradients:
 
 def _eagerly(plan: Plan, *args: Any, starts: Params | None = None) -> tuple[Tensor, ...]:
     """`chunk_gradient`, in a loop over the tasks if vmap cannot take the model or the loss."""
-    given = {} if starts is None else {"starts": starts}
+    given: dict[str, Any] = {} if starts is None else {"starts": starts}
     with uncompiled():
         problem = plan.problem
         return problem.vectorization.attempt(problem.parts(), partial(chunk_gradient, plan, *args, **given))

@@ -33,7 +33,8 @@ def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
         module: the model or the loss; ``None`` for a loss that is a function.
     """
     parts = [] if module is None else modules_of(module)
-    recurrent = torch.cuda.is_initialized() and any(isinstance(part, nn.RNNBase) for part in parts)
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    recurrent = on_gpu and any(isinstance(part, nn.RNNBase) for part in parts)
     no_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
     with _math_attention(), no_cudnn, uncompiled(), _checkpoints_off():
         yield
@@ -88,7 +89,8 @@ def warm_starts(model: nn.Module) -> frozenset[str]:
     names: set[str] = set()
     for prefix, module in named_modules_of(model).items():
         keys = ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
-        for hook in module._forward_pre_hooks.values():
+        hooks: list[Any] = [*module._forward_pre_hooks.values()]
+        for hook in hooks:
             if type(hook).__name__ == "SpectralNorm":  # of torch.nn.utils.spectral_norm, which hides its class
                 keys += [f"{hook.name}_u", f"{hook.name}_v"]
         names.update(f"{prefix}.{key}" if prefix else key for key in keys)

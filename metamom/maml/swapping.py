@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def slots(model: nn.Module) -> Slots:
     found = Slots({}, {})
     modules = named_modules_of(model).items()
     # parameters first: a tensor that is also registered as a buffer keeps its name as a parameter
-    registries = [(prefix, module._parameters) for prefix, module in modules]
+    registries: list[tuple[str, Any]] = [(prefix, module._parameters) for prefix, module in modules]
     registries += [(prefix, module._buffers) for prefix, module in modules]
     for prefix, registered in registries:
         for key, tensor in registered.items():

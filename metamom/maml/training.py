@@ -158,7 +158,7 @@ class Training(Adapting):
             local_lr,
             kept_down_bias(down_bias, self.federated),
         )
-        options = {"aggregate": aggregate, "measure": measure, "check_finite": check_finite}
+        options: dict[str, Any] = {"aggregate": aggregate, "measure": measure, "check_finite": check_finite}
         optimizer = None if momentum is None else check_momentum_kind(momentum)
         if optimizer is None or optimizer.variant not in FOLLOWING:
             return self._server_step(batch, workers=workers, bias=bias, world=world, federation=federation, **options)
