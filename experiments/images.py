@@ -199,7 +199,11 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: the arguments of the command line; by default the process's.
     """
-    parser = argparse.ArgumentParser(description="Measure reading images from files.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.images",
+        description="Measure reading images from files.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--images", type=count(MOST, 1), default=60_000, help="files (default: 60000)")
     parser.add_argument("--side", type=count(4096, 1), default=84, help="pixels a side of the files (default: 84)")
     parser.add_argument("--image-size", type=count(1024, 1), default=84, help="pixels a side of tasks (default: 84)")

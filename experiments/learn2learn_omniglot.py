@@ -159,7 +159,11 @@ def report(config: OmniglotExample, outcomes: dict[tuple[str, str], Outcome]) ->
 
 def main() -> None:
     """Run all four and write the report."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.learn2learn_omniglot",
+        description=str(__doc__).splitlines()[0],
+        allow_abbrev=False,
+    )
     parser.add_argument("--iterations", type=flag_types.count(MOST, 1), default=1000)
     parser.add_argument("--momentum-lr", type=flag_types.number, default=0.3)
     parser.add_argument("--seed", type=flag_types.seed, default=0)

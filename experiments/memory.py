@@ -122,7 +122,11 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: the arguments of the command line; by default the process's.
     """
-    parser = argparse.ArgumentParser(description="Measure the memory of meta-gradients.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.memory",
+        description="Measure the memory of meta-gradients.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--iterations", type=count(MOST, 1), default=2000, help=("iterations of the long runs (default: 2000)")
     )

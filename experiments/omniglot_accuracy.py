@@ -90,7 +90,11 @@ def report(results: dict[str, tuple[Evaluation, list[dict[str, Any]]]], iteratio
 
 def main() -> None:
     """Run or resume, and write the report."""
-    parser = argparse.ArgumentParser(description="Train on Omniglot to high accuracy.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.omniglot_accuracy",
+        description="Train on Omniglot to high accuracy.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--iterations", type=count(MOST, 1), default=15000, help=("iterations of each method (default: 15000)")
     )

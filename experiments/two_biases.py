@@ -107,7 +107,11 @@ def report() -> str:
 
 def main() -> None:
     """Write the report."""
-    parser = argparse.ArgumentParser(description="Bias of robust means and of reshuffling.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.two_biases",
+        description="Bias of robust means and of reshuffling.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--run-dir", type=folder, default=Path("runs/two-biases"), help="where to write the report")
     arguments = parser.parse_args()
     text = report()

@@ -28,7 +28,11 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: the arguments of the command line; by default the process's.
     """
-    parser = argparse.ArgumentParser(description="Time bias operators and other hooks in DDP.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.ddp",
+        description="Time bias operators and other hooks in DDP.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--processes", type=count(MOST_PROCESSES, 2), default=2, help="number of processes (default: 2)")
     add("--width", type=count(MOST, 1), default=2048, help="of the model; 2048 has 10 million parameters (the default)")

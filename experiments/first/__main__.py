@@ -19,7 +19,11 @@ EXPERIMENTS = {"law": law, "floors": floors, "tuned": tuned}
 
 def main() -> None:
     """Run, write and print."""
-    parser = argparse.ArgumentParser(description="Three first experiments on quadratics.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.first",
+        description="Three first experiments on quadratics.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--run-dir", type=folder, default=Path("runs/first"), help="where to write the report")
     parser.add_argument("--only", choices=EXPERIMENTS, help="run only this experiment")
     arguments = parser.parse_args()

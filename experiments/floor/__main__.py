@@ -20,7 +20,11 @@ EXPERIMENTS = {"regressions": regressions, "sinusoids": sinusoids}
 
 def main() -> None:
     """Run, write and print."""
-    parser = argparse.ArgumentParser(description="Bias floors, for every beta and every remedy.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.floor",
+        description="Bias floors, for every beta and every remedy.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--run-dir", type=folder, default=Path("runs/floor"), help="where to write the report")
     parser.add_argument("--only", choices=EXPERIMENTS, help="run only this part")
     arguments = parser.parse_args()

@@ -27,7 +27,11 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: the arguments of the command line; by default the process's.
     """
-    parser = argparse.ArgumentParser(description="Measure and plan steps over many processes.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.scaling",
+        description="Measure and plan steps over many processes.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add(
         "--run-dir", type=folder, default=Path("runs/scaling"), help="where to write the report (default: runs/scaling)"

@@ -22,7 +22,11 @@ from metamom.experiments.shared.parts import assembled, keep_part
 
 def main() -> None:
     """Run or resume, and write the report."""
-    parser = argparse.ArgumentParser(description="Grids over γ and β at several levels of bias.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.sensitivity",
+        description="Grids over γ and β at several levels of bias.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--only", default=",".join(SETTINGS), help=f"some of {', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is (default: as `metamom train` finds it)")
     parser.add_argument(

@@ -120,7 +120,9 @@ def run(row: str, present: Sequence[str], device: torch.device, arguments: argpa
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
-    parser = argparse.ArgumentParser(description="Time meta-iterations.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.speed", description="Time meta-iterations.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)} (default: all)")
     usual = ",".join(name for name in NAMES if name not in ROUGH)

@@ -132,7 +132,11 @@ def line(found: dict[str, Any]) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Print a line for each network, size, number of tasks and order."""
-    parser = argparse.ArgumentParser(description="Compare vmap with loops over the tasks.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.speed.loops",
+        description="Compare vmap with loops over the tasks.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--networks", default=",".join(OUTSIDE), help=f"some of {', '.join(OUTSIDE)} (default: all)")
     add("--tasks", default="4,16,32", help="numbers of tasks (default: 4,16,32)")

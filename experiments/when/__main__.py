@@ -20,7 +20,9 @@ PARTS = {"map": quadratics.TITLE, "sinusoids": sinusoids.TITLE, "mnist": mnist.T
 
 def main() -> None:
     """Run, write and print."""
-    parser = argparse.ArgumentParser(description="When does momentum beat SGD?", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m metamom.experiments.when", description="When does momentum beat SGD?", allow_abbrev=False
+    )
     parser.add_argument("--run-dir", type=folder, default=Path("runs/when"), help="where to write the report")
     parser.add_argument("--only", choices=PARTS, help="run only this part")
     arguments = parser.parse_args()
