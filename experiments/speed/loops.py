@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom.batch import TaskBatch
+from metamom.common.checks import MOST
+from metamom.common.flag_types import count, number
 from metamom.experiments.speed.outside import OUTSIDE, WAYS, Outside
 from metamom.maml.learner import MAML
 from metamom.maml.vectorize import VECTORIZE, Vectorize
@@ -144,8 +146,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--points", default="5", help="points of a task, to adapt on and to judge by (default: 5)")
     add("--orders", default="second,first", help="(default: second,first)")
     add("--vectorize", default=",".join(VECTORIZE), help="(default: auto,vmap,loop)")
-    add("--seconds", type=float, default=8.0, help="for each line (default: 8)")
-    add("--rounds", type=int, default=200, help="most rounds of each line (default: 200)")
+    add("--seconds", type=number, default=8.0, help="for each line (default: 8)")
+    add("--rounds", type=count(MOST, 1), default=200, help="most rounds of each line (default: 200)")
     add("--json", action="store_true", help="print JSON, a line each")
     arguments = parser.parse_args(words)
     names = arguments.networks.split(",")

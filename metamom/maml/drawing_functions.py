@@ -88,7 +88,7 @@ def dropout(
 
     def noise(value: Tensor) -> Tensor:
         nonlocal usable
-        usable = value.is_contiguous() and value.shape[0] == draws.tasks  # draws depend on the layout
+        usable = value.shape[0] == draws.tasks
         return _noise(draws, value, p) if usable else value
 
     found = on_all_tasks(noise, input)
@@ -96,7 +96,7 @@ def dropout(
 
 
 def _noise(draws: DrawsByTask, input: Tensor, p: float) -> Tensor:
-    noise = torch.empty_like(input)
+    noise = torch.empty_like(input, memory_format=torch.contiguous_format)  # the order of draws is that of the memory
     draws.bernoulli_(noise, 1 - p)
     return noise.div_(1 - p)
 

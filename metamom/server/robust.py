@@ -150,7 +150,7 @@ class RobustMean:
     """
 
     def __init__(self, how: Aggregate = "mean", attack: str | None = None) -> None:
-        self.rule: Rule = _mean() if how == "mean" else parse_rule(how)
+        self.rule: Rule = _mean() if isinstance(how, str) and how == "mean" else parse_rule(how)
         self.attack: Attack | None = None if attack is None else parse_attack(attack)
         self.memory = Memory()
 

@@ -188,7 +188,7 @@ def test_omniglot_with_both_kinds_of_statistics(data_root, tmp_path, capsys):
     words = ["reproduce", "omniglot", "--row", "5w1s", "--recipe", "anil", "--iterations", "1", "--tasks", "4"]
     assert cli.main([*words, "--run-dir", str(tmp_path / "run"), "--data-root", str(data_root)]) == 0
     said = capsys.readouterr().out
-    assert "ANIL on Omniglot, 5-way 1-shot: 1 iterations of 16 tasks" in said
+    assert "ANIL on Omniglot, 5-way 1-shot: 1 iteration of 16 tasks" in said
     ((_, outcome),) = read_all(tmp_path)
     run = metamom.load(tmp_path / "run")
     sampler = run.sampler(root=str(data_root))
