@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from metamom.batch import TaskBatch
 from metamom.common.checks import MOST
-from metamom.common.flag_types import count, number
+from metamom.common.flag_types import count, counts, number
 from metamom.experiments.speed.outside import OUTSIDE, WAYS, Outside
 from metamom.maml.learner import MAML
 from metamom.maml.vectorize import VECTORIZE, Vectorize
 from metamom.maml.vmap_errors import VmapError
 
+ORDERS = ("second", "first")
 INNER_LR = 0.01
 WARM_UP = 2
 TURN_SECONDS = 0.02  # at least, for each contender's turn: a training repeats the same work
@@ -141,10 +142,15 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--networks", default=",".join(OUTSIDE), help=f"some of {', '.join(OUTSIDE)} (default: all)")
-    add("--tasks", default="4,16,32", help="numbers of tasks (default: 4,16,32)")
-    add("--sizes", default="28", help="height and width of the images (default: 28)")
-    add("--points", default="5", help="points of a task, to adapt on and to judge by (default: 5)")
-    add("--orders", default="second,first", help="(default: second,first)")
+    add("--tasks", type=counts(count(MOST, 1)), default=(4, 16, 32), help="numbers of tasks (default: 4,16,32)")
+    add("--sizes", type=counts(count(MOST, 1)), default=(28,), help="height and width of the images (default: 28)")
+    add(
+        "--points",
+        type=counts(count(MOST, 1)),
+        default=(5,),
+        help="points of a task, to adapt on and to judge by (default: 5)",
+    )
+    add("--orders", default=",".join(ORDERS), help="(default: second,first)")
     add("--vectorize", default=",".join(VECTORIZE), help="(default: auto,vmap,loop)")
     add("--seconds", type=number, default=8.0, help="for each line (default: 8)")
     add("--rounds", type=count(MOST, 1), default=200, help="most rounds of each line (default: 200)")
@@ -152,15 +158,18 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     names = arguments.networks.split(",")
     ways: Any = arguments.vectorize.split(",")
-    for known, given, option in ((OUTSIDE, names, "--networks"), (VECTORIZE, ways, "--vectorize")):
+    orders = arguments.orders.split(",")
+    every = (OUTSIDE, names, "--networks"), (ORDERS, orders, "--orders"), (VECTORIZE, ways, "--vectorize")
+    for known, given, option in every:
         if unknown := sorted(set(given) - set(known)):
             parser.error(f"{option}: {', '.join(unknown)} not among {', '.join(known)}.")
+    if not arguments.json:
+        print("network, images          tasks x points  plain, ms  times as fast (quartiles)")
     for name in names:
-        sizes = [int(each) for each in arguments.sizes.split(",")] if OUTSIDE[name].is_image else [0]
-        for size in sizes:
-            for tasks in map(int, arguments.tasks.split(",")):
-                for points in map(int, arguments.points.split(",")):
-                    for order in arguments.orders.split(","):
+        for size in arguments.sizes if OUTSIDE[name].is_image else (0,):
+            for tasks in arguments.tasks:
+                for points in arguments.points:
+                    for order in orders:
                         found = compare(name, size, tasks, points, order == "first", ways, arguments)
                         print(json.dumps(found) if arguments.json else line(found), flush=True)
     return 0
