@@ -12,7 +12,7 @@ from metamom.experiments.published.report import OPTIMIZER_NAMES, record
 from metamom.experiments.shared.figures import COLOURS, DASHES, row_of_panels, save
 from metamom.training.directory import read_metrics
 
-TICKS = (0.5, 1, 2, 5, 10, 20, 50)  # per cent
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # per cent
 
 
 def omniglot_figure(path: Path, runs: Iterable[tuple[Path, Outcome]]) -> None:
@@ -43,9 +43,11 @@ def omniglot_figure(path: Path, runs: Iterable[tuple[Path, Outcome]]) -> None:
                 marked.add(title)
         ways, shots = ROWS[row]
         panel.set(title=f"{ways}-way {shots}-shot", xlabel="training tasks, thousands", yscale="log")
-        panel.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
-        panel.minorticks_off()
         panel.legend(frameon=False)
+    ticks = [tick for tick in TICKS if tick > panels[0].get_ylim()[0]]  # others would widen the axis
+    for panel in panels:
+        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
     panels[0].set_ylabel("validation error, %")
     save(figure, path)
 
