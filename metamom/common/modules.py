@@ -5,7 +5,12 @@ PyTorch's own iterators are nested generators, one for each level of a module's 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
 from torch import Tensor, nn
+
+Named = TypeVar("Named", bound=Tensor)
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -48,25 +53,23 @@ def named_parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The same as ``dict(model.named_parameters())``, also for a model that overrides it."""
     if type(model).named_parameters is not nn.Module.named_parameters:
         return dict(model.named_parameters())
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, module in named_modules_of(model).items():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[f"{name}.{key}" if name else key] = parameter
-    return found
+    return _named(model, lambda module: module._parameters)
 
 
 def named_buffers_of(model: nn.Module) -> dict[str, Tensor]:
     """The same as ``dict(model.named_buffers())``, also for a model that overrides it."""
     if type(model).named_buffers is not nn.Module.named_buffers:
         return dict(model.named_buffers())
-    found: dict[str, Tensor] = {}
+    return _named(model, lambda module: module._buffers)
+
+
+def _named(model: nn.Module, own: Callable[[nn.Module], Mapping[str, Named | None]]) -> dict[str, Named]:
+    """What each module has of its own, under the first of its full names."""
+    found: dict[str, Named] = {}
     seen: set[int] = set()
     for name, module in named_modules_of(model).items():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in seen:
-                seen.add(id(buffer))
-                found[f"{name}.{key}" if name else key] = buffer
+        for key, value in own(module).items():
+            if value is not None and id(value) not in seen:
+                seen.add(id(value))
+                found[f"{name}.{key}" if name else key] = value
     return found

@@ -40,7 +40,7 @@ class OwnState:
         self.after: dict[str, Tensor] = {}
 
     def of_task(self, compute: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Call a function with the buffers as they were, and take note of what it makes of them.
+        """Call a function with the buffers as they were, and remember their values after it.
 
         Raises:
             ValueError: naming the buffers that depend on the task.
@@ -66,7 +66,7 @@ class OwnState:
         return found
 
     def finish(self) -> None:
-        """Let the module have the buffers that the tasks have made."""
+        """Set the module's buffers to their values after one task."""
         for name, value in self.after.items():
             if not _same(value, self.own[name]):
                 self.own[name].data = value.detach().clone()

@@ -337,9 +337,7 @@ def _of_one_task(
     It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
     """
     found = slots(model)
-    buffers = {
-        name: b.clone() for name, b in named_buffers_of(model).items()
-    }  # leave the model's own buffers unchanged
+    buffers = {name: b.clone() for name, b in named_buffers_of(model).items()}  # the model's own stay unchanged
     given = {**buffers, **start.shared, **start.kept, **own}
     watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
     scratch = warm_starts(model) if loop else frozenset()
