@@ -5,18 +5,16 @@ Legend: T tasks, N points of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metamom.common.choices import Norm
-from metamom.common.modules import named_buffers_of
-from metamom.common.trees import Tree, count, device_of, mapped, named_leaves, points
+from metamom.common.trees import Tree, count, device_of, named_leaves, points
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
@@ -26,26 +24,19 @@ from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_state
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
-from metamom.maml.heads import Heads, Kind, Watch, depends, options_of, versions_of
+from metamom.maml.heads import Heads, Kind, depends, options_of, versions_of
 from metamom.maml.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
-from metamom.maml.misfits import check_output, inputs_explained
+from metamom.maml.misfits import inputs_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
-from metamom.maml.padding import cut_off, put_back
-from metamom.maml.plain_autograd import differentiable_twice, uncompiled, warm_starts
-from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped, tensors_left
+from metamom.maml.one_task import Masked, copies, of_one_task
+from metamom.maml.one_task import call as call
+from metamom.maml.plain_autograd import differentiable_twice, uncompiled
+from metamom.maml.swapping import alone, in_mode, is_training, tensors_left
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vectorize import one_by_one
 from metamom.maml.vmap_errors import explained, unchanged
 from metamom.nets.linear import are_many
-
-# Found in the errors of torch.autograd.grad and of hooks on tensors that do not require gradients.
-WITHOUT_GRADIENTS = (
-    "does not require grad",
-    "doesn't require grad",
-    "Expected gradient function to be set",
-    "'NoneType' object has no attribute 'register_hook'",
-)
 
 
 class Support(NamedTuple):
@@ -58,13 +49,6 @@ class Support(NamedTuple):
 
     x: Tree
     mask: Tensor | None
-
-
-class Masked(NamedTuple):
-    """A set and the points of it that count, ``[T, N, ...]`` and ``[T, N]``, or of one task."""
-
-    x: Tree
-    mask: Tensor
 
 
 class Rows(NamedTuple):
@@ -233,10 +217,10 @@ class RunByTask:
         mode = is_training(model)
         new = mode not in self.leaves
         if loop and new:  # a write to a slice would reach the model's own parameters before it is noticed
-            own, start = _copies(own), start._replace(kept=_copies(start.kept), shared=_copies(start.shared))
+            own, start = copies(own), start._replace(kept=copies(start.kept), shared=copies(start.shared))
         x = sets[-1].x if isinstance(sets[-1], Masked) else sets[-1]
         inputs = {} if loop else {**named_leaves("its input", x), **named_leaves("its support set", sets[0])}
-        one_task, watched = _of_one_task(model, start, own, target, new=new, loop=loop)
+        one_task, watched = of_one_task(model, start, own, target, new=new, loop=loop)
         closely = watched if new and not loop and not is_tracing() else ()  # a loop looks closely at each task
         with (
             explained(model, loop=loop),
@@ -329,82 +313,6 @@ class RunByTask:
         self.leaves[mode] = self.leaves.get(mode, False) or bool(names)
 
 
-def _of_one_task(
-    model: nn.Module, start: Start, own: Params, target: Callable[..., Any], *, new: bool, loop: bool
-) -> tuple[Callable[..., Tree], Params]:
-    """One task's run of ``target``, and the tensors that the model must leave unchanged.
-
-    It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
-    """
-    found = slots(model)
-    buffers = {name: b.clone() for name, b in named_buffers_of(model).items()}  # the model's own stay unchanged
-    given = {**buffers, **start.shared, **start.kept, **own}
-    watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
-    scratch = warm_starts(model) if loop else frozenset()
-
-    def one_task(
-        over_sets: Callable[[Callable[[Tree], Any], tuple[Tree, ...]], Any],
-        own: Params,
-        kept: Params,
-        sets: tuple[Tree, ...],
-    ) -> Any:
-        weights = {**buffers, **start.shared, **kept, **own}
-        mask = sets[-1].mask if isinstance(sets[-1], Masked) else None
-        if loop:  # the task's own copies, to write to
-            sets = tuple(mapped(Tensor.clone, cut_off(*x) if isinstance(x, Masked) else x) for x in sets)
-            weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
-        places = {name: w for name, w in weights.items() if name in found.places}
-        moved = {name: w for name, w in places.items() if new and loop and name not in scratch and not is_tracing()}
-
-        def with_weights(places: Params) -> Any:
-            with (
-                swapped(found, places),
-                carried_over.refused(model) if new else nullcontext(),
-                unchanged(moved, model, loop=loop, closely=moved),
-            ):
-                return over_sets(partial(call, target), sets)
-
-        out = _with_gradients_if_needed(with_weights, places, found.tensors) if loop else with_weights(places)
-        check_output(model, out)
-        if mask is not None:
-            return put_back(out, mask)
-        return (out, target.features()) if isinstance(target, Watch) else out
-
-    return one_task, watched
-
-
-def call(model: Callable[..., Any], x: Tree) -> Any:
-    """Call a model: ``model(x)`` for a tensor, ``model(**x)`` for a dict, ``model(*x)`` for a tuple or a list."""
-    if isinstance(x, Tensor):
-        return model(x)
-    return model(**x) if isinstance(x, Mapping) else model(*x)
-
-
 def _whole(x: Tree, mask: Tensor | None) -> Tensor:
     """A mask of all points if there is none."""
     return torch.ones(count(x), points(x), dtype=torch.bool, device=device_of(x)) if mask is None else mask
-
-
-def _copies(params: Params) -> Params:
-    return {name: w.clone() for name, w in params.items()}
-
-
-def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, tensors: Params) -> Any:
-    """The output for one task, of a model that may differentiate inside its forward, or register hooks on tensors.
-
-    It can do so in a plain loop whether or not the caller wants gradients, since its parameters require them.
-    """
-    try:
-        return call(places)
-    except (RuntimeError, AssertionError, AttributeError) as error:
-        if not any(sign in str(error) for sign in WITHOUT_GRADIENTS):
-            raise
-    wanted = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        out = call(
-            {
-                name: w.detach().clone().requires_grad_() if tensors[name].requires_grad and not w.requires_grad else w
-                for name, w in places.items()
-            }
-        )
-    return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
