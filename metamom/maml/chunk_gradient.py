@@ -5,6 +5,9 @@ Legend: T tasks, n workers, d entries of all meta-parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
@@ -13,6 +16,8 @@ from metamom.batch import TaskBatch
 from metamom.common.trees import lone, restored
 from metamom.compile.tracing import is_tracing
 from metamom.maml.episodes import episodes, support_of
+from metamom.maml.estimators import Adaptations
+from metamom.maml.in_turn import InTurn, in_turn, in_turn_or
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.plan import Plan
 from metamom.maml.step_gradients import check_cut
@@ -40,6 +45,31 @@ def chunk_gradient(
     are ``[workers, d]``, unless a weight is not contiguous: a compiler would reorder it entry by entry in the middle of
     the sum over tasks. With ``starts`` ``[workers, *shape]``, each worker's gradient is that at its own weights.
     """
+    fields = restored(form, batch)
+    tasks = TaskBatch(*fields[:4])._replace(support_mask=fields[4], query_mask=fields[5])
+    with torch.enable_grad():
+        terms = plan.cut(tasks)
+        at_once = partial(_at_once, plan, weights, memory, workers, scale, terms, starts)
+        if len(terms) > 1 or memory or starts is not None or is_tracing():
+            return at_once()
+        one_by_one = partial(in_turn, plan.problem, weights, terms[0], workers, scale * terms[0].weight)
+        return in_turn_or(plan.problem, terms[0], one_by_one, otherwise=at_once, finish=_flat)
+
+
+def _flat(found: InTurn) -> tuple[Tensor, ...]:
+    return found.losses, found.predictions, *found.gradients.values()
+
+
+def _at_once(
+    plan: Plan,
+    weights: Params,
+    memory: Params,
+    workers: int,
+    scale: float,
+    terms: Sequence[Adaptations],
+    starts: Params | None,
+) -> tuple[Tensor, ...]:
+    """`chunk_gradient` of these adaptations, with the weights of all tasks in one tensor for each parameter."""
     problem = plan.problem
     first: tuple[Tensor, ...] = ()
     totals: list[Tensor] = []
@@ -49,9 +79,7 @@ def chunk_gradient(
             for name, w in weights.items()
         }
         around = {} if is_tracing() else weights  # the losses may depend on these through the rows only
-        fields = restored(form, batch)
-        tasks = TaskBatch(*fields[:4])._replace(support_mask=fields[4], query_mask=fields[5])
-        for term in plan.cut(tasks):
+        for term in terms:
             found = episodes(problem, rows, term, memory)
             with explained(problem.model, loop=problem.loops()):
                 grads = gradients(found.objective.sum() * (scale * term.weight), [*rows.values(), *around.values()])

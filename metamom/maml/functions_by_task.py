@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dis import get_instructions
 from functools import cache
 from inspect import getattr_static
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from metamom.common.modules import modules_of
 from metamom.compile.tracing import is_tracing
 from metamom.maml.attention_by_task import attention, multi_head_attention
 from metamom.maml.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
@@ -223,7 +225,23 @@ def may_call_them(model: nn.Module, *, loop: bool = False) -> bool:
         model: the model.
         loop: whether it runs task by task, where fewer functions are replaced.
     """
-    return any(_calls_one(module, loop) or _names_one(type(module), loop) for module in model.modules())  # type: ignore[arg-type]  # a class hashes
+    for module in modules_of(model):
+        named = _named_by(type(module), loop)  # type: ignore[arg-type]  # a class hashes
+        if _calls_one(module, loop) or named.functions or not named.own.issubset(module._modules):
+            return True
+    return False
+
+
+class _Named(NamedTuple):
+    """Which names of these functions the code of a ``forward`` has.
+
+    Attributes:
+        functions: whether one may be the function.
+        own: names that are always attributes of the module itself, such as its embedding.
+    """
+
+    functions: bool
+    own: frozenset[str]
 
 
 def _calls_one(module: nn.Module, loop: bool) -> bool:
@@ -235,18 +253,35 @@ def _calls_one(module: nn.Module, loop: bool) -> bool:
 
 
 @cache
-def _names_one(kind: type[nn.Module], loop: bool) -> bool:
-    """Whether the code of a module's ``forward`` names one of these functions in any branch."""
+def _named_by(kind: type[nn.Module], loop: bool) -> _Named:
+    """The names of these functions in the code of a module's ``forward``, in any branch."""
     if loop and kind in (nn.Embedding, nn.PReLU):
-        return False
+        return _Named(False, frozenset())
     attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn"}
     replaced = [function for function in _OTHERS if not (loop and function in FINE_IN_A_LOOP)]
     names = {attributes.get(function, function.__name__) for function in replaced}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
     todo: list[CodeType] = [] if code is None else [code]
+    own: set[str] = set()
     while todo:
         code = todo.pop()
-        if not names.isdisjoint(code.co_names):
-            return True
+        here = names.intersection(code.co_names)
+        if not here <= _of_self(code):
+            return _Named(True, frozenset())
+        own |= here
         todo += [const for const in code.co_consts if isinstance(const, CodeType)]
-    return False
+    return _Named(False, frozenset(own))
+
+
+def _of_self(code: CodeType) -> set[str]:
+    """The names that a method's code reads as attributes of its first argument, and nowhere else."""
+    found: set[str] = set()
+    others: set[str] = set()
+    before: Any = None
+    for each in get_instructions(code):
+        if each.argval in code.co_names:
+            first = before is not None and before.opname.startswith("LOAD_FAST") and code.co_argcount > 0
+            reads = first and before.argval == code.co_varnames[0] and each.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            (found if reads else others).add(each.argval)
+        before = each
+    return found - others

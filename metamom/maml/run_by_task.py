@@ -5,7 +5,7 @@ Legend: T tasks, N points of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,6 +83,8 @@ class RunByTask:
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
         points: the shapes and dtypes of sets for which the model was seen to take any number of points.
+        unsuitable: modes, what normalisations use, numbers of tasks and estimators for which `metamom.maml.in_turn` has
+            failed.
         preferred: whether the model runs faster task by task, by mode, number of points, adapted parameters, and the
             number of tasks in first order (``None`` in second).
     """
@@ -95,6 +97,7 @@ class RunByTask:
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
+        self.unsuitable: set[tuple[bool, Norm | None, int, str]] = set()
         self.preferred: dict[tuple[bool, int, tuple[str, ...], int | None], bool] = {}
 
     def __call__(
@@ -149,7 +152,25 @@ class RunByTask:
                 sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
             return run(model if target is None else target, sets)
 
-    def prefers_a_loop(self, model: nn.Module, own: Params, x: Tree, *, first_order: bool) -> bool:
+    def is_settled(self, model: nn.Module, norm: Norm | None, tasks: int) -> bool:
+        """Whether a loop over this many tasks has run, so that `of_one` runs the model as that loop does."""
+        mode = is_training(model)
+        drawing = mode in self.draws and self.draws_elsewhere.get((mode, True), True)
+        return mode in self.leaves and (mode, norm, tasks, are_many(), False) in self.calls and not drawing
+
+    def of_one(self, model: nn.Module, norm: Norm | None, tasks: int, x: Tensor) -> Any:
+        """What the model returns for one of so many tasks, with its tensors as they are; see `is_settled`."""
+        kind = model.training, norm, tasks, are_many(), False
+        if norm is None and not self.calls[kind] and not self.leaves[model.training]:
+            return model(x)
+        with (
+            FunctionsByTask(fast=False) if self.calls[kind] else nullcontext(),
+            normalising(model, norm) as over_sets,
+            tensors_left(model) if self.leaves[model.training] else nullcontext(),
+        ):
+            return over_sets(model, (x,))
+
+    def prefers_a_loop(self, model: nn.Module, own: Collection[str], x: Tree, *, first_order: bool) -> bool:
         """Whether the model, which vmap can take, runs faster task by task, see `metamom.maml.loop_preferred`."""
         if is_tracing():
             return False

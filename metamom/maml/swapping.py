@@ -106,25 +106,35 @@ def tensors_left(model: nn.Module) -> Iterator[list[str]]:
 
     This includes tensors in lists, tuples and dicts. Tensors from inside vmap cannot be used, copied or saved later.
     """
-    before = {
-        module: {name: (value, _held(value)) for name, value in module.__dict__.items() if name not in _REGISTERED}
-        for module in model.modules()
-    }
+    before = [(module, dict(module.__dict__), _contents(module)) for module in modules_of(model)]
     names: list[str] = []
     try:
         yield names
     finally:
-        for module, attributes in before.items():
-            for name in [*module.__dict__]:
-                value, held = module.__dict__[name], _held(module.__dict__[name])
-                if name in _REGISTERED or not any(isinstance(item, Tensor) for item in held):
+        for module, attributes, contents in before:
+            for name, value in [*module.__dict__.items()]:
+                had = contents.get(name, ())
+                if value is attributes.get(name) and (name not in contents or _is_same(value, had)):
                     continue
-                was, had = attributes.get(name, (None, ()))
-                if value is not was or len(held) != len(had) or any(a is not b for a, b in zip(held, had, strict=True)):
+                if name not in _REGISTERED and any(isinstance(item, Tensor) for item in _held(value)):
                     names.append(name)
                     del module.__dict__[name]
             for name in attributes.keys() - module.__dict__.keys():
-                module.__dict__[name] = _holding(*attributes[name])
+                module.__dict__[name] = _holding(attributes[name], contents.get(name, ()))
+
+
+def _contents(module: nn.Module) -> dict[str, Sequence[object]]:
+    """What the lists and dicts among a module's attributes hold; other objects cannot change what they hold."""
+    kept = ((name, value) for name, value in module.__dict__.items() if isinstance(value, (list, dict)))
+    return {name: _held(value) if value else () for name, value in kept if name not in _REGISTERED}
+
+
+def _is_same(value: Sequence[object], had: Sequence[object]) -> bool:
+    """Whether a list or dict holds what it held before."""
+    if not value or not had:
+        return not value and not had
+    held = _held(value)
+    return len(held) == len(had) and all(a is b for a, b in zip(held, had, strict=True))
 
 
 def tensors_within(module: nn.Module) -> list[Tensor]:
