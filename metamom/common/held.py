@@ -1,7 +1,7 @@
 """What models return besides tensors, held by a tree of tensors: ``None``, numbers, and the fields of dataclasses.
 
-A model of Hugging Face's kind returns a dataclass, or a dict, of logits, a loss that is ``None``, and more. Inside, such
-outputs are trees in which only tensors are leaves, so that vmap and stacking take them.
+A model of Hugging Face's kind returns a dataclass, or a dict, of logits, a loss that is ``None``, and more. Inside,
+such outputs are trees in which only tensors are leaves, so that vmap and stacking take them.
 """
 
 from __future__ import annotations

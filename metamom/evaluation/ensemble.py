@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
-from metamom.common.kinds import named_type
 from metamom.common.held import held
+from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, lone
 from metamom.maml.learner import MAML
 
