@@ -250,10 +250,11 @@ def mixes_points(
         except VmapError:
             raise  # a loop over the tasks decides
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            why, fewer = gist(str(error.__cause__ or error)), counted(few, "point")
             warnings.warn(
-                f"{type(model).__name__} does not take {counted(few, 'point')} of a task where it takes {mask.shape[1]} "
-                f"({gist(str(error.__cause__ or error))}), so smaller tasks of this batch from metamom.pad keep their "
-                'padding. vectorize="loop" calls the model on the original points instead, which raises this error.',
+                f"{type(model).__name__} does not take {fewer} of a task where it takes {mask.shape[1]} ({why}), so "
+                "smaller tasks of this batch from metamom.pad keep their padding. "
+                'vectorize="loop" calls the model on the original points instead, which raises this error.',
                 stacklevel=2,
             )
             return False
