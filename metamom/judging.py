@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metamom.batch import TaskBatch
 from metamom.bias.checks import all_finite
+from metamom.common.held import held, released
 from metamom.common.kinds import named_type
 from metamom.common.numbers import counted
 from metamom.common.trees import Tree, leaves, lone, mapped
@@ -46,7 +47,7 @@ def _of_weights(
     support = {}
     if learner.norm == "support":
         support = {"support_x": batch.support_x, "support_mask": batch.support_mask}
-    predictions = learner.predict(params, batch.query_x, batch.query_mask, **support)
+    predictions = held(learner.predict(params, batch.query_x, batch.query_mask, **support))
     if metric is not None and metric not in ("accuracy", "loss"):
         return _measured(metric, predictions, batch, first), False
     losses, right = learner.judge(params, predictions, batch.query_y, batch.query_mask)
@@ -81,10 +82,12 @@ def _predictions(learner: Any, batch: TaskBatch, steps: int) -> Tree:
         ValueError: for predictions of other tasks or points.
     """
     state = learner.adapt(batch.support_x, batch.support_y, steps=steps)
-    found = learner.predict(state, batch.query_x)
+    found = held(learner.predict(state, batch.query_x))
     kind = type(learner).__name__
     if not leaves(found) or not all(isinstance(each, Tensor) for each in leaves(found)):
-        raise TypeError(f"{kind}.predict must return predictions, a tensor [T, Q, ...]; got {named_type(found)}.")
+        raise TypeError(
+            f"{kind}.predict must return predictions, a tensor [T, Q, ...]; got {named_type(released(found))}."
+        )
     for each in leaves(found):
         if each.dim() < 2 or each.shape[0] != batch.num_tasks:
             raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from metamom.bias.function import function_name
 from metamom.common.choices import METRICS
 from metamom.common.did_you_mean import did_you_mean
+from metamom.common.held import held, released
 from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, count, mapped
 from metamom.maml.padding import cut_off
@@ -123,11 +124,12 @@ def of_tasks(metric: str | Metric, predictions: Tree, targets: Tree, mask: Tenso
     """
     function = NAMED[metric] if isinstance(metric, str) else metric
     values = []
+    predictions = held(predictions)
     for t in range(count(predictions)):
         own = mapped(lambda x: x[t], (predictions, targets))  # noqa: B023
         if mask is not None:
             own = cut_off(own, mask[t])
-        value = function(*own)
+        value = function(released(own[0]), own[1])
         if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
             kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else named_type(value)
             raise ValueError(f"the metric {name_of(metric)} must return one number for each task; got {kind}.")

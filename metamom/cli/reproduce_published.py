@@ -91,23 +91,34 @@ def run(arguments: argparse.Namespace) -> int:
     from metamom.common.allocator import keep_freed_memory
     from metamom.experiments.published.report import lines
     from metamom.experiments.published.run import reproduce
+    from metamom.maml.solves import settings_fixed
     from metamom.training.interrupts import TrainingInterrupted
 
     keep_freed_memory()
     try:
-        outcome = reproduce(
-            _plan(arguments),
-            run_dir=arguments.run_dir,
-            resume=arguments.resume,
-            root=arguments.data_root,
-            tasks=arguments.tasks,
-        )
+        with settings_fixed(_other_proximal(arguments)):
+            outcome = reproduce(
+                _plan(arguments),
+                run_dir=arguments.run_dir,
+                resume=arguments.resume,
+                root=arguments.data_root,
+                tasks=arguments.tasks,
+            )
     except TrainingInterrupted as interrupt:
         if interrupt.unfinished:
             print(f"continue: {continued(arguments, arguments.run_dir)}")
         raise
     print("\n".join(lines(outcome)))
     return 0
+
+
+def _other_proximal(arguments: argparse.Namespace) -> str:
+    """What to do about a proximal problem that the settings of the recipe do not solve."""
+    return (
+        "The recipe solves it as its paper does, so a few such tasks belong to it. If they are many, take a smaller "
+        f"--lr, or train with other settings: metamom train {arguments.leaf.prog.split()[-1]} --recipe "
+        f"{arguments.recipe} --proximal VALUE, with a larger VALUE or more iterations."
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

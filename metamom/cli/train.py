@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -46,16 +47,44 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.common.allocator import keep_freed_memory
-    from metamom.experiments.recipe_training import train_recipe
-    from metamom.experiments.recipes import Recipe
-    from metamom.training.interrupts import TrainingInterrupted
 
     keep_freed_memory()
     options = run_options(arguments)
     given = world.broadcast_object(lambda: kept_options(arguments)) | given_flags(arguments)
+    published: dict[str, Any] = {}
     if getattr(arguments, "recipe", None) is not None:
         ways = given.get("ways", task_defaults(arguments.task)["ways"])
-        given = method(arguments.task, arguments.recipe, ways, options["iterations"]) | given
+        of_method = method(arguments.task, arguments.recipe, ways, options["iterations"])
+        published = {name: value for name, value in of_method.items() if name not in given}
+    try:
+        return _train(arguments, world, published | given, options)
+    except ValueError as error:
+        note = _set_by_recipe(arguments, published, str(error))
+        if type(error) is not ValueError or not note:
+            raise
+        raise ValueError(f"{error} {note}") from error
+
+
+def _set_by_recipe(arguments: argparse.Namespace, published: dict[str, Any], message: str) -> str:
+    """What ``--recipe`` sets of the options that an error names; empty if nothing."""
+    named = {
+        name: value
+        for name, value in published.items()
+        if re.search(rf"(?<![\w-]){re.sub('_', '[ _-]', name)}(?![\w-])", message.replace("--", " "))
+    }
+    if not named:
+        return ""
+    flags = [f"--{name.replace('_', '-')}" for name in named]
+    values = [flag if value is True else f"{flag} {value}" for flag, value in zip(flags, named.values(), strict=True)]
+    return f"--recipe {arguments.recipe} sets {', '.join(values)}: give {', '.join(flags)} to choose another value."
+
+
+def _train(arguments: argparse.Namespace, world: World, given: dict[str, Any], options: dict[str, Any]) -> int:
+    """Train with these options of a recipe and of the run."""
+    from metamom.experiments.recipe_training import train_recipe
+    from metamom.experiments.recipes import Recipe
+    from metamom.training.interrupts import TrainingInterrupted
+
     if given.get("optimizer", "momentum") != "momentum" and {"beta", "first_step", "normalize"} & set(given):
         raise ValueError(
             "--beta, --first-step and --normalize belong to --optimizer momentum; got --optimizer "

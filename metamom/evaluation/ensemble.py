@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
+from metamom.common.held import held
 from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, lone
 from metamom.maml.learner import MAML
@@ -85,7 +86,7 @@ class Ensemble:
         classes, *members = state
         each = []
         for learner, (adapted, given) in zip(self.learners, members, strict=True):
-            predicted = lone(learner.predict(adapted, x, **given))
+            predicted = lone(held(learner.predict(adapted, x, **given)))
             if predicted is None:
                 raise TypeError("an ensemble averages predictions that are one tensor; these are several.")
             each.append(predicted)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metamom.common.checks import check_whole
 from metamom.common.choices import Norm
+from metamom.common.held import held, released
 from metamom.common.trees import Tree, count, lone
 from metamom.maml.batch_checks import check_adapted, check_mask, check_set
 from metamom.maml.configured import Configured
@@ -158,7 +159,7 @@ class Adapting(Configured):
         check_adapted(params, x, named(self.model))
         check_mask("query", x, mask)
         support = self._support(params, support_x, support_mask)
-        return self._predict(self._problem(), params, x, mask, support)
+        return released(self._predict(self._problem(), params, x, mask, support))
 
     def _predict(self, problem: Problem, params: Params, x: Tree, mask: Tensor | None, support: Support | None) -> Any:
         """See `predict`."""
@@ -200,7 +201,7 @@ class Adapting(Configured):
 
         ``None`` for several tensors of predictions or of targets, since which one holds scores is not known.
         """
-        scores, labels = lone(predictions), lone(y)
+        scores, labels = lone(held(predictions)), lone(y)
         if scores is None or labels is None:
             return None
         return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)

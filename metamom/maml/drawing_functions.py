@@ -8,9 +8,9 @@ draws are the same, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +19,29 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metamom.maml.batched import on_all_tasks
-from metamom.maml.draws import DrawsByTask, generator_states
+from metamom.maml.draws import DrawsByTask, generator_states, rewinder
+from metamom.maml.filled_by_task import NEW, of_all_tasks, of_each_task
 
 Result = TypeVar("Result")
 # methods of descriptors read attributes
 _BUILTIN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+
+
+# Found in the error of a draw into a tensor that all tasks share, such as torch.empty(5).normal_().
+SHARED = "inplace randomness on an unbatched tensor"
+
+
+class Places(NamedTuple):
+    """Where a model draws.
+
+    Attributes:
+        elsewhere: whether outside of the functions that may draw.
+        filled: whether in place, into new tensors that all tasks share under vmap, such as ``torch.empty(5).normal_()``
+            in a distribution's ``rsample``.
+    """
+
+    elsewhere: bool = False
+    filled: bool = False
 
 
 class DrawingFunctions(TorchFunctionMode):
@@ -33,11 +51,12 @@ class DrawingFunctions(TorchFunctionMode):
         draws: the mode.
         everywhere: whether it is on for all other operations too. Its ``elsewhere`` says afterwards whether one of
             them has drawn.
+        filled: whether each task has new tensors of its own, to draw into.
     """
 
-    def __init__(self, draws: DrawsByTask, *, everywhere: bool) -> None:
+    def __init__(self, draws: DrawsByTask, *, everywhere: bool, filled: bool = False) -> None:
         super().__init__()
-        self.draws, self.everywhere = draws, everywhere
+        self.draws, self.everywhere, self.filled = draws, everywhere, filled
 
     def __enter__(self) -> DrawingFunctions:
         if self.everywhere:
@@ -58,7 +77,9 @@ class DrawingFunctions(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if not may_draw(func):
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **(kwargs or {}))
+            return of_each_task(found, self.draws.tasks) if self.filled and func in NEW else found
+        args = of_all_tasks(args, self.draws.tasks)
         before, self.draws.inside = self.draws.inside, True
         try:
             if self.everywhere or before:
@@ -106,34 +127,42 @@ def drawn_by_task(
     tasks: int,
     device: torch.device,
     *,
-    everywhere: bool,
-) -> tuple[Result, bool]:
+    known: Places | None,
+) -> tuple[Result, Places]:
     """Run a model that draws at random, so that each task has its own draws.
+
+    The model is run once more where ``known`` turns out to be wrong: looking at every operation if the generators have
+    moved although no function that draws should have moved them; with new tensors for each task if it draws into them.
 
     Args:
         run: runs it, from the mode that draws and a function that makes the context in which to run the model.
         tasks: T, the number of tasks.
         device: where the model runs.
-        everywhere: whether to look at every operation. If not, and the generators have moved although no function
-            that draws should have moved them, the model is run once more, looking at every operation.
+        known: where it has drawn before; ``None`` for the first time, to look at every operation.
 
     Returns:
-        What ``run`` returns, and whether the model draws outside of the functions that may draw.
+        What ``run`` returns, and where the model draws, now and before.
     """
-    draws = DrawsByTask(tasks)
-    step, before = draws.step, generator_states(device)
-
-    def context() -> DrawingFunctions:
-        return DrawingFunctions(draws, everywhere=everywhere)
-
-    found = run(draws, context)
-    if everywhere or _same(before, generator_states(device)):
-        return found, draws.elsewhere
-    torch.set_rng_state(before[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(before[1], device)
-    step.calls -= 1
-    return drawn_by_task(run, tasks, device, everywhere=True)[0], True
+    elsewhere, filled = known or Places()
+    everywhere = known is None or elsewhere
+    while True:
+        rewind = rewinder()
+        draws = DrawsByTask(tasks)
+        before = generator_states(device)
+        context = partial(DrawingFunctions, draws, everywhere=everywhere, filled=filled)
+        try:
+            found = run(draws, context)
+        except RuntimeError as error:
+            if filled or SHARED not in str(error):
+                raise
+            filled = True
+        else:
+            if everywhere or _same(before, generator_states(device)):
+                return found, Places(elsewhere or draws.elsewhere, filled)
+            everywhere = elsewhere = True
+        rewind()
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(before[1], device)
 
 
 def _same(before: list[Tensor], after: list[Tensor]) -> bool:

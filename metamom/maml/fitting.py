@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from metamom.batch import TaskBatch, kind_of
 from metamom.bias.checks import all_finite
 from metamom.common.choices import Norm
+from metamom.common.held import released
 from metamom.common.trees import Tree, leaves, mapped, named_leaves
 from metamom.maml.batch_checks import NonFiniteDataError, refuse_non_finite
 from metamom.maml.modes import out_of_inference
@@ -61,7 +62,7 @@ def fit_and_predict(
         adapted = _adapted(learner, problem, support_x, support_y, steps)
         support = Support(support_x, None) if problem.norm == "support" else None
         predicted = learner._predict(problem, adapted, query_x, None, support)
-        return mapped(lambda x: x[0], predicted)
+        return released(mapped(lambda x: x[0], predicted))
 
 
 def _problem(learner: Adapting, norm: Norm | None, support_x: Tree) -> Problem:

@@ -1,6 +1,6 @@
 """Replacements for functions that `torch.func.vmap` or second derivatives get wrong; they agree with a loop over tasks.
 
-Lookups, losses and attention are in files of their own. Of those here, the gradient of the source of
+Lookups, losses, attention and layouts are in files of their own. Of those here, the gradient of the source of
 `torch.select_scatter` is wrong. `torch.index_fill` uses one task's value for all tasks if only the values differ
 between tasks. `torch.roll` of a single number rolls over the tasks. The derivative of `torch.prelu` fails if the tasks
 share the input but not the slopes. Tensors under vmap report that they do not require a gradient, and do not accept
@@ -26,6 +26,7 @@ from metamom.common.modules import modules_of
 from metamom.compile.tracing import is_tracing
 from metamom.maml.attention_by_task import attention, multi_head_attention
 from metamom.maml.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
+from metamom.maml.layouts_by_task import in_layout
 from metamom.maml.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.vmap_errors import VmapError
 from metamom.nets.functions import FastFunctions, on_any_layout
@@ -59,6 +60,11 @@ class FunctionsByTask(TorchFunctionMode):
             found = fast(*args, **(kwargs or {}))
             self.seen = self.seen or self._fast.seen
             return found
+        if self._fast is not None and kwargs and "memory_format" in kwargs:
+            found = in_layout(func, args, kwargs)
+            if found is not NotImplemented:
+                self.seen = True
+                return found
         other = by_task(func)
         if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs or {})):
             return func(*args, **(kwargs or {}))
@@ -164,6 +170,11 @@ def retain_grad(tensor: Tensor) -> None:
         tensor.retain_grad()
 
 
+def not_left_aligned(input: Tensor, mask: Tensor) -> bool:
+    """``torch._nested_tensor_from_mask_left_aligned``, by which transformers choose kernels without derivatives."""
+    return False
+
+
 def _under_all_names(name: str) -> list[Callable[..., Any]]:
     """All versions of a function that models may call: torch's, a tensor's, and the operator (in exported models)."""
     operator = getattr(torch.ops.aten, name)
@@ -189,6 +200,8 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.register_hook: register_hook,
     torch.Tensor.retain_grad: retain_grad,
 }
+if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
+    _OTHERS[torch._nested_tensor_from_mask_left_aligned] = not_left_aligned
 if hasattr(F, "linear_cross_entropy"):
     _OTHERS[F.linear_cross_entropy] = linear_cross_entropy
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as every_module
 from torch.overrides import TorchFunctionMode
 
+from metamom.common.held import held
 from metamom.common.trees import Tree, leaves, lone
 from metamom.maml.class_scores import ClassScores, Reading, tensors_among
 from metamom.maml.functions_by_task import FINE_IN_A_LOOP, by_task
@@ -57,7 +58,7 @@ class LossReadings:
             nonlocal known
             if known:
                 return loss_fn(predictions, *given, **options)
-            scores, targets = leaves(predictions), lone(given)
+            scores, targets = leaves(held(predictions)), lone(given)
             if targets is None:  # a tree of targets, or none: what the loss makes of it cannot be followed
                 with LossWatch(scores, None):
                     return loss_fn(predictions, *given, **options)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metamom.common.held import released
 from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, leaves, shown
 from metamom.maml.batch_checks import IGNORED
@@ -110,7 +111,7 @@ def asserts_explained() -> Iterator[None]:
 
 
 def check_output(model: nn.Module, out: object) -> None:
-    """Refuse model outputs of an unsupported type.
+    """Refuse model outputs of an unsupported type, after `metamom.common.held.held`.
 
     Raises:
         TypeError: unless it is a tensor, or a structure of tensors that the loss function can unpack.
@@ -119,12 +120,13 @@ def check_output(model: nn.Module, out: object) -> None:
         return
     leaves = pytree.tree_leaves(out)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        out = released(out)
         others = sorted({_kind(leaf) for leaf in leaves if not isinstance(leaf, Tensor) and leaf is not out})
-        holding = f" that holds {', '.join(others)}" if others else ""
+        holding = f" that holds {', '.join(others)}" if others else "" if leaves else " without a tensor"
         raise TypeError(
             f"{type(model).__name__} must return a tensor of predictions [N, ...]; got {_kind(out)}{holding}. A tuple, "
-            "a list, a dict or a named tuple of nothing but tensors works too, and so do classes that "
-            "torch.utils._pytree.register_pytree_node knows."
+            "a list, a dict, a named tuple or a dataclass of tensors works too, with None, numbers and strings among "
+            "them, and so do classes that torch.utils._pytree.register_pytree_node knows."
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metamom.common.held import held
 from metamom.common.modules import named_buffers_of
 from metamom.common.trees import Tree, mapped
 from metamom.compile.tracing import is_tracing
@@ -75,7 +76,7 @@ def of_one_task(
                 carried_over.refused(model) if new else nullcontext(),
                 unchanged(moved, model, loop=loop, closely=moved),
             ):
-                return over_sets(partial(call, target), sets)
+                return held(over_sets(partial(call, target), sets))
 
         out = _with_gradients_if_needed(with_weights, places, found.tensors) if loop else with_weights(places)
         check_output(model, out)

@@ -5,6 +5,7 @@ Legend: T tasks, N points of a task after padding, n before.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -17,9 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metamom.batch import TaskBatch, check_points, kind_of
 from metamom.common.choices import Norm
+from metamom.common.numbers import counted
 from metamom.common.trees import Tree, joined, leaves, mapped, named_leaves, shown
 from metamom.maml.draws import rewinder
 from metamom.maml.swapping import is_training
+from metamom.maml.vmap_errors import VmapError, gist
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
@@ -224,6 +227,9 @@ def mixes_points(
         frozen: whether batch normalisation uses running statistics.
         draws: the modes in which the model was seen to draw at random.
 
+    Warns:
+        if the model raises an error for fewer points, which then says nothing.
+
     Returns:
         ``None`` if there is no padding, or none that could have other values, to find out by.
     """
@@ -241,7 +247,16 @@ def mixes_points(
             return False
         try:
             of_few = predict(mapped(partial(_first, few=few, mask=mask), x))
-        except (RuntimeError, ValueError, TypeError, IndexError):  # it takes this number of points only
+        except VmapError:
+            raise  # a loop over the tasks decides
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            why, fewer = gist(str(error.__cause__ or error)), counted(few, "point")
+            warnings.warn(
+                f"{type(model).__name__} does not take {fewer} of a task where it takes {mask.shape[1]} ({why}), so "
+                "smaller tasks of this batch from metamom.pad keep their padding. "
+                'vectorize="loop" calls the model on the original points instead, which raises this error.',
+                stacklevel=2,
+            )
             return False
         return _differ(mapped(partial(_first, few=few, mask=mask), found), of_few, mask[:, :few])
 

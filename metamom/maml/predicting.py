@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metamom.common.held import held, released
 from metamom.common.trees import Tree, leaves, mapped
 from metamom.compile.tracing import is_tracing
 from metamom.maml.estimators import ESTIMATORS
@@ -101,7 +102,7 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
     # torch's losses take bytes as labels, but not under vmap
     y = mapped(lambda each: each.long() if each.dtype == torch.uint8 else each, y)
     _, part = problem.parts()
-    once = mask is None and problem.vectorization.loops(part)
+    once, predicted = mask is None and problem.vectorization.loops(part), held(predicted)
     loss_fn, names = problem.readings.watched(problem.loss_fn, once), names_in_loss(problem.model, problem.loss_fn)
 
     masked = mask is not None and takes_mask(problem.loss_fn)
@@ -109,7 +110,7 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
     def one_task(predicted: Tree, y: tuple[Tree, ...], mask: tuple[Tensor, ...], loop: bool) -> Tensor:
         if mask and loop:
             (predicted, y), mask = cut_off((predicted, y), mask[0]), (mask[0][mask[0]],)
-        loss = loss_fn(predicted, *y, **({"mask": mask[0]} if masked else {}))
+        loss = loss_fn(released(predicted), *y, **({"mask": mask[0]} if masked else {}))
         check_loss(loss)
         return loss
 
@@ -132,7 +133,7 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
         with (
             alone(module) if keeps_state and module is not None else nullcontext(),
             explained(problem.model, "loss_fn", loop=loop),
-            targets_explained(predicted, y),
+            targets_explained(released(predicted), y),
             differentiable_twice(module) if loop else nullcontext(),
             loss_draws_refused(leaves(predicted)[0].device) if loop and not is_tracing() else nullcontext(),
         ):

@@ -19,7 +19,7 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
 from metamom.maml.autocast import autocast
 from metamom.maml.batched import over_tasks
-from metamom.maml.drawing_functions import drawn_by_task
+from metamom.maml.drawing_functions import Places, drawn_by_task
 from metamom.maml.draws import DrawsByTask, DrawsRefused, drawn, generator_states, rewinder
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
@@ -74,8 +74,7 @@ class RunByTask:
 
     Attributes:
         draws: the modes (values of ``model.training``) in which the model draws at random.
-        draws_elsewhere: whether it draws outside of the functions of PyTorch that may draw, by mode and whether it runs
-            task by task, see `metamom.maml.drawing_functions`.
+        places: where it draws, by mode and whether it runs task by task, see `metamom.maml.drawing_functions`.
         calls: whether the model calls such functions, by mode, by what its normalisations use, and by the number of
             tasks (for small numbers PyTorch's own functions may be faster), whether more are to follow, and whether it
             runs under vmap.
@@ -91,7 +90,7 @@ class RunByTask:
 
     def __init__(self) -> None:
         self.draws: set[bool] = set()
-        self.draws_elsewhere: dict[tuple[bool, bool], bool] = {}
+        self.places: dict[tuple[bool, bool], Places] = {}
         self.calls: dict[tuple[bool, Norm | None, int, bool, bool], bool] = {}
         self.leaves: dict[bool, bool] = {}
         self.heads = Heads()
@@ -155,8 +154,9 @@ class RunByTask:
     def is_settled(self, model: nn.Module, norm: Norm | None, tasks: int) -> bool:
         """Whether a loop over this many tasks has run, so that `of_one` runs the model as that loop does."""
         mode = is_training(model)
-        drawing = mode in self.draws and self.draws_elsewhere.get((mode, True), True)
-        return mode in self.leaves and (mode, norm, tasks, are_many(), False) in self.calls and not drawing
+        if mode in self.draws and self.places.get((mode, True)) != Places():
+            return False
+        return mode in self.leaves and (mode, norm, tasks, are_many(), False) in self.calls
 
     def of_one(self, model: nn.Module, norm: Norm | None, tasks: int, x: Tensor) -> Any:
         """What the model returns for one of so many tasks, with its tensors as they are; see `is_settled`."""
@@ -306,9 +306,8 @@ class RunByTask:
     def _drawing(self, run: Callable[..., Tree], rows: Rows, mode: bool, *, loop: bool) -> Tree:
         """Run a model that draws. Look at every operation until all draws are known to be in functions that draw."""
         kind = mode, loop
-        everywhere = self.draws_elsewhere.get(kind, True)
-        found, elsewhere = drawn_by_task(run, count(rows.sets[-1]), device_of(rows.sets), everywhere=everywhere)
-        self.draws_elsewhere[kind] = self.draws_elsewhere.get(kind, False) or elsewhere
+        known = self.places.get(kind)
+        found, self.places[kind] = drawn_by_task(run, count(rows.sets[-1]), device_of(rows.sets), known=known)
         return found
 
     @contextmanager

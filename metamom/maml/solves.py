@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,6 +17,18 @@ from metamom.common.numbers import counted
 from metamom.maml.conjugate_gradients import Solved
 from metamom.maml.lbfgs import Minimum
 from metamom.maml.proximal import Proximal
+
+_FIXED: ContextVar[str | None] = ContextVar("fixed", default=None)
+
+
+@contextmanager
+def settings_fixed(cure: str) -> Iterator[None]:
+    """Say in warnings what to do where the settings of the solvers cannot be changed."""
+    token = _FIXED.set(cure)
+    try:
+        yield
+    finally:
+        _FIXED.reset(token)
 
 
 class InnerSolve(NamedTuple):
@@ -82,9 +95,9 @@ class Solves:
                 f"the proximal problem was not solved to its tolerance in {_share(~solved)} within "
                 f"{settings.iterations} evaluations: its gradient fell to {float(residual[~solved].max()):.2g} of "
                 "what it was, so the adapted weights and the meta-gradient are approximate. Kinks, as of ReLU, can "
-                f"keep a gradient from vanishing. Otherwise, use a larger proximal (now {settings.strength:g}), more "
-                f"iterations or a larger tolerance: proximal='{settings.strength:g},"
-                f"iterations={2 * settings.iterations},tolerance=1e-3'.",
+                "keep a gradient from vanishing.",
+                f"Otherwise, use a larger proximal (now {settings.strength:g}), more iterations or a larger "
+                f"tolerance: proximal='{settings.strength:g},iterations={2 * settings.iterations},tolerance=1e-3'.",
             )
 
     def note_implicit(self, found: Solved, tolerance: float, settings: Proximal) -> None:
@@ -96,8 +109,8 @@ class Solves:
             self._warn(
                 "negative",
                 f"conjugate gradients met negative curvature in {_share(found.negative)}: the adapted weights are no "
-                "minimum of the proximal problem there, and the meta-gradient is approximate. Use a larger proximal "
-                f"(now {settings.strength:g}).",
+                "minimum of the proximal problem there, and the meta-gradient is approximate.",
+                f"Use a larger proximal (now {settings.strength:g}).",
             )
         short = (found.residual > tolerance) & ~found.negative
         if bool(short.any()):
@@ -105,15 +118,15 @@ class Solves:
                 "conjugate gradients",
                 f"conjugate gradients did not reach their tolerance, {tolerance:.2g}, in {_share(short)} within "
                 f"{settings.cg_iterations} products: the residual is up to {float(found.residual[short].max()):.2g}, "
-                "so the meta-gradient is approximate. Use a larger proximal "
-                f"(now {settings.strength:g}), or raise cg_iterations or cg_tolerance: "
+                "so the meta-gradient is approximate.",
+                f"Use a larger proximal (now {settings.strength:g}), or raise cg_iterations or cg_tolerance: "
                 f"proximal='{settings.strength:g},cg_iterations={2 * settings.cg_iterations}'.",
             )
 
-    def _warn(self, kind: str, text: str) -> None:
+    def _warn(self, kind: str, text: str, cure: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"{text} (Further cases are not shown.)", stacklevel=2)
+            warnings.warn(f"{text} {_FIXED.get() or cure} (Further cases are not shown.)", stacklevel=2)
 
 
 def _share(tasks: Tensor) -> str:

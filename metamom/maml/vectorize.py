@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metamom.common.held import numbers_as_tensors
 from metamom.compile.tracing import is_tracing
 from metamom.maml.batched import over_tasks
 from metamom.maml.draws import rewinder
@@ -107,6 +108,9 @@ def one_by_one(one_task: Callable[..., Any], *args: Any) -> Any:
         return _stack(tuple(found))
     results = [pytree.tree_flatten(x) for x in found]
     structures = {str(structure) for _, structure in results}
+    if len(structures) > 1:
+        results = [pytree.tree_flatten(numbers_as_tensors(x)) for x in found]
+        structures = {str(structure) for _, structure in results}
     shapes = {tuple(tuple(leaf.shape) for leaf in leaves) for leaves, _ in results}
     if len(structures) > 1 or len(shapes) > 1:
         raise ValueError(

@@ -92,7 +92,7 @@ def explained(model: nn.Module, other: str | None = None, *, loop: bool = False)
             raise
         if loop or (other is not None and any(sign in text for sign in DRAWS)):  # a loop would draw in task order
             raise ValueError(message) from error
-        raise VmapError(message, _where(model, other, error), _gist(text)) from error
+        raise VmapError(message, _where(model, other, error), gist(text)) from error
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def _where(model: nn.Module, other: str | None, error: Exception) -> str:
     return _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
 
 
-def _gist(text: str) -> str:
+def gist(text: str) -> str:
     """The first sentence of torch's message, without the advice that may follow."""
     first = text.strip().splitlines()[0].split(". ")[0].rstrip(".")
     return first if len(first) <= 120 else f"{first[:117]}..."

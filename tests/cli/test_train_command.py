@@ -234,3 +234,25 @@ def test_an_unknown_recipe(metamom):
     said = metamom("train", "sinusoid", "--recipe", "maml+")
     assert said.code == 2
     assert "did you mean maml" in said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--beta", "0.5"], "--optimizer adam"),
+        (["--learner", "reptile"], "--learn-inner-lr tensor-step"),
+        (["--local-steps", "2"], "--meta-batch 25"),
+    ],
+)
+def test_an_error_about_what_a_recipe_sets_names_it(metamom, flags, named):
+    said = metamom("train", "sinusoid", "--recipe", "maml++", "--iterations", "2", *flags)
+    assert said.code == 2
+    assert f"--recipe maml++ sets {named}: give {named.split()[0]} to choose another value." in said.err
+
+
+def test_an_error_about_something_else_does_not_name_the_recipe(metamom):
+    said = metamom(
+        "train", "sinusoid", "--recipe", "maml++", "--iterations", "2", "--beta", "0.5", "--optimizer", "sgd"
+    )
+    assert "got --optimizer sgd." in said.err
+    assert "--recipe maml++ sets" not in said.err

@@ -56,8 +56,8 @@ def layer_of(case: str) -> nn.Module:
     return CASES[case]()
 
 
-def everywhere(run, tasks, device, *, everywhere):
-    return drawn_by_task(run, tasks, device, everywhere=True)
+def everywhere(run, tasks, device, *, known):
+    return drawn_by_task(run, tasks, device, known=None)
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -71,7 +71,7 @@ def test_the_draws_are_those_of_the_mode_that_sees_everything(case, vectorize, m
     learner, gradient = learner_of(layer_of(case), vectorize)
     torch.manual_seed(7)
     found = [gradient() for _ in range(2)]
-    assert not any(learner._run.draws_elsewhere.values())
+    assert not any(places.elsewhere for places in learner._run.places.values())
     after = torch.rand(())
     monkeypatch.setattr(run_by_task, "drawn_by_task", everywhere)
     gradient = learner_of(layer_of(case), vectorize)[1]
@@ -91,7 +91,7 @@ def test_a_model_that_comes_to_draw_elsewhere_runs_again(vectorize, monkeypatch)
     torch.manual_seed(7)
     found = [gradient() for _ in range(2)]
     after = torch.rand(())
-    assert any(learner._run.draws_elsewhere.values())
+    assert any(places.elsewhere for places in learner._run.places.values())
     monkeypatch.setattr(run_by_task, "drawn_by_task", everywhere)
     torch.manual_seed(7)
     for each in found:

@@ -12,7 +12,8 @@ import torch
 from forked import run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_close, generator, randomised
+from problems import assert_close, generator, randomised, regression_batch
+from small_models import Of
 from test_trees import Classifier, Params, of_logits, task_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -373,3 +374,28 @@ def test_two_processes(tmp_path):
     for ours, theirs in zip(torch.load(tmp_path / "found.pt", weights_only=True), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
     assert lone(alone.loss) is alone.loss
+
+
+@pytest.mark.parametrize(("vectorize", "points"), [("auto", 6), ("vmap", 6)])
+def test_a_model_that_fails_on_fewer_points_says_why(vectorize, points):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < points:
+            raise ValueError("a set has six points")
+        return self.a(x)
+
+    def masked(p: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        weights = torch.ones_like(p) if mask is None else mask.unsqueeze(-1).to(p.dtype)
+        return (weights * (p - y) ** 2).sum() / weights.sum()
+
+    batch = regression_batch(0, tasks=2, support=points, query=points, dim=2)
+    tasks = [TaskBatch(*(x[t : t + 1, :n] for x in batch[:4])) for t, n in enumerate((4, points))]
+    model = Of(forward, a=nn.Linear(2, 1)).double()
+    learner = MAML(model, masked, vectorize=vectorize)
+    with pytest.warns(UserWarning, match=r"Of does not take 4 points of a task .*\(a set has six points\), so smaller"):
+        learner.backward(pad(tasks))
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    MAML(nn.Sequential(model.a), masked, vectorize="loop").backward(pad(tasks))
+    assert_close({name: found[name] for name in found}, {name: p.grad for name, p in model.named_parameters()}, 1e-10)
+    with pytest.raises(ValueError, match="a set has six points"):
+        MAML(model, masked, vectorize="loop").backward(pad(tasks))

@@ -18,6 +18,7 @@ from metamom.maml import Proximal
 from metamom.maml.conjugate_gradients import conjugate_gradients
 from metamom.maml.lbfgs import Objective, minimise
 from metamom.maml.proximal import as_proximal
+from metamom.maml.solves import settings_fixed
 
 LAMBDA = 0.7
 TIGHT = Proximal(LAMBDA, tolerance=1e-13, cg_tolerance=1e-13)
@@ -272,6 +273,16 @@ def test_negative_curvature_warns():
         pytest.warns(UserWarning, match="met negative curvature in 1 of 1 task: .* Use a larger proximal"),
     ):
         learner.meta_gradient(batch)
+
+
+def test_warnings_name_another_cure_where_the_settings_are_fixed():
+    learner = MAML(linear(1), Saddle(), estimator="implicit", proximal=Proximal(1e-3, iterations=2))
+    with (
+        settings_fixed("Ask the paper."),
+        pytest.warns(UserWarning, match=r"keep a gradient from vanishing\. Ask the paper\. \(Further"),
+        pytest.warns(UserWarning, match=r"the meta-gradient is approximate\. Ask the paper\. \(Further"),
+    ):
+        learner.meta_gradient(regression_batch(tasks=1, dim=1))
 
 
 def test_dropout_is_refused():

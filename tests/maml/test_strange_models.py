@@ -238,6 +238,6 @@ def test_padding_does_not_change_the_number_of_points_that_a_model_reads(forward
 
 @pytest.mark.parametrize("vectorize", RUNS)
 def test_results_that_are_not_tensors_are_named(vectorize):
-    model = of(lambda self, x: {"loss": None, "logits": self.c(self.a(x)), "scale": 2.0})
-    with pytest.raises(TypeError, match=r"\[N, ...\]; got a dict that holds None, a float\. A tuple"):
+    model = of(lambda self, x: {"loss": None, "logits": self.c(self.a(x)), "cache": object(), "more": {1}})
+    with pytest.raises(TypeError, match=r"\[N, ...\]; got a dict that holds a set, an object\. A tuple"):
         gradient(model, vectorize)
