@@ -35,6 +35,7 @@ from metamom.common.schema import read_record
 from metamom.training.checkpoints import CheckpointError, Checkpoints
 
 LONGEST = 300  # characters of a setting in an error
+MANY = 10  # differences that an error lists
 # settings that identify the data, and those that follow from it
 OF_DATA = re.compile(
     r"((?P<digest>((sampler|validation)\.)*data_sha256(\.\w+)?)|((sampler|validation)\.)+(images|items|normalize)\b"
@@ -133,7 +134,7 @@ class RunDirectory:
             )
         if differences:
             raise ValueError(
-                f"the run in {self.path} was made with other settings: {'; '.join(differences)}. "
+                f"the run in {self.path} was made with other settings: {_listed(differences)}. "
                 "Resume it with its own settings, or choose another directory."
             )
         before = {name: config[name] for name in ("length", "environment")}
@@ -353,6 +354,12 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": sys.argv,
     }
+
+
+def _listed(differences: list[str]) -> str:
+    """The differences, or the first of many: a run of another kind differs in almost all settings."""
+    left_out = len(differences) - MANY
+    return "; ".join(differences if left_out <= 0 else [*differences[:MANY], f"and {left_out} more"])
 
 
 def _differences(there: Any, here: Any, free: Collection[str], place: str = "") -> Iterator[str]:

@@ -145,3 +145,15 @@ def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
         process.kill()
         process.communicate(timeout=PATIENCE)
     assert go(momentum(), tmp_path, iterations=2).resumed_from == 0
+
+
+@pytest.mark.parametrize("many", [2, 10, 11, 30])
+def test_many_differences_are_counted(many, tmp_path):
+    """A run of another kind differs in almost all settings; the error lists ten of them."""
+    with RunDirectory(tmp_path, dict.fromkeys(map(str, range(many)), 0)) as run:
+        run.write_config()
+        run.log({"step": 0})
+    with pytest.raises(ValueError, match="was made with other settings: 0 is 0 there") as error:
+        RunDirectory(tmp_path, dict.fromkeys(map(str, range(many)), 1), resume=True)
+    assert str(error.value).count("there and") == min(many, 10)
+    assert (f"; and {many - 10} more. Resume it" in str(error.value)) == (many > 10)
