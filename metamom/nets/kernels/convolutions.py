@@ -3,7 +3,8 @@
 Legend: G groups, N images of each, C channels in, K channels out, kernels of height and width kh, kw.
 
 Images are channels-last, ``[G, N, H, W, C]``, and kernels ``[G, K, C / groups, kh, kw]``. Large convolutions are
-computed group by group with PyTorch's own, small ones as patches and one batched matrix product.
+computed group by group with PyTorch's own, small ones as patches and one batched matrix product. So are those with
+kernels of 1 x 1, whose patches are the images' own positions.
 """
 
 from __future__ import annotations
@@ -47,7 +48,15 @@ class Geometry(NamedTuple):
         return high, wide
 
     def patches_fit(self, images: Sequence[int], out: Sequence[int], kernel: Tensor) -> bool:
-        """Whether the patches of groups of images, ``[G, N]``, are few and small. ``kernel``: ``[..., C, kh, kw]``."""
+        """Whether the patches of groups of images, ``[G, N]``, are few and small, or single positions.
+
+        Args:
+            images: G and N.
+            out: height and width of the result.
+            kernel: kernels of any group, ``[..., C, kh, kw]``.
+        """
+        if self.groups == 1 and tuple(kernel.shape[-2:]) == (1, 1):
+            return True
         each = images[1] * out[0] * out[1]
         entries = images[0] * each * kernel.shape[-3] * kernel.shape[-2] * kernel.shape[-1]
         return self.groups == 1 and each <= FEW and entries * kernel.element_size() <= SMALL
@@ -155,7 +164,9 @@ def _patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """Patches ``[G, N H' W', kh kw C]`` of images."""
     (top, left), (down, right) = geometry.padding, geometry.stride
     high, wide = geometry.size(x.shape[2:], kernel)
-    padded = F.pad(x, (0, 0, left, left, top, top)).contiguous()
+    if tuple(kernel) == (1, 1) and (top, left, down, right) == (0, 0, 1, 1):
+        return x.flatten(1, 3)
+    padded = (F.pad(x, (0, 0, left, left, top, top)) if top or left else x).contiguous()
     group, image, row, column, channel = padded.stride()
     below, beside = geometry.dilation[0] * row, geometry.dilation[1] * column
     windows = padded.as_strided(
@@ -169,6 +180,8 @@ def _fold(taps: Tensor, geometry: Geometry, H: int, W: int) -> Tensor:
     """The adjoint of `_patches`: add ``[G, N, H', W', kh, kw, C]`` where the kernel read them, ``[G, N, H, W, C]``."""
     (top, left), (down, right), (below, beside) = geometry.padding, geometry.stride, geometry.dilation
     G, N, high, wide, kh, kw, C = taps.shape
+    if (kh, kw, top, left, down, right) == (1, 1, 0, 0, 1, 1):
+        return taps.view(G, N, H, W, C)
     out = taps.new_zeros(G, N, H + 2 * top, W + 2 * left, C)
     for i in range(kh):
         for j in range(kw):
