@@ -71,6 +71,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[i
         product = torch.bmm(patches, matrix) if bias is None else torch.baddbmm(bias[:, None], patches, matrix)
         return product.view(*x.shape[:2], *out, -1)
     stride, padding, dilation, groups = geometry
+    if _shared(weight) and (bias is None or _shared(bias)):
+        images, own_bias = x.flatten(0, 1).permute(0, 3, 1, 2), None if bias is None else bias[0]
+        return _cut(F.conv2d(images, weight[0], own_bias, stride, padding, dilation, groups), len(x))
     biases = [None] * len(x) if bias is None else list(bias)
     return _stack(
         [
@@ -86,10 +89,13 @@ def convolve_to_images(c: Tensor, weight: Tensor, numbers: Sequence[int], H: int
     if geometry.patches_fit(c.shape[:2], c.shape[2:], weight):
         taps = torch.bmm(c.flatten(1, 3), _matrix(weight).mT)
         return _fold(taps.view(*c.shape[:4], *weight.shape[3:], -1), geometry, H, W)
-    shape = (c.shape[1], weight.shape[2] * geometry.groups, H, W)
+    parts = 1 if _shared(weight) else len(c)
+    shape = (len(c) // parts * c.shape[1], weight.shape[2] * geometry.groups, H, W)
     like = torch.empty(
         shape, dtype=c.dtype, device=c.device, memory_format=torch.channels_last
     )  # only its shape is used
+    if parts == 1:
+        return _cut(_derivative(c.flatten(0, 1), like, weight[0], geometry, 0), len(c))
     return _stack([_derivative(each, like, own, geometry, 0) for each, own in zip(c, weight, strict=True)])
 
 
@@ -152,6 +158,16 @@ def _derivative(c: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which:
         c.permute(0, 3, 1, 2), x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
     )
     return found[which].contiguous() if which else found[which]
+
+
+def _shared(weight: Tensor) -> bool:
+    """Whether all groups have the same kernels or biases, as tasks do before their first step."""
+    return len(weight) > 1 and weight.stride(0) == 0
+
+
+def _cut(images: Tensor, groups: int) -> Tensor:
+    """Images ``[G N, C, H, W]`` of all groups as ``[G, N, H, W, C]``."""
+    return images.permute(0, 2, 3, 1).contiguous().unflatten(0, (groups, -1))
 
 
 def _stack(groups: list[Tensor]) -> Tensor:
