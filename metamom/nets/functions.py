@@ -7,7 +7,7 @@ activations becomes part of the normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from metamom.nets.convolution import convolve
 from metamom.nets.kernels.convolutions import Geometry
 from metamom.nets.linear import bilinear, linear
 from metamom.nets.normalisation import Normalised, Pooling, normalise
-from metamom.nets.pooling import Averages, average
+from metamom.nets.pooling import Averages, Windows, average, maximum, mean
 from metamom.nets.rows import weight_norm
 
 DTYPES = (torch.float32, torch.float64)
@@ -59,6 +59,9 @@ class FastFunctions:
             torch.max_pool2d: self.max_pool2d,
             F.avg_pool2d: self.avg_pool2d,
             F.adaptive_avg_pool2d: self.adaptive_avg_pool2d,
+            torch.mean: self.mean,
+            torch.Tensor.mean: self.mean,
+            torch.cat: self.cat,
             torch.lstm_cell: self.lstm_cell,
             torch._weight_norm: self.weight_norm,
             **{cell: self._cell(cell, composed) for cell, composed in cells.replacements(self.linear).items()},
@@ -220,12 +223,16 @@ class FastFunctions:
     ) -> Any:
         """`torch.nn.functional.max_pool2d`."""
         made = self._normalised(input)
+        steps = kernel_size if stride is None or stride == [] else stride
+        if made is None and not return_indices and _is_channels_last(input) and differentiated(input):
+            self.seen = True
+            pairs = [list(_pair(each)) for each in (kernel_size, steps, padding, dilation)]
+            return _images(maximum(_group(input), Windows(*pairs, ceil_mode)))
         if made is None or return_indices:
             pool = F.max_pool2d_with_indices if return_indices else F.max_pool2d
             if made is None and input.dim() == 4 and _suitable(input) and not differentiated(input):
                 input = _channels_last(input)
             return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
-        steps = kernel_size if stride is None or stride == [] else stride
         windows = [n for each in (kernel_size, steps, padding, dilation) for n in _pair(each)]
         return _images(made.pooled(Pooling(windows, ceil_mode)))
 
@@ -253,9 +260,25 @@ class FastFunctions:
     def adaptive_avg_pool2d(self, input: Tensor, output_size: Any) -> Tensor:
         """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images."""
         if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
-            return input.mean((-2, -1), keepdim=True)
+            return self.mean(input, (-2, -1), keepdim=True)
         pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
         return pooled
+
+    def mean(self, input: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
+        """`torch.mean`, of each image and channel or of anything else."""
+        if options or not isinstance(dim, (tuple, list)) or not _is_channels_last(input) or not _are_sides(dim):
+            every: Tensor = torch.mean(input, **({} if dim is None else {"dim": dim, "keepdim": keepdim}), **options)
+            return every
+        self.seen = True
+        found = mean(_group(input)).squeeze(0)
+        return found[:, :, None, None] if keepdim else found
+
+    def cat(self, tensors: Any, dim: int = 0, **options: Any) -> Tensor:
+        """`torch.cat`, which under vmap copies channels-last images to the other layout."""
+        if dim not in (1, -3) or options or len(tensors) == 0 or not all(map(_is_channels_last, tensors)):
+            return torch.cat(tensors, dim, **options)
+        self.seen = True
+        return torch.cat([x.permute(0, 2, 3, 1) for x in tensors], 3).permute(0, 3, 1, 2)
 
     def lstm_cell(
         self,
@@ -327,6 +350,11 @@ def _is_channels_last(input: Any) -> bool:
     if not isinstance(input, Tensor) or input.dim() != 4 or not torch._C._functorch.is_batchedtensor(input):
         return False
     return _suitable(input) and input.numel() > 0 and input.shape[1] > 1 and input.stride(1) == 1
+
+
+def _are_sides(dim: Sequence[Any]) -> bool:
+    """Whether these are the axes of height and width of images ``[N, C, H, W]``."""
+    return sorted(axis % 4 if isinstance(axis, int) else -1 for axis in dim) == [2, 3]
 
 
 def _frozen(input: Tensor, *weights: Tensor | None) -> bool:

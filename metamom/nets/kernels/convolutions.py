@@ -3,7 +3,8 @@
 Legend: G groups, N images of each, C channels in, K channels out, kernels of height and width kh, kw.
 
 Images are channels-last, ``[G, N, H, W, C]``, and kernels ``[G, K, C / groups, kh, kw]``. Large convolutions are
-computed group by group with PyTorch's own, small ones as patches and one batched matrix product.
+computed group by group with PyTorch's own, small ones as patches and one batched matrix product. So are those with
+kernels of 1 x 1, whose patches are the images' own positions.
 """
 
 from __future__ import annotations
@@ -47,7 +48,15 @@ class Geometry(NamedTuple):
         return high, wide
 
     def patches_fit(self, images: Sequence[int], out: Sequence[int], kernel: Tensor) -> bool:
-        """Whether the patches of groups of images, ``[G, N]``, are few and small. ``kernel``: ``[..., C, kh, kw]``."""
+        """Whether the patches of groups of images, ``[G, N]``, are few and small, or single positions.
+
+        Args:
+            images: G and N.
+            out: height and width of the result.
+            kernel: kernels of any group, ``[..., C, kh, kw]``.
+        """
+        if self.groups == 1 and tuple(kernel.shape[-2:]) == (1, 1):
+            return True
         each = images[1] * out[0] * out[1]
         entries = images[0] * each * kernel.shape[-3] * kernel.shape[-2] * kernel.shape[-1]
         return self.groups == 1 and each <= FEW and entries * kernel.element_size() <= SMALL
@@ -62,6 +71,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[i
         product = torch.bmm(patches, matrix) if bias is None else torch.baddbmm(bias[:, None], patches, matrix)
         return product.view(*x.shape[:2], *out, -1)
     stride, padding, dilation, groups = geometry
+    if _shared(weight) and (bias is None or _shared(bias)):
+        images, own_bias = x.flatten(0, 1).permute(0, 3, 1, 2), None if bias is None else bias[0]
+        return _cut(F.conv2d(images, weight[0], own_bias, stride, padding, dilation, groups), len(x))
     biases = [None] * len(x) if bias is None else list(bias)
     return _stack(
         [
@@ -77,10 +89,13 @@ def convolve_to_images(c: Tensor, weight: Tensor, numbers: Sequence[int], H: int
     if geometry.patches_fit(c.shape[:2], c.shape[2:], weight):
         taps = torch.bmm(c.flatten(1, 3), _matrix(weight).mT)
         return _fold(taps.view(*c.shape[:4], *weight.shape[3:], -1), geometry, H, W)
-    shape = (c.shape[1], weight.shape[2] * geometry.groups, H, W)
+    parts = 1 if _shared(weight) else len(c)
+    shape = (len(c) // parts * c.shape[1], weight.shape[2] * geometry.groups, H, W)
     like = torch.empty(
         shape, dtype=c.dtype, device=c.device, memory_format=torch.channels_last
     )  # only its shape is used
+    if parts == 1:
+        return _cut(_derivative(c.flatten(0, 1), like, weight[0], geometry, 0), len(c))
     return _stack([_derivative(each, like, own, geometry, 0) for each, own in zip(c, weight, strict=True)])
 
 
@@ -145,6 +160,16 @@ def _derivative(c: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which:
     return found[which].contiguous() if which else found[which]
 
 
+def _shared(weight: Tensor) -> bool:
+    """Whether all groups have the same kernels or biases, as tasks do before their first step."""
+    return len(weight) > 1 and weight.stride(0) == 0
+
+
+def _cut(images: Tensor, groups: int) -> Tensor:
+    """Images ``[G N, C, H, W]`` of all groups as ``[G, N, H, W, C]``."""
+    return images.permute(0, 2, 3, 1).contiguous().unflatten(0, (groups, -1))
+
+
 def _stack(groups: list[Tensor]) -> Tensor:
     """Stack images ``[N, C, H, W]`` of all groups."""
     last = [x.permute(0, 2, 3, 1).contiguous() for x in groups]
@@ -155,7 +180,9 @@ def _patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """Patches ``[G, N H' W', kh kw C]`` of images."""
     (top, left), (down, right) = geometry.padding, geometry.stride
     high, wide = geometry.size(x.shape[2:], kernel)
-    padded = F.pad(x, (0, 0, left, left, top, top)).contiguous()
+    if tuple(kernel) == (1, 1) and (top, left, down, right) == (0, 0, 1, 1):
+        return x.flatten(1, 3)
+    padded = (F.pad(x, (0, 0, left, left, top, top)) if top or left else x).contiguous()
     group, image, row, column, channel = padded.stride()
     below, beside = geometry.dilation[0] * row, geometry.dilation[1] * column
     windows = padded.as_strided(
@@ -169,6 +196,8 @@ def _fold(taps: Tensor, geometry: Geometry, H: int, W: int) -> Tensor:
     """The adjoint of `_patches`: add ``[G, N, H', W', kh, kw, C]`` where the kernel read them, ``[G, N, H, W, C]``."""
     (top, left), (down, right), (below, beside) = geometry.padding, geometry.stride, geometry.dilation
     G, N, high, wide, kh, kw, C = taps.shape
+    if (kh, kw, top, left, down, right) == (1, 1, 0, 0, 1, 1):
+        return taps.view(G, N, H, W, C)
     out = taps.new_zeros(G, N, H + 2 * top, W + 2 * left, C)
     for i in range(kh):
         for j in range(kw):

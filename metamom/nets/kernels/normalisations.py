@@ -20,6 +20,7 @@ from torch.nn import functional as F
 LARGE = 2**14
 # The same for their derivatives, and the least entries of all groups for PyTorch's group normalisation.
 LARGE_BACKWARD, LARGE_OF_ALL = 2**16, 2**18
+WIDE, LARGE_IMAGE = 8, 2**17  # channels of a set, entries of an image: the least for PyTorch's group normalisation
 
 
 def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,12 +44,19 @@ def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> t
         images = [one[0].permute(0, 2, 3, 1).contiguous() for one in each]
         z = torch.stack(images) if len(each) > 1 else images[0].unsqueeze(0)
         return z, torch.stack([one[1] for one in each]), torch.stack([one[2] for one in each])
-    if sets and y.numel() >= LARGE_OF_ALL and y.shape[1] == 1:
+    if sets and _suits_group_norm(y, sets):
         return _group_norm(y, gain, shift, eps, sets)
     rows = _rows(y)
     mean, rstd = moments(rows, eps, sets)
     scale = gain * rstd
     return torch.addcmul(_over(shift - mean * scale), rows, _over(scale)).view(y.shape), mean, rstd
+
+
+def _suits_group_norm(y: Tensor, sets: int) -> bool:
+    """Whether PyTorch's group normalisation is faster: it is slow for small sets of channels, except of large images."""
+    width = y.shape[4] // sets
+    wide = width >= WIDE or (2 * width >= WIDE and y[0].numel() >= LARGE_IMAGE)
+    return y.shape[1] == 1 and y.numel() >= LARGE_OF_ALL and wide
 
 
 def _group_norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int) -> tuple[Tensor, Tensor, Tensor]:
