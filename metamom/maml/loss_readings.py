@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from metamom.common.held import held
 from metamom.common.trees import Tree, leaves, lone
+from metamom.maml.batch_checks import IGNORED
 from metamom.maml.class_scores import ClassScores, Reading, tensors_among
 from metamom.maml.functions_by_task import FINE_IN_A_LOOP, by_task
 from metamom.maml.losses_by_task import cross_entropy
@@ -91,7 +92,7 @@ class LossReadings:
         if not is_cross_entropy(loss_fn) or targets.is_floating_point() or len(scores) != 1:
             return False
         kept = self._kept.get(_key(loss_fn, scores[0].shape, targets.shape))
-        ignored = getattr(loss_fn, "ignore_index", None)
+        ignored = getattr(loss_fn, "ignore_index", IGNORED)
         return kept is not None and kept[1].kind == "classes" and kept[1].ignored == ignored
 
     def of(self, loss_fn: LossFn, predictions: Tensor, targets: Tensor) -> Reading:

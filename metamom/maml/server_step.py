@@ -113,7 +113,8 @@ def server_step(
         right = _accuracies(accuracy, tasks, batch, here)
     losses, shares = _everyones(world, tasks.losses, right, batch.num_tasks, here)
     own = tasks.losses if here is None else here.spread(tasks.losses, batch.num_tasks, 0.0)
-    finite = all_finite(losses)
+    loss = losses.mean()
+    finite = math.isfinite(float(loss)) or all_finite(losses)  # a sum of finite losses may overflow
     if not finite:
         _refuse(gradients, weights, batch, own, losses, first, world, check_finite)
     total, report = server.finish()
@@ -128,7 +129,7 @@ def server_step(
             deliver(parameter, gradient[name], server.operator, add=True)
     if tasks.averages:
         gradients.plan().remember(*_averages(world, tasks, batch, here), total, losses)
-    return Backward(losses.mean(), {"accuracy": _mean(shares), **report, "sent_bytes": world.sent - sent})
+    return Backward(loss, {"accuracy": _mean(shares), **report, "sent_bytes": world.sent - sent})
 
 
 def _refuse(
@@ -158,7 +159,9 @@ def _refuse(
 
 def _mean(shares: Sequence[Tensor]) -> float | None:
     """The mean over tasks with at least one label that counts; ``None`` without such a task."""
-    mean = float(shares[0].nanmean()) if shares else math.nan
+    mean = float(shares[0].mean()) if shares else math.nan
+    if shares and math.isnan(mean):  # some tasks have no such label
+        mean = float(shares[0].nanmean())
     return None if math.isnan(mean) else mean
 
 
