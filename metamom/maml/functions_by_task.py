@@ -26,8 +26,8 @@ from metamom.maml.attention_by_task import attention, multi_head_attention
 from metamom.maml.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
 from metamom.maml.layouts_by_task import in_layout
 from metamom.maml.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
-from metamom.maml.written_losses import WRITTEN
 from metamom.maml.vmap_errors import VmapError
+from metamom.maml.written_losses import WRITTEN
 from metamom.nets.functions import FastFunctions, on_any_layout
 
 

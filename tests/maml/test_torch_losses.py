@@ -101,8 +101,10 @@ LOSSES = {
     "kl of logarithms": (
         "probabilities", lambda p, y: F.kl_div(F.log_softmax(p, 1), y.log(), reduction="sum", log_target=True)
     ),
-    "kl of labels": ("classes", lambda p, y: F.kl_div(F.log_softmax(p, 1), F.one_hot(y, 4).to(p.dtype), reduction="sum")),
-    "kl":  ("probabilities", lambda p, y: F.kl_div(F.log_softmax(p, 1), y, reduction="batchmean")),
+    "kl of labels": (
+        "classes", lambda p, y: F.kl_div(F.log_softmax(p, 1), F.one_hot(y, 4).to(p.dtype), reduction="sum")
+    ),
+    "kl": ("probabilities", lambda p, y: F.kl_div(F.log_softmax(p, 1), y, reduction="batchmean")),
     "an old reduction": ("some classes", lambda p, y: F.cross_entropy(p, y, WEIGHT, False, label_smoothing=0.1)),
     "weights of each task": (
         "some classes", lambda p, y: F.cross_entropy(p, y, p.detach().exp().mean(0), label_smoothing=0.1)
