@@ -29,6 +29,7 @@ from metamom.maml.embeddings_by_task import embedding, embedding_bag, one_hot, t
 from metamom.maml.layouts_by_task import in_layout
 from metamom.maml.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.vmap_errors import VmapError
+from metamom.maml.written_losses import WRITTEN
 from metamom.nets.functions import FastFunctions, on_any_layout
 
 
@@ -195,6 +196,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
     F.cross_entropy: cross_entropy,
+    **WRITTEN,
     REQUIRES_GRAD: requires_grad,
     GRAD_FN: grad_fn,
     torch.Tensor.register_hook: register_hook,
@@ -217,6 +219,7 @@ FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
         REQUIRES_GRAD,
         GRAD_FN,
         F.cross_entropy,
+        *WRITTEN,
         *(function for name in ("one_hot", "index_fill", "roll", "prelu") for function in _under_all_names(name)),
     }
 )

@@ -33,9 +33,9 @@ def gaussian_nll_loss(
     Raises:
         ValueError: for negative variances, and as torch's.
     """
-    if not isinstance(var, Tensor):
-        return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
-    var = _not_negative(var)
+    if not isinstance(var, Tensor) and var < 0:
+        return F.gaussian_nll_loss(input, target, var, full, eps, reduction)  # raises torch's own error
+    var = _not_negative(var) if isinstance(var, Tensor) else input.new_full(input.shape, var)
     if var.shape != input.shape:
         if input.shape[:-1] == var.shape:
             var = var.unsqueeze(-1)

@@ -302,16 +302,19 @@ class FastFunctions:
             return None
         if inplace:  # PyTorch's own, but a pooling of it is still part of the normalisation
             out = F.leaky_relu(input, slope, inplace=True) if slope else F.relu(input, inplace=True)
-            self._made[out] = _Made(
-                made._replace(value=_group(out.detach()).view_as(made.value), slope=slope), _version(out)
-            )
+            self._hold(out, made._replace(value=_group(out.detach()).view_as(made.value), slope=slope))
             return out
         return self._keep(made.activated(slope))
 
     def _keep(self, normalised: Normalised) -> Tensor:
         out = _images(normalised.value)
-        self._made[out] = _Made(normalised, _version(out))
+        self._hold(out, normalised)
         return out
+
+    def _hold(self, out: Tensor, normalised: Normalised) -> None:
+        version = _version(out)
+        if version is not None:
+            self._made[out] = _Made(normalised, version)
 
     def _normalised(self, tensor: Any) -> Normalised | None:
         """The normalised activations that a tensor holds."""
@@ -416,8 +419,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _version(tensor: Tensor) -> int:
-    """The number of changes in place so far, of the tensor or of any view of it."""
+def _version(tensor: Tensor) -> int | None:
+    """The number of changes in place so far, of the tensor or of any view of it; unknown in inference mode."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor._version
+    return None if tensor.is_inference() else tensor._version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import regression_batch
+from problems import noise, regression_batch
 from torch import nn
 from torch.nn import functional as F
 
@@ -54,3 +54,19 @@ def test_evaluations_agree():
     expected = evaluate(made, Sinusoid(), tasks=8)
     with torch.inference_mode():
         assert evaluate(made, Sinusoid(), tasks=8).mean == expected.mean
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("norm", ["batch", "frozen", "support"])
+def test_normalised_images(norm, inplace):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 1)
+    made = MAML(nn.Sequential(*layers).double(), F.mse_loss, norm=norm)
+    images, y = noise(2, 3, 1, 6, 6), noise(2, 3, 1, seed=1)
+    given = {"support_x": images} if norm == "support" else {}
+    expected = made.predict(made.adapt(images, y), images, **given)
+    with torch.inference_mode():
+        found = made.predict(made.adapt(images.clone(), y), images.clone(), **given)
+        alone = made.fit_predict(images[0].clone(), y[0], images[0].clone())
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(alone, expected[0].detach(), rtol=1e-12, atol=1e-12)

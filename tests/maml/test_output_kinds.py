@@ -150,3 +150,43 @@ def test_held_outputs_are_released_as_they_were(form):
 def test_outputs_without_a_tensor_are_errors(out):
     with pytest.raises(TypeError, match="Of must return a tensor of predictions"):
         gradient(of(lambda z: out), "auto", BATCH)
+
+
+class Tokens(nn.Module):
+    """A classifier of tokens that computes its loss if it gets labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, WAYS)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Output:
+        kept = attention_mask.unsqueeze(-1).double()
+        logits = self.head((self.words(input_ids).tanh() * kept).sum(1) / kept.sum(1))
+        return Output(logits, None if labels is None else F.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("vectorize", RUNS)
+def test_labels_among_the_inputs(vectorize):
+    torch.manual_seed(0)
+    model, ids = Tokens().double(), torch.arange(60).remainder(5).view(3, 5, 4) + 1
+    given = {"input_ids": ids, "attention_mask": (ids > 1).long(), "labels": BATCH.query_y}
+    inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
+    found = [
+        gradient(model, vectorize, TaskBatch(given, None, given, None), lambda out: out.loss),
+    ]
+    model.zero_grad()
+    found.append(gradient(model, vectorize, TaskBatch(inputs, BATCH.query_y, inputs, BATCH.query_y)))
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for task in range(3):
+        start = dict(model.named_parameters())
+        weights = start
+        own = {name: x[task] for name, x in given.items()}
+        for _ in range(2):
+            loss = torch.func.functional_call(model, weights, (), own).loss
+            grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            weights = {name: w - ALPHA * g for (name, w), g in zip(weights.items(), grads, strict=True)}
+        loss = torch.func.functional_call(model, weights, (), own).loss
+        for name, grad in zip(start, torch.autograd.grad(loss, list(start.values())), strict=True):
+            expected[name] += grad / 3
+    for each in found:
+        assert_close(each, expected, 1e-10)
