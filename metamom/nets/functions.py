@@ -226,8 +226,8 @@ class FastFunctions:
         steps = kernel_size if stride is None or stride == [] else stride
         if made is None and not return_indices and _is_channels_last(input) and differentiated(input):
             self.seen = True
-            pairs = [list(_pair(each)) for each in (kernel_size, steps, padding, dilation)]
-            return _images(maximum(_group(input), Windows(*pairs, ceil_mode)))
+            kernel, step, around, apart = (list(_pair(each)) for each in (kernel_size, steps, padding, dilation))
+            return _images(maximum(_group(input), Windows(kernel, step, around, apart, ceil_mode)))
         if made is None or return_indices:
             pool = F.max_pool2d_with_indices if return_indices else F.max_pool2d
             if made is None and input.dim() == 4 and _suitable(input) and not differentiated(input):
