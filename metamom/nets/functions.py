@@ -34,8 +34,8 @@ class _Made(NamedTuple):
     version: int
 
 
-class FastFunctions:
-    """The replacements during one call of a model.
+class _OnChannelsLast:
+    """Functions that PyTorch or vmap would copy to another layout.
 
     Attributes:
         seen: whether a call has been replaced.
@@ -43,6 +43,61 @@ class FastFunctions:
 
     def __init__(self) -> None:
         self.seen = False
+
+    def avg_pool2d(
+        self,
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        """`torch.nn.functional.avg_pool2d`."""
+        if not _is_channels_last(input):
+            args = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+            pooled: Tensor = on_any_layout(F.avg_pool2d, (input, *args), {})
+            return pooled
+        self.seen = True
+        steps = kernel_size if stride is None or stride == [] else stride
+        kernel, step, around = (list(_pair(each)) for each in (kernel_size, steps, padding))
+        windows = Averages(kernel, step, around, ceil_mode, count_include_pad, divisor_override)
+        return _images(average(_group(input), windows))
+
+    def adaptive_avg_pool2d(self, input: Tensor, output_size: Any) -> Tensor:
+        """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images."""
+        if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
+            return self.mean(input, (-2, -1), keepdim=True)
+        pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
+        return pooled
+
+    def mean(self, input: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
+        """`torch.mean`, of each image and channel or of anything else."""
+        if options or not isinstance(dim, (tuple, list)) or not _is_channels_last(input) or not _are_sides(dim):
+            every: Tensor = torch.mean(input, **({} if dim is None else {"dim": dim, "keepdim": keepdim}), **options)
+            return every
+        self.seen = True
+        found = mean(_group(input)).squeeze(0)
+        return found[:, :, None, None] if keepdim else found
+
+    def cat(self, tensors: Any, dim: int = 0, **options: Any) -> Tensor:
+        """`torch.cat`, which under vmap copies channels-last images to the other layout."""
+        if dim not in (1, -3) or options or len(tensors) == 0 or not all(map(_is_channels_last, tensors)):
+            return torch.cat(tensors, dim, **options)
+        self.seen = True
+        return torch.cat([x.permute(0, 2, 3, 1) for x in tensors], 3).permute(0, 3, 1, 2)
+
+
+class FastFunctions(_OnChannelsLast):
+    """The replacements during one call of a model.
+
+    Attributes:
+        seen: whether a call has been replaced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self._made = WeakIdKeyDictionary()  # tensors that hold normalised activations
         self._table: dict[Callable[..., Any], Callable[..., Any]] = {
             F.conv2d: self.conv2d,
@@ -226,8 +281,8 @@ class FastFunctions:
         steps = kernel_size if stride is None or stride == [] else stride
         if made is None and not return_indices and _is_channels_last(input) and differentiated(input):
             self.seen = True
-            pairs = [list(_pair(each)) for each in (kernel_size, steps, padding, dilation)]
-            return _images(maximum(_group(input), Windows(*pairs, ceil_mode)))
+            kernel, step, around, apart = (list(_pair(each)) for each in (kernel_size, steps, padding, dilation))
+            return _images(maximum(_group(input), Windows(kernel, step, around, apart, ceil_mode)))
         if made is None or return_indices:
             pool = F.max_pool2d_with_indices if return_indices else F.max_pool2d
             if made is None and input.dim() == 4 and _suitable(input) and not differentiated(input):
@@ -235,50 +290,6 @@ class FastFunctions:
             return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
         windows = [n for each in (kernel_size, steps, padding, dilation) for n in _pair(each)]
         return _images(made.pooled(Pooling(windows, ceil_mode)))
-
-    def avg_pool2d(
-        self,
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Tensor:
-        """`torch.nn.functional.avg_pool2d`."""
-        if not _is_channels_last(input):
-            args = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-            pooled: Tensor = on_any_layout(F.avg_pool2d, (input, *args), {})
-            return pooled
-        self.seen = True
-        steps = kernel_size if stride is None or stride == [] else stride
-        kernel, step, around = (list(_pair(each)) for each in (kernel_size, steps, padding))
-        windows = Averages(kernel, step, around, ceil_mode, count_include_pad, divisor_override)
-        return _images(average(_group(input), windows))
-
-    def adaptive_avg_pool2d(self, input: Tensor, output_size: Any) -> Tensor:
-        """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images."""
-        if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
-            return self.mean(input, (-2, -1), keepdim=True)
-        pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
-        return pooled
-
-    def mean(self, input: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
-        """`torch.mean`, of each image and channel or of anything else."""
-        if options or not isinstance(dim, (tuple, list)) or not _is_channels_last(input) or not _are_sides(dim):
-            every: Tensor = torch.mean(input, **({} if dim is None else {"dim": dim, "keepdim": keepdim}), **options)
-            return every
-        self.seen = True
-        found = mean(_group(input)).squeeze(0)
-        return found[:, :, None, None] if keepdim else found
-
-    def cat(self, tensors: Any, dim: int = 0, **options: Any) -> Tensor:
-        """`torch.cat`, which under vmap copies channels-last images to the other layout."""
-        if dim not in (1, -3) or options or len(tensors) == 0 or not all(map(_is_channels_last, tensors)):
-            return torch.cat(tensors, dim, **options)
-        self.seen = True
-        return torch.cat([x.permute(0, 2, 3, 1) for x in tensors], 3).permute(0, 3, 1, 2)
 
     def lstm_cell(
         self,

@@ -167,7 +167,8 @@ def _shared(weight: Tensor) -> bool:
 
 def _cut(images: Tensor, groups: int) -> Tensor:
     """Images ``[G N, C, H, W]`` of all groups as ``[G, N, H, W, C]``."""
-    return images.permute(0, 2, 3, 1).contiguous().unflatten(0, (groups, -1))
+    last = images.permute(0, 2, 3, 1).contiguous()
+    return last.view(groups, -1, *last.shape[1:])
 
 
 def _stack(groups: list[Tensor]) -> Tensor:

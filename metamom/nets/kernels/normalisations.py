@@ -53,7 +53,7 @@ def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> t
 
 
 def _suits_group_norm(y: Tensor, sets: int) -> bool:
-    """Whether PyTorch's group normalisation is faster: it is slow for small sets of channels, except of large images."""
+    """Whether PyTorch's group normalisation is faster: it is slow for narrow sets, except of large images."""
     width = y.shape[4] // sets
     wide = width >= WIDE or (2 * width >= WIDE and y[0].numel() >= LARGE_IMAGE)
     return y.shape[1] == 1 and y.numel() >= LARGE_OF_ALL and wide
