@@ -271,8 +271,9 @@ def _moved(
 
 def _added(total: dict[str, Tensor | None], new: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The sum of two gradients by name, of which any may be absent."""
-    names = [name for name, grad in new.items() if grad is not None and total[name] is not None]
-    sums = torch._foreach_add([total[name] for name in names], [new[name] for name in names]) if names else []
+    pairs = [(name, a, b) for name, b in new.items() if b is not None and (a := total[name]) is not None]
+    names = [name for name, _, _ in pairs]
+    sums = torch._foreach_add([a for _, a, _ in pairs], [b for _, _, b in pairs]) if pairs else []
     both: dict[str, Tensor | None] = dict(zip(names, sums, strict=True))
     return {name: both.get(name, grad if grad is not None else total[name]) for name, grad in new.items()}
 

@@ -129,7 +129,7 @@ def _contents(module: nn.Module) -> dict[str, Sequence[object]]:
     return {name: _held(value) if value else () for name, value in kept if name not in _REGISTERED}
 
 
-def _is_same(value: Sequence[object], had: Sequence[object]) -> bool:
+def _is_same(value: Any, had: Sequence[object]) -> bool:
     """Whether a list or dict holds what it held before."""
     if not value or not had:
         return not value and not had
