@@ -271,10 +271,10 @@ def _moved(
 
 def _added(total: dict[str, Tensor | None], new: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The sum of two gradients by name, of which any may be absent."""
-    there = {name: grad for name, grad in total.items() if grad is not None}
-    more = {name: grad for name, grad in new.items() if grad is not None and name in there}
-    sums = torch._foreach_add([there[name] for name in more], [*more.values()]) if more else ()
-    both = dict(zip(more, sums, strict=True))
+    pairs = [(name, a, b) for name, b in new.items() if b is not None and (a := total[name]) is not None]
+    names = [name for name, _, _ in pairs]
+    sums = torch._foreach_add([a for _, a, _ in pairs], [b for _, _, b in pairs]) if pairs else []
+    both: dict[str, Tensor | None] = dict(zip(names, sums, strict=True))
     return {name: both.get(name, grad if grad is not None else total[name]) for name, grad in new.items()}
 
 
