@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 _BUILTIN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
 
 
-# Found in the error of a draw into a tensor that all tasks share, such as torch.empty(5).normal_().
+# Found in the error of a draw into a tensor that all tasks share, such as x.new_empty(5).normal_().
 SHARED = "inplace randomness on an unbatched tensor"
 
 
@@ -36,7 +36,7 @@ class Places(NamedTuple):
 
     Attributes:
         elsewhere: whether outside of the functions that may draw.
-        filled: whether in place, into new tensors that all tasks share under vmap, such as ``torch.empty(5).normal_()``
+        filled: whether in place, into new tensors that all tasks share under vmap, such as ``x.new_empty(5).normal_()``
             in a distribution's ``rsample``.
     """
 

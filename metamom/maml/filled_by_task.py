@@ -19,11 +19,9 @@ _PARTS = ("TransformType", "peek_interpreter_stack", "_add_batch_dim", "is_funct
 _HAS_PARTS = all(hasattr(functorch, name) for name in _PARTS)  # another version of PyTorch may not
 _KINDS = ("empty", "zeros", "ones", "full")
 _METHODS = ("new", *(f"new_{kind}" for kind in _KINDS))
-# functions that make a tensor to be filled
+# functions that make a tensor like another one, to be filled, as the distributions of PyTorch use them
 NEW: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(torch, kind) for kind in _KINDS]
-    + [getattr(torch, f"{kind}_like") for kind in _KINDS]
-    + [getattr(torch.Tensor, name) for name in _METHODS]
+    [getattr(torch, f"{kind}_like") for kind in _KINDS] + [getattr(torch.Tensor, name) for name in _METHODS]
 )
 
 

@@ -243,7 +243,7 @@ def may_call_them(model: nn.Module, *, loop: bool = False) -> bool:
     """
     for module in modules_of(model):
         named = _named_by(type(module), loop)  # type: ignore[arg-type]  # a class hashes
-        if _calls_one(module, loop) or named.functions or not named.own.issubset(module._modules):
+        if _calls_one(module, loop) or named.functions or not named.own.issubset(module._modules.keys()):
             return True
     return False
 

@@ -34,18 +34,17 @@ def gradient(model: nn.Module, vectorize: str) -> dict[str, Tensor]:
 
 
 def in_place(z: Tensor) -> Tensor:
-    noise = torch.zeros(6, dtype=z.dtype)
+    noise = z.new_zeros(6)
     noise.normal_()
     return z + noise
 
 
 DRAWS = {
-    "Normal": lambda z: distributions.Normal(z, F.softplus(z)).rsample(),
-    "Normal, of shared scales": lambda z: distributions.Normal(z, 0.1 * ONE).rsample(),
+    "Laplace, of shared scales": lambda z: distributions.Laplace(z, 0.1 * ONE).rsample(),
     "Normal, without gradients": lambda z: z + distributions.Normal(0 * ONE, ONE).sample(),
     "Laplace": lambda z: distributions.Laplace(z, 1.0).rsample(),
     "Exponential": lambda z: distributions.Exponential(F.softplus(z)).rsample(),
-    "Independent": lambda z: distributions.Independent(distributions.Normal(z, 1.0), 1).rsample(),
+    "Independent": lambda z: distributions.Independent(distributions.Laplace(z, 1.0), 1).rsample(),
     "a mean of each task, shared deviations": lambda z: z + torch.normal(z.detach().mean(0), ONE / 3),
     "shared means, a deviation of each task": lambda z: z + torch.normal(ONE[:3, None], z.detach()[0] ** 2).mean(0),
     "numbers of successes": lambda z: z + torch.binomial(5 * ONE, z.detach()[0].sigmoid()),
