@@ -72,19 +72,23 @@ class _OnChannelsLast:
         pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
         return pooled
 
-    def mean(self, input: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
+    def mean(self, input: Tensor, *args: Any, **options: Any) -> Tensor:
         """`torch.mean`, of each image and channel or of anything else."""
-        if options or not isinstance(dim, (tuple, list)) or not _is_channels_last(input) or not _are_sides(dim):
-            every: Tensor = torch.mean(input, **({} if dim is None else {"dim": dim, "keepdim": keepdim}), **options)
+        dim = args[0] if args else options.get("dim")
+        plain = len(args) < 3 and options.keys() <= {"dim", "keepdim"}
+        if not plain or not isinstance(dim, (tuple, list)) or not _is_channels_last(input) or not _are_sides(dim):
+            every: Tensor = torch.mean(input, *args, **options)
             return every
         self.seen = True
         found = mean(_group(input)).squeeze(0)
+        keepdim = args[1] if len(args) > 1 else options.get("keepdim", False)
         return found[:, :, None, None] if keepdim else found
 
-    def cat(self, tensors: Any, dim: int = 0, **options: Any) -> Tensor:
+    def cat(self, tensors: Any, *args: Any, **options: Any) -> Tensor:
         """`torch.cat`, which under vmap copies channels-last images to the other layout."""
-        if dim not in (1, -3) or options or len(tensors) == 0 or not all(map(_is_channels_last, tensors)):
-            return torch.cat(tensors, dim, **options)
+        dim = args[0] if args else options.get("dim", options.get("axis", 0))
+        if dim not in (1, -3) or "out" in options or len(tensors) == 0 or not all(map(_is_channels_last, tensors)):
+            return torch.cat(tensors, *args, **options)
         self.seen = True
         return torch.cat([x.permute(0, 2, 3, 1) for x in tensors], 3).permute(0, 3, 1, 2)
 

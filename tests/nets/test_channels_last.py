@@ -74,6 +74,7 @@ MEANS: dict[str, Model] = {
     "a method": lambda x: x.mean((2, 3)),
     "a function": lambda x: torch.mean(x, dim=[-1, -2]),
     "axes kept": lambda x: x.mean((3, 2), keepdim=True),
+    "axes kept, by position": lambda x: torch.mean(x, (3, 2), True),
     "adaptive pooling": lambda x: F.adaptive_avg_pool2d(x, 1),
 }
 
@@ -85,6 +86,9 @@ def test_means(name):
 
 OTHER_MEANS: dict[str, Model] = {
     "of everything": lambda x: x.mean(),
+    "of everything, axes kept": lambda x: x.mean(dim=None, keepdim=True),
+    "of one axis by NumPy's name, which is kept": lambda x: x.mean(axis=1, keepdim=True),
+    "of two axes by NumPy's name": lambda x: torch.mean(input=x, axis=(2, 3)),
     "of other axes": lambda x: x.mean((1, 2)),
     "of one axis": lambda x: x.mean(-1),
     "in another dtype": lambda x: x.mean((2, 3), dtype=torch.float64),
@@ -101,6 +105,7 @@ def test_concatenated_images_keep_their_layout():
     x, y = draw(3, 2, 5, 4, 3, seed=1), draw(3, 2, 5, 4, 2, seed=2)
     check(lambda x, y: torch.cat([last(x) ** 2, last(y)], 1) ** 2, x, y)
     check(lambda x, y: torch.cat((last(x) ** 2, last(y)), dim=-3) ** 2, x, y)
+    check(lambda x, y: torch.cat(tensors=(last(x) ** 2, last(y)), axis=1) ** 2, x, y)
     with FunctionsByTask():
         found = torch.func.vmap(lambda x, y: torch.cat([last(x), last(y)], 1))(x, y)
     assert found.stride()[2] == 1
@@ -110,6 +115,7 @@ def test_other_concatenations_are_left_to_pytorch():
     x, y = draw(3, 2, 5, 4, 3, seed=1), draw(3, 1, 5, 4, 3, seed=2)
     check(lambda x, y: torch.cat([last(x), last(y)]) ** 2, x, y, replaced=False)
     check(lambda x: torch.cat([last(x), last(x).contiguous()], dim=1) ** 2, x, replaced=False)
+    check(lambda x: torch.cat([last(x), last(x)], axis=2) ** 2, x, replaced=False)
 
 
 POINTWISE = {"one": {}, "stride": {"stride": (2, 3)}, "padding": {"padding": (1, 0)}, "groups": {"groups": 2}}
