@@ -28,7 +28,7 @@ def check_whole(name: str, value: object, least: float, most: float = math.inf) 
         TypeError: for any other type, including a bool or a string of digits.
         ValueError: for a number below ``least`` or above ``most``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be a whole number; got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be >= {least}; got {value}.")

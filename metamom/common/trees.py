@@ -23,6 +23,8 @@ def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of a tree, in a fixed order; none for ``None``."""
     if isinstance(tree, Tensor):
         return [tree]
+    if type(tree) is tuple and len(tree) == 1:  # quickly, for targets
+        return leaves(tree[0])
     return [leaf for leaf in pytree.tree_leaves(tree) if leaf is not None]
 
 

@@ -15,17 +15,21 @@ from torch.utils._pytree import TreeSpec
 from metamom.batch import TaskBatch
 from metamom.common.trees import lone, restored
 from metamom.compile.tracing import is_tracing
+from metamom.maml.at_once import AT_ONCE
 from metamom.maml.episodes import episodes, support_of
 from metamom.maml.estimators import Adaptations
-from metamom.maml.in_turn import InTurn, in_turn, in_turn_or
+from metamom.maml.in_turn import IN_TURN
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.plan import Plan
+from metamom.maml.settled import Computed, shortly_or
 from metamom.maml.step_gradients import check_cut
 from metamom.maml.task_weights import Params
 from metamom.maml.unused import from_outside
 from metamom.maml.vmap_errors import explained
 from metamom.nets.low_rank import plain
 from metamom.server.aggregate import flatten
+
+WAYS = (AT_ONCE, IN_TURN)
 
 
 def chunk_gradient(
@@ -49,18 +53,18 @@ def chunk_gradient(
     tasks = TaskBatch(*fields[:4])._replace(support_mask=fields[4], query_mask=fields[5])
     with torch.enable_grad():
         terms = plan.cut(tasks)
-        at_once = partial(_at_once, plan, weights, memory, workers, scale, terms, starts)
+        long = partial(_the_long_way, plan, weights, memory, workers, scale, terms, starts)
         if len(terms) > 1 or memory or starts is not None or is_tracing():
-            return at_once()
-        one_by_one = partial(in_turn, plan.problem, weights, terms[0], workers, scale * terms[0].weight)
-        return in_turn_or(plan.problem, terms[0], one_by_one, otherwise=at_once, finish=_flat)
+            return long()
+        given = plan.problem, weights, terms[0], workers, scale * terms[0].weight
+        return shortly_or(WAYS, *given, otherwise=long, finish=_flat)
 
 
-def _flat(found: InTurn) -> tuple[Tensor, ...]:
+def _flat(found: Computed) -> tuple[Tensor, ...]:
     return found.losses, found.predictions, *found.gradients.values()
 
 
-def _at_once(
+def _the_long_way(
     plan: Plan,
     weights: Params,
     memory: Params,

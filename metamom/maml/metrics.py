@@ -53,8 +53,8 @@ def accuracy(
     else:
         classes, best = 2, predictions.reshape(targets.shape)
         found = (best > (0 if reading.kind == "logit" else 0.5)).long()
-    counted = (targets >= 0) & (targets < classes)
-    if reading.ignored is not None:
+    counted = targets.clamp(0, classes - 1) == targets
+    if reading.ignored is not None and 0 <= reading.ignored < classes:
         counted &= targets != reading.ignored
     if mask is not None:
         counted &= mask.view(*mask.shape, *[1] * (counted.dim() - 2))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
+from metamom.common.modules import modules_of
 from metamom.common.trees import Tree, count, device_of, named_leaves, points
 from metamom.compile.tracing import is_tracing
 from metamom.maml import carried_over
@@ -78,12 +79,12 @@ class RunByTask:
         calls: whether the model calls such functions, by mode, by what its normalisations use, and by the number of
             tasks (for small numbers PyTorch's own functions may be faster), whether more are to follow, and whether it
             runs under vmap.
-        leaves: whether the model leaves tensors in attributes, by mode; they are removed after the call.
+        leaves: the modules that leave tensors in attributes, by mode; these are removed after the call.
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
         points: the shapes and dtypes of sets for which the model was seen to take any number of points.
-        unsuitable: modes, what normalisations use, numbers of tasks and estimators for which `metamom.maml.in_turn` has
-            failed.
+        unsuitable: numbers of the ways of `metamom.maml.chunk_gradient` that have failed, with the mode, what
+            normalisations use, the number of tasks, and the estimator.
         preferred: whether the model runs faster task by task, by mode, number of points, adapted parameters, and the
             number of tasks in first order (``None`` in second).
     """
@@ -92,11 +93,11 @@ class RunByTask:
         self.draws: set[bool] = set()
         self.places: dict[tuple[bool, bool], Places] = {}
         self.calls: dict[tuple[bool, Norm | None, int, bool, bool], bool] = {}
-        self.leaves: dict[bool, bool] = {}
+        self.leaves: dict[bool, frozenset[nn.Module]] = {}
         self.heads = Heads()
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
-        self.unsuitable: set[tuple[bool, Norm | None, int, str]] = set()
+        self.unsuitable: set[tuple[int, bool, Norm | None, int, str]] = set()
         self.preferred: dict[tuple[bool, int, tuple[str, ...], int | None], bool] = {}
 
     def __call__(
@@ -151,25 +152,6 @@ class RunByTask:
                 sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
             return run(model if target is None else target, sets)
 
-    def is_settled(self, model: nn.Module, norm: Norm | None, tasks: int) -> bool:
-        """Whether a loop over this many tasks has run, so that `of_one` runs the model as that loop does."""
-        mode = is_training(model)
-        if mode in self.draws and self.places.get((mode, True)) != Places():
-            return False
-        return mode in self.leaves and (mode, norm, tasks, are_many(), False) in self.calls
-
-    def of_one(self, model: nn.Module, norm: Norm | None, tasks: int, x: Tensor) -> Any:
-        """What the model returns for one of so many tasks, with its tensors as they are; see `is_settled`."""
-        kind = model.training, norm, tasks, are_many(), False
-        if norm is None and not self.calls[kind] and not self.leaves[model.training]:
-            return model(x)
-        with (
-            FunctionsByTask(fast=False) if self.calls[kind] else nullcontext(),
-            normalising(model, norm) as over_sets,
-            tensors_left(model) if self.leaves[model.training] else nullcontext(),
-        ):
-            return over_sets(model, (x,))
-
     def prefers_a_loop(self, model: nn.Module, own: Collection[str], x: Tree, *, first_order: bool) -> bool:
         """Whether the model, which vmap can take, runs faster task by task, see `metamom.maml.loop_preferred`."""
         if is_tracing():
@@ -196,7 +178,7 @@ class RunByTask:
         """The same as ``run(model, sets)``, from the features of an earlier call if the model has a head."""
         mode, options = is_training(model), options_of(model)
         kind = Kind(mode, norm, names, tuple((x.shape[1:], x.dtype) for x in sets))
-        ruled_out = options is None or mode in self.draws or self.leaves.get(mode, False)
+        ruled_out = options is None or mode in self.draws or bool(self.leaves.get(mode))
         if ruled_out or self.heads.has_none(kind, options):
             return run(model, sets)
         state = kind, options, versions_of(model, sets)
@@ -325,12 +307,12 @@ class RunByTask:
     def _attributes(self, model: nn.Module) -> Iterator[None]:
         """Remove tensors that the model leaves in attributes, if it has done so before or is new."""
         mode = model.training
-        if not self.leaves.get(mode, True):
+        if mode in self.leaves and not self.leaves[mode]:
             yield
             return
-        with tensors_left(model) as names:
+        with tensors_left(modules_of(model)) as found:
             yield
-        self.leaves[mode] = self.leaves.get(mode, False) or bool(names)
+        self.leaves[mode] = self.leaves.get(mode, frozenset()) | found
 
 
 def _whole(x: Tree, mask: Tensor | None) -> Tensor:

@@ -199,6 +199,8 @@ def _everyones(
     world: World, losses: Tensor, right: Tensor | None, num_tasks: int, here: Here | None
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The losses ``[T]``, and the accuracies if there are any, of all processes' tasks, of present workers."""
+    if here is None and world.size == 1:
+        return losses, [] if right is None else [right.to(losses)]
     if here is None:
         outcomes = world.gather(torch.stack([losses] if right is None else [losses, right.to(losses)]))
         everyones, *shares = outcomes.transpose(0, 1).flatten(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -101,15 +101,15 @@ def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def tensors_left(model: nn.Module) -> Iterator[list[str]]:
-    """Remove tensors that the model leaves in attributes of its modules, and yield their names. Use this under `alone`.
+def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Remove tensors that these modules leave in attributes, and yield those that do. Use this under `alone`.
 
     This includes tensors in lists, tuples and dicts. Tensors from inside vmap cannot be used, copied or saved later.
     """
-    before = [(module, dict(module.__dict__), _contents(module)) for module in modules_of(model)]
-    names: list[str] = []
+    before = [(module, dict(module.__dict__), _contents(module)) for module in modules]
+    found: set[nn.Module] = set()
     try:
-        yield names
+        yield found
     finally:
         for module, attributes, contents in before:
             for name, value in [*module.__dict__.items()]:
@@ -117,7 +117,7 @@ def tensors_left(model: nn.Module) -> Iterator[list[str]]:
                 if value is attributes.get(name) and (name not in contents or _is_same(value, had)):
                     continue
                 if name not in _REGISTERED and any(isinstance(item, Tensor) for item in _held(value)):
-                    names.append(name)
+                    found.add(module)
                     del module.__dict__[name]
             for name in attributes.keys() - module.__dict__.keys():
                 module.__dict__[name] = _holding(attributes[name], contents.get(name, ()))
