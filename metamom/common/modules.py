@@ -5,7 +5,7 @@ PyTorch's own iterators are nested generators, one for each level of a module's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 Named = TypeVar("Named", bound=Tensor)
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """The same as ``list(model.modules())``."""
+def modules_of(*models: nn.Module) -> list[nn.Module]:
+    """The same as ``list(model.modules())``; of several models, each module once."""
     found: dict[int, nn.Module] = {}
-    todo = [model]
+    todo = [*reversed(models)]
     while todo:
         module = todo.pop()
         if id(module) not in found:
@@ -24,6 +24,23 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
             if module._modules:
                 todo += [child for child in reversed([*module._modules.values()]) if child is not None]
     return [*found.values()]
+
+
+def identity_of(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
+    """Equal to an earlier result as long as the same modules hold the same parameters under the same names.
+
+    It also depends on which parameters are trainable, and on which modules have backward hooks. The modules in it stay
+    alive, so that no other one gets the id of one of them.
+    """
+    found: list[Hashable] = []
+    for module in modules:
+        found += (module, bool(module._backward_hooks or module._backward_pre_hooks), *module._modules)
+        if type(module).named_parameters is not nn.Module.named_parameters:
+            found += [(name, id(parameter)) for name, parameter in module.named_parameters()]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found += (name, id(parameter), parameter.requires_grad)
+    return tuple(found)
 
 
 def named_modules_of(model: nn.Module) -> dict[str, nn.Module]:

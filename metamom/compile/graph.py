@@ -109,10 +109,11 @@ class Compiled:
                 self.cost = math.inf
                 return self._timed(key, args)
             self._count()
-        self.graphs.pop(key, None)
-        self.graphs[key] = graph  # most recently used, so the last to be dropped
-        if len(self.graphs) > GRAPHS_KEPT:
-            del self.graphs[next(iter(self.graphs))]
+        if next(reversed(self.graphs.values()), None) is not graph:
+            self.graphs.pop(key, None)
+            self.graphs[key] = graph  # most recently used, so the last to be dropped
+            if len(self.graphs) > GRAPHS_KEPT:
+                del self.graphs[next(iter(self.graphs))]
         with torch.no_grad():
             try:
                 return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])

@@ -201,8 +201,11 @@ class Adapting(Configured):
 
         ``None`` for several tensors of predictions or of targets, since which one holds scores is not known.
         """
-        scores, labels = lone(held(predictions)), lone(y)
-        if scores is None or labels is None:
+        labels = lone(y)
+        if labels is None or labels.is_floating_point():
+            return None
+        scores = lone(held(predictions))
+        if scores is None:
             return None
         return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)
 

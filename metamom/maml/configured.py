@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from metamom.bias import BiasOperator
 from metamom.bias.function import function_name
 from metamom.common.checks import check_flag
 from metamom.common.choices import Norm
+from metamom.common.modules import identity_of, modules_of
 from metamom.common.summaries import summary
 from metamom.compile.graph import CompileMode
 from metamom.maml.annealing import Annealing, check_annealing
@@ -115,6 +116,8 @@ class Configured(nn.Module):
         self._readings, self._uses = LossReadings(), Uses()
         self._run, self._vectorization = RunByTask(), Vectorization(vectorize)
         self._structure = structure(model)
+        self._identity: tuple[Hashable, ...] | None = None  # of the modules that `_own` is from
+        self._own: Params = {}
         self._gradients = MetaGradients(self._plan, compile)
 
     def _make_step_sizes(
@@ -178,7 +181,7 @@ class Configured(nn.Module):
         """A copy adapts what this learner adapts now; a predicate cannot be pickled, and names can."""
         chosen = tuple(self.adapted) if callable(self._adapt) else self._adapt
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_adapt": chosen}
+        return {**state, "_adapt": chosen, "_identity": None, "_own": {}}
 
     @property
     def inner_lr(self) -> float | Tensor | dict[str, float | Tensor]:
@@ -259,8 +262,13 @@ class Configured(nn.Module):
         ``"step_norms.NAME"`` instead. If ``loss_fn`` is a module, its parameters follow as
         ``"loss_fn.NAME"`` (inner steps do not move them). Step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
-        self._keep_up()
-        return self._problem().parameters() | self.step_sizes.learned()
+        with alone(self.model) as modules:
+            own = modules_of(self.loss_fn) if isinstance(self.loss_fn, nn.Module) else []
+            now = identity_of([*modules, *own])
+        if now != self._identity or self.norms_by_step is not None or self._rule() is not PLAIN:
+            self._keep_up()
+            self._own, self._identity = self._problem().parameters(), now
+        return self._own | self.step_sizes.learned()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""

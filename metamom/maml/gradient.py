@@ -50,6 +50,7 @@ class MetaGradients:
         self.compile = compile
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
+        self._current: Plan | None = None  # of the meta-gradient that is being computed
         self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
         self.of_chunk: Callable[..., tuple[Tensor, ...]] = self.eager
         if compile:
@@ -99,6 +100,7 @@ class MetaGradients:
         alone = padded or ESTIMATORS[plan.problem.estimator].proximal or starts is not None
         compiled = bool(self.compile) and not alone
         if compiled:
+            self._current = plan
             self._announce(weights, batch, len(parts))
         of_chunk = self.of_chunk if compiled else partial(_eagerly, plan)
         rows: Tensor | None = None
@@ -170,7 +172,7 @@ class MetaGradients:
 
     def built_in(self) -> tuple[Hashable, ...]:
         """See `Plan.built_in`."""
-        return self.plan().built_in()
+        return (self._current or self.plan()).built_in()
 
     def eager(
         self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any, starts: Params | None = None

@@ -31,10 +31,12 @@ def differentiable(x: Tree) -> Tree:
 
 def differentiable_batch(batch: TaskBatch) -> TaskBatch:
     """Apply `differentiable` to a batch's tensors."""
-    if not isinstance(batch, TaskBatch) or not any(_in_inference(x) for x in batch):
+    if not isinstance(batch, TaskBatch) or not any(x is not None and _in_inference(x) for x in batch):
         return batch
     return TaskBatch._make(differentiable(x) for x in batch)
 
 
 def _in_inference(x: Tree) -> bool:
+    if isinstance(x, Tensor):
+        return x.is_inference()
     return any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves(x))

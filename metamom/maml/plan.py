@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
+from metamom.common.modules import modules_of
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut
@@ -60,14 +61,18 @@ class Plan(NamedTuple):
         A module's own numbers (a dropout rate) and plain tensors are not included.
         """
         problem = self.problem
-        device = next(problem.model.parameters()).device.type
+        modules = modules_of(self.owner)
+        device = next(p.device.type for module in modules for p in module._parameters.values() if p is not None)
         around = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         fixed: list[Hashable] = [problem.loss_fn, around, *problem.step_sizes.fixed.values()]
-        for module in self.owner.modules():
-            fixed += [module, module.training, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            fixed += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        for module in modules:
+            fixed += (module, module.training)
+            if module._forward_hooks or module._forward_pre_hooks:
+                fixed += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if module._backward_hooks or module._backward_pre_hooks:
+                fixed += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
             fixed += module._buffers.values()
-            fixed += (p for p in module._parameters.values() if p is not None and not p.requires_grad)
+            fixed += [p for p in module._parameters.values() if p is not None and not p.requires_grad]
         vectorization = problem.vectorization
         fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
         fixed.append(problem.objective is None)

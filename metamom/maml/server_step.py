@@ -97,7 +97,8 @@ def server_step(
             shapes = [tuple(x.shape) for x in leaves(tuple(batch[:4]))]
             what = f"{_spec(bias)}, aggregate={aggregate}, measure={measure}{federation.described()}"
             world.step(f"a step of workers={workers}, bias={what}, batches of {shapes}", weights.values())
-        sizes = Layout(w.shape for w in weights.values())
+        # only operators need them
+        sizes = None if bias is None and aggregate == "mean" else Layout(w.shape for w in weights.values())
         part: dict[str, Any] = {"present": present, "worker_weights": federation.worker_weights}
         server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure, **part)
         here = Here.of(present, batch, workers, world)

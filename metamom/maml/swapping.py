@@ -42,21 +42,23 @@ class Slots(NamedTuple):
 
 
 @contextmanager
-def alone(*models: nn.Module) -> Iterator[None]:
-    """Lock these models, so that no other thread replaces their tensors or those of a module they share."""
-    # lock in a fixed order to avoid deadlocks
-    if len(models) == 1:
-        modules = sorted(modules_of(models[0]), key=id)
-    else:
-        modules = sorted({module for model in models for module in modules_of(model)}, key=id)
+def alone(*models: nn.Module) -> Iterator[list[nn.Module]]:
+    """Lock these models, so that no other thread replaces their tensors or those of a module they share.
+
+    Yields their modules, as `metamom.common.modules.modules_of` of the first model finds them, then of the others.
+    """
+    modules = modules_of(*models)
     with _MAKING:
-        locks = [_LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock()) for module in modules]
+        # in a fixed order to avoid deadlocks
+        locks = [
+            _LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)
+        ]
     held = []
     try:
         for lock in locks:
             lock.acquire()
             held.append(lock)
-        yield
+        yield modules
     finally:
         for lock in reversed(held):
             lock.release()

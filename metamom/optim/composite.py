@@ -295,12 +295,14 @@ class CompositeMomentum(Following):
         if group["differentiable"]:
             for p, v, g in zip(moving, bufs, new_grads, strict=True):
                 self.state[p]["momentum"] = momentum_update(v, g, beta)
+            bufs = [self.state[p]["momentum"] for p in params]
         elif together(group["foreach"], params):
             momentum_updates_(bufs, new_grads, beta)
         else:
             for v, g in zip(bufs, new_grads, strict=True):
                 momentum_update_(v, g, beta)
-        bufs = [self.state[p]["momentum"] for p in params]
+        if moving is not params:
+            bufs = [self.state[p]["momentum"] for p in params]
         if group["nesterov"]:
             return look_ahead(bufs, grads, beta, False if group["differentiable"] else group["foreach"])
         return bufs

@@ -15,7 +15,7 @@ from metamom.common.averaged import forget, note
 from metamom.distributed import World, as_world
 from metamom.server.part import Part, check_part
 from metamom.server.robust import AnyAggregate, as_robust_mean
-from metamom.server.workers import OwnWorkers, SharedWorkers
+from metamom.server.workers import LocalMean, OwnWorkers, SharedWorkers
 
 
 def flatten(grads: Iterable[Tensor]) -> Tensor:
@@ -111,6 +111,11 @@ class Aggregation:
     ) -> None:
         world = as_world(world)
         operator = without_state(bias)
+        self.operator = operator
+        self._workers: OwnWorkers | SharedWorkers | LocalMean
+        if operator is None and how == "mean" and world.size == 1 and present is None and worker_weights is None:
+            self._workers = LocalMean(len(world.workers(n)))  # which checks n
+            return
         robust = as_robust_mean(how)
         robust.check(n)
         if robust.gathers:
@@ -125,7 +130,6 @@ class Aggregation:
         part = Part.of(n, present, worker_weights, operator)
         check_part(part, robust, operator)
         self.operator = operator
-        self._workers: OwnWorkers | SharedWorkers
         if n < world.size:
             self._workers = SharedWorkers(part, operator, robust, sizes, world)
         else:
