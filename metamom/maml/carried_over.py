@@ -14,8 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def refused(model: nn.Module) -> Iterator[None]:
+def refused(model: nn.Module, trainable: Mapping[str, Tensor]) -> Iterator[None]:
     """Refuse a model call that reads tensors in buffers or attributes and replaces them by new ones.
+
+    Args:
+        model: the model.
+        trainable: the weights in it that require gradients, by name. The call must not switch these off: flags of
+            weights that an inner step has moved cannot be set, and vmap ignores them.
 
     Raises:
         ValueError: naming the tensors.
@@ -27,7 +32,7 @@ def refused(model: nn.Module) -> Iterator[None]:
         for key, tensor in list(held.items())
         if isinstance(tensor, Tensor)
     ]
-    with _Reads() as reads:
+    with _Reads({id(w): name for name, w in trainable.items()}) as reads:
         yield
     carried = sorted(
         name for name, held, key, tensor in places if held.get(key) is not tensor and id(tensor) in reads.seen
@@ -64,11 +69,16 @@ def warn_of_draws(*, loop: bool = False) -> Iterator[None]:
 
 
 class _Reads(TorchFunctionMode):
-    """Records the ids of tensors that are arguments of PyTorch's functions."""
+    """Records the ids of tensors that are arguments of PyTorch's functions.
 
-    def __init__(self) -> None:
+    Raises:
+        ValueError: in the function that no longer lets one of the ``trainable`` tensors, by id, require gradients.
+    """
+
+    def __init__(self, trainable: Mapping[int, str]) -> None:
         super().__init__()
         self.seen: set[int] = set()
+        self.trainable = trainable
 
     def __torch_function__(
         self,
@@ -80,7 +90,21 @@ class _Reads(TorchFunctionMode):
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
             self.seen.update(map(id, value) if isinstance(value, (list, tuple)) else [id(value)])
+        if _switches_off(func, args, kwargs) and id(args[0]) in self.trainable:
+            raise ValueError(
+                f"the model's forward sets requires_grad of {self.trainable[id(args[0])]}, which the tasks' own "
+                "weights do not have. Freeze parameters before, outside the forward; or, to cut the graph in one "
+                "place, use weight.detach()."
+            )
         return func(*args, **kwargs)
+
+
+def _switches_off(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is ``tensor.requires_grad = False`` or ``tensor.requires_grad_(False)``."""
+    sets = getattr(func, "__self__", None) is Tensor.requires_grad and func.__name__ == "__set__"
+    if not sets and func is not Tensor.requires_grad_:
+        return False
+    return not (args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
 
 
 def generators_outside_torch() -> dict[str, object]:

@@ -20,7 +20,7 @@ from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, leaves, shown
 from metamom.maml.batch_checks import IGNORED
 from metamom.maml.class_scores import class_axes
-from metamom.maml.vmap_errors import SIGNS, modules_in
+from metamom.maml.vmap_errors import SIGNS, gist, innermost_module, modules_in
 
 DEVICE_ASSERT = "device-side assert"
 # Found in torch's messages about indices, but not in those of lists or arrays.
@@ -28,6 +28,20 @@ OF_TENSORS = ("out of bounds", "imension", "tensor", "index out of range in self
 OF_ARRAYS = "out of bounds for axis"
 # Found in torch's messages about a row that a table does not have.
 LOOKUPS = ("out of bounds", "index out of range", "tried to access index", "valid range", "num_embeddings")
+
+
+class MisfitError(ValueError):
+    """An error of PyTorch about data that a model or a loss cannot take, or about vmap, whose errors are of many kinds.
+
+    Attributes:
+        where: the module, or what else raised it.
+        gist: the reason in a few words.
+    """
+
+    def __init__(self, message: str, where: str, error: Exception) -> None:
+        super().__init__(message)
+        self.where = where
+        self.gist = gist(str(error))
 
 
 @contextmanager
@@ -40,7 +54,7 @@ def inputs_explained(model: nn.Module, x: Tree, weights: Mapping[str, Tensor]) -
         weights: the weights that the model is called with.
 
     Raises:
-        ValueError: in place of torch's error. The model's own errors, and those of vmap, pass unchanged.
+        MisfitError: in place of torch's error. The model's own errors, and those of vmap, pass unchanged.
     """
     try:
         yield
@@ -48,9 +62,11 @@ def inputs_explained(model: nn.Module, x: Tree, weights: Mapping[str, Tensor]) -
         if not _by_torch(error):
             raise
         each = f"{shown(x)} for each task"
-        raise ValueError(
+        raise MisfitError(
             f"the model cannot take inputs of shape {each}{_where(model, error.__traceback__)}: {_said(error)} "
-            f"{_cure_of_inputs(x, weights, str(error))}"
+            f"{_cure_of_inputs(x, weights, str(error))}",
+            innermost_module(model, error.__traceback__) or type(model).__name__,
+            error,
         ) from error
 
 
@@ -65,7 +81,7 @@ def targets_explained(predictions: Any, targets: Tree) -> Iterator[None]:
     Raises:
         TypeError: if the loss function needs targets and there are none; if the model does not return a single tensor
             and the loss function needs one.
-        ValueError: in place of torch's error. The loss function's own errors, and those of vmap, pass unchanged.
+        MisfitError: in place of torch's error. The loss function's own errors, and those of vmap, pass unchanged.
     """
     try:
         yield
@@ -88,7 +104,7 @@ def targets_explained(predictions: Any, targets: Tree) -> Iterator[None]:
         why = _about_float_labels(predictions, targets, str(error))
         if why is None:
             why = f": {_said(error)} {_cure_of_targets(predictions, targets, str(error))}"
-        raise ValueError(f"loss_fn cannot take {shapes}{why}") from error
+        raise MisfitError(f"loss_fn cannot take {shapes}{why}", "loss_fn", error) from error
 
 
 @contextmanager

@@ -10,9 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metamom.common.held import held
 from metamom.common.modules import named_buffers_of
@@ -22,18 +20,10 @@ from metamom.maml import carried_over
 from metamom.maml.heads import Watch
 from metamom.maml.misfits import check_output
 from metamom.maml.padding import cut_off, put_back
-from metamom.maml.plain_autograd import warm_starts
+from metamom.maml.plain_autograd import warm_starts, with_gradients_if_needed
 from metamom.maml.swapping import slots, swapped
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vmap_errors import unchanged
-
-# Found in the errors of torch.autograd.grad and of hooks on tensors that do not require gradients.
-WITHOUT_GRADIENTS = (
-    "does not require grad",
-    "doesn't require grad",
-    "Expected gradient function to be set",
-    "'NoneType' object has no attribute 'register_hook'",
-)
 
 
 class Masked(NamedTuple):
@@ -68,17 +58,18 @@ def of_one_task(
             sets = tuple(mapped(Tensor.clone, cut_off(*x) if isinstance(x, Masked) else x) for x in sets)
             weights.update((name, buffers[name].clone()) for name in scratch & buffers.keys())
         places = {name: w for name, w in weights.items() if name in found.places}
+        trainable = [name for name in places if found.tensors[name].requires_grad]
         moved = {name: w for name, w in places.items() if new and loop and name not in scratch and not is_tracing()}
 
         def with_weights(places: Params) -> Any:
             with (
                 swapped(found, places),
-                carried_over.refused(model) if new else nullcontext(),
+                carried_over.refused(model, {name: places[name] for name in trainable}) if new else nullcontext(),
                 unchanged(moved, model, loop=loop, closely=moved),
             ):
                 return held(over_sets(partial(call, target), sets))
 
-        out = _with_gradients_if_needed(with_weights, places, found.tensors) if loop else with_weights(places)
+        out = with_gradients_if_needed(with_weights, places, trainable) if loop else with_weights(places)
         check_output(model, out)
         if mask is not None:
             return put_back(out, mask)
@@ -96,24 +87,3 @@ def call(model: Callable[..., Any], x: Tree) -> Any:
 
 def copies(params: Params) -> Params:
     return {name: w.clone() for name, w in params.items()}
-
-
-def _with_gradients_if_needed(call: Callable[[Params], Any], places: Params, tensors: Params) -> Any:
-    """The output for one task, of a model that may differentiate inside its forward, or register hooks on tensors.
-
-    It can do so in a plain loop whether or not the caller wants gradients, since its parameters require them.
-    """
-    try:
-        return call(places)
-    except (RuntimeError, AssertionError, AttributeError) as error:
-        if not any(sign in str(error) for sign in WITHOUT_GRADIENTS):
-            raise
-    wanted = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        out = call(
-            {
-                name: w.detach().clone().requires_grad_() if tensors[name].requires_grad and not w.requires_grad else w
-                for name, w in places.items()
-            }
-        )
-    return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)

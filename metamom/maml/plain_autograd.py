@@ -4,22 +4,58 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from metamom.common.modules import modules_of, named_modules_of
+from metamom.maml.task_weights import Params
+
+# Found in the errors of torch.autograd.grad and of hooks on tensors that do not require gradients.
+WITHOUT_GRADIENTS = (
+    "does not require grad",
+    "doesn't require grad",
+    "Expected gradient function to be set",
+    "'NoneType' object has no attribute 'register_hook'",
+)
 
 _UNCOMPILED: ContextVar[bool] = ContextVar("uncompiled", default=False)
+
+
+def with_gradients_if_needed(call: Callable[[Params], Any], tensors: Params, names: Collection[str]) -> Any:
+    """``call(tensors)``, for a model or a loss that may differentiate inside, or register hooks on tensors.
+
+    It can do so in a plain loop whether or not the caller wants gradients, if its weights or predictions require them.
+
+    Args:
+        call: the model or the loss, as a function of the tensors.
+        tensors: by name.
+        names: those that require gradients in a plain loop.
+    """
+    try:
+        return call(tensors)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        if not any(sign in str(error) for sign in WITHOUT_GRADIENTS):
+            raise
+    wanted, named = torch.is_grad_enabled(), set(names)
+    with torch.inference_mode(False), torch.enable_grad():
+        out = call(
+            {
+                name: w.detach().clone().requires_grad_() if name in named and not w.requires_grad else w
+                for name, w in tensors.items()
+            }
+        )
+    return out if wanted else pytree.tree_map_only(Tensor, Tensor.detach, out)
 
 
 @contextmanager

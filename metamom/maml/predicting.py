@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metamom.common.held import held, released
 from metamom.common.trees import Tree, leaves, mapped
@@ -23,7 +24,7 @@ from metamom.maml.loss_state import OwnState
 from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
-from metamom.maml.plain_autograd import differentiable_twice
+from metamom.maml.plain_autograd import differentiable_twice, with_gradients_if_needed
 from metamom.maml.problem import Problem, names_in_loss
 from metamom.maml.run_by_task import Support
 from metamom.maml.swapping import alone, slots, swapped
@@ -110,9 +111,13 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
     def one_task(predicted: Tree, y: tuple[Tree, ...], mask: tuple[Tensor, ...], loop: bool) -> Tensor:
         if mask and loop:
             (predicted, y), mask = cut_off((predicted, y), mask[0]), (mask[0][mask[0]],)
-        loss = loss_fn(released(predicted), *y, **({"mask": mask[0]} if masked else {}))
-        check_loss(loss)
-        return loss
+
+        def value(predicted: Tree) -> Tensor:
+            loss = loss_fn(released(predicted), *y, **({"mask": mask[0]} if masked else {}))
+            check_loss(loss)
+            return loss
+
+        return _differentiable_in_predictions(value, predicted) if loop and not is_tracing() else value(predicted)
 
     module = problem.loss_fn if isinstance(problem.loss_fn, nn.Module) else None
     args = predicted, () if y is None else (y,), () if mask is None else (mask,)
@@ -154,6 +159,17 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
             "for each."
         )
     return found
+
+
+def _differentiable_in_predictions(value: Callable[[Tree], Tensor], predicted: Tree) -> Tensor:
+    """A loss that may differentiate with respect to predictions, as gradient penalties do, also without gradients."""
+    found, form = pytree.tree_flatten(predicted)
+    tensors = {str(i): x for i, x in enumerate(found)}
+    names = [name for name, x in tensors.items() if x.is_floating_point() or x.is_complex()]
+    loss: Tensor = with_gradients_if_needed(
+        lambda given: value(pytree.tree_unflatten(list(given.values()), form)), tensors, names
+    )
+    return loss
 
 
 def _with_parameters(

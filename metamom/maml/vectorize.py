@@ -15,6 +15,7 @@ from metamom.common.held import numbers_as_tensors
 from metamom.compile.tracing import is_tracing
 from metamom.maml.batched import over_tasks
 from metamom.maml.draws import rewinder
+from metamom.maml.misfits import MisfitError
 from metamom.maml.vmap_errors import VmapError
 
 Vectorize = Literal["auto", "vmap", "loop"]
@@ -45,10 +46,18 @@ class Vectorization:
     def attempt(self, parts: Collection[Part], compute: Callable[[], Result]) -> Result:
         """Call ``compute``, which asks `loops` how to run each part. If vmap cannot batch it, loop and call it again.
 
+        Not all errors of vmap can be told from those about data that does not fit. If the loop fails too, they are.
+
         Raises:
-            ValueError: if vmap cannot batch it, with ``"vmap"``.
-            Exception: the loop's own error, if the loop fails too.
+            ValueError: if vmap cannot batch it, with ``"vmap"``; if data does not fit.
+            Exception: otherwise the loop's own error, if the loop fails too.
         """
+        try:
+            return self._attempt(parts, compute)
+        except MisfitError as error:
+            raise ValueError(str(error)) from error.__cause__
+
+    def _attempt(self, parts: Collection[Part], compute: Callable[[], Result]) -> Result:
         if self.vectorize != "auto" or is_tracing() or self.loops(*parts):
             return compute()
         rewind = None if self._vmapped.issuperset(parts) else rewinder()  # which takes time
@@ -56,21 +65,23 @@ class Vectorization:
             found = compute()
             self._vmapped.update(parts)
             return found
-        except VmapError as error:
-            refusal = error
+        except (VmapError, MisfitError) as error:
+            refusal: VmapError | MisfitError = error
         if rewind is not None:
             rewind()
         added = set(parts) - self.looped
         self.looped |= added
         try:
             found = compute()
-        except BaseException:
+        except BaseException as error:
             self.looped -= added
+            if isinstance(refusal, MisfitError) and isinstance(error, ValueError):
+                raise refusal from refusal.__cause__  # not the loop's error
             raise
         self._warn(refusal, {name for name, _ in added})
         return found
 
-    def _warn(self, refusal: VmapError, names: set[str]) -> None:
+    def _warn(self, refusal: VmapError | MisfitError, names: set[str]) -> None:
         """Warn that these parts are slow, once for each."""
         if names <= self._warned:
             return

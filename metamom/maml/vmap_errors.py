@@ -145,7 +145,7 @@ def _where(model: nn.Module, other: str | None, error: Exception) -> str:
     """What raised an error: ``other``, or the innermost module that led to it."""
     if other is not None:
         return other
-    return _innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
+    return innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
 
 
 def gist(text: str) -> str:
@@ -213,7 +213,8 @@ def modules_in(model: nn.Module, trace: TracebackType | None) -> Iterator[tuple[
         trace = trace.tb_next
 
 
-def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str | None:
+def innermost_module(model: nn.Module, trace: TracebackType | None) -> str | None:
+    """The innermost module whose call led to an error: its name and class."""
     found = None
     for name, module, _ in modules_in(model, trace):
         found = f"module {name!r} ({type(module).__name__})" if name else f"{type(module).__name__} itself"
