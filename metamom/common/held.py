@@ -6,7 +6,9 @@ such outputs are trees in which only tensors are leaves, so that vmap and stacki
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import dataclass, fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a dataclass, or the items of a dict of another class.
+    """The fields of a dataclass or a namespace, or the items of a dict of another class.
 
     Attributes:
         kind: the class.
@@ -93,8 +95,10 @@ def _held(leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, PLAIN):
         return Constant(leaf)
-    if isinstance(leaf, dict):  # of a class that PyTorch does not know; a dataclass may be one too
+    if isinstance(leaf, (dict, UserDict)):  # of a class that PyTorch does not know; a dataclass may be one too
         return Fields(type(leaf), {name: held(each) for name, each in leaf.items()})
+    if type(leaf) is SimpleNamespace:
+        return Fields(SimpleNamespace, {name: held(each) for name, each in vars(leaf).items()})
     if is_dataclass(leaf) and not isinstance(leaf, type):
         given = {each.name: getattr(leaf, each.name) for each in fields(leaf) if each.init}
         return Fields(type(leaf), {name: held(each) for name, each in given.items()})
@@ -107,4 +111,4 @@ def _released(node: Any) -> Any:
     if not isinstance(node, Fields):
         return node
     items = {name: released(each) for name, each in node.items.items()}
-    return node.kind(**items) if is_dataclass(node.kind) else node.kind(items)
+    return node.kind(**items) if is_dataclass(node.kind) or node.kind is SimpleNamespace else node.kind(items)

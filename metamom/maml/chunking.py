@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metamom.batch import TaskBatch
 from metamom.common.choices import ChunkSize as ChunkSize
@@ -90,6 +91,9 @@ def _with_storage(tensor: Tensor) -> Sequence[Tensor]:
     """The tensors whose memory holds it: none for zeros that are not stored, as the tangents of constants."""
     if tensor._is_zerotensor():
         return ()
+    if is_traceable_wrapper_subclass(outer := cast(Any, tensor)):  # such as nested tensors
+        names, _ = outer.__tensor_flatten__()
+        return [part for name in names for part in _with_storage(getattr(outer, name))]
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -107,6 +107,7 @@ def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
     """Remove tensors that these modules leave in attributes, and yield those that do. Use this under `alone`.
 
     This includes tensors in lists, tuples and dicts. Tensors from inside vmap cannot be used, copied or saved later.
+    It also includes weak references, by which recurrent layers know whether their list of weights is still right.
     """
     before = [(module, dict(module.__dict__), _contents(module)) for module in modules]
     found: set[nn.Module] = set()
@@ -118,7 +119,7 @@ def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
                 had = contents.get(name, ())
                 if value is attributes.get(name) and (name not in contents or _is_same(value, had)):
                     continue
-                if name not in _REGISTERED and any(isinstance(item, Tensor) for item in _held(value)):
+                if name not in _REGISTERED and any(isinstance(item, (Tensor, ref)) for item in _held(value)):
                     found.add(module)
                     del module.__dict__[name]
             for name in attributes.keys() - module.__dict__.keys():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from as_in_a_loop import Given
-from problems import regression_batch
-from slow_maml import adapt_by_copies, called_with, weights_of
+from problems import assert_close, regression_batch
+from slow_maml import adapt_by_copies, called_with, slow_meta_gradient, weights_of
 from small_models import Of
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -118,3 +118,32 @@ def test_a_loss_that_differentiates_can_be_evaluated(vectorize):
             torch.testing.assert_close(found.values[steps, t], expected, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(learner.losses(BATCH), found.values[1], rtol=1e-10, atol=1e-12)
+
+
+class Recurrent(nn.Module):
+    """A recurrent body that trains, and a head that adapts."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.body, self.head = layer(4, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:module 'body'")
+@pytest.mark.parametrize("vectorize", ["auto", "loop"])
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_the_head_of_a_recurrent_body_adapts(layer, vectorize):
+    """All tasks share the body's weights; a recurrent layer used its own ones from the second task on."""
+    torch.manual_seed(0)
+    model = Recurrent(layer).double()
+    adapted = ["head.weight", "head.bias"]
+    expected, losses = slow_meta_gradient(model, F.mse_loss, BATCH, steps=2, inner_lr=ALPHA, adapted=adapted)
+    references = list(model.body._flat_weight_refs)
+    learner = MAML(model, F.mse_loss, inner_lr=ALPHA, inner_steps=2, adapt=["head"], vectorize=vectorize)
+    for _ in range(2):
+        found = learner.meta_gradient(BATCH)
+        torch.testing.assert_close(found.losses, losses, rtol=1e-10, atol=1e-12)
+        assert_close({name: grad[0] for name, grad in found.grads.items()}, expected, 1e-10)
+    assert all(a is b for a, b in zip(references, model.body._flat_weight_refs, strict=True))

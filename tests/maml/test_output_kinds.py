@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,14 +55,16 @@ FORMS = {
     "dataclass": lambda z: Output(z, hidden_states=(z, [z, None]), points=len(z)),
     "frozen dataclass": lambda z: Frozen(z),
     "dict of another class": lambda z: Attributes(logits=z, loss=None),
+    "dict around another one": lambda z: UserDict(logits=z, loss=None),
     "named tuple": lambda z: Named(z, None),
+    "namespace": lambda z: SimpleNamespace(logits=z, loss=None, hidden_states=(z, None)),
     "nested": lambda z: {"logits": z, "inner": Frozen({"z": z}), "more": (None, "text", True, z.shape, z.dtype)},
 }
 BATCH = labelled_batch(4, tasks=3, support=4, queries=5)
 
 
 def logits_of(out: Any) -> Tensor:
-    return out["logits"] if isinstance(out, dict) else out.logits
+    return out["logits"] if isinstance(out, (dict, UserDict)) else out.logits
 
 
 def loss_of(out: Any, y: Tensor) -> Tensor:

@@ -241,3 +241,16 @@ def test_results_that_are_not_tensors_are_named(vectorize):
     model = of(lambda self, x: {"loss": None, "logits": self.c(self.a(x)), "cache": object(), "more": {1}})
     with pytest.raises(TypeError, match=r"\[N, ...\]; got a dict that holds a set, an object\. A tuple"):
         gradient(model, vectorize)
+
+
+def jagged(self, x: Tensor) -> Tensor:
+    z = torch.nested.nested_tensor_from_jagged(self.a(x), offsets=torch.tensor([0, 2, len(x)]))
+    return self.c((torch.tanh(z) * z).values())
+
+
+@pytest.mark.parametrize("vectorize", RUNS)
+def test_nested_tensors_have_first_derivatives(vectorize):
+    """Their memory is measured too, which is that of the tensors within."""
+    plain = of(lambda self, x: self.c(torch.tanh(self.a(x)) * self.a(x)))
+    expected = meta_gradient_by_copies(plain, F.mse_loss, BATCH, steps=2, inner_lr=ALPHA, first_order=True)
+    assert_close(gradient(of(jagged), vectorize, estimator="first-order"), expected, 1e-10)
