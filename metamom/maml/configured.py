@@ -36,7 +36,7 @@ from metamom.maml.problem import Problem, trainable
 from metamom.maml.proximal import Proximal, ProximalLike, as_proximal, check_proximal
 from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
-from metamom.maml.selection import selected
+from metamom.maml.selection import other_names, selected
 from metamom.maml.server_step import Backward as Backward
 from metamom.maml.solves import Solves
 from metamom.maml.step_norms import StepNorms, check_step_norms
@@ -133,7 +133,7 @@ class Configured(nn.Module):
         if check_flag("step_norms", step_norms):
             check_step_norms(self.estimator)
             self.norms_by_step = StepNorms(self.model, steps)
-        self.adapted = selected(self._adapt, self._movable(), self._by_step())
+        self.adapted = self._selected(self._movable())
         moved, positive = {name: weights[name] for name in self.adapted}, check_flag("positive_inner_lr", positive)
         self.step_sizes = StepSizes(inner_lr, moved, learn, steps, positive)
 
@@ -290,7 +290,7 @@ class Configured(nn.Module):
         if self.vectorize == "vmap":
             check_hooks(self.model)
         parameters = self._movable()
-        adapted = selected(self._adapt, parameters, self._by_step())
+        adapted = self._selected(parameters)
         if adapted != self.adapted:
             self.step_sizes.follow({name: parameters[name] for name in adapted})
             if self.memory is not None:
@@ -307,6 +307,12 @@ class Configured(nn.Module):
         """The model's parameters that inner steps may move."""
         given = self._by_step()
         return {name: p for name, p in named(self.model).items() if p.requires_grad and name not in given}
+
+    def _selected(self, movable: Params) -> tuple[str, ...]:
+        """The names of the parameters that inner steps move."""
+        with alone(self.model):
+            others = other_names(self.model)
+        return selected(self._adapt, movable, self._by_step(), others)
 
     def _by_step(self) -> frozenset[str]:
         """The model's parameters that are learned for each inner step instead."""

@@ -147,3 +147,25 @@ def test_the_head_of_a_recurrent_body_adapts(layer, vectorize):
         torch.testing.assert_close(found.losses, losses, rtol=1e-10, atol=1e-12)
         assert_close({name: grad[0] for name, grad in found.grads.items()}, expected, 1e-10)
     assert all(a is b for a, b in zip(references, model.body._flat_weight_refs, strict=True))
+
+
+class Tied(nn.Module):
+    """A head whose weight is the body's too, and stands there first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.head.weight, self.last = self.body.weight, nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.head(torch.tanh(self.body(x))))
+
+
+@pytest.mark.parametrize("adapt", [["head", "last.bias"], ["head.weight", "last.bias"], ["body.weight", "last.bias"]])
+def test_a_tied_weight_adapts_by_any_of_its_names(adapt):
+    torch.manual_seed(0)
+    model, adapted = Tied().double(), ["body.weight", "last.bias"]
+    expected, losses = slow_meta_gradient(model, F.mse_loss, BATCH, steps=2, inner_lr=ALPHA, adapted=adapted)
+    found = MAML(model, F.mse_loss, inner_lr=ALPHA, inner_steps=2, adapt=adapt).meta_gradient(BATCH)
+    torch.testing.assert_close(found.losses, losses, rtol=1e-10, atol=1e-12)
+    assert_close({name: grad[0] for name, grad in found.grads.items()}, expected, 1e-10)
