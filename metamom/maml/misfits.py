@@ -29,6 +29,8 @@ OF_ARRAYS = "out of bounds for axis"
 # Found in torch's messages about a row that a table does not have.
 LOOKUPS = ("out of bounds", "index out of range", "tried to access index", "valid range", "num_embeddings")
 
+ONE_POINT = "more than 1 value per channel"  # in what batch normalisation says
+
 
 class MisfitError(ValueError):
     """An error of PyTorch about data that a model or a loss cannot take, or about vmap, whose errors are of many kinds.
@@ -191,6 +193,11 @@ def _where(model: nn.Module, trace: TracebackType | None) -> str:
 
 def _cure_of_inputs(x: Tree, weights: Mapping[str, Tensor], said: str) -> str:
     """What to do about inputs; of a tree, about the first tensor that is on another device or of another dtype."""
+    if ONE_POINT in said:
+        return (
+            "A set of one point has no variance: give each set more points, or normalise otherwise, by running "
+            'statistics (norm="frozen") or GroupNorm.'
+        )
     if not isinstance(x, Tensor):
         if "argument" in said:
             return (

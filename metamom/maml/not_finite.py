@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
 from metamom.bias import NonFiniteError
 from metamom.bias.checks import all_finite
 from metamom.common.diverged import DivergedError
+from metamom.common.modules import named_buffers_of, named_parameters_of
 from metamom.maml.draws import Step
 from metamom.maml.inner_loop import trajectory
 from metamom.maml.plan import Plan
 from metamom.maml.predicting import losses, predictions
-from metamom.maml.problem import start_of
+from metamom.maml.problem import Problem, start_of
 from metamom.maml.task_weights import Params
 
 SMALLER_LR = "Try a smaller lr, or clipped gradients (bias=Clip(1.0))."
@@ -62,6 +63,19 @@ def _reason(plan: Plan, weights: Params, batch: TaskBatch, query_losses: Tensor,
     return f"{where}{_of_task(plan, weights, batch.part(bad[0], bad[0] + 1))}"
 
 
+def _not_trained(problem: Problem, weights: Params) -> list[str]:
+    """The names of buffers and frozen parameters with NaN. Infinite ones are common, as in masks of attention."""
+    found: list[str] = []
+    for place, module in (("", problem.model), ("loss_fn.", problem.loss_fn)):
+        tensors = {**named_parameters_of(module), **named_buffers_of(module)} if isinstance(module, nn.Module) else {}
+        found += [place + name for name, x in tensors.items() if place + name not in weights and _has_nan(x)]
+    return found
+
+
+def _has_nan(x: Tensor) -> bool:
+    return x.layout is torch.strided and bool(x.isnan().any())
+
+
 def _of_task(plan: Plan, weights: Params, one: TaskBatch) -> str:
     """Why the query loss of a task is not finite: adapt to it again, step by step."""
     problem, term = plan.problem, plan.cut(one)[0]
@@ -92,6 +106,11 @@ def _of_task(plan: Plan, weights: Params, one: TaskBatch) -> str:
                 f": the inner steps are too large. Its loss is {before:.4g} before them, and not finite after "
                 f"{number}{of_size}. Try a smaller inner_lr."
             )
+    if kept := _not_trained(problem, weights):
+        return (
+            f", and not because of the inner steps: tensors that are not trained hold NaN: {', '.join(kept)}. Compute "
+            "or load these buffers and frozen parameters again."
+        )
     return (
         ", and not because of the inner steps: the weights have grown too large, or the loss is not finite for some "
         f"predictions (the logarithm of 0). {SMALLER_LR}"

@@ -69,7 +69,16 @@ ONE_LOSS = ("loss_fn must return a differentiable 0-d tensor", "without float() 
 A_TENSOR = "where one tensor of predictions [N, ...] is wanted. Wrap it in a module that returns that tensor alone"
 
 
+def of_one_point() -> object:
+    model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    one = V._replace(support_x=V.support_x[:, :1], support_y=V.support_y[:, :1])
+    return MAML(model, F.mse_loss).backward(one)
+
+
 MISTAKES = {
+    "one point to normalise": Mistake(
+        of_one_point, ValueError, ("module '1', BatchNorm1d", "more points", 'norm="frozen"', "GroupNorm")
+    ),
     # labels and targets
     "labels too large": Mistake(
         labels(lambda y: y + 4), ValueError, ("3 outputs (ways)", "must be in 0..2; got 4..6", "from 0")

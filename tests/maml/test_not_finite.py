@@ -130,6 +130,31 @@ def test_weights_that_are_not_finite(bias):
     )
 
 
+class Scaled(nn.Module):
+    """Predictions, or a loss, times a buffer and a frozen parameter."""
+
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*inner)
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.frozen = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        of = self.inner(x) if y is None else (x - y).square().mean()
+        return of * self.scale * self.frozen
+
+
+@pytest.mark.parametrize("name", ["scale", "frozen"])
+@pytest.mark.parametrize("of_loss", [False, True])
+def test_nan_in_what_is_not_trained_is_named(bias, of_loss, name):
+    model, loss = Scaled(nn.Linear(1, 1)), Scaled()
+    learner = MAML(model, loss, inner_lr=0.1)
+    learner.backward(V, bias=bias)
+    learner.zero_grad()
+    getattr(loss if of_loss else model, name).fill_(math.nan)
+    refused(learner, V, rf"not trained hold NaN: {'loss_fn.' if of_loss else ''}{name}\. Compute or load", bias=bias)
+
+
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_inner_steps_that_are_too_large(bias, inner_steps, vectorize):
