@@ -30,7 +30,8 @@ from metamom.maml.layouts_by_task import in_layout
 from metamom.maml.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.vmap_errors import VmapError
 from metamom.maml.written_losses import WRITTEN
-from metamom.nets.functions import FastFunctions, on_any_layout
+from metamom.nets.channels_last import on_any_layout
+from metamom.nets.functions import FastFunctions
 
 
 class FunctionsByTask(TorchFunctionMode):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from metamom.common.choices import Norm
 from metamom.common.modules import modules_of
-from metamom.nets.functions import differentiated
+from metamom.nets.inside_vmap import differentiated
 from metamom.nets.layers import batch_norm_relu
 from metamom.nets.statistics import uncounted
 

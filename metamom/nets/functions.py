@@ -2,12 +2,12 @@
 
 They are called under `torch.func.vmap` in place of PyTorch's, on a CPU. Convolutions and normalisations become the
 operators of `metamom.nets.convolution` and `metamom.nets.normalisation`. A ReLU or max-pooling of normalised
-activations becomes part of the normalisation.
+activations becomes part of the normalisation. Other poolings are in `metamom.nets.channels_last`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metamom.nets import cells
+from metamom.nets.channels_last import ChannelsLastFunctions, as_group, as_images, pair
+from metamom.nets.channels_last import on_any_layout as on_any_layout
 from metamom.nets.convolution import convolve
+from metamom.nets.inside_vmap import differentiated, suitable, version
 from metamom.nets.kernels.convolutions import Geometry
 from metamom.nets.linear import bilinear, linear
 from metamom.nets.normalisation import Normalised, Pooling, normalise
-from metamom.nets.pooling import Averages, Windows, average, maximum, mean
 from metamom.nets.rows import weight_norm
-
-DTYPES = (torch.float32, torch.float64)
 
 
 class _Made(NamedTuple):
@@ -34,66 +34,7 @@ class _Made(NamedTuple):
     version: int
 
 
-class _OnChannelsLast:
-    """Functions that PyTorch or vmap would copy to another layout.
-
-    Attributes:
-        seen: whether a call has been replaced.
-    """
-
-    def __init__(self) -> None:
-        self.seen = False
-
-    def avg_pool2d(
-        self,
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Tensor:
-        """`torch.nn.functional.avg_pool2d`."""
-        if not _is_channels_last(input):
-            args = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-            pooled: Tensor = on_any_layout(F.avg_pool2d, (input, *args), {})
-            return pooled
-        self.seen = True
-        steps = kernel_size if stride is None or stride == [] else stride
-        kernel, step, around = (list(_pair(each)) for each in (kernel_size, steps, padding))
-        windows = Averages(kernel, step, around, ceil_mode, count_include_pad, divisor_override)
-        return _images(average(_group(input), windows))
-
-    def adaptive_avg_pool2d(self, input: Tensor, output_size: Any) -> Tensor:
-        """`torch.nn.functional.adaptive_avg_pool2d`, which vmap takes task by task for channels-last images."""
-        if output_size in (1, (1, 1), [1, 1]) and input.dim() in (3, 4):
-            return self.mean(input, (-2, -1), keepdim=True)
-        pooled: Tensor = on_any_layout(F.adaptive_avg_pool2d, (input, output_size), {})
-        return pooled
-
-    def mean(self, input: Tensor, *args: Any, **options: Any) -> Tensor:
-        """`torch.mean`, of each image and channel or of anything else."""
-        dim = args[0] if args else options.get("dim")
-        plain = len(args) < 3 and options.keys() <= {"dim", "keepdim"}
-        if not plain or not isinstance(dim, (tuple, list)) or not _is_channels_last(input) or not _are_sides(dim):
-            every: Tensor = torch.mean(input, *args, **options)
-            return every
-        self.seen = True
-        found = mean(_group(input)).squeeze(0)
-        keepdim = args[1] if len(args) > 1 else options.get("keepdim", False)
-        return found[:, :, None, None] if keepdim else found
-
-    def cat(self, tensors: Any, *args: Any, **options: Any) -> Tensor:
-        """`torch.cat`, which under vmap copies channels-last images to the other layout."""
-        dim = args[0] if args else options.get("dim", options.get("axis", 0))
-        if dim not in (1, -3) or "out" in options or len(tensors) == 0 or not all(map(_is_channels_last, tensors)):
-            return torch.cat(tensors, *args, **options)
-        self.seen = True
-        return torch.cat([x.permute(0, 2, 3, 1) for x in tensors], 3).permute(0, 3, 1, 2)
-
-
-class FastFunctions(_OnChannelsLast):
+class FastFunctions(ChannelsLastFunctions):
     """The replacements during one call of a model.
 
     Attributes:
@@ -167,7 +108,7 @@ class FastFunctions(_OnChannelsLast):
         if _frozen(input, weight, bias):
             return F.conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
         own_bias = None if bias is None else bias.unsqueeze(0)
-        return _images(convolve(_group(input), weight.unsqueeze(0), own_bias, geometry))
+        return as_images(convolve(as_group(input), weight.unsqueeze(0), own_bias, geometry))
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`torch.nn.functional.linear`."""
@@ -179,14 +120,14 @@ class FastFunctions(_OnChannelsLast):
 
     def bilinear(self, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`torch.nn.functional.bilinear`."""
-        if not _suitable(input1, input2, weight):
+        if not suitable(input1, input2, weight):
             return F.bilinear(input1, input2, weight, bias)
         self.seen = True
         return bilinear(input1, input2, weight, bias)
 
     def weight_norm(self, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
         """`torch._weight_norm`, of `torch.nn.utils.parametrizations.weight_norm`."""
-        found = weight_norm(v, g, dim) if _suitable(v, g) else None
+        found = weight_norm(v, g, dim) if suitable(v, g) else None
         if found is None:
             return torch._weight_norm(v, g, dim)
         self.seen = True
@@ -204,14 +145,14 @@ class FastFunctions(_OnChannelsLast):
         eps: float = 1e-5,
     ) -> Tensor:
         """`torch.nn.functional.batch_norm`."""
-        own = weight is not None and bias is not None and _suitable(input, weight, bias)
+        own = weight is not None and bias is not None and suitable(input, weight, bias)
         statistics = training and running_mean is None and running_var is None  # of this batch
         if not (own and statistics and input.dim() == 4 and input.numel() > input.shape[1]):
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         assert weight is not None
         assert bias is not None
         self.seen = True
-        return self._keep(normalise(_group(input), weight.unsqueeze(0), bias.unsqueeze(0), eps))
+        return self._keep(normalise(as_group(input), weight.unsqueeze(0), bias.unsqueeze(0), eps))
 
     def instance_norm(
         self,
@@ -247,7 +188,7 @@ class FastFunctions(_OnChannelsLast):
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sets: int
     ) -> Tensor | None:
         """Images normalised by statistics of their own; ``None`` if PyTorch must do it (or raise its error)."""
-        if (weight is None) != (bias is None) or input.dim() != 4 or not _suitable(input, *_present(weight, bias)):
+        if (weight is None) != (bias is None) or input.dim() != 4 or not suitable(input, *_present(weight, bias)):
             return None
         N, C, H, W = input.shape
         if N == 0 or sets < 0 or (sets and C % sets) or C // (sets or C) * H * W < 2:
@@ -281,19 +222,12 @@ class FastFunctions(_OnChannelsLast):
         return_indices: bool = False,
     ) -> Any:
         """`torch.nn.functional.max_pool2d`."""
-        made = self._normalised(input)
+        made = None if return_indices else self._normalised(input)
+        if made is None:
+            return super().max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         steps = kernel_size if stride is None or stride == [] else stride
-        if made is None and not return_indices and _is_channels_last(input) and differentiated(input):
-            self.seen = True
-            kernel, step, around, apart = (list(_pair(each)) for each in (kernel_size, steps, padding, dilation))
-            return _images(maximum(_group(input), Windows(kernel, step, around, apart, ceil_mode)))
-        if made is None or return_indices:
-            pool = F.max_pool2d_with_indices if return_indices else F.max_pool2d
-            if made is None and input.dim() == 4 and _suitable(input) and not differentiated(input):
-                input = _channels_last(input)
-            return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
-        windows = [n for each in (kernel_size, steps, padding, dilation) for n in _pair(each)]
-        return _images(made.pooled(Pooling(windows, ceil_mode)))
+        windows = [n for each in (kernel_size, steps, padding, dilation) for n in pair(each)]
+        return as_images(made.pooled(Pooling(windows, ceil_mode)))
 
     def lstm_cell(
         self,
@@ -317,62 +251,24 @@ class FastFunctions(_OnChannelsLast):
             return None
         if inplace:  # PyTorch's own, but a pooling of it is still part of the normalisation
             out = F.leaky_relu(input, slope, inplace=True) if slope else F.relu(input, inplace=True)
-            self._hold(out, made._replace(value=_group(out.detach()).view_as(made.value), slope=slope))
+            self._hold(out, made._replace(value=as_group(out.detach()).view_as(made.value), slope=slope))
             return out
         return self._keep(made.activated(slope))
 
     def _keep(self, normalised: Normalised) -> Tensor:
-        out = _images(normalised.value)
+        out = as_images(normalised.value)
         self._hold(out, normalised)
         return out
 
     def _hold(self, out: Tensor, normalised: Normalised) -> None:
-        version = _version(out)
-        if version is not None:
-            self._made[out] = _Made(normalised, version)
+        changes = version(out)
+        if changes is not None:
+            self._made[out] = _Made(normalised, changes)
 
     def _normalised(self, tensor: Any) -> Normalised | None:
         """The normalised activations that a tensor holds."""
         made: _Made | None = self._made[tensor] if isinstance(tensor, Tensor) and tensor in self._made else None
-        return made.normalised if made is not None and made.version == _version(tensor) else None
-
-
-def on_any_layout(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a function of PyTorch. Some do not take the channels-last images of the functions above under vmap."""
-    try:
-        return func(*args, **kwargs)
-    except RuntimeError as error:
-        if "querying is_contiguous inside of vmap" not in str(error):
-            raise
-    plain = [x.contiguous() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
-    return func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
-
-
-def _group(images: Tensor) -> Tensor:
-    """``[N, C, H, W]`` as one group, ``[1, N, H, W, C]``."""
-    return images.permute(0, 2, 3, 1).unsqueeze(0)
-
-
-def _images(group: Tensor) -> Tensor:
-    """``[1, N, H, W, C]``, or ``[N, 1, H, W, C]``, as ``[N, C, H, W]``."""
-    return group.squeeze(0 if group.shape[0] == 1 else 1).permute(0, 3, 1, 2)
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    """The same images in the layout in which PyTorch's poolings are fast; its convolutions are slower in it."""
-    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-def _is_channels_last(input: Any) -> bool:
-    """Whether images ``[N, C, H, W]`` of one task, inside vmap, lie in memory as ``[N, H, W, C]``."""
-    if not isinstance(input, Tensor) or input.dim() != 4 or not torch._C._functorch.is_batchedtensor(input):
-        return False
-    return _suitable(input) and input.numel() > 0 and input.shape[1] > 1 and input.stride(1) == 1
-
-
-def _are_sides(dim: Sequence[Any]) -> bool:
-    """Whether these are the axes of height and width of images ``[N, C, H, W]``."""
-    return sorted(axis % 4 if isinstance(axis, int) else -1 for axis in dim) == [2, 3]
+        return made.normalised if made is not None and made.version == version(tensor) else None
 
 
 def _frozen(input: Tensor, *weights: Tensor | None) -> bool:
@@ -381,28 +277,16 @@ def _frozen(input: Tensor, *weights: Tensor | None) -> bool:
     return shared and not differentiated(input, *weights)
 
 
-def differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a gradient in one of these tensors, which may be inside vmap, may be wanted."""
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 def _geometry(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Geometry | None:
     """How the kernel moves, or ``None`` if PyTorch must do it (or raise its error)."""
     given = (input, weight) if bias is None else (input, weight, bias)
-    if input.dim() != 4 or weight.dim() != 4 or not _suitable(*given) or input.numel() == 0:
+    if input.dim() != 4 or weight.dim() != 4 or not suitable(*given) or input.numel() == 0:
         return None
     if input.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         return None
-    steps, dilations, kernel = _pair(stride), _pair(dilation), weight.shape[2:]
+    steps, dilations, kernel = pair(stride), pair(dilation), weight.shape[2:]
     if padding == "valid":
         padding = 0
     elif isinstance(padding, str):
@@ -410,32 +294,10 @@ def _geometry(
         if padding != "same" or any(span % 2 for span in spans) or steps != (1, 1):
             return None
         padding = tuple(span // 2 for span in spans)
-    geometry = Geometry(steps, _pair(padding), dilations, groups)
+    geometry = Geometry(steps, pair(padding), dilations, groups)
     valid = min(*steps, *dilations) >= 1 and min(geometry.padding) >= 0
     return geometry if valid and min(geometry.size(input.shape[2:], kernel)) >= 1 else None
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
-
-
-def _suitable(*tensors: Tensor) -> bool:
-    first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in DTYPES
-        and not torch.is_autocast_enabled("cpu")
-        and all(x.dtype is first.dtype and x.device == first.device for x in tensors)
-    )
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
-    return int(first), int(second)
-
-
-def _version(tensor: Tensor) -> int | None:
-    """The number of changes in place so far, of the tensor or of any view of it; unknown in inference mode."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return None if tensor.is_inference() else tensor._version
