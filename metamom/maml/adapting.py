@@ -11,24 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamom.common.checks import check_whole
 from metamom.common.choices import Norm
 from metamom.common.held import held, released
-from metamom.common.trees import Tree, count, lone
-from metamom.maml.batch_checks import check_adapted, check_mask, check_set
+from metamom.common.trees import Tree, lone
+from metamom.maml.batch_checks import check_adapted, check_mask
 from metamom.maml.configured import Configured
-from metamom.maml.estimators import InnerBatch
-from metamom.maml.features import shared
 from metamom.maml.fitting import fit_and_predict, fitted, refuse_one_task
-from metamom.maml.inner_loop import trajectory
 from metamom.maml.metrics import accuracy
 from metamom.maml.modes import differentiable, out_of_inference
-from metamom.maml.predicting import losses, predictions
-from metamom.maml.problem import Problem, start_of
+from metamom.maml.predicting import losses
 from metamom.maml.run_by_task import Support
-from metamom.maml.step_norms import after
 from metamom.maml.swapping import named
 from metamom.maml.task_weights import Params, Start
+from metamom.maml.whole_sets import adaptations, predicted
 
 
 class Adapting(Configured):
@@ -54,11 +49,10 @@ class Adapting(Configured):
         """
         with out_of_inference():
             refuse_one_task(self, support_x, support_y)
-            whole, along = _whole(support_x, support_y, mask, self.inner_steps if steps is None else steps)
-            problem, rows = self._problem(), {name: p.unsqueeze(0) for name, p in self.meta_parameters().items()}
-            start = start_of(problem, rows, count(support_x), whole)
-            *_, adapted = trajectory(problem, start, along, keep_graph=torch.is_grad_enabled())
-            return {**adapted, **after(start.norms, len(along))}
+            steps, keep_graph = self.inner_steps if steps is None else steps, torch.is_grad_enabled()
+            problem, weights = self._problem(), self.meta_parameters()
+            *_, adapted = adaptations(problem, weights, support_x, support_y, steps, mask, keep_graph=keep_graph)
+            return adapted
 
     def fit(self, support_x: Tree, support_y: Tree, steps: int | None = None, *, norm: Norm | None = None) -> nn.Module:
         """Adapt to one task, and return the adapted model as a module of its own.
@@ -122,18 +116,8 @@ class Adapting(Configured):
         self, support_x: Tree, support_y: Tree, *, steps: int, mask: Tensor | None = None
     ) -> Iterator[Params]:
         """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
-        return self._trajectory(self._problem(), support_x, support_y, steps, mask)
-
-    def _trajectory(
-        self, problem: Problem, support_x: Tree, support_y: Tree, steps: int, mask: Tensor | None = None
-    ) -> Iterator[Params]:
-        """See `trajectory`."""
         with out_of_inference():
-            whole, along = _whole(support_x, support_y, mask, steps)
-            rows = {n: p.detach().unsqueeze(0) for n, p in self.meta_parameters().items()}
-            start = start_of(problem, rows, count(support_x), whole)
-            found = trajectory(problem, start, along, keep_graph=False)
-            return ({**own, **after(start.norms, step)} for step, own in enumerate(found))
+            return adaptations(self._problem(), self.meta_parameters(), support_x, support_y, steps, mask)
 
     def predict(
         self,
@@ -159,12 +143,7 @@ class Adapting(Configured):
         check_adapted(params, x, named(self.model))
         check_mask("query", x, mask)
         support = self._support(params, support_x, support_mask)
-        return released(self._predict(self._problem(), params, x, mask, support))
-
-    def _predict(self, problem: Problem, params: Params, x: Tree, mask: Tensor | None, support: Support | None) -> Any:
-        """See `predict`."""
-        start, x = Start(params, {}, {}, {}), differentiable(x)
-        return predictions(problem, start, params, x, mask, support=support, features=shared())
+        return released(predicted(self._problem(), params, x, mask, support))
 
     def judge(
         self, params: Params, predictions: Tree, y: Tree, mask: Tensor | None = None
@@ -208,12 +187,3 @@ class Adapting(Configured):
         if scores is None:
             return None
         return accuracy(scores, labels, self._readings.of(self.loss_fn, scores, labels), mask)
-
-
-def _whole(support_x: Tree, support_y: Tree, mask: Tensor | None, steps: int) -> tuple[InnerBatch, list[InnerBatch]]:
-    """An inner batch of all support points, and the same for every step."""
-    steps = check_whole("the number of inner steps", steps, 0)
-    check_set("support", support_x, support_y, empty=steps == 0)
-    check_mask("support", support_x, mask)
-    whole = InnerBatch(differentiable(support_x), differentiable(support_y), None, mask)
-    return whole, [whole] * steps

@@ -32,9 +32,8 @@ from metamom.maml.model_checks import check_hooks, check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.plan import Plan
-from metamom.maml.problem import Problem, trainable
+from metamom.maml.problem import PLAIN, Problem, Rule, trainable
 from metamom.maml.proximal import Proximal, ProximalLike, as_proximal, check_proximal
-from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.selection import other_names, selected
 from metamom.maml.server_step import Backward as Backward

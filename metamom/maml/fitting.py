@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from metamom.common.choices import Norm
 from metamom.common.held import released
 from metamom.common.trees import Tree, leaves, mapped, named_leaves
 from metamom.maml.batch_checks import NonFiniteDataError, refuse_non_finite
+from metamom.maml.configured import Configured
 from metamom.maml.modes import out_of_inference
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.norm_modes import Normalisation, Statistics, statistics_of
@@ -28,14 +28,12 @@ from metamom.maml.problem import Problem
 from metamom.maml.run_by_task import RunByTask, Support, call
 from metamom.maml.swapping import alone, evaluating, tensors_within
 from metamom.maml.task_weights import Params, Start
+from metamom.maml.whole_sets import adaptations, predicted
 from metamom.nets.layers import BatchNormReLU
 from metamom.nets.statistics import fix, hide
 
-if TYPE_CHECKING:
-    from metamom.maml.adapting import Adapting
 
-
-def fitted(learner: Adapting, support_x: Tree, support_y: Tree, steps: int | None, norm: Norm | None) -> nn.Module:
+def fitted(learner: Configured, support_x: Tree, support_y: Tree, steps: int | None, norm: Norm | None) -> nn.Module:
     """See `metamom.MAML.fit`."""
     with out_of_inference(), evaluating():
         support_x, support_y = _batch_of_one(learner, "support_x", support_x, "support_y", support_y)
@@ -52,7 +50,7 @@ def fitted(learner: Adapting, support_x: Tree, support_y: Tree, steps: int | Non
 
 
 def fit_and_predict(
-    learner: Adapting, support_x: Tree, support_y: Tree, query_x: Tree, steps: int | None, norm: Norm | None
+    learner: Configured, support_x: Tree, support_y: Tree, query_x: Tree, steps: int | None, norm: Norm | None
 ) -> Tree:
     """See `metamom.MAML.fit_predict`."""
     with out_of_inference(), torch.no_grad(), evaluating():
@@ -61,11 +59,11 @@ def fit_and_predict(
         problem = _problem(learner, norm, support_x)
         adapted = _adapted(learner, problem, support_x, support_y, steps)
         support = Support(support_x, None) if problem.norm == "support" else None
-        predicted = learner._predict(problem, adapted, query_x, None, support)
-        return released(mapped(lambda x: x[0], predicted))
+        found = predicted(problem, adapted, query_x, None, support)
+        return released(mapped(lambda x: x[0], found))
 
 
-def _problem(learner: Adapting, norm: Norm | None, support_x: Tree) -> Problem:
+def _problem(learner: Configured, norm: Norm | None, support_x: Tree) -> Problem:
     """The learner's, with the normalisation of a model that is used on single points, unless the caller decides.
 
     Adaptation itself is the same with ``"batch"`` and ``"support"``: the support set is the batch.
@@ -99,7 +97,7 @@ def copied(model: nn.Module) -> nn.Module:
     return found
 
 
-def _batch_of_one(learner: Adapting, *named_sets: object) -> tuple[Tree, ...]:
+def _batch_of_one(learner: Configured, *named_sets: object) -> tuple[Tree, ...]:
     """The sets of one task with a task axis, on the learner's device and in its dtype.
 
     Args:
@@ -129,11 +127,11 @@ def _batch_of_one(learner: Adapting, *named_sets: object) -> tuple[Tree, ...]:
     return tuple(found)
 
 
-def _adapted(learner: Adapting, problem: Problem, support_x: Tree, support_y: Tree, steps: int | None) -> Params:
+def _adapted(learner: Configured, problem: Problem, support_x: Tree, support_y: Tree, steps: int | None) -> Params:
     """The adapted weights of a batch of one task, ``[1, *shape]``."""
     _refuse_ignored(learner, support_y)
     steps = learner.inner_steps if steps is None else steps
-    *_, adapted = learner._trajectory(problem, support_x, support_y, steps)
+    *_, adapted = adaptations(problem, learner.meta_parameters(), support_x, support_y, steps)
     if not all(all_finite(w) for w in adapted.values()):
         _refuse_non_finite(support_x, support_y)
         raise NonFiniteStepError(
@@ -163,7 +161,7 @@ def _refuse_non_finite(support_x: Tree, support_y: Tree) -> None:
     refuse_non_finite(TaskBatch(support_x, support_y, None, None))
 
 
-def _refuse_ignored(learner: Adapting, support_y: Tree) -> None:
+def _refuse_ignored(learner: Configured, support_y: Tree) -> None:
     """Refuse class labels that the loss ignores, all of them: nothing would be learned.
 
     Raises:
@@ -263,7 +261,7 @@ class _Recorder(Normalisation):
         return None
 
 
-def refuse_one_task(learner: Adapting, support_x: object, support_y: object) -> None:
+def refuse_one_task(learner: Configured, support_x: object, support_y: object) -> None:
     """Refuse the points of one task where a batch of tasks is wanted, as far as the two can be distinguished.
 
     They can be if there is no axis left for the points, or if the model cannot take twice the points of a task, while
@@ -291,7 +289,7 @@ def refuse_one_task(learner: Adapting, support_x: object, support_y: object) -> 
         )
 
 
-def _takes_points(learner: Adapting, support_x: Tensor) -> bool:
+def _takes_points(learner: Configured, support_x: Tensor) -> bool:
     """Whether the model takes any number of points ``[N, *shape]`` of a task; remembered by shape."""
     known, kind = learner._run.points, (support_x.shape[1:], support_x.dtype)
     if kind not in known:
@@ -302,7 +300,7 @@ def _takes_points(learner: Adapting, support_x: Tensor) -> bool:
     return True
 
 
-def _runs(learner: Adapting, x: Tensor) -> bool:
+def _runs(learner: Configured, x: Tensor) -> bool:
     """Whether the model maps the points ``[N, ...]`` to as many predictions."""
     weights = {name: p.detach().unsqueeze(0) for name, p in learner.model.named_parameters()}
     start, norm = Start(weights, {}, {}, {}), resolved(learner.model, learner.norm)

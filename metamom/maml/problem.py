@@ -5,20 +5,21 @@ Legend: T tasks, n workers, J inner steps.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metamom.batch import TaskBatch
 from metamom.common.choices import Norm
 from metamom.common.modules import named_parameters_of
 from metamom.maml.estimators import Estimator, InnerBatch
 from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_optimizer import InnerOptimizer, InnerSGD
+from metamom.maml.joined_sets import together
 from metamom.maml.loss_readings import LossFn, LossReadings
 from metamom.maml.proximal import Proximal
-from metamom.maml.rules import PLAIN, Rule
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.solves import Solves
 from metamom.maml.step_norms import StepNorms
@@ -28,6 +29,34 @@ from metamom.maml.unused import Uses
 from metamom.maml.vectorize import Part, Vectorization
 
 LOSS = "loss_fn."  # prefix of the names of a loss module's parameters
+
+
+class Rule(NamedTuple):
+    """Where a learner departs from MAML: how a task starts, what it trains on, and what its meta-gradient is.
+
+    By default nowhere. `metamom.maml.reptile` and `metamom.maml.protomaml` are learners with rules of their own.
+
+    Attributes:
+        replaced: names of the parameters that ``start`` computes for each task. They get no meta-gradient.
+        start: adds those, given the problem, the tasks' start ``[T, *shape]``, and an inner batch.
+        check: refuses a batch that ``start`` cannot take, before anything is computed.
+        outer: given the weights before and after adaptation, ``[T, *shape]``, and the query losses ``[T]``: losses
+            with the same values and other derivatives. The adaptation then keeps no graph.
+        joins: whether meta-gradients adapt on support and query set together.
+    """
+
+    replaced: tuple[str, ...] = ()
+    start: Callable[[Problem, Start, InnerBatch], Start] | None = None
+    check: Callable[[TaskBatch], None] | None = None
+    outer: Callable[[Params, Params, Tensor], Tensor] | None = None
+    joins: bool = False
+
+    def adapted_on(self, batch: TaskBatch) -> TaskBatch:
+        """The batch with the support sets that meta-gradients adapt on."""
+        return together(batch) if self.joins else batch
+
+
+PLAIN = Rule()
 
 
 class Problem(NamedTuple):

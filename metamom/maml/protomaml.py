@@ -10,8 +10,8 @@ from metamom.common.kinds import named_type
 from metamom.maml.last_layer import head_name
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
+from metamom.maml.problem import Rule
 from metamom.maml.prototypes import FromPrototypes
-from metamom.maml.rules import Rule
 
 ESTIMATORS = ("exact", "first-order")
 

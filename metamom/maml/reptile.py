@@ -13,7 +13,7 @@ from metamom.common.checks import check_word
 from metamom.maml.inner_step import straight_through
 from metamom.maml.learner import MAML
 from metamom.maml.loss_readings import LossFn
-from metamom.maml.rules import Rule
+from metamom.maml.problem import Rule
 from metamom.maml.task_weights import Params
 
 TrainOn = Literal["all", "support"]

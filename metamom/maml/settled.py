@@ -26,8 +26,7 @@ from metamom.maml.draws import DrawsByTask, generator_states, rewinder
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.functions_by_task import FunctionsByTask
 from metamom.maml.norm_modes import normalising
-from metamom.maml.problem import Problem
-from metamom.maml.rules import PLAIN
+from metamom.maml.problem import PLAIN, Problem
 from metamom.maml.run_by_task import RunByTask
 from metamom.maml.step_gradients import check_constant, check_cut
 from metamom.maml.swapping import is_training, tensors_left
