@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -29,34 +31,44 @@ GROUPS = ["task", "learner", "bias", "optimizer", "run", "processes"]
 SLOW = ("torch", "scipy", "matplotlib", "pydantic", "PIL", "requests")  # to import
 COMMANDS = [leaf.prog.split()[1:] for leaf in leaves(parser())]
 WITHOUT_TORCH = f"""
-import sys
+import contextlib, io, json, sys
 from metamom import cli
-try:
-    code = cli.main(sys.argv[1:])
-except SystemExit as exit:
-    code = exit.code
-loaded = [name for name in {SLOW} if name in sys.modules]
-sys.exit(f"imported {{loaded}}" if loaded else code)
+answers = {{}}
+for line in json.loads(sys.argv[1]):
+    before, said = set(sys.modules), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = cli.main(line.split())
+        except SystemExit as exit:
+            code = exit.code
+    answers[line] = code, said.getvalue(), sorted(set({SLOW}) & set(sys.modules) - before)
+print(json.dumps(answers))
 """
+WITHOUT_RUNNING = [
+    ("--help", 0, "usage: metamom"),
+    ("--version", 0, "metamom "),
+    ("train --help", 0, "usage: metamom train"),
+    *((f"{' '.join(words)} --help", 0, "examples:") for words in COMMANDS),
+    ("train sinusoid --chunk-sise 3", 2, "did you mean --chunk-size?"),
+]
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        ("--help", 0, "usage: metamom"),
-        ("--version", 0, "metamom "),
-        ("train --help", 0, "usage: metamom train"),
-        *((f"{' '.join(words)} --help", 0, "examples:") for words in COMMANDS),
-        ("train sinusoid --chunk-sise 3", 2, "did you mean --chunk-size?"),
-    ],
-)
-def test_without_torch(words, code, message, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    command = [sys.executable, "-c", WITHOUT_TORCH, *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr
-    assert message in done.stdout + done.stderr
-    assert "SPEC, an" not in done.stdout or spec_help() in done.stdout
+@pytest.fixture(scope="module")
+def without_torch() -> dict[str, tuple[int, str, list[str]]]:
+    """Status, output and slow imports of each of these command lines, one after the other in a process."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps([words for words, _, _ in WITHOUT_RUNNING])]
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("words", "code", "message"), WITHOUT_RUNNING)
+def test_without_torch(words, code, message, without_torch):
+    status, said, loaded = without_torch[words]
+    assert loaded == []
+    assert status == code, said
+    assert message in said
+    assert "SPEC, an" not in said or spec_help() in said
 
 
 def test_the_table_of_operators_as_read_from_the_source(monkeypatch):

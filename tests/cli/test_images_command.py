@@ -15,6 +15,7 @@ import pytest
 import torch
 from command import SMALL_IMAGES as SMALL
 from command import the_error
+from forked import in_folder, run_forked
 from image_files import write_class, write_splits
 from safetensors.torch import load_file
 
@@ -131,10 +132,11 @@ def test_another_process_uses_the_run(run, photos, metamom, tmp_path, monkeypatc
     for name in sorted(path.name for path in (photos / "test").iterdir())[:2]:
         shutil.copytree(photos / "test" / name, support / name)
     words = ["adapt", str(run), "--support", str(support), "--predict", str(photos / "validation"), "--json"]
-    done = subprocess.run([sys.executable, "-m", "metamom", *words], cwd=tmp_path, capture_output=True, check=True)
+    ((status, said),) = run_forked(in_folder, 1, tmp_path / "said", tmp_path, *words)
+    assert status == 0, said
     monkeypatch.chdir(photos)
-    assert json.loads(metamom(*words).out) == json.loads(done.stdout)
-    assert len(json.loads(done.stdout)["predictions"]) == 8 * 20
+    assert json.loads(metamom(*words).out) == json.loads(said)
+    assert len(json.loads(said)["predictions"]) == 8 * 20
 
 
 @pytest.mark.parametrize(

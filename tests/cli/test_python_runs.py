@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command import the_error
+from forked import in_folder, run_forked
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -85,9 +84,9 @@ def command(metamom, tmp_path, monkeypatch) -> Callable[..., str]:
 def test_evaluate_draws_test_tasks_without_augmentation(run, photos, tmp_path, metamom):
     """In a process of its own, in another folder."""
     words = ["evaluate", str(run), "--tasks", "8", "--steps", "0,1", "--json", "--per-task"]
-    done = subprocess.run([sys.executable, "-m", "metamom", *words], cwd=tmp_path, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    ((status, answered),) = run_forked(in_folder, 1, tmp_path / "said", tmp_path, *words)
+    assert status == 0, answered
+    answer = json.loads(answered)
     constants = images(photos).constants
     tasks = images(photos, "test", normalize=constants, rotations=True)
     expected = evaluate(load(run).learner, tasks, tasks=8, steps=(0, 1), stream="test")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from processes import environment
+from forked import demo, forked
 
 from metamom.common.intervals import Interval
 from metamom.experiments.demo import __main__ as demo_command
@@ -288,19 +288,16 @@ def test_bad_arguments_are_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interrupted_demo_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-m", "metamom.experiments.demo", "--run-dir", str(tmp_path / "run"), "--jobs", "1"]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
-        try:
-            until = time.monotonic() + 120
-            while not list(tmp_path.glob("run/runs/*/metrics.jsonl")):
-                assert process.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 130
+    words = ["--run-dir", str(tmp_path / "run"), "--jobs", "1"]
+    with forked(demo, 1, tmp_path / "said", *words) as (started,):
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob("run/runs/*/metrics.jsonl")):
+            assert started.process.is_alive(), started.ended()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.kill(started.pid, signal.SIGINT)
+        status, said = started.ended()
+    assert status == 130
     assert "Interrupted: 0 of 30 runs are finished, and kept" in said
     assert f"To continue: python -m metamom.experiments.demo --run-dir {tmp_path / 'run'} --jobs 1 --resume" in said
     assert "Traceback" not in said

@@ -11,6 +11,7 @@ import tracemalloc
 
 import pytest
 import torch
+from forked import run_script
 from paper_runs import SMALL, made
 
 from metamom.bias import parse
@@ -84,12 +85,13 @@ FULL_DISK = """
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
 def test_a_checkpoint_for_which_there_is_no_room(tmp_path):
-    checkpoints.save(tmp_path / "a.pt", {"a": torch.zeros(1)})
-    command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path / "a.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) in (errno.EFBIG, errno.ENOSPC)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-    assert checkpoints.load(tmp_path / "a.pt")["a"].tolist() == [0]
+    path = tmp_path / "checkpoints" / "a.pt"
+    path.parent.mkdir()
+    checkpoints.save(path, {"a": torch.zeros(1)})
+    said = run_script(FULL_DISK, tmp_path / "said", str(path))
+    assert int(said) in (errno.EFBIG, errno.ENOSPC)
+    assert [each.name for each in path.parent.iterdir()] == ["a.pt"]
+    assert checkpoints.load(path)["a"].tolist() == [0]
 
 
 PEAK = """

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import stoppable
+from forked import CONTEXT
 from processes import with_support
 
+from metamom.experiments.shared import processes
 from metamom.experiments.shared.overall import Steps
 from metamom.experiments.shared.processes import run_in_processes
 
@@ -54,12 +56,19 @@ def pool(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
                     os.kill(int(file.read_text()), signal.SIGKILL)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that cost no import of torch; the other tests here start them in the usual way."""
+    monkeypatch.setattr(processes, "get_context", lambda start_method: CONTEXT)
+
+
 def test_a_failed_call_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ChildProcessError, match="calls: a run ended with status 1, see above"):
         run_in_processes(int, [("word",)], 2, "calls")
     assert "metamom: invalid literal for int() with base 10: 'word'" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("forked")
 def test_progress_by_steps(capfd: pytest.CaptureFixture[str]) -> None:
     run_in_processes(int, [("1",)], 1, "calls", steps=Steps(7, lambda: 3, "thing"))
     assert "calls:" not in capfd.readouterr().err  # a line only every 30 seconds, and at the end of all
@@ -68,6 +77,7 @@ def test_progress_by_steps(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err.count("calls: 7/7 things") == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_killed_call_is_not_waited_for() -> None:
     with pytest.raises(ChildProcessError, match="ended with status -9"):
         run_in_processes(signal.raise_signal, [(signal.SIGKILL,)], 1, "calls")

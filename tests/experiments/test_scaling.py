@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 
 from metamom.bias.spec import parse
-from metamom.experiments.scaling import constants, fit, model, pictures, planning, simulate
+from metamom.experiments.scaling import constants, fit, measuring, model, pictures, planning, simulate, step
 from metamom.experiments.scaling.__main__ import main
 from metamom.experiments.scaling.clock import Clock, TimedOperator
 from metamom.experiments.scaling.loopback import loopback_bytes
@@ -21,7 +23,7 @@ from metamom.experiments.scaling.simulate import Run
 from metamom.experiments.shared.peak import alone
 from metamom.server.aggregate import Aggregation
 
-pytestmark = pytest.mark.xdist_group("scaling")  # the fixture's processes take half a minute: once
+pytestmark = pytest.mark.xdist_group("scaling")  # the fixture takes long: once
 LINK = Link(latency=1e-3, bandwidth=1e6)
 DENSE, SPARSE = Kind(1000, dense=True), Kind(20, dense=False, apply=0.5, encode=2.0, decode=Line(3.0, 0.25))
 SERVERS = ["replicated", "rank0"]
@@ -220,9 +222,22 @@ def test_the_kernels_counter(tmp_path):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """Quick measurements on two real processes, and the model on them; of its figures, which take long, the first."""
+    """Quick measurements on two real processes, and the model on them; of its figures, which take long, the first.
+
+    The processes are forked; in a slow test below torchrun starts them.
+    """
     path, draw = tmp_path_factory.mktemp("scaling"), pictures.pays
+
+    def on_forked(module: str, n: int, plan: dict[str, Any]) -> Any:
+        assert module == step.__name__
+        said, found = path / "plan.json", path / "found.json"
+        said.write_text(json.dumps(plan))
+        ended = run_forked(step.main, n, path / "said", [str(said), str(found)])
+        assert [status for status, _ in ended] == [0] * n, ended
+        return json.loads(found.read_text())
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "on_processes", on_forked)
         patch.setattr(pictures, "pays", lambda file, *given: draw(file, *given) if file.stem == "pays-0" else None)
         main(["--quick", "--processes", "2", "--only", "measure", "--run-dir", str(path)])
         measured = json.loads((path / "measured.json").read_text())
@@ -249,6 +264,13 @@ def test_the_models_bytes_are_those_of_real_processes(run_dir):
         assert all(
             sum(parts.values()) == pytest.approx(t) for parts, t in zip(cell["parts"], cell["seconds"], strict=True)
         )
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes(tmp_path):
+    main(["--quick", "--processes", "2", "--only", "measure", "--run-dir", str(tmp_path)])
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert {cell["processes"] for cell in measured["cells"]} == {2}
 
 
 def test_the_report_has_what_was_asked_for(run_dir):

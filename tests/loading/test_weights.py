@@ -8,12 +8,12 @@ import json
 import math
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_script
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,8 +61,8 @@ def test_weights_and_their_card(tmp_path):
         f"m = metamom.load_weights(SinusoidMLP(), {str(path)!r})\n"
         f"print(m(torch.linspace(-1, 1, 5).unsqueeze(-1)).flatten().tolist())"
     )
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert json.loads(said.stdout) == pytest.approx(run.learner.model(x).flatten().tolist(), rel=1e-6)
+    said = json.loads(run_script(script, tmp_path / "said"))
+    assert said == pytest.approx(run.learner.model(x).flatten().tolist(), rel=1e-6)
 
 
 @needs_safetensors

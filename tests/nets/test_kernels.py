@@ -6,14 +6,13 @@ import os
 import random
 import re
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cases import loop_over
+from forked import started_script
 from fuzzing import bounded, campaign, damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -258,27 +257,20 @@ def test_the_plain_implementation_runs_outside_native(monkeypatch):
     assert len(calls) == 5
 
 
-def in_a_process(cache: Path, **environment: str) -> subprocess.Popen[str]:
-    """A process of its own that loads the operators, uses one and prints the result's shape."""
-    code = (
-        "import torch; from metamom import kernels\n"
-        "with kernels.native(torch.device('cpu')): print(tuple(kernels.unfold(torch.ones(1, 2, 2, 1)).shape))"
-    )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    env = {**os.environ, "METAMOM_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, **pipes)
+LOADS = """
+    import os
+    os.environ.update({environment})
+    import torch
+    from metamom import kernels
+    with kernels.native(torch.device("cpu")):
+        print(tuple(kernels.unfold(torch.ones(1, 2, 2, 1)).shape))
+"""
 
 
 def script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
-
-
-def output(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out.strip()
 
 
 def test_the_headers_are_torch_s_own():
@@ -302,8 +294,9 @@ def test_two_processes_build_once(tmp_path):
     notes, cache = tmp_path / "notes", tmp_path / "cache"
     copy = f'while [ "$1" != -o ]; do shift; done\necho built >> {notes}\nsleep 2\ncp {built} "$2"'
     compiler = script(tmp_path / "c++", f'[ "$1" = --version ] && exit 0\n{copy}')
-    processes = [in_a_process(cache, CXX=str(compiler)) for _ in range(2)]
-    assert [output(process) for process in processes] == ["(1, 1, 1, 9)"] * 2
+    loads = LOADS.format(environment={"METAMOM_CACHE": str(cache), "CXX": str(compiler)})
+    with started_script(loads, tmp_path / "first") as first, started_script(loads, tmp_path / "second") as second:
+        assert [process.ended() for process in (first, second)] == [(0, "(1, 1, 1, 9)\n")] * 2
     assert notes.read_text().split() == ["built"]
     assert len(list(cache.glob("*.so"))) == 1
 

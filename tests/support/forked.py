@@ -10,6 +10,8 @@ import os
 import resource
 import runpy
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -27,6 +29,8 @@ from metamom.batch import TaskBatch
 from metamom.bias import parse
 from metamom.cli.app import main
 from metamom.distributed import start
+from metamom.experiments.demo import __main__ as demo_command
+from metamom.experiments.shared import processes
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Sinusoid
 from metamom.training.checkpoints import Checkpoints
@@ -49,6 +53,14 @@ class Rank(NamedTuple):
     def pid(self) -> int:
         assert self.process.pid is not None
         return self.process.pid
+
+    def until_it_says(self, words: str) -> None:
+        """Wait for these words."""
+        until = time.monotonic() + PATIENCE
+        while not self.output.exists() or words not in self.output.read_text():
+            assert self.process.is_alive(), self.ended()
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
     def ended(self, timeout: float = PATIENCE) -> tuple[int, str]:
         """Its exit status, minus the signal that killed it, and what it said."""
@@ -86,6 +98,24 @@ def run_forked(target: Callable[..., object], size: int, folder: Path, *argument
         return [rank.ended() for rank in ranks]
 
 
+def run_script(text: str, folder: Path, *arguments: str) -> str:
+    """Run a script in a process of its own, and return what it says. Its imports of metamom cost nothing."""
+    with started_script(text, folder, *arguments) as rank:
+        status, said = rank.ended()
+    assert status == 0, said
+    return said
+
+
+@contextmanager
+def started_script(text: str, folder: Path, *arguments: str) -> Iterator[Rank]:
+    """A script in a process of its own, which is killed on leaving."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(text))
+    with forked(script, 1, folder, path, *arguments) as (rank,):
+        yield rank
+
+
 def _begin(place: dict[str, str], output: Path, target: Callable[..., object], *arguments: Any) -> None:
     os.environ.update(place)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -108,6 +138,19 @@ def without_ranks(*arguments: str) -> int:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     return main(arguments)
+
+
+def demo(*arguments: str) -> None:
+    """The demo, with its runs forked as well: started in the usual way, they would import all of this again."""
+    sys.argv = ["demo", *arguments]
+    processes.get_context = lambda method: multiprocessing.get_context("fork")  # type: ignore[assignment]
+    demo_command.main()
+
+
+def in_folder(folder: Path, *arguments: str) -> int:
+    """The command as `without_ranks`, in another folder."""
+    os.chdir(folder)
+    return without_ranks(*arguments)
 
 
 def script(path: Path, *arguments: str) -> None:

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from endings import contents
-from forked import run_forked, script
+from forked import run_forked, run_script, script
 from image_files import SIZE, pixels, write_class, write_splits
 from PIL import Image
 
@@ -171,8 +169,7 @@ def test_copies_and_pickles_read_the_same_cache(root):
     code = f"import pickle, pathlib; t = pickle.loads(pathlib.Path({str(root.parent / 'p')!r}).read_bytes())\n"
     code += "print(float(t.sample(2, 3).query_x.double().sum()))"
     (root.parent / "p").write_bytes(pickle.dumps(tasks))
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert float(said.stdout) == float(expected.double().sum())
+    assert float(run_script(code, root.parent / "said")) == float(expected.double().sum())
 
 
 def test_normalisation(root):

@@ -7,14 +7,13 @@ import gc
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 
 import pytest
 import torch
+from forked import started_script
 from torch import nn
 from torch.nn import functional as F
 
@@ -201,12 +200,11 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c():
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "running\n"
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=20)
-    assert (said, process.returncode) == ("interrupted\n", 130)
+def test_ctrl_c(tmp_path):
+    with started_script(INTERRUPTED, tmp_path) as started:
+        started.until_it_says("running")
+        os.kill(started.pid, signal.SIGINT)
+        assert started.ended(20) == (130, "running\ninterrupted\n")
 
 
 def test_a_fork_draws_for_itself():

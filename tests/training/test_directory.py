@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from endings import assert_same_ending, contents
-from training_runs import PATIENCE, AtStep, CrashError, Parts, adam, crash, go, learner, momentum, scheduled
+from forked import started_script
+from training_runs import AtStep, CrashError, Parts, adam, crash, go, learner, momentum, scheduled
 
 from metamom import (
     CompositeMomentum,
@@ -130,21 +128,15 @@ HOLDER = """
 
 
 def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "holding"  # or the process has died, and the pipe is at its end
-        before = contents(tmp_path)
+    run = tmp_path / "run"
+    with started_script(HOLDER, tmp_path / "said", str(run)) as holder:
+        holder.until_it_says("holding")
+        before = contents(run)
         for resume in (False, True):
             with pytest.raises(ValueError, match="another process is writing to the run directory"):
-                go(momentum(), tmp_path, resume=resume)
-        assert contents(tmp_path) == before
-    finally:
-        process.kill()
-        process.communicate(timeout=PATIENCE)
-    assert go(momentum(), tmp_path, iterations=2).resumed_from == 0
+                go(momentum(), run, resume=resume)
+        assert contents(run) == before
+    assert go(momentum(), run, iterations=2).resumed_from == 0
 
 
 @pytest.mark.parametrize("many", [2, 10, 11, 30])

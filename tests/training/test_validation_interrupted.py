@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from endings import assert_same_ending, contents
+from forked import forked, without_ranks
 from processes import REPOSITORY, SUPPORT, torchrun
 from torch.optim import lr_scheduler
 from training_runs import PATIENCE, TASKS, CrashError, Parts, global_seed, momentum, with_dropout
@@ -206,24 +205,16 @@ def test_log_lines(capsys, monkeypatch, tmp_path):
     [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGKILL))],
 )
 def test_signal_to_a_real_process(number, tmp_path):
-    words = ["train", "sinusoid", "--iterations", "2", "--run-dir", str(tmp_path), "--evaluate-tasks", "1000000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "metamom", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    saved = tmp_path / "checkpoints" / "step-00000002.unvalidated.pt"
-    try:
+    run = tmp_path / "run"
+    words = ["train", "sinusoid", "--iterations", "2", "--run-dir", str(run), "--evaluate-tasks", "1000000"]
+    saved = run / "checkpoints" / "step-00000002.unvalidated.pt"
+    with forked(without_ranks, 1, tmp_path / "said", *words) as (started,):
         until = time.monotonic() + PATIENCE
-        while process.poll() is None and time.monotonic() < until and not saved.exists():
+        while started.process.is_alive() and time.monotonic() < until and not saved.exists():
             time.sleep(0.02)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.wait(timeout=PATIENCE)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+        os.kill(started.pid, number)
+        status, said = started.ended()
+    assert status == (-number if number == signal.SIGKILL else 128 + number)
     assert read(saved)["step"] == 2
     if number != signal.SIGKILL:
         assert re.search(r"stopped in the validation after \d+ of 1000000 tasks, after step 2 of 2; saved in", said)
