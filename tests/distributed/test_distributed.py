@@ -119,7 +119,7 @@ def test_a_trajectory_moves(alone):
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_goes_on_on_more_processes_and_on_fewer(name, alone, together):
-    """Two steps on one process, two on two, one on four, and the rest on one."""
+    """A step on one process, one on two, one on four, and the rest on one."""
     assert_same_weights(together[1][name], alone[name][0])
 
 

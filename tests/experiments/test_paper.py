@@ -166,7 +166,7 @@ def names() -> list[str]:
 @pytest.mark.parametrize(
     ("name", "epochs"),
     [
-        ("SGDM_lr_0.5_beta_0.1_TopK_33500_seed_0", 3),
+        ("SGDM_lr_0.5_beta_0.1_TopK_33500_seed_0", 2),
         # SGD amplifies rounding
         *(pytest.param(name, 10 if "SGDM" in name else 5, marks=pytest.mark.slow) for name in names()),
     ],
