@@ -115,8 +115,6 @@ class Configured(nn.Module):
         self._readings, self._uses = LossReadings(), Uses()
         self._run, self._vectorization = RunByTask(), Vectorization(vectorize)
         self._structure = structure(model)
-        self._identity: tuple[Hashable, ...] | None = None  # of the modules that `_own` is from
-        self._own: Params = {}
         self._gradients = MetaGradients(self._plan, compile)
 
     def _make_step_sizes(
@@ -137,7 +135,9 @@ class Configured(nn.Module):
         self.step_sizes = StepSizes(inner_lr, moved, learn, steps, positive)
 
     def _make_state(self, tracking: float | None, multi_step: int, first_order_until: int) -> None:
-        """Make the state of the options that change over training."""
+        """Make the state of the options that change over training, and what is looked up again if modules change."""
+        self._identity: tuple[Hashable, ...] | None = None  # of the modules that `_own` is from
+        self._own: Params = {}
         self.annealing: Annealing | None = None
         if multi_step != 0 or first_order_until != 0:
             self.annealing = Annealing(multi_step, first_order_until, self.inner_steps)
