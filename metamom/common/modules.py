@@ -34,7 +34,7 @@ def identity_of(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
     """
     found: list[Hashable] = []
     for module in modules:
-        found += (module, bool(module._backward_hooks or module._backward_pre_hooks), *module._modules)
+        found += (module, bool(module._backward_hooks or module._backward_pre_hooks), *module._modules.keys())
         if type(module).named_parameters is not nn.Module.named_parameters:
             found += [(name, id(parameter)) for name, parameter in module.named_parameters()]
         for name, parameter in module._parameters.items():
