@@ -32,8 +32,6 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
     Raises:
         ValueError: for another suffix, a state that holds something other than tensors, and a file in the card's place.
     """
-    from safetensors.torch import save
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
@@ -48,13 +46,20 @@ def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | N
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise ValueError(f"safetensors holds tensors; the model's state has {', '.join(odd)}, which are none.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # copies, since the format has no tensors that share memory
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    write_atomically(path, save(tensors, metadata={"format": "pt"}))  # the library's own files are the user's alone
+    write_tensors(path, state)
     if card is not None:
         write_atomically(described, (json.dumps(card, indent=2, default=str) + "\n").encode())
     return path
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name as safetensors."""
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # copies, since the format has no tensors that share memory
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_atomically(path, save(own, metadata={"format": "pt"}))  # the library's own files are the user's alone
 
 
 def load_weights(model: nn.Module, file: str | Path, *, skip: Iterable[str] = ()) -> nn.Module:

@@ -15,6 +15,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from metamom.common.checks import check_number
 from metamom.common.files import write_atomically
 from metamom.common.flag_types import folder
@@ -23,7 +25,8 @@ from metamom.experiments.published.outcome import FILE, Outcome
 from metamom.experiments.published.recipes import OMNIGLOT, ROWS
 from metamom.experiments.saved import load_run
 from metamom.nets.models import Conv4
-from metamom.weights import save_weights
+from metamom.nets.shipped import STEP_SIZES
+from metamom.weights import write_tensors
 
 LEAST = 0.97
 DATA = "Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 350, 2015), 1,100 training characters turned four ways"
@@ -58,17 +61,21 @@ def ship(run: str | Path, into: str | Path, *, least: float = LEAST) -> Path:
         )
     saved = load_run(run)
     model, step_size = saved.learner.model, saved.learner.inner_lr
-    if not isinstance(model, Conv4) or not isinstance(step_size, float):
-        raise ValueError("only a Conv4 with one inner step size can be shipped: the options have one number for it.")
+    learned = {name: x for name, x in step_size.items() if isinstance(x, Tensor)} if isinstance(step_size, dict) else {}
+    by_entry = all(name in learned and learned[name].shape == p.shape for name, p in model.named_parameters())
+    if not isinstance(model, Conv4) or not (isinstance(step_size, float) or by_entry):
+        raise ValueError("only a Conv4 with one inner step size, or one for each entry of its weights, can be shipped.")
     if saved.step != outcome.checkpoint:
         raise ValueError(f"the run in {run} went on after its test: run `metamom reproduce omniglot --resume` again.")
-    path = save_weights(model, Path(into) / f"omniglot-{outcome.row}.safetensors")
-    about = card(outcome, ways, shots, steps, step_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    path = Path(into) / f"omniglot-{outcome.row}.safetensors"
+    write_tensors(path, model.state_dict() | {f"{STEP_SIZES}{name}": alpha for name, alpha in learned.items()})
+    options = {"inner_steps": steps} if learned else {"inner_lr": step_size, "inner_steps": steps}
+    about = card(outcome, ways, shots, steps, options, hashlib.sha256(path.read_bytes()).hexdigest())
     write_atomically(path.with_suffix(".json"), (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
     return path
 
 
-def card(outcome: Outcome, ways: int, shots: int, steps: int, step_size: float, digest: str) -> dict[str, Any]:
+def card(outcome: Outcome, ways: int, shots: int, steps: int, options: dict[str, Any], digest: str) -> dict[str, Any]:
     """What the card says, as JSON values."""
     tested = {
         each.name: {"mean": each.at(steps)[0], "halfwidth": each.at(steps)[1], "tasks": each.tasks}
@@ -78,7 +85,7 @@ def card(outcome: Outcome, ways: int, shots: int, steps: int, step_size: float, 
     return {
         "architecture": "Conv4",
         "arguments": {"ways": ways},
-        "options": {"inner_lr": step_size, "inner_steps": steps},
+        "options": options,
         "tasks": f"{ways}-way {shots}-shot Omniglot; images [1, 28, 28] in [0, 1], strokes 1 on 0",
         "trained": {
             "recipe": OMNIGLOT[outcome.recipe].title,

@@ -23,6 +23,7 @@ class StepSizes(nn.Module):
     Args:
         inner_lr: a positive number for all; or a mapping from parameter names to positive numbers or to tensors
             that are scalar or have the parameter's shape. Leaf tensors that require a gradient are learned in place.
+            Of one number for each entry, as Meta-SGD learns, some may be negative.
         adapted: the adapted parameters by name.
         learn: ``False`` keeps them as given; ``"scalar"`` learns one number for all, ``"tensor"`` one for each
             parameter tensor, ``"tensor-step"`` one for each tensor and inner step (MAML++), ``"entry"`` (or ``True``)
@@ -66,7 +67,7 @@ class StepSizes(nn.Module):
         self._attributes = {name: "alpha" if self.shared else f"alpha:{name.replace('.', ':')}" for name in adapted}
         for name, parameter in adapted.items():
             by_step = (steps,) if self.kind == "tensor-step" else None
-            value, place = _checked(name, given[name], parameter, by_step), self._attributes[name]
+            value, place = _checked(name, given[name], parameter, by_step, positive), self._attributes[name]
             if isinstance(value, Tensor) and value.requires_grad:
                 if self.kind is not False or not value.is_leaf:
                     raise ValueError(
@@ -228,7 +229,9 @@ def _check_learned(
         )
 
 
-def _checked(name: str, value: float | Tensor, parameter: Tensor, by_step: tuple[int] | None = None) -> float | Tensor:
+def _checked(
+    name: str, value: float | Tensor, parameter: Tensor, by_step: tuple[int] | None, positive: bool
+) -> float | Tensor:
     if isinstance(value, Tensor):
         if by_step and value.dim() and value.shape != by_step:
             raise ValueError(
@@ -240,8 +243,10 @@ def _checked(name: str, value: float | Tensor, parameter: Tensor, by_step: tuple
                 f"the inner step size of {name} must be a number or have its shape {tuple(parameter.shape)}; "
                 f"got {tuple(value.shape)}."
             )
-        if not bool((value > 0).all() and value.isfinite().all()):
-            raise ValueError(f"inner step sizes must be > 0 and finite; some of {name} are not.")
+        by_entry = not by_step and value.dim() > 0 and not positive
+        if not bool(value.isfinite().all() and ((value > 0).any() if by_entry else (value > 0).all())):
+            also = " Of one number for each entry, some may be negative, but not all." * by_entry
+            raise ValueError(f"inner step sizes must be > 0 and finite; some of {name} are not.{also}")
         return value if value.requires_grad else value.to(parameter.dtype)
     check_number(f"inner_lr of {name}", value)
     if not 0 < float(value) < math.inf:

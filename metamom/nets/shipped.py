@@ -12,9 +12,10 @@ from torch import nn
 
 from metamom.common.did_you_mean import did_you_mean
 from metamom.nets.models import Conv4
-from metamom.weights import load_weights
+from metamom.weights import read_weights
 
 FOLDER = Path(__file__).with_name("weights")
+STEP_SIZES = "inner_lr."  # prefix of the names of learned inner step sizes in the files
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"Conv4": Conv4}
 
 
@@ -23,7 +24,8 @@ class Pretrained(NamedTuple):
 
     Attributes:
         model: the network, with its trained weights.
-        options: the keywords of `metamom.MAML` that it is adapted with: ``inner_lr`` and ``inner_steps``.
+        options: the keywords of `metamom.MAML` that it is adapted with: ``inner_lr``, a number or learned tensors by
+            parameter, and ``inner_steps``.
         card: how it was trained, its accuracy, the licence of its data and the digest of its weights, as JSON values.
     """
 
@@ -64,5 +66,10 @@ def pretrained(name: str) -> Pretrained:
     if digest != card["sha256"]:
         what = "missing" if digest is None else "not those of their card"
         raise ValueError(f"the weights {file} are {what}: metamom's files were changed. Install it again.")
-    model = NETWORKS[card["architecture"]](**card["arguments"])
-    return Pretrained(load_weights(model, file), dict(card["options"]), card)
+    model, options = NETWORKS[card["architecture"]](**card["arguments"]), dict(card["options"])
+    found = read_weights(file)
+    learned = {key: found.pop(key) for key in [*found] if key.startswith(STEP_SIZES)}
+    if learned:
+        options["inner_lr"] = {key.removeprefix(STEP_SIZES): alpha for key, alpha in learned.items()}
+    model.load_state_dict(found)
+    return Pretrained(model, options, card)

@@ -55,6 +55,22 @@ def test_adapted_in_one_line(run, weights):
     assert torch.equal(scores, learner.fit(x, y, steps=3)(x))
 
 
+def test_learned_step_sizes_are_in_the_file(tmp_path, data_root, monkeypatch):
+    """Of Meta-SGD, one for each entry."""
+    run, folder = tmp_path / "run", tmp_path / "weights"
+    reproduce(plan_omniglot("5w1s", "meta-sgd", iterations=1), run_dir=run, root=str(data_root), tasks=4)
+    ship(run, folder, least=0.0)
+    monkeypatch.setattr(shipped, "FOLDER", folder)
+    conv4, options, card = nets.pretrained(NAME)
+    assert set(options) == {"inner_lr", "inner_steps"}
+    assert "inner_lr" not in card["options"]
+    x, y = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    scores = MAML(conv4, F.cross_entropy, **options).fit(x, y)(x)
+    learner = metamom.load(run).learner
+    assert torch.equal(scores, learner.fit(x, y, steps=options["inner_steps"])(x))
+    assert all(torch.equal(options["inner_lr"][name], alpha) for name, alpha in learner.inner_lr.items())
+
+
 def test_unknown_names_and_changed_files(weights, monkeypatch):
     with pytest.raises(ValueError, match=r"'omniglot-5w1'; there are omniglot-5w1s; did you mean omniglot-5w1s\?$"):
         nets.pretrained("omniglot-5w1")

@@ -103,3 +103,23 @@ def test_step_sizes_of_unused_parameters_have_a_gradient_of_zero(kind):
     alone = MAML(model.used, F.mse_loss, inner_lr=0.1, inner_steps=2, learn_inner_lr=kind).meta_gradient(batch).grads
     assert torch.equal(grads["inner_lr.used.weight"], alone["inner_lr.weight"])
     assert all(not grads[name].any() for name in grads if "idle" in name)
+
+
+def test_some_entries_of_learned_step_sizes_may_be_negative_when_they_are_given_to_another_learner():
+    """As Meta-SGD may have learned them; one step of a linear model in closed form."""
+    model = nn.Linear(2, 1, bias=False).double()
+    alpha = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    x, y = torch.tensor([[[1.0, 2.0]]], dtype=torch.float64), torch.tensor([[[3.0]]], dtype=torch.float64)
+    w = model.weight.detach()
+    gradient = 2 * (x[0] @ w.T - y[0]) * x[0]
+    for learn in (False, "entry"):
+        learner = MAML(model, F.mse_loss, inner_lr={"weight": alpha}, learn_inner_lr=learn)
+        moved = learner.adapt(x, y)["weight"][0]
+        torch.testing.assert_close(moved, w - alpha * gradient, rtol=1e-12, atol=0)
+    learner = MAML(model, F.mse_loss, inner_lr=0.1, learn_inner_lr="entry")
+    learner.inner_lr = {"weight": alpha}
+    torch.testing.assert_close(learner.adapt(x, y)["weight"][0], w - alpha * gradient, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="may be negative, but not all"):
+        MAML(model, F.mse_loss, inner_lr={"weight": -alpha.abs()})
+    with pytest.raises(ValueError, match="must be > 0 and finite"):
+        MAML(model, F.mse_loss, inner_lr={"weight": alpha}, learn_inner_lr="entry", positive_inner_lr=True)
