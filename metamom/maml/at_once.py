@@ -33,6 +33,7 @@ from metamom.maml.settled import (
 )
 from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
+from metamom.maml.vmap_errors import restored
 from metamom.nets.low_rank import plain
 
 
@@ -85,7 +86,7 @@ def at_once(problem: Problem, weights: Params, term: Adaptations, workers: int, 
     if isinstance(problem.loss_fn, nn.Module):
         check_hooks(problem.loss_fn)
     check_hooks(model)
-    with alone(model), in_mode(model):
+    with alone(model), in_mode(model), restored(x for x, _ in sets_of(term)):
         calls = _Calls(problem, start, term)
         own, moments = start.own, dict[str, Moments | None]()
         for number, step in enumerate(term.steps):

@@ -36,7 +36,7 @@ from metamom.maml.plain_autograd import differentiable_twice, uncompiled
 from metamom.maml.swapping import alone, in_mode, is_training, tensors_left
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vectorize import one_by_one
-from metamom.maml.vmap_errors import explained, unchanged
+from metamom.maml.vmap_errors import explained, restored, unchanged
 from metamom.nets.linear import are_many
 
 
@@ -233,6 +233,7 @@ class RunByTask:
             self._functions(model, norm, count(x), fast=not loop),
             normalising(model, norm) as over_sets,  # its functions may be replaced again by those above
             nullcontext() if loop else self._attributes(model),
+            restored(inputs.values()),
             unchanged({**inputs, **watched}, model, loop=loop, closely=closely),
             carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
             inputs_explained(model, x, watched),

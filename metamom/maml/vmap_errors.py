@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from types import FrameType, TracebackType
@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import Tensor, nn
 
+from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import generator_states
 
 REMEDY = (
@@ -182,6 +183,23 @@ def unchanged(
         if loop:
             raise ValueError(f"{message} {OF_CHANGES}")
         raise VmapError(f"{message} {REMEDY}", type(model).__name__, "it changes tensors in place")
+
+
+@contextmanager
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Undo writes to these tensors at the end: they are the caller's, and a loop over the tasks may follow.
+
+    While a graph is compiled, nothing is undone.
+    """
+    once = {} if is_tracing() else {id(tensor): tensor for tensor in tensors if _is_plain(tensor)}
+    before = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in once.values()]
+    try:
+        yield
+    finally:
+        for tensor, version, value in before:
+            if _version(tensor) != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -212,6 +212,38 @@ def test_a_write_in_place_is_refused_late_too(what, way, ran):
     assert torch.equal(learner.model.scale, torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:Doubles cannot run on all tasks at once:UserWarning")
+@pytest.mark.parametrize("vectorize", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_writes_to_inputs_that_start_late_do_not_reach_the_batch(steps, vectorize):
+    """Each of ``steps`` meta-gradients was without any: "auto" goes over to the loop with the inputs as they were."""
+
+    class Doubles(nn.Linear):
+        writes = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2.0) if self.writes else 2.0 * x)
+
+    torch.manual_seed(0)
+    learner = MAML(Doubles(3, 2).double(), F.cross_entropy, vectorize=vectorize, chunk_size=4)
+    kept = batch()
+    before = MAML(Doubles(3, 2).double(), F.cross_entropy)
+    before.load_state_dict(learner.state_dict())
+    for _ in range(steps):
+        learner.meta_gradient(batch())
+    learner.model.writes = True
+    given = batch()
+    if vectorize == "vmap":
+        with pytest.raises(ValueError, match="changed in place: its input"):
+            learner.meta_gradient(given)
+    else:
+        grads, losses = learner.meta_gradient(given)
+        expected, right = before.meta_gradient(kept)
+        torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(losses, right, rtol=1e-10, atol=1e-14)
+    assert all(torch.equal(a, b) for a, b in zip(given[:4], kept[:4], strict=True))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_error_is_explained_and_does_not_last(way, ran):
     learner = MAML(nn.Linear(3, 2).double(), F.cross_entropy, vectorize=way)
