@@ -104,7 +104,8 @@ class LocalMean:
     def finish(self) -> tuple[Tensor, Report]:
         """See `Aggregation.finish`."""
         assert self._total is not None
-        total = self._total if self._n == 1 else self._total / self._n
+        # the only row is the caller's, and the result may be changed in place
+        total = self._total.clone() if self._n == 1 else self._total / self._n
         size = self._n * len(total) * total.element_size()
         return total, {"grad_norm": float(vector_norm(total)), "bias_error": 0.0, "wire_bytes": size}
 

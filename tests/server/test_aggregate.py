@@ -21,6 +21,17 @@ def workers_gradients(n: int = 3) -> dict[str, Tensor]:
     return {name: torch.randn(n, *shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_mean_is_not_a_view_of_the_gradients(n):
+    """It may be scaled or clipped in place."""
+    grads = torch.arange(3.0 * n).reshape(n, 3)
+    total, report = aggregate(grads)
+    assert total.tolist() == [sum(range(i, 3 * n, 3)) / n for i in range(3)]
+    assert report["grad_norm"] == pytest.approx(math.sqrt(sum(value**2 for value in total.tolist())))
+    total.zero_()
+    assert grads.flatten().tolist() == [*range(3 * n)]
+
+
 def test_flatten_keeps_the_order_of_the_dict():
     grads = workers_gradients()
     flat = flatten(grads.values())
