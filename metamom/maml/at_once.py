@@ -23,9 +23,9 @@ from metamom.maml.problem import Problem
 from metamom.maml.settled import (
     Computed,
     Draws,
+    FastPath,
     Unconnected,
     UnsuitableError,
-    Way,
     as_settled,
     is_settled,
     labels,
@@ -174,4 +174,4 @@ def _moved(
     return moved
 
 
-AT_ONCE = Way(runs_at_once, at_once)
+AT_ONCE = FastPath(runs_at_once, at_once)

@@ -21,7 +21,7 @@ from metamom.maml.estimators import Adaptations
 from metamom.maml.in_turn import IN_TURN
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.plan import Plan
-from metamom.maml.settled import Computed, shortly_or
+from metamom.maml.settled import Computed, by_fast_path_or
 from metamom.maml.step_gradients import check_cut
 from metamom.maml.task_weights import Params
 from metamom.maml.unused import from_outside
@@ -29,7 +29,7 @@ from metamom.maml.vmap_errors import explained
 from metamom.nets.low_rank import plain
 from metamom.server.aggregate import flatten
 
-WAYS = (AT_ONCE, IN_TURN)
+FAST_PATHS = (AT_ONCE, IN_TURN)
 
 
 def chunk_gradient(
@@ -53,18 +53,18 @@ def chunk_gradient(
     tasks = TaskBatch(*fields[:4])._replace(support_mask=fields[4], query_mask=fields[5])
     with torch.enable_grad():
         terms = plan.cut(tasks)
-        long = partial(_the_long_way, plan, weights, memory, workers, scale, terms, starts)
+        general = partial(_general_path, plan, weights, memory, workers, scale, terms, starts)
         if len(terms) > 1 or memory or starts is not None or is_tracing():
-            return long()
+            return general()
         given = plan.problem, weights, terms[0], workers, scale * terms[0].weight
-        return shortly_or(WAYS, *given, otherwise=long, finish=_flat)
+        return by_fast_path_or(FAST_PATHS, *given, otherwise=general, finish=_flat)
 
 
 def _flat(found: Computed) -> tuple[Tensor, ...]:
     return found.losses, found.predictions, *found.gradients.values()
 
 
-def _the_long_way(
+def _general_path(
     plan: Plan,
     weights: Params,
     memory: Params,

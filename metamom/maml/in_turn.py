@@ -27,9 +27,9 @@ from metamom.maml.problem import Problem, names_in_loss
 from metamom.maml.settled import (
     Computed,
     Draws,
+    FastPath,
     Unconnected,
     UnsuitableError,
-    Way,
     as_settled,
     is_settled,
     labels,
@@ -195,4 +195,4 @@ def _stacked(grads: list[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(like, requires_grad=False) if grad is None else grad for grad in grads])
 
 
-IN_TURN = Way(runs_in_turn, in_turn)
+IN_TURN = FastPath(runs_in_turn, in_turn)

@@ -83,7 +83,7 @@ class RunByTask:
         heads: the model's head, if it has one.
         mixes: whether a prediction depends on the other points of its task, by mode and by what normalisations use.
         points: the shapes and dtypes of sets for which the model was seen to take any number of points.
-        unsuitable: numbers of the ways of `metamom.maml.chunk_gradient` that have failed, with the mode, what
+        unsuitable: indices of the fast paths of `metamom.maml.chunk_gradient` that have failed, with the mode, what
             normalisations use, the number of tasks, and the estimator.
         preferred: whether the model runs faster task by task, by mode, number of points, adapted parameters, and the
             number of tasks in first order (``None`` in second).

@@ -1,9 +1,9 @@
-"""The meta-gradient of a chunk of tasks with the care that is left to take once a model and a loss are known.
+"""The fast path of a meta-gradient, once a model and a loss are known.
 
 The first meta-gradients look at every call of the model and the loss (`metamom.maml.episodes`): for draws, functions to
 replace, tensors left in attributes, writes in place. For a small network that takes as long as the network.
-Once nothing more is to be found, two shorter ways compute the same: `metamom.maml.at_once` on all tasks by vmap, and
-`metamom.maml.in_turn` on one task after the other. What fails there is computed, or explained, the long way.
+Once nothing more is to be found, two fast paths skip that and compute the same: `metamom.maml.at_once` on all tasks by
+vmap, and `metamom.maml.in_turn` on one task after the other. The general path computes, or explains, what fails there.
 
 Legend: T tasks, n workers with T/n tasks each, J inner steps.
 """
@@ -35,12 +35,12 @@ from metamom.nets.linear import are_many
 
 Result = TypeVar("Result")
 
-# What the long way explains, or computes in spite of.
+# Errors after which the general path is tried.
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 
 
 class UnsuitableError(RuntimeError):
-    """Something that must be computed, or refused, the long way."""
+    """Something that only the general path can compute or refuse."""
 
 
 class Computed(NamedTuple):
@@ -57,8 +57,8 @@ class Computed(NamedTuple):
     gradients: Params
 
 
-class Way(NamedTuple):
-    """A shorter way.
+class FastPath(NamedTuple):
+    """A fast path.
 
     Attributes:
         suits: whether it can take these adaptations, which `is_plain` holds for.
@@ -104,8 +104,8 @@ class Unconnected:
             check_constant(self._problem, [name for name in names if name in constant], batch)
 
 
-def shortly_or(
-    ways: Sequence[Way],
+def by_fast_path_or(
+    paths: Sequence[FastPath],
     problem: Problem,
     weights: Params,
     term: Adaptations,
@@ -115,22 +115,22 @@ def shortly_or(
     otherwise: Callable[[], Result],
     finish: Callable[[Computed], Result],
 ) -> Result:
-    """What the first way that suits finds, handed to ``finish``; if it fails or none suits, that of ``otherwise``.
+    """The result of the first path that suits, passed to ``finish``. If it fails or none suits, that of ``otherwise``.
 
-    Once the latter has found something, such tasks are not computed in that way again.
+    A path that has failed where ``otherwise`` has not is not tried again for such tasks.
     """
     if is_tracing() or not is_plain(problem, term):
         return otherwise()
     state = is_training(problem.model), problem.norm, count(term.query_x), problem.estimator
-    for number, way in enumerate(ways):
+    for number, path in enumerate(paths):
         kind = number, *state
-        if kind not in problem.run.unsuitable and way.suits(problem, term):
+        if kind not in problem.run.unsuitable and path.suits(problem, term):
             break
     else:
         return otherwise()
     rewind = rewinder()
     try:
-        found = way.compute(problem, weights, term, workers, scale)
+        found = path.compute(problem, weights, term, workers, scale)
     except ERRORS:
         rewind()
         other = otherwise()

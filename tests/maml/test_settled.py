@@ -1,4 +1,4 @@
-"""Tests of the shorter ways of `metamom.maml.settled`, by vmap and in turn, against the long way."""
+"""Tests of the fast paths of `metamom.maml.settled`, by vmap and in turn, against the general path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from metamom import MAML, TaskBatch
 from metamom.maml import chunk_gradient
 from metamom.maml.functions_by_task import may_call_them
-from metamom.maml.settled import Computed, Way
+from metamom.maml.settled import Computed, FastPath
 
 
 def batch(tasks: int = 4) -> TaskBatch:
@@ -84,20 +84,20 @@ CASES = [(name, way) for name in MODELS for way in WAYS if way == "loop" or name
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """The number of each of the shorter ways that was taken, and whether it came to its end."""
+    """The number of each fast path that was taken, and whether it came to its end."""
     calls: list[tuple[int, bool]] = []
 
-    def watched(number: int, way: Way) -> Way:
+    def watched(number: int, path: FastPath) -> FastPath:
         def compute(*args: Any) -> Computed:
             calls.append((number, False))
-            found = way.compute(*args)
+            found = path.compute(*args)
             calls[-1] = number, True
             return found
 
-        return way._replace(compute=compute)
+        return path._replace(compute=compute)
 
-    ways = [watched(number, way) for number, way in enumerate(chunk_gradient.WAYS)]
-    monkeypatch.setattr(chunk_gradient, "WAYS", ways)
+    paths = [watched(number, path) for number, path in enumerate(chunk_gradient.FAST_PATHS)]
+    monkeypatch.setattr(chunk_gradient, "FAST_PATHS", paths)
     return calls
 
 
@@ -115,8 +115,8 @@ def built(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("name", "way"), CASES)
-def test_it_is_the_long_way(name, way, options, ran):
-    """The first call takes the long way, with the same weights, tasks and draws."""
+def test_it_agrees_with_the_general_path(name, way, options, ran):
+    """The first call takes the general path, with the same weights, tasks and draws."""
     model = built(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     attributes = [vars(module).get("last") for module in model.modules()]
@@ -165,7 +165,7 @@ def test_it_follows_the_weights_and_the_tasks(name, way, ran):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_model_that_draws_late_is_computed_the_long_way(way, ran):
+def test_a_model_that_draws_late_is_computed_by_the_general_path(way, ran):
     """From then on, at once; its draws are taken back."""
 
     class Late(nn.Linear):
