@@ -29,6 +29,8 @@ FIRST_CALLS = 3  # eager calls to time before deciding
 GRAPHS_KEPT = 16  # the most recently used ones
 GRAPHS_TO_WONDER_AT = 8
 
+Graph = Callable[..., tuple[Tensor, ...]]
+
 
 def check_compiler(device: torch.device) -> None:
     """Check that graphs can be compiled for ``device``.
@@ -86,11 +88,14 @@ class Compiled:
         self.cost = cost
         self.expected: int | None = None
         self.compiled = 0
-        self.graphs: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+        self.graphs: dict[Any, Graph] = {}
         self.eager: dict[Any, _Eager] = {}
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Call the function."""
+    def __call__(self, *args: Any, note: Callable[[Graph], None] | None = None) -> tuple[Tensor, ...]:
+        """Call the function. If a graph runs, ``note`` gets it, a function of the tensors among the arguments.
+
+        It can be called again, under `torch.no_grad`, in place of this function while nothing changes but values.
+        """
         leaves: list[Any] = []
         for arg in args:
             leaves.extend(arg.values()) if isinstance(arg, dict) else leaves.append(arg)
@@ -116,10 +121,13 @@ class Compiled:
                 del self.graphs[next(iter(self.graphs))]
         with torch.no_grad():
             try:
-                return graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+                found = graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
             except RuntimeError:
                 self.function(*args)  # its error says more about what is wrong with these arguments
                 raise
+        if note is not None:
+            note(graph)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out compiled graphs, which are tied to this process. A copy recompiles."""
@@ -157,7 +165,7 @@ class Compiled:
         watched.calls += 1
         return result
 
-    def _compile(self, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    def _compile(self, args: tuple[Any, ...]) -> Graph:
         # imported here, since they take as long to import as all of torch, and most runs do not compile
         from torch import _inductor as inductor
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -185,7 +193,7 @@ class Compiled:
         while True:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=drawn):
-                    compiled: Callable[..., tuple[Tensor, ...]] = inductor.compile(graph, list(tensors), options)
+                    compiled: Graph = inductor.compile(graph, list(tensors), options)
             except Exception as error:
                 if not _forget_damaged(error):
                     cause = getattr(error, "inner_exception", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from metamom.compile.graph import CompileMode
 from metamom.maml.annealing import Annealing, check_annealing
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
+from metamom.maml.fingerprint import fingerprint_of_learner
 from metamom.maml.gradient import MetaGradients
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
 from metamom.maml.inner_optimizer import (
@@ -115,7 +117,7 @@ class Configured(nn.Module):
         self._readings, self._uses = LossReadings(), Uses()
         self._run, self._vectorization = RunByTask(), Vectorization(vectorize)
         self._structure = structure(model)
-        self._gradients = MetaGradients(self._plan, compile)
+        self._gradients = MetaGradients(self._plan, compile, partial(fingerprint_of_learner, self))
 
     def _make_step_sizes(
         self,
@@ -156,12 +158,12 @@ class Configured(nn.Module):
             TypeError: for a value of the wrong kind.
         """
         if name == "inner_lr":
+            self._keep_up()
             weights = trainable(self.model, self.loss_fn)
             self.step_sizes.assign(value, {n: weights[n] for n in self.adapted})
             return
         check_option(name, value)
-        if name == "proximal":
-            value = as_proximal(value)
+        value = as_proximal(value) if name == "proximal" else value
         if "_gradients" in self.__dict__:  # construction has finished
             tracking = None if self.memory is None else self.memory.tracking
             check_change(self, name, value, tracking, self.step_sizes.kind)
@@ -173,6 +175,7 @@ class Configured(nn.Module):
             check_loss_owner(value)
             self._modules.pop(name, None)  # a module may replace a function, or a function a module
         super().__setattr__(name, value)
+        self.__dict__["_changes"] = self.__dict__.get("_changes", 0) + 1  # of attributes, so far
         if name == "inner_steps" and isinstance(annealing := getattr(self, "annealing", None), Annealing):
             annealing.follow(value)
 

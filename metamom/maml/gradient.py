@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,13 @@ from metamom.batch import TaskBatch, block
 from metamom.common.allocator import reuse_freed_memory
 from metamom.common.checks import check_whole
 from metamom.common.trees import flattened, mapped
-from metamom.compile.graph import Compiled, CompileMode, check_compiler
+from metamom.compile.graph import Compiled, CompileMode, Graph, check_compiler
 from metamom.maml.chunk_gradient import chunk_gradient, estimated_losses
 from metamom.maml.chunk_results import OfTasks, OfWorkers, with_chunk
 from metamom.maml.chunking import spans, tasks_within_budget
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, passes
+from metamom.maml.fingerprint import Fingerprint
 from metamom.maml.inner_step import gradients
 from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.plan import Plan
@@ -34,22 +35,54 @@ from metamom.maml.task_weights import Params
 COMPILE_SECONDS = 2.0
 
 
+class _Ran(NamedTuple):
+    """A graph that computed a whole batch, and what it was called with."""
+
+    fingerprint: Fingerprint
+    weights: Params
+    graph: Graph
+
+
+class Again(NamedTuple):
+    """A meta-gradient by the graph of the one before it.
+
+    Attributes:
+        weights: the meta-parameters by name.
+        rows: the workers' flattened meta-gradients ``[n, d]``.
+        losses: of the queries, ``[T]``.
+        predictions: of the queries, ``[T, Q, ...]``.
+    """
+
+    weights: Params
+    rows: Tensor
+    losses: Tensor
+    predictions: Tensor
+
+
 class MetaGradients:
     """Computes the meta-gradients of a plan.
 
     Args:
         plan: called for each meta-gradient, since a learner's options may be set at any time.
         compile: see `metamom.compile.graph.Compiled`.
+        fingerprint: of a batch on a number of workers, with the learner as it is.
 
     Attributes:
         expected: how many batches are still to come, if announced.
     """
 
-    def __init__(self, plan: Callable[[], Plan], compile: CompileMode) -> None:
+    def __init__(
+        self,
+        plan: Callable[[], Plan],
+        compile: CompileMode,
+        fingerprint: Callable[[TaskBatch, int], Fingerprint | None],
+    ) -> None:
         self.plan = plan
         self.compile = compile
+        self.fingerprint = fingerprint
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
+        self._ran: _Ran | None = None
         self._current: Plan | None = None  # of the meta-gradient that is being computed
         self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
         self.of_chunk: Callable[..., tuple[Tensor, ...]] = self.eager
@@ -61,6 +94,10 @@ class MetaGradients:
             layers = sum(not list(module.children()) for module in model.modules())
             cost = COMPILE_SECONDS * layers * passes(now.problem.estimator, now.inner_steps)
             self.of_chunk = Compiled(self.eager, self.built_in, compile, cost)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the graph, which is tied to this process."""
+        return {**self.__dict__, "_ran": None}
 
     def by_worker(
         self,
@@ -103,6 +140,8 @@ class MetaGradients:
             self._current = plan
             self._announce(weights, batch, len(parts))
         of_chunk = self.of_chunk if compiled else partial(_eagerly, plan)
+        if compiled and len(parts) == 1 and parts[0] == (0, batch.num_tasks):
+            of_chunk = self._noting(weights, batch, workers)
         rows: Tensor | None = None
         held: list[OfTasks] = []
         step = Step()
@@ -123,6 +162,37 @@ class MetaGradients:
             if stop % per_worker == 0:
                 yield OfWorkers(rows, OfTasks.joined(held))
                 rows, held = None, []
+
+    def again(self, batch: TaskBatch, workers: int) -> Again | None:
+        """The meta-gradient of a batch by the graph of the last one, if nothing but values has changed since then."""
+        ran = self._ran
+        if ran is None:
+            return None
+        now = self.fingerprint(batch, workers)
+        if now is None or now.of != ran.fingerprint.of:
+            return None
+        with torch.no_grad():
+            try:
+                losses, predictions, rows = ran.graph(*ran.weights.values(), *(x for x in batch[:4] if x is not None))
+            except RuntimeError:  # the usual way finds out why
+                return None
+        self._expect_fewer()
+        return Again(ran.weights, rows, losses, predictions)
+
+    def _noting(self, weights: Params, batch: TaskBatch, workers: int) -> Callable[..., tuple[Tensor, ...]]:
+        """The compiled function, which remembers the graph that it runs for `again`."""
+        self._ran = None
+        now = self.fingerprint(batch, workers)
+        own = set() if now is None else {id(tensor) for tensor in now.tensors}
+        flat = all(w.is_contiguous() for w in weights.values())
+        known = now is not None and flat and all(id(w) in own for w in weights.values())
+        if now is None or not known or not isinstance(self.of_chunk, Compiled):
+            return self.of_chunk
+
+        def note(graph: Graph) -> None:
+            self._ran = _Ran(now, weights, graph)
+
+        return partial(self.of_chunk, note=note)
 
     def _parts(
         self, everyone: Sequence[int], per_worker: int, size: int | None, *, alike: bool
@@ -189,7 +259,11 @@ class MetaGradients:
                 self._one_task(weights, batch)()
             self._tried = True
         self.of_chunk.expected = None if self.expected is None else self.expected * chunks
-        if self.expected is not None:  # nothing is known about batches after those
+        self._expect_fewer()
+
+    def _expect_fewer(self) -> None:
+        """Count a batch that was announced. Nothing is known about batches after those."""
+        if self.expected is not None:
             self.expected = self.expected - 1 if self.expected > 1 else None
 
     def _one_task(self, weights: Params, batch: TaskBatch) -> Callable[[], tuple[Tensor, ...]]:

@@ -114,7 +114,13 @@ class StepSizes(nn.Module):
                 f"all parameters share one learned inner step size; got one per parameter for {sorted(inner_lr)}."
             )
         for name, place in self._attributes.items():
-            mine, new = self._registered(place), other.fixed.get(name, other._registered(other._attributes[name]))
+            mine = self._registered(place)
+            if name in adapted:
+                new = other.fixed.get(name, other._registered(other._attributes[name]))
+            elif isinstance(inner_lr, Mapping):
+                continue  # of a parameter that is frozen now, which keeps its own for later
+            else:
+                new = torch.as_tensor(inner_lr).log() if self.positive else inner_lr
             assert new is not None
             if mine is not None and mine.requires_grad:
                 with torch.no_grad():

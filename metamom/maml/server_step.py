@@ -130,7 +130,7 @@ def server_step(
             deliver(parameter, gradient[name], server.operator, add=True)
     if tasks.averages:
         gradients.plan().remember(*_averages(world, tasks, batch, here), total, losses)
-    return Backward(loss, {"accuracy": _mean(shares), **report, "sent_bytes": world.sent - sent})
+    return Backward(loss, {"accuracy": mean_share(shares), **report, "sent_bytes": world.sent - sent})
 
 
 def _refuse(
@@ -158,7 +158,7 @@ def _refuse(
                 raise not_finite(gradients.plan(), weights, batch, own, first)
 
 
-def _mean(shares: Sequence[Tensor]) -> float | None:
+def mean_share(shares: Sequence[Tensor]) -> float | None:
     """The mean over tasks with at least one label that counts; ``None`` without such a task."""
     mean = float(shares[0].mean()) if shares else math.nan
     if shares and math.isnan(mean):  # some tasks have no such label

@@ -5,6 +5,7 @@ Legend: T tasks, n workers with T/n tasks each, J inner steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,14 +24,15 @@ from metamom.maml.federation import Federation, kept_down_bias, kept_participati
 from metamom.maml.following import Following, check_alone, check_momentum_kind
 from metamom.maml.misfits import asserts_explained
 from metamom.maml.modes import differentiable_batch, out_of_inference
-from metamom.maml.server_step import ALL_PRESENT, Exchange, server_step
+from metamom.maml.server_step import ALL_PRESENT, Exchange, mean_share, server_step
 from metamom.maml.server_step import Backward as Backward
 from metamom.maml.task_weights import Params
 from metamom.maml.training_loss import with_gradient
-from metamom.server.aggregate import after_hooks, unflatten
+from metamom.server.aggregate import after_hooks, deliver, unflatten
 from metamom.server.down import DownBias
 from metamom.server.participation import Participation
 from metamom.server.robust import AnyAggregate
+from metamom.server.workers import LocalMean
 
 
 class MetaGradient(NamedTuple):
@@ -161,6 +163,10 @@ class Training(Adapting):
         options: dict[str, Any] = {"aggregate": aggregate, "measure": measure, "check_finite": check_finite}
         optimizer = None if momentum is None else check_momentum_kind(momentum)
         if optimizer is None or optimizer.variant not in FOLLOWING:
+            usual = bias is None and world is None and isinstance(aggregate, str) and aggregate == "mean"
+            again = self._again(batch, workers) if usual and federation.usual else None
+            if again is not None:
+                return again
             return self._server_step(batch, workers=workers, bias=bias, world=world, federation=federation, **options)
         check_alone(optimizer.variant, federation, aggregate)
         with out_of_inference():
@@ -238,6 +244,26 @@ class Training(Adapting):
     def forward(self, batch: TaskBatch, **options: Any) -> Tensor:
         """`training_loss`."""
         return self.training_loss(batch, **options)
+
+    def _again(self, batch: TaskBatch, workers: int) -> Backward | None:
+        """`_server_step` by the compiled graph of the last one, if nothing but values has changed, without its checks.
+
+        ``None`` too if the result is not finite: `_server_step` then says why.
+        """
+        found = self._gradients.again(batch, workers)
+        if found is None:
+            return None
+        server = LocalMean(workers)
+        server.add(found.rows, range(workers))
+        total, report = server.finish()
+        loss, norm = found.losses.mean(), report["grad_norm"]
+        if norm is None or not (math.isfinite(norm) and math.isfinite(float(loss))):
+            return None
+        for parameter, gradient in zip(found.weights.values(), unflatten(total, found.weights).values(), strict=True):
+            deliver(parameter, gradient, add=True)
+        right = self._accuracy(found.predictions, batch.query_y)
+        shares = [] if right is None else [right.to(found.losses)]
+        return Backward(loss, {"accuracy": mean_share(shares), **report, "sent_bytes": 0})
 
     def _server_step(self, batch: TaskBatch, *, federation: Federation = ALL_PRESENT, **options: Any) -> Backward:
         weights = self.meta_parameters()

@@ -191,3 +191,18 @@ def test_a_tracked_learner_keeps_to_one_step():
     learner = MAML(net(), F.mse_loss, estimator="moml")
     with pytest.raises(ValueError, match="averages the results of one inner step"):
         learner.inner_steps = 2
+
+
+def test_step_sizes_are_set_after_the_trainable_parameters_have_changed():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    model[0].bias.requires_grad_(False)
+    learner = MAML(model, F.mse_loss, inner_lr=0.1)
+    model[0].bias.requires_grad_(True)
+    learner.inner_lr = 0.2
+    assert learner.inner_lr == 0.2
+    model[2].bias.requires_grad_(False)
+    sizes = {"0.weight": 0.1, "0.bias": 0.2, "2.weight": 0.3}
+    learner.inner_lr = sizes
+    model[2].bias.requires_grad_(True)
+    assert learner.meta_parameters().keys() == set(NAMES)
+    assert learner.inner_lr == {**sizes, "2.bias": 0.2}

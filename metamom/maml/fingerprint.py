@@ -1,0 +1,77 @@
+"""Everything that a compiled meta-gradient depends on, apart from the values of tensors, found in one pass.
+
+A step whose fingerprint is that of the step before it would pass the same checks, and run the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metamom.batch import TaskBatch
+from metamom.common.modules import modules_of
+from metamom.maml.model_checks import has_global_hooks
+from metamom.maml.problem import PLAIN
+
+
+class Fingerprint(NamedTuple):
+    """Fingerprints are the same if their ``of`` are equal.
+
+    Attributes:
+        of: modules, modes, hooks and options; shape, strides, dtype and device of each tensor; and which tensor it is.
+        tensors: the parameters and buffers in it, which stay alive, so that no other one gets the id of one of them.
+    """
+
+    of: tuple[Hashable, ...]
+    tensors: list[Tensor]
+
+
+def fingerprint_of_learner(learner: Any, batch: TaskBatch, workers: int) -> Fingerprint | None:
+    """The fingerprint of a step of a `metamom.MAML`, whose options are the same as long as no attribute is set.
+
+    ``None`` if it takes a closer look to know that two of them are alike, as with learners that have a state or rules
+    of their own.
+    """
+    if learner.memory is not None or learner.annealing is not None or learner.norms_by_step is not None:
+        return None
+    if learner._rule() is not PLAIN or type(workers) is not int:
+        return None
+    step_sizes, looped = learner.step_sizes.fixed.values(), len(learner._vectorization.looped)
+    return _fingerprint(learner, batch, workers, learner._changes, looped, *step_sizes)
+
+
+def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fingerprint | None:
+    if torch.is_inference_mode_enabled() or type(batch) is not TaskBatch:
+        return None
+    found: list[Hashable] = [*options, has_global_hooks()]
+    for x in batch:
+        if x is None:
+            found.append(None)
+        elif type(x) is Tensor and not x.is_inference():
+            found += _kind(x)
+        else:
+            return None
+    tensors: list[Tensor] = []
+    for module in modules_of(owner):
+        if type(module).named_parameters is not nn.Module.named_parameters:
+            return None
+        found += (module, module.training, *module._modules.keys())
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            found += hooks.values()
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            found += hooks.values()
+        for registered in (module._parameters, module._buffers):
+            for name, tensor in registered.items():
+                if tensor is not None:
+                    tensors.append(tensor)
+                    found += (name, id(tensor), tensor.requires_grad, *_kind(tensor))
+    device = tensors[0].device.type if tensors else "cpu"
+    found.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+    return Fingerprint(tuple(found), tensors)
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.device
