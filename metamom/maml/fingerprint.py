@@ -16,6 +16,8 @@ from metamom.common.modules import modules_of
 from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.problem import PLAIN
 
+_PLAIN = (nn.Parameter, Tensor)
+
 
 class Fingerprint(NamedTuple):
     """Fingerprints are the same if their ``of`` are equal.
@@ -50,28 +52,32 @@ def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fing
     for x in batch:
         if x is None:
             found.append(None)
-        elif type(x) is Tensor and not x.is_inference():
-            found += _kind(x)
+        elif type(x) is Tensor and _has_strides(x) and not x.is_inference():
+            found += (x.shape, x.stride(), x.dtype, x.device)
         else:
             return None
     tensors: list[Tensor] = []
     for module in modules_of(owner):
         if type(module).named_parameters is not nn.Module.named_parameters:
             return None
-        found += (module, module.training, *module._modules.keys())
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            found += hooks.values()
-        for hooks in (module._backward_hooks, module._backward_pre_hooks):
-            found += hooks.values()
+        found += (module, module.training)
+        if module._modules:
+            found += module._modules.keys()
+        if module._forward_hooks or module._forward_pre_hooks:
+            found += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if module._backward_hooks or module._backward_pre_hooks:
+            found += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
         for registered in (module._parameters, module._buffers):
-            for name, tensor in registered.items():
-                if tensor is not None:
-                    tensors.append(tensor)
-                    found += (name, id(tensor), tensor.requires_grad, *_kind(tensor))
+            for name, x in registered.items():
+                if x is not None:
+                    if type(x) not in _PLAIN or not _has_strides(x):
+                        return None
+                    tensors.append(x)
+                    found += (name, id(x), x.requires_grad, x.shape, x.stride(), x.dtype, x.device)
     device = tensors[0].device.type if tensors else "cpu"
     found.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
     return Fingerprint(tuple(found), tensors)
 
 
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.stride(), x.dtype, x.device
+def _has_strides(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested

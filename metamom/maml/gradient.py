@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,36 +27,13 @@ from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, passes
 from metamom.maml.fingerprint import Fingerprint
 from metamom.maml.inner_step import gradients
+from metamom.maml.last_step import Again, LastStep
 from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.plan import Plan
 from metamom.maml.task_weights import Params
 
 # Seconds to compile one layer in one pass through the model, measured on two cores.
 COMPILE_SECONDS = 2.0
-
-
-class _Ran(NamedTuple):
-    """A graph that computed a whole batch, and what it was called with."""
-
-    fingerprint: Fingerprint
-    weights: Params
-    graph: Graph
-
-
-class Again(NamedTuple):
-    """A meta-gradient by the graph of the one before it.
-
-    Attributes:
-        weights: the meta-parameters by name.
-        rows: the workers' flattened meta-gradients ``[n, d]``.
-        losses: of the queries, ``[T]``.
-        predictions: of the queries, ``[T, Q, ...]``.
-    """
-
-    weights: Params
-    rows: Tensor
-    losses: Tensor
-    predictions: Tensor
 
 
 class MetaGradients:
@@ -79,10 +56,9 @@ class MetaGradients:
     ) -> None:
         self.plan = plan
         self.compile = compile
-        self.fingerprint = fingerprint
+        self.last = LastStep(fingerprint)
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
-        self._ran: _Ran | None = None
         self._current: Plan | None = None  # of the meta-gradient that is being computed
         self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
         self.of_chunk: Callable[..., tuple[Tensor, ...]] = self.eager
@@ -94,10 +70,6 @@ class MetaGradients:
             layers = sum(not list(module.children()) for module in model.modules())
             cost = COMPILE_SECONDS * layers * passes(now.problem.estimator, now.inner_steps)
             self.of_chunk = Compiled(self.eager, self.built_in, compile, cost)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the graph, which is tied to this process."""
-        return {**self.__dict__, "_ran": None}
 
     def by_worker(
         self,
@@ -140,8 +112,11 @@ class MetaGradients:
             self._current = plan
             self._announce(weights, batch, len(parts))
         of_chunk = self.of_chunk if compiled else partial(_eagerly, plan)
-        if compiled and len(parts) == 1 and parts[0] == (0, batch.num_tasks):
-            of_chunk = self._noting(weights, batch, workers)
+        remember = None
+        if not alone and parts == [(0, batch.num_tasks)]:
+            remember = self.last.forget(weights, batch, workers)
+            if compiled:
+                of_chunk = partial(of_chunk, note=lambda graph: remember(partial(_by_graph, graph, weights)))
         rows: Tensor | None = None
         held: list[OfTasks] = []
         step = Step()
@@ -156,6 +131,8 @@ class MetaGradients:
                 own = {"starts": {name: w[row : row + last - first] for name, w in starts.items()}}
             with step.tasks(number + start, stop - start):
                 found = of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks), **own)
+            if remember is not None and not compiled:
+                remember(partial(_whole_batch, plan, weights, workers, 1 / per_worker))
             averages = 2 + (0 if plan.memory is None else len(plan.problem.adapted))
             held.append(OfTasks(found[0], found[1], found[2:averages]))
             rows = with_chunk(rows, found[averages:])
@@ -164,35 +141,16 @@ class MetaGradients:
                 rows, held = None, []
 
     def again(self, batch: TaskBatch, workers: int) -> Again | None:
-        """The meta-gradient of a batch by the graph of the last one, if nothing but values has changed since then."""
-        ran = self._ran
-        if ran is None:
-            return None
-        now = self.fingerprint(batch, workers)
-        if now is None or now.of != ran.fingerprint.of:
-            return None
-        with torch.no_grad():
-            try:
-                losses, predictions, rows = ran.graph(*ran.weights.values(), *(x for x in batch[:4] if x is not None))
-            except RuntimeError:  # the usual way finds out why
-                return None
-        self._expect_fewer()
-        return Again(ran.weights, rows, losses, predictions)
-
-    def _noting(self, weights: Params, batch: TaskBatch, workers: int) -> Callable[..., tuple[Tensor, ...]]:
-        """The compiled function, which remembers the graph that it runs for `again`."""
-        self._ran = None
-        now = self.fingerprint(batch, workers)
-        own = set() if now is None else {id(tensor) for tensor in now.tensors}
-        flat = all(w.is_contiguous() for w in weights.values())
-        known = now is not None and flat and all(id(w) in own for w in weights.values())
-        if now is None or not known or not isinstance(self.of_chunk, Compiled):
-            return self.of_chunk
-
-        def note(graph: Graph) -> None:
-            self._ran = _Ran(now, weights, graph)
-
-        return partial(self.of_chunk, note=note)
+        """The meta-gradient of a batch as the last one was computed, if nothing but values has changed since then."""
+        try:
+            found = self.last.again(batch, workers)
+        except RuntimeError:
+            if not self.compile:
+                raise
+            return None  # a graph says less about what is wrong than the general path does
+        if found is not None and self.compile:
+            self._expect_fewer()
+        return found
 
     def _parts(
         self, everyone: Sequence[int], per_worker: int, size: int | None, *, alike: bool
@@ -278,6 +236,18 @@ def _eagerly(plan: Plan, *args: Any, starts: Params | None = None) -> tuple[Tens
     with uncompiled():
         problem = plan.problem
         return problem.vectorization.attempt(problem.parts(), partial(chunk_gradient, plan, *args, **given))
+
+
+def _whole_batch(plan: Plan, weights: Params, workers: int, scale: float, batch: TaskBatch) -> tuple[Tensor, ...]:
+    """`chunk_gradient` of a batch without stored averages."""
+    with Step().tasks(0, batch.num_tasks):
+        return _eagerly(plan, weights, {}, workers, scale, *_arguments(batch))
+
+
+def _by_graph(graph: Graph, weights: Params, batch: TaskBatch) -> tuple[Tensor, ...]:
+    """The same by a compiled graph, which gets no numbers and no averages."""
+    with torch.no_grad():
+        return graph(*weights.values(), *[x for x in batch[:4] if x is not None])
 
 
 def _arguments(batch: TaskBatch) -> tuple[Any, ...]:

@@ -246,7 +246,7 @@ class Training(Adapting):
         return self.training_loss(batch, **options)
 
     def _again(self, batch: TaskBatch, workers: int) -> Backward | None:
-        """`_server_step` by the compiled graph of the last one, if nothing but values has changed, without its checks.
+        """`_server_step` as the last one was computed, without its checks; ``None`` if more than values has changed.
 
         ``None`` too if the result is not finite: `_server_step` then says why.
         """
