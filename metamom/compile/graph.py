@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable
@@ -28,6 +29,7 @@ SPEED_UP = 2.5
 FIRST_CALLS = 3  # eager calls to time before deciding
 GRAPHS_KEPT = 16  # the most recently used ones
 GRAPHS_TO_WONDER_AT = 8
+_ONE_AT_A_TIME = threading.RLock()  # tracing replaces functions of PyTorch for all threads
 
 Graph = Callable[..., tuple[Tensor, ...]]
 
@@ -105,7 +107,11 @@ class Compiled:
             if self.mode == "auto" and not self._pays(key):
                 return self._timed(key, args)
             try:
-                graph = self._compile(args)
+                with _ONE_AT_A_TIME:
+                    graph = self.graphs.get(key)  # another thread may have compiled it
+                    if graph is None:
+                        graph = self._compile(args)
+                        self._count()
             except Exception as error:  # of any kind, since the eager function has just worked and still does
                 if self.mode != "auto":
                     raise
@@ -113,7 +119,6 @@ class Compiled:
                 warnings.warn(f'compile="auto" continues without compiling: {said}', stacklevel=2)
                 self.cost = math.inf
                 return self._timed(key, args)
-            self._count()
         if next(reversed(self.graphs.values()), None) is not graph:
             self.graphs.pop(key, None)
             self.graphs[key] = graph  # most recently used, so the last to be dropped

@@ -175,11 +175,15 @@ def refuse_non_finite(batch: TaskBatch, first: int = 0) -> None:
         NonFiniteDataError: naming the field, how many values, and the first task; also if no label of a task counts.
     """
     said = []
+    masks = {"support_x": batch.support_mask, "query_x": batch.query_mask}  # a loss with a mask may read all targets
     fields = (named_leaves(name, x) for name, x in zip(batch._fields[:4], batch[:4], strict=True) if x is not None)
     for name, x in (place for field in fields for place in field.items()):
         if not x.is_floating_point():
             continue
         bad = ~torch.isfinite(x)
+        mask = masks.get(name.partition("[")[0])
+        if mask is not None and x.shape[:2] == mask.shape:
+            bad &= mask.view(*mask.shape, *[1] * (x.dim() - 2))
         count = int(bad.sum())
         if count:
             task = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metamom.batch import TaskBatch
@@ -88,8 +90,12 @@ def tasks_within_budget(gradient: Callable[[], Any], one: TaskBatch, weights: in
 
 
 def _with_storage(tensor: Tensor) -> Sequence[Tensor]:
-    """The tensors whose memory holds it: none for zeros that are not stored, as the tangents of constants."""
-    if tensor._is_zerotensor():
+    """The tensors whose memory holds it.
+
+    None for zeros that are not stored, as the tangents of constants, and for what stands for tensors while `torch.cond`
+    or `torch.compile` traces a part of the model.
+    """
+    if tensor._is_zerotensor() or isinstance(tensor, (FakeTensor, FunctionalTensor)):
         return ()
     if is_traceable_wrapper_subclass(outer := cast(Any, tensor)):  # such as nested tensors
         names, _ = outer.__tensor_flatten__()

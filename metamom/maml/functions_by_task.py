@@ -10,7 +10,7 @@ hooks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dis import get_instructions
 from functools import cache
 from inspect import getattr_static
@@ -177,6 +177,21 @@ def not_left_aligned(input: Tensor, mask: Tensor) -> bool:
     return False
 
 
+def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Sequence[Any] = ()) -> Any:
+    """`torch.cond` as an ``if``, since its own graph does not run inside of vmap or of torch's modes.
+
+    Raises:
+        VmapError: under vmap, if the condition differs between tasks.
+    """
+    if isinstance(pred, Tensor) and torch._C._functorch.is_batchedtensor(pred):
+        raise VmapError(
+            "the forward calls torch.cond with a condition that differs between tasks, which is not possible under "
+            "torch.func.vmap: all tasks are computed at once. Use torch.where.",
+            gist="its forward calls torch.cond",
+        )
+    return (true_fn if pred else false_fn)(*operands)
+
+
 def _under_all_names(name: str) -> list[Callable[..., Any]]:
     """All versions of a function that models may call: torch's, a tensor's, and the operator (in exported models)."""
     operator = getattr(torch.ops.aten, name)
@@ -202,6 +217,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     GRAD_FN: grad_fn,
     torch.Tensor.register_hook: register_hook,
     torch.Tensor.retain_grad: retain_grad,
+    torch.ops.higher_order.cond: cond,
 }
 if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
     _OTHERS[torch._nested_tensor_from_mask_left_aligned] = not_left_aligned

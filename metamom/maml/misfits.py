@@ -168,6 +168,8 @@ def _by_torch(error: Exception) -> bool:
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
+        if trace.tb_next.tb_frame.f_code is torch._assert.__code__:  # called in place of an assert
+            return str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
         trace = trace.tb_next
     assert trace is not None
     if str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "torch":

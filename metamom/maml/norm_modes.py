@@ -8,19 +8,21 @@ are frozen, else those of each instance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from metamom.common.choices import Norm
 from metamom.common.modules import modules_of
 from metamom.nets.inside_vmap import differentiated
 from metamom.nets.layers import batch_norm_relu
-from metamom.nets.statistics import uncounted
+from metamom.nets.statistics import uncounted, uses_running_statistics
 
 
 class Statistics(NamedTuple):
@@ -62,9 +64,11 @@ class Normalisation(TorchFunctionMode):
 
     Attributes:
         by_channel: the function for batch normalisation by statistics that are not the input's own.
+        replaced: how often such a function was called.
     """
 
     by_channel = staticmethod(normalised)
+    replaced = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +87,11 @@ class Normalisation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return self._table.get(func, func)(*args, **(kwargs or {}))
+        replacement = self._table.get(func)
+        if replacement is None:
+            return func(*args, **(kwargs or {}))
+        self.replaced += 1
+        return replacement(*args, **(kwargs or {}))
 
     def call(self, model: Callable[[Tensor], Any], sets: Sequence[Tensor]) -> Any:
         """Call the model on the last of the sets. If there are two, the first is the support set."""
@@ -240,8 +248,44 @@ def normalising(
     if norm is None:
         yield lambda model, sets: model(sets[-1])
         return
-    with uncounted(modules_of(model)), MODES[norm]() as mode:
+    modules = modules_of(model)
+    with uncounted(modules), MODES[norm]() as mode, _acting(mode, norm, modules):
         yield mode.call
+
+
+@contextmanager
+def _acting(mode: Normalisation, norm: Norm, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Refuse layers with a forward of their own that ``norm`` does not act on, when they are called.
+
+    Raises:
+        ValueError: for a layer that does not call a function that ``mode`` replaces, unless it does what ``norm`` says
+            in the mode that it is in.
+    """
+    before: list[int] = []
+
+    def begin(module: nn.Module, inputs: Any) -> None:
+        before.append(mode.replaced)
+
+    def end(module: nn.Module, inputs: Any, output: Any) -> None:
+        does = "batch" if module.training or not uses_running_statistics(module) else "frozen"
+        if before.pop() == mode.replaced and norm != does:
+            raise ValueError(
+                f"norm={norm!r} replaces the functions that normalise, and {type(module).__name__} normalises by a "
+                f"forward of its own, here as {does!r}. Let its forward call torch.nn.functional.batch_norm."
+            )
+
+    own = [module for module in modules if _normalises_itself(type(module))]  # type: ignore[arg-type]  # a class hashes
+    with ExitStack() as hooks:
+        for module in own:
+            for hook in (module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end)):
+                hooks.callback(hook.remove)
+        yield
+
+
+@cache
+def _normalises_itself(kind: type[nn.Module]) -> bool:
+    """Whether a class of batch normalisation has another forward than PyTorch's."""
+    return issubclass(kind, _BatchNorm) and not kind.forward.__module__.startswith("torch.")
 
 
 def statistics_of(x: Tensor, axis: int) -> Statistics:

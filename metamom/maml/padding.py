@@ -142,6 +142,19 @@ def cut_off(tree: Tree, mask: Tensor) -> Tree:
     return mapped(lambda x: x[mask] if x.shape[:1] == mask.shape else x, tree)
 
 
+def with_finite_padding(tree: Tree, mask: Tensor | None) -> Tree:
+    """Inputs ``[T, N, ...]`` with zeros for a padding that is not finite: its gradient would be NaN and not zero."""
+    if mask is None:
+        return tree
+
+    def filled(x: Tensor) -> Tensor:
+        if x.shape[:2] != mask.shape or not x.is_floating_point() or bool(x[~mask].isfinite().all()):
+            return x
+        return x.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 2)), 0.0)
+
+    return mapped(filled, tree)
+
+
 def put_back(tree: Tree, mask: Tensor) -> Tree:
     """Undo `cut_off` for a model's outputs, with zeros for the padding."""
     places = mask.nonzero().flatten()

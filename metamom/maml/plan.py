@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
+from metamom.common.identity import by_identity
 from metamom.common.modules import modules_of
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize
@@ -52,7 +53,7 @@ class Plan(NamedTuple):
         adaptation = self.inner_steps, self.inner_batches, problem.estimator, problem.objective is None
         settings = *adaptation, problem.autocast, problem.norm, problem.inner_optimizer
         looped = problem.vectorization.vectorize, frozenset(problem.vectorization.looped)
-        return *settings, *looped, problem.run, problem.loss_fn, problem.model.training
+        return *settings, *looped, problem.run, by_identity(problem.loss_fn), problem.model.training
 
     def built_in(self) -> tuple[Hashable, ...]:
         """The objects that a compiled meta-gradient depends on, apart from shapes.
@@ -64,13 +65,15 @@ class Plan(NamedTuple):
         modules = modules_of(self.owner)
         device = next(p.device.type for module in modules for p in module._parameters.values() if p is not None)
         around = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        fixed: list[Hashable] = [problem.loss_fn, around, *problem.step_sizes.fixed.values()]
+        fixed: list[Hashable] = [by_identity(problem.loss_fn), around, *problem.step_sizes.fixed.values()]
         for module in modules:
             fixed += (module, module.training)
+            if "forward" in module.__dict__:  # set on the object, as accelerate's hooks are
+                fixed.append(by_identity(module.__dict__["forward"]))
             if module._forward_hooks or module._forward_pre_hooks:
-                fixed += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+                fixed += map(by_identity, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
             if module._backward_hooks or module._backward_pre_hooks:
-                fixed += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
+                fixed += map(by_identity, (*module._backward_hooks.values(), *module._backward_pre_hooks.values()))
             fixed += module._buffers.values()
             fixed += [p for p in module._parameters.values() if p is not None and not p.requires_grad]
         vectorization = problem.vectorization

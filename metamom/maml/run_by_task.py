@@ -32,6 +32,7 @@ from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
 from metamom.maml.one_task import Masked, copies, of_one_task
 from metamom.maml.one_task import call as call
+from metamom.maml.padding import with_finite_padding
 from metamom.maml.plain_autograd import differentiable_twice, uncompiled
 from metamom.maml.swapping import alone, in_mode, is_training, tensors_left
 from metamom.maml.task_weights import Params, Start
@@ -150,6 +151,8 @@ class RunByTask:
                     return self._by_features(model, names, own, sets, features, norm, run)
             if loop and masked:
                 sets = tuple(Masked(*each) for each in zip(sets, map(_whole, sets, masks), strict=True))
+            elif masked:
+                sets = tuple(map(with_finite_padding, sets, masks))
             return run(model if target is None else target, sets)
 
     def prefers_a_loop(self, model: nn.Module, own: Collection[str], x: Tree, *, first_order: bool) -> bool:

@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import Tensor, nn
 
+from metamom.common.modules import named_buffers_of
 from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import generator_states
 
@@ -180,6 +181,8 @@ def unchanged(
     ]
     if changed:
         message = f"{type(model).__name__} changed in place: {', '.join(changed)}."
+        if not named_buffers_of(model).keys().isdisjoint(changed):
+            message += ' If these are running statistics that F.batch_norm writes to, pass norm="batch".'
         if loop:
             raise ValueError(f"{message} {OF_CHANGES}")
         raise VmapError(f"{message} {REMEDY}", type(model).__name__, "it changes tensors in place")

@@ -12,6 +12,7 @@ from metamom.bias import Bias, BiasOperator, Identity
 from metamom.bias.coordinates import Sizes
 from metamom.bias.function import without_state
 from metamom.common.averaged import forget, note
+from metamom.common.numbers import counted
 from metamom.distributed import World, as_world
 from metamom.server.part import Part, check_part
 from metamom.server.robust import AnyAggregate, as_robust_mean
@@ -112,9 +113,11 @@ class Aggregation:
         world = as_world(world)
         operator = without_state(bias)
         self.operator = operator
+        mine = world.workers(n)  # checks that they can be split
+        self._missing = len(mine) if present is None else len({*mine}.intersection(present))
         self._workers: OwnWorkers | SharedWorkers | LocalMean
         if operator is None and how == "mean" and world.size == 1 and present is None and worker_weights is None:
-            self._workers = LocalMean(len(world.workers(n)))  # which checks n
+            self._workers = LocalMean(n)
             return
         robust = as_robust_mean(how)
         robust.check(n)
@@ -126,7 +129,6 @@ class Aggregation:
                 f"{operator.spec} draws from a generator in the order of calls, which several processes do not share: "
                 "make it with seed= in place of generator=."
             )
-        world.workers(n)  # checks that they can be split
         part = Part.of(n, present, worker_weights, operator)
         check_part(part, robust, operator)
         self.operator = operator
@@ -143,9 +145,19 @@ class Aggregation:
         not a mean. The operator's state does not change.
 
         Raises:
-            ValueError: from the operator.
+            ValueError: for another number of rows than of workers; for more workers than are left; from the operator.
         """
+        count = len(workers)
+        if len(rows) != count:
+            raise ValueError(
+                f"add() needs one row of gradients for each worker; got {len(rows)} rows, {count} workers."
+            )
+        if count > self._missing:
+            raise ValueError(
+                f"add() takes each present worker once; got {counted(count, 'worker')} when {self._missing} were left."
+            )
         self._workers.add(rows, workers)
+        self._missing -= count
 
     def transport(self, changes: Tensor, workers: Sequence[int]) -> None:
         """Change the momenta that these workers carry by ``[k, d]``, before their gradients are added.
@@ -161,7 +173,12 @@ class Aggregation:
         Returns:
             ``(g [d], report)``, the report with ``grad_norm``, ``bias_error`` and ``wire_bytes`` as
             `metamom.maml.Backward` explains them.
+
+        Raises:
+            ValueError: if gradients of workers of this process are missing.
         """
+        if self._missing:
+            raise ValueError(f"finish() needs the gradients of all present workers: {self._missing} are missing.")
         return self._workers.finish()
 
 

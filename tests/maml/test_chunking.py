@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import mlp, regression_batch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import metamom.maml.chunking
 import metamom.maml.gradient
 from metamom import MAML, TaskBatch
-from metamom.maml.chunking import PEAK, spans
+from metamom.maml.chunking import PEAK, spans, tasks_within_budget
 from metamom.nets.models import Conv4
 from metamom.tasks import Sinusoid
 
@@ -195,3 +196,15 @@ def test_measuring_a_task_draws_nothing_for_the_run():
             torch.manual_seed(0)
             losses.append(MAML(model, F.mse_loss, chunk_size=chunk_size).meta_gradient(Sinusoid().sample(0, 2)).losses)
     assert torch.equal(*losses)
+
+
+def test_tensors_that_only_stand_for_others_take_no_memory():
+    """`torch.cond` and `torch.compile` trace a part of the model with such tensors."""
+
+    def gradient() -> None:
+        with FakeTensorMode():
+            w = torch.ones(2, requires_grad=True)
+            (w.sin() * w).sum()
+
+    one = TaskBatch(*(torch.ones(1, 2) for _ in range(4)))
+    assert tasks_within_budget(gradient, one, 0) == tasks_within_budget(lambda: None, one, 0)

@@ -163,3 +163,15 @@ def test_the_index_of_a_list_passes_unchanged(place):
     learner = MAML(Returns(fail), F.mse_loss) if place == "model" else regressor(fail)
     with pytest.raises(IndexError, match=r"^list index out of range$"):
         learner.backward(V)
+
+
+@pytest.mark.parametrize("vectorize", ["auto", "loop"])
+def test_an_assertion_of_a_loss_by_torch_passes_unchanged(vectorize):
+    """torch._assert raises what the loss says, from a line of PyTorch's."""
+
+    def loss(predictions: Tensor, targets: Tensor) -> Tensor:
+        torch._assert(False, "sensor 3 is offline")
+        return F.mse_loss(predictions, targets)
+
+    with pytest.raises(AssertionError, match=r"^sensor 3 is offline$"):
+        MAML(nn.Linear(V.support_x.shape[2], 1), loss, vectorize=vectorize).backward(V)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from metamom.batch import block
 from metamom.common.choices import NORMS
 from metamom.common.trees import lone
 from metamom.distributed import start
+from metamom.maml.batch_checks import NonFiniteDataError
 
 SIZES = ((3, 2), (6, 5), (1, 4), (4, 1))
 WAYS, FEATURES = 3, 2
@@ -399,3 +401,41 @@ def test_a_model_that_fails_on_fewer_points_says_why(vectorize, points):
     assert_close({name: found[name] for name in found}, {name: p.grad for name, p in model.named_parameters()}, 1e-10)
     with pytest.raises(ValueError, match="a set has six points"):
         MAML(model, masked, vectorize="loop").backward(pad(tasks))
+
+
+def unfinished(batch: TaskBatch, filler: float) -> TaskBatch:
+    """The batch with another padding, as functions that collate points and mark what is missing make it."""
+    support_x = batch.support_x.masked_fill(~batch.support_mask.unsqueeze(-1), filler)
+    return batch._replace(
+        support_x=support_x, query_x=batch.query_x.masked_fill(~batch.query_mask.unsqueeze(-1), filler)
+    )
+
+
+@pytest.mark.parametrize("vectorize", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("filler", [math.nan, math.inf])
+def test_a_padding_of_ones_own_need_not_be_finite(vectorize, filler):
+    ragged = tasks(labels=False)
+    batch, model = pad(ragged), randomised(mlp().double())
+    bare = unfinished(batch, filler)
+    learner = MAML(model, weighted_by_mask, inner_lr=0.1, inner_steps=2, vectorize=vectorize)
+    expected, values = loop_gradient(model, weighted_by_mask, ragged, 2, 0.1)
+    for _ in range(2):
+        found = learner.meta_gradient(bare)
+        assert_close({name: grad[0] for name, grad in found.grads.items()}, expected, TOLERANCE)
+        torch.testing.assert_close(found.losses, values, rtol=TOLERANCE, atol=TOLERANCE)
+    adapted = learner.adapt(bare.support_x, bare.support_y, mask=bare.support_mask)
+    out = learner.predict(adapted, bare.query_x, bare.query_mask)
+    for t, (*_, query_x, _) in enumerate(ragged):
+        own = torch.func.functional_call(model, {name: w[t] for name, w in adapted.items()}, query_x)
+        torch.testing.assert_close(out[t][batch.query_mask[t]], own, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_padding_that_is_not_finite_is_not_what_broke_a_step():
+    bare = unfinished(pad(tasks(labels=False)), math.nan)
+    model = randomised(mlp().double())
+    with pytest.raises(DivergedError, match="the inner steps are too large"):
+        MAML(model, weighted_by_mask, inner_lr=1e300, inner_steps=2).backward(bare)
+    support_x = bare.support_x.clone()
+    support_x[1, 0] = math.nan
+    with pytest.raises(NonFiniteDataError, match=f"support_x holds {FEATURES} of .* first in task 1"):
+        MAML(model, weighted_by_mask, inner_lr=0.1).backward(bare._replace(support_x=support_x))

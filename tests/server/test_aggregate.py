@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metamom import Clip, Identity, TopK
 from metamom.bias import EF21, NonFiniteError
-from metamom.server.aggregate import aggregate, flatten, unflatten
+from metamom.server.aggregate import Aggregation, aggregate, flatten, unflatten
 from metamom.server.robust import robust_mean
 
 
@@ -119,3 +119,35 @@ def test_each_dtype_comes_back_as_it_was():
     grads = {"a": torch.ones(2, 3, dtype=torch.float32), "b": torch.ones(2, 3, dtype=torch.float64)}
     total = unflatten(aggregate(flatten(grads.values()), Clip(1.0))[0], {name: g[0] for name, g in grads.items()})
     assert {name: t.dtype for name, t in total.items()} == {"a": torch.float32, "b": torch.float64}
+
+
+@pytest.mark.parametrize("bias", [None, Clip(1.0), EF21(TopK(k=1))], ids=str)
+class TestEachWorkerIsAddedOnce:
+    """Anything else would divide by the wrong number of workers."""
+
+    ROWS = torch.eye(3)
+
+    def test_a_row_for_each_worker(self, bias):
+        server = Aggregation(3, bias)
+        with pytest.raises(ValueError, match="2 rows, 3 workers"):
+            server.add(self.ROWS[:2], range(3))
+        server.add(self.ROWS[:1], [0])
+        server.add(self.ROWS[1:], [1, 2])
+        server.finish()
+
+    def test_too_many(self, bias):
+        server = Aggregation(3, bias)
+        server.add(self.ROWS[:2], [0, 1])
+        with pytest.raises(ValueError, match="2 workers when 1 were left"):
+            server.add(self.ROWS[1:], [1, 2])
+
+    def test_too_few(self, bias):
+        server = Aggregation(3, bias)
+        server.add(self.ROWS[:2], [0, 1])
+        with pytest.raises(ValueError, match="1 are missing"):
+            server.finish()
+
+    def test_absent_workers_are_not_waited_for(self, bias):
+        server = Aggregation(3, bias, present=[0, 2])
+        server.add(self.ROWS[[0, 2]], [0, 2])
+        server.finish()
