@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
+from metamom.common.identity import by_identity
 from metamom.common.modules import modules_of
 from metamom.maml.model_checks import has_global_hooks
 from metamom.maml.problem import PLAIN
@@ -61,12 +62,14 @@ def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fing
         if type(module).named_parameters is not nn.Module.named_parameters:
             return None
         found += (module, module.training)
+        if "forward" in module.__dict__:  # set on the object
+            found.append(by_identity(module.__dict__["forward"]))
         if module._modules:
             found += module._modules.keys()
         if module._forward_hooks or module._forward_pre_hooks:
-            found += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            found += map(by_identity, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
         if module._backward_hooks or module._backward_pre_hooks:
-            found += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
+            found += map(by_identity, (*module._backward_hooks.values(), *module._backward_pre_hooks.values()))
         for registered in (module._parameters, module._buffers):
             for name, x in registered.items():
                 if x is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
@@ -151,6 +152,9 @@ CHANGES: dict[str, Change] = {
     "another module": replace("head", lambda old: nn.Sequential(nn.Linear(6, 1).double())),
     "a forward hook": lambda one: one.model.head.register_forward_hook(lambda module, args, out: out * 2),
     "a forward pre-hook": lambda one: one.model.head.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "a forward of its own": lambda one: setattr(
+        one.model.head, "forward", MethodType(lambda layer, x: 3 * nn.Linear.forward(layer, x), one.model.head)
+    ),
     "loaded weights": lambda one: one.load_state_dict(
         {name: value * 2 if value.is_floating_point() else value for name, value in one.state_dict().items()}
     ),
