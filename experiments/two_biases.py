@@ -76,8 +76,9 @@ def floor_of_order(problem: Quadratics, order: str, beta: float, lr: float) -> f
             worker = remaining.pop()
         else:
             worker = int(torch.randint(n, (), generator=generator))
-        norms.append(float(problem.gradients(x.detach()).mean(0).square().sum()))
-        x.grad = problem.gradients(x.detach())[worker]
+        gradients = problem.gradients(x.detach())
+        norms.append(float(gradients.mean(0).square().sum()))
+        x.grad = gradients[worker]
         optimizer.step()
     return sum(norms[-LAST:]) / LAST
 

@@ -32,6 +32,7 @@ TEST_TASKS = 1000
 SINUSOID_STEPS = tuple(range(11))  # of adaptation, as in MAML's figure
 TEST_SHOTS = (5, 10)  # of sinusoids
 VALIDATIONS = 40  # in a run
+VALIDATION_TASKS = 200  # of each
 BETA = 0.1  # of composite momentum
 STATISTICS: tuple[Norm, ...] = ("batch", "support")  # transductive, inductive
 
@@ -170,7 +171,7 @@ def reproduce(
         "resume": resume,
         "evaluate_every": every,
         "checkpoint_every": min(every, 500),
-        "evaluate_tasks": 200,
+        "evaluate_tasks": VALIDATION_TASKS,
     }
     train_recipe(wanted.recipe, options, root=root)
     run = load_run(run_dir, device=wanted.recipe.device)

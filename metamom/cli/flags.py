@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import MISSING, replace
+from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from metamom.common.choices import METRICS, NORMS, SERVERS, TIMEOUT
@@ -120,10 +122,15 @@ class Flagged(NamedTuple):
         return self.flag.meaning if isinstance(self.flag.meaning, str) else self.flag.meaning(task)
 
 
-def flagged() -> dict[str, Flagged]:
+def flagged() -> Mapping[str, Flagged]:
     """The options of a run that have flags, in the order of the help. A recipe's come before those of `train`."""
+    return _flagged(RecipeOptions, Options)
+
+
+@cache  # the command's parsers ask for them dozens of times
+def _flagged(*kinds: type) -> Mapping[str, Flagged]:
     found: dict[str, Flagged] = {}
-    for kind in (RecipeOptions, Options):
+    for kind in kinds:
         for each in declared(kind):
             if each.option.flag is not None:
                 found[each.name] = Flagged(
@@ -135,7 +142,7 @@ def flagged() -> dict[str, Flagged]:
         if entry.flag.before is not None:
             names.remove(name)
             names.insert(names.index(entry.flag.before), name)
-    return {name: found[name] for name in names}
+    return MappingProxyType({name: found[name] for name in names})
 
 
 def add_options(group: argparse._ArgumentGroup, task: str, command: str) -> None:

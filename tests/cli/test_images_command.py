@@ -321,21 +321,21 @@ model = load_weights(resnet(5), "adapted.safetensors").eval()
 mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 found = []
 for file in sys.argv[1:]:
-    image = torch.from_numpy(decode(Path(file), 224, 3).pixels) / 255
+    image = torch.from_numpy(decode(Path(file), 96, 3).pixels) / 255
     scores = model(((image - mean) / std)[None])[0]
     found.append(torch.softmax(scores[:3].double(), 0).tolist())
 print(json.dumps(found))
 """
 
 
-def test_a_frozen_backbone_of_224_pixels_from_training_to_its_use_elsewhere(photos, metamom, tmp_path, monkeypatch):
+def test_a_frozen_backbone_from_training_to_its_use_elsewhere(photos, metamom, tmp_path, monkeypatch):
     """ANIL on a pretrained ResNet-18, whose weights are random here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     pretrained = import_torchvision().models.resnet18(weights=None).state_dict()
     torch.save(pretrained, "resnet18.pt")
     Path("my_backbone.py").write_text(BACKBONE)
-    arguments = ["--model", "my_backbone:resnet", "--image-size", "224", "--standardize", "imagenet", "--adapt", "fc"]
+    arguments = ["--model", "my_backbone:resnet", "--image-size", "96", "--standardize", "imagenet", "--adapt", "fc"]
     arguments += ["--iterations", "1", "--meta-batch", "1", "--queries", "1", "--evaluate-tasks", "2"]
     said = metamom("train", "images", "--root", photos, *arguments, "--run-dir", "run")
     assert said.code == 0, said

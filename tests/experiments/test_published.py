@@ -27,6 +27,7 @@ from metamom.experiments.published.run import Plan, plan_omniglot, plan_sinusoid
 from metamom.nets import Conv4
 from metamom.tasks import OmniglotRuns
 
+pytestmark = pytest.mark.usefixtures("few_validation_tasks")
 KNOWN = {each.name for each in declared(RecipeOptions)}
 T_2 = 4.302653  # the 97.5 % quantile of Student's t with two degrees of freedom
 
@@ -131,7 +132,7 @@ def test_errors(call, said):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(tmp_path_factory, few_validation_tasks) -> Path:
     run = tmp_path_factory.mktemp("published") / "run"
     reproduce(plan_sinusoid(10, "maml", iterations=4, seed=1), run_dir=run, tasks=6)
     return run

@@ -17,11 +17,12 @@ from metamom.experiments.published.run import plan_omniglot, plan_sinusoid, repr
 from metamom.experiments.published.ship import ship
 from metamom.nets import shipped
 
+pytestmark = pytest.mark.usefixtures("few_validation_tasks")
 NAME = "omniglot-5w1s"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, data_root) -> Path:
+def run(tmp_path_factory, data_root, few_validation_tasks) -> Path:
     run = tmp_path_factory.mktemp("ship") / "run"
     reproduce(plan_omniglot("5w1s", "maml", iterations=1), run_dir=run, root=str(data_root), tasks=4)
     return run

@@ -36,9 +36,23 @@ from metamom.tasks import Sinusoid
 from metamom.training.checkpoints import Checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# pytest, since what is forked looks at the module that was started; torch._dynamo, since every optimizer imports it
+# What each forked process would otherwise import, which takes longer than most of what it does: pytest, since what is
+# forked looks at the module that was started; torch._dynamo, since every optimizer imports it; and what this file and
+# the commands import.
 CONTEXT.set_forkserver_preload(
-    ["pytest", "torch._dynamo", "metamom.cli.app", "metamom.experiments.paper.run", "metamom.experiments.recipes"]
+    [
+        "pytest",
+        "hypothesis",
+        "torch._dynamo",
+        "metamom.cli.app",
+        "metamom.cli.running",
+        "metamom.decentral",
+        "metamom.experiments.demo.__main__",
+        "metamom.experiments.paper.run",
+        "metamom.experiments.recipe_training",
+        "metamom.experiments.recipes",
+        "metamom.experiments.scaling.__main__",
+    ]
 )
 PATIENCE = 120.0  # seconds until a process that should have ended has hung
 
