@@ -170,6 +170,6 @@ def adapt_to_folder(
 
 
 def save(adapted: Adapted, file: str | Path, card: Mapping[str, Any]) -> Path:
-    """Write the adapted weights as safetensors, and beside them the run's card with the classes."""
+    """Write the adapted weights as safetensors, and next to them the run's card with the classes."""
     details = {"classes": list(adapted.classes), "inner_steps": adapted.steps, "norm": adapted.norm}
     return save_weights(adapted.model, file, {"adapted_to": details, **card, "model": str(adapted.model)})

@@ -161,7 +161,7 @@ class LoadedRun:
         return save_weights(self.learner.model, path, self.card(evaluation=evaluation, licence=licence))
 
     def card(self, *, evaluation: Evaluation | None = None, licence: str | None = None) -> dict[str, Any]:
-        """What `save_weights` writes beside the weights, as JSON values."""
+        """What `save_weights` writes next to the weights, as JSON values."""
         model, config = self.learner.model, read_config(self.path)
         settings = {name: value for name, value in self.settings.items() if name not in OF_A_MACHINE}
         data = settings.get("sampler") if self.recipe is None else self.recipe.data()

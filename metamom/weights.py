@@ -1,4 +1,4 @@
-"""Weights in files of their own: safetensors with a card beside them, and state dicts of others."""
+"""Weights in files of their own: safetensors with a card next to them, and state dicts of others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training s
 
 
 def save_weights(model: nn.Module, path: str | Path, card: Mapping[str, Any] | None = None) -> Path:
-    """Write a model's ``state_dict`` as safetensors, with its names, and a card beside it: ``NAME.json``.
+    """Write a model's ``state_dict`` as safetensors, with its names, and a card next to it: ``NAME.json``.
 
     Args:
         model: the model.

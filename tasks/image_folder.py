@@ -30,7 +30,7 @@ ON_BROKEN = ("raise", "skip")
 class ImageFolder(EpisodicFamily):
     """Tasks "tell these `ways` classes apart" from image files in one folder for each class.
 
-    Two layouts are understood: ``ROOT/train/CLASS/*.png`` with ``validation`` (or ``val``) and ``test`` beside it, and
+    Two layouts are understood: ``ROOT/train/CLASS/*.png`` with ``validation`` (or ``val``) and ``test`` next to it, and
     one tree ``ROOT/CLASS/*.png`` with ``splits`` that say which classes belong to each split. Folders below a class's
     are searched too. Names that start with a dot, and files that are not images by their suffix, are ignored; links are
     followed. Nothing is ever written to ROOT.

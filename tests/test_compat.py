@@ -57,6 +57,15 @@ def test_the_core_tests_are_there():
     assert all(path.is_file() for path in compat.core())
 
 
+def test_no_class_needs_a_newer_python():
+    """A NamedTuple or TypedDict with a second base is a TypeError on Python 3.10, when its module is imported."""
+    files = [path for top in ("metamom", "tasks", "experiments") for path in (ROOT / top).rglob("*.py")]
+    assert len(files) > 400
+    derived = re.compile(r"^ *class (\w+)\((?=[^)]*\b(?:NamedTuple|TypedDict)\b)[^)]*,", re.MULTILINE)
+    found = {str(path): names for path in files if (names := derived.findall(path.read_text(encoding="utf-8")))}
+    assert found == {}
+
+
 def test_what_pytest_counts_is_distinguished(tmp_path):
     junit = tmp_path / "junit.xml"
     junit.write_text('<testsuites><testsuite tests="10" failures="1" errors="2" skipped="3"/></testsuites>')

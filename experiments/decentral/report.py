@@ -18,6 +18,7 @@ from metamom.experiments.decentral.runs import exact_floor, noisy_floor, run
 from metamom.experiments.shared.figures import COLOURS, DASHES, column_of_panels, save
 
 ZERO = 1e-12  # squared norms below this count as zero: rounding, and what the slowest runs have left to go
+MEASURED = "‖∇f‖² at the mean of the weights"
 
 
 def report(config: DecentralFloors, run_dir: Path) -> Path:
@@ -110,13 +111,18 @@ def draw(config: DecentralFloors, found: dict[str, Any], path: Path) -> None:
         curves.plot(values.clamp(min=ZERO), color=colour, linestyle=DASHES[number_ % 4], label=method.name)
         rows = [row for row in found["step sizes"] if row["method"] == method.name]
         _with_law(along_lr, [row["lr"] for row in rows], rows, colour, "osD^v"[number_])
-    curves.set(yscale="log", xlabel="step", title="‖∇f‖² at the mean, constant bias of sum zero")
+    curves.set(yscale="log", xlabel="step", ylabel=MEASURED, title="constant bias of sum zero, without noise")
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    along_lr.set(xscale="log", xlabel="γ", title="where it ends without bias (lines: predicted)")
+    along_lr.set(xscale="log", xlabel="γ", ylabel=MEASURED, title="where it ends without bias (lines: predicted)")
     for number_, bias in enumerate(dict.fromkeys(row["bias"] for row in found["heterogeneity"])):
         rows = [row for row in found["heterogeneity"] if row["bias"] == bias]
         _with_law(along_scale, [row["zeta2"] for row in rows], rows, COLOURS[number_], "osD"[number_], label=bias)
-    along_scale.set(xscale="log", xlabel="ζ², how much workers differ", title="tracking on a ring (lines: predicted)")
+    along_scale.set(
+        xscale="log",
+        xlabel="ζ², how much workers differ",
+        ylabel=MEASURED,
+        title="where tracking on a ring ends (lines: predicted)",
+    )
     along_scale.legend(frameon=False)
     save(figure, path)
 

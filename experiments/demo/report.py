@@ -218,7 +218,7 @@ def _chosen(tuned: Tuned) -> str:
     seeds = ", ".join(map(str, tuned.search["seeds"]))
     return (
         f"Each method has the best γ of one grid, a factor of √2 apart, and momentum the best β ∈ {{{betas}}}, by a "
-        f"search on other seeds ({seeds}). report.md, beside this page, has its table."
+        f"search on other seeds ({seeds}). report.md, next to this page, has its table."
     )
 
 

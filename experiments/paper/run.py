@@ -192,7 +192,7 @@ def _row(values: list[Any]) -> Row:
         return Row(*[math.nan] * len(Row._fields))
 
 
-def _refuse_strangers(path: Path) -> None:
+def _refuse_copy(path: Path) -> None:
     """Refuse to overwrite a ``metrics.csv`` that has no run next to it: it may be a copy of the authors'."""
     if path.exists() and len(path.read_bytes().splitlines()) > 1:
         raise ValueError(f"{path} holds results, but no run; choose another directory.")
@@ -202,7 +202,7 @@ def _restored(training: Training, run: RunDirectory) -> float:
     """Load the newest good checkpoint into the training, and return the seconds spent before it."""
     state = run.newest_state()
     if state is None:
-        _refuse_strangers(run.path / "metrics.csv")
+        _refuse_copy(run.path / "metrics.csv")
         return 0.0
     training.load_state_dict(state, f"the checkpoints in {run.path}")
     return float(state["seconds"])

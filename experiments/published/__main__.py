@@ -1,4 +1,4 @@
-"""Collect runs of ``metamom reproduce omniglot`` and ``sinusoid``: tables and figures beside the published numbers.
+"""Collect runs of ``metamom reproduce omniglot`` and ``sinusoid``: tables and figures next to the published numbers.
 
     python -m metamom.experiments.published FOLDER ... [--out DIR]
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Collect, draw and write the report."""
     parser = argparse.ArgumentParser(
         prog="python -m metamom.experiments.published",
-        description="Runs of published recipes beside the papers.",
+        description="Compare runs of published recipes with the papers.",
         allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="+", type=folder, metavar="FOLDER", help="with runs, at any depth")

@@ -1,4 +1,4 @@
-"""Outcomes beside the published figures: the lines that a run prints, tables in Markdown, and the sinusoid figure."""
+"""Outcomes next to the published figures: the lines that a run prints, tables in Markdown, and the sinusoid figure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def record(outcome: Outcome) -> Published:
 
 
 def lines(outcome: Outcome) -> list[str]:
-    """What a finished run prints: its evaluations beside the published figures, then those within an alphabet."""
+    """What a finished run prints: its evaluations next to the published figures, then those within an alphabet."""
     usual = [test for test in outcome.tested if not test.name.endswith(WITHIN)]
     within = [test for test in outcome.tested if test.name.endswith(WITHIN)]
     found = [title(outcome), "", *_printed(usual, _published(outcome, usual[0].steps))]

@@ -1,4 +1,4 @@
-"""vmap, a loop over the tasks, and a plain autograd loop, on networks that a stranger might bring.
+"""vmap, a loop over the tasks, and a plain autograd loop, on other people's kinds of networks.
 
     python -m metamom.experiments.speed.loops --networks bottlenecks --tasks 4,16 --sizes 28 --seconds 10
 

@@ -36,7 +36,7 @@ def conv_net(hidden: int, size: int, channels: int, ways: int) -> nn.Sequential:
 
 
 class _Residual(nn.Module):
-    """Three convolutions with normalisation beside a 1x1 one, then a max-pooling."""
+    """Three convolutions with normalisation in parallel with a 1x1 one, then a max-pooling."""
 
     def __init__(self, fan_in: int, width: int) -> None:
         super().__init__()

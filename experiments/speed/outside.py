@@ -1,4 +1,4 @@
-"""Networks that a stranger might bring, in PyTorch's own layers, to compare vmap with a loop over the tasks."""
+"""Other people's kinds of networks, in PyTorch's own layers, to compare vmap with a loop over the tasks."""
 
 from __future__ import annotations
 

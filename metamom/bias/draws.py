@@ -60,7 +60,9 @@ class Draws(BiasOperator):
             raise ValueError(f"{self.spec} counts its calls by a whole number >= 0; got {state['calls']!r:.80}.")
         if ("generator" in state) != (self.generator is not None):
             saved, here = ("a generator", "seed=") if "generator" in state else ("seed=", "a generator")
-            raise ValueError(f"{self.spec} drew by {saved} when it was saved and draws by {here} now: make it alike.")
+            raise ValueError(
+                f"{self.spec} drew by {saved} when it was saved and draws by {here} now: give it the same here."
+            )
         self._calls = state["calls"]
         if self.generator is not None:
             self.generator.set_state(state["generator"].cpu())

@@ -1,6 +1,6 @@
 """The table of bias operators for the help, without importing torch.
 
-An operator's record stands beside its class, in a module that needs torch, which takes over a second to import. So the
+An operator's record is next to its class, in a module that needs torch, which takes over a second to import. So the
 records are read from the source instead: their arguments are literals. Where torch is imported already, or the source
 is not there to be read, the registry answers; a test holds that both give the same table.
 """

@@ -17,7 +17,7 @@ from metamom.maml.batched import over_tasks
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.heads import Kind, options_of
 from metamom.maml.inner_step import gradients, inner_step
-from metamom.maml.inner_updates import Moments, direction
+from metamom.maml.inner_updates import Moments
 from metamom.maml.model_checks import check_hooks
 from metamom.maml.problem import Problem
 from metamom.maml.settled import (
@@ -26,6 +26,7 @@ from metamom.maml.settled import (
     FastPath,
     Unconnected,
     UnsuitableError,
+    after_step,
     as_settled,
     is_settled,
     labels,
@@ -91,12 +92,12 @@ def at_once(problem: Problem, weights: Params, term: Adaptations, workers: int, 
         own, moments = start.own, dict[str, Moments | None]()
         for number, step in enumerate(term.steps):
             value, _ = calls.judged(number, own)
-            moved = [own[name] for name in adapted]
-            grads = dict(zip(adapted, gradients(value.sum(), moved, create_graph=keep_graph), strict=True))
+            adapting = [own[name] for name in adapted]
+            grads = dict(zip(adapted, gradients(value.sum(), adapting, create_graph=keep_graph), strict=True))
             seen = Unconnected(problem, adapted, derivable=keep_graph)
             seen.see(grads)
             seen.check(adapted, step)
-            own = _moved(problem, own, grads, moments)
+            own = after_step(problem, own, grads, moments, inner_step)
         value, predicted = calls.judged(len(term.steps), own)
         new = gradients(value.sum() * scale, [*rows.values(), *weights.values()])
         calls.check()
@@ -160,18 +161,6 @@ class _Calls:
         self._draws.check()
         if [x._version for x in self._watched] != self._versions:
             raise UnsuitableError("the model changes tensors in place")
-
-
-def _moved(
-    problem: Problem, own: Params, grads: dict[str, Tensor | None], moments: dict[str, Moments | None]
-) -> Params:
-    """The weights of the tasks after one more inner step."""
-    moved = dict(own)
-    for name, grad in grads.items():
-        if grad is not None:
-            taken, moments[name] = direction(problem.inner_optimizer, moments.get(name), grad)
-            moved[name] = inner_step(own[name], problem.step_sizes.fixed[name], taken)
-    return moved
 
 
 AT_ONCE = FastPath(runs_at_once, at_once)

@@ -21,7 +21,7 @@ from metamom.common.modules import named_buffers_of
 from metamom.common.trees import count
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.inner_step import gradients
-from metamom.maml.inner_updates import Moments, direction
+from metamom.maml.inner_updates import Moments
 from metamom.maml.plain_autograd import differentiable_twice, warm_starts
 from metamom.maml.problem import Problem, names_in_loss
 from metamom.maml.settled import (
@@ -30,6 +30,7 @@ from metamom.maml.settled import (
     FastPath,
     Unconnected,
     UnsuitableError,
+    after_step,
     as_settled,
     is_settled,
     labels,
@@ -75,6 +76,7 @@ def in_turn(problem: Problem, weights: Params, term: Adaptations, workers: int, 
     model, loss, steps = problem.model, problem.loss_fn, len(term.steps)
     tasks = count(term.query_x)
     keep_graph = ESTIMATORS[problem.estimator].derivatives != "none"
+    moved = _step if keep_graph else _step_to_leaf
     at = {name: w.detach().requires_grad_() for name, w in weights.items()}
     sets = sets_of(term)
     rows = [list(zip(x.unbind(), _labels(y, tasks), strict=True)) for x, y in sets]
@@ -104,10 +106,10 @@ def in_turn(problem: Problem, weights: Params, term: Adaptations, workers: int, 
             own, moments = at, dict[str, Moments | None]()
             for number in range(steps):
                 value, _ = lossed(number, task, own)
-                moved = [own[name] for name in problem.adapted]
-                grads = dict(zip(problem.adapted, gradients(value, moved, create_graph=keep_graph), strict=True))
+                adapting = [own[name] for name in problem.adapted]
+                grads = dict(zip(problem.adapted, gradients(value, adapting, create_graph=keep_graph), strict=True))
                 inner[number].see(grads)
-                own = _moved(problem, own, grads, moments, keep_graph)
+                own = after_step(problem, own, grads, moments, moved)
             value, predicted = lossed(steps, task, own)
             ends = at if keep_graph else own
             new = gradients(value * scale, [*ends.values(), *weights.values()])
@@ -159,24 +161,14 @@ def _forward(run: Callable[[Tensor], Tensor], found: Slots, buffers: Params, own
     return out
 
 
-def _moved(
-    problem: Problem,
-    own: Params,
-    grads: dict[str, Tensor | None],
-    moments: dict[str, Moments | None],
-    keep_graph: bool,
-) -> Params:
-    """The weights of a task after one more inner step; without a graph, new leaves for those that are moved."""
-    moved = dict(own)
-    for name, grad in grads.items():
-        if grad is None:
-            continue
-        taken, moments[name] = direction(problem.inner_optimizer, moments.get(name), grad)
-        w = own[name] if keep_graph else own[name].detach()
-        moved[name] = torch.add(w, taken, alpha=-problem.step_sizes.fixed[name])
-        if not keep_graph:
-            moved[name].requires_grad_()
-    return moved
+def _step(w: Tensor, step_size: float, taken: Tensor) -> Tensor:
+    """One task's weight after an inner step, ``w - step_size * taken``."""
+    return torch.add(w, taken, alpha=-step_size)
+
+
+def _step_to_leaf(w: Tensor, step_size: float, taken: Tensor) -> Tensor:
+    """The same as a new leaf, for first order: the query loss is then differentiated in the adapted weights."""
+    return _step(w.detach(), step_size, taken).requires_grad_()
 
 
 def _added(total: dict[str, Tensor | None], new: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -264,7 +264,7 @@ class RunByTask:
                     raise
             self.draws.add(mode)
 
-        def run(draws: DrawsByTask, on: Callable[[], AbstractContextManager[Any]]) -> Tree:
+        def run(_: DrawsByTask, on: Callable[[], AbstractContextManager[Any]]) -> Tree:
             with on():
                 return over_tasks(one_task, "different")(*rows)
 
@@ -287,7 +287,7 @@ class RunByTask:
                     raise
             rewind()
             self.draws.add(mode)
-        return self._drawing(lambda draws, on: one_by_one(draws.each(one_task, on), *rows), rows, mode, loop=True)
+        return self._drawing(lambda by_task, on: one_by_one(by_task.each(one_task, on), *rows), rows, mode, loop=True)
 
     def _drawing(self, run: Callable[..., Tree], rows: Rows, mode: bool, *, loop: bool) -> Tree:
         """Run a model that draws. Look at every operation until all draws are known to be in functions that draw."""

@@ -25,6 +25,7 @@ from metamom.maml.drawing_functions import DrawingFunctions, Places
 from metamom.maml.draws import DrawsByTask, generator_states, rewinder
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.functions_by_task import FunctionsByTask
+from metamom.maml.inner_updates import Moments, direction
 from metamom.maml.norm_modes import normalising
 from metamom.maml.problem import PLAIN, Problem
 from metamom.maml.run_by_task import RunByTask
@@ -196,6 +197,30 @@ def as_settled(
             return over_sets(model, (x,))
 
     return call
+
+
+def after_step(
+    problem: Problem,
+    own: Params,
+    grads: dict[str, Tensor | None],
+    moments: dict[str, Moments | None],
+    moved: Callable[[Tensor, float, Tensor], Tensor],
+) -> Params:
+    """The weights after one more inner step.
+
+    Args:
+        problem: the step sizes, which are numbers, and the inner optimizer.
+        own: the weights before the step, by name.
+        grads: of those that are adapted; ``None`` leaves a weight where it is.
+        moments: what the inner optimizer keeps between steps; updated in place.
+        moved: a weight after its step, from the weight, its step size and its direction.
+    """
+    after = dict(own)
+    for name, grad in grads.items():
+        if grad is not None:
+            taken, moments[name] = direction(problem.inner_optimizer, moments.get(name), grad)
+            after[name] = moved(own[name], problem.step_sizes.fixed[name], taken)
+    return after
 
 
 class Draws:

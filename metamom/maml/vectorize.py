@@ -46,7 +46,7 @@ class Vectorization:
     def attempt(self, parts: Collection[Part], compute: Callable[[], Result]) -> Result:
         """Call ``compute``, which asks `loops` how to run each part. If vmap cannot batch it, loop and call it again.
 
-        Not all errors of vmap can be told from those about data that does not fit. If the loop fails too, they are.
+        An error of vmap may look like one of data that does not fit. If the loop fails too, the data is to blame.
 
         Raises:
             ValueError: if vmap cannot batch it, with ``"vmap"``; if data does not fit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from metamom.common.did_you_mean import did_you_mean
@@ -29,7 +30,8 @@ class Argument(NamedTuple):
     named: bool = False
 
 
-class Kind(NamedTuple, Generic[Made]):
+@dataclass(frozen=True)
+class Kind(Generic[Made]):
     """What a name stands for.
 
     Attributes:

@@ -26,7 +26,7 @@ def critical_beta(step: float) -> float:
         >>> round(critical_beta(0.1), 6)
         0.330579
 
-    Reference: docs/theory/quadratics.md, "Swinging".
+    Reference: docs/theory/quadratics.md, "Oscillation".
     """
     if not 0 < step <= 1:
         raise ValueError(
@@ -53,7 +53,7 @@ def swinging_step(beta: float, period: float) -> float:
         >>> round(swinging_step(beta=0.19, period=4), 6)  # cos = 0
         9.526316
 
-    Reference: docs/theory/quadratics.md, "Swinging".
+    Reference: docs/theory/quadratics.md, "Oscillation".
     """
     checks.share(beta=beta)
     if not period >= 2:

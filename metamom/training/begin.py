@@ -194,7 +194,7 @@ def begin(learner: MAML, optimizer: Optimizer, sampler: Sampler, checked: Checke
 
 
 def _parts(learner: MAML, optimizer: Optimizer, checked: Checked) -> dict[str, Any]:
-    """What a run's checkpoints hold, but for its callbacks; the operator's state starts anew."""
+    """What a run's checkpoints hold, but for its callbacks; the operator's state starts from zero."""
     options, operator = checked.options, checked.operator
     parts: dict[str, Any] = {
         "learner": learner,

@@ -106,7 +106,7 @@ class NearestNeighbours(Mixer):
 @mixer("bucketing", Argument("size", int, "S"), Argument("seed", int, "SEED", needed=False, named=True))
 @dataclass(frozen=True)
 class Bucketing(Mixer):
-    """Random buckets of S vectors, drawn anew in each step; each becomes its mean.
+    """Random buckets of S vectors, drawn again in each step; each becomes its mean.
 
     F faulty vectors are in at most F of the ``ceil(n/S)`` buckets, so the rule after it must bear F of these. The draws
     depend on the seed, the step and n alone. The last bucket has the vectors that are left over.
