@@ -67,7 +67,6 @@ class Compiled:
         function: maps tensors, numbers and dicts of tensors to a tuple of tensors. Numbers become constants, and the
             keys of dicts must not change. Tensors that are not arguments may change their values between calls, but not
             their shapes. The most recently used graphs are kept. Frequent recompilation gives one warning.
-        settings: returns everything else that the function depends on; each new value causes a recompilation.
         mode: ``True`` compiles at the first call. ``"auto"`` runs the function eagerly until compiling pays off, that
             is, until the calls to come (`expected` if set, else as many as so far) would save more time than compiling
             takes. If compiling fails for any reason, it warns once and does not try again.
@@ -80,12 +79,10 @@ class Compiled:
     def __init__(
         self,
         function: Callable[..., tuple[Tensor, ...]],
-        settings: Callable[[], Hashable],
         mode: CompileMode,
         cost: float,
     ) -> None:
         self.function = function
-        self.settings = settings
         self.mode = mode
         self.cost = cost
         self.expected: int | None = None
@@ -93,15 +90,21 @@ class Compiled:
         self.graphs: dict[Any, Graph] = {}
         self.eager: dict[Any, _Eager] = {}
 
-    def __call__(self, *args: Any, note: Callable[[Graph], None] | None = None) -> tuple[Tensor, ...]:
-        """Call the function. If a graph runs, ``note`` gets it, a function of the tensors among the arguments.
+    def __call__(
+        self, settings: Hashable, *args: Any, note: Callable[[Graph], None] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Call the function.
 
-        It can be called again, under `torch.no_grad`, in place of this function while nothing changes but values.
+        Args:
+            settings: everything else that the function depends on; each new value causes a recompilation.
+            args: the function's arguments.
+            note: gets the graph, if one runs: a function of the tensors among the arguments. It can be called again,
+                under `torch.no_grad`, in place of this function while nothing changes but values.
         """
         leaves: list[Any] = []
         for arg in args:
             leaves.extend(arg.values()) if isinstance(arg, dict) else leaves.append(arg)
-        key = (self.settings(), *[_kind(leaf) for leaf in leaves])
+        key = (settings, *[_kind(leaf) for leaf in leaves])
         graph = self.graphs.get(key)
         if graph is None:
             if self.mode == "auto" and not self._pays(key):

@@ -27,7 +27,7 @@ from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, passes
 from metamom.maml.fingerprint import Fingerprint
 from metamom.maml.inner_step import gradients
-from metamom.maml.last_step import Again, LastStep
+from metamom.maml.last_step import Again, LastStep, Run
 from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.plan import Plan
 from metamom.maml.task_weights import Params
@@ -59,9 +59,8 @@ class MetaGradients:
         self.last = LastStep(fingerprint)
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
-        self._current: Plan | None = None  # of the meta-gradient that is being computed
         self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
-        self.of_chunk: Callable[..., tuple[Tensor, ...]] = self.eager
+        self.compiled: Compiled | None = None
         if compile:
             now = plan()
             model = now.problem.model
@@ -69,7 +68,7 @@ class MetaGradients:
                 check_compiler(next(model.parameters()).device)
             layers = sum(not list(module.children()) for module in model.modules())
             cost = COMPILE_SECONDS * layers * passes(now.problem.estimator, now.inner_steps)
-            self.of_chunk = Compiled(self.eager, self.built_in, compile, cost)
+            self.compiled = Compiled(self.eager, compile, cost)
 
     def by_worker(
         self,
@@ -106,17 +105,8 @@ class MetaGradients:
         parts = self._parts(everyone, per_worker, self.chunk_size(plan, batch), alike=present is not None)
         padded = batch.support_mask is not None or batch.query_mask is not None
         # a loop over unpadded tasks, and the end of a solve, depend on values
-        alone = padded or ESTIMATORS[plan.problem.estimator].proximal or starts is not None
-        compiled = bool(self.compile) and not alone
-        if compiled:
-            self._current = plan
-            self._announce(weights, batch, len(parts))
-        of_chunk = self.of_chunk if compiled else partial(_eagerly, plan)
-        remember = None
-        if not alone and parts == [(0, batch.num_tasks)]:
-            remember = self.last.forget(weights, batch, workers)
-            if compiled:
-                of_chunk = partial(of_chunk, note=lambda graph: remember(partial(_by_graph, graph, weights)))
+        by_values = padded or ESTIMATORS[plan.problem.estimator].proximal or starts is not None
+        of_chunk = self._of_chunk(plan, weights, batch, workers, parts, by_values=by_values)
         rows: Tensor | None = None
         held: list[OfTasks] = []
         step = Step()
@@ -131,8 +121,6 @@ class MetaGradients:
                 own = {"starts": {name: w[row : row + last - first] for name, w in starts.items()}}
             with step.tasks(number + start, stop - start):
                 found = of_chunk(weights, plan.recall(tasks), last - first, 1 / per_worker, *_arguments(tasks), **own)
-            if remember is not None and not compiled:
-                remember(partial(_whole_batch, plan, weights, workers, 1 / per_worker))
             averages = 2 + (0 if plan.memory is None else len(plan.problem.adapted))
             held.append(OfTasks(found[0], found[1], found[2:averages]))
             rows = with_chunk(rows, found[averages:])
@@ -151,6 +139,36 @@ class MetaGradients:
         if found is not None and self.compile:
             self._expect_fewer()
         return found
+
+    def _of_chunk(
+        self,
+        plan: Plan,
+        weights: Params,
+        batch: TaskBatch,
+        workers: int,
+        parts: list[tuple[int, int]],
+        *,
+        by_values: bool,
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """`chunk_gradient` with this plan, compiled if the learner is, unless it goes ``by_values``.
+
+        If one chunk is all of the batch, `again` can compute the next batch in the same way.
+        """
+        remember: Callable[[Run], None] | None = None
+        if not by_values and parts == [(0, batch.num_tasks)]:
+            remember = self.last.forget(weights, batch, workers)
+        if self.compiled is not None and not by_values:
+            self._announce(self.compiled, weights, batch, len(parts))
+            note = None if remember is None else lambda graph: remember(partial(_by_graph, graph, weights))
+            return partial(self.compiled, plan.built_in(), note=note)
+
+        def eagerly(*args: Any, **own: Any) -> tuple[Tensor, ...]:
+            found = _eagerly(plan, *args, **own)
+            if remember is not None:
+                remember(partial(_whole_batch, plan, weights, workers, workers / batch.num_tasks))
+            return found
+
+        return eagerly
 
     def _parts(
         self, everyone: Sequence[int], per_worker: int, size: int | None, *, alike: bool
@@ -198,25 +216,19 @@ class MetaGradients:
                 self._budgets[key] = tasks_within_budget(of_one, one, adapted)
         return self._budgets[key]
 
-    def built_in(self) -> tuple[Hashable, ...]:
-        """See `Plan.built_in`."""
-        return (self._current or self.plan()).built_in()
-
     def eager(
         self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any, starts: Params | None = None
     ) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""
         return _eagerly(self.plan(), weights, memory, workers, scale, *batch, starts=starts)
 
-    def _announce(self, weights: Params, batch: TaskBatch, chunks: int) -> None:
+    def _announce(self, compiled: Compiled, weights: Params, batch: TaskBatch, chunks: int) -> None:
         """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""
-        if not isinstance(self.of_chunk, Compiled):
-            return
         if not self._tried:  # eagerly, since a compiled graph hides errors in the model
             with torch.random.fork_rng(devices=[]):
                 self._one_task(weights, batch)()
             self._tried = True
-        self.of_chunk.expected = None if self.expected is None else self.expected * chunks
+        compiled.expected = None if self.expected is None else self.expected * chunks
         self._expect_fewer()
 
     def _expect_fewer(self) -> None:

@@ -218,7 +218,7 @@ def test_compiling_at_every_call_is_reported_once_and_keeps_no_graph_for_ever(tr
             assert relative_error(learner.meta_gradient(batch).grads, expected) < 1e-12
     assert len(traced) == 17
     assert [str(warning.message)[:46] for warning in caught] == ["the meta-gradient has been compiled 8 times, w"]
-    assert len(learner._gradients.of_chunk.graphs) == 16
+    assert len(learner._gradients.compiled.graphs) == 16
     learner.meta_gradient(batch)
     assert len(traced) == 17  # the newest is kept
 
