@@ -1,6 +1,6 @@
-"""Everything that a compiled meta-gradient depends on, apart from the values of tensors, found in one pass.
+"""Everything that decides how a meta-gradient is computed, apart from the values of tensors, found in one pass.
 
-A step whose fingerprint is that of the step before it would pass the same checks, and run the same graph.
+A step whose fingerprint is that of the step before it would pass the same checks, and run the same graph if it is compiled.
 """
 
 from __future__ import annotations
