@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from metamom.common.choices import CompileMode as CompileMode
 from metamom.compile.tracing import tracing
+from metamom.compile.values import reading_refused
 from metamom.nets import kernels
 from metamom.nets.kernels.build import CompilerError, find_compiler, gist
 from metamom.nets.products import enlarge_products
@@ -184,9 +185,10 @@ class Compiled:
 
         def flat(*given: Tensor) -> tuple[Tensor, ...]:
             rest = iter(given)
-            return self.function(
-                *pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
-            )
+            with reading_refused():
+                return self.function(
+                    *pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+                )
 
         drawn = [tensors[0].device] if tensors[0].is_cuda else []
         try:

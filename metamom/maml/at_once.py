@@ -32,7 +32,7 @@ from metamom.maml.settled import (
     labels,
     sets_of,
 )
-from metamom.maml.swapping import alone, in_mode, is_training, slots, swapped
+from metamom.maml.swapping import alone, first_tensors_left, in_mode, is_training, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
 from metamom.maml.vmap_errors import restored
 from metamom.nets.low_rank import plain
@@ -87,7 +87,8 @@ def at_once(problem: Problem, weights: Params, term: Adaptations, workers: int, 
     if isinstance(problem.loss_fn, nn.Module):
         check_hooks(problem.loss_fn)
     check_hooks(model)
-    with alone(model), in_mode(model), restored(x for x, _ in sets_of(term)):
+    inputs = [x for x, _ in sets_of(term)]
+    with alone(model) as modules, in_mode(model), restored(inputs), first_tensors_left(modules) as left:
         calls = _Calls(problem, start, term)
         own, moments = start.own, dict[str, Moments | None]()
         for number, step in enumerate(term.steps):
@@ -101,6 +102,8 @@ def at_once(problem: Problem, weights: Params, term: Adaptations, workers: int, 
         value, predicted = calls.judged(len(term.steps), own)
         new = gradients(value.sum() * scale, [*rows.values(), *weights.values()])
         calls.check()
+    if left:
+        raise UnsuitableError("the model keeps tensors in attributes")
     if any(grad is not None for grad in new[len(rows) :]):
         raise UnsuitableError("the loss depends on the original parameters")
     found = dict(zip(rows, new, strict=False))

@@ -1,6 +1,6 @@
 """Everything that decides how a meta-gradient is computed, apart from the values of tensors, found in one pass.
 
-A step whose fingerprint is that of the step before it would pass the same checks, and run the same graph if it is compiled.
+A step whose fingerprint is that of the step before it would pass the same checks, and run the same graph if compiled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metamom.batch import TaskBatch
 from metamom.common.identity import by_identity
 from metamom.common.modules import modules_of
-from metamom.maml.model_checks import has_global_hooks
+from metamom.maml.model_checks import global_hooks
 from metamom.maml.problem import PLAIN
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -49,7 +49,7 @@ def fingerprint_of_learner(learner: Any, batch: TaskBatch, workers: int) -> Fing
 def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fingerprint | None:
     if torch.is_inference_mode_enabled() or type(batch) is not TaskBatch:
         return None
-    found: list[Hashable] = [*options, has_global_hooks()]
+    found: list[Hashable] = [*options, global_hooks()]
     for x in batch:
         if x is None:
             found.append(None)

@@ -8,6 +8,7 @@ worker's gradient, and no gradient per task is ever stored.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from metamom.common.allocator import reuse_freed_memory
 from metamom.common.checks import check_whole
 from metamom.common.trees import flattened, mapped
 from metamom.compile.graph import Compiled, CompileMode, Graph, check_compiler
+from metamom.compile.tracing import is_tracing
 from metamom.maml.chunk_gradient import chunk_gradient, estimated_losses
 from metamom.maml.chunk_results import OfTasks, OfWorkers, with_chunk
 from metamom.maml.chunking import spans, tasks_within_budget
@@ -28,6 +30,7 @@ from metamom.maml.estimators import ESTIMATORS, passes
 from metamom.maml.fingerprint import Fingerprint
 from metamom.maml.inner_step import gradients
 from metamom.maml.last_step import Again, LastStep, Run
+from metamom.maml.model_checks import forward_hooks_watched
 from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.plan import Plan
 from metamom.maml.task_weights import Params
@@ -59,6 +62,7 @@ class MetaGradients:
         self.last = LastStep(fingerprint)
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
+        self._hooked: set[str] = set()  # modules with forward hooks, of which the user was told
         self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
         self.compiled: Compiled | None = None
         if compile:
@@ -220,7 +224,19 @@ class MetaGradients:
         self, weights: Params, memory: Params, workers: int, scale: float, *batch: Any, starts: Params | None = None
     ) -> tuple[Tensor, ...]:
         """`chunk_gradient` with the current plan."""
-        return _eagerly(self.plan(), weights, memory, workers, scale, *batch, starts=starts)
+        plan = self.plan()
+        if not is_tracing():
+            return _eagerly(plan, weights, memory, workers, scale, *batch, starts=starts)
+        with forward_hooks_watched(plan.problem.model) as hooked:
+            found = _eagerly(plan, weights, memory, workers, scale, *batch, starts=starts)
+        if not hooked <= self._hooked:
+            self._hooked |= hooked
+            warnings.warn(
+                f"forward hooks of {', '.join(sorted(hooked))} run only while a graph is made, and not again. Run "
+                "without compiling if what they do (record, print) has to be done in every step.",
+                stacklevel=2,
+            )
+        return found
 
     def _announce(self, compiled: Compiled, weights: Params, batch: TaskBatch, chunks: int) -> None:
         """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as every_module
 from torch.nn.parameter import is_lazy
 
+from metamom.common.identity import by_identity
 from metamom.common.kinds import named_type
 from metamom.common.modules import modules_of, named_parameters_of
 from metamom.maml.vmap_errors import VmapError
@@ -131,9 +133,52 @@ def check_hooks(module: nn.Module, *, compiling: bool = False) -> None:
         )
 
 
+@contextmanager
+def forward_hooks_watched(model: nn.Module) -> Iterator[set[str]]:
+    """Yield a set to which modules are added, by name and class, that have a forward hook which returns nothing.
+
+    Such a hook runs for what else it does. PyTorch's own hooks are left out, and so are metamom's.
+    """
+    found: set[str] = set()
+    registered = [
+        (f"{name or 'the model'} ({type(module).__name__})", hooks)
+        for name, module in model.named_modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        if hooks
+    ]
+    everywhere: tuple[dict[int, Any], ...] = every_module._global_forward_hooks, every_module._global_forward_pre_hooks
+    registered += [("every module", hooks) for hooks in everywhere if hooks]
+    before = [(hooks, dict(hooks)) for _, hooks in registered]
+
+    def watched(hook: Any, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = hook(*args, **kwargs)
+            if out is None:
+                found.add(name)
+            return out
+
+        return call
+
+    try:
+        for name, hooks in registered:
+            for key, hook in hooks.items():
+                if str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "metamom"):
+                    hooks[key] = watched(hook, name)
+        yield found
+    finally:
+        for hooks, own in before:
+            hooks.update(own)
+
+
 def has_global_hooks() -> bool:
     """Whether all modules have a backward hook, as from `register_module_full_backward_hook`."""
     return bool(every_module._global_backward_hooks or every_module._global_backward_pre_hooks)
+
+
+def global_hooks() -> tuple[Hashable, ...]:
+    """A key of the hooks of all modules."""
+    forward = (*every_module._global_forward_pre_hooks.values(), *every_module._global_forward_hooks.values())
+    return has_global_hooks(), *map(by_identity, forward)
 
 
 def scripted_calls(module: nn.Module, names: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from metamom.common.modules import modules_of
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut
-from metamom.maml.model_checks import has_global_hooks
+from metamom.maml.model_checks import global_hooks
 from metamom.maml.problem import Problem
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids
@@ -77,9 +77,9 @@ class Plan(NamedTuple):
             fixed += module._buffers.values()
             fixed += [p for p in module._parameters.values() if p is not None and not p.requires_grad]
         vectorization = problem.vectorization
-        fixed += [vectorization.vectorize, frozenset(vectorization.looped), has_global_hooks(), problem.norm]
+        fixed += [vectorization.vectorize, frozenset(vectorization.looped), global_hooks(), problem.norm]
         fixed.append(problem.objective is None)
-        adaptation = self.inner_steps, problem.estimator, self.inner_batches, problem.inner_optimizer
+        adaptation = self.inner_steps, problem.estimator, self.inner_batches, problem.inner_optimizer, problem.adapted
         return *adaptation, problem.autocast, *fixed
 
     def check(self, batch: TaskBatch) -> None:

@@ -34,7 +34,7 @@ from metamom.maml.one_task import Masked, copies, of_one_task
 from metamom.maml.one_task import call as call
 from metamom.maml.padding import with_finite_padding
 from metamom.maml.plain_autograd import differentiable_twice, uncompiled
-from metamom.maml.swapping import alone, in_mode, is_training, tensors_left
+from metamom.maml.swapping import alone, first_tensors_left, in_mode, is_training, tensors_left
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vectorize import one_by_one
 from metamom.maml.vmap_errors import explained, restored, unchanged
@@ -309,12 +309,10 @@ class RunByTask:
 
     @contextmanager
     def _attributes(self, model: nn.Module) -> Iterator[None]:
-        """Remove tensors that the model leaves in attributes, if it has done so before or is new."""
+        """Remove tensors that the model leaves in attributes."""
         mode = model.training
-        if mode in self.leaves and not self.leaves[mode]:
-            yield
-            return
-        with tensors_left(modules_of(model)) as found:
+        none_so_far = mode in self.leaves and not self.leaves[mode]
+        with (first_tensors_left if none_so_far else tensors_left)(modules_of(model)) as found:
             yield
         self.leaves[mode] = self.leaves.get(mode, frozenset()) | found
 

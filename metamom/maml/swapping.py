@@ -126,6 +126,39 @@ def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
                 module.__dict__[name] = _holding(attributes[name], contents.get(name, ()))
 
 
+@contextmanager
+def first_tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """The same as `tensors_left` in less time, for modules that have left none before. Use this under `alone`.
+
+    It sees attributes that are set, and lists and dicts that have grown.
+    """
+    before = [(module, module.__dict__.copy()) for module in modules]
+    sizes = [
+        (module, value, len(value))
+        for module, attributes in before
+        for name, value in attributes.items()
+        if type(value) in (list, dict) and name not in _REGISTERED
+    ]
+    found: set[nn.Module] = set()
+    try:
+        yield found
+    finally:
+        for module, attributes in before:
+            now = module.__dict__
+            for name in [name for name, value in now.items() if attributes.get(name) is not value]:
+                if name not in _REGISTERED and any(isinstance(item, Tensor) for item in _held(now[name])):
+                    found.add(module)
+                    if name in attributes:
+                        now[name] = attributes[name]
+                    else:
+                        del now[name]
+        for module, value, size in sizes:
+            if len(value) > size and any(isinstance(item, Tensor) for item in _held(value)):
+                found.add(module)
+                for key in range(size, len(value))[::-1] if isinstance(value, list) else [*value][size:]:
+                    del value[key]
+
+
 def _contents(module: nn.Module) -> dict[str, Sequence[object]]:
     """What the lists and dicts among a module's attributes hold; other objects cannot change what they hold."""
     kept = ((name, value) for name, value in module.__dict__.items() if isinstance(value, (list, dict)))

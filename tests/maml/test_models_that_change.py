@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from metamom import MAML
+from metamom import MAML, TaskBatch
 
 BATCH = regression_batch(tasks=3)
 
@@ -210,3 +210,42 @@ def test_copies_adapt_the_same(copied, adapt):
     other = copied(learner)
     assert other.adapted == learner.adapted
     assert torch.equal(other.losses(BATCH), learner.losses(BATCH))
+
+
+class KeepsLater(nn.Module):
+    """Starts to keep an activation once it is told to, as an attribute, in a list or in a dict."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer, self.where, self.keeps = nn.Linear(3, 1), where, False
+        self.kept: list[torch.Tensor] = []
+        self.by_name: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x)
+        if self.keeps and self.where == "attribute":
+            self.act = out
+        elif self.keeps and self.where == "list":
+            self.kept.append(out)
+        elif self.keeps:
+            self.by_name["out"] = out
+        return out * 2
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "dict"])
+def test_a_model_that_starts_to_keep_activations_is_left_without_them(where):
+    model = KeepsLater(where).double()
+    draw = torch.Generator().manual_seed(0)
+    tasks = TaskBatch(*(torch.randn(4, 5, d, generator=draw, dtype=torch.float64) for d in (3, 1, 3, 1)))
+    learner = MAML(model, F.mse_loss, inner_lr=0.05)
+    for _ in range(3):
+        wanted = learner.meta_gradient(tasks).grads
+    model.keeps = True
+    for _ in range(3):
+        found = learner.meta_gradient(tasks).grads
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-14)
+        assert not hasattr(model, "act")
+        assert not model.kept
+        assert not model.by_name
+        copy.deepcopy(model)

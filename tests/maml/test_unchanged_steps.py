@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
 from problems import generator, relative_error
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as every_module
 
 import metamom
 from metamom import MAML, CompositeMomentum, TaskBatch
@@ -170,6 +173,42 @@ def test_a_change_between_two_steps_counts(learner, change):
     change(one)
     assert_same(one, batch(2))
     assert_same(one, batch(3))
+
+
+@pytest.mark.parametrize(
+    "register", [every_module.register_module_forward_hook, every_module.register_module_forward_pre_hook]
+)
+def test_a_hook_of_every_module_counts(learner, register):
+    """Both when it comes and when it goes."""
+
+    def double(layer: nn.Module, *given: Any) -> Tensor | None:
+        if isinstance(layer, fx.GraphModule):  # runs as a module only where TorchInductor is left out
+            return given[-1] if register is every_module.register_module_forward_hook else None
+        return given[-1][0] * 2 if register is every_module.register_module_forward_pre_hook else given[-1] * 2
+
+    one = learner()
+    for seed in (0, 1):
+        step(one, batch(seed))
+    hook = register(double)
+    try:
+        for seed in (2, 3):
+            assert_same(one, batch(seed))
+    finally:
+        hook.remove()
+    assert_same(one, batch(4))
+
+
+def test_forward_hooks_that_a_graph_would_leave_out_are_named(learner, compiled):
+    one, calls = learner(), []
+    one.model.head.register_forward_hook(lambda *_: calls.append(1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            step(one, batch(seed))
+    told = [str(each.message) for each in said if "forward hooks" in str(each.message)]
+    assert len(told) == (1 if compiled else 0)
+    assert all("head (Linear) run only while a graph is made" in text for text in told), told
+    assert calls
 
 
 def test_a_weight_is_trained_again(learner):
