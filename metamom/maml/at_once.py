@@ -18,7 +18,7 @@ from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.heads import Kind, options_of
 from metamom.maml.inner_step import gradients, inner_step
 from metamom.maml.inner_updates import Moments
-from metamom.maml.model_checks import check_hooks
+from metamom.maml.model_checks import check_hooks, forward_hooks_of
 from metamom.maml.problem import Problem
 from metamom.maml.settled import (
     Computed,
@@ -42,6 +42,8 @@ def runs_at_once(problem: Problem, term: Adaptations) -> bool:
     """Whether the model and the loss run by vmap, and the model has done so before."""
     run, model, loss = problem.run, problem.model, problem.loss_fn
     if any(problem.vectorization.loops(part) for part in problem.parts()):
+        return False
+    if problem.vectorization.vectorize == "auto" and not forward_hooks_of(model) <= run.hooks:
         return False
     if not is_settled(run, model, problem.norm, count(term.query_x), loop=False):
         return False

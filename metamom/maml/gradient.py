@@ -227,7 +227,7 @@ class MetaGradients:
         plan = self.plan()
         if not is_tracing():
             return _eagerly(plan, weights, memory, workers, scale, *batch, starts=starts)
-        with forward_hooks_watched(plan.problem.model) as hooked:
+        with forward_hooks_watched(plan.problem.model, everywhere=True) as hooked:
             found = _eagerly(plan, weights, memory, workers, scale, *batch, starts=starts)
         if not hooked <= self._hooked:
             self._hooked |= hooked

@@ -134,10 +134,11 @@ def check_hooks(module: nn.Module, *, compiling: bool = False) -> None:
 
 
 @contextmanager
-def forward_hooks_watched(model: nn.Module) -> Iterator[set[str]]:
+def forward_hooks_watched(model: nn.Module, *, everywhere: bool) -> Iterator[set[str]]:
     """Yield a set to which modules are added, by name and class, that have a forward hook which returns nothing.
 
-    Such a hook runs for what else it does. PyTorch's own hooks are left out, and so are metamom's.
+    Such a hook runs for what else it does. PyTorch's own hooks are left out, and so are metamom's. Those of all modules
+    are included if ``everywhere``.
     """
     found: set[str] = set()
     registered = [
@@ -146,8 +147,8 @@ def forward_hooks_watched(model: nn.Module) -> Iterator[set[str]]:
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         if hooks
     ]
-    everywhere: tuple[dict[int, Any], ...] = every_module._global_forward_hooks, every_module._global_forward_pre_hooks
-    registered += [("every module", hooks) for hooks in everywhere if hooks]
+    of_all: tuple[dict[int, Any], ...] = every_module._global_forward_hooks, every_module._global_forward_pre_hooks
+    registered += [("every module", hooks) for hooks in of_all if hooks and everywhere]
     before = [(hooks, dict(hooks)) for _, hooks in registered]
 
     def watched(hook: Any, name: str) -> Callable[..., Any]:
@@ -162,12 +163,26 @@ def forward_hooks_watched(model: nn.Module) -> Iterator[set[str]]:
     try:
         for name, hooks in registered:
             for key, hook in hooks.items():
-                if str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "metamom"):
+                if _of_user(hook):
                     hooks[key] = watched(hook, name)
         yield found
     finally:
         for hooks, own in before:
             hooks.update(own)
+
+
+def forward_hooks_of(model: nn.Module) -> frozenset[Hashable]:
+    """A key of the user's forward hooks of a model's modules."""
+    found: list[Any] = []
+    for module in modules_of(model):
+        if module._forward_hooks or module._forward_pre_hooks:
+            found += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return frozenset(by_identity(hook) for hook in found if _of_user(hook)) if found else frozenset()
+
+
+def _of_user(hook: Any) -> bool:
+    """Whether a hook is neither PyTorch's own, such as weight norm's, nor metamom's."""
+    return str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "metamom")
 
 
 def has_global_hooks() -> bool:

@@ -17,20 +17,21 @@ from torch.utils import _pytree as pytree
 from metamom.common.held import held, released
 from metamom.common.trees import Tree, leaves, mapped
 from metamom.compile.tracing import is_tracing
+from metamom.maml.draws import rewinder
 from metamom.maml.estimators import ESTIMATORS
 from metamom.maml.features import Features
 from metamom.maml.loss_readings import LossFn
 from metamom.maml.loss_state import OwnState
 from metamom.maml.misfits import check_loss, targets_explained
-from metamom.maml.model_checks import check_hooks
+from metamom.maml.model_checks import check_hooks, forward_hooks_of, forward_hooks_watched
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice, with_gradients_if_needed
 from metamom.maml.problem import Problem, names_in_loss
-from metamom.maml.run_by_task import Support
+from metamom.maml.run_by_task import RunByTask, Support
 from metamom.maml.swapping import alone, slots, swapped
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.vectorize import map_over_tasks
-from metamom.maml.vmap_errors import explained, loss_draws_refused
+from metamom.maml.vmap_errors import VmapError, explained, loss_draws_refused
 
 
 def predictions(
@@ -73,6 +74,8 @@ def predictions(
     def run() -> Tree:
         padded = mask is not None or (support is not None and support.mask is not None)
         loop = problem.vectorization.loops(part)
+        if not loop and not padded and target is None and problem.vectorization.vectorize == "auto":
+            _refuse_silent_hooks(problem, start, own, x)
         if not loop and not padded and problem.vectorization.vectorize == "auto":
             first_order = ESTIMATORS[problem.estimator].derivatives == "none"
             loop = problem.run.prefers_a_loop(problem.model, own, x, first_order=first_order)
@@ -87,6 +90,34 @@ def predictions(
         return out
     wanted = next(each.dtype for each in (*leaves(x), *own.values()) if each.is_floating_point())
     return mapped(lambda each: each.to(wanted) if each.is_floating_point() else each, out)
+
+
+def _refuse_silent_hooks(problem: Problem, start: Start, own: Params, x: Tree) -> None:
+    """Refuse vmap for a model with forward hooks that return nothing, as they run for what else they do.
+
+    Such a hook records, prints or checks, and cannot use tensors from inside vmap. New hooks are tried on one task.
+
+    Raises:
+        VmapError: naming the modules.
+    """
+    model = problem.model
+    hooks = frozenset() if is_tracing() else forward_hooks_of(model)
+    if hooks <= problem.run.hooks:
+        return
+    first, rewind = partial(mapped, lambda w: w[:1]), rewinder()
+    one = start._replace(own=first(start.own), kept=first(start.kept))
+    run = partial(RunByTask(), draws=True, dtype=problem.autocast, loop=True, norm=problem.norm)
+    with alone(model), forward_hooks_watched(model, everywhere=False) as silent, torch.no_grad():
+        run(model, one, first(own), first(x))
+    rewind()
+    if silent:
+        raise VmapError(
+            f"forward hooks of {', '.join(sorted(silent))} return nothing, so they run for what else they do, and "
+            'under vmap they would get tensors that cannot be used later: use vectorize="loop".',
+            where=f"a forward hook of {', '.join(sorted(silent))}",
+            gist="it would get tensors that cannot be used later",
+        )
+    problem.run.hooks = hooks
 
 
 def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree, mask: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ Legend: T tasks, N points of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,6 +86,7 @@ class RunByTask:
         points: the shapes and dtypes of sets for which the model was seen to take any number of points.
         unsuitable: indices of the fast paths of `metamom.maml.chunk_gradient` that have failed, with the mode, what
             normalisations use, the number of tasks, and the estimator.
+        hooks: the forward hooks that return something, so that they may run under vmap.
         preferred: whether the model runs faster task by task, by mode, number of points, adapted parameters, and the
             number of tasks in first order (``None`` in second).
     """
@@ -99,6 +100,7 @@ class RunByTask:
         self.mixes: dict[tuple[bool, Norm | None], bool] = {}
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
         self.unsuitable: set[tuple[int, bool, Norm | None, int, str]] = set()
+        self.hooks: frozenset[Hashable] = frozenset()
         self.preferred: dict[tuple[bool, int, tuple[str, ...], int | None], bool] = {}
 
     def __call__(

@@ -227,3 +227,37 @@ def test_wrong_values():
         learner.vectorize = None
     learner.vectorize = "loop"
     assert learner.like().vectorize == "loop"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["from the start", "later"])
+def test_forward_hooks_that_record_get_tensors_that_can_be_used(late):
+    model, tasks = nn.Sequential(nn.Flatten(), nn.Linear(15, 4), nn.Tanh(), nn.Linear(4, 1)).double(), sequences()
+    expected = meta_gradient(model, tasks)
+    learner, kept = MAML(model, F.mse_loss, inner_lr=ALPHA), []
+
+    def keep(module: nn.Module, args: object, out: torch.Tensor) -> None:
+        kept.append((module, out.detach()))
+
+    if late:
+        for _ in range(3):
+            learner.meta_gradient(tasks)
+    model[2].register_forward_hook(keep)
+    with pytest.warns(UserWarning, match=r"a forward hook of 2 \(Tanh\) cannot run on all tasks at once"):
+        learner.backward(tasks)
+    assert_gradients(model, expected)
+    learner.meta_gradient(tasks)  # without another warning
+    tanh = [out for _, out in kept]
+    assert len(tanh) >= 2 * 2 * tasks.num_tasks
+    assert all(bool((out.abs() <= 1).all()) and len(out) == tasks.query_x.shape[1] for out in tanh)
+    copy.deepcopy(tanh)
+
+
+def test_forward_hooks_that_return_something_run_on_all_tasks_at_once():
+    model, tasks = nn.Sequential(nn.Flatten(), nn.Linear(15, 4), nn.Tanh(), nn.Linear(4, 1)).double(), sequences()
+    model[2].register_forward_hook(lambda module, args, out: 2 * out)
+    learner = MAML(model, F.mse_loss, inner_lr=ALPHA)
+    for _ in range(3):
+        model.zero_grad()
+        learner.backward(tasks)
+        assert_gradients(model, meta_gradient(model, tasks))
+    assert not learner._vectorization.looped
