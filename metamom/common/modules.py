@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from metamom.common.identity import by_identity
+
 Named = TypeVar("Named", bound=Tensor)
 
 
@@ -41,6 +43,18 @@ def identity_of(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
             if parameter is not None:
                 found += (name, id(parameter), parameter.requires_grad)
     return tuple(found)
+
+
+def behaviour_of(module: nn.Module) -> list[Hashable]:
+    """A key of a module, its mode, its hooks, and a forward that was set on it; not of its tensors."""
+    found: list[Hashable] = [module, module.training]
+    if "forward" in module.__dict__:  # as accelerate's hooks are
+        found.append(by_identity(module.__dict__["forward"]))
+    if module._forward_hooks or module._forward_pre_hooks:
+        found += map(by_identity, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+    if module._backward_hooks or module._backward_pre_hooks:
+        found += map(by_identity, (*module._backward_hooks.values(), *module._backward_pre_hooks.values()))
+    return found
 
 
 def named_modules_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metamom.nets.kernels.build import CompilerError
 
-# What reads memory without an operator that a trace could see.
+# These read memory directly, so a trace does not see an operator.
 _READERS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})
-_SHOWN = frozenset({Tensor.__repr__, Tensor.__format__})
-_OURS = ("torch", "metamom", "numpy", "contextlib")
+_PRINTING = frozenset({Tensor.__repr__, Tensor.__format__})
+_NOT_THE_USERS = ("torch", "metamom", "numpy", "contextlib")  # packages
 _BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class ValuesReadError(CompilerError):
-    """Code to compile reads the values of tensors, or gets shapes from them."""
+    """The code to compile reads values of tensors, or has tensors whose shapes depend on values."""
 
 
 @contextmanager
@@ -44,7 +44,7 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         if func in _READERS and _is_traced(args[0]):
             raise _error(f"Tensor.{func.__name__}")
-        if func in _SHOWN:  # for a print in a forward
+        if func in _PRINTING:
             return f"<traced tensor of shape {list(args[0].shape)}>"
         return func(*args, **(kwargs or {}))
 
@@ -91,15 +91,11 @@ def _error(what: str) -> ValuesReadError:
 
 
 def _where() -> str:
-    """The line that called, outside of torch and metamom."""
+    """The innermost line of the user's code, for an error."""
     frame: Any = sys._getframe()
     while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in (
-            "torch",
-            "metamom",
-            "numpy",
-            "contextlib",
-        ):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _NOT_THE_USERS:
             return f" in {frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
         frame = frame.f_back
     return ""

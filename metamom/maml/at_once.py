@@ -16,9 +16,9 @@ from metamom.common.trees import count
 from metamom.maml.batched import over_tasks
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.heads import Kind, options_of
+from metamom.maml.hooks import check_hooks, forward_hooks_of
 from metamom.maml.inner_step import gradients, inner_step
 from metamom.maml.inner_updates import Moments
-from metamom.maml.model_checks import check_hooks, forward_hooks_of
 from metamom.maml.problem import Problem
 from metamom.maml.settled import (
     Computed,

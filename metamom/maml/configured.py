@@ -21,6 +21,7 @@ from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
 from metamom.maml.fingerprint import fingerprint_of_learner
 from metamom.maml.gradient import MetaGradients
+from metamom.maml.hooks import check_hooks
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
 from metamom.maml.inner_optimizer import (
     InnerOptimizer,
@@ -30,7 +31,7 @@ from metamom.maml.inner_optimizer import (
 )
 from metamom.maml.loss_readings import LossFn as LossFn
 from metamom.maml.loss_readings import LossReadings
-from metamom.maml.model_checks import check_hooks, check_kind, structure
+from metamom.maml.model_checks import check_kind, structure
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.plan import Plan

@@ -12,31 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
-from metamom.common.identity import by_identity
-from metamom.common.modules import modules_of
-from metamom.maml.model_checks import global_hooks
+from metamom.common.modules import behaviour_of, modules_of
+from metamom.maml.hooks import global_hooks
 from metamom.maml.problem import PLAIN
 
 _PLAIN = (nn.Parameter, Tensor)
 
 
 class Fingerprint(NamedTuple):
-    """Fingerprints are the same if their ``of`` are equal.
+    """How a step is computed.
 
     Attributes:
-        of: modules, modes, hooks and options; shape, strides, dtype and device of each tensor; and which tensor it is.
-        tensors: the parameters and buffers in it, which stay alive, so that no other one gets the id of one of them.
+        key: equal for steps that are computed in the same way. Modules, modes, hooks and options; of each tensor its
+            shape, strides, dtype and device; of parameters and buffers also their identity.
+        tensors: these parameters and buffers. They stay alive, so that no new tensor gets the id of one of them.
     """
 
-    of: tuple[Hashable, ...]
+    key: tuple[Hashable, ...]
     tensors: list[Tensor]
 
 
 def fingerprint_of_learner(learner: Any, batch: TaskBatch, workers: int) -> Fingerprint | None:
-    """The fingerprint of a step of a `metamom.MAML`, whose options are the same as long as no attribute is set.
+    """The fingerprint of a step of a `metamom.MAML`. Its options count as changed whenever an attribute is set.
 
-    ``None`` if it takes a closer look to know that two of them are alike, as with learners that have a state or rules
-    of their own.
+    ``None`` where equal keys would not be enough, such as for learners with a state or rules of their own.
     """
     if learner.memory is not None or learner.annealing is not None or learner.norms_by_step is not None:
         return None
@@ -61,15 +60,9 @@ def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fing
     for module in modules_of(owner):
         if type(module).named_parameters is not nn.Module.named_parameters:
             return None
-        found += (module, module.training)
-        if "forward" in module.__dict__:  # set on the object
-            found.append(by_identity(module.__dict__["forward"]))
+        found += behaviour_of(module)
         if module._modules:
             found += module._modules.keys()
-        if module._forward_hooks or module._forward_pre_hooks:
-            found += map(by_identity, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
-        if module._backward_hooks or module._backward_pre_hooks:
-            found += map(by_identity, (*module._backward_hooks.values(), *module._backward_pre_hooks.values()))
         for registered in (module._parameters, module._buffers):
             for name, x in registered.items():
                 if x is not None:

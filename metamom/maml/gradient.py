@@ -28,9 +28,9 @@ from metamom.maml.chunking import spans, tasks_within_budget
 from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, passes
 from metamom.maml.fingerprint import Fingerprint
+from metamom.maml.hooks import forward_hooks_watched
 from metamom.maml.inner_step import gradients
 from metamom.maml.last_step import Again, LastStep, Run
-from metamom.maml.model_checks import forward_hooks_watched
 from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.plan import Plan
 from metamom.maml.task_weights import Params

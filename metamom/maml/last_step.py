@@ -1,4 +1,4 @@
-"""Compute a meta-gradient as the last one was computed, without the checks that it has passed.
+"""Compute a meta-gradient in the same way as the one before, without repeating its checks.
 
 Legend: T tasks, Q query points, n workers, d entries of all meta-parameters.
 """
@@ -26,7 +26,7 @@ class _Known(NamedTuple):
 
 
 class Again(NamedTuple):
-    """A meta-gradient that was computed as the last one.
+    """A meta-gradient that was computed in the same way as the one before.
 
     Attributes:
         weights: the meta-parameters by name.
@@ -42,7 +42,7 @@ class Again(NamedTuple):
 
 
 class LastStep:
-    """How the last meta-gradient was computed, as long as nothing but the values of tensors changes.
+    """Remembers how the last meta-gradient was computed, for the next one if nothing but values has changed.
 
     Args:
         fingerprint: of a batch on a number of workers, with the learner as it is.
@@ -57,25 +57,25 @@ class LastStep:
         return {**self.__dict__, "_known": None}
 
     def forget(self, weights: Params, batch: TaskBatch, workers: int) -> Callable[[Run], None]:
-        """Forget how a meta-gradient was computed, and return a function to say it of the one that is about to be."""
+        """Forget the last meta-gradient, and return a function that stores how the next one was computed."""
         self._known = None
         now = self._fingerprint(batch, workers)
         own = set() if now is None else {id(tensor) for tensor in now.tensors}
 
         def remember(run: Run) -> None:
-            # a graph gives one gradient for all weights only if they are contiguous; others may be elsewhere
+            # a graph returns one gradient for all weights only if they are contiguous
             if now is not None and all(id(w) in own and w.is_contiguous() for w in weights.values()):
                 self._known = _Known(now, weights, run)
 
         return remember
 
     def again(self, batch: TaskBatch, workers: int) -> Again | None:
-        """The meta-gradient of a batch, computed as the last one; ``None`` if more than values has changed."""
+        """The meta-gradient of a batch, computed as the last one was; ``None`` if more than values has changed."""
         known = self._known
         if known is None:
             return None
         now = self._fingerprint(batch, workers)
-        if now is None or now.of != known.fingerprint.of:
+        if now is None or now.key != known.fingerprint.key:
             return None
         losses, predictions, *grads = known.run(batch)
         return Again(known.weights, with_chunk(None, grads), losses, predictions)

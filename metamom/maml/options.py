@@ -11,8 +11,9 @@ from torch import nn
 from metamom.common.checks import INNER_STEPS, check_whole, is_word
 from metamom.common.kinds import named_type
 from metamom.maml.estimators import check_estimator, tracked_estimators
+from metamom.maml.hooks import check_hooks
 from metamom.maml.inner_optimizer import check_inner_optimizer
-from metamom.maml.model_checks import check_hooks, check_kind
+from metamom.maml.model_checks import check_kind
 from metamom.maml.norm import check_norm, resolved
 from metamom.maml.proximal import check_proximal
 from metamom.maml.swapping import named

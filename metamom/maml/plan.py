@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
 from metamom.common.identity import by_identity
-from metamom.common.modules import modules_of
+from metamom.common.modules import behaviour_of, modules_of
 from metamom.maml.batch_checks import check_batch
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut
-from metamom.maml.model_checks import global_hooks
+from metamom.maml.hooks import global_hooks
 from metamom.maml.problem import Problem
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids
@@ -67,13 +67,7 @@ class Plan(NamedTuple):
         around = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         fixed: list[Hashable] = [by_identity(problem.loss_fn), around, *problem.step_sizes.fixed.values()]
         for module in modules:
-            fixed += (module, module.training)
-            if "forward" in module.__dict__:  # set on the object, as accelerate's hooks are
-                fixed.append(by_identity(module.__dict__["forward"]))
-            if module._forward_hooks or module._forward_pre_hooks:
-                fixed += map(by_identity, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
-            if module._backward_hooks or module._backward_pre_hooks:
-                fixed += map(by_identity, (*module._backward_hooks.values(), *module._backward_pre_hooks.values()))
+            fixed += behaviour_of(module)
             fixed += module._buffers.values()
             fixed += [p for p in module._parameters.values() if p is not None and not p.requires_grad]
         vectorization = problem.vectorization

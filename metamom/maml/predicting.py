@@ -20,10 +20,10 @@ from metamom.compile.tracing import is_tracing
 from metamom.maml.draws import rewinder
 from metamom.maml.estimators import ESTIMATORS
 from metamom.maml.features import Features
+from metamom.maml.hooks import check_hooks, forward_hooks_of, forward_hooks_watched
 from metamom.maml.loss_readings import LossFn
 from metamom.maml.loss_state import OwnState
 from metamom.maml.misfits import check_loss, targets_explained
-from metamom.maml.model_checks import check_hooks, forward_hooks_of, forward_hooks_watched
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.plain_autograd import differentiable_twice, with_gradients_if_needed
 from metamom.maml.problem import Problem, names_in_loss
@@ -93,7 +93,7 @@ def predictions(
 
 
 def _refuse_silent_hooks(problem: Problem, start: Start, own: Params, x: Tree) -> None:
-    """Refuse vmap for a model with forward hooks that return nothing, as they run for what else they do.
+    """Refuse vmap for a model with forward hooks that return nothing, and so run for their side effects.
 
     Such a hook records, prints or checks, and cannot use tensors from inside vmap. New hooks are tried on one task.
 
@@ -112,8 +112,8 @@ def _refuse_silent_hooks(problem: Problem, start: Start, own: Params, x: Tree) -
     rewind()
     if silent:
         raise VmapError(
-            f"forward hooks of {', '.join(sorted(silent))} return nothing, so they run for what else they do, and "
-            'under vmap they would get tensors that cannot be used later: use vectorize="loop".',
+            f"forward hooks of {', '.join(sorted(silent))} return nothing, so they run for their side effects, and "
+            'under vmap they would get tensors that cannot be used later. Use vectorize="loop".',
             where=f"a forward hook of {', '.join(sorted(silent))}",
             gist="it would get tensors that cannot be used later",
         )

@@ -26,9 +26,9 @@ from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.functions_by_task import FunctionsByTask, may_call_them
 from metamom.maml.heads import Heads, Kind, depends, options_of, versions_of
+from metamom.maml.hooks import check_hooks
 from metamom.maml.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
 from metamom.maml.misfits import inputs_explained
-from metamom.maml.model_checks import check_hooks
 from metamom.maml.norm_modes import normalising
 from metamom.maml.one_task import Masked, copies, of_one_task
 from metamom.maml.one_task import call as call

@@ -246,9 +246,9 @@ class Training(Adapting):
         return self.training_loss(batch, **options)
 
     def _again(self, batch: TaskBatch, workers: int) -> Backward | None:
-        """`_server_step` as the last one was computed, without its checks; ``None`` if more than values has changed.
+        """A `_server_step` that is computed as the last one was, without its checks.
 
-        ``None`` too if the result is not finite: `_server_step` then says why.
+        ``None`` if more than values has changed, and if the result is not finite: `_server_step` then says why.
         """
         found = self._gradients.again(batch, workers)
         if found is None:

@@ -10,7 +10,7 @@ from pages import BLOCK, PAGES, README, ROOT
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 MADE_BY_THE_BUILD = re.compile(r"(\.\./)?command-line/[\w-]+\.md")  # .ci/docs/commands.py
-FILES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+FILES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / ".github" / "SECURITY.md"]
 
 
 def anchors(page: Path) -> set[str]:
