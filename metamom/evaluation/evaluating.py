@@ -26,7 +26,7 @@ from metamom.maml.swapping import evaluating
 from metamom.task_metrics import Metric, check_metric, name_of
 
 
-@asserts_explained()
+@asserts_explained
 def evaluate(
     learner: Adaptable,
     sampler: Sampler,

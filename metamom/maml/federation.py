@@ -64,12 +64,6 @@ class Federation(NamedTuple):
             )
         check_tasks(tasks, workers, self.local_steps)
 
-    @property
-    def usual(self) -> bool:
-        """Whether these are the defaults."""
-        others = self.participation, self.worker_weights, self.local_lr, self.down
-        return all(option is None for option in others) and type(self.local_steps) is int and self.local_steps == 1
-
     def described(self) -> str:
         """What processes must agree on, for an error; empty for the defaults."""
         words = [] if self.participation is None else [repr(self.participation), f"after {self.participation.steps}"]

@@ -6,6 +6,7 @@ A step whose fingerprint is that of the step before it would pass the same check
 from __future__ import annotations
 
 from collections.abc import Hashable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,11 @@ from metamom.common.modules import behaviour_of, modules_of
 from metamom.maml.hooks import global_hooks
 from metamom.maml.problem import PLAIN
 
-_PLAIN = (nn.Parameter, Tensor)
+_PLAIN = {nn.Parameter, Tensor}
+_STRIDED = {torch.strided}
+# these read a list of tensors without a Python loop
+_FORM = attrgetter("shape", "dtype", "device", "requires_grad")
+_LAYOUT, _IS_NESTED = attrgetter("layout"), attrgetter("is_nested")
 
 
 class Fingerprint(NamedTuple):
@@ -48,32 +53,36 @@ def fingerprint_of_learner(learner: Any, batch: TaskBatch, workers: int) -> Fing
 def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fingerprint | None:
     if torch.is_inference_mode_enabled() or type(batch) is not TaskBatch:
         return None
-    found: list[Hashable] = [*options, global_hooks()]
-    for x in batch:
-        if x is None:
-            found.append(None)
-        elif type(x) is Tensor and _has_strides(x) and not x.is_inference():
-            found += (x.shape, x.stride(), x.dtype, x.device)
-        else:
-            return None
-    tensors: list[Tensor] = []
+    given = [x for x in batch if x is not None]
+    if not _plain(given) or any(map(Tensor.is_inference, given)):
+        return None
+    found: list[Hashable] = [*options, global_hooks(), *[x is None for x in batch]]
+    held: list[Tensor | None] = []
     for module in modules_of(owner):
         if type(module).named_parameters is not nn.Module.named_parameters:
             return None
         found += behaviour_of(module)
-        if module._modules:
-            found += module._modules.keys()
-        for registered in (module._parameters, module._buffers):
-            for name, x in registered.items():
-                if x is not None:
-                    if type(x) not in _PLAIN or not _has_strides(x):
-                        return None
-                    tensors.append(x)
-                    found += (name, id(x), x.requires_grad, x.shape, x.stride(), x.dtype, x.device)
+        for registered in (module._modules, module._parameters, module._buffers):
+            if registered:
+                found += registered.keys()
+        held += module._parameters.values()
+        held += module._buffers.values()
+    tensors = [x for x in held if x is not None]
+    if not _plain(tensors):
+        return None
+    found += map(id, held)
+    for each in (given, tensors):
+        found += map(_FORM, each)
+        found += map(Tensor.stride, each)
     device = tensors[0].device.type if tensors else "cpu"
     found.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
     return Fingerprint(tuple(found), tensors)
 
 
-def _has_strides(x: Tensor) -> bool:
-    return x.layout is torch.strided and not x.is_nested
+def _plain(tensors: list[Tensor]) -> bool:
+    """Whether all are tensors with strides, of no class of their own."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and _STRIDED.issuperset(map(_LAYOUT, tensors))
+        and not any(map(_IS_NESTED, tensors))
+    )

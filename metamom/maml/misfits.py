@@ -5,11 +5,12 @@ Shapes, dtypes and labels are checked only after a failure, since models and los
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from opcode import opmap
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from metamom.common.trees import Tree, leaves, shown
 from metamom.maml.batch_checks import IGNORED
 from metamom.maml.class_scores import class_axes
 from metamom.maml.vmap_errors import SIGNS, gist, innermost_module, modules_in
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEVICE_ASSERT = "device-side assert"
 # Found in torch's messages about indices, but not in those of lists or arrays.
@@ -109,23 +113,27 @@ def targets_explained(predictions: Any, targets: Tree) -> Iterator[None]:
         raise MisfitError(f"loss_fn cannot take {shapes}{why}", "loss_fn", error) from error
 
 
-@contextmanager
-def asserts_explained() -> Iterator[None]:
+def asserts_explained(function: Callable[P, R]) -> Callable[P, R]:
     """Replace a GPU's assertion, which may surface long after its cause, by an error that lists likely causes.
 
     Raises:
         ValueError: in place of torch's error.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if DEVICE_ASSERT not in str(error):
-            raise
-        raise ValueError(
-            "an index was out of range on the GPU, and this process can no longer use the GPU. Labels must be in "
-            "0..C-1 for a model with C outputs, and indices of an embedding must be in its range. Run this batch on "
-            f"the CPU to see which are not. ({str(error).splitlines()[0]})"
-        ) from error
+
+    @wraps(function)
+    def explained(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if DEVICE_ASSERT not in str(error):
+                raise
+            raise ValueError(
+                "an index was out of range on the GPU, and this process can no longer use the GPU. Labels must be in "
+                "0..C-1 for a model with C outputs, and indices of an embedding must be in its range. Run this batch "
+                f"on the CPU to see which are not. ({str(error).splitlines()[0]})"
+            ) from error
+
+    return explained
 
 
 def check_output(model: nn.Module, out: object) -> None:

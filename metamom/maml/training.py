@@ -32,7 +32,7 @@ from metamom.server.aggregate import after_hooks, deliver, unflatten
 from metamom.server.down import DownBias
 from metamom.server.participation import Participation
 from metamom.server.robust import AnyAggregate
-from metamom.server.workers import LocalMean
+from metamom.server.workers import mean_of
 
 
 class MetaGradient(NamedTuple):
@@ -90,7 +90,7 @@ class Training(Adapting):
                     found[name] = torch.stack([after_hooks(weight, row) for row in found[name]])
             return MetaGradient(found, tasks.losses)
 
-    @asserts_explained()
+    @asserts_explained
     def backward(
         self,
         batch: TaskBatch,
@@ -153,6 +153,14 @@ class Training(Adapting):
             metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
                 failure of one process.
         """
+        optimizer = None if momentum is None else check_momentum_kind(momentum)
+        follows = optimizer is not None and optimizer.variant in FOLLOWING
+        plain = bias is None and world is None and isinstance(aggregate, str) and aggregate == "mean"
+        everyone = participation is None and worker_weights is None and down_bias is None
+        if plain and everyone and local_lr is None and type(local_steps) is int and local_steps == 1 and not follows:
+            again = self._again(batch, workers)
+            if again is not None:
+                return again
         federation = Federation(
             kept_participation(participation, self.federated),
             worker_weights,
@@ -161,12 +169,7 @@ class Training(Adapting):
             kept_down_bias(down_bias, self.federated),
         )
         options: dict[str, Any] = {"aggregate": aggregate, "measure": measure, "check_finite": check_finite}
-        optimizer = None if momentum is None else check_momentum_kind(momentum)
-        if optimizer is None or optimizer.variant not in FOLLOWING:
-            usual = bias is None and world is None and isinstance(aggregate, str) and aggregate == "mean"
-            again = self._again(batch, workers) if usual and federation.usual else None
-            if again is not None:
-                return again
+        if optimizer is None or not follows:
             return self._server_step(batch, workers=workers, bias=bias, world=world, federation=federation, **options)
         check_alone(optimizer.variant, federation, aggregate)
         with out_of_inference():
@@ -183,7 +186,7 @@ class Training(Adapting):
         self._count()
         return done
 
-    @asserts_explained()
+    @asserts_explained
     def training_loss(
         self,
         batch: TaskBatch,
@@ -253,9 +256,7 @@ class Training(Adapting):
         found = self._gradients.again(batch, workers)
         if found is None:
             return None
-        server = LocalMean(workers)
-        server.add(found.rows, range(workers))
-        total, report = server.finish()
+        total, report = mean_of(found.rows)
         loss, norm = found.losses.mean(), report["grad_norm"]
         if norm is None or not (math.isfinite(norm) and math.isfinite(float(loss))):
             return None

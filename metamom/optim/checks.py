@@ -141,8 +141,8 @@ def check_beta(beta: Any) -> Any:
     return beta
 
 
-def check_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for p, g in pairs:
+def check_gradients(params: list[Tensor], grads: list[Tensor]) -> None:
+    for p, g in zip(params, grads, strict=True):
         if g.layout is not torch.strided:
             raise TypeError(
                 f"CompositeMomentum needs dense gradients; got one with layout {g.layout} for a parameter of shape "
@@ -150,9 +150,9 @@ def check_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
             )
 
 
-def check_not_averaged(pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
+def check_not_averaged(params: list[Tensor], beta: float) -> None:
     """Refuse to average gradients that the workers have averaged (`metamom.server.aggregate.deliver` notes these)."""
-    spec = averaged_by(p for p, _ in pairs)
+    spec = averaged_by(params)
     if spec is not None:
         raise ValueError(
             f"{spec} carries the momentum on the workers, so the server must have none: use "

@@ -277,13 +277,14 @@ class CompositeMomentum(Following):
         own = group["maximize"] or decays(group, decoupled=False)
         if own:
             grads = [descent_gradient(p, g, group) for p, g in zip(params, grads, strict=True)]
+            pending = Pending(group, params, grads)
         beta = value_of(group, "beta")
         plain_sgd = not isinstance(beta, Tensor) and beta == 1
         if plain_sgd and not group["differentiable"] and not torch.compiler.is_compiling():
             keep_last_gradients(self.state, params, grads, own=own)
             self._waiting.difference_update(params)
             return grads
-        started = self._start(pending._replace(grads=grads))
+        started = self._start(pending)
         moving, new_grads = params, grads
         if group["first_step"] == "gradient" and not all(started):
             # (1 - beta) g_0 + beta g_0 is g_0 only up to rounding. So new buffers, which are already v_0, are skipped.
@@ -311,9 +312,10 @@ class CompositeMomentum(Following):
         """Make the momenta that do not exist yet: v_{-1}. Returns which ones did exist."""
         group, params, grads = pending
         started = self._started(params)
-        for has_begun, p, g in zip(started, params, grads, strict=True):
-            if not has_begun:  # v_{-1} = g_0 gives v_0 = g_0
-                self.state[p]["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
+        if not all(started):
+            for has_begun, p, g in zip(started, params, grads, strict=True):
+                if not has_begun:  # v_{-1} = g_0 gives v_0 = g_0
+                    self.state[p]["momentum"] = torch.zeros_like(p) if group["first_step"] == "zero" else g.clone()
         if self._waiting:
             self._waiting.difference_update(params)
         return started

@@ -26,15 +26,20 @@ def pending_of(group: dict[str, Any]) -> Pending:
     """The group's parameters that have a gradient, checked."""
     take_scheduled_momentum(group)
     check_beta(group["beta"])  # it may have been scheduled or changed by hand
-    pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
-    check_gradients(pairs)
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    for p in group["params"]:
+        if (g := p.grad) is not None:
+            params.append(p)
+            grads.append(g if type(g) is Tensor else placed_as(g, p))
+    check_gradients(params, grads)
     if group["fused"]:
-        check_fused([p for p, _ in pairs])
+        check_fused(params)
     if group["normalize"] and not torch.compiler.is_compiling():
-        check_norm_is_known(p for p, _ in pairs)  # a loaded state may have set this
+        check_norm_is_known(params)  # a loaded state may have set this
     if isinstance(group["beta"], Tensor) or group["beta"] != 1:
-        check_not_averaged(pairs, group["beta"])
-    return Pending(group, [p for p, _ in pairs], [g if type(g) is Tensor else placed_as(g, p) for p, g in pairs])
+        check_not_averaged(params, group["beta"])
+    return Pending(group, params, grads)
 
 
 def value_of(group: dict[str, Any], name: str) -> float | Tensor:

@@ -96,10 +96,10 @@ def variant_of(groups: Iterable[Mapping[str, Any]]) -> Variant | None:
     Raises:
         ValueError: if they differ: the gradient is taken at one point for all parameters.
     """
-    found = {group["variant"] for group in groups}
-    if len(found) > 1:
-        raise ValueError(f"all parameter groups take their gradient at one point, so variant is one; got {found}.")
-    variant: Variant | None = found.pop()
+    found = [group["variant"] for group in groups]
+    if len(found) > 1 and len({*found}) > 1:
+        raise ValueError(f"all parameter groups take their gradient at one point, so variant is one; got {set(found)}.")
+    variant: Variant | None = found[0]
     return variant
 
 

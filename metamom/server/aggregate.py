@@ -26,9 +26,9 @@ def flatten(grads: Iterable[Tensor]) -> Tensor:
 
 def unflatten(vectors: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split vectors ``[..., d]`` into tensors ``{name: [..., *shape]}`` with the shapes and dtypes of ``like``."""
-    lead = vectors.shape[:-1]
-    if not lead and all(w.dtype is vectors.dtype for w in like.values()):  # one call for all
-        pieces = _unflatten_dense_tensors(vectors, list(like.values()))  # type: ignore[no-untyped-call]
+    lead, dtype = vectors.shape[:-1], vectors.dtype
+    if not lead and all(w.dtype is dtype for w in like.values()):  # one call for all
+        pieces = _unflatten_dense_tensors(vectors, [*like.values()])  # type: ignore[no-untyped-call]
         return dict(zip(like, pieces, strict=True))
     pieces = vectors.split_with_sizes([w.numel() for w in like.values()], -1)
     return {name: piece.view(lead + w.shape).to(w.dtype) for (name, w), piece in zip(like.items(), pieces, strict=True)}

@@ -106,8 +106,18 @@ class LocalMean:
         assert self._total is not None
         # the only row is the caller's, and the result may be changed in place
         total = self._total.clone() if self._n == 1 else self._total / self._n
-        size = self._n * len(total) * total.element_size()
-        return total, {"grad_norm": float(vector_norm(total)), "bias_error": 0.0, "wire_bytes": size}
+        return total, _report_of_mean(total, self._n)
+
+
+def mean_of(rows: Tensor) -> tuple[Tensor, Report]:
+    """What a `LocalMean` finds of the gradients ``[n, d]`` of all workers: their mean, a new tensor, and its report."""
+    n = len(rows)
+    total = rows[0].clone() if n == 1 else rows.sum(0) / n
+    return total, _report_of_mean(total, n)
+
+
+def _report_of_mean(total: Tensor, n: int) -> Report:
+    return {"grad_norm": float(vector_norm(total)), "bias_error": 0.0, "wire_bytes": n * total.nbytes}
 
 
 class SharedWorkers:
