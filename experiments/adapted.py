@@ -15,7 +15,7 @@ from metamom.common.numbers import counted
 from metamom.experiments.python_tasks import preprocessing_of, task_family
 from metamom.experiments.recipes import Recipe
 from metamom.maml.learner import MAML
-from metamom.maml.norm import resolved
+from metamom.maml.normalisation.norm import resolved
 from metamom.tasks.image_files import find_tree
 from metamom.tasks.preprocessing import Preprocessing, image_paths
 from metamom.weights import save_weights

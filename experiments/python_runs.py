@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom.maml.kinds import make_learner
+from metamom.maml.checks.loss_readings import LossFn
 from metamom.maml.learner import MAML
-from metamom.maml.loss_readings import LossFn
-from metamom.maml.norm import resolved
+from metamom.maml.learners.kinds import make_learner
+from metamom.maml.normalisation.norm import resolved
 from metamom.maml.task_weights import Params
 from metamom.nets.models import SMALLEST, Conv4, SinusoidMLP
 from metamom.nets.resnet import ResNet12

@@ -12,7 +12,7 @@ from typing import Any
 from metamom.common.checks import check_whole
 from metamom.experiments.options import RecipeOptions
 from metamom.experiments.schedules import parse_beta_schedule, with_power
-from metamom.maml.federation import check_estimator, check_local, check_tasks
+from metamom.maml.steps.federation import check_estimator, check_local, check_tasks
 from metamom.server.down import as_down_bias
 from metamom.server.part import normalised_weights
 from metamom.server.participation import check_participation

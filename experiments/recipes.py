@@ -37,11 +37,11 @@ from metamom.experiments.schedules import (
     over,
 )
 from metamom.maml.estimators import ESTIMATORS, check_estimator, support_parts
+from metamom.maml.implicit.proximal import as_proximal
 from metamom.maml.inner_optimizer import as_inner_optimizer, check_inner_optimizer
-from metamom.maml.kinds import check_kind_options, make_learner
 from metamom.maml.learner import MAML
-from metamom.maml.norm import check_norm
-from metamom.maml.proximal import as_proximal
+from metamom.maml.learners.kinds import check_kind_options, make_learner
+from metamom.maml.normalisation.norm import check_norm
 from metamom.optim import LambdaBeta
 from metamom.server.down import as_down_bias
 from metamom.server.participation import Participation

@@ -17,7 +17,7 @@ from metamom.common.held import held, released
 from metamom.common.kinds import named_type
 from metamom.common.numbers import counted
 from metamom.common.trees import Tree, leaves, lone, mapped
-from metamom.maml.batch_checks import refuse_non_finite
+from metamom.maml.checks.batch_checks import refuse_non_finite
 from metamom.maml.features import shared_between_predictions
 from metamom.maml.learner import MAML
 from metamom.maml.metrics import accuracy

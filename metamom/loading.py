@@ -14,8 +14,8 @@ from metamom.batch import TaskSampler
 from metamom.common.kinds import named_type
 from metamom.common.named_objects import created, named_callable
 from metamom.evaluation import Evaluation
+from metamom.maml.checks.loss_readings import LossFn
 from metamom.maml.learner import MAML
-from metamom.maml.loss_readings import LossFn
 from metamom.training.directory import read_config, read_metrics
 from metamom.weights import save_weights
 

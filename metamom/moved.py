@@ -11,13 +11,27 @@ from types import ModuleType
 
 _ROOMS = {
     "common": "allocator averaged checks files flag_types intervals numbers reading schema",
-    "maml": "autocast batch_checks draws estimators functions_by_task inner_step loss_readings metrics misfits "
-    "model_checks run_by_task selection swapping tracking unused vmap_errors",
+    "maml": "autocast estimators inner_step metrics selection tracking vmap_errors",
+    "maml.checks": "batch_checks loss_readings misfits model_checks unused",
+    "maml.running": "run_by_task swapping",
+    "maml.under_vmap": "draws functions_by_task",
     "nets": "kernels kernels.build kernels.reference layers products",
     "server": "accumulator aggregate robust",
     "training": "checkpoints contents interrupts plan progress restore",
     "diagnostics": "sources",
     "cli": "flags",
+}
+_ROOMS_OF_MAML = {
+    "checks": "batch_checks carried_over class_scores hooks loss_readings loss_state misfits model_checks "
+    "not_finite pairings unused",
+    "fast_paths": "at_once fingerprint in_turn last_step settled",
+    "implicit": "conjugate_gradients lbfgs perturbed proximal proximal_adaptation proximal_step solves",
+    "learners": "boil kinds protomaml prototypes reptile",
+    "normalisation": "norm norm_modes step_norms",
+    "running": "loop_preferred one_task plain_autograd run_by_task swapping vectorize",
+    "steps": "federation following hessian local_steps server_step training_loss",
+    "under_vmap": "attention_by_task batched drawing_functions draws embeddings_by_task filled_by_task "
+    "functions_by_task layouts_by_task losses_by_task written_losses",
 }
 _SHARED = ("figures", "parts", "peak", "processes")
 MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()} | {
@@ -32,6 +46,11 @@ MOVED = {f"metamom.{name}": f"metamom.{room}.{name}" for room, names in _ROOMS.i
     "metamom.start": "metamom.maml.task_weights",
     "metamom.step_sizes": "metamom.maml.inner_lr",
     "metamom.watch": "metamom.training.stall",
+    **{
+        f"metamom.maml.{name}": f"metamom.maml.{room}.{name}"
+        for room, names in _ROOMS_OF_MAML.items()
+        for name in names.split()
+    },
     **{f"metamom.experiments.{name}": f"metamom.experiments.shared.{name}" for name in _SHARED},
 }
 

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import metamom
 from metamom.diagnostics.bias_meter import measure
 from metamom.interop.learn2learn import seeded
+from metamom.moved import MOVED
 from metamom.tasks import Sinusoid
 
 CHECKOUT = Path(__file__).parents[1]
@@ -43,6 +44,12 @@ assert not {"matplotlib", "learn2learn", "torchvision"} & set(sys.modules)
 def test_sub_packages_are_imported_when_they_are_named() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_are_the_same_under_their_earlier_names() -> None:
+    for earlier, name in MOVED.items():
+        assert import_module(earlier) is import_module(name)
+        assert import_module(name).__spec__.name == name
 
 
 def test_they_are_listed() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from metamom.maml.loss_readings import LossFn
+    from metamom.maml.checks.loss_readings import LossFn
     from metamom.tasks import Sinusoid
     from metamom.tasks.family import TaskFamily
 

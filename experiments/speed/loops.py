@@ -25,7 +25,7 @@ from metamom.common.checks import MOST
 from metamom.common.flag_types import count, counts, number
 from metamom.experiments.speed.outside import OUTSIDE, WAYS, Outside
 from metamom.maml.learner import MAML
-from metamom.maml.vectorize import VECTORIZE, Vectorize
+from metamom.maml.running.vectorize import VECTORIZE, Vectorize
 from metamom.maml.vmap_errors import VmapError
 
 ORDERS = ("second", "first")

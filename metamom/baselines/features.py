@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.kinds import named_type
-from metamom.maml.run_by_task import call
+from metamom.maml.running.run_by_task import call
 
 
 class Penultimate(nn.Module):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from metamom.common.choices import Norm
 from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, count, joined, mapped
-from metamom.maml.batch_checks import check_set
+from metamom.maml.checks.batch_checks import check_set
 from metamom.maml.fitting import copied
-from metamom.maml.norm import check_norm, resolved
-from metamom.maml.swapping import alone
+from metamom.maml.normalisation.norm import check_norm, resolved
+from metamom.maml.running.swapping import alone
 from metamom.nets.models import use_batch_statistics
 
 

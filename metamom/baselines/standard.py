@@ -11,7 +11,7 @@ from metamom.baselines.per_task import PerTask
 from metamom.baselines.probes import LinearProbe, NearestCentroid
 from metamom.baselines.tuning import FineTuning, FromScratch
 from metamom.maml.learner import MAML
-from metamom.maml.norm import resolved
+from metamom.maml.normalisation.norm import resolved
 
 
 def standard_baselines(

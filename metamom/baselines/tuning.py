@@ -21,10 +21,10 @@ from metamom.common.kinds import named_type
 from metamom.common.summaries import summary
 from metamom.common.trees import Tree, leaves, mapped
 from metamom.distributed import digest
+from metamom.maml.checks.loss_readings import LossFn
 from metamom.maml.fitting import copied
-from metamom.maml.loss_readings import LossFn
 from metamom.maml.options import check_option
-from metamom.maml.run_by_task import call
+from metamom.maml.running.run_by_task import call
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam}
 

@@ -153,7 +153,7 @@ def _of_run(
     """The recipe and the learner of a run, a title, and what makes its tasks if it is from Python."""
     from metamom.experiments.python_tasks import recipe_of_tasks, tasks_of
     from metamom.loading import load
-    from metamom.maml.proximal import check_proximal
+    from metamom.maml.implicit.proximal import check_proximal
 
     what = arguments.what
     decided = {"ways", "inner_lr", "inner_steps", *options_of_some_families()} - {"root", "model", "on_broken"}

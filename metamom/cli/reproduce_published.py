@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     from metamom.common.allocator import keep_freed_memory
     from metamom.experiments.published.report import lines
     from metamom.experiments.published.run import reproduce
-    from metamom.maml.solves import settings_fixed
+    from metamom.maml.implicit.solves import settings_fixed
     from metamom.training.interrupts import TrainingInterrupted
 
     keep_freed_memory()

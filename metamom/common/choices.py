@@ -27,7 +27,7 @@ LearnedStepSizes = Literal["scalar", "tensor", "tensor-step", "entry"]
 LEARNED_STEP_SIZES: tuple[LearnedStepSizes, ...] = get_args(LearnedStepSizes)
 LearnInnerLR = bool | LearnedStepSizes  # of `metamom.MAML`
 
-Learner = Literal["maml", "boil", "reptile", "protomaml"]  # `metamom.maml.kinds.KINDS`
+Learner = Literal["maml", "boil", "reptile", "protomaml"]  # `metamom.maml.learners.kinds.KINDS`
 LEARNERS: tuple[Learner, ...] = get_args(Learner)
 
 Norm = Literal["batch", "frozen", "support"]  # of `metamom.MAML`

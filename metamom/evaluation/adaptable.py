@@ -12,7 +12,7 @@ from metamom.common.kinds import named_type
 from metamom.common.trees import Tree
 from metamom.evaluation.ensemble import Ensemble
 from metamom.maml.learner import MAML
-from metamom.maml.norm import check_norm, statistics_used
+from metamom.maml.normalisation.norm import check_norm, statistics_used
 
 
 class Adaptable(Protocol):

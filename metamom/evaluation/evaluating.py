@@ -19,10 +19,10 @@ from metamom.evaluation.adaptable import Adaptable, placed_as_weights, statistic
 from metamom.evaluation.result import Evaluation
 from metamom.evaluation.tasks import blocks_of_tasks
 from metamom.judging import judged, judged_by_protocol
-from metamom.maml.batch_checks import check_batch
+from metamom.maml.checks.batch_checks import check_batch
+from metamom.maml.checks.misfits import asserts_explained
 from metamom.maml.learner import MAML
-from metamom.maml.misfits import asserts_explained
-from metamom.maml.swapping import evaluating
+from metamom.maml.running.swapping import evaluating
 from metamom.task_metrics import Metric, check_metric, name_of
 
 
@@ -68,7 +68,7 @@ def evaluate(
     Raises:
         TypeError: for arguments of the wrong type, and for a sampler that does not return a `TaskBatch`.
         ValueError: for an argument out of range, and for tasks that do not fit the model, the loss or the metric.
-        metamom.maml.batch_checks.NonFiniteDataError: if predictions are not finite because the data is not.
+        metamom.maml.checks.batch_checks.NonFiniteDataError: if predictions are not finite because the data is not.
 
     Example:
         >>> from torch.nn import functional as F

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from metamom.batch import Sampler, TaskBatch, drawn, takes_blocks
 from metamom.distributed import World
-from metamom.maml.batch_checks import check_batch
+from metamom.maml.checks.batch_checks import check_batch
 
 BLOCK = 50  # tasks drawn and computed together
 

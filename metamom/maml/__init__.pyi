@@ -1,10 +1,10 @@
-from .boil import BOIL as BOIL
+from .implicit.proximal import Proximal as Proximal
 from .inner_optimizer import InnerAdam as InnerAdam
 from .inner_optimizer import InnerSGD as InnerSGD
 from .learner import MAML as MAML
 from .learner import Backward as Backward
 from .learner import LossFn as LossFn
 from .learner import MetaGradient as MetaGradient
-from .protomaml import ProtoMAML as ProtoMAML
-from .proximal import Proximal as Proximal
-from .reptile import Reptile as Reptile
+from .learners.boil import BOIL as BOIL
+from .learners.protomaml import ProtoMAML as ProtoMAML
+from .learners.reptile import Reptile as Reptile

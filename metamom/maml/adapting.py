@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from metamom.common.choices import Norm
 from metamom.common.held import held, released
 from metamom.common.trees import Tree, lone
-from metamom.maml.batch_checks import check_adapted, check_mask
+from metamom.maml.checks.batch_checks import check_adapted, check_mask
 from metamom.maml.configured import Configured
 from metamom.maml.fitting import fit_and_predict, fitted, refuse_one_task
 from metamom.maml.metrics import accuracy
 from metamom.maml.modes import differentiable, out_of_inference
 from metamom.maml.predicting import losses
-from metamom.maml.run_by_task import Support
-from metamom.maml.swapping import named
+from metamom.maml.running.run_by_task import Support
+from metamom.maml.running.swapping import named
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.whole_sets import adaptations, predicted
 

@@ -15,16 +15,16 @@ from torch.utils._pytree import TreeSpec
 from metamom.batch import TaskBatch
 from metamom.common.trees import lone, restored
 from metamom.compile.tracing import is_tracing
-from metamom.maml.at_once import AT_ONCE
+from metamom.maml.checks.unused import from_outside
 from metamom.maml.episodes import episodes, support_of
 from metamom.maml.estimators import Adaptations
-from metamom.maml.in_turn import IN_TURN
+from metamom.maml.fast_paths.at_once import AT_ONCE
+from metamom.maml.fast_paths.in_turn import IN_TURN
+from metamom.maml.fast_paths.settled import Computed, by_fast_path_or
 from metamom.maml.inner_step import gradients, straight_through
 from metamom.maml.plan import Plan
-from metamom.maml.settled import Computed, by_fast_path_or
 from metamom.maml.step_gradients import check_cut
 from metamom.maml.task_weights import Params
-from metamom.maml.unused import from_outside
 from metamom.maml.vmap_errors import explained
 from metamom.nets.low_rank import plain
 from metamom.server.aggregate import flatten

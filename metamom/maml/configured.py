@@ -17,11 +17,17 @@ from metamom.common.modules import identity_of, modules_of
 from metamom.common.summaries import summary
 from metamom.compile.graph import CompileMode
 from metamom.maml.annealing import Annealing, check_annealing
+from metamom.maml.checks.hooks import check_hooks
+from metamom.maml.checks.loss_readings import LossFn as LossFn
+from metamom.maml.checks.loss_readings import LossReadings
+from metamom.maml.checks.model_checks import check_kind, structure
+from metamom.maml.checks.unused import Uses
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches, check_estimator, support_parts
-from metamom.maml.fingerprint import fingerprint_of_learner
+from metamom.maml.fast_paths.fingerprint import fingerprint_of_learner
 from metamom.maml.gradient import MetaGradients
-from metamom.maml.hooks import check_hooks
+from metamom.maml.implicit.proximal import Proximal, ProximalLike, as_proximal, check_proximal
+from metamom.maml.implicit.solves import Solves
 from metamom.maml.inner_lr import LearnInnerLR, StepSizes
 from metamom.maml.inner_optimizer import (
     InnerOptimizer,
@@ -29,24 +35,18 @@ from metamom.maml.inner_optimizer import (
     as_inner_optimizer,
     check_inner_optimizer,
 )
-from metamom.maml.loss_readings import LossFn as LossFn
-from metamom.maml.loss_readings import LossReadings
-from metamom.maml.model_checks import check_kind, structure
-from metamom.maml.norm import check_norm, resolved
+from metamom.maml.normalisation.norm import check_norm, resolved
+from metamom.maml.normalisation.step_norms import StepNorms, check_step_norms
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.plan import Plan
 from metamom.maml.problem import PLAIN, Problem, Rule, trainable
-from metamom.maml.proximal import Proximal, ProximalLike, as_proximal, check_proximal
-from metamom.maml.run_by_task import RunByTask
+from metamom.maml.running.run_by_task import RunByTask
+from metamom.maml.running.swapping import alone, named
+from metamom.maml.running.vectorize import Vectorization, Vectorize
 from metamom.maml.selection import other_names, selected
-from metamom.maml.server_step import Backward as Backward
-from metamom.maml.solves import Solves
-from metamom.maml.step_norms import StepNorms, check_step_norms
-from metamom.maml.swapping import alone, named
+from metamom.maml.steps.server_step import Backward as Backward
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import TRACKING, Memory, check_tracking
-from metamom.maml.unused import Uses
-from metamom.maml.vectorize import Vectorization, Vectorize
 from metamom.server.down import DownBias
 from metamom.server.participation import Participation
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from metamom.common.trees import Tree, count, joined
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
+from metamom.maml.implicit.perturbed import perturbed_losses
+from metamom.maml.implicit.proximal_adaptation import inner_problem, losses_of
 from metamom.maml.inner_loop import trajectory
 from metamom.maml.inner_step import straight_through
-from metamom.maml.perturbed import perturbed_losses
 from metamom.maml.predicting import losses, predictions
 from metamom.maml.problem import Problem, start_of
-from metamom.maml.proximal_adaptation import inner_problem, losses_of
-from metamom.maml.run_by_task import Support
+from metamom.maml.running.run_by_task import Support
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.tracking import tracked
 

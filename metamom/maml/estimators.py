@@ -58,7 +58,7 @@ class Record:
         biased: whether it is biased for the loss that a run reports (the loss after a step on its own inner batch);
             ``None`` if that is not known.
         proximal: whether a task adapts by solving ``min_u L_s(u) + lambda/2 |u - w|^2`` instead of taking steps; see
-            `metamom.maml.proximal`.
+            `metamom.maml.implicit.proximal`.
         perturbs: whether the meta-gradient is a difference between solutions of that problem with the query loss
             added, instead of the derivative of its solution.
         reference: the estimator with the mean over both halves, on large inner batches, that gives the gradient of the

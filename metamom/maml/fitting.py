@@ -18,15 +18,15 @@ from metamom.bias.checks import all_finite
 from metamom.common.choices import Norm
 from metamom.common.held import released
 from metamom.common.trees import Tree, leaves, mapped, named_leaves
-from metamom.maml.batch_checks import NonFiniteDataError, refuse_non_finite
+from metamom.maml.checks.batch_checks import NonFiniteDataError, refuse_non_finite
+from metamom.maml.checks.not_finite import NonFiniteStepError
 from metamom.maml.configured import Configured
 from metamom.maml.modes import out_of_inference
-from metamom.maml.norm import check_norm, resolved
-from metamom.maml.norm_modes import Normalisation, Statistics, statistics_of
-from metamom.maml.not_finite import NonFiniteStepError
+from metamom.maml.normalisation.norm import check_norm, resolved
+from metamom.maml.normalisation.norm_modes import Normalisation, Statistics, statistics_of
 from metamom.maml.problem import Problem
-from metamom.maml.run_by_task import RunByTask, Support, call
-from metamom.maml.swapping import alone, evaluating, tensors_within
+from metamom.maml.running.run_by_task import RunByTask, Support, call
+from metamom.maml.running.swapping import alone, evaluating, tensors_within
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.whole_sets import adaptations, predicted
 from metamom.nets.layers import BatchNormReLU

@@ -22,18 +22,18 @@ from metamom.common.checks import check_whole
 from metamom.common.trees import flattened, mapped
 from metamom.compile.graph import Compiled, CompileMode, Graph, check_compiler
 from metamom.compile.tracing import is_tracing
+from metamom.maml.checks.hooks import forward_hooks_watched
 from metamom.maml.chunk_gradient import chunk_gradient, estimated_losses
 from metamom.maml.chunk_results import OfTasks, OfWorkers, with_chunk
 from metamom.maml.chunking import spans, tasks_within_budget
-from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, passes
-from metamom.maml.fingerprint import Fingerprint
-from metamom.maml.hooks import forward_hooks_watched
+from metamom.maml.fast_paths.fingerprint import Fingerprint
+from metamom.maml.fast_paths.last_step import Again, LastStep, Run
 from metamom.maml.inner_step import gradients
-from metamom.maml.last_step import Again, LastStep, Run
-from metamom.maml.plain_autograd import uncompiled
 from metamom.maml.plan import Plan
+from metamom.maml.running.plain_autograd import uncompiled
 from metamom.maml.task_weights import Params
+from metamom.maml.under_vmap.draws import Step
 
 # Seconds to compile one layer in one pass through the model, measured on two cores.
 COMPILE_SECONDS = 2.0

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from metamom.common.choices import Norm
 from metamom.common.modules import modules_of
-from metamom.maml.carried_over import generators_outside_torch
-from metamom.maml.swapping import is_training, slots
+from metamom.maml.checks.carried_over import generators_outside_torch
+from metamom.maml.running.swapping import is_training, slots
 from metamom.maml.task_weights import Params
 
 SIMPLE = (bool, int, float, str)

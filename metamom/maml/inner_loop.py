@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from metamom.maml.estimators import ESTIMATORS, InnerBatch
+from metamom.maml.implicit.proximal_adaptation import proximal_trajectory
 from metamom.maml.inner_step import inner_step
 from metamom.maml.inner_updates import Moments, direction
 from metamom.maml.modes import out_of_inference
 from metamom.maml.problem import Problem
-from metamom.maml.proximal_adaptation import proximal_trajectory
 from metamom.maml.step_gradients import check_constant, check_cut, features_of, step_gradient
 from metamom.maml.task_weights import Params, Start
 from metamom.nets.low_rank import plain

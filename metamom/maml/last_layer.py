@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from metamom.common.kinds import named_type
-from metamom.maml.model_checks import check_kind
+from metamom.maml.checks.model_checks import check_kind
 
 
 def head_name(model: nn.Module, head: str | None, learner: str) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from metamom.common.choices import Norm
+from metamom.maml.checks.loss_readings import LossFn as LossFn
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches
-from metamom.maml.loss_readings import LossFn as LossFn
-from metamom.maml.server_step import Backward as Backward
-from metamom.maml.swapping import alone
+from metamom.maml.running.swapping import alone
+from metamom.maml.steps.server_step import Backward as Backward
 from metamom.maml.training import MetaGradient as MetaGradient
 from metamom.maml.training import Training
 
@@ -86,7 +86,7 @@ class MAML(Training):
         first_order_until: the number of first iterations with ``"first-order"`` meta-gradients, before those of
             ``estimator="exact"``.
         step_norms: learn the scale and offset of batch and instance normalisation for each of 0, ..., J inner steps
-            (`metamom.maml.step_norms.StepNorms`). Inner steps do not move them then.
+            (`metamom.maml.normalisation.step_norms.StepNorms`). Inner steps do not move them then.
         inner_optimizer: what inner steps follow, differentiated through: ``"sgd"``, the default, for plain steps;
             ``"momentum:0.9"`` or ``"nesterov:0.9"``; ``"adam"``, with options as in
             ``"adam:beta1=0.9,beta2=0.999,eps=1e-8"``; or an `InnerSGD` or `InnerAdam` of `metamom.maml`. The updates
@@ -101,7 +101,8 @@ class MAML(Training):
 
     Attributes:
         memory: the moving averages of tracked estimators, part of the ``state_dict``; ``None`` for the others.
-        solves: how the last solves of ``"implicit"`` and ``"perturbed"`` went: see `metamom.maml.solves.Solves`.
+        solves: how the last solves of ``"implicit"`` and ``"perturbed"`` went: see
+            `metamom.maml.implicit.solves.Solves`.
         operators: the operators that were passed to `backward` as a SPEC, each created once. With error feedback,
             save their ``state_dict()`` with the learner's.
         federated: the same of `backward`'s ``participation`` and ``down_bias``, by what was passed.

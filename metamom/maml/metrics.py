@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metamom.maml.class_scores import Reading, class_axes
+from metamom.maml.checks.class_scores import Reading, class_axes
 
 
 def accuracy(

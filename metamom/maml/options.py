@@ -10,15 +10,15 @@ from torch import nn
 
 from metamom.common.checks import INNER_STEPS, check_whole, is_word
 from metamom.common.kinds import named_type
+from metamom.maml.checks.hooks import check_hooks
+from metamom.maml.checks.model_checks import check_kind
 from metamom.maml.estimators import check_estimator, tracked_estimators
-from metamom.maml.hooks import check_hooks
+from metamom.maml.implicit.proximal import check_proximal
 from metamom.maml.inner_optimizer import check_inner_optimizer
-from metamom.maml.model_checks import check_kind
-from metamom.maml.norm import check_norm, resolved
-from metamom.maml.proximal import check_proximal
-from metamom.maml.swapping import named
+from metamom.maml.normalisation.norm import check_norm, resolved
+from metamom.maml.running.swapping import named
+from metamom.maml.running.vectorize import VECTORIZE
 from metamom.maml.tracking import check_tracking
-from metamom.maml.vectorize import VECTORIZE
 
 # Options used only by the constructor: setting one later would have no effect, or leave the learner inconsistent.
 BUILT_IN = (

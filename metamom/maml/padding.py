@@ -20,8 +20,8 @@ from metamom.batch import TaskBatch, check_points, kind_of
 from metamom.common.choices import Norm
 from metamom.common.numbers import counted
 from metamom.common.trees import Tree, joined, leaves, mapped, named_leaves, shown
-from metamom.maml.draws import rewinder
-from metamom.maml.swapping import is_training
+from metamom.maml.running.swapping import is_training
+from metamom.maml.under_vmap.draws import rewinder
 from metamom.maml.vmap_errors import VmapError, gist
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")

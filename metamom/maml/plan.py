@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from metamom.batch import TaskBatch
 from metamom.common.identity import by_identity
 from metamom.common.modules import behaviour_of, modules_of
-from metamom.maml.batch_checks import check_batch
+from metamom.maml.checks.batch_checks import check_batch
+from metamom.maml.checks.hooks import global_hooks
 from metamom.maml.chunking import ChunkSize
 from metamom.maml.estimators import Adaptations, InnerBatches, check_support, cut
-from metamom.maml.hooks import global_hooks
 from metamom.maml.problem import Problem
 from metamom.maml.task_weights import Params
 from metamom.maml.tracking import Memory, distinct_ids

@@ -17,20 +17,20 @@ from torch.utils import _pytree as pytree
 from metamom.common.held import held, released
 from metamom.common.trees import Tree, leaves, mapped
 from metamom.compile.tracing import is_tracing
-from metamom.maml.draws import rewinder
+from metamom.maml.checks.hooks import check_hooks, forward_hooks_of, forward_hooks_watched
+from metamom.maml.checks.loss_readings import LossFn
+from metamom.maml.checks.loss_state import OwnState
+from metamom.maml.checks.misfits import check_loss, targets_explained
 from metamom.maml.estimators import ESTIMATORS
 from metamom.maml.features import Features
-from metamom.maml.hooks import check_hooks, forward_hooks_of, forward_hooks_watched
-from metamom.maml.loss_readings import LossFn
-from metamom.maml.loss_state import OwnState
-from metamom.maml.misfits import check_loss, targets_explained
 from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
-from metamom.maml.plain_autograd import differentiable_twice, with_gradients_if_needed
 from metamom.maml.problem import Problem, names_in_loss
-from metamom.maml.run_by_task import RunByTask, Support
-from metamom.maml.swapping import alone, slots, swapped
+from metamom.maml.running.plain_autograd import differentiable_twice, with_gradients_if_needed
+from metamom.maml.running.run_by_task import RunByTask, Support
+from metamom.maml.running.swapping import alone, slots, swapped
+from metamom.maml.running.vectorize import map_over_tasks
 from metamom.maml.task_weights import Params, Start
-from metamom.maml.vectorize import map_over_tasks
+from metamom.maml.under_vmap.draws import rewinder
 from metamom.maml.vmap_errors import VmapError, explained, loss_draws_refused
 
 

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from metamom.batch import TaskBatch
 from metamom.common.choices import Norm
 from metamom.common.modules import named_parameters_of
+from metamom.maml.checks.loss_readings import LossFn, LossReadings
+from metamom.maml.checks.unused import Uses
 from metamom.maml.estimators import Estimator, InnerBatch
+from metamom.maml.implicit.proximal import Proximal
+from metamom.maml.implicit.solves import Solves
 from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_optimizer import InnerOptimizer, InnerSGD
 from metamom.maml.joined_sets import together
-from metamom.maml.loss_readings import LossFn, LossReadings
-from metamom.maml.proximal import Proximal
-from metamom.maml.run_by_task import RunByTask
-from metamom.maml.solves import Solves
-from metamom.maml.step_norms import StepNorms
-from metamom.maml.swapping import alone, is_training, named
+from metamom.maml.normalisation.step_norms import StepNorms
+from metamom.maml.running.run_by_task import RunByTask
+from metamom.maml.running.swapping import alone, is_training, named
+from metamom.maml.running.vectorize import Part, Vectorization
 from metamom.maml.task_weights import Params, Start, deal
-from metamom.maml.unused import Uses
-from metamom.maml.vectorize import Part, Vectorization
 
 LOSS = "loss_fn."  # prefix of the names of a loss module's parameters
 
@@ -34,7 +34,8 @@ LOSS = "loss_fn."  # prefix of the names of a loss module's parameters
 class Rule(NamedTuple):
     """Where a learner departs from MAML: how a task starts, what it trains on, and what its meta-gradient is.
 
-    By default nowhere. `metamom.maml.reptile` and `metamom.maml.protomaml` are learners with rules of their own.
+    By default nowhere. `metamom.maml.learners.reptile` and `metamom.maml.learners.protomaml` are learners with rules of
+    their own.
 
     Attributes:
         replaced: names of the parameters that ``start`` computes for each task. They get no meta-gradient.
@@ -71,7 +72,7 @@ class Problem(NamedTuple):
         objective: weights of the query losses after each inner step, ``[J]``; ``None`` for the last one only.
         estimator: decides how inner steps are differentiated.
         autocast: dtype of the model's products, ``None`` for the dtype of the weights.
-        norm: what the model's normalisations use, from `metamom.maml.norm.resolved`.
+        norm: what the model's normalisations use, from `metamom.maml.normalisation.norm.resolved`.
         run: runs the model with separate weights for each task.
         vectorization: whether model and loss run on all tasks at once.
         readings: how the loss was seen to interpret its arguments.

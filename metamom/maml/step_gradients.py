@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from metamom.common.modules import modules_of
 from metamom.common.trees import Tree, mapped
 from metamom.compile.tracing import is_tracing
-from metamom.maml.draws import Step
 from metamom.maml.estimators import ESTIMATORS, InnerBatch
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import Losses
 from metamom.maml.inner_step import Derivatives, inner_gradient
 from metamom.maml.predicting import losses, predictions
 from metamom.maml.problem import Problem, start_of
-from metamom.maml.run_by_task import Support
+from metamom.maml.running.run_by_task import Support
 from metamom.maml.task_weights import Params, Start
+from metamom.maml.under_vmap.draws import Step
 from metamom.maml.vmap_errors import explained
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metamom.compile.tracing import is_tracing
-from metamom.maml.step_norms import PREFIX, after
+from metamom.maml.normalisation.step_norms import PREFIX, after
 
 Params = dict[str, Tensor]
 
@@ -26,7 +26,7 @@ class Start(NamedTuple):
         shared: the other parameters if all tasks share them, ``[*shape]``: one large product instead of T.
         step_sizes: learned inner step sizes, ``[T, ...]``.
         norms: normalisations' scales and offsets by inner step, ``[T, J + 1, *shape]``, see
-            `metamom.maml.step_norms.StepNorms`.
+            `metamom.maml.normalisation.step_norms.StepNorms`.
     """
 
     own: Params

@@ -19,15 +19,15 @@ from metamom.bias import Bias, BiasOperator, as_operator
 from metamom.common.choices import FOLLOWING
 from metamom.distributed import World, as_world
 from metamom.maml.adapting import Adapting
+from metamom.maml.checks.misfits import asserts_explained
 from metamom.maml.chunk_results import OfTasks
-from metamom.maml.federation import Federation, kept_down_bias, kept_participation
-from metamom.maml.following import Following, check_alone, check_momentum_kind
-from metamom.maml.misfits import asserts_explained
 from metamom.maml.modes import differentiable_batch, out_of_inference
-from metamom.maml.server_step import ALL_PRESENT, Exchange, mean_share, server_step
-from metamom.maml.server_step import Backward as Backward
+from metamom.maml.steps.federation import Federation, kept_down_bias, kept_participation
+from metamom.maml.steps.following import Following, check_alone, check_momentum_kind
+from metamom.maml.steps.server_step import ALL_PRESENT, Exchange, mean_share, server_step
+from metamom.maml.steps.server_step import Backward as Backward
+from metamom.maml.steps.training_loss import with_gradient
 from metamom.maml.task_weights import Params
-from metamom.maml.training_loss import with_gradient
 from metamom.server.aggregate import after_hooks, deliver, unflatten
 from metamom.server.down import DownBias
 from metamom.server.participation import Participation
@@ -148,7 +148,8 @@ class Training(Adapting):
         Raises:
             metamom.DivergedError: if the loss or the gradient is not finite although the data is, saying whether the
                 weights, the inner step or the step is too large. ``.grad`` does not change.
-            metamom.maml.batch_checks.NonFiniteDataError: instead, if the data is not finite: which field and task.
+            metamom.maml.checks.batch_checks.NonFiniteDataError: instead, if the data is not finite: which field and
+                task.
             ValueError: as `meta_gradient`; from the operator; if processes differ in weights or arguments.
             metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other
                 failure of one process.
@@ -214,7 +215,7 @@ class Training(Adapting):
 
         Raises:
             metamom.DivergedError: as `backward`.
-            metamom.maml.batch_checks.NonFiniteDataError: as `backward`.
+            metamom.maml.checks.batch_checks.NonFiniteDataError: as `backward`.
             ValueError: as `backward`.
 
         Example:

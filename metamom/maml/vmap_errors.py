@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metamom.common.modules import named_buffers_of
 from metamom.compile.tracing import is_tracing
-from metamom.maml.draws import generator_states
+from metamom.maml.under_vmap.draws import generator_states
 
 REMEDY = (
     "MAML runs the model on all tasks at once (torch.func.vmap), each with its own weights. Write the forward "

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from metamom.common.checks import check_whole
 from metamom.common.trees import Tree, count
-from metamom.maml.batch_checks import check_mask, check_set
+from metamom.maml.checks.batch_checks import check_mask, check_set
 from metamom.maml.estimators import InnerBatch
 from metamom.maml.features import shared
 from metamom.maml.inner_loop import trajectory
 from metamom.maml.modes import differentiable
+from metamom.maml.normalisation.step_norms import after
 from metamom.maml.predicting import predictions
 from metamom.maml.problem import Problem, start_of
-from metamom.maml.run_by_task import Support
-from metamom.maml.step_norms import after
+from metamom.maml.running.run_by_task import Support
 from metamom.maml.task_weights import Params, Start
 
 

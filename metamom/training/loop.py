@@ -16,9 +16,9 @@ from metamom.common.summaries import summary
 from metamom.diagnostics.while_training import TrackBias, track
 from metamom.distributed import World, as_world
 from metamom.evaluation import Evaluation, evaluate
-from metamom.maml.batch_checks import NonFiniteDataError
+from metamom.maml.checks.batch_checks import NonFiniteDataError
 from metamom.maml.learner import MAML
-from metamom.maml.server_step import Backward
+from metamom.maml.steps.server_step import Backward
 from metamom.server.down import DownBias
 from metamom.server.participation import Participation
 from metamom.server.robust import Aggregate
@@ -167,7 +167,7 @@ def train(
             a run of different settings, or with a run of more iterations. A refused run does not change.
         metamom.training.checkpoints.CheckpointError: if none of its checkpoints can be used.
         DivergedError: at the first loss, gradient or weight that is not finite.
-        metamom.maml.batch_checks.NonFiniteDataError: instead, if the data of that step is not finite.
+        metamom.maml.checks.batch_checks.NonFiniteDataError: instead, if the data of that step is not finite.
         TrainingInterrupted: after a signal to any process, once the state is saved.
         metamom.distributed.ProcessError: if another process has died or hangs. All processes raise any other failure
             of one process.

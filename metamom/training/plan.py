@@ -19,9 +19,9 @@ from metamom.bias import Bias, BiasOperator, Layout, as_operator
 from metamom.bias.function import Function, function_name
 from metamom.common.kinds import named_type
 from metamom.distributed import World, as_world
-from metamom.maml.federation import Federation, check_estimator
 from metamom.maml.learner import MAML
-from metamom.maml.norm import resolved
+from metamom.maml.normalisation.norm import resolved
+from metamom.maml.steps.federation import Federation, check_estimator
 from metamom.optim import CompositeMomentum
 from metamom.server.aggregate import Aggregation
 from metamom.server.down import as_down_bias

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from metamom.bias import BiasOperator, LambdaEta
 from metamom.common.choices import FOLLOWING
 from metamom.distributed import World
-from metamom.maml.following import check_alone, check_variant
 from metamom.maml.learner import MAML
+from metamom.maml.steps.following import check_alone, check_variant
 from metamom.optim import CompositeMomentum
 from metamom.server.robust import RobustMean
 from metamom.training.options import Options

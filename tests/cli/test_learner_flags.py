@@ -9,7 +9,7 @@ from command import the_error
 
 from metamom import load
 from metamom.experiments.recipes import Recipe
-from metamom.maml.kinds import KINDS
+from metamom.maml.learners.kinds import KINDS
 
 SMALL = ["--meta-batch", "2", "--workers", "2", "--bias", "topk:5%", "--inner-steps", "2", "--evaluate-tasks", "4"]
 

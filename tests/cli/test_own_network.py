@@ -11,7 +11,7 @@ from command import SMALL_IMAGES as SMALL
 from command import the_error
 
 from metamom.experiments.saved import load_run
-from metamom.maml.norm import resolved
+from metamom.maml.normalisation.norm import resolved
 from metamom.nets import Conv4
 from metamom.training.directory import read_config
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamom import MAML, TaskBatch
-from metamom.maml.attention_by_task import attention
+from metamom.maml.under_vmap.attention_by_task import attention
 
 
 class Attending(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML
-from metamom.maml import run_by_task
-from metamom.maml.drawing_functions import drawn_by_task, may_draw
+from metamom.maml.running import run_by_task
+from metamom.maml.under_vmap.drawing_functions import drawn_by_task, may_draw
 
 
 class Permuted(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
-from metamom.maml.draws import DrawsByTask, Step
+from metamom.maml.under_vmap.draws import DrawsByTask, Step
 
 TASKS = 6
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, evaluate
 from metamom.distributed import start
-from metamom.maml.misfits import inputs_explained, targets_explained
+from metamom.maml.checks.misfits import inputs_explained, targets_explained
 
 # compiled learners answer alike
 

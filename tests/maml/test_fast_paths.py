@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from metamom import MAML, TaskBatch
-from metamom.maml import loop_preferred, run_by_task
-from metamom.maml.batched import over_tasks
-from metamom.maml.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
+from metamom.maml.running import loop_preferred, run_by_task
+from metamom.maml.running.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
+from metamom.maml.under_vmap.batched import over_tasks
 from metamom.nets.kernels import convolutions as kernels_of_convolutions
 from metamom.nets.kernels import normalisations
 

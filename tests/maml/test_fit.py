@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch, evaluate
-from metamom.maml.batch_checks import NonFiniteDataError
-from metamom.maml.norm import resolved
-from metamom.maml.not_finite import NonFiniteStepError
+from metamom.maml.checks.batch_checks import NonFiniteDataError
+from metamom.maml.checks.not_finite import NonFiniteStepError
+from metamom.maml.normalisation.norm import resolved
 from metamom.nets.layers import BatchNormReLU
 from metamom.nets.models import Conv4, SinusoidMLP, use_batch_statistics
 

@@ -16,7 +16,7 @@ from metamom import MAML, CompositeMomentum, TaskBatch
 from metamom.bias import EF21, EF21SGDM, RandK, TopK, parse
 from metamom.bias.coordinates import Coordinates
 from metamom.common.choices import FOLLOWING
-from metamom.maml.hessian import hessian_products
+from metamom.maml.steps.hessian import hessian_products
 from metamom.server.aggregate import Aggregation
 
 BETA, LR, STEPS = 0.3, 0.05, 4

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import metamom
 from metamom import BOIL, MAML, CompositeMomentum, ProtoMAML, Reptile, TaskBatch, evaluate, load, pad, train
 from metamom.diagnostics import measure
-from metamom.maml.kinds import KINDS, make_learner
-from metamom.maml.prototypes import nearest_prototype
+from metamom.maml.learners.kinds import KINDS, make_learner
+from metamom.maml.learners.prototypes import nearest_prototype
 from metamom.tasks import Episodes
 
 WAYS, STEPS, ALPHA = 3, 3, 0.3

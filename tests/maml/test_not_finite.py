@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metamom import MAML, CompositeMomentum, DivergedError, TaskBatch, TopK, evaluate, train
 from metamom.bias import EF21, NonFiniteError
-from metamom.maml.batch_checks import NonFiniteDataError
+from metamom.maml.checks.batch_checks import NonFiniteDataError
 
 
 def nan_in(field: str, batch: TaskBatch = V) -> TaskBatch:

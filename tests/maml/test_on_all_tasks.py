@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
-from metamom.maml import batched, losses_by_task
-from metamom.maml.batched import on_all_tasks, over_tasks
-from metamom.maml.loss_readings import LossReadings, is_cross_entropy
-from metamom.maml.losses_by_task import cross_entropy
+from metamom.maml.checks.loss_readings import LossReadings, is_cross_entropy
+from metamom.maml.under_vmap import batched, losses_by_task
+from metamom.maml.under_vmap.batched import on_all_tasks, over_tasks
+from metamom.maml.under_vmap.losses_by_task import cross_entropy
 
 SCORES = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.randint(5, (3, 4), generator=torch.Generator().manual_seed(1))

@@ -25,7 +25,7 @@ from metamom.batch import block
 from metamom.common.choices import NORMS
 from metamom.common.trees import lone
 from metamom.distributed import start
-from metamom.maml.batch_checks import NonFiniteDataError
+from metamom.maml.checks.batch_checks import NonFiniteDataError
 
 SIZES = ((3, 2), (6, 5), (1, 4), (4, 1))
 WAYS, FEATURES = 3, 2

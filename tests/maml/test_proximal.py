@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
 from metamom.maml import Proximal
-from metamom.maml.conjugate_gradients import conjugate_gradients
-from metamom.maml.lbfgs import Objective, minimise
-from metamom.maml.proximal import as_proximal
-from metamom.maml.solves import settings_fixed
+from metamom.maml.implicit.conjugate_gradients import conjugate_gradients
+from metamom.maml.implicit.lbfgs import Objective, minimise
+from metamom.maml.implicit.proximal import as_proximal
+from metamom.maml.implicit.solves import settings_fixed
 
 LAMBDA = 0.7
 TIGHT = Proximal(LAMBDA, tolerance=1e-13, cg_tolerance=1e-13)

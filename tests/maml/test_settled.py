@@ -1,4 +1,4 @@
-"""Tests of the fast paths of `metamom.maml.settled`, by vmap and in turn, against the general path."""
+"""Tests of the fast paths of `metamom.maml.fast_paths.settled`, by vmap and in turn, against the general path."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
 from metamom.maml import chunk_gradient
-from metamom.maml.functions_by_task import may_call_them
-from metamom.maml.settled import Computed, FastPath
+from metamom.maml.fast_paths.settled import Computed, FastPath
+from metamom.maml.under_vmap.functions_by_task import may_call_them
 
 
 def batch(tasks: int = 4) -> TaskBatch:

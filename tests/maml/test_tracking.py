@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from metamom import MAML, CompositeMomentum, TaskBatch, cli, evaluate, train
 from metamom.experiments.recipes import Recipe
-from metamom.maml.batch_checks import NonFiniteDataError
+from metamom.maml.checks.batch_checks import NonFiniteDataError
 from metamom.maml.estimators import tracked_estimators
 from metamom.maml.tracking import moml, scsc
 from metamom.nets.models import SinusoidMLP

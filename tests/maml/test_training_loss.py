@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from metamom import MAML, CompositeMomentum, DivergedError, train
-from metamom.maml.batch_checks import NonFiniteDataError
+from metamom.maml.checks.batch_checks import NonFiniteDataError
 from metamom.nets.models import SinusoidMLP
 from metamom.tasks import Sinusoid
 

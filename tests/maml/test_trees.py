@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from metamom import MAML, CompositeMomentum, TaskBatch, evaluate, train
 from metamom.batch import block, drawn
 from metamom.common.trees import leaves, lone, mapped
-from metamom.maml.batch_checks import NonFiniteDataError
-from metamom.maml.run_by_task import call
+from metamom.maml.checks.batch_checks import NonFiniteDataError
+from metamom.maml.running.run_by_task import call
 from metamom.tasks import PerWorker
 
 T, S, Q, L, WORDS, WAYS = 4, 6, 3, 5, 11, 3

@@ -18,7 +18,7 @@ from torch.nn.modules import module as every_module
 
 import metamom
 from metamom import MAML, CompositeMomentum, TaskBatch
-from metamom.maml.not_finite import DivergedError
+from metamom.maml.checks.not_finite import DivergedError
 
 Change = Callable[[MAML], object]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
-from metamom.maml.functions_by_task import FunctionsByTask
+from metamom.maml.under_vmap.functions_by_task import FunctionsByTask
 
 TASKS, POINTS, INPUTS, HIDDEN = 3, 4, 2, 5
 CELLS = {torch.rnn_tanh_cell: 1, torch.rnn_relu_cell: 1, torch.gru_cell: 3}  # by the number of their gates

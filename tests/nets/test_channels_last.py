@@ -10,7 +10,7 @@ from derivatives import derivatives, draw
 from torch import Tensor
 from torch.nn import functional as F
 
-from metamom.maml.functions_by_task import FunctionsByTask
+from metamom.maml.under_vmap.functions_by_task import FunctionsByTask
 from metamom.nets.kernels import convolutions
 
 Model = Callable[..., Tensor]

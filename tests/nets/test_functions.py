@@ -11,7 +11,7 @@ from derivatives import derivatives, draw
 from torch import Tensor
 from torch.nn import functional as F
 
-from metamom.maml.functions_by_task import FunctionsByTask
+from metamom.maml.under_vmap.functions_by_task import FunctionsByTask
 from metamom.nets import kernels
 from metamom.nets.kernels import convolutions, normalisations
 from metamom.nets.normalisation import normalise

@@ -7,7 +7,7 @@ import torch
 from derivatives import derivatives, draw
 from torch import Tensor
 
-from metamom.maml.functions_by_task import FunctionsByTask
+from metamom.maml.under_vmap.functions_by_task import FunctionsByTask
 from metamom.nets import linear, low_rank, rows
 from metamom.nets.low_rank import LowRank, Term, plain
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamom import MAML, CompositeMomentum, TaskBatch, evaluate
 from metamom.maml.estimators import Estimator
-from metamom.maml.vectorize import Vectorize
+from metamom.maml.running.vectorize import Vectorize
 
 INNER_LR = 0.05
 SMALL = 0.001  # for the inputs of PyTorch's own tests, which are up to 9, and for deep networks

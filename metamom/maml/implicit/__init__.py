@@ -1,0 +1,1 @@
+"""Adaptation by proximal problems, and its meta-gradients: implicit and perturbed."""

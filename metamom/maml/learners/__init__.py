@@ -1,0 +1,1 @@
+"""MAML's neighbours with its interface, and the kinds of learners by name."""

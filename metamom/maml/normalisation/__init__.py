@@ -1,0 +1,1 @@
+"""What normalisation layers use, and what is learned of them."""

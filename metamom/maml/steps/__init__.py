@@ -1,0 +1,1 @@
+"""A step of the server: from the workers' meta-gradients to ``.grad``."""

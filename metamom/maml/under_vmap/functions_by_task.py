@@ -1,0 +1,320 @@
+"""Replacements for functions that `torch.func.vmap` or second derivatives get wrong; they agree with a loop over tasks.
+
+Lookups, losses, attention and layouts are in files of their own. Of those here, the gradient of the source of
+`torch.select_scatter` is wrong. `torch.index_fill` uses one task's value for all tasks if only the values differ
+between tasks. `torch.roll` of a single number rolls over the tasks. The derivative of `torch.prelu` fails if the tasks
+share the input but not the slopes. Tensors under vmap report that they do not require a gradient, and do not accept
+hooks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dis import get_instructions
+from functools import cache
+from inspect import getattr_static
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from metamom.common.modules import modules_of
+from metamom.compile.tracing import is_tracing
+from metamom.maml.under_vmap.attention_by_task import attention, multi_head_attention
+from metamom.maml.under_vmap.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
+from metamom.maml.under_vmap.layouts_by_task import in_layout
+from metamom.maml.under_vmap.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
+from metamom.maml.under_vmap.written_losses import WRITTEN
+from metamom.maml.vmap_errors import VmapError
+from metamom.nets.channels_last import on_any_layout
+from metamom.nets.functions import FastFunctions
+
+
+class FunctionsByTask(TorchFunctionMode):
+    """Replaces calls of these functions inside a model.
+
+    Args:
+        fast: whether the model runs under vmap. Slow functions are then replaced too, see `metamom.nets.functions`; in
+            a loop, only those with wrong or missing second derivatives are.
+
+    Attributes:
+        seen: whether a call has been replaced.
+    """
+
+    def __init__(self, *, fast: bool = True) -> None:
+        super().__init__()
+        self.seen = False
+        self._fast = FastFunctions() if fast else None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        fast = None if self._fast is None else self._fast.get(func)
+        if self._fast is not None and fast is not None:
+            found = fast(*args, **(kwargs or {}))
+            self.seen = self.seen or self._fast.seen
+            return found
+        if self._fast is not None and kwargs and "memory_format" in kwargs:
+            found = in_layout(func, args, kwargs)
+            if found is not NotImplemented:
+                self.seen = True
+                return found
+        other = by_task(func)
+        if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs or {})):
+            return func(*args, **(kwargs or {}))
+        if other is None:
+            return on_any_layout(func, args, kwargs or {})
+        self.seen = True
+        return other(*args, **(kwargs or {}))
+
+
+def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """`torch.select_scatter`."""
+    if input.select(dim, index).shape != src.shape:
+        return torch.select_scatter(input, src, dim, index)  # raises torch's own error
+    index %= input.shape[dim]
+    return torch.slice_scatter(input, src.unsqueeze(dim), dim, index, index + 1)
+
+
+def index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    """`torch.index_fill`."""
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        return torch.index_fill(input, dim, index, value)
+    filled = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
+    return torch.where(filled, value.to(input.dtype), input)
+
+
+def roll(input: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    """`torch.roll`."""
+    return input.clone() if input.dim() == 0 and dims == () else torch.roll(input, shifts, dims)
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.prelu`."""
+    if weight.numel() != 1 and (input.dim() < 2 or input.shape[1] != weight.numel()):
+        return torch.prelu(input, weight)  # raises torch's own error
+    slopes = weight.reshape(-1, *[1] * (input.dim() - 2)) if input.dim() > 1 else weight.reshape(())
+    return torch.where(input > 0, input, slopes * input)
+
+
+REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+GRAD_FN: Callable[..., Any] = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
+
+
+def requires_grad(tensor: Tensor, *kind: Any) -> bool:
+    """`torch.Tensor.requires_grad`, which vmap hides and a model's forward may depend on.
+
+    PyTorch's own code gets vmap's answer: if it were true, that code would use features that such tensors do not have.
+    """
+    if _asking(sys._getframe(1)).partition(".")[0] == "torch":
+        return tensor.requires_grad
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def grad_fn(tensor: Tensor, *kind: Any) -> Any:
+    """`torch.Tensor.grad_fn`, which tensors under vmap do not have.
+
+    Raises:
+        VmapError: under vmap, for a model or its hooks; PyTorch also reads it to print a tensor.
+    """
+    asking = _asking(sys._getframe(1))
+    reads = asking.partition(".")[0] != "torch" or asking == "torch.autograd.graph"
+    if reads and torch._C._functorch.is_batchedtensor(tensor):
+        raise VmapError(
+            "the forward reads the grad_fn of a tensor or registers a hook on it, which is not possible under "
+            "torch.func.vmap: all tasks are computed at once. To change a gradient, use a torch.autograd.Function.",
+            gist="its forward reads the grad_fn of a tensor",
+        )
+    return tensor.grad_fn
+
+
+def _asking(frame: FrameType | None) -> str:
+    """The name of the module whose code called a function in ``frame``, past the frames of nested modes."""
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
+
+
+def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    """`torch.Tensor.register_hook`, which tensors under vmap do not support.
+
+    Raises:
+        VmapError: under vmap, with what to do instead.
+        ValueError: in a graph that is compiled, where a hook would run while it is traced only.
+    """
+    if is_tracing():
+        raise ValueError(
+            "the forward registers a hook on a tensor, which does not run in a compiled meta-gradient. Remove it, or "
+            "run without compiling."
+        )
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    raise VmapError(
+        "the forward registers a hook on a tensor, which does not run under torch.func.vmap: all tasks are computed at "
+        "once. To change a gradient, use a torch.autograd.Function; hooks on the model's parameters do run.",
+        gist="its forward registers a hook on a tensor",
+    )
+
+
+def retain_grad(tensor: Tensor) -> None:
+    """`torch.Tensor.retain_grad`. It does nothing for tensors under vmap, since they do not outlive the call."""
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        tensor.retain_grad()
+
+
+def not_left_aligned(input: Tensor, mask: Tensor) -> bool:
+    """``torch._nested_tensor_from_mask_left_aligned``, by which transformers choose kernels without derivatives."""
+    return False
+
+
+def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Sequence[Any] = ()) -> Any:
+    """`torch.cond` as an ``if``, since its own graph does not run inside of vmap or of torch's modes.
+
+    Raises:
+        VmapError: under vmap, if the condition differs between tasks.
+    """
+    if isinstance(pred, Tensor) and torch._C._functorch.is_batchedtensor(pred):
+        raise VmapError(
+            "the forward calls torch.cond with a condition that differs between tasks, which is not possible under "
+            "torch.func.vmap: all tasks are computed at once. Use torch.where.",
+            gist="its forward calls torch.cond",
+        )
+    return (true_fn if pred else false_fn)(*operands)
+
+
+def _under_all_names(name: str) -> list[Callable[..., Any]]:
+    """All versions of a function that models may call: torch's, a tensor's, and the operator (in exported models)."""
+    operator = getattr(torch.ops.aten, name)
+    overloads = [getattr(operator, kind) for kind in operator.overloads() if not kind.endswith("out")]
+    return [operator, *overloads, *(getattr(home, name) for home in (torch, torch.Tensor, F) if hasattr(home, name))]
+
+
+_OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys(_under_all_names("embedding"), table_lookup),
+    **dict.fromkeys(_under_all_names("one_hot"), one_hot),
+    **dict.fromkeys(_under_all_names("select_scatter"), select_scatter),
+    **dict.fromkeys(_under_all_names("index_fill"), index_fill),
+    **dict.fromkeys(_under_all_names("roll"), roll),
+    **dict.fromkeys(_under_all_names("prelu"), prelu),
+    **dict.fromkeys(_under_all_names("scaled_dot_product_attention"), attention),
+    F.embedding: embedding,  # its arguments are in a different order than the operator's
+    F.embedding_bag: embedding_bag,
+    F.multi_head_attention_forward: multi_head_attention,
+    F.gaussian_nll_loss: gaussian_nll_loss,
+    F.cross_entropy: cross_entropy,
+    **WRITTEN,
+    REQUIRES_GRAD: requires_grad,
+    GRAD_FN: grad_fn,
+    torch.Tensor.register_hook: register_hook,
+    torch.Tensor.retain_grad: retain_grad,
+    torch.ops.higher_order.cond: cond,
+}
+if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
+    _OTHERS[torch._nested_tensor_from_mask_left_aligned] = not_left_aligned
+if hasattr(F, "linear_cross_entropy"):
+    _OTHERS[F.linear_cross_entropy] = linear_cross_entropy
+
+
+def by_task(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The replacement of a function, if there is one."""
+    return _OTHERS.get(func)
+
+
+# what vmap alone gets wrong; a compiled graph never contains such a loop's hooks
+FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
+    {
+        REQUIRES_GRAD,
+        GRAD_FN,
+        F.cross_entropy,
+        *WRITTEN,
+        *(function for name in ("one_hot", "index_fill", "roll", "prelu") for function in _under_all_names(name)),
+    }
+)
+
+
+def is_plain_embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is `torch.nn.functional.embedding` without options that change its gradients or its table."""
+    if func is not F.embedding:
+        return False
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return given.get("max_norm") is None and not given.get("scale_grad_by_freq") and not given.get("sparse")
+
+
+def may_call_them(model: nn.Module, *, loop: bool = False) -> bool:
+    """Whether the model has modules that call one of these functions, or name one in their ``forward``.
+
+    Args:
+        model: the model.
+        loop: whether it runs task by task, where fewer functions are replaced.
+    """
+    for module in modules_of(model):
+        named = _named_by(type(module), loop)  # type: ignore[arg-type]  # a class hashes
+        if _calls_one(module, loop) or named.functions or not named.own.issubset(module._modules.keys()):
+            return True
+    return False
+
+
+class _Named(NamedTuple):
+    """Which names of these functions the code of a ``forward`` has.
+
+    Attributes:
+        functions: whether one may be the function.
+        own: names that are always attributes of the module itself, such as its embedding.
+    """
+
+    functions: bool
+    own: frozenset[str]
+
+
+def _calls_one(module: nn.Module, loop: bool) -> bool:
+    if loop and isinstance(module, nn.Embedding):
+        return module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    if isinstance(module, (nn.Embedding, nn.PReLU)):
+        return not loop
+    return isinstance(module, (nn.EmbeddingBag, nn.MultiheadAttention))
+
+
+@cache
+def _named_by(kind: type[nn.Module], loop: bool) -> _Named:
+    """The names of these functions in the code of a module's ``forward``, in any branch."""
+    if loop and kind in (nn.Embedding, nn.PReLU):
+        return _Named(False, frozenset())
+    attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn"}
+    replaced = [function for function in _OTHERS if not (loop and function in FINE_IN_A_LOOP)]
+    names = {attributes.get(function, function.__name__) for function in replaced}
+    code = getattr(getattr_static(kind, "forward", None), "__code__", None)
+    todo: list[CodeType] = [] if code is None else [code]
+    own: set[str] = set()
+    while todo:
+        code = todo.pop()
+        here = names.intersection(code.co_names)
+        if not here <= _of_self(code):
+            return _Named(True, frozenset())
+        own |= here
+        todo += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return _Named(False, frozenset(own))
+
+
+def _of_self(code: CodeType) -> set[str]:
+    """The names that a method's code reads as attributes of its first argument, and nowhere else."""
+    found: set[str] = set()
+    others: set[str] = set()
+    before: Any = None
+    for each in get_instructions(code):
+        if each.argval in code.co_names:
+            first = before is not None and before.opname.startswith("LOAD_FAST") and code.co_argcount > 0
+            reads = first and before.argval == code.co_varnames[0] and each.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            (found if reads else others).add(each.argval)
+        before = each
+    return found - others
