@@ -18,7 +18,7 @@ from metamom.common.trees import Tree, count, joined, mapped
 from metamom.maml.checks.batch_checks import check_set
 from metamom.maml.fitting import copied
 from metamom.maml.normalisation.norm import check_norm, resolved
-from metamom.maml.running.swapping import alone
+from metamom.maml.running.swapping import locked
 from metamom.nets.models import use_batch_statistics
 
 
@@ -71,7 +71,7 @@ def frozen_copy(model: nn.Module, norm: Norm | None) -> nn.Module:
     check_norm(norm)
     if norm == "support":
         raise ValueError('a baseline normalises by norm="batch" or norm="frozen"; got norm="support".')
-    with torch.inference_mode(False), alone(model):
+    with torch.inference_mode(False), locked(model):
         copy = copied(model)
         uses = resolved(model, norm)
     return (use_batch_statistics(copy) if uses == "batch" else copy).eval()

@@ -41,7 +41,7 @@ from metamom.maml.options import check_change, check_compile, check_loss_owner, 
 from metamom.maml.plan import Plan
 from metamom.maml.problem import PLAIN, Problem, Rule, trainable
 from metamom.maml.running.run_by_task import RunByTask
-from metamom.maml.running.swapping import alone, named
+from metamom.maml.running.swapping import locked, named
 from metamom.maml.running.vectorize import Vectorization, Vectorize
 from metamom.maml.selection import other_names, selected
 from metamom.maml.steps.server_step import Backward as Backward
@@ -265,7 +265,7 @@ class Configured(nn.Module):
         ``"step_norms.NAME"`` instead. If ``loss_fn`` is a module, its parameters follow as
         ``"loss_fn.NAME"`` (inner steps do not move them). Step sizes follow as ``"inner_lr.NAME"`` or ``"inner_lr"``.
         """
-        with alone(self.model) as modules:
+        with locked(self.model) as modules:
             own = modules_of(self.loss_fn) if isinstance(self.loss_fn, nn.Module) else []
             now = identity_of([*modules, *own])
         if now != self._identity or self.norms_by_step is not None or self._rule() is not PLAIN:
@@ -275,7 +275,7 @@ class Configured(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`. Safe to call while other threads predict with this learner."""
-        with alone(self):
+        with locked(self):
             return super().state_dict(*args, **kwargs)
 
     def _keep_up(self) -> None:
@@ -284,7 +284,7 @@ class Configured(nn.Module):
         Raises:
             ValueError: for a model that `MAML` would refuse, and for new parameters without an inner step size.
         """
-        with alone(self.model):
+        with locked(self.model):
             now = structure(self.model)
         if now == self._structure:
             return
@@ -313,7 +313,7 @@ class Configured(nn.Module):
 
     def _selected(self, movable: Params) -> tuple[str, ...]:
         """The names of the parameters that inner steps move."""
-        with alone(self.model):
+        with locked(self.model):
             others = other_names(self.model)
         return selected(self._adapt, movable, self._by_step(), others)
 

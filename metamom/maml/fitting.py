@@ -26,7 +26,7 @@ from metamom.maml.normalisation.norm import check_norm, resolved
 from metamom.maml.normalisation.norm_modes import Normalisation, Statistics, statistics_of
 from metamom.maml.problem import Problem
 from metamom.maml.running.run_by_task import RunByTask, Support, call
-from metamom.maml.running.swapping import alone, evaluating, tensors_within
+from metamom.maml.running.swapping import evaluating, locked, tensors_within
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.whole_sets import adaptations, predicted
 from metamom.nets.layers import BatchNormReLU
@@ -39,7 +39,7 @@ def fitted(learner: Configured, support_x: Tree, support_y: Tree, steps: int | N
         support_x, support_y = _batch_of_one(learner, "support_x", support_x, "support_y", support_y)
         problem = _problem(learner, norm, support_x)
         adapted = _adapted(learner, problem, support_x, support_y, steps)
-        with alone(learner.model):
+        with locked(learner.model):
             model = copied(learner.model)
         own = dict(model.eval().named_parameters())
         with torch.no_grad():
@@ -81,7 +81,7 @@ def _mixes(model: nn.Module, support_x: Tree) -> bool:
     """Whether a model normalises its points by statistics of several of them, in layers or by functions."""
     if any(isinstance(module, (_BatchNorm, BatchNormReLU)) for module in model.modules()):
         return True
-    with alone(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with locked(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return bool(_calls(model, mapped(lambda x: x[0], support_x)))
 
 

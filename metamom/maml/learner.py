@@ -15,7 +15,7 @@ from torch import Tensor
 from metamom.common.choices import Norm
 from metamom.maml.checks.loss_readings import LossFn as LossFn
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches
-from metamom.maml.running.swapping import alone
+from metamom.maml.running.swapping import locked
 from metamom.maml.steps.server_step import Backward as Backward
 from metamom.maml.training import MetaGradient as MetaGradient
 from metamom.maml.training import Training
@@ -137,7 +137,7 @@ class MAML(Training):
 
         It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
-        with alone(self):  # another thread may be running the model
+        with locked(self):  # another thread may be running the model
             other = self._another(
                 inner_lr=0.01 if inner_lr is None else inner_lr,
                 inner_steps=self.inner_steps,

@@ -27,7 +27,7 @@ from metamom.maml.padding import cut_off, loops_over_padded, takes_mask
 from metamom.maml.problem import Problem, names_in_loss
 from metamom.maml.running.plain_autograd import differentiable_twice, with_gradients_if_needed
 from metamom.maml.running.run_by_task import RunByTask, Support
-from metamom.maml.running.swapping import alone, slots, swapped
+from metamom.maml.running.swapping import locked, slots, swapped
 from metamom.maml.running.vectorize import map_over_tasks
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.under_vmap.draws import rewinder
@@ -107,7 +107,7 @@ def _refuse_silent_hooks(problem: Problem, start: Start, own: Params, x: Tree) -
     first, rewind = partial(mapped, lambda w: w[:1]), rewinder()
     one = start._replace(own=first(start.own), kept=first(start.kept))
     run = partial(RunByTask(), draws=True, dtype=problem.autocast, loop=True, norm=problem.norm)
-    with alone(model), forward_hooks_watched(model, everywhere=False) as silent, torch.no_grad():
+    with locked(model), forward_hooks_watched(model, everywhere=False) as silent, torch.no_grad():
         run(model, one, first(own), first(x))
     rewind()
     if silent:
@@ -167,7 +167,7 @@ def losses(problem: Problem, start: Start, own: Params, predicted: Tree, y: Tree
             check_hooks(module, compiling=loop)
         keeps_state = loop and module is not None and not is_tracing() and next(module.buffers(), None) is not None
         with (
-            alone(module) if keeps_state and module is not None else nullcontext(),
+            locked(module) if keeps_state and module is not None else nullcontext(),
             explained(problem.model, "loss_fn", loop=loop),
             targets_explained(released(predicted), y),
             differentiable_twice(module) if loop else nullcontext(),
@@ -213,7 +213,7 @@ def _with_parameters(
     loop: bool,
 ) -> Tensor:
     """Losses from a loss module with parameters; ``names`` maps its parameter names to those of the task weights."""
-    with alone(module):
+    with locked(module):
         found = slots(module)
 
         def one_task(own: Params, kept: Params, *args: Tree) -> Tensor:

@@ -24,7 +24,7 @@ from metamom.maml.inner_optimizer import InnerOptimizer, InnerSGD
 from metamom.maml.joined_sets import together
 from metamom.maml.normalisation.step_norms import StepNorms
 from metamom.maml.running.run_by_task import RunByTask
-from metamom.maml.running.swapping import alone, is_training, named
+from metamom.maml.running.swapping import is_training, locked, named
 from metamom.maml.running.vectorize import Part, Vectorization
 from metamom.maml.task_weights import Params, Start, deal
 
@@ -123,7 +123,7 @@ def names_in_loss(model: nn.Module, loss_fn: LossFn) -> dict[str, str]:
     """Map the names of a loss module's parameters to their names among the meta-parameters."""
     if not isinstance(loss_fn, nn.Module):
         return {}
-    with alone(model, loss_fn):
+    with locked(model, loss_fn):
         of_model = {id(p): name for name, p in named_parameters_of(model).items()}
         return {name: of_model.get(id(p), LOSS + name) for name, p in named_parameters_of(loss_fn).items()}
 

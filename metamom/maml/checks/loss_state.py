@@ -18,7 +18,7 @@ class OwnState:
     A counter that every task advances alike ends up one call further, as when all tasks run at once.
 
     Args:
-        module: the loss; use this under `metamom.maml.running.swapping.alone`.
+        module: the loss; use this under `metamom.maml.running.swapping.locked`.
 
     Example:
         >>> import torch

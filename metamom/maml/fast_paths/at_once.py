@@ -31,7 +31,7 @@ from metamom.maml.heads import Kind, options_of
 from metamom.maml.inner_step import gradients, inner_step
 from metamom.maml.inner_updates import Moments
 from metamom.maml.problem import Problem
-from metamom.maml.running.swapping import alone, first_tensors_left, in_mode, is_training, slots, swapped
+from metamom.maml.running.swapping import first_tensors_left, in_mode, is_training, locked, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
 from metamom.maml.under_vmap.batched import over_tasks
 from metamom.maml.vmap_errors import restored
@@ -90,7 +90,7 @@ def at_once(problem: Problem, weights: Params, term: Adaptations, workers: int, 
         check_hooks(problem.loss_fn)
     check_hooks(model)
     inputs = [x for x, _ in sets_of(term)]
-    with alone(model) as modules, in_mode(model), restored(inputs), first_tensors_left(modules) as left:
+    with locked(model) as modules, in_mode(model), restored(inputs), first_tensors_left(modules) as left:
         calls = _Calls(problem, start, term)
         own, moments = start.own, dict[str, Moments | None]()
         for number, step in enumerate(term.steps):
@@ -117,7 +117,7 @@ def at_once(problem: Problem, weights: Params, term: Adaptations, workers: int, 
 
 
 class _Calls:
-    """Calls the model and the loss on each of a chunk's sets. Use this under `alone`.
+    """Calls the model and the loss on each of a chunk's sets. Use this under `locked`.
 
     Args:
         problem: the model and loss.

@@ -36,7 +36,7 @@ from metamom.maml.inner_step import gradients
 from metamom.maml.inner_updates import Moments
 from metamom.maml.problem import Problem, names_in_loss
 from metamom.maml.running.plain_autograd import differentiable_twice, warm_starts
-from metamom.maml.running.swapping import Slots, alone, in_mode, slots, swapped
+from metamom.maml.running.swapping import Slots, in_mode, locked, slots, swapped
 from metamom.maml.task_weights import Params
 
 Forward = Callable[[Params, Tensor], Tensor]
@@ -85,7 +85,7 @@ def in_turn(problem: Problem, weights: Params, term: Adaptations, workers: int, 
     judged: list[tuple[Tensor, Tensor]] = []
     totals: list[dict[str, Tensor | None]] = []
     with (
-        alone(model),
+        locked(model),
         in_mode(model),
         differentiable_twice(model),
         differentiable_twice(loss) if isinstance(loss, nn.Module) else nullcontext(),

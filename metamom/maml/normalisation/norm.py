@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from metamom.common.choices import NORMS, Norm
 from metamom.common.modules import modules_of
 from metamom.maml.checks.model_checks import scripted_calls
-from metamom.maml.running.swapping import alone
+from metamom.maml.running.swapping import locked
 from metamom.nets.layers import BatchNormReLU
 from metamom.nets.statistics import uses_running_statistics
 
@@ -74,7 +74,7 @@ def statistics_used(model: nn.Module, norm: Norm | None) -> Norm | None:
 
 def _of_mode(model: nn.Module) -> Norm:
     """What layers with running statistics use in PyTorch: those in ``eval()``, else those of the current batch."""
-    with alone(model):  # another thread may have put it into evaluation mode for a call
+    with locked(model):  # another thread may have put it into evaluation mode for a call
         modes = [(name, module.training) for name, module in _named(model) if uses_running_statistics(module)]
     training, evaluating = ([name for name, mode in modes if mode is wanted] for wanted in (True, False))
     if training and evaluating:

@@ -243,7 +243,7 @@ def normalising(
 ) -> Iterator[Callable[[Callable[[Tensor], Any], Sequence[Tensor]], Any]]:
     """Yield a function that calls ``model`` on sets (see `Normalisation.call`) with a choice of statistics.
 
-    Its layers do not count their calls meanwhile. Use this under `metamom.maml.running.swapping.alone`.
+    Its layers do not count their calls meanwhile. Use this under `metamom.maml.running.swapping.locked`.
     """
     if norm is None:
         yield lambda model, sets: model(sets[-1])

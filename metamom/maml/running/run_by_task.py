@@ -30,7 +30,7 @@ from metamom.maml.running.loop_preferred import convolutions_faster_in_a_loop, f
 from metamom.maml.running.one_task import Masked, copies, of_one_task
 from metamom.maml.running.one_task import call as call
 from metamom.maml.running.plain_autograd import differentiable_twice, uncompiled
-from metamom.maml.running.swapping import alone, first_tensors_left, in_mode, is_training, tensors_left
+from metamom.maml.running.swapping import first_tensors_left, in_mode, is_training, locked, tensors_left
 from metamom.maml.running.vectorize import one_by_one
 from metamom.maml.task_weights import Params, Start
 from metamom.maml.under_vmap.batched import over_tasks
@@ -142,7 +142,7 @@ class RunByTask:
         """
         if not loop or is_tracing():
             check_hooks(model, compiling=loop)
-        with alone(model):
+        with locked(model):
             run = partial(self._run, model, start, own, draws=draws, dtype=dtype, loop=loop, norm=norm)
             sets: tuple[Tree, ...] = (x,) if support is None else (support.x, x)
             masks = (mask,) if support is None else (support.mask, mask)

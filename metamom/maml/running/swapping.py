@@ -42,7 +42,7 @@ class Slots(NamedTuple):
 
 
 @contextmanager
-def alone(*models: nn.Module) -> Iterator[list[nn.Module]]:
+def locked(*models: nn.Module) -> Iterator[list[nn.Module]]:
     """Lock these models, so that no other thread replaces their tensors or those of a module they share.
 
     Yields their modules, as `metamom.common.modules.modules_of` of the first model finds them, then of the others.
@@ -65,7 +65,7 @@ def alone(*models: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def slots(model: nn.Module) -> Slots:
-    """Find where the parameters and buffers of ``model`` are registered. Call this under `alone`."""
+    """Find where the parameters and buffers of ``model`` are registered. Call this under `locked`."""
     names: dict[int, str] = {}
     found = Slots({}, {})
     modules = named_modules_of(model).items()
@@ -84,13 +84,13 @@ def slots(model: nn.Module) -> Slots:
 
 def named(model: nn.Module) -> dict[str, Tensor]:
     """The parameters by name, as in ``model.named_parameters()``."""
-    with alone(model):
+    with locked(model):
         return dict(named_parameters_of(model))
 
 
 @contextmanager
 def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace the tensors of the same names by ``tensors``, and restore them at the end. Use this under `alone`."""
+    """Replace the tensors of the same names by ``tensors``, and restore them at the end. Use this under `locked`."""
     for name, tensor in tensors.items():
         for registered, key in found.places[name]:
             registered[key] = tensor
@@ -104,7 +104,7 @@ def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
-    """Remove tensors that these modules leave in attributes, and yield those that do. Use this under `alone`.
+    """Remove tensors that these modules leave in attributes, and yield those that do. Use this under `locked`.
 
     This includes tensors in lists, tuples and dicts. Tensors from inside vmap cannot be used, copied or saved later.
     It also includes weak references, by which recurrent layers know whether their list of weights is still right.
@@ -128,7 +128,7 @@ def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
 
 @contextmanager
 def first_tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
-    """The same as `tensors_left` in less time, for modules that have left none before. Use this under `alone`.
+    """The same as `tensors_left` in less time, for modules that have left none before. Use this under `locked`.
 
     It sees attributes that are set, and lists and dicts that have grown.
     """
@@ -208,7 +208,7 @@ def evaluating() -> Iterator[None]:
 
 @contextmanager
 def in_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode if this thread is `evaluating`. Use this under `alone`."""
+    """Put ``model`` into evaluation mode if this thread is `evaluating`. Use this under `locked`."""
     training = [module for module in modules_of(model) if module.training] if _EVALUATING.get() else []
     if training:
         model.eval()

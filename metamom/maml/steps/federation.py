@@ -192,7 +192,7 @@ def replaced(weights: Params, seen: Seen) -> Iterator[None]:
                 w.copy_(value)
 
 
-class Here(NamedTuple):
+class PresentTasks(NamedTuple):
     """The tasks of a step's present workers.
 
     Attributes:
@@ -206,7 +206,7 @@ class Here(NamedTuple):
     everyone: Tensor
 
     @classmethod
-    def of(cls, present: Sequence[int] | None, batch: TaskBatch, workers: int, world: World) -> Here | None:
+    def of(cls, present: Sequence[int] | None, batch: TaskBatch, workers: int, world: World) -> PresentTasks | None:
         """``None`` if all workers are present."""
         if present is None:
             return None

@@ -19,7 +19,7 @@ from metamom.maml.checks.not_finite import not_finite
 from metamom.maml.chunk_results import OfTasks
 from metamom.maml.gradient import MetaGradients
 from metamom.maml.plan import Plan
-from metamom.maml.steps.federation import Federation, Here, check_estimator, no_tasks
+from metamom.maml.steps.federation import Federation, PresentTasks, check_estimator, no_tasks
 from metamom.maml.steps.local_steps import by_worker_locally
 from metamom.maml.task_weights import Params
 from metamom.maml.under_vmap.draws import Step
@@ -101,7 +101,7 @@ def server_step(
         sizes = None if bias is None and aggregate == "mean" else Layout(w.shape for w in weights.values())
         part: dict[str, Any] = {"present": present, "worker_weights": federation.worker_weights}
         server = Aggregation(workers, bias, aggregate, sizes=sizes, world=world, measure=measure, **part)
-        here = Here.of(present, batch, workers, world)
+        here = PresentTasks.of(present, batch, workers, world)
         try:
             mine, changes = world.workers(workers), exchange.changes
             tasks = _to_server(server, gradients, weights, batch, mine, first, here, federation, changes, plan)
@@ -171,7 +171,7 @@ def _spec(bias: Bias) -> str:
     return "none" if operator is None else operator.spec
 
 
-def _averages(world: World, tasks: OfTasks, batch: TaskBatch, here: Here | None) -> tuple[Tensor, list[Tensor]]:
+def _averages(world: World, tasks: OfTasks, batch: TaskBatch, here: PresentTasks | None) -> tuple[Tensor, list[Tensor]]:
     """The ids and the averages of a tracked estimator of all processes' tasks, of present workers."""
     assert batch.task_ids is not None
     ids, averages = batch.task_ids, tasks.averages
@@ -185,7 +185,7 @@ def _accuracies(
     accuracy: Callable[[Tensor, Tree, Tensor | None], Tensor | None],
     tasks: OfTasks,
     batch: TaskBatch,
-    here: Here | None,
+    here: PresentTasks | None,
 ) -> Tensor | None:
     """The accuracies of this process's tasks, of present workers."""
     if here is None:
@@ -197,7 +197,7 @@ def _accuracies(
 
 
 def _everyones(
-    world: World, losses: Tensor, right: Tensor | None, num_tasks: int, here: Here | None
+    world: World, losses: Tensor, right: Tensor | None, num_tasks: int, here: PresentTasks | None
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The losses ``[T]``, and the accuracies if there are any, of all processes' tasks, of present workers."""
     if here is None and world.size == 1:
@@ -222,7 +222,7 @@ def _to_server(
     batch: TaskBatch,
     mine: range,
     first: int,
-    here: Here | None,
+    here: PresentTasks | None,
     federation: Federation,
     changes: Callable[[Tensor], Tensor] | None,
     plan: Plan,
