@@ -51,11 +51,11 @@ from .evaluation import evaluate as evaluate
 from .evaluation import paired_difference as paired_difference
 from .loading import LoadedRun as LoadedRun
 from .loading import load as load
-from .maml.boil import BOIL as BOIL
 from .maml.learner import MAML as MAML
+from .maml.learners.boil import BOIL as BOIL
+from .maml.learners.protomaml import ProtoMAML as ProtoMAML
+from .maml.learners.reptile import Reptile as Reptile
 from .maml.padding import pad as pad
-from .maml.protomaml import ProtoMAML as ProtoMAML
-from .maml.reptile import Reptile as Reptile
 from .optim import CompositeMomentum as CompositeMomentum
 from .optim import LambdaBeta as LambdaBeta
 from .optim import momentum_update as momentum_update
