@@ -26,6 +26,7 @@ from metamom.training.plan import describe_loss
 
 MODEL = "model."  # prefixes in a learner's state
 STEP_SIZE = "step_sizes.alpha"
+STEP_NORMS = "norms_by_step."
 
 
 def is_python_run(settings: Mapping[str, Any]) -> bool:
@@ -109,21 +110,18 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
         ValueError: for settings that do not describe a learner, and where they do not fit the model.
     """
     options = settings["learner"]
-    alpha = options.get("inner_lr", {})
-    fixed, learned = alpha.get("fixed", {}), alpha.get("learned", [])
-    adapted = list(options["adapt"])
+    alpha, adapted = options.get("inner_lr", {}), list(options["adapt"])
     autocast = settings.get("autocast")
-    return make_learner(
+    learner = make_learner(
         options.get("kind", "maml"),
         model,
         loss_fn,
-        inner_lr=_inner_lr(fixed, adapted),
-        inner_steps=options["inner_steps"],
+        **_step_sizes(alpha, adapted, state),
+        inner_steps=_steps_with_own_values(state, alpha.get("kind"), options["inner_steps"]),
         estimator=options["estimator"],
         inner_batches=options.get("inner_batches", "same"),
         tracking=options.get("tracking"),
         proximal=options.get("proximal"),
-        learn_inner_lr=alpha.get("kind") or _learned(learned, state),
         adapt=adapted,
         autocast=None if autocast is None else as_dtype(autocast),
         norm=options.get("norm", _norm(settings.get("normalisation"), model)),
@@ -134,6 +132,21 @@ def learner_of(settings: Mapping[str, Any], state: Mapping[str, Tensor], model: 
         positive_inner_lr=alpha.get("positive", False),
         **{name: options[name] for name in ("head", "train_on") if name in options},
     )
+    learner.inner_steps = options["inner_steps"]
+    return learner
+
+
+def _steps_with_own_values(state: Mapping[str, Tensor], learned: Any, steps: int) -> int:
+    """The inner steps that the learner was made for; ``steps`` unless it has values for each, which show it.
+
+    ``inner_steps`` may be set later, and does not change how many values there are.
+    """
+    for name, value in state.items():
+        if learned == "tensor-step" and name.startswith(STEP_SIZE):
+            return len(value)
+        if name.startswith(STEP_NORMS):
+            return len(value) - 1
+    return steps
 
 
 def _norm(recorded: Any, model: nn.Module) -> Any:
@@ -144,23 +157,27 @@ def _norm(recorded: Any, model: nn.Module) -> Any:
         return recorded
 
 
-def _inner_lr(fixed: Mapping[str, Any], adapted: list[str]) -> Any:
-    """The fixed step sizes; of learned ones, the state has the values."""
-    if set(fixed) != set(adapted):
-        return 0.01
-    values = {name: torch.tensor(v) if isinstance(v, list) else v for name, v in fixed.items()}
-    numbers = {v for v in values.values() if not isinstance(v, Tensor)}
-    return numbers.pop() if len(numbers) == 1 and not any(map(torch.is_tensor, values.values())) else values
-
-
-def _learned(learned: list[str], state: Mapping[str, Tensor]) -> Any:
-    """What ``learn_inner_lr`` was, from the shapes of the learned step sizes."""
-    sizes = [w for name, w in state.items() if name.startswith(STEP_SIZE)]
-    if not learned or not sizes:
-        return False
-    if STEP_SIZE in state:
-        return "scalar"
-    return "tensor" if all(w.dim() == 0 for w in sizes) else "entry"
+def _step_sizes(alpha: Mapping[str, Any], adapted: list[str], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``inner_lr`` and ``learn_inner_lr``. Of learned step sizes, the state has the values, and shows the kind."""
+    own = {name: state.get(f"{STEP_SIZE}:{name.replace('.', ':')}") for name in adapted}
+    fixed = {name: value for name, value in alpha.get("fixed", {}).items() if name in own}
+    learned = {name: value for name, value in own.items() if name not in fixed and value is not None}
+    shapes = {name: (value.shape, state[MODEL + name].shape) for name, value in learned.items()}
+    kind = alpha.get("kind")
+    if kind is None and not fixed:
+        kind = (
+            "scalar" if STEP_SIZE in state
+            else "tensor" if all(not size for size, _ in shapes.values())
+            else "entry" if all(size == whole for size, whole in shapes.values())
+            else None
+        )  # fmt: skip
+    if kind is not None:
+        return {"inner_lr": 0.01, "learn_inner_lr": kind}
+    given = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in fixed.items()}
+    given |= {name: nn.Parameter(torch.ones_like(value)) for name, value in learned.items()}  # some, or of both shapes
+    numbers = {value for value in given.values() if not isinstance(value, Tensor)}
+    alike = len(numbers) == 1 and not any(map(torch.is_tensor, given.values()))
+    return {"inner_lr": numbers.pop() if alike else given}
 
 
 def model_weights(state: Mapping[str, Tensor]) -> Params:

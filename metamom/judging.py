@@ -5,7 +5,7 @@ Legend: T tasks, Q query points a task.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,13 @@ def _of_weights(
     if metric is not None and metric not in ("accuracy", "loss"):
         return _measured(metric, predictions, batch, first), False
     losses, right = learner.judge(params, predictions, batch.query_y, batch.query_mask)
+    return _chosen(losses, right, predictions, batch, first, metric)
+
+
+def _chosen(
+    losses: Tensor, right: Tensor | None, predictions: Tree, batch: TaskBatch, first: int, metric: str | Metric | None
+) -> tuple[Tensor, bool]:
+    """The losses ``[T]`` or the accuracies ``[T]`` of predictions, and whether they are accuracies."""
     if not (all_finite(losses) and (right is None or all(map(all_finite, leaves(predictions))))):
         refuse_non_finite(batch, first)
     if metric == "accuracy" and right is None:
@@ -60,28 +67,41 @@ def _of_weights(
 
 @torch.no_grad()
 def judged_by_protocol(
-    learner: Any, batch: TaskBatch, steps: Collection[int], first: int, metric: str | Metric | None
+    learner: Any,
+    batch: TaskBatch,
+    steps: Collection[int],
+    first: int,
+    metric: str | Metric | None,
+    judge: Callable[[Any, Tree, Tree], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Iterator[Judged]:
-    """The same for any `metamom.evaluation.Adaptable`, which adapts from the start for each number of steps."""
+    """The same for any `metamom.evaluation.Adaptable`, which adapts from the start for each number of steps.
+
+    ``judge`` computes losses and accuracies from what ``adapt`` returned, predictions and targets. Without it, shapes
+    decide whether predictions are class scores.
+    """
     parts = _without_padding(batch)
     for step in sorted(steps):
         each = []
         is_accuracy = False
         for number, part in enumerate(parts):
-            predictions = mapped(Tensor.detach, _predictions(learner, part, step))
-            values, is_accuracy = _of_predictions(learner, predictions, part, first + number, metric)
+            state = learner.adapt(part.support_x, part.support_y, steps=step)
+            predictions = mapped(Tensor.detach, _predictions(learner, state, part))
+            if judge is not None and metric in (None, "accuracy", "loss"):
+                losses, right = judge(state, predictions, part.query_y)
+                values, is_accuracy = _chosen(losses, right, predictions, part, first + number, metric)
+            else:
+                values, is_accuracy = _of_predictions(learner, predictions, part, first + number, metric)
             each.append(values)
         yield step, torch.cat(each), is_accuracy
 
 
-def _predictions(learner: Any, batch: TaskBatch, steps: int) -> Tree:
+def _predictions(learner: Any, state: Any, batch: TaskBatch) -> Tree:
     """Predictions ``[T, Q, ...]`` of any learner.
 
     Raises:
         TypeError: for anything but tensors.
         ValueError: for predictions of other tasks or points.
     """
-    state = learner.adapt(batch.support_x, batch.support_y, steps=steps)
     found = held(learner.predict(state, batch.query_x))
     kind = type(learner).__name__
     if not leaves(found) or not all(isinstance(each, Tensor) for each in leaves(found)):

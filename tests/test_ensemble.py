@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metamom import MAML, evaluate, load, train
+import metamom
+from metamom import MAML, TaskBatch, evaluate, load, train
 from metamom.ensemble import Ensemble, ensemble_of
 from metamom.loading import LoadedRun
 from metamom.tasks import Episodes, Sinusoid
@@ -57,6 +59,75 @@ def test_of_classes_it_is_the_mean_of_probabilities():
     torch.testing.assert_close(found.values[0], torch.stack(right))
     found = evaluate(Ensemble(members), sampler, tasks=7, steps=(2,), metric="loss")
     torch.testing.assert_close(found.values[0], torch.stack(loss))
+
+
+class Given(metamom.TaskSampler):
+    """The same tasks whatever is asked for."""
+
+    def __init__(self, batch: TaskBatch) -> None:
+        self.batch = batch
+
+    def sample(self, step: int, num_tasks: int, *, rank: int = 0, world_size: int = 1) -> TaskBatch:
+        return self.batch
+
+
+def on_logits(predicted: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(predicted.squeeze(-1), labels.double())
+
+
+def on_counts(predicted: Tensor, counts: Tensor) -> Tensor:
+    return F.mse_loss(predicted.squeeze(-1), counts.double())
+
+
+def mean_by_hand(members: list[MAML], batch: TaskBatch, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean over the members of what ``of`` makes of their predictions ``[T, Q, ...]``, after one step."""
+    each = [learner.predict(learner.adapt(*batch[:2]), batch.query_x) for learner in members]
+    return torch.stack([of(predicted.detach()) for predicted in each]).mean(0)
+
+
+def whole_numbers(*shape: int, below: int, seed: int) -> Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_logit_a_point_gives_the_mean_probability():
+    """Labels are whole numbers, and predictions are no scores of classes."""
+    members = [MAML(network(seed), on_logits, inner_lr=0.1) for seed in range(3)]
+    x = torch.linspace(-2, 2, 40, dtype=torch.float64).view(4, 10, 1)
+    y = whole_numbers(4, 10, below=2, seed=0)
+    batch = TaskBatch(x, y, x.flip(0), y)
+    mean = mean_by_hand(members, batch, torch.sigmoid).squeeze(-1)
+    found, single = (evaluate(each, Given(batch), tasks=4, steps=(1,)) for each in (Ensemble(members), members[0]))
+    assert found.metric == single.metric == "accuracy"
+    torch.testing.assert_close(found.values[0], ((mean > 0.5) == y).double().mean(1))
+    found = evaluate(Ensemble(members), Given(batch), tasks=4, steps=(1,), metric="loss")
+    wanted = F.binary_cross_entropy(mean, y.double(), reduction="none").mean(1)
+    torch.testing.assert_close(found.values[0], wanted, rtol=1e-12, atol=0)
+
+
+def test_whole_numbers_that_are_no_classes():
+    members = [MAML(network(seed), on_counts, inner_lr=0.01) for seed in range(3)]
+    x, y = torch.linspace(-2, 2, 40, dtype=torch.float64).view(4, 10, 1), whole_numbers(4, 10, below=9, seed=0)
+    batch = TaskBatch(x, y, x.flip(0), y)
+    found = evaluate(Ensemble(members), Given(batch), tasks=4, steps=(1,))
+    wanted = (mean_by_hand(members, batch, lambda predicted: predicted).squeeze(-1) - y).square().mean(1)
+    torch.testing.assert_close(found.values[0], wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_scores_of_pixels_have_their_classes_in_the_second_axis(ignored):
+    torch.manual_seed(0)
+    loss = nn.CrossEntropyLoss(ignore_index=ignored)
+    members = [MAML(nn.Conv2d(1, 3, 3, padding=1).double(), loss, inner_lr=0.1) for _ in range(3)]
+    x = torch.randn(4, 5, 1, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    y = whole_numbers(4, 5, 6, 6, below=3, seed=1)
+    batch = TaskBatch(x, y, x.flip(0), y)
+    mean, counts = mean_by_hand(members, batch, lambda predicted: predicted.softmax(2)), y != ignored
+    found = evaluate(Ensemble(members), Given(batch), tasks=4, steps=(1,))
+    right = ((mean.argmax(2) == y) & counts).flatten(1).sum(1) / counts.flatten(1).sum(1)
+    torch.testing.assert_close(found.values[0], right.double(), rtol=1e-6, atol=0)
+    found = evaluate(Ensemble(members), Given(batch), tasks=4, steps=(1,), metric="loss")
+    wanted = torch.stack([loss(mean[t].log(), y[t]) for t in range(4)])
+    torch.testing.assert_close(found.values[0], wanted, rtol=1e-12, atol=0)
 
 
 def test_one_member_is_itself_with_any_statistics():

@@ -5,24 +5,41 @@ Legend: T tasks, Q query points.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from metamom.common.choices import Norm
 from metamom.common.held import held
 from metamom.common.kinds import named_type
 from metamom.common.trees import Tree, lone
+from metamom.maml.checks.class_scores import UNKNOWN, Reading
 from metamom.maml.learner import MAML
+from metamom.maml.task_weights import Params
+
+
+class EnsembleState(NamedTuple):
+    """What an ensemble knows about T tasks.
+
+    Attributes:
+        reading: what predictions mean.
+        members: each learner's adapted weights ``[T, *shape]``, and the other arguments of its `predict`.
+    """
+
+    reading: Reading
+    members: list[tuple[Params, dict[str, Any]]]
 
 
 class Ensemble:
     """Adapts several learners to a task, and predicts the mean of their predictions; for `metamom.evaluate`.
 
-    For class scores (integer labels), it is the logarithm of the mean of the softmax probabilities, so that accuracy
-    and cross-entropy are those of that mean.
+    What predictions mean is seen from how the first learner's loss uses them. For class scores, it is the logarithm of
+    the mean of the softmax probabilities, so that accuracy and cross-entropy are those of that mean; for one logit a
+    target, the logit of the mean probability. Anything else is averaged as it is.
 
     Args:
         learners: one or more.
@@ -66,31 +83,66 @@ class Ensemble:
         """The same with other options, see `metamom.MAML.like`."""
         return Ensemble([learner.like(norm=norm, inner_lr=inner_lr) for learner in self.learners])
 
-    def adapt(self, support_x: Tree, support_y: Tree, *, steps: int) -> list[Any]:
+    def adapt(self, support_x: Tree, support_y: Tree, *, steps: int) -> EnsembleState:
         """Each learner's adapted weights ``[T, *shape]``, with what `predict` needs."""
-        labels = lone(support_y)
-        classes = labels is not None and not labels.is_floating_point()
-        found: list[Any] = [classes]
+        members = []
         for learner in self.learners:
             *_, adapted = learner.trajectory(support_x, support_y, steps=steps)
             given = {"support_x": support_x} if learner.norm == "support" else {}
-            found.append((adapted, given))
-        return found
+            members.append((adapted, given))
+        return EnsembleState(self._reading(*members[0], support_x, support_y), members)
 
-    def predict(self, state: list[Any], x: Tree) -> Tensor:
+    def predict(self, state: EnsembleState, x: Tree) -> Tensor:
         """The mean of the predictions, ``[T, Q, ...]``.
 
         Raises:
             TypeError: for models that return several tensors.
         """
-        classes, *members = state
         each = []
-        for learner, (adapted, given) in zip(self.learners, members, strict=True):
+        for learner, (adapted, given) in zip(self.learners, state.members, strict=True):
             predicted = lone(held(learner.predict(adapted, x, **given)))
             if predicted is None:
                 raise TypeError("an ensemble averages predictions that are one tensor; these are several.")
             each.append(predicted)
-        stacked = torch.stack(each)
-        if not classes:
-            return stacked.mean(0)
-        return torch.logsumexp(stacked.log_softmax(-1), 0) - torch.log(torch.tensor(float(len(each))))
+        return mean_prediction(torch.stack(each), state.reading)
+
+    def judge(self, state: EnsembleState, predictions: Tree, y: Tree) -> tuple[Tensor, Tensor | None]:
+        """The losses and accuracies ``[T]`` of predictions, by the first learner's loss: see `metamom.MAML.judge`."""
+        adapted, _ = state.members[0]
+        return self.learners[0].judge(adapted, predictions, y)
+
+    def _reading(self, adapted: Params, given: dict[str, Any], x: Tree, y: Tree) -> Reading:
+        """How the first learner's loss interprets predictions, from its call on the support set."""
+        first = self.learners[0]
+        predicted = held(first.predict(adapted, x, **given))
+        scores, targets = lone(predicted), lone(y)
+        if scores is None or targets is None:
+            return UNKNOWN
+        first.judge(adapted, predicted, y)
+        return first._readings.of(first.loss_fn, scores, targets)
+
+
+def mean_prediction(each: Tensor, reading: Reading) -> Tensor:
+    """The mean of several predictions.
+
+    Args:
+        each: of each learner, ``[k, T, Q, ...]``.
+        reading: what they mean; its class axis is that of one task's predictions ``[Q, ...]``.
+
+    Returns:
+        ``[T, Q, ...]``: normalised log probabilities of classes, the logit of the mean probability, or the mean.
+
+    Example:
+        >>> mean_prediction(torch.tensor([[[2.0]], [[-2.0]]]), Reading("logit"))
+        tensor([[0.]])
+    """
+    if reading.kind == "classes":
+        return _log_mean(each.log_softmax(reading.axis + 2))
+    if reading.kind == "logit":
+        return _log_mean(F.logsigmoid(each)) - _log_mean(F.logsigmoid(-each))
+    return each.mean(0)
+
+
+def _log_mean(logarithms: Tensor) -> Tensor:
+    """The logarithm of the mean over the first axis."""
+    return torch.logsumexp(logarithms, 0) - math.log(len(logarithms))

@@ -16,6 +16,7 @@ from metamom.common.kinds import named_type
 from metamom.common.watching import Watched
 from metamom.distributed import World, as_world, digest
 from metamom.evaluation.adaptable import Adaptable, placed_as_weights, statistics_of, weights_of, with_options
+from metamom.evaluation.ensemble import Ensemble
 from metamom.evaluation.result import Evaluation
 from metamom.evaluation.tasks import blocks_of_tasks
 from metamom.judging import judged, judged_by_protocol
@@ -145,7 +146,8 @@ def _of_block(
     """
     values = torch.zeros(len(steps) + 1, batch.num_tasks, dtype=torch.float64)
     asked = batch, set(steps), first, metric
-    of_steps = judged(learner, *asked) if isinstance(learner, MAML) else judged_by_protocol(learner, *asked)
+    judge = learner.judge if isinstance(learner, Ensemble) else None
+    of_steps = judged(learner, *asked) if isinstance(learner, MAML) else judged_by_protocol(learner, *asked, judge)
     for step, found, is_accuracy in of_steps:
         values[-1] = float(is_accuracy)
         for row in (row for row, wanted in enumerate(steps) if wanted == step):

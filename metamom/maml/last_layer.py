@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from metamom.common.kinds import named_type
 from metamom.maml.checks.model_checks import check_kind
@@ -28,11 +29,12 @@ def head_name(model: nn.Module, head: str | None, learner: str) -> str:
     check_kind(model)
     if head is not None and not isinstance(head, str):
         raise TypeError(f"head must be the name of a module of the model, such as 'head'; got {named_type(head)}.")
-    layers = [
+    owners = [
         name
         for name, module in model.named_modules()
         if any(p is not None and p.requires_grad for p in module._parameters.values())
     ]
+    layers = list(dict.fromkeys(_layer_of(model, name) for name in owners))
     found = layers[-1] if head is None else head
     if not any(_within(name, found) for name in layers):
         raise ValueError(
@@ -51,6 +53,14 @@ def parameters_within(model: nn.Module, head: str) -> set[str]:
     """The names of the parameters of a module, as ``model.named_parameters()`` calls them."""
     own = {id(p) for p in model.get_submodule(head).parameters()}
     return {name for name, p in model.named_parameters() if id(p) in own}
+
+
+def _layer_of(model: nn.Module, owner: str) -> str:
+    """The name of the layer that a module with parameters belongs to: of a parametrization, the layer that has it."""
+    layer, found, _ = f".{owner}".partition(".parametrizations.")
+    if found and is_parametrized(model.get_submodule(layer[1:])):
+        return layer[1:]
+    return owner
 
 
 def _within(name: str, place: str) -> bool:

@@ -221,6 +221,44 @@ def test_estimators_that_split_their_support_set(tmp_path):
     assert metamom.load(tmp_path / "run").sampler().sample(0, 1).support_x.shape == (1, 5, 1)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_inner_steps_that_were_set_later(steps, tmp_path):
+    """Step sizes and normalisations by step are as many as when the learner was made."""
+    options = {"learn_inner_lr": "tensor-step", "step_norms": True, "multi_step": 2}
+    learner = MAML(Net(), F.mse_loss, inner_steps=2, **options)
+    learner.inner_steps = steps
+    trained(tmp_path / "run", learner)
+    assert_same(metamom.load(tmp_path / "run", model=Net).learner, learner)
+
+
+def test_step_sizes_of_several_kinds(tmp_path):
+    """Some are learned in place, of a number or of the parameter's shape, and others are fixed."""
+    model = Net()
+    kinds = (lambda p: torch.tensor(0.02), lambda p: torch.full_like(p, 0.03), None, lambda p: torch.tensor(0.04))
+    sizes = {
+        name: 0.05 if (kind := kinds[i % 4]) is None else nn.Parameter(kind(p.detach()))
+        for i, (name, p) in enumerate(model.named_parameters())
+    }
+    learner = trained(tmp_path / "run", MAML(model, F.mse_loss, inner_lr=sizes))
+    assert_same(metamom.load(tmp_path / "run", model=Net).learner, learner)
+
+
+def test_a_parameter_that_was_frozen_later(tmp_path):
+    """The others keep their step size."""
+
+    def frozen() -> nn.Module:
+        net = Net()
+        net.first.weight.requires_grad_(False)
+        return net
+
+    learner = MAML(Net(), F.mse_loss, inner_lr=0.2)
+    learner.model.first.weight.requires_grad_(False)
+    trained(tmp_path / "run", learner)
+    found = metamom.load(tmp_path / "run", model=frozen).learner
+    assert found.inner_lr == learner.inner_lr == 0.2
+    assert found.adapted == learner.adapted
+
+
 def test_a_run_of_a_changed_config(of_net, tmp_path):
     import shutil
 

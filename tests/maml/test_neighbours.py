@@ -334,6 +334,49 @@ def test_public_names():
     assert metamom.maml.BOIL is BOIL
 
 
+class Scaled(nn.Module):
+    """Scores times a number: a parameter without an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.scores = nn.Linear(3, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.scale * self.scores(x)
+        return scores
+
+
+def test_reptile_moves_numbers_too():
+    torch.manual_seed(0)
+    learner, batch = (
+        Reptile(Scaled().double(), F.cross_entropy, inner_lr=ALPHA, inner_steps=STEPS),
+        tasks().sample(0, 4),
+    )
+    both = [torch.cat([a, b], 1) for a, b in zip(batch[:2], batch[2:4], strict=True)]
+    ends = learner.adapt(*both)
+    wanted = {name: (w - ends[name]).mean(0) for name, w in learner.model.named_parameters()}
+    assert_close(mean_over_workers(learner.meta_gradient(batch, workers=2).grads), wanted)
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def normalised(layer: nn.Module) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+def test_a_head_with_normalised_weights_is_one_layer():
+    """Its direction and length are parameters of a module inside of it, registered after its bias."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), normalised(nn.Linear(4, WAYS)))
+    learner = BOIL(net, F.cross_entropy)
+    assert learner.head == "2"
+    assert list(learner.adapted) == ["0.weight", "0.bias"]
+
+
 MISTAKES = {
     "boil has no adapt": (lambda: made("boil", adapt=["last"]), "leave adapt out"),
     "no such head": (lambda: made("boil", head="scorse"), "'scorse' is none of 'scores', 'body.0'"),
@@ -344,6 +387,10 @@ MISTAKES = {
     "reptile learns no step sizes": (lambda: made("reptile", learn_inner_lr=True), "so learn_inner_lr does not apply"),
     "reptile adapts all": (lambda: made("reptile", adapt=["last"]), "all trainable parameters adapt"),
     "reptile has no losses by step": (lambda: made("reptile", multi_step=5), "so multi_step does not apply"),
+    "reptile learns no step sizes that are given": (
+        lambda: made("reptile", inner_lr=torch.tensor(0.1, dtype=torch.float64, requires_grad=True)),
+        "an inner_lr that requires a gradient would not be learned",
+    ),
     "train_on": (lambda: made("reptile", train_on="queries"), "train_on must be"),
     "a loss that learns": (
         lambda: Reptile(net(), nn.Bilinear(1, 1, 1)),
@@ -352,6 +399,15 @@ MISTAKES = {
     "protomaml estimators": (lambda: made("protomaml", estimator="cross-fit"), "estimators exact and first-order"),
     "protomaml fresh": (lambda: made("protomaml", inner_batches="fresh"), "inner_batches must be 'same'"),
     "protomaml head": (lambda: made("protomaml", head="body"), "'body' is a Sequential"),
+    "protomaml head of normalised weights": (
+        lambda: ProtoMAML(nn.Sequential(nn.Linear(2, 2), normalised(nn.Linear(2, 2))), F.cross_entropy),
+        "'1' is a Linear that computes its weights from others",
+    ),
+    "protomaml head without a bias": (
+        lambda: ProtoMAML(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False)), F.cross_entropy),
+        "'1' is a Linear without a bias",
+    ),
+    "protomaml tied head": (lambda: ProtoMAML(tied(), F.cross_entropy), "shares them .* model, as 0.weight: give"),
     "protomaml adapts its head": (lambda: made("protomaml", adapt=["last"]), "adapt must include it: scores.bias"),
     "no such kind": (lambda: make_learner("mamll", net(), F.nll_loss), "kind must be"),
     "no bias meter": (lambda: measure(made("reptile"), tasks()), "measured for the meta-gradients of MAML"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from metamom.common.kinds import named_type
+from metamom.common.kinds import with_article
 from metamom.maml.checks.loss_readings import LossFn
 from metamom.maml.last_layer import head_name
 from metamom.maml.learner import MAML
@@ -96,13 +97,36 @@ def _check_options(estimator: str = "exact", inner_batches: str = "same", **othe
 
 def _from_prototypes(model: nn.Module, head: str) -> FromPrototypes:
     layer = model.get_submodule(head)
-    if not isinstance(layer, nn.Linear) or not isinstance(layer.bias, nn.Parameter):
-        what = named_type(layer) + (" without a bias" if isinstance(layer, nn.Linear) else "")
+    own = [getattr(layer, name, None) for name in ("weight", "bias")]
+    if not isinstance(layer, nn.Linear) or not all(isinstance(p, nn.Parameter) for p in own):
         raise ValueError(
-            f"ProtoMAML needs a head that is a torch.nn.Linear with a bias; {head!r} is {what}. Name the layer that "
-            "gives the class scores with head=."
+            f"ProtoMAML needs a head that is a torch.nn.Linear with a bias; {head!r} is {_kind_of_head(layer)}. Name "
+            "the layer that gives the class scores with head=."
+        )
+    places = [(f"{name}." if name else "", m) for name, m in model.named_modules(remove_duplicate=False)]
+    elsewhere = [
+        f"{place}{key}"
+        for place, module in places
+        if module is not layer
+        for key, p in module._parameters.items()
+        if any(p is q for q in own)
+    ]
+    if elsewhere:
+        raise ValueError(
+            f"ProtoMAML replaces the weights of its head by prototypes, and {head!r} shares them with the rest of the "
+            f"model, as {', '.join(elsewhere)}: give the head weights of its own, or use MAML."
         )
     names = {id(p): name for name, p in model.named_parameters()}
     if not (layer.weight.requires_grad and layer.bias.requires_grad):
         raise ValueError(f"inner steps of ProtoMAML move the head; weights of {head!r} are frozen: unfreeze them.")
     return FromPrototypes(head, names[id(layer.weight)], names[id(layer.bias)], layer.out_features)
+
+
+def _kind_of_head(layer: nn.Module) -> str:
+    """What a layer that cannot be the head is."""
+    kind = with_article(type_before_parametrizations(layer).__name__)
+    if not isinstance(layer, nn.Linear):
+        return kind
+    if getattr(layer, "bias", None) is None:
+        return f"{kind} without a bias"
+    return f"{kind} that computes its weights from others (a parametrization, such as weight normalisation)"

@@ -36,7 +36,7 @@ def displaced(before: Params, after: Params, losses: Tensor) -> Tensor:
         after: u_J, shaped and named as ``before``.
         losses: ``[T]``.
     """
-    dots = [((w - after[name]).detach() * w).flatten(1).sum(1) for name, w in before.items()]
+    dots = [((w - after[name]).detach() * w).unsqueeze(-1).flatten(1).sum(1) for name, w in before.items()]
     return straight_through(losses, sum(dots[1:], dots[0]))
 
 
@@ -96,6 +96,11 @@ class Reptile(MAML):
             )
         self.train_on: TrainOn = train_on
         super().__init__(model, loss_fn, estimator="first-order", **options)
+        if self.step_sizes.learned():
+            raise ValueError(
+                "Reptile differentiates nothing, so an inner_lr that requires a gradient would not be learned: give "
+                "numbers, or use MAML."
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "estimator" and value != "first-order":
