@@ -161,6 +161,8 @@ def _step_sizes(alpha: Mapping[str, Any], adapted: list[str], state: Mapping[str
     """``inner_lr`` and ``learn_inner_lr``. Of learned step sizes, the state has the values, and shows the kind."""
     own = {name: state.get(f"{STEP_SIZE}:{name.replace('.', ':')}") for name in adapted}
     fixed = {name: value for name, value in alpha.get("fixed", {}).items() if name in own}
+    if alpha.get("positive"):  # those are logarithms that were frozen
+        fixed = {}
     learned = {name: value for name, value in own.items() if name not in fixed and value is not None}
     shapes = {name: (value.shape, state[MODEL + name].shape) for name, value in learned.items()}
     kind = alpha.get("kind")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metamom.common.checks import MOST, check_whole
 from metamom.common.choices import Norm
 from metamom.common.did_you_mean import did_you_mean
 from metamom.evaluation import evaluate
@@ -127,7 +128,7 @@ def plan(
     options = {"shots": shots, **options}
     options = {"queries": options["shots"], **options}
     planned = length(published, budget, ways, options)
-    total = iterations or planned.iterations
+    total = planned.iterations if iterations is None else check_whole("iterations", iterations, 1, MOST)
     options |= {"meta_batch": planned.meta_batch, "schedule": planned.schedule}
     options |= {name: round(share.value * total) for name, share in published.shares.items()}
     chosen = optimizer or str(options["optimizer"])

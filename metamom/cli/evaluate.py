@@ -52,7 +52,7 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
     add_adaptation(learner)
     own = leaf.add_argument_group("run")
     own.add_argument("run_path", type=path, metavar="RUN", help="the run directory")
-    add_checkpoint(own)
+    add_checkpoint(own, default=None)
     flag(
         own,
         "--ensemble",
@@ -91,7 +91,12 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     from metamom.tasks import ImageFolder
 
     check_results(arguments)
-    run = load(arguments.run_path, arguments.checkpoint, arguments.model, device=arguments.device)
+    if arguments.ensemble is not None and arguments.checkpoint is not None:
+        raise ValueError(
+            f"--ensemble {arguments.ensemble} takes the best checkpoints by validation; got --checkpoint "
+            f"{arguments.checkpoint} too. Leave one of them out."
+        )
+    run = load(arguments.run_path, arguments.checkpoint or "best", arguments.model, device=arguments.device)
     asked = asked_of_tasks(arguments)
     check_run(run, arguments, asked)
     sampler = run.sampler(arguments.split, root=arguments.data_root, **asked)
@@ -111,7 +116,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         write_csv(arguments.csv, {"learner": result, **{name: row.result for name, row in baselines.items()}})
     if arguments.record is not None:
         answer = as_json(result, baselines, per_task=arguments.per_task, metric=True)
-        what = evaluated({arguments.run_path: run}, result, tasks_in_words(run, asked), arguments)
+        what = evaluated({arguments.run_path: run}, result, tasks_in_words(run, asked), arguments, members)
         if isinstance(sampler, ImageFolder):
             what |= {"folder of the images": sampler.location()["root"], "SHA-256 of the images": sampler.data_sha256}
         write_record(arguments.record, answer, what)

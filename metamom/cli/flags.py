@@ -191,9 +191,9 @@ def add_device(group: Group, default: str | None = None) -> None:
     each.add(group, each.default, default)
 
 
-def add_checkpoint(group: Group) -> None:
-    """Which of a run's checkpoints to load."""
-    flag(group, "--checkpoint", "best by validation, or newest", choices=("best", "newest"), default="best")
+def add_checkpoint(group: Group, *, default: str | None = "best") -> None:
+    """Which of a run's checkpoints to load, the best one by default; ``default=None`` shows whether it was chosen."""
+    flag(group, "--checkpoint", "best by validation, or newest", "best", choices=("best", "newest"), default=default)
 
 
 def add_model(group: Group) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,7 +85,11 @@ def write_record(path: str, answer: Mapping[str, Any], evaluated: Mapping[str, A
 
 
 def evaluated(
-    runs: Mapping[str, LoadedRun], result: Evaluation, tasks: str, arguments: argparse.Namespace
+    runs: Mapping[str, LoadedRun],
+    result: Evaluation,
+    tasks: str,
+    arguments: argparse.Namespace,
+    members: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What was evaluated and how, for the record: values by their names in words.
 
@@ -94,6 +98,7 @@ def evaluated(
         result: the first run's.
         tasks: in words.
         arguments: of the command.
+        members: of an ensemble: the iterations of training before its checkpoints, the best first.
     """
     from metamom.experiments.python_tasks import task_family
 
@@ -109,8 +114,8 @@ def evaluated(
         "adaptation steps": list(result.steps),
         "inner step size": _step_size(first.learner, arguments.inner_lr),
         "normalisation": "; ".join(result.normalised) or None,
-        "checkpoint": arguments.checkpoint,
-        "iterations of training": [run.step for run in runs.values()],
+        "checkpoint": f"ensemble of the {len(members)} best" if members else arguments.checkpoint or "best",
+        "iterations of training": list(members) or [run.step for run in runs.values()],
     }
     return {"runs": list(runs), **{name: value for name, value in asked.items() if value is not None}}
 

@@ -122,7 +122,7 @@ class StepSizes(nn.Module):
             else:
                 new = torch.as_tensor(inner_lr).log() if self.positive else inner_lr
             assert new is not None
-            if mine is not None and mine.requires_grad:
+            if mine is not None and (mine.requires_grad or self.kind is not False):
                 with torch.no_grad():
                     mine.copy_(torch.as_tensor(new, dtype=mine.dtype))
                 continue
@@ -217,7 +217,9 @@ class StepSizes(nn.Module):
             return alpha.reshape(alpha.shape + (1,) * (dim - alpha.dim()))  # align each task's number with its task
         fixed = self._registered(self._attributes[name])
         assert fixed is not None
-        return fixed
+        if self.kind == "tensor-step":  # frozen: requires_grad_(False)
+            fixed = fixed[min(step, len(fixed) - 1)]
+        return fixed.exp() if self.positive else fixed
 
 
 def _check_learned(

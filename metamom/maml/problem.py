@@ -157,6 +157,9 @@ def start_of(problem: Problem, rows: Params, num_tasks: int, first: InnerBatch |
         first: the points of the tasks that a rule may compute some of these weights from.
     """
     start = deal(rows, num_tasks, problem.adapted, problem.step_sizes.learned())
+    if problem.step_norms is not None and (fixed := problem.step_norms.fixed()):
+        each = {name: rows.expand(num_tasks, *rows.shape) for name, rows in fixed.items()}
+        start = start._replace(norms={**start.norms, **each})
     if first is None or problem.rule.start is None:
         return start
     return problem.rule.start(problem, start.at(0), first)

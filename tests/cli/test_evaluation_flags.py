@@ -16,6 +16,7 @@ from endings import contents
 import metamom as library
 from metamom import evaluate
 from metamom.baselines import standard_baselines
+from metamom.ensemble import ensemble_of
 
 FEW = ("--tasks", 12, "--steps", "0,1")
 
@@ -218,3 +219,20 @@ def test_files_of_results(name, metamom, trained, tmp_path):
     said = metamom("evaluate", tmp_path / "no run", *FEW, f"--{name}", tmp_path / "other" / "values")
     assert said.code == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_an_ensemble_of_a_run(metamom, tmp_path):
+    """Of the checkpoints with the best validations; the record says which."""
+    run, record = tmp_path / "run", tmp_path / "record.json"
+    every = ("--iterations", 6, "--evaluate-every", 2, "--checkpoint-every", 2)
+    assert metamom("train", "sinusoid", "--run-dir", run, *every, *SMALL).code == 0
+    ensemble, members = ensemble_of(library.load(run), 2)
+    said = metamom("evaluate", run, *FEW, "--ensemble", 2, "--json", "--record", record)
+    assert said.code == 0
+    sampler = library.load(run).sampler("test")
+    assert json.loads(said.out)["mean"] == list(evaluate(ensemble, sampler, tasks=12, steps=(0, 1)).mean)
+    written = json.loads(record.read_text())
+    assert written["evaluated"]["iterations of training"] == members
+    assert written["evaluated"]["checkpoint"] == "ensemble of the 2 best"
+    message = the_error(metamom("evaluate", run, *FEW, "--ensemble", 2, "--checkpoint", "newest"))
+    assert "--ensemble 2 takes the best checkpoints by validation; got --checkpoint newest too" in message

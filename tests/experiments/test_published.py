@@ -123,6 +123,7 @@ def test_maml_on_sinusoids_trains_one_network():
         (lambda: plan_sinusoid(5, "anil"), "recipe must be one of maml, fomaml, meta-sgd, maml++; got 'anil'"),
         (lambda: plan_sinusoid(5, "maml", budget="long"), "budget must be one of short, published"),
         (lambda: plan_sinusoid(5, "maml", optimizer="lion"), "optimizer must be one of adam, sgd, composite"),
+        (lambda: plan_sinusoid(5, "maml", iterations=0), "iterations must be >= 1; got 0"),
         (lambda: list(read_all("no-folder")), "no-folder is not a folder with runs"),
     ],
 )

@@ -123,3 +123,23 @@ def test_some_entries_of_learned_step_sizes_may_be_negative_when_they_are_given_
         MAML(model, F.mse_loss, inner_lr={"weight": -alpha.abs()})
     with pytest.raises(ValueError, match="must be > 0 and finite"):
         MAML(model, F.mse_loss, inner_lr={"weight": alpha}, learn_inner_lr="entry", positive_inner_lr=True)
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("kind", ["entry", "tensor", "scalar", "tensor-step"])
+def test_frozen_ones_stay_in_use(kind, positive):
+    """Of each inner step its own, and the step sizes rather than their logarithms; new values are set in place."""
+    model = randomised(mlp())
+    options = {"inner_steps": 2, "learn_inner_lr": kind, "positive_inner_lr": positive}
+    learner, batch = MAML(model, F.mse_loss, inner_lr=0.1, **options), regression_batch()
+    with torch.no_grad():
+        for p in learner.step_sizes.parameters():
+            p.add_(0.01 * torch.arange(p.numel(), dtype=p.dtype).view_as(p))
+    before, adapted = learner.meta_gradient(batch).grads, learner.adapt(*batch[:2])
+    learner.step_sizes.requires_grad_(False)
+    grads = learner.meta_gradient(batch).grads
+    assert_close(grads, {name: grad for name, grad in before.items() if not name.startswith("inner_lr")})
+    assert_close(learner.adapt(*batch[:2]), adapted)
+    learner.inner_lr = 0.3
+    assert_close(learner.adapt(*batch[:2]), MAML(model, F.mse_loss, inner_lr=0.3, inner_steps=2).adapt(*batch[:2]))
+    assert not learner.step_sizes.learned()

@@ -101,6 +101,21 @@ def test_adapted_weights_have_the_rows_of_their_step():
     )
 
 
+def test_frozen_ones_stay_in_use():
+    """They are no meta-parameters then; the gradients of all others are the same."""
+    learner, batch = trained(), sample(9)
+    before, adapted = learner.meta_gradient(batch).grads, learner.adapt(batch.support_x, batch.support_y)
+    assert learner.norms_by_step is not None
+    learner.norms_by_step.get_parameter("0:1:bias").requires_grad_(False)
+    grads = learner.meta_gradient(batch).grads
+    assert set(before) - set(grads) == {"step_norms.0.1.bias"}
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, before[name], rtol=1e-10, atol=1e-12)
+    again = learner.adapt(batch.support_x, batch.support_y)
+    for name, w in adapted.items():
+        torch.testing.assert_close(again[name], w)
+
+
 def test_fit_and_like_use_them():
     learner, batch = trained(), sample(9)
     x, y = batch.support_x[0], batch.support_y[0]

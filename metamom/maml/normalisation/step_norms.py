@@ -64,8 +64,15 @@ class StepNorms(nn.Module):
         return frozenset(self._places)
 
     def learned(self) -> dict[str, Tensor]:
-        """The rows by their key among the meta-parameters, ``"step_norms.NAME"``."""
-        return {PREFIX + name: self.get_parameter(place) for name, place in self._places.items()}
+        """The rows by their key among the meta-parameters, ``"step_norms.NAME"``, but for frozen ones."""
+        return {PREFIX + name: rows for name, rows in self._rows().items() if rows.requires_grad}
+
+    def fixed(self) -> dict[str, Tensor]:
+        """The rows that were frozen (``requires_grad_(False)``), by the name of the model's parameter."""
+        return {name: rows for name, rows in self._rows().items() if not rows.requires_grad}
+
+    def _rows(self) -> dict[str, Tensor]:
+        return {name: self.get_parameter(place) for name, place in self._places.items()}
 
 
 def check_step_norms(estimator: Estimator) -> None:
