@@ -16,6 +16,7 @@ from metamom.maml.inner_step import gradients
 from metamom.maml.plan import Plan
 from metamom.maml.running.plain_autograd import uncompiled
 from metamom.maml.task_weights import Params
+from metamom.maml.third_derivatives import ThirdDerivatives
 from metamom.maml.under_vmap.draws import Step
 from metamom.server.aggregate import flatten
 
@@ -61,7 +62,7 @@ def hessian_products(
     step = Step()
     for start, stop in spans(batch.num_tasks, computer.chunk_size(plan, batch), per_worker):
         mine = slice(start // per_worker, -(-stop // per_worker))
-        with step.tasks(number + start, stop - start), torch.enable_grad(), uncompiled():
+        with step.tasks(number + start, stop - start), torch.enable_grad(), uncompiled(), ThirdDerivatives():
             count = mine.stop - mine.start
             rows = {name: w.detach().expand(count, *w.shape).requires_grad_() for name, w in weights.items()}
             losses = estimated_losses(plan, rows, batch.part(start, stop))
