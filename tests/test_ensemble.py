@@ -130,6 +130,28 @@ def test_scores_of_pixels_have_their_classes_in_the_second_axis(ignored):
     torch.testing.assert_close(found.values[0], wanted, rtol=1e-12, atol=0)
 
 
+class Named(nn.Module):
+    """Returns its output under a name."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.net = network(seed)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"values": self.net(x)}
+
+
+def test_outputs_with_a_name_keep_it():
+    """The loss takes them as the model returns them."""
+    nets = [Named(seed) for seed in range(2)]
+    members = [MAML(net, lambda out, y: F.mse_loss(out["values"], y), inner_lr=0.1) for net in nets]
+    bare = [MAML(net.net, F.mse_loss, inner_lr=0.1) for net in nets]
+    found, wanted = (
+        evaluate(Ensemble(each), Sinusoid(shots=4), tasks=4, steps=(0, 1)).values for each in (members, bare)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
 def test_one_member_is_itself_with_any_statistics():
     net = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1))
     learner = MAML(net, F.mse_loss, inner_lr=0.1)

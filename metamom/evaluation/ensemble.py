@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom.common.choices import Norm
-from metamom.common.held import held
+from metamom.common.held import held, released
 from metamom.common.kinds import named_type
-from metamom.common.trees import Tree, lone
+from metamom.common.trees import Tree, lone, mapped
 from metamom.maml.checks.class_scores import UNKNOWN, Reading
 from metamom.maml.learner import MAML
 from metamom.maml.task_weights import Params
@@ -92,19 +92,22 @@ class Ensemble:
             members.append((adapted, given))
         return EnsembleState(self._reading(*members[0], support_x, support_y), members)
 
-    def predict(self, state: EnsembleState, x: Tree) -> Tensor:
-        """The mean of the predictions, ``[T, Q, ...]``.
+    def predict(self, state: EnsembleState, x: Tree) -> Any:
+        """The mean of the predictions, ``[T, Q, ...]``, in the form that the models return it in.
 
         Raises:
             TypeError: for models that return several tensors.
         """
         each = []
+        predicted: Tree = None
         for learner, (adapted, given) in zip(self.learners, state.members, strict=True):
-            predicted = lone(held(learner.predict(adapted, x, **given)))
-            if predicted is None:
+            predicted = held(learner.predict(adapted, x, **given))
+            one = lone(predicted)
+            if one is None:
                 raise TypeError("an ensemble averages predictions that are one tensor; these are several.")
-            each.append(predicted)
-        return mean_prediction(torch.stack(each), state.reading)
+            each.append(one)
+        mean = mean_prediction(torch.stack(each), state.reading)
+        return released(mapped(lambda _: mean, predicted))
 
     def judge(self, state: EnsembleState, predictions: Tree, y: Tree) -> tuple[Tensor, Tensor | None]:
         """The losses and accuracies ``[T]`` of predictions, by the first learner's loss: see `metamom.MAML.judge`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from metamom.common.choices import Norm
 from metamom.maml.checks.loss_readings import LossFn as LossFn
 from metamom.maml.estimators import ESTIMATORS, Estimator, InnerBatches
+from metamom.maml.normalisation.step_norms import check_step_norms
 from metamom.maml.running.swapping import locked
 from metamom.maml.steps.server_step import Backward as Backward
 from metamom.maml.training import MetaGradient as MetaGradient
@@ -137,6 +138,8 @@ class MAML(Training):
 
         It shares its parameter tensors with this learner. ``chunk_size`` is ``"auto"`` if this learner has none.
         """
+        if self.norms_by_step is not None and estimator is not None:
+            check_step_norms(estimator)
         with locked(self):  # another thread may be running the model
             other = self._another(
                 inner_lr=0.01 if inner_lr is None else inner_lr,

@@ -10,12 +10,14 @@ from torch import nn
 
 from metamom.common.checks import INNER_STEPS, check_whole, is_word
 from metamom.common.kinds import named_type
+from metamom.maml.annealing import check_annealing
 from metamom.maml.checks.hooks import check_hooks
 from metamom.maml.checks.model_checks import check_kind
 from metamom.maml.estimators import check_estimator, tracked_estimators
 from metamom.maml.implicit.proximal import check_proximal
 from metamom.maml.inner_optimizer import check_inner_optimizer
 from metamom.maml.normalisation.norm import check_norm, resolved
+from metamom.maml.normalisation.step_norms import check_step_norms
 from metamom.maml.running.swapping import named
 from metamom.maml.running.vectorize import VECTORIZE
 from metamom.maml.tracking import check_tracking
@@ -143,6 +145,13 @@ def check_change(learner: Any, name: str, value: Any, tracking: float | None, le
         check_estimator(options["estimator"], options["inner_batches"])
         check_inner_optimizer(options["estimator"], learner.inner_optimizer)
         check_tracking(options["estimator"], tracking, options["inner_steps"], learned)
+        if learner.norms_by_step is not None:
+            check_step_norms(options["estimator"])
+        if learner.annealing is not None:
+            multi_step, first_order = learner.annealing.multi_step, learner.annealing.first_order
+            check_annealing(
+                options["estimator"], multi_step, 0 if options["estimator"] == "first-order" else first_order
+            )
         learns = bool(learner.step_sizes.learned())
         check_proximal(options["estimator"], None, options["inner_steps"], learns, learner._gradients.compile is True)
         before = learner.estimator

@@ -196,3 +196,15 @@ def test_options_of_the_constructor_cannot_be_set_later():
     learner = MAML(nn.Linear(1, 1), F.mse_loss, multi_step=3)
     with pytest.raises(AttributeError, match="multi_step is fixed when a learner is made"):
         learner.multi_step = 5
+
+
+def test_estimators_that_they_do_not_go_with_are_refused_later_too():
+    learner = MAML(network(), F.mse_loss, multi_step=3, first_order_until=2)
+    with pytest.raises(ValueError, match="leave out multi_step=3"):
+        learner.estimator = "implicit"
+    learner = MAML(network(), F.mse_loss, first_order_until=2)
+    for estimator in ("perturbed", "hessian-free"):
+        with pytest.raises(ValueError, match="first_order_until=2 is for estimator 'exact'"):
+            learner.estimator = estimator
+    learner.estimator = "first-order"
+    learner.estimator = "exact"

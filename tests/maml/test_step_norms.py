@@ -152,6 +152,11 @@ def test_models_and_estimators_without_them():
         MAML(network(), F.cross_entropy, estimator="moml", step_norms=True)
     with pytest.raises(ValueError, match="not by inner steps"):
         MAML(network(), F.cross_entropy, estimator="implicit", step_norms=True)
+    learner = MAML(network(), F.cross_entropy, step_norms=True)
+    with pytest.raises(ValueError, match="not by inner steps"):
+        learner.estimator = "implicit"
+    with pytest.raises(ValueError, match="not by inner steps"):
+        learner.like(estimator="perturbed")
     with pytest.raises(TypeError, match="step_norms must be True or False"):
         MAML(network(), F.cross_entropy, step_norms=1)
     with pytest.raises(ValueError, match=r"step_norms=True learns .*: leave '0\.1' out of adapt"):
