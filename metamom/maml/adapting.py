@@ -50,7 +50,8 @@ class Adapting(Configured):
         with out_of_inference():
             refuse_one_task(self, support_x, support_y)
             steps, keep_graph = self.inner_steps if steps is None else steps, torch.is_grad_enabled()
-            problem, weights = self._problem(), self.meta_parameters()
+            weights = self.meta_parameters()  # first: it follows changes of the model
+            problem = self._problem()
             *_, adapted = adaptations(problem, weights, support_x, support_y, steps, mask, keep_graph=keep_graph)
             return adapted
 
@@ -117,7 +118,8 @@ class Adapting(Configured):
     ) -> Iterator[Params]:
         """Yield the adapted parameters after 0, 1, ..., ``steps`` inner steps, as from `adapt` but without a graph."""
         with out_of_inference():
-            return adaptations(self._problem(), self.meta_parameters(), support_x, support_y, steps, mask)
+            weights = self.meta_parameters()  # first: it follows changes of the model
+            return adaptations(self._problem(), weights, support_x, support_y, steps, mask)
 
     def predict(
         self,

@@ -140,6 +140,7 @@ class MAML(Training):
         """
         if self.norms_by_step is not None and estimator is not None:
             check_step_norms(estimator)
+        self._keep_up()
         with locked(self):  # another thread may be running the model
             other = self._another(
                 inner_lr=0.01 if inner_lr is None else inner_lr,

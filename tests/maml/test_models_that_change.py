@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from metamom import MAML, TaskBatch
+from metamom import MAML, TaskBatch, evaluate
+from metamom.tasks import LinearRegression
 
 BATCH = regression_batch(tasks=3)
 
@@ -70,6 +71,26 @@ def test_a_learner_follows_its_model(change):
     change(model)
     as_in_a_loop(learner)
     assert list(learner.adapted) == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("first", ["adapt", "trajectory", "evaluate", "like"])
+def test_the_first_call_after_a_change_follows_it(first):
+    """Whatever it is: new parameters adapt at once."""
+    learner, sampler = MAML(net(), F.mse_loss, inner_lr=0.1), LinearRegression(2, 4)
+    learner.adapt(*BATCH[:2])
+    learner.model[0] = nn.Sequential(nn.Linear(2, 4)).double()  # type: ignore[operator]
+    other = MAML(copy.deepcopy(learner.model), F.mse_loss, inner_lr=0.1)
+    found, wanted = (
+        {
+            "adapt": lambda each: each.adapt(*BATCH[:2]),
+            "trajectory": lambda each: list(each.trajectory(*BATCH[:2], steps=2))[-1],
+            "evaluate": lambda each: {"": evaluate(each, sampler, tasks=4, norm="batch").values},
+            "like": lambda each: each.like().adapt(*BATCH[:2]),
+        }[first](each)
+        for each in (learner, other)
+    )
+    assert list(found) == list(wanted)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_parameters_that_are_named_stay_the_only_ones():

@@ -359,6 +359,23 @@ def test_reptile_moves_numbers_too():
     assert_close(mean_over_workers(learner.meta_gradient(batch, workers=2).grads), wanted)
 
 
+def test_a_head_that_is_replaced():
+    """By one for fewer classes, with parameters of other names."""
+    few = tasks().sample(0, 4)
+    few = few._replace(support_y=few.support_y % 2, query_y=few.query_y % 2)
+    learner, head = made("protomaml"), nn.Linear(4, 2).double()
+    learner.model.scores = head
+    expected = made("protomaml")
+    expected.model.scores = copy.deepcopy(head)
+    expected = ProtoMAML(expected.model, F.nll_loss, head="scores", inner_lr=ALPHA, inner_steps=STEPS)
+    assert_close(learner.meta_gradient(few).grads, expected.meta_gradient(few).grads)
+    boil = made("boil")
+    body = boil.adapted
+    boil.model.scores = nn.Sequential(nn.Linear(4, 2)).double()
+    assert "scores.0.weight" in boil.meta_gradient(few).grads
+    assert boil.adapted == body
+
+
 def tied() -> nn.Module:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     net[2].weight = net[0].weight

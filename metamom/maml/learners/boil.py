@@ -47,8 +47,12 @@ class BOIL(MAML):
         if options.pop("adapt", None) is not None:
             raise ValueError("BOIL adapts everything but the head: leave adapt out, or use MAML(adapt=...).")
         self.head = head_name(model, head, "BOIL")
-        own = parameters_within(model, self.head)
-        super().__init__(model, loss_fn, adapt=lambda name: name not in own, **options)
+        super().__init__(
+            model,
+            loss_fn,
+            adapt=lambda name: name not in parameters_within(self.model, self.head),  # of the model as it is
+            **options,
+        )
 
     def describe(self) -> dict[str, Any]:
         """See `metamom.MAML.describe`."""

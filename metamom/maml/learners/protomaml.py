@@ -38,8 +38,9 @@ class ProtoMAML(MAML):
         head: the name of the head.
 
     Raises:
-        ValueError: as `metamom.MAML`; for a head that is not a linear layer with a bias, and options that do not apply.
-            Its methods raise it for a support set without a point of some class.
+        ValueError: as `metamom.MAML`; for a head that is not a linear layer with weight and bias of its own, which it
+            shares with no other module, and options that do not apply. Its methods raise it for a support set without a
+            point of some class.
 
     Example:
         >>> import torch
@@ -72,6 +73,12 @@ class ProtoMAML(MAML):
         if name in ("estimator", "inner_batches"):
             _check_options(**{name: value})
         super().__setattr__(name, value)
+
+    def _keep_up(self) -> None:
+        before = self._structure
+        super()._keep_up()
+        if self._structure != before:
+            self._started = _from_prototypes(self.model, self.head)
 
     def describe(self) -> dict[str, Any]:
         """See `metamom.MAML.describe`."""
