@@ -15,8 +15,8 @@ from metamom.maml.gradient import MetaGradients
 from metamom.maml.inner_step import gradients
 from metamom.maml.plan import Plan
 from metamom.maml.running.plain_autograd import uncompiled
+from metamom.maml.steps.third_derivatives import ThirdDerivatives
 from metamom.maml.task_weights import Params
-from metamom.maml.third_derivatives import ThirdDerivatives
 from metamom.maml.under_vmap.draws import Step
 from metamom.server.aggregate import flatten
 
