@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metamom.common.choices import Norm
+from metamom.common.choices import Norm, Normalised
 from metamom.common.numbers import counted
 from metamom.experiments.python_tasks import preprocessing_of, task_family
 from metamom.experiments.recipes import Recipe
 from metamom.maml.learner import MAML
-from metamom.maml.normalisation.norm import resolved
+from metamom.maml.normalisation.norm import for_single_points, name_of, resolved
+from metamom.maml.normalisation.norm_modes import ByLayer
 from metamom.tasks.image_files import find_tree
 from metamom.tasks.preprocessing import Preprocessing, image_paths
 from metamom.weights import save_weights
@@ -98,7 +99,7 @@ class Adapted:
     classes: tuple[str, ...]
     images: int
     steps: int
-    norm: Norm
+    norm: Normalised
     reader: Reader
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
@@ -163,10 +164,12 @@ def adapt_to_folder(
             f"the run's model tells {reader.ways} classes apart; {folder} has {len(classes)}. Remove some, or train "
             f"with --ways {len(classes)}."
         )
-    chosen: Norm = norm or ("frozen" if resolved(learner.model, learner.norm) == "frozen" else "support")
+    uses = for_single_points(resolved(learner.model, learner.norm)) if norm is None else norm
     x = reader.preprocessing.read_files([listing.root / file.path for file in listing.files])
-    model = learner.fit(x, torch.from_numpy(listing.labels), steps=steps, norm=chosen)
-    return Adapted(model, classes, len(x), learner.inner_steps if steps is None else steps, chosen, reader)
+    labels, given = torch.from_numpy(listing.labels), None if isinstance(uses, ByLayer) else uses
+    model = learner.fit(x, labels, steps=steps, norm=given)
+    taken = learner.inner_steps if steps is None else steps
+    return Adapted(model, classes, len(x), taken, name_of(uses), reader)
 
 
 def save(adapted: Adapted, file: str | Path, card: Mapping[str, Any]) -> Path:

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from metamom.maml.checks.loss_readings import LossFn
 from metamom.maml.learner import MAML
 from metamom.maml.learners.kinds import make_learner
-from metamom.maml.normalisation.norm import resolved
+from metamom.maml.normalisation.norm import as_setting, resolved
 from metamom.maml.task_weights import Params
 from metamom.nets.models import SMALLEST, Conv4, SinusoidMLP
 from metamom.nets.resnet import ResNet12
+from metamom.nets.statistics import uses_running_statistics
 from metamom.training.plan import describe_loss
 
 MODEL = "model."  # prefixes in a learner's state
@@ -150,11 +151,25 @@ def _steps_with_own_values(state: Mapping[str, Tensor], learned: Any, steps: int
 
 
 def _norm(recorded: Any, model: nn.Module) -> Any:
-    """The choice that makes this model normalise as the run's did; ``None`` if its mode says so already."""
-    try:
-        return None if recorded is None or resolved(model, None) == recorded else recorded
-    except ValueError:  # layers in several modes
-        return recorded
+    """The choice that makes this model normalise as the run's did; ``None`` if its mode says so.
+
+    If the layers of the run were in several modes, those of the model are put into the same.
+
+    Raises:
+        ValueError: for a model without these layers.
+    """
+    if not isinstance(recorded, dict):
+        return None if recorded is None or as_setting(resolved(model, None)) == recorded else recorded
+    layers = {name: each for name, each in model.named_modules() if uses_running_statistics(each)}
+    frozen = set(recorded["frozen"])
+    if not frozen <= layers.keys():
+        raise ValueError(
+            "in this run, these layers normalised by running statistics, which the model does not have: "
+            f"{', '.join(sorted(frozen - layers.keys()))}. Give the model of the run."
+        )
+    for name, each in layers.items():
+        each.train(name not in frozen)
+    return None
 
 
 def _step_sizes(alpha: Mapping[str, Any], adapted: list[str], state: Mapping[str, Tensor]) -> dict[str, Any]:

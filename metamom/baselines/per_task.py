@@ -18,8 +18,10 @@ from metamom.common.trees import Tree, count, joined, mapped
 from metamom.maml.checks.batch_checks import check_set
 from metamom.maml.fitting import copied
 from metamom.maml.normalisation.norm import check_norm, resolved
+from metamom.maml.normalisation.norm_modes import ByLayer
 from metamom.maml.running.swapping import locked
 from metamom.nets.models import use_batch_statistics
+from metamom.nets.statistics import hide
 
 
 class PerTask(ABC):
@@ -74,6 +76,10 @@ def frozen_copy(model: nn.Module, norm: Norm | None) -> nn.Module:
     with torch.inference_mode(False), locked(model):
         copy = copied(model)
         uses = resolved(model, norm)
+        if isinstance(uses, ByLayer):
+            for name, module in copy.named_modules():
+                if name not in uses.frozen:
+                    hide(module)
     return (use_batch_statistics(copy) if uses == "batch" else copy).eval()
 
 

@@ -10,8 +10,10 @@ from metamom.baselines.features import Penultimate
 from metamom.baselines.per_task import PerTask
 from metamom.baselines.probes import LinearProbe, NearestCentroid
 from metamom.baselines.tuning import FineTuning, FromScratch
+from metamom.common.choices import Norm
 from metamom.maml.learner import MAML
 from metamom.maml.normalisation.norm import resolved
+from metamom.maml.normalisation.norm_modes import ByLayer
 
 
 def standard_baselines(
@@ -31,7 +33,7 @@ def standard_baselines(
     """
     model, loss_fn = learner.model, learner.loss_fn
     uses = resolved(model, learner.norm)
-    norm = "batch" if uses == "support" else uses
+    norm: Norm | None = "batch" if uses == "support" else None if isinstance(uses, ByLayer) else uses
     found: dict[str, PerTask] = {}
     if classes and any(isinstance(module, nn.Linear) for module in model.modules()):
         features = Penultimate(model)

@@ -32,10 +32,12 @@ LEARNERS: tuple[Learner, ...] = get_args(Learner)
 
 Norm = Literal["batch", "frozen", "support"]  # of `metamom.MAML`
 NORMS: tuple[Norm, ...] = get_args(Norm)
-STATISTICS_OF: dict[Norm, str] = {  # in results
+Normalised = Norm | Literal["mixed"]  # what was used
+STATISTICS_OF: dict[Normalised, str] = {  # in results
     "batch": "batch statistics",
     "frozen": "running statistics",
     "support": "statistics of each task's support set",
+    "mixed": "running statistics in the layers in eval(), batch statistics in the others",
 }
 
 # of `metamom.evaluate`

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from metamom.batch import TaskBatch
-from metamom.common.choices import Norm
+from metamom.common.choices import Norm, Normalised
 from metamom.common.kinds import named_type
 from metamom.common.trees import Tree
 from metamom.evaluation.ensemble import Ensemble
@@ -63,7 +63,7 @@ def with_options(learner: Adaptable, norm: Norm | None, inner_lr: float | None) 
     return learner.like(norm=norm, inner_lr=inner_lr)
 
 
-def statistics_of(learner: Adaptable) -> Norm | None:
+def statistics_of(learner: Adaptable) -> Normalised | None:
     """What the normalisations of a learner used, if it has any."""
     one = learner.learners[0] if isinstance(learner, Ensemble) else learner
     return statistics_used(one.model, one.norm) if isinstance(one, MAML) else None

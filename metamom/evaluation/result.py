@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metamom.common.choices import STATISTICS_OF, Norm
+from metamom.common.choices import STATISTICS_OF, Normalised
 
 
 class Evaluation(NamedTuple):
@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
     values: Tensor
     metric: str
     confidence: float
-    norm: Norm | None = None
+    norm: Normalised | None = None
 
     def __repr__(self) -> str:
         width = max(8, len(self.metric))

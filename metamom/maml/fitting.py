@@ -6,7 +6,7 @@ Legend: S support points, Q query points, of one task without a task axis.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,8 +22,8 @@ from metamom.maml.checks.batch_checks import NonFiniteDataError, refuse_non_fini
 from metamom.maml.checks.not_finite import NonFiniteStepError
 from metamom.maml.configured import Configured
 from metamom.maml.modes import out_of_inference
-from metamom.maml.normalisation.norm import check_norm, resolved
-from metamom.maml.normalisation.norm_modes import Normalisation, Statistics, statistics_of
+from metamom.maml.normalisation.norm import check_norm, for_single_points, of_support, resolved
+from metamom.maml.normalisation.norm_modes import AnyNorm, ByLayer, Normalisation, Statistics, statistics_of
 from metamom.maml.problem import Problem
 from metamom.maml.running.run_by_task import RunByTask, Support, call
 from metamom.maml.running.swapping import evaluating, locked, tensors_within
@@ -58,7 +58,7 @@ def fit_and_predict(
         (query_x,) = _batch_of_one(learner, "query_x", query_x)
         problem = _problem(learner, norm, support_x)
         adapted = _adapted(learner, problem, support_x, support_y, steps)
-        support = Support(support_x, None) if problem.norm == "support" else None
+        support = Support(support_x, None) if of_support(problem.norm) else None
         found = predicted(problem, adapted, query_x, None, support)
         return released(mapped(lambda x: x[0], found))
 
@@ -74,7 +74,8 @@ def _problem(learner: Configured, norm: Norm | None, support_x: Tree) -> Problem
         return problem._replace(norm=resolved(learner.model, norm))
     if problem.norm == "frozen" or (problem.norm is None and not _mixes(learner.model, support_x)):
         return problem
-    return problem._replace(norm=resolved(learner.model, "support"))
+    uses = for_single_points(problem.norm)
+    return problem._replace(norm=uses if isinstance(uses, ByLayer) else resolved(learner.model, uses))
 
 
 def _mixes(model: nn.Module, support_x: Tree) -> bool:
@@ -174,7 +175,7 @@ def _refuse_ignored(learner: Configured, support_y: Tree) -> None:
         )
 
 
-def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:
+def _bake(model: nn.Module, norm: AnyNorm | None, support_x: Tree) -> None:
     """Let a model in ``eval()`` normalise as the learner does, without the learner.
 
     Raises:
@@ -182,8 +183,13 @@ def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:
     """
     if norm is None or norm == "frozen":
         return
-    calls = _calls(model, support_x)
+    kept = norm.frozen if isinstance(norm, ByLayer) else frozenset[str]()
+    frozen = [module for name, module in model.named_modules() if name in kept]
+    norm = norm.others if isinstance(norm, ByLayer) else norm
+    calls = _calls(model, support_x, frozen)
     for module in model.modules():
+        if any(module is each for each in frozen):
+            continue
         if isinstance(module, BatchNormReLU) and norm == "support":
             module.fix(*_once(calls, module, model))
         elif isinstance(module, _BatchNorm) and norm == "support":
@@ -203,9 +209,12 @@ def _bake(model: nn.Module, norm: Norm | None, support_x: Tree) -> None:
 Call = tuple[nn.Module | None, Statistics, bool]  # its layer, the statistics of its input, whether it has running ones
 
 
-def _calls(model: nn.Module, x: Tree) -> list[Call]:
-    """The normalisations by statistics of several points in a call of the model on ``x``, each by its own."""
-    recorder = _Recorder()
+def _calls(model: nn.Module, x: Tree, frozen: Sequence[nn.Module] = ()) -> list[Call]:
+    """The normalisations by statistics of several points in a call of the model on ``x``, each by its own.
+
+    The ``frozen`` layers use their running statistics.
+    """
+    recorder = _Recorder(frozen)
     with recorder.within(model), recorder:
         call(model, x)
     return recorder.calls
@@ -231,10 +240,11 @@ def _once(calls: list[Call], module: nn.Module, model: nn.Module) -> Statistics:
 class _Recorder(Normalisation):
     """Normalises each set by its own statistics, and records them with the layer that asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, frozen: Sequence[nn.Module]) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self._layer: nn.Module | None = None
+        self._frozen = frozen
 
     @contextmanager
     def within(self, model: nn.Module) -> Iterator[None]:
@@ -256,9 +266,18 @@ class _Recorder(Normalisation):
                 hook.remove()
 
     def of_batch(self, input: Tensor, running: Statistics | None, axis: int) -> Statistics | None:
-        """Record the statistics of a call, and use them."""
+        """Record the statistics of a call, and use them, unless the layer is frozen."""
+        if self._is_frozen():
+            return running
         self.calls.append((self._layer, statistics_of(input, axis), running is not None))
         return None
+
+    def of_instance(self, running: Statistics | None) -> Statistics | None:
+        """The running statistics of a frozen layer."""
+        return running if self._is_frozen() else None
+
+    def _is_frozen(self) -> bool:
+        return any(self._layer is each for each in self._frozen)
 
 
 def refuse_one_task(learner: Configured, support_x: object, support_y: object) -> None:

@@ -19,9 +19,9 @@ from torch.nn.modules import module as every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from metamom.common.choices import Norm
 from metamom.common.modules import modules_of
 from metamom.maml.checks.carried_over import generators_outside_torch
+from metamom.maml.normalisation.norm_modes import AnyNorm
 from metamom.maml.running.swapping import is_training, slots
 from metamom.maml.task_weights import Params
 
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     """
 
     training: bool
-    norm: Norm | None
+    norm: AnyNorm | None
     adapted: tuple[str, ...]
     shapes: tuple[tuple[torch.Size, torch.dtype], ...]
 

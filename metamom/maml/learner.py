@@ -77,8 +77,8 @@ class MAML(Training):
         norm: what batch normalisation uses: ``"batch"``, the statistics of the current set (transductive, as in MAML);
             ``"frozen"``, the model's running statistics; or ``"support"``, for queries, the statistics of their task's
             support set at the adapted weights, so that predictions do not depend on the other queries (inductive). By
-            default ``"frozen"`` for a model in ``eval()`` with running statistics, else ``"batch"``. Running statistics
-            are never written.
+            default each layer's own mode decides: ``"frozen"`` for layers in ``eval()`` with running statistics, else
+            ``"batch"``. Running statistics are never written.
         multi_step: N, the iterations over which the weights of the query losses after each inner step anneal from 1/J
             each to the last one alone (`metamom.maml.annealing.step_weights`); 0 for the last one from the start. The
             gradient is that of the weighted sum, and the reported loss that after the last step. `backward` and

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metamom.batch import TaskBatch, check_points, kind_of
-from metamom.common.choices import Norm
 from metamom.common.numbers import counted
 from metamom.common.trees import Tree, joined, leaves, mapped, named_leaves, shown
+from metamom.maml.normalisation.norm_modes import AnyNorm
 from metamom.maml.running.swapping import is_training
 from metamom.maml.under_vmap.draws import rewinder
 from metamom.maml.vmap_errors import VmapError, gist
@@ -177,11 +177,11 @@ def takes_mask(loss_fn: Callable[..., Any]) -> bool:
 
 
 def loops_over_padded(
-    known: dict[tuple[bool, Norm | None], bool],
+    known: dict[tuple[bool, AnyNorm | None], bool],
     model: nn.Module,
     predict: Callable[[Tree], Tree],
     x: Tree,
-    norm: Norm | None,
+    norm: AnyNorm | None,
     mask: Tensor | None,
     must_not: bool,
     draws: AbstractSet[bool],

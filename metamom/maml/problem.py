@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
-from metamom.common.choices import Norm
 from metamom.common.modules import named_parameters_of
 from metamom.maml.checks.loss_readings import LossFn, LossReadings
 from metamom.maml.checks.unused import Uses
@@ -22,6 +21,7 @@ from metamom.maml.implicit.solves import Solves
 from metamom.maml.inner_lr import StepSizes
 from metamom.maml.inner_optimizer import InnerOptimizer, InnerSGD
 from metamom.maml.joined_sets import together
+from metamom.maml.normalisation.norm_modes import AnyNorm
 from metamom.maml.normalisation.step_norms import StepNorms
 from metamom.maml.running.run_by_task import RunByTask
 from metamom.maml.running.swapping import is_training, locked, named
@@ -91,7 +91,7 @@ class Problem(NamedTuple):
     objective: Tensor | None
     estimator: Estimator
     autocast: torch.dtype | None
-    norm: Norm | None
+    norm: AnyNorm | None
     run: RunByTask
     vectorization: Vectorization
     readings: LossReadings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -68,6 +69,39 @@ def uncounted(modules: Iterable[nn.Module]) -> Iterator[None]:
             del module.__dict__["num_batches_tracked"]
         for module in synchronised:
             del module.__dict__["forward"]
+
+
+@contextmanager
+def hidden(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Hide the running statistics of normalisation layers, so that these use the statistics of their input.
+
+    Layers with a forward of their own are put into training mode instead, since it may read the running statistics.
+    """
+    plain: list[nn.Module] = []
+    evaluating: list[nn.Module] = []
+    for module in modules:
+        if uses_running_statistics(module):
+            if not normalises_itself(type(module)):  # type: ignore[arg-type]  # a class hashes
+                plain.append(module)
+            elif not module.training:
+                evaluating.append(module)
+    for module in plain:
+        module.__dict__.update(running_mean=None, running_var=None)
+    for module in evaluating:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in plain:
+            del module.__dict__["running_mean"], module.__dict__["running_var"]
+        for module in evaluating:
+            module.training = False
+
+
+@cache
+def normalises_itself(kind: type[nn.Module]) -> bool:
+    """Whether a class of batch normalisation has another forward than PyTorch's."""
+    return issubclass(kind, _BatchNorm) and not kind.forward.__module__.startswith("torch.")
 
 
 def _complete(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:

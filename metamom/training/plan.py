@@ -20,7 +20,7 @@ from metamom.bias.function import Function, function_name
 from metamom.common.kinds import named_type
 from metamom.distributed import World, as_world
 from metamom.maml.learner import MAML
-from metamom.maml.normalisation.norm import resolved
+from metamom.maml.normalisation.norm import as_setting, resolved
 from metamom.maml.steps.federation import Federation, check_estimator
 from metamom.optim import CompositeMomentum
 from metamom.server.aggregate import Aggregation
@@ -197,7 +197,7 @@ def describe(
     ]
     operator = as_operator(bias)
     like = next(learner.model.parameters())
-    uses = resolved(learner.model, None) if learner.norm is None else None  # what the model's mode says
+    uses = as_setting(resolved(learner.model, None)) if learner.norm is None else None  # what the model's mode says
     loss, own = Contents(learner.loss_fn), Contents(*_functions(operator))
     contents = {"loss": loss.values[0], **({"bias": own.values} if own.values else {})}
     return {

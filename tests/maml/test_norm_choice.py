@@ -57,20 +57,9 @@ def test_a_hand_written_frozen_layer_stays_frozen_unless_asked():
     assert not torch.allclose(default, by_batch)
 
 
-def mixed() -> nn.Module:
-    model, _ = case("2d")
-    model[1].eval()
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "norm", "message"),
     [
-        (
-            mixed,
-            None,
-            r"some are in eval\(\): 1; and some in training mode: 5\. Choose for all of them: norm=\"frozen\"",
-        ),
         (lambda: Conv4(WAYS), "frozen", r"layers do not have: features\.0\.1, features\.1\.1.*norm=\"batch\""),
         (lambda: use_batch_statistics(case("2d")[0]), "frozen", r"do not have: 1, 5\."),
         (lambda: case("2d")[0], "running", r'"batch", "frozen", "support", or None.*got \'running\''),
@@ -95,12 +84,9 @@ def test_an_attribute_and_an_evaluation_are_checked_as_the_constructor_is():
     assert learner.norm is None
 
 
-def test_a_mixed_model_trains_with_a_choice_and_is_refused_when_it_becomes_one():
+def test_a_mixed_model_takes_a_choice_for_all_of_its_layers():
     model, batch = case("2d")
-    learner = MAML(model, F.cross_entropy)
     model[1].eval()
-    with pytest.raises(ValueError, match="Choose for all of them"):
-        learner.backward(batch)
     frozen = MAML(model, F.cross_entropy, norm="frozen").meta_gradient(batch).losses
     assert torch.equal(frozen, MAML(model.eval(), F.cross_entropy).meta_gradient(batch).losses)
 

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metamom.common.choices import Norm
 from metamom.common.trees import count
 from metamom.compile.tracing import is_tracing
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.inner_updates import Moments, direction
-from metamom.maml.normalisation.norm_modes import normalising
+from metamom.maml.normalisation.norm_modes import AnyNorm, normalising
 from metamom.maml.problem import PLAIN, Problem
 from metamom.maml.running.run_by_task import RunByTask
 from metamom.maml.running.swapping import is_training, tensors_left
@@ -172,7 +171,7 @@ def labels(y: Tensor | None) -> tuple[Tensor, ...]:
     return () if y is None else (y.long() if y.dtype == torch.uint8 else y,)
 
 
-def is_settled(run: RunByTask, model: nn.Module, norm: Norm | None, tasks: int, *, loop: bool) -> bool:
+def is_settled(run: RunByTask, model: nn.Module, norm: AnyNorm | None, tasks: int, *, loop: bool) -> bool:
     """Whether the model has run on this many tasks, so that nothing new is to be found when it does again."""
     mode = is_training(model)
     if mode in run.draws and run.places.get((mode, loop)) != Places():
@@ -181,7 +180,7 @@ def is_settled(run: RunByTask, model: nn.Module, norm: Norm | None, tasks: int, 
 
 
 def as_settled(
-    run: RunByTask, model: nn.Module, norm: Norm | None, tasks: int, *, loop: bool
+    run: RunByTask, model: nn.Module, norm: AnyNorm | None, tasks: int, *, loop: bool
 ) -> Callable[[Tensor], Any]:
     """The model as a function of one task's inputs, which `is_settled` holds for."""
     kind = model.training, norm, tasks, are_many(), not loop

@@ -6,13 +6,15 @@ See `metamom.maml.normalisation.norm_modes` for how the choice takes effect.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from metamom.common.choices import NORMS, Norm
-from metamom.common.modules import modules_of
+from metamom.common.choices import NORMS, Norm, Normalised
+from metamom.common.modules import modules_of, named_modules_of
 from metamom.maml.checks.model_checks import scripted_calls
+from metamom.maml.normalisation.norm_modes import AnyNorm, ByLayer
 from metamom.maml.running.swapping import locked
 from metamom.nets.layers import BatchNormReLU
 from metamom.nets.statistics import uses_running_statistics
@@ -29,7 +31,7 @@ def check_norm(norm: object) -> None:
         raise ValueError(f"norm must be {choices}, or None for what the model's mode says; got {norm!r}.")
 
 
-def resolved(model: nn.Module, norm: Norm | None) -> Norm | None:
+def resolved(model: nn.Module, norm: Norm | None) -> AnyNorm | None:
     """What the normalisation of a model uses.
 
     Args:
@@ -37,18 +39,20 @@ def resolved(model: nn.Module, norm: Norm | None) -> Norm | None:
         norm: the caller's choice.
 
     Returns:
-        The choice. ``None`` if there is none and the model has no layer with running statistics: it runs unchanged.
+        The choice; a `ByLayer` if there is none and the layers differ. ``None`` if there is none and the model has no
+        layer with running statistics: it runs unchanged.
 
     Raises:
-        ValueError: if some of the layers are in ``eval()`` and some are not, if a layer lacks the statistics that
-            ``"frozen"`` reads, and for a choice that cannot act on scripted code.
+        ValueError: if a layer lacks the statistics that ``"frozen"`` reads, and for a choice that cannot act on
+            scripted code.
     """
+    uses: AnyNorm | None = norm
     if norm is None:
         layers = [module for module in modules_of(model) if isinstance(module, _NormBase)]  # fast: for every step
         if not any(map(uses_running_statistics, layers)):
             return None
-        norm = _of_mode(model)
-    if norm == "frozen":
+        uses = _of_mode(model)
+    elif norm == "frozen":
         lacking = [name for name, module in _named(model) if _lacks_statistics(module)]
         if lacking:
             raise ValueError(
@@ -58,32 +62,53 @@ def resolved(model: nn.Module, norm: Norm | None) -> Norm | None:
     scripted = [name for name, module in _named(model) if scripted_calls(module, ("batch_norm", "instance_norm"))]
     if scripted:
         raise ValueError(
-            f"norm={norm!r} replaces the functions that normalise, and cannot in scripted code: {_list(scripted)}. "
-            "Pass the model that torch.jit.script or torch.jit.trace was given."
+            f"norm={as_setting(uses)!r} replaces the functions that normalise, and cannot in scripted code: "
+            f"{_list(scripted)}. Pass the model that torch.jit.script or torch.jit.trace was given."
         )
-    return norm
+    return uses
 
 
-def statistics_used(model: nn.Module, norm: Norm | None) -> Norm | None:
+def name_of(uses: AnyNorm) -> Normalised:
+    """The word for it in results; ``"mixed"`` if layers differ."""
+    return "mixed" if isinstance(uses, ByLayer) else uses
+
+
+def as_setting(uses: AnyNorm | None) -> str | dict[str, Any] | None:
+    """The same as a JSON value, with the names of the frozen layers if layers differ."""
+    return {"frozen": sorted(uses.frozen), "others": uses.others} if isinstance(uses, ByLayer) else uses
+
+
+def of_support(uses: AnyNorm | None) -> bool:
+    """Whether a normalisation of queries needs the support set."""
+    return (uses.others if isinstance(uses, ByLayer) else uses) == "support"
+
+
+def for_single_points(uses: AnyNorm | None) -> AnyNorm:
+    """The same with the statistics of the support set in place of those of the current set."""
+    return "frozen" if uses == "frozen" else uses._replace(others="support") if isinstance(uses, ByLayer) else "support"
+
+
+def statistics_used(model: nn.Module, norm: Norm | None) -> Normalised | None:
     """As `resolved`, but ``"batch"`` for layers that keep no statistics; ``None`` if no layer normalises a batch."""
     chosen = resolved(model, norm)
-    if chosen is None and any(isinstance(module, (_BatchNorm, BatchNormReLU)) for module in model.modules()):
-        return "batch"
-    return chosen
+    if chosen is None:
+        normalises = any(isinstance(module, (_BatchNorm, BatchNormReLU)) for module in model.modules())
+        return "batch" if normalises else None
+    return name_of(chosen)
 
 
-def _of_mode(model: nn.Module) -> Norm:
-    """What layers with running statistics use in PyTorch: those in ``eval()``, else those of the current batch."""
+def _of_mode(model: nn.Module) -> AnyNorm:
+    """What layers use in PyTorch: their running statistics in ``eval()``, else those of the current batch."""
     with locked(model):  # another thread may have put it into evaluation mode for a call
-        modes = [(name, module.training) for name, module in _named(model) if uses_running_statistics(module)]
-    training, evaluating = ([name for name, mode in modes if mode is wanted] for wanted in (True, False))
-    if training and evaluating:
-        raise ValueError(
-            f"of the layers with running statistics, some are in eval(): {_list(evaluating)}; and some in training "
-            f'mode: {_list(training)}. Choose for all of them: norm="frozen" reads the running statistics, '
-            'norm="batch" and norm="support" do not.'
-        )
-    return "batch" if training else "frozen"
+        named = named_modules_of(model)
+        frozen = {name for name, each in named.items() if uses_running_statistics(each) and not each.training}
+    if not frozen:
+        return "batch"
+    others = any(
+        _lacks_statistics(each) or (uses_running_statistics(each) and name not in frozen)
+        for name, each in named.items()
+    )
+    return ByLayer(frozenset(frozen)) if others else "frozen"
 
 
 def _lacks_statistics(module: nn.Module) -> bool:

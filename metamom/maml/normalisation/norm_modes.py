@@ -7,22 +7,36 @@ are frozen, else those of each instance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from metamom.common.choices import Norm
-from metamom.common.modules import modules_of
+from metamom.common.modules import modules_of, named_modules_of
 from metamom.nets.inside_vmap import differentiated
 from metamom.nets.layers import batch_norm_relu
-from metamom.nets.statistics import uncounted, uses_running_statistics
+from metamom.nets.statistics import hidden, normalises_itself, uncounted, uses_running_statistics
+
+
+class ByLayer(NamedTuple):
+    """A choice for each layer, in place of one for all of them.
+
+    Attributes:
+        frozen: the names of the layers that normalise by running statistics.
+        others: what the other layers use, ``"batch"`` or ``"support"``.
+    """
+
+    frozen: frozenset[str]
+    others: Norm = "batch"
+
+
+AnyNorm = Norm | ByLayer
 
 
 class Statistics(NamedTuple):
@@ -234,12 +248,53 @@ class OfSupport(Normalisation):
         return None
 
 
+class AsTold(OfSupport):
+    """Normalises by running statistics where a call of the function says so, and elsewhere as `OfSupport`.
+
+    Layers that are not to use their running statistics must not pass them on, see `metamom.nets.statistics.hidden`.
+    """
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.batch_norm`."""
+        running = None if training else _given(running_mean, running_var)
+        if running is not None:
+            return in_one_pass(input, running, weight, bias, eps, 1)
+        return super().batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+    def instance_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.instance_norm`."""
+        running = None if use_input_stats else _given(running_mean, running_var)
+        if running is not None:
+            return normalised(input, running, weight, bias, eps, 1)
+        return super().instance_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
 MODES: dict[Norm, type[Normalisation]] = {"batch": Normalisation, "frozen": Frozen, "support": OfSupport}
 
 
 @contextmanager
 def normalising(
-    model: nn.Module, norm: Norm | None
+    model: nn.Module, norm: AnyNorm | None
 ) -> Iterator[Callable[[Callable[[Tensor], Any], Sequence[Tensor]], Any]]:
     """Yield a function that calls ``model`` on sets (see `Normalisation.call`) with a choice of statistics.
 
@@ -248,44 +303,46 @@ def normalising(
     if norm is None:
         yield lambda model, sets: model(sets[-1])
         return
-    modules = modules_of(model)
-    with uncounted(modules), MODES[norm]() as mode, _acting(mode, norm, modules):
+    if isinstance(norm, ByLayer):
+        named = named_modules_of(model)
+        modules = [*named.values()]
+        kind: type[Normalisation] = AsTold
+        uses: Iterable[Norm] = ["frozen" if name in norm.frozen else norm.others for name in named]
+        of_input = [module for name, module in named.items() if name not in norm.frozen]
+    else:
+        modules, kind, uses, of_input = modules_of(model), MODES[norm], repeat(norm), []
+    with uncounted(modules), hidden(of_input), kind() as mode, _acting(mode, zip(modules, uses, strict=False)):
         yield mode.call
 
 
 @contextmanager
-def _acting(mode: Normalisation, norm: Norm, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Refuse layers with a forward of their own that ``norm`` does not act on, when they are called.
+def _acting(mode: Normalisation, uses: Iterable[tuple[nn.Module, Norm]]) -> Iterator[None]:
+    """Refuse layers with a forward of their own that do not do what they should, when they are called.
 
     Raises:
-        ValueError: for a layer that does not call a function that ``mode`` replaces, unless it does what ``norm`` says
-            in the mode that it is in.
+        ValueError: for a layer that does not call a function that ``mode`` replaces, unless it uses what it should in
+            the mode that it is in.
     """
     before: list[int] = []
+    own = {id(each): (each, norm) for each, norm in uses if normalises_itself(type(each))}  # type: ignore[arg-type]
 
     def begin(module: nn.Module, inputs: Any) -> None:
         before.append(mode.replaced)
 
     def end(module: nn.Module, inputs: Any, output: Any) -> None:
         does = "batch" if module.training or not uses_running_statistics(module) else "frozen"
+        _, norm = own[id(module)]
         if before.pop() == mode.replaced and norm != does:
             raise ValueError(
                 f"norm={norm!r} replaces the functions that normalise, and {type(module).__name__} normalises by a "
                 f"forward of its own, here as {does!r}. Let its forward call torch.nn.functional.batch_norm."
             )
 
-    own = [module for module in modules if _normalises_itself(type(module))]  # type: ignore[arg-type]  # a class hashes
     with ExitStack() as hooks:
-        for module in own:
+        for module, _ in own.values():
             for hook in (module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end)):
                 hooks.callback(hook.remove)
         yield
-
-
-@cache
-def _normalises_itself(kind: type[nn.Module]) -> bool:
-    """Whether a class of batch normalisation has another forward than PyTorch's."""
-    return issubclass(kind, _BatchNorm) and not kind.forward.__module__.startswith("torch.")
 
 
 def statistics_of(x: Tensor, axis: int) -> Statistics:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metamom.common.choices import Norm
 from metamom.common.modules import modules_of
 from metamom.common.trees import Tree, count, device_of, named_leaves, points
 from metamom.compile.tracing import is_tracing
@@ -24,7 +23,7 @@ from metamom.maml.checks.misfits import inputs_explained
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.heads import Heads, Kind, depends, options_of, versions_of
-from metamom.maml.normalisation.norm_modes import normalising
+from metamom.maml.normalisation.norm_modes import AnyNorm, normalising
 from metamom.maml.padding import with_finite_padding
 from metamom.maml.running.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
 from metamom.maml.running.one_task import Masked, copies, of_one_task
@@ -95,12 +94,12 @@ class RunByTask:
     def __init__(self) -> None:
         self.draws: set[bool] = set()
         self.places: dict[tuple[bool, bool], Places] = {}
-        self.calls: dict[tuple[bool, Norm | None, int, bool, bool], bool] = {}
+        self.calls: dict[tuple[bool, AnyNorm | None, int, bool, bool], bool] = {}
         self.leaves: dict[bool, frozenset[nn.Module]] = {}
         self.heads = Heads()
-        self.mixes: dict[tuple[bool, Norm | None], bool] = {}
+        self.mixes: dict[tuple[bool, AnyNorm | None], bool] = {}
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
-        self.unsuitable: set[tuple[int, bool, Norm | None, int, str]] = set()
+        self.unsuitable: set[tuple[int, bool, AnyNorm | None, int, str]] = set()
         self.hooks: frozenset[Hashable] = frozenset()
         self.preferred: dict[tuple[bool, int, tuple[str, ...], int | None], bool] = {}
 
@@ -115,7 +114,7 @@ class RunByTask:
         draws: bool,
         dtype: torch.dtype | None,
         loop: bool,
-        norm: Norm | None = None,
+        norm: AnyNorm | None = None,
         support: Support | None = None,
         features: Features | None = None,
         target: Callable[..., Any] | None = None,
@@ -178,7 +177,7 @@ class RunByTask:
         own: Params,
         sets: tuple[Tensor, ...],
         features: Features,
-        norm: Norm | None,
+        norm: AnyNorm | None,
         run: Callable[..., Any],
     ) -> Tree:
         """The same as ``run(model, sets)``, from the features of an earlier call if the model has a head."""
@@ -217,7 +216,7 @@ class RunByTask:
         draws: bool,
         dtype: torch.dtype | None,
         loop: bool,
-        norm: Norm | None,
+        norm: AnyNorm | None,
     ) -> Any:
         """What ``target``, the model or a part of it, returns for the last of the sets.
 
@@ -300,7 +299,7 @@ class RunByTask:
         return found
 
     @contextmanager
-    def _functions(self, model: nn.Module, norm: Norm | None, tasks: int, *, fast: bool) -> Iterator[None]:
+    def _functions(self, model: nn.Module, norm: AnyNorm | None, tasks: int, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model is new, has called them before, or has modules that may call them."""
         kind = model.training, norm, tasks, are_many(), fast
         if not self.calls.get(kind, True):
