@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metamom.maml.estimators import ESTIMATORS, InnerBatch
 from metamom.maml.implicit.proximal_adaptation import proximal_trajectory
-from metamom.maml.inner_step import inner_step
+from metamom.maml.inner_step import inner_step, straight_through
 from metamom.maml.inner_updates import Moments, direction
 from metamom.maml.modes import out_of_inference
 from metamom.maml.problem import Problem
@@ -45,7 +45,7 @@ def trajectory(
                 flat = [name for name, grad in grads.items() if grad is not None and not grad.requires_grad]
                 check_constant(problem, flat, batch)
             own = {}
-            for name, w in at.items():
+            for name, w in _shortened(problem, at).items():
                 grad = grads[name]
                 if grad is None:
                     own[name] = w
@@ -57,6 +57,12 @@ def trajectory(
         if not keep_graph:
             own = {name: w.detach() for name, w in own.items()}
         yield own
+
+
+def _shortened(problem: Problem, weights: Params) -> Params:
+    """The weights that the model has just run with, with the rows that it has shortened in place."""
+    found = problem.run.shortened
+    return {name: straight_through(found[name], w) if name in found else w for name, w in weights.items()}
 
 
 def _alpha(problem: Problem, name: str, start: Start, weight: Tensor, step: int) -> float | Tensor:

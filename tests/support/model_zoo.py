@@ -245,7 +245,6 @@ FIRST_ORDER = {
 REFUSED: dict[str, tuple[Callable[[], Problem], str]] = {
     name: ((lambda make=make, inputs=inputs, classes=classes: problem(make, inputs, classes)), said)
     for name, (make, inputs, classes, said) in {
-        "embedding with a largest norm": (sequence_model(max_norm=1.0), words(5), WAYS, "in-place|in place"),
         "spectral norm in training": (
             lambda: mlp(parametrizations.spectral_norm(nn.Linear(6, 6))), V4, 0, "in-place|in place",
         ),

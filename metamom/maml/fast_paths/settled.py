@@ -174,6 +174,8 @@ def labels(y: Tensor | None) -> tuple[Tensor, ...]:
 def is_settled(run: RunByTask, model: nn.Module, norm: AnyNorm | None, tasks: int, *, loop: bool) -> bool:
     """Whether the model has run on this many tasks, so that nothing new is to be found when it does again."""
     mode = is_training(model)
+    if run.shortens(model):
+        return False
     if mode in run.draws and run.places.get((mode, loop)) != Places():
         return False
     return mode in run.leaves and (mode, norm, tasks, are_many(), not loop) in run.calls

@@ -34,17 +34,19 @@ class Masked(NamedTuple):
 
 
 def of_one_task(
-    model: nn.Module, start: Start, own: Params, target: Callable[..., Any], *, new: bool, loop: bool
+    model: nn.Module, start: Start, own: Params, target: Callable[..., Any], *, new: bool, loop: bool, writes: bool
 ) -> tuple[Callable[..., Tree], Params]:
     """One task's run of ``target``, and the tensors that the model must leave unchanged.
 
-    It is a function of `normalising`'s call, the task's parameters and its sets of inputs.
+    It is a function of `normalising`'s call, the task's parameters and its sets of inputs. With ``writes``, the model
+    may change the parameters in ``own``.
     """
     found = slots(model)
     buffers = {name: b.clone() for name, b in named_buffers_of(model).items()}  # the model's own stay unchanged
     given = {**buffers, **start.shared, **start.kept, **own}
-    watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items()}
-    scratch = warm_starts(model) if loop else frozenset()
+    written = own.keys() if writes else ()
+    watched = {name: given.get(name, tensor) for name, tensor in found.tensors.items() if name not in written}
+    scratch = (warm_starts(model) if loop else frozenset()).union(written)
 
     def one_task(
         over_sets: Callable[[Callable[[Tree], Any], tuple[Tree, ...]], Any],

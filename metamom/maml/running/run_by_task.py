@@ -23,6 +23,7 @@ from metamom.maml.checks.misfits import inputs_explained
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.heads import Heads, Kind, depends, options_of, versions_of
+from metamom.maml.largest_norms import shorten_rows, written_to
 from metamom.maml.normalisation.norm_modes import AnyNorm, normalising
 from metamom.maml.padding import with_finite_padding
 from metamom.maml.running.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
@@ -87,6 +88,7 @@ class RunByTask:
         unsuitable: indices of the fast paths of `metamom.maml.chunk_gradient` that have failed, with the mode, what
             normalisations use, the number of tasks, and the estimator.
         hooks: the forward hooks that return something, so that they may run under vmap.
+        shortened: the weights ``[T, *shape]`` that tables of a model with largest norms have after a call, by name.
         preferred: whether the model runs faster task by task, by mode, number of points, adapted parameters, and the
             number of tasks in first order (``None`` in second).
     """
@@ -101,6 +103,8 @@ class RunByTask:
         self.points: set[tuple[torch.Size, torch.dtype]] = set()
         self.unsuitable: set[tuple[int, bool, AnyNorm | None, int, str]] = set()
         self.hooks: frozenset[Hashable] = frozenset()
+        self.shortened: Params = {}
+        self._shortens: bool | None = None
         self.preferred: dict[tuple[bool, int, tuple[str, ...], int | None], bool] = {}
 
     def __call__(
@@ -224,11 +228,14 @@ class RunByTask:
         """
         mode = is_training(model)
         new = mode not in self.leaves
-        if loop and new:  # a write to a slice would reach the model's own parameters before it is noticed
-            own, start = copies(own), start._replace(kept=copies(start.kept), shared=copies(start.shared))
+        writes = self.shortens(model)
+        if writes or (loop and new):  # a write to a slice would reach the model's own parameters before it is noticed
+            own = copies(own)
+        if loop and new:
+            start = start._replace(kept=copies(start.kept), shared=copies(start.shared))
         x = sets[-1].x if isinstance(sets[-1], Masked) else sets[-1]
         inputs = {} if loop else {**named_leaves("its input", x), **named_leaves("its support set", sets[0])}
-        one_task, watched = of_one_task(model, start, own, target, new=new, loop=loop)
+        one_task, watched = of_one_task(model, start, own, target, new=new, loop=loop, writes=writes)
         closely = watched if new and not loop and not is_tracing() else ()  # a loop looks closely at each task
         with (
             explained(model, loop=loop),
@@ -243,16 +250,24 @@ class RunByTask:
             carried_over.warn_of_draws(loop=loop) if new and draws else nullcontext(),
             inputs_explained(model, x, watched),
             differentiable_twice(model) if loop else uncompiled(),
+            written_to(own.values()) if writes else nullcontext(),
         ):
             rows, of_each = Rows(own, start.kept, sets), partial(one_task, over_sets)
-            if not loop:
-                return self._over_tasks(of_each, rows, mode, draws)
 
             def of_one(*args: Any) -> Any:
                 with self._attributes(model):  # each task finds the attributes as they were
                     return of_each(*args)
 
-            return self._one_by_one(of_one, rows, mode, draws)
+            of_tasks = partial(self._one_by_one, of_one) if loop else partial(self._over_tasks, of_each)
+            found = of_tasks(rows, mode, draws)
+        self.shortened = {name: w.detach() for name, w in own.items()} if writes else {}
+        return found
+
+    def shortens(self, model: nn.Module) -> bool:
+        """Whether the model shortens rows of its tables, see `metamom.maml.largest_norms`."""
+        if self._shortens is None:
+            self._shortens = shorten_rows(model)
+        return self._shortens
 
     def _over_tasks(self, one_task: Callable[..., Tree], rows: Rows, mode: bool, draws: bool) -> Tree:
         """Map ``one_task`` over the tasks. Its random draws depend on the task's number."""

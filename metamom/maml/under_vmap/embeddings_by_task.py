@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from metamom.maml.largest_norms import shortened
+
 
 def embedding(
     input: Tensor,
@@ -30,7 +32,9 @@ def embedding(
 ) -> Tensor:
     """`torch.nn.functional.embedding`. Gradients are dense even with ``sparse=True``."""
     input = within(input, weight.shape[0])
-    found = F.embedding(input, weight, None, max_norm, norm_type)
+    found = F.embedding(input, weight)
+    if max_norm is not None:
+        found = shortened(input, weight, found, max_norm, norm_type)
     if scale_grad_by_freq:
         flat = input.flatten()
         counts = (flat.unsqueeze(0) == flat.unsqueeze(1)).sum(1).reshape(input.shape)
@@ -65,6 +69,11 @@ def embedding_bag(
     """`torch.nn.functional.embedding_bag`. Gradients are dense, and have derivatives unless scaled by frequency."""
     fits = input.dim() == 1 if offsets is not None else input.dim() == 2
     if scale_grad_by_freq or not fits or mode not in ("sum", "mean", "max"):  # or torch's own error
+        if max_norm is not None:
+            raise ValueError(
+                "bags of embeddings with max_norm are written out, and not with scale_grad_by_freq=True: leave out one "
+                "of them."
+            )
         return F.embedding_bag(
             input,
             weight,
