@@ -63,6 +63,7 @@ class MetaGradients:
         self.expected: int | None = None
         self._budgets: dict[Hashable, int] = {}
         self._hooked: set[str] = set()  # modules with forward hooks, of which the user was told
+        self._told_of_anomalies = False
         self._tried = False  # whether a meta-gradient has been computed eagerly once before compiling it
         self.compiled: Compiled | None = None
         if compile:
@@ -161,7 +162,7 @@ class MetaGradients:
         remember: Callable[[Run], None] | None = None
         if not by_values and parts == [(0, batch.num_tasks)]:
             remember = self.last.forget(weights, batch, workers)
-        if self.compiled is not None and not by_values:
+        if self.compiled is not None and not by_values and not self._is_watched():
             self._announce(self.compiled, weights, batch, len(parts))
             note = None if remember is None else lambda graph: remember(partial(_by_graph, graph, weights))
             return partial(self.compiled, plan.built_in(), note=note)
@@ -237,6 +238,19 @@ class MetaGradients:
                 stacklevel=2,
             )
         return found
+
+    def _is_watched(self) -> bool:
+        """Whether PyTorch looks for anomalies, which it does in eager backward passes only. Warn of it once."""
+        if not torch.is_anomaly_enabled():
+            return False
+        if self.compile is True and not self._told_of_anomalies:
+            self._told_of_anomalies = True
+            warnings.warn(
+                "torch.autograd.set_detect_anomaly looks at eager backward passes, so meta-gradients run without "
+                "compiling while it is on.",
+                stacklevel=2,
+            )
+        return True
 
     def _announce(self, compiled: Compiled, weights: Params, batch: TaskBatch, chunks: int) -> None:
         """Tell the compiled function how many chunks follow, after an eager one that exposes errors in the model."""

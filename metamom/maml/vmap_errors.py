@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from inspect import signature
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ REMEDY = (
 OF_LOSSES = (
     "The loss is computed for all tasks at once (torch.func.vmap). Write it without in-place operations and random "
     "draws, and use torch.where instead of if or a mask as an index."
+)
+OF_CHECKPOINTS = (
+    "torch.utils.checkpoint runs a part of the model or of the loss again in the backward pass, which no longer has "
+    "the tasks' weights. Remove checkpoint(); chunk_size= of the learner bounds the memory instead."
 )
 OF_CHANGES = (
     "Write the forward without in-place operations on parameters and buffers: tasks would pass the changes on to each "
@@ -94,6 +99,9 @@ def explained(model: nn.Module, other: str | None = None, *, loop: bool = False)
             raise
         if loop or (other is not None and any(sign in text for sign in DRAWS)):  # a loop would draw in task order
             raise ValueError(message) from error
+        if message == OF_CHECKPOINTS:
+            where = other or _where_checkpointed(model, error) or _where(model, other, error)
+            raise VmapError(message, where, "torch.utils.checkpoint runs a part of it again") from error
         raise VmapError(message, _where(model, other, error), gist(text)) from error
 
 
@@ -129,11 +137,7 @@ def _of_vmap(model: nn.Module, other: str | None, error: RuntimeError, text: str
     """The message for errors of vmap; ``None`` for other errors."""
     signed = any(sign in text for sign in SIGNS)
     if (signed or type(error).__name__ == "CheckpointError") and _in_checkpoint(error.__traceback__):
-        return (
-            "torch.utils.checkpoint runs a part of the model or of the loss again in the backward pass, which no "
-            "longer has the tasks' weights. Remove checkpoint(); chunk_size= of the learner bounds the memory "
-            "instead."
-        )
+        return OF_CHECKPOINTS
     if not signed:
         return None
     draws = any(sign in text for sign in DRAWS)
@@ -148,6 +152,38 @@ def _where(model: nn.Module, other: str | None, error: Exception) -> str:
     if other is not None:
         return other
     return innermost_module(model, error.__traceback__) or _inplace_modules(model) or type(model).__name__
+
+
+def _where_checkpointed(model: nn.Module, error: Exception) -> str | None:
+    """The module that calls `torch.utils.checkpoint`, as far as code and names tell.
+
+    The calls that led to an error in a backward pass are those of the part that runs again.
+    """
+    calling = [(name, each) for name, each in model.named_modules() if _names_checkpoint(type(each))]  # type: ignore[arg-type]
+    inside = [name for name, _, _ in modules_in(model, error.__traceback__)]
+    around = [(name, each) for name, each in calling if any(_contains(name, other) for other in inside)]
+    if around:
+        return _described(*max(around, key=lambda found: len(found[0])))
+    return ", ".join(_described(*each) for each in calling) or None
+
+
+def _contains(name: str, other: str) -> bool:
+    """Whether the module of a name is, or holds, that of another."""
+    return not name or f"{other}.".startswith(f"{name}.")
+
+
+@cache
+def _names_checkpoint(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class, without PyTorch's, has a name with "checkpoint" in it."""
+    own = [home for home in kind.__mro__ if not home.__module__.startswith("torch.")]
+    codes = (getattr(each, "__code__", None) for home in own for each in vars(home).values())
+    todo = [code for code in codes if code is not None]
+    while todo:
+        code = todo.pop()
+        if any("checkpoint" in name for name in code.co_names):
+            return True
+        todo += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return False
 
 
 def gist(text: str) -> str:
@@ -238,8 +274,12 @@ def innermost_module(model: nn.Module, trace: TracebackType | None) -> str | Non
     """The innermost module whose call led to an error: its name and class."""
     found = None
     for name, module, _ in modules_in(model, trace):
-        found = f"module {name!r} ({type(module).__name__})" if name else f"{type(module).__name__} itself"
+        found = _described(name, module)
     return found
+
+
+def _described(name: str, module: nn.Module) -> str:
+    return f"module {name!r} ({type(module).__name__})" if name else f"{type(module).__name__} itself"
 
 
 def _in_checkpoint(trace: TracebackType | None) -> bool:

@@ -50,6 +50,23 @@ def test_checkpointed_parts_run_once(use_reentrant):
     model(x).sum().backward()
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_the_warning_names_the_module_that_calls_checkpoint():
+    """Not the part that runs again, which is all that an error in the backward pass tells of."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), Block()), nn.Linear(3, 2)).double()
+    x, y = torch.ones(2, 5, 3, dtype=torch.float64), torch.ones(2, 5, 2, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"^module '1\.1' \(Block\) .*checkpoint runs a part of it again"):
+        MAML(model, F.mse_loss).backward(TaskBatch(x, y, x, y))
+
+
 def test_a_checkpointed_loss_runs_once():
     def loss(predictions: Tensor, y: Tensor) -> Tensor:
         return checkpoint(F.mse_loss, predictions, y, use_reentrant=False)

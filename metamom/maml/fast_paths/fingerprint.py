@@ -56,7 +56,7 @@ def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fing
     given = [x for x in batch if x is not None]
     if not _plain(given) or any(map(Tensor.is_inference, given)):
         return None
-    found: list[Hashable] = [*options, global_hooks(), *[x is None for x in batch]]
+    found: list[Hashable] = [*options, global_hooks(), torch.is_anomaly_enabled(), *[x is None for x in batch]]
     held: list[Tensor | None] = []
     for module in modules_of(owner):
         if type(module).named_parameters is not nn.Module.named_parameters:
