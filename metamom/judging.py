@@ -47,7 +47,9 @@ def _of_weights(
     support = {}
     if learner.norm == "support":
         support = {"support_x": batch.support_x, "support_mask": batch.support_mask}
-    predictions = held(learner.predict(params, batch.query_x, batch.query_mask, **support))
+    # distributions need not be one over all tasks here
+    predict = learner.predicted if type(learner).predict is MAML.predict else learner.predict
+    predictions = held(predict(params, batch.query_x, batch.query_mask, **support))
     if metric is not None and metric not in ("accuracy", "loss"):
         return _measured(metric, predictions, batch, first), False
     losses, right = learner.judge(params, predictions, batch.query_y, batch.query_mask)

@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Transform
 from torch.utils import _pytree as pytree
 
 from metamom.common.trees import Tree
+
+SHAPE = "_batch_shape"  # of a distribution
+CACHES: dict[str, Any] = {"_inv": None, "_cached_x_y": (None, None)}  # of a transform
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
 
@@ -29,7 +33,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a dataclass or a namespace, or the items of a dict of another class.
+    """The fields of a dataclass or a namespace, the items of a dict of another class, or a distribution's attributes.
 
     Attributes:
         kind: the class.
@@ -75,6 +79,37 @@ def released(tree: Tree) -> Any:
     return tree if isinstance(tree, Tensor) else pytree.tree_map(_released, tree, is_leaf=_is_held)
 
 
+def check_distributions(out: Any) -> None:
+    """Refuse distributions of several tasks with parameters that are not those of their points.
+
+    They cannot be one distribution: a covariance that all points share, for example, would have to be expanded first.
+
+    Raises:
+        TypeError: naming the class.
+    """
+    for leaf in () if isinstance(out, Tensor) else pytree.tree_leaves(out):
+        parts = _parts(leaf)
+        shapes = [each.batch_shape for each in parts if isinstance(each, Distribution)]
+        for part in parts:
+            own = [each for each in vars(part).values() if isinstance(each, Tensor)]
+            shape = part.batch_shape if isinstance(part, Distribution) else shapes[0]
+            if any(each.shape[: len(shape)] != shape for each in own):
+                raise TypeError(
+                    f"the tasks' outputs, {type(leaf).__name__} with parameters that several points share, cannot be "
+                    "one distribution. Use MAML.losses or metamom.evaluate, which call loss_fn on each task's, or give "
+                    "each point its own parameters (expand them) in the model."
+                )
+
+
+def _parts(value: Any) -> list[Distribution | Transform]:
+    """A distribution and what it is made of."""
+    if isinstance(value, (list, tuple)):
+        return [part for each in value for part in _parts(each)]
+    if not isinstance(value, (Distribution, Transform)):
+        return []
+    return [value, *(part for each in vars(value).values() for part in _parts(each))]
+
+
 def numbers_as_tensors(tree: Tree) -> Tree:
     """A held tree with tensors in place of its numbers, which may then differ between tasks."""
 
@@ -99,10 +134,28 @@ def _held(leaf: Any) -> Any:
         return Fields(type(leaf), {name: held(each) for name, each in leaf.items()})
     if type(leaf) is SimpleNamespace:
         return Fields(SimpleNamespace, {name: held(each) for name, each in vars(leaf).items()})
+    if isinstance(leaf, (Distribution, Transform)):
+        return _held_distribution(leaf)
     if is_dataclass(leaf) and not isinstance(leaf, type):
         given = {each.name: getattr(leaf, each.name) for each in fields(leaf) if each.init}
         return Fields(type(leaf), {name: held(each) for name, each in given.items()})
     return leaf
+
+
+def _held_distribution(value: Distribution | Transform) -> Fields:
+    """Its attributes. The shape of a batch is that of a tensor without entries of its own, which may be stacked."""
+    items = {name: held(each) for name, each in vars(value).items() if name not in (SHAPE, *CACHES)}
+    if isinstance(value, Distribution):
+        items[SHAPE] = torch.zeros(()).expand(value.batch_shape)  # last, since the first gives the device
+    return Fields(type(value), items)
+
+
+def _released_distribution(kind: type, items: dict[str, Any]) -> Any:
+    made: Any = object.__new__(kind)
+    if SHAPE in items:
+        items[SHAPE] = items[SHAPE].shape
+    made.__dict__.update({**(CACHES if issubclass(kind, Transform) else {}), **items})
+    return made
 
 
 def _released(node: Any) -> Any:
@@ -110,5 +163,8 @@ def _released(node: Any) -> Any:
         return node.value
     if not isinstance(node, Fields):
         return node
-    items = {name: released(each) for name, each in node.items.items()}
-    return node.kind(**items) if is_dataclass(node.kind) or node.kind is SimpleNamespace else node.kind(items)
+    items, kind = {name: released(each) for name, each in node.items.items()}, node.kind
+    if issubclass(kind, Distribution) or issubclass(kind, Transform):
+        return _released_distribution(kind, items)
+    by_name: Any = kind
+    return by_name(**items) if is_dataclass(kind) or kind is SimpleNamespace else by_name(items)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.common.choices import Norm
-from metamom.common.held import held, released
+from metamom.common.held import check_distributions, held, released
 from metamom.common.trees import Tree, lone
 from metamom.maml.checks.batch_checks import check_adapted, check_mask
 from metamom.maml.configured import Configured
@@ -141,11 +141,25 @@ class Adapting(Configured):
 
         Raises:
             ValueError: with ``norm="support"``, without ``support_x``.
+            TypeError: for distributions of several tasks that cannot be one.
         """
+        found = released(self.predicted(params, x, mask, support_x=support_x, support_mask=support_mask))
+        check_distributions(found)
+        return found
+
+    def predicted(
+        self,
+        params: Params,
+        x: Tree,
+        mask: Tensor | None = None,
+        *,
+        support_x: Tree = None,
+        support_mask: Tensor | None = None,
+    ) -> Tree:
+        """What `predict` returns, as `metamom.common.held.held` holds it."""
         check_adapted(params, x, named(self.model))
         check_mask("query", x, mask)
-        support = self._support(params, support_x, support_mask)
-        return released(predicted(self._problem(), params, x, mask, support))
+        return held(predicted(self._problem(), params, x, mask, self._support(params, support_x, support_mask)))
 
     def judge(
         self, params: Params, predictions: Tree, y: Tree, mask: Tensor | None = None
