@@ -17,7 +17,13 @@ from torch.utils import _pytree as pytree
 from metamom.common.held import held, released
 from metamom.common.trees import Tree, leaves, mapped
 from metamom.compile.tracing import is_tracing
-from metamom.maml.checks.hooks import check_hooks, forward_hooks_of, forward_hooks_watched
+from metamom.maml.checks.hooks import (
+    check_hooks,
+    forward_hooks_of,
+    forward_hooks_watched,
+    has_global_forward_hooks,
+    keeping_refused,
+)
 from metamom.maml.checks.loss_readings import LossFn
 from metamom.maml.checks.loss_state import OwnState
 from metamom.maml.checks.misfits import check_loss, targets_explained
@@ -83,7 +89,9 @@ def predictions(
             must_not = problem.vectorization.vectorize == "vmap"
             kind = problem.norm, mask, must_not, problem.run.draws
             loop = loops_over_padded(problem.run.mixes, problem.model, partial(compute, loop=False), x, *kind)
-        return compute(x, loop)
+        watches = not loop and problem.vectorization.vectorize == "auto" and has_global_forward_hooks()
+        with keeping_refused() if watches and not is_tracing() else nullcontext():
+            return compute(x, loop)
 
     out = problem.vectorization.attempt([part], run)
     if problem.autocast is None:

@@ -6,12 +6,17 @@ use tensors from inside vmap, and a graph leaves them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as every_module
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from metamom.common.identity import by_identity
 from metamom.common.modules import modules_of
@@ -86,6 +91,75 @@ def forward_hooks_watched(model: nn.Module, *, everywhere: bool) -> Iterator[set
             hooks.update(own)
 
 
+@contextmanager
+def keeping_refused() -> Iterator[None]:
+    """Refuse forward hooks of all modules that keep tensors from inside vmap, which could not be used later.
+
+    Hooks that keep no tensor (which count calls, print names or return another output) run as they are.
+
+    Raises:
+        VmapError: at the first call of a hook that keeps one.
+    """
+    of_all: tuple[dict[int, Any], ...] = every_module._global_forward_hooks, every_module._global_forward_pre_hooks
+    before = [(hooks, dict(hooks)) for hooks in of_all if hooks]
+    try:
+        for hooks, own in before:
+            hooks.update({key: _keeping_nothing(hook) for key, hook in own.items() if _of_user(hook)})
+        yield
+    finally:
+        for hooks, own in before:
+            hooks.update(own)
+
+
+def _keeping_nothing(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, refused when it keeps what it gets or makes, as the counts of references tell."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [*args[1:], *kwargs.values(), *pytree.tree_leaves((args[1:], kwargs))]
+        tensors = [each for each in given if isinstance(each, Tensor)]
+        if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            return hook(*args, **kwargs)
+        before = _references(given)
+        with _Made() as made:
+            out = hook(*args, **kwargs)
+        returned = {id(each) for each in pytree.tree_leaves(out)}
+        kept = [each for each in (found() for found in made.found) if each is not None and id(each) not in returned]
+        more = [i for i, (was, now) in enumerate(zip(before, _references(given), strict=True)) if now > was]
+        if kept or any(given[i] is not out and id(given[i]) not in returned for i in more):
+            raise VmapError(
+                "a forward hook of all modules keeps tensors, and under vmap they could not be used later. Use "
+                'vectorize="loop".',
+                where="a forward hook of all modules",
+                gist="it would keep tensors that cannot be used later",
+            )
+        return out
+
+    return call
+
+
+def _references(values: list[Any]) -> list[int]:
+    return [sys.getrefcount(values[i]) for i in range(len(values))]
+
+
+class _Made(TorchFunctionMode):
+    """Weak references to the tensors that functions return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[ref[Tensor]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found += [ref(each) for each in pytree.tree_leaves(out) if isinstance(each, Tensor)]
+        return out
+
+
 def forward_hooks_of(model: nn.Module) -> frozenset[Hashable]:
     """A key of the user's forward hooks of a model's modules."""
     found: list[Any] = []
@@ -98,6 +172,11 @@ def forward_hooks_of(model: nn.Module) -> frozenset[Hashable]:
 def _of_user(hook: Any) -> bool:
     """Whether a hook is neither PyTorch's own, such as weight norm's, nor metamom's."""
     return str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "metamom")
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether all modules have a forward hook, as from `register_module_forward_hook`."""
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
 
 
 def has_global_hooks() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metamom.common.modules import named_buffers_of, named_parameters_of
 from metamom.common.trees import count
-from metamom.maml.checks.hooks import check_hooks, forward_hooks_of
+from metamom.maml.checks.hooks import check_hooks, forward_hooks_of, has_global_forward_hooks
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.fast_paths.settled import (
     Computed,
@@ -43,7 +43,8 @@ def runs_at_once(problem: Problem, term: Adaptations) -> bool:
     run, model, loss = problem.run, problem.model, problem.loss_fn
     if any(problem.vectorization.loops(part) for part in problem.parts()):
         return False
-    if problem.vectorization.vectorize == "auto" and not forward_hooks_of(model) <= run.hooks:
+    hooked = has_global_forward_hooks() or not forward_hooks_of(model) <= run.hooks
+    if problem.vectorization.vectorize == "auto" and hooked:
         return False
     if not is_settled(run, model, problem.norm, count(term.query_x), loop=False):
         return False
