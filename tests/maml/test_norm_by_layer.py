@@ -46,6 +46,25 @@ class Functional(nn.Module):
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training)
 
 
+class Fixed(nn.Module):
+    """Frozen by hand: it calls the function with statistics of its own, in every mode."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, training=False)
+
+
+class OfThis(nn.Module):
+    """Normalises by a function, without statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
 def materialised() -> nn.Module:
     norm = nn.LazyBatchNorm1d()
     norm(torch.zeros(2, 5))
@@ -82,6 +101,8 @@ MAKE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "by hand": (lambda: vectors(ByHand(5), ByHand(5)), (4,)),
     "functions": (lambda: vectors(Functional(), Functional()), (4,)),
+    "fixed by hand": (lambda: vectors(Fixed(5), nn.BatchNorm1d(5)), (4,)),
+    "a function in the head": (lambda: vectors(nn.BatchNorm1d(5), OfThis()), (4,)),
     "beside metamom's own": (
         lambda: nn.Sequential(
             nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), BatchNormReLU(5), nn.Linear(5, WAYS)
@@ -133,8 +154,8 @@ def test_evaluations_use_what_training_does(name):
     _, losses = slow_meta_gradient(plain(model), F.cross_entropy, batch, inner_lr=INNER_LR)
     result = evaluate(learner, Given(batch), tasks=TASKS, steps=(1,), metric="loss")
     torch.testing.assert_close(result.values[0].double(), losses.double(), rtol=1e-6, atol=1e-6)
-    assert result.norm == "mixed"
-    assert STATISTICS_OF["mixed"] in repr(result)
+    assert result.norm == ("batch" if name == "fixed by hand" else "mixed")
+    assert STATISTICS_OF[result.norm] in repr(result)
     adapted = learner.adapt(batch.support_x, batch.support_y)
     torch.testing.assert_close(
         learner.judge(adapted, learner.predict(adapted, batch.query_x), batch.query_y)[0], losses

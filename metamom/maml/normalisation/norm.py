@@ -6,6 +6,7 @@ See `metamom.maml.normalisation.norm_modes` for how the choice takes effect.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -70,12 +71,14 @@ def resolved(model: nn.Module, norm: Norm | None) -> AnyNorm | None:
 
 def name_of(uses: AnyNorm) -> Normalised:
     """The word for it in results; ``"mixed"`` if layers differ."""
-    return "mixed" if isinstance(uses, ByLayer) else uses
+    return uses if not isinstance(uses, ByLayer) else "mixed" if uses.frozen else uses.others
 
 
 def as_setting(uses: AnyNorm | None) -> str | dict[str, Any] | None:
     """The same as a JSON value, with the names of the frozen layers if layers differ."""
-    return {"frozen": sorted(uses.frozen), "others": uses.others} if isinstance(uses, ByLayer) else uses
+    if isinstance(uses, ByLayer) and uses.frozen:
+        return {"frozen": sorted(uses.frozen), "others": uses.others}
+    return None if uses is None else name_of(uses)
 
 
 def of_support(uses: AnyNorm | None) -> bool:
@@ -102,13 +105,24 @@ def _of_mode(model: nn.Module) -> AnyNorm:
     with locked(model):  # another thread may have put it into evaluation mode for a call
         named = named_modules_of(model)
         frozen = {name for name, each in named.items() if uses_running_statistics(each) and not each.training}
+    by_functions = any(_calls_functions(type(each)) for each in named.values())  # type: ignore[arg-type]  # a class hashes
     if not frozen:
-        return "batch"
-    others = any(
+        return ByLayer(frozenset()) if by_functions else "batch"
+    others = by_functions or any(
         _lacks_statistics(each) or (uses_running_statistics(each) and name not in frozen)
         for name, each in named.items()
     )
     return ByLayer(frozenset(frozen)) if others else "frozen"
+
+
+@cache
+def _calls_functions(kind: type[nn.Module]) -> bool:
+    """Whether a class that is no layer of normalisation names its functions, which say themselves what they use."""
+    if issubclass(kind, _NormBase):
+        return False
+    own = [home for home in kind.__mro__ if home.__module__.partition(".")[0] not in ("torch", "metamom")]
+    codes = [getattr(each, "__code__", None) for home in own for each in vars(home).values()]
+    return any(name in code.co_names for code in codes if code for name in ("batch_norm", "instance_norm"))
 
 
 def _lacks_statistics(module: nn.Module) -> bool:

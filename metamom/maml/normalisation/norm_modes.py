@@ -7,18 +7,22 @@ are frozen, else those of each instance.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from metamom.common.choices import Norm
 from metamom.common.modules import modules_of, named_modules_of
+from metamom.maml.running.swapping import trains_elsewhere
 from metamom.nets.inside_vmap import differentiated
 from metamom.nets.layers import batch_norm_relu
 from metamom.nets.statistics import hidden, normalises_itself, uncounted, uses_running_statistics
@@ -251,6 +255,8 @@ class OfSupport(Normalisation):
 class AsTold(OfSupport):
     """Normalises by running statistics where a call of the function says so, and elsewhere as `OfSupport`.
 
+    A forward that passes its module's mode on says what it does in training, if evaluations have changed that mode.
+
     Layers that are not to use their running statistics must not pass them on, see `metamom.nets.statistics.hidden`.
     """
 
@@ -266,7 +272,7 @@ class AsTold(OfSupport):
         eps: float = 1e-5,
     ) -> Tensor:
         """`torch.nn.functional.batch_norm`."""
-        running = None if training else _given(running_mean, running_var)
+        running = None if training or _trains_elsewhere() else _given(running_mean, running_var)
         if running is not None:
             return in_one_pass(input, running, weight, bias, eps, 1)
         return super().batch_norm(input, None, None, weight, bias, True, momentum, eps)
@@ -283,7 +289,7 @@ class AsTold(OfSupport):
         eps: float = 1e-5,
     ) -> Tensor:
         """`torch.nn.functional.instance_norm`."""
-        running = None if use_input_stats else _given(running_mean, running_var)
+        running = None if use_input_stats or _trains_elsewhere() else _given(running_mean, running_var)
         if running is not None:
             return normalised(input, running, weight, bias, eps, 1)
         return super().instance_norm(input, None, None, weight, bias, True, momentum, eps)
@@ -350,6 +356,19 @@ def statistics_of(x: Tensor, axis: int) -> Statistics:
     axes = [i for i in range(x.dim()) if i != axis % x.dim()]
     variance, mean = torch.var_mean(_wide(x), axes, correction=0)
     return Statistics(mean, variance)
+
+
+def _trains_elsewhere() -> bool:
+    """Whether the code that calls a function reads the mode of its module, and the module is otherwise in training."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, _NormBase):
+            return False
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "metamom"):
+            return isinstance(module, nn.Module) and "training" in frame.f_code.co_names and trains_elsewhere(module)
+        frame = frame.f_back
+    return False
 
 
 def _given(mean: Tensor | None, variance: Tensor | None) -> Statistics | None:

@@ -27,6 +27,7 @@ _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
 _EVALUATING: ContextVar[bool] = ContextVar("evaluating", default=False)
+_TRAINING: ContextVar[frozenset[int]] = ContextVar("training", default=frozenset())  # in evaluation mode for a call
 
 
 class Slots(NamedTuple):
@@ -212,11 +213,19 @@ def in_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in modules_of(model) if module.training] if _EVALUATING.get() else []
     if training:
         model.eval()
+    token = _TRAINING.set(_TRAINING.get() | frozenset(map(id, training))) if training else None
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        if token is not None:
+            _TRAINING.reset(token)
+
+
+def trains_elsewhere(module: nn.Module) -> bool:
+    """Whether ``module`` is in evaluation mode because of `in_mode` alone."""
+    return id(module) in _TRAINING.get()
 
 
 def is_training(module: nn.Module) -> bool:
