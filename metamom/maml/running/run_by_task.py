@@ -23,7 +23,6 @@ from metamom.maml.checks.misfits import inputs_explained
 from metamom.maml.features import Features
 from metamom.maml.finite_differences import drawing_refused
 from metamom.maml.heads import Heads, Kind, depends, options_of, versions_of
-from metamom.maml.largest_norms import shorten_rows, written_to
 from metamom.maml.normalisation.norm_modes import AnyNorm, normalising
 from metamom.maml.padding import with_finite_padding
 from metamom.maml.running.loop_preferred import convolutions_faster_in_a_loop, faster_in_a_loop
@@ -37,6 +36,7 @@ from metamom.maml.under_vmap.batched import over_tasks
 from metamom.maml.under_vmap.drawing_functions import Places, drawn_by_task
 from metamom.maml.under_vmap.draws import DrawsByTask, DrawsRefused, drawn, generator_states, rewinder
 from metamom.maml.under_vmap.functions_by_task import FunctionsByTask, may_call_them
+from metamom.maml.under_vmap.largest_norms import shorten_rows, written_to
 from metamom.maml.vmap_errors import explained, restored, unchanged
 from metamom.nets.linear import are_many
 
@@ -264,7 +264,7 @@ class RunByTask:
         return found
 
     def shortens(self, model: nn.Module) -> bool:
-        """Whether the model shortens rows of its tables, see `metamom.maml.largest_norms`."""
+        """Whether the model shortens rows of its tables, see `metamom.maml.under_vmap.largest_norms`."""
         if self._shortens is None:
             self._shortens = shorten_rows(model)
         return self._shortens

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from metamom.maml.largest_norms import shortened
+from metamom.maml.under_vmap.largest_norms import shortened
 
 
 def embedding(
