@@ -126,8 +126,10 @@ def to_channels_last(images: Tensor) -> Tensor:
 
 
 def is_channels_last(input: Any) -> bool:
-    """Whether images ``[N, C, H, W]`` of one task, inside vmap, lie in memory as ``[N, H, W, C]``."""
-    if not isinstance(input, Tensor) or input.dim() != 4 or not torch._C._functorch.is_batchedtensor(input):
+    """Whether images ``[N, C, H, W]`` of one task, under vmap or without it, lie in memory as ``[N, H, W, C]``."""
+    if not isinstance(input, Tensor) or input.dim() != 4:
+        return False
+    if torch._C._are_functorch_transforms_active() and not torch._C._functorch.is_batchedtensor(input):
         return False
     return suitable(input) and input.numel() > 0 and input.shape[1] > 1 and input.stride(1) == 1
 

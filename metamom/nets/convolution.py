@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metamom.nets import kernels
-from metamom.nets.grouped import Grouped
+from metamom.nets.grouped import Grouped, not_a_view
 from metamom.nets.kernels.convolutions import Geometry, convolve_backward
 
 
@@ -45,7 +45,7 @@ class _Convolution(Grouped):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]) -> Tensor:
-        return kernels.convolve(x.contiguous(), weight, bias, geometry)
+        return not_a_view(kernels.convolve(x.contiguous(), weight, bias, geometry))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

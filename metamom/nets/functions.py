@@ -7,43 +7,42 @@ activations becomes part of the normalisation. Other poolings are in `metamom.ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from metamom.nets import cells
-from metamom.nets.channels_last import ChannelsLastFunctions, as_group, as_images, pair
+from metamom.nets.channels_last import ChannelsLastFunctions, as_group, pair
 from metamom.nets.channels_last import on_any_layout as on_any_layout
 from metamom.nets.convolution import convolve
-from metamom.nets.inside_vmap import differentiated, suitable, version
+from metamom.nets.followed import Followed
+from metamom.nets.inside_vmap import differentiated, suitable
 from metamom.nets.kernels.convolutions import Geometry
 from metamom.nets.linear import bilinear, linear
-from metamom.nets.normalisation import Normalised, Pooling, normalise
+from metamom.nets.normalisation import Pooling, normalise
 from metamom.nets.rows import weight_norm
-
-
-class _Made(NamedTuple):
-    """Normalised activations that a tensor holds, as long as nothing changes it in place."""
-
-    normalised: Normalised
-    version: int
 
 
 class FastFunctions(ChannelsLastFunctions):
     """The replacements during one call of a model.
 
+    Args:
+        waits: whether normalised activations are computed when something reads them. All calls of PyTorch's functions
+            must then pass through `read` first, and `Followed.write_all` must follow.
+
     Attributes:
         seen: whether a call has been replaced.
+        followed: the tensors that replacements have made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits: bool = False) -> None:
         super().__init__()
-        self._made = WeakIdKeyDictionary()  # tensors that hold normalised activations
+        self._waits = waits
+        self.followed = Followed()
         self._table: dict[Callable[..., Any], Callable[..., Any]] = {
             F.conv2d: self.conv2d,
             F.linear: self.linear,
@@ -70,6 +69,14 @@ class FastFunctions(ChannelsLastFunctions):
     def get(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """The replacement of a function, if there is one."""
         return self._table.get(func)
+
+    def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Write the activations that this call of a function of PyTorch reads, if they have waited.
+
+        A ReLU or pooling of them does not read them; its replacement writes them where it leaves the call to PyTorch.
+        """
+        if self._table.get(func) not in (self.relu, self.max_pool2d):
+            self.followed.read(args, kwargs)
 
     def _cell(self, original: Callable[..., Tensor], composed: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A recurrent cell; PyTorch's own where the composed one may round differently, or PyTorch raises an error."""
@@ -108,7 +115,9 @@ class FastFunctions(ChannelsLastFunctions):
         if _frozen(input, weight, bias):
             return F.conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
         own_bias = None if bias is None else bias.unsqueeze(0)
-        return as_images(convolve(as_group(input), weight.unsqueeze(0), own_bias, geometry))
+        return self.followed.images(
+            convolve(self.followed.group(input).contiguous(), weight.unsqueeze(0), own_bias, geometry)
+        )
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`torch.nn.functional.linear`."""
@@ -152,7 +161,8 @@ class FastFunctions(ChannelsLastFunctions):
         assert weight is not None
         assert bias is not None
         self.seen = True
-        return self._keep(normalise(as_group(input), weight.unsqueeze(0), bias.unsqueeze(0), eps))
+        gain, shift = weight.unsqueeze(0), bias.unsqueeze(0)
+        return self.followed.keep(normalise(self.followed.group(input), gain, shift, eps, waits=self._waits))
 
     def instance_norm(
         self,
@@ -199,12 +209,17 @@ class FastFunctions(ChannelsLastFunctions):
         gain = input.new_ones(C) if weight is None else weight
         shift = input.new_zeros(C) if bias is None else bias
         images = input.permute(0, 2, 3, 1).unsqueeze(1)  # each one is a group
-        return self._keep(normalise(images, gain.expand(N, C), shift.expand(N, C), eps, sets))
+        return self.followed.keep(normalise(images, gain.expand(N, C), shift.expand(N, C), eps, sets))
 
     def relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         """`torch.nn.functional.relu`."""
+        if inplace:
+            self.followed.write(input)
         found = self._activate(input, 0.0, inplace)
-        return F.relu(input, inplace) if found is None else found
+        if found is None:
+            self.followed.write(input)
+            return F.relu(input, inplace)
+        return found
 
     def leaky_relu(self, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
         """`torch.nn.functional.leaky_relu`."""
@@ -222,12 +237,13 @@ class FastFunctions(ChannelsLastFunctions):
         return_indices: bool = False,
     ) -> Any:
         """`torch.nn.functional.max_pool2d`."""
-        made = None if return_indices else self._normalised(input)
+        made = None if return_indices else self.followed.normalised(input)
         if made is None:
+            self.followed.write(input)
             return super().max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         steps = kernel_size if stride is None or stride == [] else stride
         windows = [n for each in (kernel_size, steps, padding, dilation) for n in pair(each)]
-        return as_images(made.pooled(Pooling(windows, ceil_mode)))
+        return self.followed.images(made.pooled(Pooling(windows, ceil_mode)))
 
     def lstm_cell(
         self,
@@ -246,29 +262,14 @@ class FastFunctions(ChannelsLastFunctions):
         return cells.lstm_cell(self.linear, input, h, c, w_ih, w_hh, b_ih, b_hh)
 
     def _activate(self, input: Tensor, slope: float, inplace: bool) -> Tensor | None:
-        made = self._normalised(input)
+        made = self.followed.normalised(input)
         if made is None or made.slope != 1 or not 0 <= slope < 1:
             return None
         if inplace:  # PyTorch's own, but a pooling of it is still part of the normalisation
             out = F.leaky_relu(input, slope, inplace=True) if slope else F.relu(input, inplace=True)
-            self._hold(out, made._replace(value=as_group(out.detach()).view_as(made.value), slope=slope))
+            self.followed.hold(out, made._replace(value=as_group(out.detach()).view_as(made.value), slope=slope))
             return out
-        return self._keep(made.activated(slope))
-
-    def _keep(self, normalised: Normalised) -> Tensor:
-        out = as_images(normalised.value)
-        self._hold(out, normalised)
-        return out
-
-    def _hold(self, out: Tensor, normalised: Normalised) -> None:
-        changes = version(out)
-        if changes is not None:
-            self._made[out] = _Made(normalised, changes)
-
-    def _normalised(self, tensor: Any) -> Normalised | None:
-        """The normalised activations that a tensor holds."""
-        made: _Made | None = self._made[tensor] if isinstance(tensor, Tensor) and tensor in self._made else None
-        return made.normalised if made is not None and made.version == version(tensor) else None
+        return self.followed.keep(made.activated(slope))
 
 
 def _frozen(input: Tensor, *weights: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +53,21 @@ class Grouped(Function):
             return x.reshape(tasks * x.shape[1], *x.shape[2:])
 
         def cut(x: Tensor) -> Tensor:
-            # not a view for autograd, which forbids in-place changes of views that a custom function returns
-            own: Tensor = torch.ops.aten._unsafe_view(x, (tasks, x.shape[0] // tasks, *x.shape[1:]))
-            return own
+            return _viewed(x, (tasks, x.shape[0] // tasks, *x.shape[1:]))
 
         out = cls.run(*(merged(x, dim) for x, dim in zip(args, in_dims, strict=True)))
         return (cut(out), 0) if isinstance(out, Tensor) else (tuple(map(cut, out)), (0,) * len(out))
+
+
+def not_a_view(x: Tensor) -> Tensor:
+    """A result of an operator that PyTorch lets a model change in place, without vmap too."""
+    return _viewed(x, x.shape) if x._is_view() else x
+
+
+def _viewed(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Not a view for autograd, which forbids in-place changes of views that a custom function returns."""
+    own: Tensor = torch.ops.aten._unsafe_view(x, shape)
+    return own
 
 
 class OfTwo(Grouped):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metamom.nets.grouped import Grouped
+from metamom.nets.grouped import Grouped, not_a_view
 
 
 class Averages(NamedTuple):
@@ -187,4 +187,4 @@ def _images(y: Tensor) -> Tensor:
 def _group(images: Tensor, like: Tensor) -> Tensor:
     """``[G N, C, H, W]`` as ``[G, N, H, W, C]``."""
     last = images.permute(0, 2, 3, 1).contiguous()
-    return last.view(*like.shape[:2], *last.shape[1:])
+    return not_a_view(last.view(*like.shape[:2], *last.shape[1:]))

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
 from metamom.maml import chunk_gradient
+from metamom.maml.fast_paths import at_once
 from metamom.maml.fast_paths.settled import Computed, FastPath
+from metamom.maml.under_vmap.batched import over_tasks
 from metamom.maml.under_vmap.functions_by_task import may_call_them
 
 
@@ -317,3 +319,44 @@ def test_a_module_named_like_a_function_is_not_that_function():
 
     assert not may_call_them(Own(), loop=True)
     assert may_call_them(Function(), loop=True)
+
+
+def _pooled() -> nn.Module:
+    """Two blocks; a channel of the first has a negative scale."""
+    blocks = [
+        nn.Sequential(
+            nn.Conv2d(a, 3, 3, padding=1), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        for a in (1, 3)
+    ]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        model[0][1].weight[1] = -0.5
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "first-order"}, {"inner_steps": 3}], ids=str)
+@pytest.mark.parametrize("size", [1, 3])
+def test_images_of_one_task_at_a_time_are_computed_without_vmap(size, options, ran, monkeypatch):
+    """They agree with a loop of PyTorch's own functions, and so do those of several tasks."""
+    entered = []
+
+    def watched(function: Any, randomness: str = "error") -> Any:
+        entered.append(function)
+        return over_tasks(function, randomness)
+
+    monkeypatch.setattr(at_once, "over_tasks", watched)
+    torch.manual_seed(3)
+    model, labels = _pooled(), torch.tensor([0, 1, 0, 1]).expand(3, 4)
+    tasks = TaskBatch(*[torch.randn(3, 4, 1, 5, 5, dtype=torch.float64), labels] * 2)
+    expected, _ = MAML(model, F.cross_entropy, inner_lr=0.1, vectorize="loop", **options).meta_gradient(tasks)
+    learner = MAML(model, F.cross_entropy, inner_lr=0.1, chunk_size=size, **options)
+    learner.meta_gradient(tasks)
+    entered.clear()
+    ran.clear()
+    found, _ = learner.meta_gradient(tasks)
+    assert ran == [(0, True)] * (3 // size)
+    calls = 1 + options.get("inner_steps", 1)
+    assert len(entered) == (3 // size) * (1 if size == 1 else 1 + calls)  # the loss, and the model if it is by vmap
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13)

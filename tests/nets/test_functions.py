@@ -245,12 +245,25 @@ def _in_place_and_used(x: Tensor) -> Tensor:
     return F.max_pool2d(z, 1) + x
 
 
+def _pooled_and_changed(x: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(x), 2).sub_(1.0)
+
+
 def _of_a_view(x: Tensor) -> Tensor:
     return F.relu(x[:2])
 
 
 @pytest.mark.parametrize(
-    "then", [_changed_in_place, _view_changed, _activation_changed, _both_used, _in_place_and_used, _of_a_view]
+    "then",
+    [
+        _changed_in_place,
+        _view_changed,
+        _activation_changed,
+        _both_used,
+        _in_place_and_used,
+        _pooled_and_changed,
+        _of_a_view,
+    ],
 )
 def test_what_happens_between_a_norm_and_its_activation(then):
     x, gain, shift = draw(3, 4, 5, 4, 4, seed=1), draw(3, 5, seed=2), draw(3, 5, seed=3)

@@ -23,6 +23,24 @@ from metamom.common.modules import modules_of
 from metamom.maml.vmap_errors import VmapError
 
 
+def is_of_pytorch(model: nn.Module) -> bool:
+    """Whether a model is made of PyTorch's own modules, without hooks, so that calls of it run no other code.
+
+    Example:
+        >>> is_of_pytorch(nn.Sequential(nn.Linear(2, 2), nn.Flatten()))
+        True
+        >>> is_of_pytorch(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+        False
+    """
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return False
+    return all(
+        type(module).__module__.startswith("torch.nn.modules.")
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+        for module in modules_of(model)
+    )
+
+
 def check_hooks(module: nn.Module, *, compiling: bool = False) -> None:
     """Refuse module backward hooks where they would never run.
 

@@ -33,7 +33,7 @@ from metamom.maml.inner_updates import Moments
 from metamom.maml.problem import Problem
 from metamom.maml.running.swapping import first_tensors_left, in_mode, is_training, locked, slots, swapped
 from metamom.maml.task_weights import Params, Start, deal
-from metamom.maml.under_vmap.batched import over_tasks
+from metamom.maml.under_vmap.batched import of_lone_task, over_tasks
 from metamom.maml.vmap_errors import restored
 from metamom.nets.low_rank import plain
 
@@ -117,6 +117,11 @@ def at_once(problem: Problem, weights: Params, term: Adaptations, workers: int, 
     return Computed(value.detach(), predicted.detach(), totals)
 
 
+def _are_images(x: Tensor) -> bool:
+    """Whether a set ``[T, N, C, H, W]`` is of images on a CPU. Each is an operator's group, with or without vmap."""
+    return x.dim() == 5 and x.device.type == "cpu"
+
+
 class _Calls:
     """Calls the model and the loss on each of a chunk's sets. Use this under `locked`.
 
@@ -154,7 +159,9 @@ class _Calls:
         (x, y), draws = self._sets[number], bool(self._draws.of_call)
         versions = [w._version for w in own.values()]
         with self._draws.functions(number)() if draws else nullcontext():
-            predicted = over_tasks(self._of_task, "different" if draws else "error")(own, self._kept, x)
+            lone = len(x) == 1 and not draws and _are_images(x)
+            run = of_lone_task(self._of_task) if lone else over_tasks(self._of_task, "different" if draws else "error")
+            predicted = run(own, self._kept, x)
         if versions != [w._version for w in own.values()]:
             raise UnsuitableError("the model changes its weights in place")
         value: Tensor = self._loss(predicted, y)

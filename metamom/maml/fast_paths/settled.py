@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from metamom.common.trees import count
 from metamom.compile.tracing import is_tracing
+from metamom.maml.checks.hooks import is_of_pytorch
 from metamom.maml.estimators import ESTIMATORS, Adaptations, InnerBatch
 from metamom.maml.inner_updates import Moments, direction
 from metamom.maml.normalisation.norm_modes import AnyNorm, normalising
@@ -189,10 +190,11 @@ def as_settled(
     replaces, leaves = run.calls[kind], run.leaves[model.training]
     if norm is None and not replaces and not leaves:
         return model
+    waits = replaces and not loop and is_of_pytorch(model)
 
     def call(x: Tensor) -> Any:
         with (
-            FunctionsByTask(fast=not loop) if replaces else nullcontext(),
+            FunctionsByTask(fast=not loop, waits=waits) if replaces else nullcontext(),
             normalising(model, norm) as over_sets,
             tensors_left(leaves) if leaves else nullcontext(),
         ):

@@ -56,6 +56,20 @@ def over_tasks(function: Callable[..., Any], randomness: str = "error") -> Calla
     return partial(_over_tasks, function, randomness)
 
 
+def of_lone_task(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same as `over_tasks` where there is one task, in one call without vmap, as far as PyTorch's functions agree.
+
+    Example:
+        >>> of_lone_task(lambda weights, x: x @ weights["w"])({"w": torch.ones(1, 2, 2)}, torch.ones(1, 3, 2)).shape
+        torch.Size([1, 3, 2])
+    """
+
+    def run(*args: Any) -> Tensor:
+        return function(*_each(lambda x: x.squeeze(0), args)).unsqueeze(0)
+
+    return run
+
+
 def on_all_tasks(function: Callable[..., Tensor], *batched: Tensor) -> Tensor | None:
     """Call a function on tensors of all tasks, inside of `over_tasks`, and return its result as each task's.
 

@@ -40,15 +40,23 @@ class FunctionsByTask(TorchFunctionMode):
     Args:
         fast: whether the model runs under vmap. Slow functions are then replaced too, see `metamom.nets.functions`; in
             a loop, only those with wrong or missing second derivatives are.
+        waits: whether normalised activations are computed only if the model reads them, by PyTorch's functions: the
+            model must have no other code (`metamom.maml.checks.hooks.is_of_pytorch`).
 
     Attributes:
         seen: whether a call has been replaced.
     """
 
-    def __init__(self, *, fast: bool = True) -> None:
+    def __init__(self, *, fast: bool = True, waits: bool = False) -> None:
         super().__init__()
         self.seen = False
-        self._fast = FastFunctions() if fast else None
+        self._fast = FastFunctions(waits) if fast else None
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave the mode. What the model returns or keeps is computed now, if it was not before."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self._fast is not None and error[0] is None:
+            self._fast.followed.write_all()
 
     def __torch_function__(
         self,
@@ -57,6 +65,8 @@ class FunctionsByTask(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if self._fast is not None:
+            self._fast.read(func, args, kwargs or {})
         fast = None if self._fast is None else self._fast.get(func)
         if self._fast is not None and fast is not None:
             found = fast(*args, **(kwargs or {}))

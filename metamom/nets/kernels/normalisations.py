@@ -11,16 +11,31 @@ kernels.cpp does not have those. Statistics are ``[G, C]`` in both cases.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Groups of at least so many entries are normalised one by one, with PyTorch's operator.
+# Statistics of groups of at least so many entries are computed one by one, with PyTorch's operator.
 LARGE = 2**14
+# Images of all groups with at least so many entries leave the caches: they are passed over one by one.
+MANY = 2**21
 # The same for their derivatives, and the least entries of all groups for PyTorch's group normalisation.
 LARGE_BACKWARD, LARGE_OF_ALL = 2**16, 2**18
 WIDE, LARGE_IMAGE = 8, 2**17  # channels of a set, entries of an image: the least for PyTorch's group normalisation
+
+
+class Chosen(NamedTuple):
+    """The places that a pooling chose, as `maximum` finds them.
+
+    Attributes:
+        entries: numbers in 0..HWC-1, the entries of each image, ``[G, N, H'W'C]``.
+        there: the activations before the normalisation at these entries, ``[G, N, H', W', C]``; ``None`` to read them.
+    """
+
+    entries: Tensor
+    there: Tensor | None
 
 
 def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,20 +51,10 @@ def norm(y: Tensor, gain: Tensor, shift: Tensor, eps: float, sets: int = 0) -> t
     Returns:
         ``(gain x + shift, mean [G, C], rstd [G, C])`` for ``x = (y - mean) rstd``.
     """
-    if not sets and y[0].numel() >= LARGE:
-        each = [
-            torch.native_batch_norm(own.permute(0, 3, 1, 2), g, s, None, None, True, 0.0, eps)
-            for own, g, s in zip(y, gain, shift, strict=True)
-        ]
-        images = [one[0].permute(0, 2, 3, 1).contiguous() for one in each]
-        z = torch.stack(images) if len(each) > 1 else images[0].unsqueeze(0)
-        return z, torch.stack([one[1] for one in each]), torch.stack([one[2] for one in each])
     if sets and _suits_group_norm(y, sets):
         return _group_norm(y, gain, shift, eps, sets)
-    rows = _rows(y)
-    mean, rstd = moments(rows, eps, sets)
-    scale = gain * rstd
-    return torch.addcmul(_over(shift - mean * scale), rows, _over(scale)).view(y.shape), mean, rstd
+    mean, rstd = statistics(y, eps, sets)
+    return affine(y, gain, shift, mean, rstd), mean, rstd
 
 
 def _suits_group_norm(y: Tensor, sets: int) -> bool:
@@ -110,6 +115,62 @@ def pool(
     return z, places
 
 
+def statistics(y: Tensor, eps: float, sets: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean and ``1 / sqrt(variance + eps)`` of each group, ``[G, C]``, for ``y [G, N, H, W, C]``."""
+    if sets or y[0].numel() < LARGE:
+        return moments(_rows(y), eps, sets)
+    each = [torch.batch_norm_update_stats(own.permute(0, 3, 1, 2), None, None, 0.0) for own in y]
+    return torch.stack([one[0] for one in each]), torch.rsqrt(torch.stack([one[1] for one in each]) + eps)
+
+
+def affine(y: Tensor, gain: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """``gain x + shift`` of the normalised activations x, from those before, ``y [G, N, H, W, C]``."""
+    scale = gain * rstd
+    return torch.addcmul(_over(shift - mean * scale), _rows(y), _over(scale)).view(y.shape)
+
+
+def write(y: Tensor, gain: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, slope: float, value: Tensor) -> None:
+    """Write `affine`, activated, to ``value``, which is contiguous."""
+    scale = gain * rstd
+    torch.addcmul(_over(shift - mean * scale), _rows(y), _over(scale), out=value.flatten(1, 3))
+    _activated(value, slope)
+
+
+def maximum(
+    y: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    slope: float,
+    windows: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise, activate and pool, in the other order where that gives the same: few entries are then normalised.
+
+    With a positive gain, the normalised maximum is that of the normalised activations. Otherwise all of them are
+    normalised first, as `pool` gets them.
+
+    Returns:
+        ``(maxima, there, entries)``: the result, ``[G, N, H', W', C]``, and what `Chosen` has.
+    """
+    C = y.shape[4]
+    rising = bool((gain * rstd > 0).all())
+    before = y if rising else _activated(affine(y, gain, shift, mean, rstd), slope)
+    found, at = pool(y, gain, shift, mean, rstd, before, slope, windows, ceil_mode)
+    places = torch.add(torch.arange(C, device=at.device), at, alpha=C).flatten(2)
+    if rising:
+        return _activated(affine(found, gain, shift, mean, rstd), slope), found, places
+    return found, _chosen(_rows(y), y, Chosen(places, None)).view(found.shape), places
+
+
+def _activated(z: Tensor, slope: float) -> Tensor:
+    """Apply ``z if z > 0 else slope * z`` in place."""
+    if slope == 1:
+        return z
+    return z.relu_() if slope == 0 else F.leaky_relu_(z, slope)
+
+
 def norm_backward(
     dz: Tensor,
     y: Tensor,
@@ -117,7 +178,7 @@ def norm_backward(
     mean: Tensor,
     rstd: Tensor,
     z: Tensor | None,
-    places: Tensor | None,
+    places: Tensor | Chosen | None,
     slope: float,
     sets: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,13 +193,25 @@ def norm_backward(
         return _batch_norm_backward(_passed(dz, z, slope).view(y.shape), y, gain, mean, rstd)
     rows = _rows(y)
     M = rows.shape[1]
-    e, there = _passed(dz, z, slope), _chosen(rows, y, places)
+    e, there = _passed(dz, z, slope), _there(rows, y, places)
     dshift = e.sum(1)
     dgain = rstd * ((e * there).sum(1) - mean * dshift)
     scale = gain * rstd
     on_y = _shared(-scale * rstd * dgain / M, sets)
-    dy = torch.addcmul(_over(_shared(-scale * dshift / M, sets) - on_y * mean), rows, _over(on_y))
+    level = _shared(-scale * dshift / M, sets) - on_y * mean
+    if isinstance(places, Chosen) and y.numel() >= MANY and not torch.is_grad_enabled():
+        return _image_by_image(y, level, on_y, e * _over(scale), places.entries), dgain, dshift
+    dy = torch.addcmul(_over(level), rows, _over(on_y))
     return _add(dy, e, scale, y, places).view(y.shape), dgain, dshift
+
+
+def _image_by_image(y: Tensor, level: Tensor, on_y: Tensor, added: Tensor, places: Tensor) -> Tensor:
+    """``level + on_y y``, and ``added [G, P, C]`` at the entries of `Chosen`, while an image is in the cache."""
+    out = torch.empty_like(y)
+    for target, images, a, b, own, at in zip(out, y, level, on_y, added.view(places.shape), places, strict=True):
+        for image, before, more, to in zip(target, images, own, at, strict=True):
+            torch.addcmul(a, before, b, out=image).view(-1).scatter_add_(0, to, more)
+    return out
 
 
 def _batch_norm_backward(
@@ -165,7 +238,7 @@ def norm_double_backward(
     mean: Tensor,
     rstd: Tensor,
     z: Tensor | None,
-    places: Tensor | None,
+    places: Tensor | Chosen | None,
     slope: float,
     sets: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +250,7 @@ def norm_double_backward(
     """
     rows, V = _rows(y), _rows(v)
     M = rows.shape[1]
-    e, there = _passed(dz, z, slope), _chosen(rows, y, places)
+    e, there = _passed(dz, z, slope), _there(rows, y, places)
     v_mean = V.sum(1) / M
     vx_mean = _shared(rstd * ((V * rows).sum(1) / M - mean * v_mean), sets)
     v_mean = _shared(v_mean, sets)
@@ -239,23 +312,43 @@ def _passed(dz: Tensor, z: Tensor | None, slope: float) -> Tensor:
     return _masked(_rows(dz), None if z is None else _rows(z), slope)
 
 
-def _chosen(rows: Tensor, y: Tensor, places: Tensor | None) -> Tensor:
+def _there(rows: Tensor, y: Tensor, places: Tensor | Chosen | None) -> Tensor:
+    """The same as `_chosen` of y, which `Chosen` may have kept."""
+    kept = isinstance(places, Chosen) and places.there is not None
+    return _rows(places.there) if kept else _chosen(rows, y, places)
+
+
+def _chosen(rows: Tensor, y: Tensor, places: Tensor | Chosen | None) -> Tensor:
     """Rows ``[G, P, C]`` at the places that a pooling chose; all rows without one."""
     if places is None:
         return rows
     G, N, H, W, C = y.shape
+    if isinstance(places, Chosen):
+        return rows.flatten().index_select(0, _among_all(places.entries, H * W * C)).view(G, -1, C)
     return rows.view(G * N, H * W, C).gather(1, places.view(G * N, -1, C)).view(G, -1, C)
 
 
-def _add(rows: Tensor, e: Tensor, factor: Tensor, y: Tensor, places: Tensor | None) -> Tensor:
+def _add(rows: Tensor, e: Tensor, factor: Tensor, y: Tensor, places: Tensor | Chosen | None) -> Tensor:
     """Add ``factor * e`` to rows, at the places that a pooling chose."""
     if places is None:
         return _plus(rows, e, factor)
     G, N, H, W, C = y.shape
+    if isinstance(places, Chosen):
+        entries = rows.view(-1)
+        put = entries.scatter_add if torch.is_grad_enabled() else entries.scatter_add_
+        return put(0, _among_all(places.entries, H * W * C), (e * _over(factor)).view(-1)).view(rows.shape)
     added = (e * _over(factor)).view(G * N, -1, C)
     into = rows.view(G * N, H * W, C)
     add = into.scatter_add if torch.is_grad_enabled() else into.scatter_add_
     return add(1, places.view(G * N, -1, C), added).view(rows.shape)
+
+
+def _among_all(places: Tensor, entries: int) -> Tensor:
+    """Entries of each image, ``[G, N, P]``, as entries of all images."""
+    G, N, _ = places.shape
+    if G * N > 1:
+        places = places + torch.arange(0, G * N * entries, entries, device=places.device).view(G, N, 1)
+    return places.flatten()
 
 
 def _plus(rows: Tensor, e: Tensor, factor: Tensor) -> Tensor:
