@@ -123,7 +123,7 @@ class FastFunctions(ChannelsLastFunctions):
         """`torch.nn.functional.linear`."""
         found = linear(input, weight, bias)
         if found is None:
-            return F.linear(input, weight, bias)
+            return _linear_of_one(input, weight, bias)
         self.seen = True
         return found
 
@@ -270,6 +270,16 @@ class FastFunctions(ChannelsLastFunctions):
             self.followed.hold(out, made._replace(value=as_group(out.detach()).view_as(made.value), slope=slope))
             return out
         return self.followed.keep(made.activated(slope))
+
+
+def _linear_of_one(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's linear layer; without vmap, by the products that vmap makes of it, so that the bits are the same."""
+    if torch._C._are_functorch_transforms_active() or input.dim() != 2 or weight.dim() != 2:
+        return F.linear(input, weight, bias)
+    if not suitable(input, weight) or input.shape[1] != weight.shape[1] or (bias is not None and bias.dim() != 1):
+        return F.linear(input, weight, bias)  # or PyTorch's error
+    product = torch.bmm(input.unsqueeze(0), weight.unsqueeze(0).mT).squeeze(0)
+    return product if bias is None else product + bias
 
 
 def _frozen(input: Tensor, *weights: Tensor | None) -> bool:

@@ -314,8 +314,8 @@ def _passed(dz: Tensor, z: Tensor | None, slope: float) -> Tensor:
 
 def _there(rows: Tensor, y: Tensor, places: Tensor | Chosen | None) -> Tensor:
     """The same as `_chosen` of y, which `Chosen` may have kept."""
-    kept = isinstance(places, Chosen) and places.there is not None
-    return _rows(places.there) if kept else _chosen(rows, y, places)
+    kept = places.there if isinstance(places, Chosen) else None
+    return _chosen(rows, y, places) if kept is None else _rows(kept)
 
 
 def _chosen(rows: Tensor, y: Tensor, places: Tensor | Chosen | None) -> Tensor:
