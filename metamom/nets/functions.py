@@ -36,12 +36,13 @@ class FastFunctions(ChannelsLastFunctions):
 
     Attributes:
         seen: whether a call has been replaced.
+        waits: as given.
         followed: the tensors that replacements have made.
     """
 
     def __init__(self, waits: bool = False) -> None:
         super().__init__()
-        self._waits = waits
+        self.waits = waits
         self.followed = Followed()
         self._table: dict[Callable[..., Any], Callable[..., Any]] = {
             F.conv2d: self.conv2d,
@@ -162,7 +163,7 @@ class FastFunctions(ChannelsLastFunctions):
         assert bias is not None
         self.seen = True
         gain, shift = weight.unsqueeze(0), bias.unsqueeze(0)
-        return self.followed.keep(normalise(self.followed.group(input), gain, shift, eps, waits=self._waits))
+        return self.followed.keep(normalise(self.followed.group(input), gain, shift, eps, waits=self.waits))
 
     def instance_norm(
         self,

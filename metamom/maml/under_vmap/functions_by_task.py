@@ -55,7 +55,7 @@ class FunctionsByTask(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         """Leave the mode. What the model returns or keeps is computed now, if it was not before."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        if self._fast is not None and error[0] is None:
+        if self._fast is not None and self._fast.waits and error[0] is None:
             self._fast.followed.write_all()
 
     def __torch_function__(
@@ -65,7 +65,7 @@ class FunctionsByTask(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if self._fast is not None:
+        if self._fast is not None and self._fast.waits:
             self._fast.read(func, args, kwargs or {})
         fast = None if self._fast is None else self._fast.get(func)
         if self._fast is not None and fast is not None:
