@@ -177,6 +177,9 @@ class Compiled:
     def _compile(self, args: tuple[Any, ...]) -> Graph:
         # imported here, since they take as long to import as all of torch, and most runs do not compile
         from torch import _inductor as inductor
+        from torch._guards import TracingContext
+        from torch._guards import tracing as within
+        from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
 
         leaves, spec = pytree.tree_flatten(args)
@@ -192,8 +195,10 @@ class Compiled:
 
         drawn = [tensors[0].device] if tensors[0].is_cuda else []
         try:
+            # One mode for the shapes of all nodes: make_fx would create one for each, which takes half of its time.
+            shapes = within(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
             # a model may draw while it is traced
-            with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device), tracing():
+            with torch.random.fork_rng(devices=drawn), kernels.native(tensors[0].device), tracing(), shapes:
                 graph = make_fx(flat)(*tensors)
         except Exception:
             self.function(*args)  # it sees values, so its error says more about what is wrong
