@@ -72,6 +72,7 @@ def check_own(path: Path) -> None:
 
 
 def _html(page: Page, reload_every: float | None) -> str:
+    from bokeh.document import Document
     from bokeh.embed import components
     from bokeh.resources import Resources
     from jinja2 import Environment, StrictUndefined
@@ -88,6 +89,10 @@ def _html(page: Page, reload_every: float | None) -> str:
         for place, part in enumerate(section.parts, 1):
             part.id = f"s{number}-{place}"
             models[part.id] = part.model
+    document = Document()
+    with document.models.freeze():  # add_root would go through all models again for each of them, half of the time
+        for model in models.values():
+            document.add_root(model)
     script, divs = components(models) if models else ("", {})
     for number, section in enumerate(views, 1):
         section.switches = Markup(divs.get(f"s{number}-switches", ""))

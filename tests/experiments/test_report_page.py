@@ -67,6 +67,17 @@ def markup(file: Path) -> str:
     return re.sub(r"<script.*?</script>", "", file.read_text(), flags=re.DOTALL)
 
 
+def test_the_models_of_a_page_are_gone_through_once(tmp_path, monkeypatch):
+    """And not once for each figure, which took more than a second."""
+    from bokeh.document.models import DocumentModelManager
+
+    calls, recompute = [], DocumentModelManager.recompute
+    monkeypatch.setattr(DocumentModelManager, "recompute", lambda models: calls.append(1) or recompute(models))
+    path = write_comparison(tmp_path / "run", THREE_SEEDS)
+    write_page(path / "report.html", read_page([path]).page)
+    assert len(calls) == 1
+
+
 def test_a_page_is_complete_in_itself(compared):
     assert compared.stat().st_size < MOST
     outline = Outline(compared.read_text())
