@@ -49,6 +49,8 @@ lint: setup
 	$(BIN)/mypy
 
 # One thread for each test process: the processes share the cores, and take the tests in the order of tests/conftest.py.
+# Bytecode is kept even where the environment says not to: without it, each process compiles all test files again.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations=10
 
