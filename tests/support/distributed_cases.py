@@ -127,7 +127,7 @@ MORE_ON_FOUR = [
     "sign", "ef21:topk:5%", "median ef21 rank0", "mlmc:topk:5%", "byz-ef21-sgdm", "a quarter present, dropout",
     "storm", "hessian",
 ]  # fmt: skip
-# begun on one process, and gone on with on two, on four and again on one: the steps that each number ends with
+# begun on one process, and gone on with on two, some on four, and again on one: the steps that each number ends with
 HANDED_OVER = {1: 1, 2: 2, 4: 3}
 RESUMED = (
     "qsgd:4",
@@ -143,6 +143,8 @@ RESUMED = (
     "buckets",
     "federated",
 )
+# where workers' states of each kind go to another process, and where one worker is on several
+RESUMED_ON_FOUR = ("ef14:powersgd:2", "median ef21 rank0", "moml", "one worker, ef21", "dropout", "federated")
 
 
 def run(case: Case, world: World | None = None, **options: Any) -> tuple[MAML, list[dict[str, Any]]]:
