@@ -30,7 +30,7 @@ from metamom.bias.coordinates import Coordinates
 
 
 @each(EVERY)
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(g=gradients())
 def test_every_operator(operator, g):
     operator.reset()
@@ -47,7 +47,7 @@ def test_every_operator(operator, g):
 
 
 @each(PLAIN + LAYERWISE)
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(g=gradients(rows=3))
 def test_workers_at_once_or_one_by_one(operator, g):
     sizes = cut(g.shape[-1])

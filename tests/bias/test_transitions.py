@@ -71,7 +71,7 @@ def assert_holds(operator: BiasOperator, before: list[Any]) -> None:
 
 
 @each_operator
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(g=gradients(rows=3), step=st.integers(0, 5))
 def test_a_transition_is_a_pure_function(operator, g, step):
     operator.reset()
@@ -89,7 +89,7 @@ def test_a_transition_is_a_pure_function(operator, g, step):
 
 
 @each_operator
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(g=gradients(rows=3))
 def test_the_servers_transition_is_a_pure_function(operator, g):
     operator.reset()
