@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -55,14 +56,31 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_the_tests(tmp_path_factory):
-    """Decoded data goes to a folder of the test session, which its processes share, not to the user's."""
+def cache_of_the_tests(tmp_path_factory, pytestconfig):
+    """Decoded data goes to a folder of the test session, which its processes share, not to the user's.
+
+    The compiled kernels come from pytest's own cache, if a session has built them before.
+    """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
+    cache = folder / "cache"
+    cache.mkdir(exist_ok=True)
+    kept = pytestconfig.cache.mkdir("kernels") if pytestconfig.pluginmanager.has_plugin("cacheprovider") else cache
+    copy_kernels(kept, cache)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAMOM_CACHE", str(folder / "cache"))
+        patch.setenv("METAMOM_CACHE", str(cache))
         yield
+    copy_kernels(cache, kept)
+
+
+def copy_kernels(source: Path, target: Path) -> None:
+    """Copy libraries that are not there; their names say what they were built from, and what they contain."""
+    for library in source.glob("kernels-*.so"):
+        if not (target / library.name).exists():
+            partial = target / f"{library.name}.{os.getpid()}"  # another process may look for the whole file
+            shutil.copy2(library, partial)
+            partial.replace(target / library.name)
 
 
 @pytest.fixture(scope="session", autouse=True)
