@@ -143,6 +143,6 @@ def test_ragged_tasks():
 
 @pytest.mark.parametrize("vectorize", ["auto", "loop"])
 def test_parameters_out_of_range_are_refused(vectorize):
-    model, batch = Head(lambda h: D.Normal(h, -torch.ones_like(h)), 1).double(), case("normal")[1]
+    model, batch = Head(lambda h: D.Normal(h, -torch.ones_like(h), validate_args=True), 1).double(), case("normal")[1]
     with pytest.raises(ValueError, match="scale"):
         MAML(model, unlikely, vectorize=vectorize).backward(batch)
