@@ -195,3 +195,46 @@ def test_results_of_different_shapes_are_refused():
         MAML(Selected().double(), F.mse_loss, vectorize="loop").predict(
             {name: p.expand(3, *p.shape) for name, p in Selected().double().named_parameters()}, sequences().query_x
         )
+
+
+class Written(nn.Module):
+    """Changes the result of a ReLU in place."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.ReLU())
+        self.head, self.write = nn.LazyLinear(1), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x)
+        self.write(z)
+        return self.head(z.flatten(1))
+
+
+def subtract(z: Tensor) -> None:
+    z -= 1
+
+
+def fill(z: Tensor) -> None:
+    z[:, 0] = 1.0
+
+
+@pytest.mark.parametrize("write", [lambda z: z.sub_(1.0), subtract, fill, lambda z: torch.sigmoid_(z)])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_the_result_of_a_relu_that_changes_in_place_is_refused_as_by_pytorch(write, chunk_size):
+    x, y = torch.randn(2, 3, 1, 6, 6, dtype=torch.float64), torch.randn(2, 3, 1, dtype=torch.float64)
+    model, batch = Written(write).double(), TaskBatch(x, y, x, y)
+    model(x[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        F.mse_loss(model(x[0]), y[0]).backward()
+    with pytest.raises(ValueError, match="changes the result of a ReLU in place"):
+        MAML(model, F.mse_loss, vectorize="vmap", chunk_size=chunk_size).backward(batch)
+    learner = MAML(model, F.mse_loss, chunk_size=chunk_size)
+    with (
+        pytest.warns(UserWarning, match="the result of a ReLU is changed in place"),
+        pytest.raises(ValueError, match="changes in place what its gradient needs"),
+    ):
+        learner.backward(batch)
+    with torch.no_grad():  # nothing needs it then
+        predicted = learner.predict({name: w.expand(2, *w.shape) for name, w in model.named_parameters()}, x)
+        torch.testing.assert_close(predicted[1], model(x[1]))

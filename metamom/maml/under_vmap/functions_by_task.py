@@ -32,6 +32,7 @@ from metamom.maml.under_vmap.written_losses import WRITTEN
 from metamom.maml.vmap_errors import VmapError
 from metamom.nets.channels_last import on_any_layout
 from metamom.nets.functions import FastFunctions
+from metamom.nets.inside_vmap import differentiated
 
 
 class FunctionsByTask(TorchFunctionMode):
@@ -81,9 +82,36 @@ class FunctionsByTask(TorchFunctionMode):
         if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs or {})):
             return func(*args, **(kwargs or {}))
         if other is None:
-            return on_any_layout(func, args, kwargs or {})
+            return (
+                self._checked(func, args, kwargs or {}) if _may_write(func) else on_any_layout(func, args, kwargs or {})
+            )
         self.seen = True
         return other(*args, **(kwargs or {}))
+
+    def _checked(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a function that may change its first argument, but must not change the result of a ReLU.
+
+        Raises:
+            VmapError: if it does. PyTorch raises an error in the backward pass.
+        """
+        read = self._fast is not None and args and self._fast.followed.is_rectified(args[0]) and differentiated(args[0])
+        found = on_any_layout(func, args, kwargs)
+        if read and self._fast is not None and not self._fast.followed.is_rectified(args[0]):
+            raise VmapError(
+                f"the model changes the result of a ReLU in place ({func.__name__}), and the derivative of the ReLU "
+                "needs it. Compute a new tensor: z = z - 1 in place of z.sub_(1) or z -= 1.",
+                gist="the result of a ReLU is changed in place",
+            )
+        return found
+
+
+@cache
+def _may_write(func: Callable[..., Any]) -> bool:
+    """Whether a function of PyTorch changes its first argument in place, by its name."""
+    name: str = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name.startswith("__i") or name == "__setitem__"
+    return name.endswith("_")
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
