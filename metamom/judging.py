@@ -6,6 +6,7 @@ Legend: T tasks, Q query points a task.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,17 +40,44 @@ def judged(
                 yield step, *_of_weights(learner, params, batch, first, metric)
 
 
+def tasks_at_once(learner: MAML, batch: TaskBatch, steps: int) -> int | None:
+    """How many tasks of a batch to adapt and judge at a time; all for ``None``.
+
+    It is the learner's ``chunk_size``. ``"auto"`` is measured on predictions, of which at most half is alive at a time
+    without a graph, and on an inner step if there are any.
+    """
+
+    def trajectory(one: TaskBatch, steps: int) -> list[Params]:
+        return list(learner.trajectory(one.support_x, one.support_y, steps=steps, mask=one.support_mask))
+
+    def predict(one: TaskBatch) -> None:
+        [start] = trajectory(one, 0)
+        with torch.enable_grad():
+            _predicted(learner, {name: w.detach().requires_grad_() for name, w in start.items()}, one)
+
+    plan = learner._plan()
+    found = learner._gradients.chunk_size(plan, batch, predict, "predictions")
+    if found is None or steps == 0:
+        return found and 2 * found
+    of_support = learner._gradients.chunk_size(plan, batch, partial(trajectory, steps=1), "adaptation")
+    return of_support and min(of_support, 2 * found)
+
+
+def _predicted(learner: MAML, params: Params, batch: TaskBatch) -> Tree:
+    """The predictions of queries at adapted weights. Distributions need not be one over all tasks here."""
+    support = {}
+    if learner.norm == "support":
+        support = {"support_x": batch.support_x, "support_mask": batch.support_mask}
+    predict = learner.predicted if type(learner).predict is MAML.predict else learner.predict
+    return held(predict(params, batch.query_x, batch.query_mask, **support))
+
+
 @torch.no_grad()
 def _of_weights(
     learner: MAML, params: Params, batch: TaskBatch, first: int, metric: str | Metric | None
 ) -> tuple[Tensor, bool]:
     """The values at adapted weights, and whether they are accuracies; see `MAML.judge`."""
-    support = {}
-    if learner.norm == "support":
-        support = {"support_x": batch.support_x, "support_mask": batch.support_mask}
-    # distributions need not be one over all tasks here
-    predict = learner.predicted if type(learner).predict is MAML.predict else learner.predict
-    predictions = held(predict(params, batch.query_x, batch.query_mask, **support))
+    predictions = _predicted(learner, params, batch)
     if metric is not None and metric not in ("accuracy", "loss"):
         return _measured(metric, predictions, batch, first), False
     losses, right = learner.judge(params, predictions, batch.query_y, batch.query_mask)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import metamom.evaluation.tasks
 from metamom import MAML, CompositeMomentum, evaluate, train
 from metamom.batch import TaskBatch
+from metamom.evaluation.ensemble import Ensemble
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, FixedTasks, Omniglot, PerWorker, Sinusoid
 
@@ -272,3 +273,49 @@ def test_omniglot_is_at_chance_before_adaptation(ways, trained, data_root):
     if trained and ways == 5:
         adapted = evaluate(made, test, tasks=100, steps=(0, 1))
         assert adapted.mean[1] - adapted.halfwidth[1] > 0.3, "and adaptation lifts it well above"
+
+
+class Counting(MAML):
+    """Notes how many tasks each prediction is for."""
+
+    counts: list[int]
+
+    def predict(self, params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        self.counts.append(len(x))
+        return super().predict(params, x, *args, **kwargs)
+
+
+def counting(**options: Any) -> Counting:
+    model = SinusoidMLP((100, 100), generator=torch.Generator().manual_seed(0)).double()
+    learner = Counting(model, F.mse_loss, inner_lr=0.02, **options)
+    learner.counts = []
+    return learner
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 20, None])
+def test_an_evaluation_holds_as_many_tasks_at_a_time_as_the_learners_chunk_size(chunk_size: int | None) -> None:
+    learner = counting(chunk_size=chunk_size)
+    found = evaluate(learner, FAMILY, tasks=20, steps=(0, 2))
+    assert max(learner.counts) == (chunk_size or 20)
+    assert sum(learner.counts) == 2 * 20
+    batch = FAMILY.with_stream("test").sample(0, 20).to(dtype=torch.float64)
+    np.testing.assert_allclose(found.values, looped(learner, batch, (0, 2)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [(0,), (0, 1)])
+def test_an_evaluation_measures_how_many_large_tasks_it_can_hold(steps: tuple[int, ...]) -> None:
+    learner = counting()
+    large = Sinusoid(shots=20_000, queries=20_000, seed=3)  # 32 MB of activations for each set of points
+    evaluate(learner, large, tasks=10, steps=steps)
+    assert max(learner.counts) < 10
+    learner.counts.clear()
+    evaluate(learner, FAMILY, tasks=10, steps=steps)
+    assert max(learner.counts) == 10
+
+
+def test_an_ensemble_is_evaluated_in_the_chunks_of_its_members() -> None:
+    members = [counting(chunk_size=4) for _ in range(2)]
+    found = evaluate(Ensemble(members), FAMILY, tasks=10, steps=(1,), metric="loss")
+    assert {n for each in members for n in each.counts} == {4, 2}
+    alone = evaluate(members[0], FAMILY, tasks=10, steps=(1,), metric="loss")
+    torch.testing.assert_close(found.values, alone.values, rtol=1e-12, atol=0)

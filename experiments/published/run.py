@@ -32,7 +32,7 @@ from metamom.training.directory import environment, read_metrics
 TEST_TASKS = 1000
 SINUSOID_STEPS = tuple(range(11))  # of adaptation, as in MAML's figure
 TEST_SHOTS = (5, 10)  # of sinusoids
-VALIDATIONS = 40  # in a run
+VALIDATIONS = 40  # in a run, at most
 VALIDATION_TASKS = 200  # of each
 BETA = 0.1  # of composite momentum
 STATISTICS: tuple[Norm, ...] = ("batch", "support")  # transductive, inductive
@@ -165,7 +165,9 @@ def reproduce(
     Raises:
         ValueError: as `metamom.train` does.
     """
-    every = max(1, wanted.iterations // VALIDATIONS)
+    assert wanted.recipe.meta_batch is not None
+    # validations no more often than training has had as many tasks as one of them
+    every = max(1, wanted.iterations // VALIDATIONS, VALIDATION_TASKS // wanted.recipe.meta_batch)
     options = {
         "iterations": wanted.iterations,
         "run_dir": run_dir,

@@ -85,11 +85,13 @@ def add(kinds: argparse._SubParsersAction[Parser]) -> None:
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Run the command with its flags; the result is its exit status."""
     from metamom.cli.results import as_json, evaluated, table, write_csv, write_record
+    from metamom.common.allocator import keep_freed_memory
     from metamom.ensemble import ensemble_of
     from metamom.evaluation import evaluate
     from metamom.loading import load
     from metamom.tasks import ImageFolder
 
+    keep_freed_memory()
     check_results(arguments)
     if arguments.ensemble is not None and arguments.checkpoint is not None:
         raise ValueError(

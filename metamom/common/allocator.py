@@ -13,6 +13,7 @@ import torch
 # glibc's codes for mallopt, and sizes. Each allocation above M_MMAP_THRESHOLD is a separate mapping, which returns to
 # the system when freed. The end of the heap returns to the system when more than M_TRIM_THRESHOLD of it is free.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEVER = -1  # of M_TRIM_THRESHOLD: do not trim
 _GIBIBYTE = 2**30
 _LARGEST_THAT_ADAPTS = 2**25 - 2**16  # bytes, a little less than glibc's own limit of 32 MiB
 _LARGEST_OF_OLD_GLIBC = 2**25
@@ -89,15 +90,16 @@ def keep_freed_memory() -> bool:
     A training step allocates and frees the same tens of megabytes again and again. By default glibc returns each large
     tensor's pages to the system and gets zeroed ones for the next. This causes thousands of page faults in each
     meta-gradient of Conv4 over 16 tasks, and takes 6 % of its time or more (docs/performance/tried.md). The cost of
-    keeping memory is that the process stays at its largest size.
+    keeping memory is that the process stays at its largest size: the end of the heap is never returned, since a chunk
+    of large tasks frees more than a gibibyte at once, and half of an evaluation's time went into getting it back.
+
+    As `reuse_freed_memory` does, it leaves thresholds alone that the environment sets.
 
     Returns:
-        Whether it took effect, which is only the case on Linux with glibc.
+        Whether it took effect: on Linux with glibc, if the environment does not set thresholds.
     """
-    if sys.platform != "linux":
+    if not has_glibc() or set_by_user(os.environ):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
+    mallopt = ctypes.CDLL(None).mallopt
     mapped = mallopt(_MMAP_THRESHOLD, _GIBIBYTE) or mallopt(_MMAP_THRESHOLD, _LARGEST_OF_OLD_GLIBC)
-    return bool(mapped and mallopt(_TRIM_THRESHOLD, _GIBIBYTE))
+    return bool(mapped and mallopt(_TRIM_THRESHOLD, _NEVER))

@@ -19,9 +19,10 @@ from metamom.evaluation.adaptable import Adaptable, placed_as_weights, statistic
 from metamom.evaluation.ensemble import Ensemble
 from metamom.evaluation.result import Evaluation
 from metamom.evaluation.tasks import blocks_of_tasks
-from metamom.judging import judged, judged_by_protocol
+from metamom.judging import judged, judged_by_protocol, tasks_at_once
 from metamom.maml.checks.batch_checks import check_batch
 from metamom.maml.checks.misfits import asserts_explained
+from metamom.maml.chunking import spans
 from metamom.maml.learner import MAML
 from metamom.maml.running.swapping import evaluating
 from metamom.task_metrics import Metric, check_metric, name_of
@@ -145,11 +146,14 @@ def _of_block(
     The last row is 1 where they are accuracies, and 0 where they are not.
     """
     values = torch.zeros(len(steps) + 1, batch.num_tasks, dtype=torch.float64)
-    asked = batch, set(steps), first, metric
-    judge = learner.judge if isinstance(learner, Ensemble) else None
-    of_steps = judged(learner, *asked) if isinstance(learner, MAML) else judged_by_protocol(learner, *asked, judge)
-    for step, found, is_accuracy in of_steps:
-        values[-1] = float(is_accuracy)
-        for row in (row for row, wanted in enumerate(steps) if wanted == step):
-            values[row] = found.double().cpu()
+    one = learner.learners[0] if isinstance(learner, Ensemble) else learner  # members adapt one after another
+    size = tasks_at_once(one, batch, max(steps)) if isinstance(one, MAML) else None
+    for start, stop in spans(batch.num_tasks, size, batch.num_tasks):
+        asked = batch.part(start, stop), set(steps), first + start, metric
+        judge = learner.judge if isinstance(learner, Ensemble) else None
+        of_steps = judged(learner, *asked) if isinstance(learner, MAML) else judged_by_protocol(learner, *asked, judge)
+        for step, found, is_accuracy in of_steps:
+            values[-1] = float(is_accuracy)
+            for row in (row for row, wanted in enumerate(steps) if wanted == step):
+                values[row, start:stop] = found.double().cpu()
     return values

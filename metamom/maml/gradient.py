@@ -199,17 +199,23 @@ class MetaGradients:
                 own = {name: w.detach().unsqueeze(0).requires_grad_() for name, w in weights.items()}
                 gradients(estimated_losses(plan, own, one).sum(), [*own.values()])
 
-        size = self.chunk_size(plan, batch, derivative)
+        size = self.chunk_size(plan, batch, derivative, "losses")
         for start, stop in spans(batch.num_tasks, size, batch.num_tasks):
             with step.tasks(start, stop - start):
                 found.append(estimated_losses(plan, rows, batch.part(start, stop)))
         return torch.cat(found)
 
-    def chunk_size(self, plan: Plan, batch: TaskBatch, compute: Callable[[TaskBatch], Any] | None = None) -> int | None:
+    def chunk_size(
+        self,
+        plan: Plan,
+        batch: TaskBatch,
+        compute: Callable[[TaskBatch], Any] | None = None,
+        what: str = "meta-gradient",
+    ) -> int | None:
         """The number of tasks at a time, measured if it is "auto": on a meta-gradient, or what else is to compute."""
         if plan.chunk_size != "auto":
             return plan.chunk_size
-        key = (plan.kind(), compute is None, *_kinds(batch))
+        key = (plan.kind(), what, *_kinds(batch))
         if key not in self._budgets:
             weights = plan.problem.parameters() | plan.problem.step_sizes.learned()
             # a copy, since what is saved of a view would count as the whole batch
