@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from inspect import signature
-from types import CodeType, FrameType, TracebackType
+from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor, nn
 
+from metamom.common.code import code_of
 from metamom.common.modules import named_buffers_of
 from metamom.compile.tracing import is_tracing
 from metamom.maml.under_vmap.draws import generator_states
@@ -159,7 +159,7 @@ def _where_checkpointed(model: nn.Module, error: Exception) -> str | None:
 
     The calls that led to an error in a backward pass are those of the part that runs again.
     """
-    calling = [(name, each) for name, each in model.named_modules() if _names_checkpoint(type(each))]  # type: ignore[arg-type]
+    calling = [(name, each) for name, each in model.named_modules() if _names_checkpoint(each)]
     inside = [name for name, _, _ in modules_in(model, error.__traceback__)]
     around = [(name, each) for name, each in calling if any(_contains(name, other) for other in inside)]
     if around:
@@ -172,18 +172,9 @@ def _contains(name: str, other: str) -> bool:
     return not name or f"{other}.".startswith(f"{name}.")
 
 
-@cache
-def _names_checkpoint(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class, without PyTorch's, has a name with "checkpoint" in it."""
-    own = [home for home in kind.__mro__ if not home.__module__.startswith("torch.")]
-    codes = (getattr(each, "__code__", None) for home in own for each in vars(home).values())
-    todo = [code for code in codes if code is not None]
-    while todo:
-        code = todo.pop()
-        if any("checkpoint" in name for name in code.co_names):
-            return True
-        todo += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return False
+def _names_checkpoint(module: nn.Module) -> bool:
+    """Whether the code that a module reaches, without PyTorch's, has a name with "checkpoint" in it."""
+    return any("checkpoint" in name for code in code_of(module) for name in code.co_names)
 
 
 def gist(text: str) -> str:

@@ -30,6 +30,28 @@ class Lookup(nn.Module):
         return self.head(torch.tanh(F.embedding(x, self.table, max_norm=1.0).sum(1)))
 
 
+def looked_up(x: Tensor, table: Tensor, **options: float) -> Tensor:
+    return F.embedding(x, table, **options)
+
+
+class InHelper(Lookup):
+    """The function is called by another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(looked_up(x, self.table, max_norm=1.0).sum(1)))
+
+
+def shorter(x: Tensor, table: Tensor) -> Tensor:
+    return looked_up(x, table, max_norm=1.0)
+
+
+class InHelpers(Lookup):
+    """The option is given by a helper too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(shorter(x, self.table).sum(1)))
+
+
 class Tied(nn.Module):
     """Its table is used again, after rows of it were shortened."""
 
@@ -59,6 +81,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "of another norm": lambda: words(max_norm=1.0, norm_type=1.0),
     "with padding": lambda: words(max_norm=1.0, padding_idx=2),
     "function": Lookup,
+    "function in a helper": InHelper,
+    "helper with the option": InHelpers,
     "tied": Tied,
 }
 BAGS: dict[str, Callable[[], nn.Module]] = {  # PyTorch has no second derivative of these

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from metamom.experiments.python_runs import learner_of
 from metamom.maml.normalisation.norm import as_setting, resolved
 from metamom.nets.layers import BatchNormReLU
 from metamom.nets.statistics import uses_running_statistics
+
+ONES = torch.ones(5)
 
 
 class ByHand(nn.BatchNorm1d):
@@ -56,6 +59,39 @@ class Fixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, training=False)
+
+
+def normalised_by(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return F.batch_norm(x, mean.to(x), variance.to(x), training=False)
+
+
+class FixedByHelper(Fixed):
+    """The same by a function outside of the class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalised_by(x, self.running_mean, self.running_var)
+
+
+class ByFunction(nn.Module):
+    """Calls a function that it was given."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def by_mode_of(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training)
+
+
+class ByHelper(Functional):
+    """By hand, in a function that reads the mode of the module that it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_mode_of(x, self.norm)
 
 
 class OfThis(nn.Module):
@@ -102,6 +138,11 @@ MAKE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "by hand": (lambda: vectors(ByHand(5), ByHand(5)), (4,)),
     "functions": (lambda: vectors(Functional(), Functional()), (4,)),
     "fixed by hand": (lambda: vectors(Fixed(5), nn.BatchNorm1d(5)), (4,)),
+    "fixed by a helper": (lambda: vectors(FixedByHelper(5), nn.BatchNorm1d(5)), (4,)),
+    "fixed by a function": (
+        lambda: vectors(ByFunction(partial(normalised_by, mean=ONES, variance=ONES)), nn.BatchNorm1d(5)), (4,)
+    ),
+    "by hand in a helper": (lambda: vectors(ByHelper(), ByHelper()), (4,)),
     "a function in the head": (lambda: vectors(nn.BatchNorm1d(5), OfThis()), (4,)),
     "beside metamom's own": (
         lambda: nn.Sequential(
@@ -154,7 +195,7 @@ def test_evaluations_use_what_training_does(name):
     _, losses = slow_meta_gradient(plain(model), F.cross_entropy, batch, inner_lr=INNER_LR)
     result = evaluate(learner, Given(batch), tasks=TASKS, steps=(1,), metric="loss")
     torch.testing.assert_close(result.values[0].double(), losses.double(), rtol=1e-6, atol=1e-6)
-    assert result.norm == ("batch" if name == "fixed by hand" else "mixed")
+    assert result.norm == ("batch" if name.startswith("fixed") else "mixed")
     assert STATISTICS_OF[result.norm] in repr(result)
     adapted = learner.adapt(batch.support_x, batch.support_y)
     torch.testing.assert_close(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metamom.batch import TaskBatch
-from metamom.common.modules import behaviour_of, modules_of
+from metamom.common.modules import behaviour_of
 from metamom.maml.checks.hooks import global_hooks
 from metamom.maml.problem import PLAIN
 
@@ -54,26 +54,34 @@ def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fing
     if torch.is_inference_mode_enabled() or type(batch) is not TaskBatch:
         return None
     given = [x for x in batch if x is not None]
-    if not _plain(given) or any(map(Tensor.is_inference, given)):
-        return None
     found: list[Hashable] = [*options, global_hooks(), torch.is_anomaly_enabled(), *[x is None for x in batch]]
     held: list[Tensor | None] = []
-    for module in modules_of(owner):
+    seen: set[int] = set()
+    todo = [owner]
+    while todo:
+        module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         if type(module).named_parameters is not nn.Module.named_parameters:
             return None
         found += behaviour_of(module)
-        for registered in (module._modules, module._parameters, module._buffers):
-            if registered:
-                found += registered.keys()
-        held += module._parameters.values()
-        held += module._buffers.values()
+        if children := module._modules:
+            found += children
+            todo += [child for child in children.values() if child is not None]
+        if parameters := module._parameters:
+            found += parameters
+            held += parameters.values()
+        if buffers := module._buffers:
+            found += buffers
+            held += buffers.values()
     tensors = [x for x in held if x is not None]
-    if not _plain(tensors):
+    every = given + tensors
+    if not _plain(every) or any(map(Tensor.is_inference, every)):
         return None
     found += map(id, held)
-    for each in (given, tensors):
-        found += map(_FORM, each)
-        found += map(Tensor.stride, each)
+    found += map(_FORM, every)
+    found += map(Tensor.stride, every)
     device = tensors[0].device.type if tensors else "cpu"
     found.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
     return Fingerprint(tuple(found), tensors)

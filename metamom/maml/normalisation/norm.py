@@ -6,13 +6,13 @@ See `metamom.maml.normalisation.norm_modes` for how the choice takes effect.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from metamom.common.choices import NORMS, Norm, Normalised
+from metamom.common.code import names_one
 from metamom.common.modules import modules_of, named_modules_of
 from metamom.maml.checks.model_checks import scripted_calls
 from metamom.maml.normalisation.norm_modes import AnyNorm, ByLayer
@@ -105,7 +105,7 @@ def _of_mode(model: nn.Module) -> AnyNorm:
     with locked(model):  # another thread may have put it into evaluation mode for a call
         named = named_modules_of(model)
         frozen = {name for name, each in named.items() if uses_running_statistics(each) and not each.training}
-    by_functions = any(_calls_functions(type(each)) for each in named.values())  # type: ignore[arg-type]  # a class hashes
+    by_functions = any(map(_calls_functions, named.values()))
     if not frozen:
         return ByLayer(frozenset()) if by_functions else "batch"
     others = by_functions or any(
@@ -115,14 +115,9 @@ def _of_mode(model: nn.Module) -> AnyNorm:
     return ByLayer(frozenset(frozen)) if others else "frozen"
 
 
-@cache
-def _calls_functions(kind: type[nn.Module]) -> bool:
-    """Whether a class that is no layer of normalisation names its functions, which say themselves what they use."""
-    if issubclass(kind, _NormBase):
-        return False
-    own = [home for home in kind.__mro__ if home.__module__.partition(".")[0] not in ("torch", "metamom")]
-    codes = [getattr(each, "__code__", None) for home in own for each in vars(home).values()]
-    return any(name in code.co_names for code in codes if code for name in ("batch_norm", "instance_norm"))
+def _calls_functions(module: nn.Module) -> bool:
+    """Whether code of a module that is no layer of normalisation names its functions, which say what they use."""
+    return not isinstance(module, _NormBase) and names_one(module, "batch_norm", "instance_norm")
 
 
 def _lacks_statistics(module: nn.Module) -> bool:

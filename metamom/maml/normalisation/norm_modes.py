@@ -359,14 +359,21 @@ def statistics_of(x: Tensor, axis: int) -> Statistics:
 
 
 def _trains_elsewhere() -> bool:
-    """Whether the code that calls a function reads the mode of its module, and the module is otherwise in training."""
+    """Whether the code that calls a function reads the mode of a module that is otherwise in training.
+
+    That code is a module's forward, or what it calls: a function may be given the mode or the module.
+    """
     frame: FrameType | None = sys._getframe(1)
+    reads, modules = False, []
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, _NormBase):
             return False
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "metamom"):
-            return isinstance(module, nn.Module) and "training" in frame.f_code.co_names and trains_elsewhere(module)
+            reads = reads or "training" in frame.f_code.co_names
+            modules += [each for each in frame.f_locals.values() if isinstance(each, nn.Module)]
+            if isinstance(module, nn.Module):
+                return reads and any(map(trains_elsewhere, modules))
         frame = frame.f_back
     return False
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from inspect import getattr_static
 from types import CodeType
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamom.common.code import code_of
 from metamom.common.modules import modules_of
 from metamom.compile.tracing import is_tracing
 
@@ -31,8 +30,15 @@ _WRITABLE: ContextVar[frozenset[int]] = ContextVar("writable", default=frozenset
 
 
 def shorten_rows(model: nn.Module) -> bool:
-    """Whether the model has modules that may shorten rows of a table, by what they are or by the code of a forward."""
-    return any(getattr(each, OPTION, None) is not None or _names_it(type(each)) for each in modules_of(model))  # type: ignore[arg-type]  # a class hashes
+    """Whether the model may shorten rows of a table, by what its modules are or by the code that they reach.
+
+    The argument alone is not enough, since `torch.nn.utils.clip_grad_norm_` has one of this name.
+    """
+    modules = modules_of(model)
+    if any(getattr(each, OPTION, None) is not None for each in modules):
+        return True
+    codes = {code for each in modules for code in code_of(each)}
+    return any(map(_names_it, codes)) and any("embedding" in name for code in codes for name in code.co_names)
 
 
 @contextmanager
@@ -85,14 +91,6 @@ def _place(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-@cache
-def _names_it(kind: type[nn.Module]) -> bool:
-    """Whether the code of a module's forward, outside of PyTorch, gives an argument of this name."""
-    code = getattr(getattr_static(kind, "forward", None), "__code__", None)
-    todo: list[CodeType] = [] if code is None or kind.__module__.startswith("torch.") else [code]
-    while todo:
-        code = todo.pop()
-        if OPTION in code.co_names or any(isinstance(each, tuple) and OPTION in each for each in code.co_consts):
-            return True
-        todo += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return False
+def _names_it(code: CodeType) -> bool:
+    """Whether code gives an argument of this name."""
+    return OPTION in code.co_names or any(isinstance(each, tuple) and OPTION in each for each in code.co_consts)
