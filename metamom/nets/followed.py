@@ -73,10 +73,9 @@ class Followed:
         made: _Made | None = self._made[tensor] if isinstance(tensor, Tensor) and tensor in self._made else None
         return made.normalised if made is not None and made.version == version(tensor) else None
 
-    def is_rectified(self, tensor: Any) -> bool:
-        """Whether a tensor holds the result of a ReLU, whose derivative reads it later."""
-        made = self.normalised(tensor)
-        return made is not None and made.slope == 0
+    def rectified(self) -> list[Tensor]:
+        """The tensors that hold the unchanged result of a ReLU, whose derivative reads it later."""
+        return [each for each in [*self._made] if (made := self.normalised(each)) is not None and made.slope == 0]
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Write the activations among the arguments of a call, if they have waited."""

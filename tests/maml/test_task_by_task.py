@@ -219,7 +219,18 @@ def fill(z: Tensor) -> None:
     z[:, 0] = 1.0
 
 
-@pytest.mark.parametrize("write", [lambda z: z.sub_(1.0), subtract, fill, lambda z: torch.sigmoid_(z)])
+def through_a_view(z: Tensor) -> None:
+    z.flatten(2).sub_(1.0)
+
+
+def through_a_slice(z: Tensor) -> None:
+    channel = z[:, 1]
+    channel *= 2.0
+
+
+@pytest.mark.parametrize(
+    "write", [lambda z: z.sub_(1.0), subtract, fill, lambda z: torch.sigmoid_(z), through_a_view, through_a_slice]
+)
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_the_result_of_a_relu_that_changes_in_place_is_refused_as_by_pytorch(write, chunk_size):
     x, y = torch.randn(2, 3, 1, 6, 6, dtype=torch.float64), torch.randn(2, 3, 1, dtype=torch.float64)

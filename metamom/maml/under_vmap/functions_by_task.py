@@ -89,14 +89,16 @@ class FunctionsByTask(TorchFunctionMode):
         return other(*args, **(kwargs or {}))
 
     def _checked(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call a function that may change its first argument, but must not change the result of a ReLU.
+        """Call a function that may change a tensor in place, but must not change the result of a ReLU by it.
 
         Raises:
             VmapError: if it does. PyTorch raises an error in the backward pass.
         """
-        read = self._fast is not None and args and self._fast.followed.is_rectified(args[0]) and differentiated(args[0])
+        followed = None if self._fast is None else self._fast.followed
+        before = [] if followed is None else [each for each in followed.rectified() if differentiated(each)]
         found = on_any_layout(func, args, kwargs)
-        if read and self._fast is not None and not self._fast.followed.is_rectified(args[0]):
+        after = set() if followed is None else {*map(id, followed.rectified())}
+        if any(id(each) not in after for each in before):
             raise VmapError(
                 f"the model changes the result of a ReLU in place ({func.__name__}), and the derivative of the ReLU "
                 "needs it. Compute a new tensor: z = z - 1 in place of z.sub_(1) or z -= 1.",
