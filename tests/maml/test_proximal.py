@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -63,6 +64,28 @@ def test_linear_regression_in_closed_form(estimator, proximal, tolerance):
     torch.testing.assert_close(losses, wanted, rtol=tolerance, atol=0)
     adapted = learner.adapt(batch.support_x, batch.support_y)["weight"]
     torch.testing.assert_close(adapted.squeeze(1).detach(), u, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("differences", ["symmetric", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inexact_differences_of_an_ill_conditioned_loss_come_with_a_warning(dtype, differences):
+    proximal = Proximal(1e-4, differences=differences)
+    tasks = regression_batch(tasks=3, dim=4)
+    scales = torch.logspace(0, -3, 4, dtype=torch.float64)
+    scales[0] = 100.0
+    hard = tasks._replace(support_x=tasks.support_x * scales).to(dtype=dtype)
+    easy = tasks._replace(support_x=tasks.support_x * 0.02, query_x=tasks.query_x * 0.02).to(dtype=dtype)
+    model = linear().to(dtype)
+    for batch, is_hard in ((hard, True), (easy, False)):
+        learner = MAML(model, F.mse_loss, estimator="perturbed", proximal=proximal)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = learner.meta_gradient(batch, workers=3).grads["weight"].squeeze(1).double()
+        wanted, _ = regression_in_closed_form(model.weight.detach()[0].double(), batch.to(dtype=torch.float64), 1e-4)
+        errors = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+        texts = [str(each.message) for each in said if "exactly enough for differences" in str(each.message)]
+        assert len(texts) == (is_hard and dtype is torch.float32)
+        assert texts or float(errors.max()) < 0.2
 
 
 @pytest.mark.parametrize(("differences", "order"), [("symmetric", 2), ("forward", 1)])

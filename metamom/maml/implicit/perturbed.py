@@ -53,8 +53,11 @@ def perturbed_losses(
     settings, nu = inner.settings, inner.settings.perturbation(inner.eps)
     ends = (nu, -nu) if settings.differences == "symmetric" else (nu, 0.0)
     span = ends[0] - ends[1]
-    points = [solved if end == 0 else perturbed_solution(inner, query, own, others, solved, end) for end in ends]
+    found = [_solved_at(inner, query, own, others, solved, end) for end in ends]
+    points = [point for point, _ in found]
     difference = (flat(points[1].values()) - flat(points[0].values())) * (settings.strength / span)
+    error = torch.stack([left for _, left in found]).sum(0) / span
+    inner.solves.note_perturbed(error, torch.linalg.vector_norm(difference, dim=1), settings)
     total: Tensor = torch.linalg.vecdot(flat(own.values()), difference)
     if any(w.requires_grad for w in others.values()):
 
@@ -68,17 +71,18 @@ def perturbed_losses(
     return total
 
 
-def perturbed_solution(
+def _solved_at(
     inner: InnerProblem,
     query: Callable[[Tensor | None, bool], Losses],
     own: Params,
     others: Params,
     solved: Params,
     nu: float,
-) -> Params:
-    """u_nu, ``[T, *shape]`` by name, found from u_0.
+) -> tuple[Params, Tensor]:
+    """u_nu, ``[T, *shape]`` by name, found from u_0, and the norm ``[T]`` of its objective's gradient there.
 
-    It is solved to ``tolerance |grad L_q(u_0)|``, which leaves a relative error of about ``tolerance / nu`` in the
+    That norm over lambda bounds the distance to the exact solution, if the losses are convex there. It is solved to
+    ``tolerance |grad L_q(u_0)|``, which leaves an error of about ``tolerance |grad L_q(u_0)| / nu`` in the
     meta-gradient.
     """
     settings = inner.settings
@@ -99,6 +103,9 @@ def perturbed_solution(
 
         return objective
 
+    if nu == 0:
+        _, left = objective_of(None)(first)
+        return solved, torch.linalg.vector_norm(left, dim=1)
     found = minimise(
         objective_of,
         first,
@@ -110,4 +117,4 @@ def perturbed_solution(
     )
     solved_all = found.solved() | ~found.first.isfinite()
     inner.solves.check(solved_all, found.gradient / found.first.where(found.first > 0, 1), settings)
-    return unflattened(found.point, own)
+    return unflattened(found.point, own), found.gradient

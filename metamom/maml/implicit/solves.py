@@ -5,6 +5,7 @@ Legend: T tasks.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from metamom.common.numbers import counted
 from metamom.maml.implicit.conjugate_gradients import Solved
 from metamom.maml.implicit.lbfgs import Minimum
 from metamom.maml.implicit.proximal import Proximal
+
+INEXACT = 0.1  # the relative error of a meta-gradient of differences that is worth a warning
 
 _FIXED: ContextVar[str | None] = ContextVar("fixed", default=None)
 
@@ -98,6 +101,28 @@ class Solves:
                 "keep a gradient from vanishing.",
                 f"Otherwise, use a larger proximal (now {settings.strength:g}), more iterations or a larger "
                 f"tolerance: proximal='{settings.strength:g},iterations={2 * settings.iterations},tolerance=1e-3'.",
+            )
+
+    def note_perturbed(self, error: Tensor, size: Tensor, settings: Proximal) -> None:
+        """Warn of meta-gradients that are differences of solutions which are not exact enough for them.
+
+        A tolerance that the user has chosen is taken as meant.
+
+        Args:
+            error: how far the meta-gradients may be off because of that, ``[T]``.
+            size: their norms, ``[T]``.
+            settings: of the solver.
+        """
+        inexact = error > INEXACT * size
+        if not self._trying and settings.tolerance is None and bool(inexact.any()):
+            share = float((error[inexact] / size[inexact]).max())
+            most = f"{share:.2g} of their norm" if math.isfinite(share) else "more than their norm"
+            self._warn(
+                "perturbed",
+                f"the proximal problem was not solved exactly enough for differences in {_share(inexact)}: the "
+                f"meta-gradients may be off by {most}. Kinks, as of ReLU, and ill-conditioned losses can do this.",
+                "Use a larger proximal or nu, float64, or estimator='implicit': "
+                f"proximal='{settings.strength:g},nu=0.01'.",
             )
 
     def note_implicit(self, found: Solved, tolerance: float, settings: Proximal) -> None:
