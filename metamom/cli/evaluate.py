@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -188,13 +189,21 @@ def _baselines(
     from metamom.baselines import standard_baselines
     from metamom.baselines.tuning import FineTuning
     from metamom.cli.results import Row
+    from metamom.common.log_lines import LogLines
     from metamom.common.trees import lone
     from metamom.evaluation import evaluate, paired_difference
 
     labels = lone(sampler.sample(0, 1).support_y)
     classes = labels is not None and not labels.is_floating_point() and labels.dim() == 2
-    found = {}
-    for name, baseline in standard_baselines(run.learner, classes=classes, make=run.new_model).items():
+    found: dict[str, Row] = {}
+    baselines = standard_baselines(run.learner, classes=classes, make=run.new_model)
+    world: World = options["world"]
+    lines = (
+        None if sys.stderr.isatty() or not world.first else LogLines("evaluate", len(baselines), "baselines", since=0)
+    )
+    for name, baseline in baselines.items():
+        if lines is not None:
+            lines.stepped(len(found), {"now": name})
         steps = arguments.baseline_steps if isinstance(baseline, FineTuning) else 0
         of_baseline = evaluate(baseline, sampler, steps=(steps,), **options)
         found[name] = Row(of_baseline, paired_difference(of_baseline, result.at(max(result.steps))))
