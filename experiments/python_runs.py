@@ -197,6 +197,12 @@ def _step_sizes(alpha: Mapping[str, Any], adapted: list[str], state: Mapping[str
     return {"inner_lr": numbers.pop() if alike else given}
 
 
+def of_adapted(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A learner's state without the step sizes of parameters that were frozen later, which a new learner lacks."""
+    names = {f"{STEP_SIZE}:{name.replace('.', ':')}" for name in settings.get("learner", {}).get("adapt", ())}
+    return {name: value for name, value in state.items() if not name.startswith(f"{STEP_SIZE}:") or name in names}
+
+
 def model_weights(state: Mapping[str, Tensor]) -> Params:
     """The model's own weights and buffers in a learner's state."""
     return {name.removeprefix(MODEL): w for name, w in state.items() if name.startswith(MODEL)}

@@ -233,7 +233,7 @@ def load(
         >>> run.learner.fit(support_x, support_y)(query_x)  # doctest: +SKIP
         >>> pandas.DataFrame(run.metrics).plot("step", "loss")  # doctest: +SKIP
     """
-    from metamom.experiments.python_runs import is_python_run
+    from metamom.experiments.python_runs import is_python_run, of_adapted
     from metamom.experiments.recipes import find_device
     from metamom.experiments.saved import learner_state, load_learner, read_state, recipe_of
 
@@ -257,6 +257,7 @@ def load(
     elif recipe is not None:
         learner = recipe.learner(given, initial=False)
     else:
+        weights = of_adapted(settings, weights)
         learner = _from_python(path, settings, weights, given, loss_fn)
     if device is not None or (given is None and recipe is None):
         learner.to(find_device(str(device or "cpu")))

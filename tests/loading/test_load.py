@@ -259,6 +259,26 @@ def test_a_parameter_that_was_frozen_later(tmp_path):
     assert found.adapted == learner.adapted
 
 
+@pytest.mark.parametrize("learned", [False, "tensor", "entry"])
+def test_a_parameter_with_a_step_size_of_its_own_that_was_frozen_later(learned, tmp_path):
+    def frozen() -> nn.Module:
+        net = Net()
+        net.first.weight.requires_grad_(False)
+        return net
+
+    model = Net()
+    sizes = {name: torch.full_like(p.detach(), 0.1 + i / 100) for i, (name, p) in enumerate(model.named_parameters())}
+    learner = MAML(model, F.mse_loss, inner_lr=0.2 if learned else sizes, learn_inner_lr=learned)
+    learner.model.first.weight.requires_grad_(False)
+    trained(tmp_path / "run", learner)
+    found = metamom.load(tmp_path / "run", model=frozen).learner
+    assert found.adapted == learner.adapted
+    batch = Sinusoid().sample(0, 2)
+    theirs = learner.adapt(batch.support_x, batch.support_y)
+    for name, w in found.adapt(batch.support_x, batch.support_y).items():
+        torch.testing.assert_close(w, theirs[name])
+
+
 def test_a_run_of_a_changed_config(of_net, tmp_path):
     import shutil
 
