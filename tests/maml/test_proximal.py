@@ -88,6 +88,22 @@ def test_inexact_differences_of_an_ill_conditioned_loss_come_with_a_warning(dtyp
         assert texts or float(errors.max()) < 0.2
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e9])
+def test_an_ill_conditioned_problem_comes_with_a_warning_wherever_the_adapted_weights_are_wrong(condition):
+    tasks = regression_batch(tasks=3, dim=4)
+    scales = torch.logspace(0, -math.log10(condition) / 2, 4, dtype=torch.float64)
+    batch = tasks._replace(support_x=tasks.support_x * scales).to(dtype=torch.float32)
+    model, strength = linear().float(), 1 / condition
+    learner = MAML(model, F.mse_loss, estimator="implicit", proximal=strength)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        grads = learner.meta_gradient(batch, workers=3).grads["weight"].squeeze(1).double()
+    wanted, _ = regression_in_closed_form(model.weight.detach()[0].double(), batch.to(dtype=torch.float64), strength)
+    wrong = float(((grads - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) > 0.5
+    assert any("was not solved" in str(each.message) for each in said) or not wrong
+    assert wrong == (condition > 1e4)
+
+
 @pytest.mark.parametrize(("differences", "order"), [("symmetric", 2), ("forward", 1)])
 def test_the_bias_in_nu(differences, order):
     """On quadratics the error is a power series in nu; ten times smaller, it falls by 10^order."""

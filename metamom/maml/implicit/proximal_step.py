@@ -89,7 +89,7 @@ def solution(inner: InnerProblem, own: Params, others: Params) -> Params:
         eps=inner.eps,
         curvature=inner.settings.strength,
     )
-    inner.solves.note(found, inner.settings)
+    inner.solves.note(found, torch.linalg.vector_norm(found.point - start, dim=1), inner.settings)
     return unflattened(found.point, own)
 
 

@@ -20,6 +20,7 @@ from metamom.maml.implicit.lbfgs import Minimum
 from metamom.maml.implicit.proximal import Proximal
 
 INEXACT = 0.1  # the relative error of a meta-gradient of differences that is worth a warning
+FAR = 0.3  # the distance to the solution, relative to how far the weights moved, that is worth a warning
 
 _FIXED: ContextVar[str | None] = ContextVar("fixed", default=None)
 
@@ -75,14 +76,30 @@ class Solves:
         """``iterations``, or 2 to measure memory, which does not depend on them."""
         return min(iterations, 2) if self._trying else iterations
 
-    def note(self, found: Minimum, settings: Proximal) -> None:
-        """Keep how the proximal problem was solved, and warn if it was not."""
+    def note(self, found: Minimum, moved: Tensor, settings: Proximal) -> None:
+        """Keep how the proximal problem was solved, and warn if it was not.
+
+        Args:
+            found: the minimum.
+            moved: how far the weights moved, ``[T]``.
+            settings: of the solver. A tolerance that the user has chosen is taken as meant.
+        """
         if self._trying:
             return
         residual = found.gradient / found.first.where(found.first > 0, 1)
         solved = found.solved() | ~found.first.isfinite()  # what is not finite is an error of its own
         self.inner = InnerSolve(found.evaluations, residual, solved)
         self.check(solved, residual, settings)
+        off = found.gradient / settings.strength / moved.where(moved > 0, 1)  # the most, if the loss is convex there
+        inexact = solved & (moved > 0) & (off > FAR)
+        if settings.tolerance is None and bool(inexact.any()):
+            self._warn(
+                "inexact",
+                f"the proximal problem was not solved exactly enough in {_share(inexact)}: where it is as flat as its "
+                f"proximal term, the adapted weights may be off by {float(off[inexact].max()):.2g} times how far they "
+                "moved. Ill-conditioned losses can do this.",
+                f"Use a larger proximal (now {settings.strength:g}), float64 or a smaller tolerance.",
+            )
 
     def check(self, solved: Tensor, residual: Tensor, settings: Proximal) -> None:
         """Warn of tasks whose proximal problem is not solved.
