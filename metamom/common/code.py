@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 MOST = 1000  # functions to read, so that a model that calls a large library is read quickly
 _LIBRARIES = frozenset({"torch", "metamom", "numpy", "builtins"})
+# what has been read; functions may hold models in their closures, so they are not kept alive
+_CODES: WeakKeyDictionary[type | FunctionType, tuple[CodeType, ...]] = WeakKeyDictionary()
+_NAMES: WeakKeyDictionary[type | FunctionType, frozenset[str]] = WeakKeyDictionary()
 
 
 def code_of(owner: object) -> Iterator[CodeType]:
@@ -17,10 +21,8 @@ def code_of(owner: object) -> Iterator[CodeType]:
     Functions are found as globals, in closures, as attributes of imported modules, and as attributes of the object
     itself. Code of PyTorch, NumPy and metamom is left out.
     """
-    yield from _reached_from(type(owner))  # type: ignore[arg-type]  # a class hashes
-    for each in vars(owner).values():
-        if isinstance(each, (FunctionType, MethodType, partial)):
-            yield from _reached_from(_function(each))
+    for start in _starts(owner):
+        yield from _reached_from(start)
 
 
 def names_one(owner: object, *names: str) -> bool:
@@ -31,11 +33,31 @@ def names_one(owner: object, *names: str) -> bool:
         >>> names_one(JSONDecoder(), "rfind"), names_one(JSONDecoder(), "batch_norm")
         (True, False)
     """
-    return any(name in code.co_names for code in code_of(owner) for name in names)
+    return any(not _names_in(start).isdisjoint(names) for start in _starts(owner))
 
 
-@cache
-def _reached_from(start: object) -> tuple[CodeType, ...]:
+def _starts(owner: object) -> Iterator[type | FunctionType]:
+    """An object's class and the functions among its attributes; none of a module of PyTorch with its own forward."""
+    kind, attributes = type(owner), vars(owner)
+    if kind.__module__.startswith("torch.") and "forward" not in attributes:
+        return
+    yield kind
+    for each in attributes.values():
+        if isinstance(each, (FunctionType, MethodType, partial)) and isinstance(found := _function(each), FunctionType):
+            yield found
+
+
+def _names_in(start: type | FunctionType) -> frozenset[str]:
+    found = _NAMES.get(start)
+    if found is None:
+        _NAMES[start] = found = frozenset(name for code in _reached_from(start) for name in code.co_names)
+    return found
+
+
+def _reached_from(start: type | FunctionType) -> tuple[CodeType, ...]:
+    known = _CODES.get(start)
+    if known is not None:
+        return known
     found: dict[CodeType, None] = {}
     seen: set[int] = set()
     todo: list[object] = [start]
@@ -50,7 +72,8 @@ def _reached_from(start: object) -> tuple[CodeType, ...]:
             codes = _with_inner(each.__code__)
             found.update(dict.fromkeys(codes))
             todo += _named(each, {name for code in codes for name in code.co_names})
-    return tuple(found)
+    _CODES[start] = codes_found = tuple(found)
+    return codes_found
 
 
 def _function(value: Any) -> Any:
