@@ -135,7 +135,8 @@ class RunDirectory:
         if differences:
             raise ValueError(
                 f"the run in {self.path} was made with other settings: {_first_of(differences)}. "
-                "Resume it with its own settings, or choose another directory."
+                "Resume it with its own settings, or choose another directory. On the command line, --config "
+                f"{self.path / 'config.json'} gives them."
             )
         before = {name: config[name] for name in ("length", "environment")}
         self._history = config["history"] or [before]

@@ -104,6 +104,13 @@ def test_an_ill_conditioned_problem_comes_with_a_warning_wherever_the_adapted_we
     assert wrong == (condition > 1e4)
 
 
+def test_a_perturbation_that_leaves_no_minimum_comes_with_a_warning_that_says_so():
+    batch = regression_batch(tasks=2, dim=4)
+    learner = MAML(linear(), F.mse_loss, estimator="perturbed", proximal=Proximal(0.1, nu=50.0))
+    with pytest.warns(UserWarning, match="was not solved in 2 of 2 tasks: its gradient grew .* a smaller nu"):
+        learner.meta_gradient(batch)
+
+
 @pytest.mark.parametrize(("differences", "order"), [("symmetric", 2), ("forward", 1)])
 def test_the_bias_in_nu(differences, order):
     """On quadratics the error is a power series in nu; ten times smaller, it falls by 10^order."""

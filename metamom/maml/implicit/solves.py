@@ -20,6 +20,7 @@ from metamom.maml.implicit.lbfgs import Minimum
 from metamom.maml.implicit.proximal import Proximal
 
 INEXACT = 0.1  # the relative error of a meta-gradient of differences that is worth a warning
+GREW = 1000.0  # times that the gradient of a problem without a minimum grows
 FAR = 0.3  # the distance to the solution, relative to how far the weights moved, that is worth a warning
 
 _FIXED: ContextVar[str | None] = ContextVar("fixed", default=None)
@@ -109,7 +110,15 @@ class Solves:
             residual: relative, ``[T]``.
             settings: of the solver.
         """
-        if not self._trying and not bool(solved.all()):
+        grew = ~solved & (residual > GREW)
+        if not self._trying and bool(grew.any()):
+            self._warn(
+                "unbounded",
+                f"the proximal problem was not solved in {_share(grew)}: its gradient grew to up to "
+                f"{float(residual[grew].max()):.2g} times what it was, so it may have no minimum.",
+                f"Use a larger proximal (now {settings.strength:g}); with estimator='perturbed', also a smaller nu.",
+            )
+        elif not self._trying and not bool(solved.all()):
             self._warn(
                 "inner",
                 f"the proximal problem was not solved to its tolerance in {_share(~solved)} within "
@@ -131,7 +140,8 @@ class Solves:
             settings: of the solver.
         """
         inexact = error > INEXACT * size
-        if not self._trying and settings.tolerance is None and bool(inexact.any()):
+        silent = self._trying or settings.tolerance is not None or "unbounded" in self._warned
+        if not silent and bool(inexact.any()):
             share = float((error[inexact] / size[inexact]).max())
             most = f"{share:.2g} of their norm" if math.isfinite(share) else "more than their norm"
             self._warn(
