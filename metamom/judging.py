@@ -44,7 +44,7 @@ def tasks_at_once(learner: MAML, batch: TaskBatch, steps: int) -> int | None:
     """How many tasks of a batch to adapt and judge at a time; all for ``None``.
 
     It is the learner's ``chunk_size``. ``"auto"`` is measured on predictions, of which at most half is alive at a time
-    without a graph, and on an inner step if there are any.
+    without a graph, and on an inner step if there are any. If that fails, it is all: judging them says what is wrong.
     """
 
     def trajectory(one: TaskBatch, steps: int) -> list[Params]:
@@ -56,10 +56,13 @@ def tasks_at_once(learner: MAML, batch: TaskBatch, steps: int) -> int | None:
             _predicted(learner, {name: w.detach().requires_grad_() for name, w in start.items()}, one)
 
     plan = learner._plan()
-    found = learner._gradients.chunk_size(plan, batch, predict, "predictions")
-    if found is None or steps == 0:
-        return found and 2 * found
-    of_support = learner._gradients.chunk_size(plan, batch, partial(trajectory, steps=1), "adaptation")
+    try:
+        found = learner._gradients.chunk_size(plan, batch, predict, "predictions")
+        if found is None or steps == 0:
+            return found and 2 * found
+        of_support = learner._gradients.chunk_size(plan, batch, partial(trajectory, steps=1), "adaptation")
+    except Exception:  # noqa: BLE001  # of the caller's model and data: the tasks themselves raise it again
+        return None
     return of_support and min(of_support, 2 * found)
 
 

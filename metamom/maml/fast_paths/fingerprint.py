@@ -67,13 +67,13 @@ def _fingerprint(owner: nn.Module, batch: TaskBatch, *options: Hashable) -> Fing
             return None
         found += behaviour_of(module)
         if children := module._modules:
-            found += children
+            found += children.keys()  # iterating over a scripted module's wrapper fails
             todo += [child for child in children.values() if child is not None]
         if parameters := module._parameters:
-            found += parameters
+            found += parameters.keys()
             held += parameters.values()
         if buffers := module._buffers:
-            found += buffers
+            found += buffers.keys()
             held += buffers.values()
     tensors = [x for x in held if x is not None]
     every = given + tensors
