@@ -8,6 +8,8 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 MOST = 1000  # functions to read, so that a model that calls a large library is read quickly
 _LIBRARIES = frozenset({"torch", "metamom", "numpy", "builtins"})
 # what has been read; functions may hold models in their closures, so they are not kept alive
@@ -61,9 +63,8 @@ def _reached_from(start: type | FunctionType) -> tuple[CodeType, ...]:
     found: dict[CodeType, None] = {}
     seen: set[int] = set()
     todo: list[object] = [start]
-    while todo and len(found) < MOST:
-        each = _function(todo.pop())
-        if id(each) in seen:
+    for each in map(_function, todo):  # it grows, so what is nearest is read first
+        if id(each) in seen or len(found) >= MOST:
             continue
         seen.add(id(each))
         if isinstance(each, type):
@@ -72,12 +73,14 @@ def _reached_from(start: type | FunctionType) -> tuple[CodeType, ...]:
             codes = _with_inner(each.__code__)
             found.update(dict.fromkeys(codes))
             todo += _named(each, {name for code in codes for name in code.co_names})
+            if hasattr(each, "__wrapped__"):
+                todo.append(each.__wrapped__)
     _CODES[start] = codes_found = tuple(found)
     return codes_found
 
 
 def _function(value: Any) -> Any:
-    """What a method, a property, a partial or a wrapped function calls."""
+    """What a method, a property or a partial calls."""
     while True:
         if isinstance(value, (staticmethod, classmethod, MethodType)):
             value = value.__func__
@@ -85,8 +88,6 @@ def _function(value: Any) -> Any:
             value = value.fget
         elif isinstance(value, partial):
             value = value.func
-        elif isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
-            value = value.__wrapped__
         else:
             return value
 
@@ -104,7 +105,10 @@ def _with_inner(code: CodeType) -> list[CodeType]:
 
 
 def _named(function: FunctionType, names: set[str]) -> list[object]:
-    """The functions and classes that a function's code can reach by these names."""
+    """The functions and classes that a function's code can reach by these names.
+
+    Classes of modules are left out, since each module of a model is looked at by itself.
+    """
     values = [function.__globals__[name] for name in names & function.__globals__.keys()]
     for cell in function.__closure__ or ():
         try:
@@ -114,4 +118,5 @@ def _named(function: FunctionType, names: set[str]) -> list[object]:
     for module in [value for value in values if isinstance(value, ModuleType)]:
         if module.__name__.partition(".")[0] not in _LIBRARIES:
             values += [vars(module)[name] for name in names & vars(module).keys()]
-    return [value for value in values if isinstance(value, (FunctionType, MethodType, partial, type))]
+    kinds = FunctionType, MethodType, partial, type
+    return [x for x in values if isinstance(x, kinds) and not (isinstance(x, type) and issubclass(x, nn.Module))]

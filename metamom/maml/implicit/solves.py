@@ -114,9 +114,9 @@ class Solves:
         if not self._trying and bool(grew.any()):
             self._warn(
                 "unbounded",
-                f"the proximal problem was not solved in {_share(grew)}: its gradient grew to up to "
+                f"the proximal problem was not solved in {_share(grew)}: its gradient grew to "
                 f"{float(residual[grew].max()):.2g} times what it was, so it may have no minimum.",
-                f"Use a larger proximal (now {settings.strength:g}); with estimator='perturbed', also a smaller nu.",
+                f"Use a larger proximal (now {settings.strength:g}); or, with estimator='perturbed', a smaller nu.",
             )
         elif not self._trying and not bool(solved.all()):
             self._warn(
