@@ -1,11 +1,11 @@
 """The values of a learner on a block of tasks, for `metamom.evaluate`.
 
-Legend: T tasks, Q query points a task.
+Legend: T tasks, Q query points a task, L learners.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,18 +26,23 @@ from metamom.maml.padding import cut_off
 from metamom.maml.task_weights import Params
 from metamom.task_metrics import Metric, of_tasks
 
-Judged = tuple[int, Tensor, bool]  # steps, values [T], whether they are accuracies
+Judged = tuple[int, Tensor, bool]  # steps, values [T] or [L, T], whether they are accuracies
 
 
 def judged(
-    learner: MAML, batch: TaskBatch, steps: Collection[int], first: int, metric: str | Metric | None
+    learners: Sequence[MAML], batch: TaskBatch, steps: Collection[int], first: int, metric: str | Metric | None
 ) -> Iterator[Judged]:
-    """Values of T tasks after each number of steps. The first of them has the number ``first``."""
+    """Values ``[L, T]`` of T tasks after each number of steps. The first of them has the number ``first``.
+
+    The learners adapt alike, so the first one does, and differ in what their normalisations use for queries.
+    """
+    adapting = learners[0]
     with shared_between_predictions(batch.support_x, batch.query_x):
-        adapted = learner.trajectory(batch.support_x, batch.support_y, steps=max(steps), mask=batch.support_mask)
+        adapted = adapting.trajectory(batch.support_x, batch.support_y, steps=max(steps), mask=batch.support_mask)
         for step, params in enumerate(adapted):
             if step in steps:
-                yield step, *_of_weights(learner, params, batch, first, metric)
+                found = [_of_weights(learner, params, batch, first, metric) for learner in learners]
+                yield step, torch.stack([values for values, _ in found]), found[0][1]
 
 
 def tasks_at_once(learner: MAML, batch: TaskBatch, steps: int) -> int | None:

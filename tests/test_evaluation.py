@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import metamom.evaluation.tasks
 from metamom import MAML, CompositeMomentum, evaluate, train
 from metamom.batch import TaskBatch
+from metamom.evaluation import evaluate_norms
 from metamom.evaluation.ensemble import Ensemble
 from metamom.nets.models import Conv4, SinusoidMLP
 from metamom.tasks import Episodes, FixedTasks, Omniglot, PerWorker, Sinusoid
@@ -319,3 +321,28 @@ def test_an_ensemble_is_evaluated_in_the_chunks_of_its_members() -> None:
     assert {n for each in members for n in each.counts} == {4, 2}
     alone = evaluate(members[0], FAMILY, tasks=10, steps=(1,), metric="loss")
     torch.testing.assert_close(found.values, alone.values, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adapt": ["head"]}, {"inner_steps": 2, "step_norms": True}, {"estimator": "implicit", "proximal": 4}],
+)
+def test_several_norms_are_those_one_by_one(options):
+    model = Conv4(5, hidden=4, image_size=8, generator=torch.Generator().manual_seed(3)).double()
+    learner = MAML(model, F.cross_entropy, inner_lr=0.1, **options)
+    settings: dict[str, Any] = {"tasks": 7, "steps": (2, 0, 1) if "estimator" not in options else (0, 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of proximal problems at their kinks
+        found = evaluate_norms(learner, classes(), ("support", "batch"), **settings)
+        assert list(found) == ["support", "batch"]
+        for norm, together in found.items():
+            alone = evaluate(learner, classes(), norm=norm, **settings)
+            assert torch.equal(together.values, alone.values)
+            assert repr(together) == repr(alone)
+    assert not torch.equal(found["batch"].values, found["support"].values)
+
+
+@pytest.mark.parametrize("norms", [("batch", "frozen"), ()])
+def test_norms_that_adapt_differently_are_refused(norms):
+    with pytest.raises(ValueError, match="norms must be 'batch' and 'support', or one of them; got"):
+        evaluate_norms(classifier(5), classes(), norms)

@@ -19,9 +19,10 @@ from pathlib import Path
 from metamom.common.files import write_atomically
 from metamom.common.flag_types import folder, long_count, seed, task_count
 from metamom.common.numbers import counted
-from metamom.evaluation import Evaluation, evaluate
+from metamom.evaluation import Evaluation, evaluate_norms
+from metamom.experiments.published.budgets import TEST_TASKS
 from metamom.experiments.published.recipes import BUDGETS, OMNIGLOT, OPTIMIZERS, ROWS
-from metamom.experiments.published.run import STATISTICS, TEST_TASKS, Plan, plan_omniglot
+from metamom.experiments.published.run import Plan, plan_omniglot
 from metamom.tasks import Omniglot, OmniglotRuns
 from metamom.tasks.family import TaskFamily
 from metamom.training.directory import environment
@@ -75,9 +76,9 @@ def run(
         "published runs": (OmniglotRuns(root), 20),
     }
     return {
-        f"{name}, {norm}": evaluate(learner, sampler, tasks=number, steps=steps, norm=norm)
+        f"{name}, {norm}": found
         for name, (sampler, number) in samplers.items()
-        for norm in STATISTICS
+        for norm, found in evaluate_norms(learner, sampler, tasks=number, steps=steps).items()
     }
 
 

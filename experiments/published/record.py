@@ -24,6 +24,8 @@ class Row(NamedTuple):
 
 ROWS = {"5w1s": Row(5, 1), "5w5s": Row(5, 5), "20w1s": Row(20, 1), "20w5s": Row(20, 5)}
 
+WITHIN_ALPHABET = (5,)  # ways of rows that are also tested within alphabets: the test characters have one so large
+
 
 class Setting(NamedTuple):
     """A value and where it comes from: a place in a paper or its code, or why we chose it."""
@@ -59,6 +61,7 @@ class Published:
         shares: options of a `Recipe` that are numbers of iterations, as shares of all of them.
         support_passes: what an iteration costs, in passes of each support image, by ways; where it does not say, two
             for each inner step.
+        class_passes: what a solver costs beside them, in passes of one image of each class, by ways.
         test_steps: adaptation steps of the published figures, by ways.
         figures: the published accuracies, by row.
         points: published mean squared errors of sinusoids: ``(test shots, adaptation steps, error)``.
@@ -74,6 +77,7 @@ class Published:
     of_ways: Mapping[int | None, Settings] = field(default_factory=dict)
     shares: Settings = field(default_factory=dict)
     support_passes: Mapping[int | None, int] = field(default_factory=dict)
+    class_passes: Mapping[int | None, int] = field(default_factory=dict)
     test_steps: Mapping[int | None, Setting] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
     points: tuple[tuple[int, int, float], ...] = ()

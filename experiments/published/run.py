@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metamom.common.checks import MOST, check_whole
-from metamom.common.choices import Norm
 from metamom.common.did_you_mean import did_you_mean
-from metamom.evaluation import evaluate
-from metamom.experiments.published.budgets import length
+from metamom.evaluation import evaluate, evaluate_norms
+from metamom.experiments.published.budgets import TEST_TASKS, Validations, length, validations_during
 from metamom.experiments.published.outcome import WITHIN, Measurement, Outcome, write
 from metamom.experiments.published.recipes import (
     BUDGETS,
@@ -29,13 +28,10 @@ from metamom.experiments.saved import SavedRun, load_run
 from metamom.tasks import Omniglot
 from metamom.training.directory import environment, read_metrics
 
-TEST_TASKS = 1000
 SINUSOID_STEPS = tuple(range(11))  # of adaptation, as in MAML's figure
 TEST_SHOTS = (5, 10)  # of sinusoids
-VALIDATIONS = 40  # in a run, at most
-VALIDATION_TASKS = 200  # of each
+VALIDATION_TASKS = 200  # at most
 BETA = 0.1  # of composite momentum
-STATISTICS: tuple[Norm, ...] = ("batch", "support")  # transductive, inductive
 
 
 class Plan(NamedTuple):
@@ -50,6 +46,7 @@ class Plan(NamedTuple):
         optimizer: the outer one.
         recipe: the run as plain values.
         iterations: its length.
+        validations: during it.
     """
 
     experiment: str
@@ -60,6 +57,7 @@ class Plan(NamedTuple):
     optimizer: str
     recipe: Recipe
     iterations: int
+    validations: Validations
 
 
 def plan_omniglot(row: str, name: str, **choices: Any) -> Plan:
@@ -134,7 +132,8 @@ def plan(
     chosen = optimizer or str(options["optimizer"])
     options |= _outer(experiment, chosen, options, lr)
     recipe = Recipe(task=experiment, ways=ways, seed=seed, compile="auto", device=device, **options)
-    return Plan(experiment, name, published, row, budget, chosen, recipe, total)
+    during = validations_during(published, ways, options, total, VALIDATION_TASKS)
+    return Plan(experiment, name, published, row, budget, chosen, recipe, total, during)
 
 
 def _outer(experiment: str, chosen: str, options: dict[str, Any], lr: float | None) -> dict[str, Any]:
@@ -165,16 +164,14 @@ def reproduce(
     Raises:
         ValueError: as `metamom.train` does.
     """
-    assert wanted.recipe.meta_batch is not None
-    # validations no more often than training has had as many tasks as one of them
-    every = max(1, wanted.iterations // VALIDATIONS, VALIDATION_TASKS // wanted.recipe.meta_batch)
+    every, validation_tasks = wanted.validations
     options = {
         "iterations": wanted.iterations,
         "run_dir": run_dir,
         "resume": resume,
         "evaluate_every": every,
         "checkpoint_every": min(every, 500),
-        "evaluate_tasks": VALIDATION_TASKS,
+        "evaluate_tasks": validation_tasks,
     }
     train_recipe(wanted.recipe, options, root=root)
     run = load_run(run_dir, device=wanted.recipe.device)
@@ -223,7 +220,7 @@ def tested(run: SavedRun, wanted: Plan, *, root: str | None, tasks: int) -> tupl
     if Omniglot.has_alphabets("test", ways):
         samplers[WITHIN] = replace(recipe, within_alphabet=True).sampler("test", root=root)
     return tuple(
-        Measurement.of(f"{norm}{within}", evaluate(run.learner, sampler, tasks=tasks, steps=steps, norm=norm))
+        Measurement.of(f"{norm}{within}", found)
         for within, sampler in samplers.items()
-        for norm in STATISTICS
+        for norm, found in evaluate_norms(run.learner, sampler, tasks=tasks, steps=steps).items()
     )

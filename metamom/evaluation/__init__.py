@@ -2,7 +2,7 @@
 
 from metamom.evaluation.adaptable import Adaptable
 from metamom.evaluation.comparisons import Compared, Difference, compare_learners, paired, paired_difference
-from metamom.evaluation.evaluating import evaluate
+from metamom.evaluation.evaluating import evaluate, evaluate_norms
 from metamom.evaluation.result import Evaluation
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Evaluation",
     "compare_learners",
     "evaluate",
+    "evaluate_norms",
     "paired",
     "paired_difference",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ from metamom.maml.chunking import spans
 from metamom.maml.learner import MAML
 from metamom.maml.running.swapping import evaluating
 from metamom.task_metrics import Metric, check_metric, name_of
+
+ALIKE: tuple[Norm, ...] = ("batch", "support")  # tasks are adapted to alike
+
+
+class Asked(NamedTuple):
+    """What is evaluated: the arguments of `evaluate` that all learners share."""
+
+    tasks: int
+    steps: tuple[int, ...]
+    confidence: float
+    stream: str
+    metric: str | Metric | None
 
 
 @asserts_explained
@@ -83,34 +96,91 @@ def evaluate(
     Reference:
         The protocol of Finn, Abbeel, Levine (2017), section 5.2.
     """
-    steps = _checked(learner, sampler, tasks, steps, confidence)
-    check_metric(metric)
-    learner = with_options(learner, norm, inner_lr)
-    source = of_stream(sampler, stream)
+    asked = Asked(tasks, _checked(learner, sampler, tasks, steps, confidence), confidence, stream, metric)
+    [found] = _evaluated([with_options(learner, norm, inner_lr)], sampler, asked, world, norm, inner_lr)
+    return found
+
+
+@asserts_explained
+def evaluate_norms(
+    learner: MAML,
+    sampler: Sampler,
+    norms: Sequence[Norm] = ("batch", "support"),
+    *,
+    tasks: int = 600,
+    steps: Sequence[int] = (0, 1, 5, 10),
+    confidence: float = 0.95,
+    stream: str = "test",
+    metric: str | Metric | None = None,
+) -> dict[Norm, Evaluation]:
+    """The evaluations with several ``norm`` on the same tasks, as `evaluate` gives them one by one.
+
+    ``"batch"`` and ``"support"`` differ in how queries are classified, not in how tasks are adapted to, so tasks are
+    adapted to once.
+
+    Args:
+        learner: the learner to evaluate.
+        sampler, tasks, steps, confidence, stream, metric: as in `evaluate`.
+        norms: what batch normalisation uses: ``"batch"`` (transductive), ``"support"`` (inductive), or both.
+
+    Returns:
+        The evaluations by ``norm``, in the order given.
+
+    Raises:
+        TypeError, ValueError: as in `evaluate`.
+        ValueError: for other norms, with which tasks are adapted to differently.
+    """
+    others = [norm for norm in norms if norm not in ALIKE]
+    if others or not norms:
+        raise ValueError(f"norms must be {' and '.join(map(repr, ALIKE))}, or one of them; got {norms!r}.")
+    asked = Asked(tasks, _checked(learner, sampler, tasks, steps, confidence), confidence, stream, metric)
+    learners = [with_options(learner, norm, None) for norm in norms]
+    return dict(zip(norms, _evaluated(learners, sampler, asked), strict=True))
+
+
+def _evaluated(
+    learners: Sequence[Adaptable],
+    sampler: Sampler,
+    asked: Asked,
+    world: World | None = None,
+    norm: Norm | None = None,
+    inner_lr: float | None = None,
+) -> list[Evaluation]:
+    """The evaluations of L learners that adapt alike and predict differently."""
+    check_metric(asked.metric)
+    tasks, steps, metric = asked.tasks, asked.steps, asked.metric
+    source = of_stream(sampler, asked.stream)
     world = as_world(world)
     if world.size > 1:
-        asked = "".join(f", {name} {value}" for name, value in (("norm", norm), ("inner_lr", inner_lr)) if value)
-        asked += "" if metric is None else f", metric {name_of(metric)}"
-        world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {stream}{asked}, at weights "
-        world.doing += digest(weights_of(learner))
-    values = torch.zeros(len(steps) + 1, tasks, dtype=torch.float64)  # zero for tasks of others; last: the metric
+        options = "".join(f", {name} {value}" for name, value in (("norm", norm), ("inner_lr", inner_lr)) if value)
+        options += "" if metric is None else f", metric {name_of(metric)}"
+        world.doing = f"an evaluation of {tasks} tasks after {steps} steps, stream {asked.stream}{options}, at weights "
+        world.doing += digest(weights_of(learners[0]))
+    # zero for tasks of others; the last row: the metric
+    values = torch.zeros(len(learners), len(steps) + 1, tasks, dtype=torch.float64)
     with world.together(), evaluating(), Watched(tasks, shown=world.first) as watchers:
         for first, part, after in blocks_of_tasks(source, tasks, world):
             if part is not None:
                 check_batch(part)
-                found = _of_block(learner, placed_as_weights(part, learner), steps, first, metric)
-                values[:, first : first + part.num_tasks] = found
+                found = _of_block(learners, placed_as_weights(part, learners[0]), steps, first, metric)
+                values[:, :, first : first + part.num_tasks] = found
             if after < tasks:
                 watchers.between(after)
-    all_values, is_accuracy = world.all_reduce(values).split_with_sizes([len(steps), 1])
-    halfwidth = normal_halfwidth(1 / math.sqrt(tasks), confidence) * all_values.std(dim=1)
+    reduced = world.all_reduce(values)
+    return [_result(learner, asked, of_one) for learner, of_one in zip(learners, reduced, strict=True)]
+
+
+def _result(learner: Adaptable, asked: Asked, found: Tensor) -> Evaluation:
+    """The evaluation from values ``[len(steps) + 1, T]``, the last row of which is 1 for accuracies."""
+    values, is_accuracy = found.split_with_sizes([len(asked.steps), 1])
+    halfwidth = normal_halfwidth(1 / math.sqrt(asked.tasks), asked.confidence) * values.std(dim=1)
     return Evaluation(
-        steps,
-        tuple(all_values.mean(1).tolist()),
+        asked.steps,
+        tuple(values.mean(1).tolist()),
         tuple(halfwidth.tolist()),
-        all_values,
-        name_of(metric) if metric is not None else "accuracy" if bool(is_accuracy.any()) else "loss",
-        confidence,
+        values,
+        name_of(asked.metric) if asked.metric is not None else "accuracy" if bool(is_accuracy.any()) else "loss",
+        asked.confidence,
         statistics_of(learner),
     )
 
@@ -139,21 +209,23 @@ def _checked(learner: object, sampler: object, tasks: int, steps: Iterable[int],
 
 
 def _of_block(
-    learner: Adaptable, batch: TaskBatch, steps: Sequence[int], first: int, metric: str | Metric | None
+    learners: Sequence[Adaptable], batch: TaskBatch, steps: Sequence[int], first: int, metric: str | Metric | None
 ) -> Tensor:
-    """Values ``[len(steps) + 1, T]`` of T tasks, of which the first has the number ``first``.
+    """Values ``[L, len(steps) + 1, T]`` of T tasks, of which the first has the number ``first``.
 
     The last row is 1 where they are accuracies, and 0 where they are not.
     """
-    values = torch.zeros(len(steps) + 1, batch.num_tasks, dtype=torch.float64)
+    values = torch.zeros(len(learners), len(steps) + 1, batch.num_tasks, dtype=torch.float64)
+    learner = learners[0]
     one = learner.learners[0] if isinstance(learner, Ensemble) else learner  # members adapt one after another
     size = tasks_at_once(one, batch, max(steps)) if isinstance(one, MAML) else None
     for start, stop in spans(batch.num_tasks, size, batch.num_tasks):
         asked = batch.part(start, stop), set(steps), first + start, metric
+        own = [each for each in learners if isinstance(each, MAML)]
         judge = learner.judge if isinstance(learner, Ensemble) else None
-        of_steps = judged(learner, *asked) if isinstance(learner, MAML) else judged_by_protocol(learner, *asked, judge)
+        of_steps = judged(own, *asked) if own else judged_by_protocol(learner, *asked, judge)
         for step, found, is_accuracy in of_steps:
-            values[-1] = float(is_accuracy)
+            values[:, -1] = float(is_accuracy)
             for row in (row for row, wanted in enumerate(steps) if wanted == step):
-                values[row, start:stop] = found.double().cpu()
+                values[:, row, start:stop] = found.double().cpu()
     return values

@@ -143,7 +143,7 @@ class _Client:
         """Adapt the server's weights to validation tasks, and report the mean loss or accuracy."""
         learner = self._learner(message)
         batch = self._draw(learner, context, 0, self._evaluation_tasks, "validation")
-        [(_, values, right)] = judged(learner, batch, (learner.inner_steps,), 0, None)
+        [(_, [values], right)] = judged([learner], batch, (learner.inner_steps,), 0, None)
         metrics = {"accuracy" if right else "loss": float(values.mean()), "num-examples": len(values)}
         content = {"metrics": flower.app.MetricRecord(metrics)}
         return flower.app.Message(flower.app.RecordDict(content), reply_to=message)

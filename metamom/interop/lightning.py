@@ -153,7 +153,7 @@ class MetaModule(lightning.LightningModule):  # type: ignore[misc, name-defined]
         """Adapt to each task, and keep its loss or accuracy."""
         learner = self.learner
         first = sum(map(len, self._judged))
-        [(_, values, right)] = judged(learner, batch, (learner.inner_steps,), first, None)
+        [(_, [values], right)] = judged([learner], batch, (learner.inner_steps,), first, None)
         self._metric = "accuracy" if right else "loss"
         self._judged.append(values)
 

@@ -19,13 +19,15 @@ from metamom.common.options import declared
 from metamom.experiments.options import RecipeOptions
 from metamom.experiments.published import __main__ as collect
 from metamom.experiments.published import alphabets, report
-from metamom.experiments.published.budgets import SECONDS_A_PASS, SHORT_SECONDS
+from metamom.experiments.published import run as published_run
+from metamom.experiments.published.budgets import HOUR, SHORT_SECONDS, TEST_TASKS, VALIDATING, cost
 from metamom.experiments.published.curves import validations
 from metamom.experiments.published.outcome import FILE, Measurement, Outcome, read_all, write
 from metamom.experiments.published.recipes import BUDGETS, OMNIGLOT, OPTIMIZERS, ROWS, SINUSOID
+from metamom.experiments.published.record import WITHIN_ALPHABET
 from metamom.experiments.published.run import Plan, plan_omniglot, plan_sinusoid, reproduce
 from metamom.nets import Conv4
-from metamom.tasks import OmniglotRuns
+from metamom.tasks import Omniglot, OmniglotRuns
 
 pytestmark = pytest.mark.usefixtures("few_validation_tasks")
 KNOWN = {each.name for each in declared(RecipeOptions)}
@@ -86,13 +88,40 @@ def test_maml_on_omniglot(row, inner_lr, inner_steps, meta_batch, shots, short):
     assert replace(brief.recipe, meta_batch=meta_batch, schedule="constant") == found
 
 
-def test_short_budgets_take_as_long_as_each_other():
+def test_short_budgets_take_an_hour(monkeypatch):
+    """Training, validations and tests together; what the second core does is a reserve."""
+    monkeypatch.setattr(published_run, "VALIDATION_TASKS", 200)
     for each in filter(lambda plan: plan.row is not None and plan.budget == "short", every_plan()):
         recipe = each.recipe
-        of_support = each.published.support_passes.get(recipe.ways) or 2 * recipe.inner_steps
-        passes = recipe.ways * (of_support * recipe.shots + recipe.queries)
-        seconds = SECONDS_A_PASS * each.iterations * recipe.meta_batch * passes
-        assert 0.9 * SHORT_SECONDS < seconds <= SHORT_SECONDS or each.iterations == each.published.iterations.value
+        options = {name: getattr(recipe, name) for name in ("shots", "queries", "inner_steps", "meta_batch")}
+        of_task = cost(each.published, recipe.ways, options)
+        training = of_task.trained * each.iterations * recipe.meta_batch
+        every, tasks = each.validations
+        validating = of_task.evaluated * each.iterations // every * tasks
+        testing = of_task.evaluated * TEST_TASKS * (2 if recipe.ways in WITHIN_ALPHABET else 1)
+        assert training + validating + testing <= HOUR
+        assert validating <= 1.1 * VALIDATING * training  # whole numbers of tasks and iterations
+        assert 10 <= each.iterations // every <= 40
+        at_most = min(SHORT_SECONDS, (HOUR - testing) / (1 + VALIDATING))
+        assert 0.9 * at_most < training <= at_most or each.iterations == each.published.iterations.value
+
+
+def test_rows_are_tested_within_alphabets_where_there_are_any():
+    assert {ways for ways, _ in ROWS.values() if Omniglot.has_alphabets("test", ways)} == set(WITHIN_ALPHABET)
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe", "iterations", "expected"),
+    [
+        ("5w1s", "maml", None, (500, 200)),
+        ("20w1s", "imaml", None, (54, 86)),  # 200 tasks would take two minutes, 40 times
+        ("5w5s", "maml", 4, (1, 10)),
+        ("20w5s", "imaml", 4, (1, 10)),
+    ],
+)
+def test_validations_do_not_take_long(row, recipe, iterations, expected, monkeypatch):
+    monkeypatch.setattr(published_run, "VALIDATION_TASKS", 200)
+    assert plan_omniglot(row, recipe, iterations=iterations).validations == expected
 
 
 def test_parts_of_maml_plus_plus():
