@@ -9,7 +9,8 @@ from metamom.bias import BiasOperator
 from metamom.common.checks import AT_ONCE, check_number, check_whole
 from metamom.common.kinds import named_type
 from metamom.diagnostics.sources import half_points, pairs, points_per_shot
-from metamom.maml.estimators import memoryless_estimators
+from metamom.maml.estimators import ESTIMATORS, memoryless_estimators
+from metamom.maml.inner_optimizer import check_inner_optimizer
 from metamom.maml.learner import MAML
 
 
@@ -41,6 +42,15 @@ def check_plan(
             f"{learner.estimator!r}, which remembers earlier steps. Measure one of these at the same weights "
             "(--estimator)."
         )
+    reference = ESTIMATORS[learner.estimator].reference
+    try:
+        check_inner_optimizer(reference, learner.inner_optimizer)
+    except ValueError:
+        raise ValueError(
+            f"the bias is measured against estimator {reference!r}, which takes steps of inner_optimizer 'sgd' or "
+            f"'momentum:0.9' only; got {learner.inner_optimizer.spec!r}. Measure a learner with one of these at the "
+            "same weights."
+        ) from None
     for size in sizes:
         check_whole("an inner batch", size, -math.inf, AT_ONCE)
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):

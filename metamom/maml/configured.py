@@ -226,13 +226,18 @@ class Configured(nn.Module):
 
     def __repr__(self) -> str:
         model, loss = self.model, self.loss_fn
-        every = {name for name, p in model.named_parameters() if p.requires_grad} == set(self.adapted)
+        every = set(self._movable()) == set(self.adapted)
         step_sizes = self.inner_lr if self.step_sizes.kind is False else f"learned ({self.step_sizes.kind})"
         values = {
             "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
             "inner_steps": self.inner_steps,
+            "positive_inner_lr": self.step_sizes.positive or None,
             "estimator": self.estimator,
+            "inner_batches": None if self.inner_batches == "same" else self.inner_batches,
+            "tracking": None if self.memory is None else self.memory.tracking,
             "proximal": self.proximal.spec if ESTIMATORS[self.estimator].proximal else None,
+            **({} if self.annealing is None else self.annealing.describe()),
+            "step_norms": None if self.norms_by_step is None else True,
             "inner_optimizer": None if self.inner_optimizer.plain else self.inner_optimizer.spec,
             "adapt": None if every or self.kind == "boil" else self.adapted,
             "head": getattr(self, "head", None),

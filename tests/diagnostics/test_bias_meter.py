@@ -343,6 +343,15 @@ def test_too_few_draws_or_a_small_pool_are_refused():
         measure(MAML(nn.Linear(1, 1), F.mse_loss), Sinusoid(3, 4), inner_batches=(1,), draws=4)
 
 
+@pytest.mark.parametrize("estimator", ["exact", "first-order"])
+def test_adam_inside_has_nothing_to_be_measured_against(estimator):
+    learner = MAML(nn.Linear(1, 1), F.mse_loss, inner_optimizer="adam", estimator=estimator)
+    with pytest.raises(ValueError, match=r"against estimator 'cross-fit'.*got 'adam'. Measure a learner with one of"):
+        measure(learner, Sinusoid(8, 4), inner_batches=(1,), draws=4)
+    learner = MAML(nn.Linear(1, 1), F.mse_loss, inner_optimizer="momentum:0.9", estimator=estimator)
+    assert measure(learner, Sinusoid(8, 4), inner_batches=(1,), draws=4).estimator == estimator
+
+
 def test_tracking_is_checked_before_the_run():
     learner = MAML(nn.Linear(1, 1), F.mse_loss)
     optimizer = CompositeMomentum(learner.parameters(), lr=0.05)

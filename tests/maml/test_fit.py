@@ -431,3 +431,13 @@ def test_representations():
         "MAML(Conv4 of 112,005 parameters, CrossEntropyLoss, inner_lr='learned (entry)', inner_steps=1, "
         "estimator='exact', adapt=('head.weight', 'head.bias'), norm='support')"
     )
+    parts = {"multi_step": 3, "first_order_until": 4, "step_norms": True, "positive_inner_lr": True}
+    learner = MAML(Conv4(5), F.cross_entropy, inner_steps=2, learn_inner_lr="tensor-step", **parts)
+    assert repr(learner) == (
+        "MAML(Conv4 of 112,005 parameters, cross_entropy, inner_lr='learned (tensor-step)', inner_steps=2, "
+        "positive_inner_lr=True, estimator='exact', multi_step=3, first_order_until=4, step_norms=True)"
+    )
+    learner = MAML(SinusoidMLP(), F.mse_loss, estimator="moml", tracking=0.25)
+    assert repr(learner).endswith("estimator='moml', tracking=0.25)")
+    learner = MAML(SinusoidMLP(), F.mse_loss, inner_steps=2, inner_batches="fresh")
+    assert repr(learner).endswith("estimator='exact', inner_batches='fresh')")
