@@ -8,7 +8,7 @@ activations becomes part of the normalisation. Other poolings are in `metamom.ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metamom.nets import cells
+from metamom.nets.aliases import RESHAPING, Aliases
 from metamom.nets.channels_last import ChannelsLastFunctions, as_group, pair
 from metamom.nets.channels_last import on_any_layout as on_any_layout
 from metamom.nets.convolution import convolve
@@ -38,12 +39,14 @@ class FastFunctions(ChannelsLastFunctions):
         seen: whether a call has been replaced.
         waits: as given.
         followed: the tensors that replacements have made.
+        aliases: the images that the model has reshaped.
     """
 
     def __init__(self, waits: bool = False) -> None:
         super().__init__()
         self.waits = waits
         self.followed = Followed()
+        self.aliases = Aliases()
         self._table: dict[Callable[..., Any], Callable[..., Any]] = {
             F.conv2d: self.conv2d,
             F.linear: self.linear,
@@ -69,7 +72,7 @@ class FastFunctions(ChannelsLastFunctions):
 
     def get(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """The replacement of a function, if there is one."""
-        return self._table.get(func)
+        return partial(self.aliases.reshaped, func) if func in RESHAPING else self._table.get(func)
 
     def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Write the activations that this call of a function of PyTorch reads, if they have waited.

@@ -30,6 +30,7 @@ from metamom.maml.under_vmap.layouts_by_task import in_layout
 from metamom.maml.under_vmap.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.under_vmap.written_losses import WRITTEN
 from metamom.maml.vmap_errors import VmapError
+from metamom.nets.aliases import writes
 from metamom.nets.channels_last import on_any_layout
 from metamom.nets.functions import FastFunctions
 from metamom.nets.inside_vmap import differentiated
@@ -66,27 +67,42 @@ class FunctionsByTask(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        if self._fast is None:
+            return self._called(func, args, kwargs)
+        aliases = self._fast.aliases
+        if aliases.lacking(args, kwargs):
+            raise VmapError(
+                "the model changes reshaped images in place, or images that it has reshaped (flatten, view), and reads "
+                "both. On all tasks at once, one is a copy of the other. Compute a new tensor: z = z - 1 in place of "
+                "z.sub_(1) or z -= 1.",
+                gist="reshaped images are changed in place",
+            )
+        found = self._called(func, args, kwargs)
+        aliases.note(func, args, kwargs)
+        return found
+
+    def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a function or its replacement."""
         if self._fast is not None and self._fast.waits:
-            self._fast.read(func, args, kwargs or {})
-        fast = None if self._fast is None else self._fast.get(func)
-        if self._fast is not None and fast is not None:
-            found = fast(*args, **(kwargs or {}))
-            self.seen = self.seen or self._fast.seen
-            return found
-        if self._fast is not None and kwargs and "memory_format" in kwargs:
+            self._fast.read(func, args, kwargs)
+        if self._fast is not None and "memory_format" in kwargs:
             found = in_layout(func, args, kwargs)
             if found is not NotImplemented:
                 self.seen = True
                 return found
+        fast = None if self._fast is None else self._fast.get(func)
+        if self._fast is not None and fast is not None:
+            found = fast(*args, **kwargs)
+            self.seen = self.seen or self._fast.seen
+            return found
         other = by_task(func)
-        if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs or {})):
-            return func(*args, **(kwargs or {}))
+        if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs)):
+            return func(*args, **kwargs)
         if other is None:
-            return (
-                self._checked(func, args, kwargs or {}) if _may_write(func) else on_any_layout(func, args, kwargs or {})
-            )
+            return self._checked(func, args, kwargs) if writes(func) else on_any_layout(func, args, kwargs)
         self.seen = True
-        return other(*args, **(kwargs or {}))
+        return other(*args, **kwargs)
 
     def _checked(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a function that may change a tensor in place, but must not change the result of a ReLU by it.
@@ -105,15 +121,6 @@ class FunctionsByTask(TorchFunctionMode):
                 gist="the result of a ReLU is changed in place",
             )
         return found
-
-
-@cache
-def _may_write(func: Callable[..., Any]) -> bool:
-    """Whether a function of PyTorch changes its first argument in place, by its name."""
-    name: str = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name.startswith("__i") or name == "__setitem__"
-    return name.endswith("_")
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
@@ -180,7 +187,8 @@ def grad_fn(tensor: Tensor, *kind: Any) -> Any:
 
 def _asking(frame: FrameType | None) -> str:
     """The name of the module whose code called a function in ``frame``, past the frames of nested modes."""
-    while frame is not None and frame.f_code.co_name == "__torch_function__":
+    own = FunctionsByTask._called.__code__
+    while frame is not None and (frame.f_code is own or frame.f_code.co_name == "__torch_function__"):
         frame = frame.f_back
     return "" if frame is None else str(frame.f_globals.get("__name__"))
 

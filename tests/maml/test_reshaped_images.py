@@ -1,0 +1,112 @@
+"""Reshaped images, which PyTorch's layout can view and metamom's must copy, against a plain loop over tasks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import assert_close
+from slow_maml import meta_gradient_by_copies
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metamom import MAML, TaskBatch
+
+ALPHA = 0.1
+SIDES = (4, 8)  # with a maximum pooling, and without
+
+
+class Net(nn.Module):
+    """Normalised images [N, 8, 4, 4] or [N, 8, 8, 8], then features from a function of them, and a head."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], features: Callable[[Tensor], Tensor], side: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
+        self.head, self.side = nn.Linear(8 * side * side, 3), side
+        self.activation, self.features = activation, features
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.activation(self.norm(self.conv(x)))
+        return self.head(self.features(z if self.side == 8 else F.max_pool2d(z, 2)))
+
+
+ACTIVATIONS = {"relu": F.relu, "leaky": F.leaky_relu, "tanh": torch.tanh, "none": lambda z: z}
+READ = {  # what other people write before a head
+    "view": lambda z: z.view(z.size(0), -1),
+    "view of a size": lambda z: z.view(torch.Size([len(z), z[0].numel()])),
+    "view as": lambda z: z.view_as(z.new_empty(len(z), z[0].numel())),
+    "view twice": lambda z: z.view(len(z), 8, -1).view(len(z), -1),
+    "view of channels in groups": lambda z: (z.view(len(z), 2, 4, *z.shape[2:]) * 2).view(len(z), -1),
+    "operator": lambda z: torch.ops.aten.view.default(z, [len(z), -1]),
+    "positions": lambda z: z.flatten(2).transpose(1, 2).contiguous().view(len(z), -1),
+    "positions first": lambda z: z.flatten(2).permute(2, 0, 1).transpose(0, 1).reshape(len(z), -1),
+    "windows": lambda z: z.unfold(2, 2, 2).contiguous().view(len(z), -1),
+    "parts": lambda z: torch.cat([part.contiguous().view(len(z), -1) for part in z.split(2, 1)], 1),
+    "strided": lambda z: z.contiguous().as_strided((len(z), z[0].numel()), (z[0].numel(), 1)),
+    "changed alone": lambda z: F.leaky_relu(z.view(len(z), -1) * 1, 0.2, True),
+    "a copy changed": lambda z: (z.flatten(1).clone().add_(1), z.view(len(z), -1))[1],
+}
+
+
+def changes(reshaped: Callable[[Tensor], Tensor], then: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Features of images that are changed in place together with what they were reshaped to."""
+    return lambda z: then(z, reshaped(z)).reshape(len(z), -1)
+
+
+def added(z: Tensor, y: Tensor) -> Tensor:
+    y += 0.5
+    return z
+
+
+WRITTEN = {
+    "flatten": changes(lambda z: z.flatten(1), added),
+    "view": changes(lambda z: z.view(len(z), -1), added),
+    "reshape": changes(lambda z: z.reshape(len(z), -1), lambda z, y: (y.mul_(0.5), z)[1]),
+    "ravel": changes(torch.ravel, added),
+    "contiguous": changes(torch.Tensor.contiguous, added),
+    "a module": changes(nn.Flatten(), lambda z, y: (nn.ELU(inplace=True)(y), z)[1]),
+    "a view of it": changes(lambda z: z.flatten(1).t(), added),
+    "an earlier view": lambda z: (z[:3], z.view(len(z), -1).add_(1))[0].repeat(2, 1, 1, 1).reshape(len(z), -1),
+    "an item": changes(lambda z: z.flatten(1), lambda z, y: (y.__setitem__(0, 1.0), z)[1]),
+    "the images": changes(lambda z: z.flatten(1), lambda z, y: (z.add_(0.5), y)[1]),
+    "one after the other": changes(lambda z: z.flatten(1), lambda z, y: (y.add_(0.5), z.mul_(2.0), y)[2]),
+    "an operator": changes(lambda z: z.flatten(1), lambda z, y: (torch.ops.aten.mul_.Scalar(y, 2.0), z)[1]),
+}
+
+
+def problem(activation: str, features: Callable[[Tensor], Tensor], side: int) -> tuple[Net, TaskBatch]:
+    generator = torch.Generator().manual_seed(5)
+    torch.manual_seed(4)
+    model = Net(ACTIVATIONS[activation], features, side).double()
+    x, query_x = torch.randn(2, 3, 6, 1, 8, 8, generator=generator, dtype=torch.float64)
+    y, query_y = torch.randint(3, (2, 3, 6), generator=generator)
+    return model, TaskBatch(x, y, query_x, query_y)
+
+
+def gradients(learner: MAML, batch: TaskBatch) -> dict[str, Tensor]:
+    return {name: g.squeeze(0) for name, g in learner.meta_gradient(batch).grads.items()}
+
+
+@pytest.mark.parametrize("features", READ.values(), ids=READ)
+def test_reshaping_runs_on_all_tasks_at_once(features):
+    for activation, side in itertools.product(ACTIVATIONS, SIDES):
+        model, batch = problem(activation, features, side)
+        wanted = meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA)
+        for options in ({}, {"vectorize": "vmap"}, {"chunk_size": 1}):
+            assert_close(gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA, **options), batch), wanted)
+
+
+@pytest.mark.parametrize("features", WRITTEN.values(), ids=WRITTEN)
+def test_changes_in_place_of_reshaped_images_reach_them_in_a_loop(features):
+    # PyTorch refuses to change results that gradients need, of a ReLU or a tanh
+    for activation, side in itertools.product(("leaky", "none"), SIDES):
+        model, batch = problem(activation, features, side)
+        with pytest.raises(ValueError, match="changes reshaped images in place"):
+            MAML(model, F.cross_entropy, inner_lr=ALPHA, vectorize="vmap").meta_gradient(batch)
+        learner = MAML(model, F.cross_entropy, inner_lr=ALPHA)
+        with pytest.warns(UserWarning, match="reshaped images are changed in place.*runs task by task"):
+            found = gradients(learner, batch)
+        assert_close(found, meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA))
+        assert_close(gradients(learner, batch), found)  # without a second warning
