@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from problems import assert_close, regression_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import checkpoint
 
 from metamom import MAML, evaluate
 from metamom.tasks import Sinusoid
@@ -101,3 +103,48 @@ def test_evaluating_while_others_train():
 
     assert all(in_threads(call, list(range(CALLS))))
     assert all(module.training for module in model.modules())
+
+
+def switches() -> tuple[object, ...]:
+    """What a model that runs task by task changes for the whole process."""
+    kernels = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())
+    return *kernels, torch._dynamo.eval_frame._stance.stance, checkpoint.CheckpointFunction.__name__
+
+
+class Meeting(nn.Module):
+    """A layer whose first forward waits until another thread is inside of it, or has left MAML."""
+
+    def __init__(self, arrived: threading.Event, other: threading.Event) -> None:
+        super().__init__()
+        self.layer, self.arrived, self.other = nn.Linear(2, 1), arrived, other
+        self.seen: list[tuple[object, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.arrived.set()
+        assert self.other.wait(60)
+        self.seen.append(switches())
+        return self.layer(x)
+
+
+def test_switches_of_pytorch_are_restored_when_the_last_thread_leaves():
+    """The first one in leaves before the second. Then compiled models and fast attention were off for good."""
+
+    before = switches()
+    assert before == (True, True, "default", "CheckpointFunction")
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    batch = regression_batch(tasks=1)
+    first, second = Meeting(first_in, second_in).double(), Meeting(second_in, first_out).double()
+
+    def run_first():
+        MAML(first, F.mse_loss, vectorize="loop").meta_gradient(batch)
+        first_out.set()
+
+    def run_second():
+        assert first_in.wait(60)
+        MAML(second, F.mse_loss, vectorize="loop").meta_gradient(batch)
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(run_first), pool.submit(run_second)]:
+            each.result(120)
+    assert {*first.seen, *second.seen} == {(False, False, "force_eager", "_Direct")}
+    assert switches() == before

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from metamom.common.for_all_threads import ForAllThreads
 from metamom.common.modules import modules_of, named_modules_of
 from metamom.maml.task_weights import Params
 
@@ -28,8 +28,6 @@ WITHOUT_GRADIENTS = (
     "Expected gradient function to be set",
     "'NoneType' object has no attribute 'register_hook'",
 )
-
-_UNCOMPILED: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
 def with_gradients_if_needed(call: Callable[[Params], Any], tensors: Params, names: Collection[str]) -> Any:
@@ -71,13 +69,12 @@ def differentiable_twice(module: nn.Module | None) -> Iterator[None]:
     parts = [] if module is None else modules_of(module)
     on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     recurrent = on_gpu and any(isinstance(part, nn.RNNBase) for part in parts)
-    no_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with _math_attention(), no_cudnn, uncompiled(), _checkpoints_off():
+    with _math_attention(), _no_cudnn() if recurrent else nullcontext(), uncompiled(), _checkpoints_off():
         yield
 
 
 @contextmanager
-def _math_attention() -> Iterator[None]:
+def _only_math() -> Iterator[None]:
     """``sdpa_kernel(SDPBackend.MATH)``, which takes five times as long; every call of a model in a loop comes here."""
     if _ATTENTION is None:
         with sdpa_kernel(SDPBackend.MATH):
@@ -105,19 +102,18 @@ def _attention_switches() -> dict[str, tuple[Callable[[], bool], Callable[[bool]
 _ATTENTION = _attention_switches()
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run what `torch.compile` has compiled as if it had not. Its graphs do not have second derivatives."""
+_math_attention = ForAllThreads(_only_math)
+_no_cudnn = ForAllThreads(partial(torch.backends.cudnn.flags, enabled=False))
+_eagerly = ForAllThreads(partial(torch.compiler.set_stance, "force_eager"))
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Run what `torch.compile` has compiled as if it had not. Its graphs do not have second derivatives.
+
+    So do other threads while this lasts.
+    """
     # without Dynamo nothing is compiled, and its import takes seconds
-    if _UNCOMPILED.get() or "torch._dynamo" not in sys.modules:
-        yield
-        return
-    token = _UNCOMPILED.set(True)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        _UNCOMPILED.reset(token)
+    return _eagerly() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def warm_starts(model: nn.Module) -> frozenset[str]:
@@ -149,25 +145,20 @@ def _direct(*args: Any, **kwargs: Any) -> Iterator[None]:
 # torch has no switch for checkpoints, so these names are replaced while a model runs.
 _DIRECT: dict[str, Any] = {"CheckpointFunction": _Direct, "_checkpoint_without_reentrant_generator": _direct}
 _ORIGINAL: dict[str, Any] = {name: getattr(checkpoint, name, None) for name in _DIRECT}
-_COUNTING = threading.Lock()
-_running = 0  # how many models run without checkpoints, in all threads
 
 
 @contextmanager
-def _checkpoints_off() -> Iterator[None]:
-    """Run checkpointed functions as if they were not. Other threads keep their activations too while this lasts."""
-    global _running
+def _run_directly() -> Iterator[None]:
+    """Run checkpointed functions as if they were not."""
     if None in _ORIGINAL.values():  # a future version of torch
         with disable_saved_tensors_hooks("checkpoints do not run under MAML: remove torch.utils.checkpoint"):
             yield
         return
-    with _COUNTING:
-        _running += 1
-        vars(checkpoint).update(_DIRECT)
+    vars(checkpoint).update(_DIRECT)
     try:
         yield
     finally:
-        with _COUNTING:
-            _running -= 1
-            if _running == 0:
-                vars(checkpoint).update(_ORIGINAL)
+        vars(checkpoint).update(_ORIGINAL)
+
+
+_checkpoints_off = ForAllThreads(_run_directly)
