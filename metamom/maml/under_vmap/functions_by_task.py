@@ -3,8 +3,8 @@
 Lookups, losses, attention and layouts are in files of their own. Of those here, the gradient of the source of
 `torch.select_scatter` is wrong. `torch.index_fill` uses one task's value for all tasks if only the values differ
 between tasks. `torch.roll` of a single number rolls over the tasks. The derivative of `torch.prelu` fails if the tasks
-share the input but not the slopes. Tensors under vmap report that they do not require a gradient, and do not accept
-hooks.
+share the input but not the slopes. `torch.as_strided` reads the memory of images, which have another layout. Tensors
+under vmap report that they do not require a gradient, and do not accept hooks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from metamom.maml.under_vmap.layouts_by_task import in_layout
 from metamom.maml.under_vmap.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.under_vmap.written_losses import WRITTEN
 from metamom.maml.vmap_errors import VmapError
-from metamom.nets.aliases import writes
+from metamom.nets.aliases import is_permuted, writes
 from metamom.nets.channels_last import on_any_layout
 from metamom.nets.functions import FastFunctions
 from metamom.nets.inside_vmap import differentiated
@@ -152,6 +152,21 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return torch.where(input > 0, input, slopes * input)
 
 
+def as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.as_strided`, which reads memory by its layout.
+
+    Raises:
+        VmapError: for images, which may lie in memory in another layout than in a loop.
+    """
+    if is_permuted(input):
+        raise VmapError(
+            "the forward calls as_strided on images, which are laid out in memory differently if all tasks are "
+            "computed at once. Call .contiguous() first, or use unfold, view or indexing.",
+            gist="its forward calls as_strided",
+        )
+    return torch.as_strided(input, *args, **kwargs)
+
+
 REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 GRAD_FN: Callable[..., Any] = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
@@ -254,6 +269,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_under_all_names("index_fill"), index_fill),
     **dict.fromkeys(_under_all_names("roll"), roll),
     **dict.fromkeys(_under_all_names("prelu"), prelu),
+    **dict.fromkeys(_under_all_names("as_strided"), as_strided),
     **dict.fromkeys(_under_all_names("scaled_dot_product_attention"), attention),
     F.embedding: embedding,  # its arguments are in a different order than the operator's
     F.embedding_bag: embedding_bag,
@@ -285,7 +301,11 @@ FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
         GRAD_FN,
         F.cross_entropy,
         *WRITTEN,
-        *(function for name in ("one_hot", "index_fill", "roll", "prelu") for function in _under_all_names(name)),
+        *(
+            function
+            for name in ("one_hot", "index_fill", "roll", "prelu", "as_strided")
+            for function in _under_all_names(name)
+        ),
     }
 )
 
