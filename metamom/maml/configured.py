@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from metamom.bias import BiasOperator
-from metamom.bias.function import function_name
 from metamom.common.checks import check_flag
 from metamom.common.choices import Norm
 from metamom.common.modules import identity_of, modules_of
-from metamom.common.summaries import summary
 from metamom.compile.graph import CompileMode
 from metamom.maml.annealing import Annealing, check_annealing
 from metamom.maml.checks.hooks import check_hooks
@@ -40,6 +38,7 @@ from metamom.maml.normalisation.step_norms import StepNorms, check_step_norms
 from metamom.maml.options import check_change, check_compile, check_loss_owner, check_option
 from metamom.maml.plan import Plan
 from metamom.maml.problem import PLAIN, Problem, Rule, trainable
+from metamom.maml.representation import representation
 from metamom.maml.running.run_by_task import RunByTask
 from metamom.maml.running.swapping import locked, named
 from metamom.maml.running.vectorize import Vectorization, Vectorize
@@ -225,26 +224,7 @@ class Configured(nn.Module):
         }
 
     def __repr__(self) -> str:
-        model, loss = self.model, self.loss_fn
-        every = set(self._movable()) == set(self.adapted)
-        step_sizes = self.inner_lr if self.step_sizes.kind is False else f"learned ({self.step_sizes.kind})"
-        values = {
-            "inner_lr": "by parameter" if isinstance(step_sizes, dict) else step_sizes,
-            "inner_steps": self.inner_steps,
-            "positive_inner_lr": self.step_sizes.positive or None,
-            "estimator": self.estimator,
-            "inner_batches": None if self.inner_batches == "same" else self.inner_batches,
-            "tracking": None if self.memory is None else self.memory.tracking,
-            "proximal": self.proximal.spec if ESTIMATORS[self.estimator].proximal else None,
-            **({} if self.annealing is None else self.annealing.describe()),
-            "step_norms": None if self.norms_by_step is None else True,
-            "inner_optimizer": None if self.inner_optimizer.plain else self.inner_optimizer.spec,
-            "adapt": None if every or self.kind == "boil" else self.adapted,
-            "head": getattr(self, "head", None),
-            "norm": self.norm,
-        }
-        size = f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters"
-        return summary(type(self).__name__, values, size, function_name(loss).rpartition(".")[2])
+        return representation(self)
 
     def reset_tracking(self) -> None:
         """Reset the moving averages of tracked estimators. Each task's next visit counts as its first."""
