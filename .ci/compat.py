@@ -3,7 +3,7 @@
     python .ci/compat.py [--only 3.10,3.13]
 
 One row at a time, in an environment of its own in ``.compat/``, removed when its row is done. Each row installs
-torch, a CUDA build of 5 GB on most Pythons, and tests for some minutes. The table, which is the README's, goes to
+torch, a CUDA build of 5 GB on most Pythons, and tests for some minutes. The table, which is CONTRIBUTING.md's, goes to
 standard output and to ``.compat/table.md``, with the rows of other Pythons as they were run last. The exit status is 1
 if a row fails.
 """
