@@ -325,7 +325,12 @@ def test_an_ensemble_is_evaluated_in_the_chunks_of_its_members() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"adapt": ["head"]}, {"inner_steps": 2, "step_norms": True}, {"estimator": "implicit", "proximal": "4,iterations=5"}],
+    [
+        {},
+        {"adapt": ["head"]},
+        {"inner_steps": 2, "step_norms": True},
+        {"estimator": "implicit", "proximal": "4,iterations=5"},
+    ],
 )
 def test_several_norms_are_those_one_by_one(options):
     model = Conv4(5, hidden=4, image_size=8, generator=torch.Generator().manual_seed(3)).double()

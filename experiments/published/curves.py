@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from metamom.experiments.published.outcome import Outcome
@@ -27,15 +27,14 @@ def omniglot_figure(path: Path, runs: Iterable[tuple[Path, Outcome]]) -> None:
         by_row.setdefault(str(outcome.row), []).append((run, outcome))
     rows = [row for row in ROWS if row in by_row]
     figure, panels = row_of_panels(len(rows))
+    styles: dict[str, tuple[str, str]] = {}  # the same in all panels
     for panel, row in zip(panels, rows, strict=True):
-        styles: dict[str, tuple[str, str]] = {}
-        marked: set[str] = set()  # published figures
-        for run, outcome in by_row[row]:
-            label = f"{record(outcome).title}, {OPTIMIZER_NAMES[outcome.optimizer]} {outcome.lr:g}"
-            first = label not in styles
+        marked: set[str] = set()  # methods, and published figures
+        for (run, outcome), label in zip(by_row[row], labels([each for _, each in by_row[row]]), strict=True):
             colour, dash = styles.setdefault(label, (COLOURS[len(styles) % 6], DASHES[len(styles) % 4]))
             tasks, errors = validations(run, outcome.meta_batch)
-            panel.plot(tasks, errors, color=colour, linestyle=dash, label=label if first else None)
+            panel.plot(tasks, errors, color=colour, linestyle=dash, label=None if label in marked else label)
+            marked.add(label)
             published = record(outcome).figures.get(row)
             title = f"{record(outcome).title}, published"
             if published is not None and title not in marked:
@@ -50,6 +49,18 @@ def omniglot_figure(path: Path, runs: Iterable[tuple[Path, Outcome]]) -> None:
         panel.minorticks_off()
     panels[0].set_ylabel("validation error, %")
     save(figure, path)
+
+
+def labels(outcomes: Sequence[Outcome]) -> list[str]:
+    """The names of runs in a legend: seeds share one, and runs of other lengths do not."""
+    methods = [f"{record(each).title}, {OPTIMIZER_NAMES[each.optimizer]} {each.lr:g}" for each in outcomes]
+    lengths: dict[str, set[int]] = {}
+    for method, outcome in zip(methods, outcomes, strict=True):
+        lengths.setdefault(method, set()).add(outcome.iterations)
+    return [
+        method if len(lengths[method]) == 1 else f"{method}, {outcome.iterations:,} iterations"
+        for method, outcome in zip(methods, outcomes, strict=True)
+    ]
 
 
 def validations(run: Path, meta_batch: int) -> tuple[list[float], list[float]]:

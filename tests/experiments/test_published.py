@@ -21,7 +21,7 @@ from metamom.experiments.published import __main__ as collect
 from metamom.experiments.published import alphabets, report
 from metamom.experiments.published import run as published_run
 from metamom.experiments.published.budgets import HOUR, SHORT_SECONDS, TEST_TASKS, VALIDATING, cost
-from metamom.experiments.published.curves import validations
+from metamom.experiments.published.curves import labels, validations
 from metamom.experiments.published.outcome import FILE, Measurement, Outcome, read_all, write
 from metamom.experiments.published.recipes import BUDGETS, OMNIGLOT, OPTIMIZERS, ROWS, SINUSOID
 from metamom.experiments.published.record import WITHIN_ALPHABET
@@ -284,6 +284,13 @@ def test_tasks_that_diverge_are_counted_and_left_out():
     said = report.lines(outcome)
     assert said[4].split("  ")[-2:] == ["2.000 ± 1.960, 2 diverged", "0.35 (10 shots), 0.7 (5 shots)"]
     assert "error above 100" in said[5]
+
+
+def test_runs_of_different_lengths_have_names_of_their_own():
+    assert labels([made(0, 0.9), made(1, 0.9)]) == ["MAML, Adam 0.001"] * 2
+    found = labels([made(0, 0.9), made(0, 0.9, iterations=4_000), made(0, 0.9, optimizer="sgd", lr=0.5)])
+    first, second = (f"MAML, Adam 0.001, {length} iterations" for length in ("20,000", "4,000"))
+    assert found == [first, second, "MAML, plain meta-SGD 0.5"]
 
 
 def test_tables_over_seeds():
