@@ -10,6 +10,7 @@ from metamom.interop import MetaBatches
 from metamom.tasks import Sinusoid
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 @pytest.mark.parametrize("processes", [0, 2])
 def test_batches_are_the_samplers_in_order(processes):
     tasks = Sinusoid(seed=3)
