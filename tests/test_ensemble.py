@@ -214,3 +214,10 @@ def test_mistakes():
         Ensemble([])
     with pytest.raises(TypeError, match=r"of metamom\.MAML; got"):
         Ensemble([nn.Linear(1, 1)])
+
+
+def test_statistics_are_named_if_the_members_share_them():
+    images = Episodes(torch.rand(60, 1, 8, 8), torch.arange(60) % 6, ways=3, shots=1, queries=2)
+    batch, support = (MAML(metamom.nets.Conv4(3, image_size=8), F.cross_entropy, norm=n) for n in ("batch", "support"))
+    for members, said in (([batch, batch], ["batch statistics"]), ([batch, support], [])):
+        assert evaluate(Ensemble(members), images, tasks=2, steps=(0,)).normalised == said

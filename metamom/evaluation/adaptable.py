@@ -64,9 +64,10 @@ def with_options(learner: Adaptable, norm: Norm | None, inner_lr: float | None) 
 
 
 def statistics_of(learner: Adaptable) -> Normalised | None:
-    """What the normalisations of a learner used, if it has any."""
-    one = learner.learners[0] if isinstance(learner, Ensemble) else learner
-    return statistics_used(one.model, one.norm) if isinstance(one, MAML) else None
+    """What the normalisations of a learner used, if it has any; of an ensemble, if its members used the same."""
+    members = learner.learners if isinstance(learner, Ensemble) else [learner]
+    used = {statistics_used(each.model, each.norm) if isinstance(each, MAML) else None for each in members}
+    return used.pop() if len(used) == 1 else None
 
 
 def weights_of(learner: Adaptable) -> list[Tensor]:
