@@ -36,6 +36,7 @@ ACTIVATIONS = {"relu": F.relu, "leaky": F.leaky_relu, "none": lambda z: z}
 READ = {  # what other people write before a head
     "view": lambda z: z.view(z.size(0), -1),
     "view of a size": lambda z: z.view(torch.Size([len(z), z[0].numel()])),
+    "view of a size by its name": lambda z: z.view(size=(len(z), z[0].numel())),
     "view as": lambda z: z.view_as(z.new_empty(len(z), z[0].numel())),
     "view twice": lambda z: z.view(len(z), 8, -1).view(len(z), -1),
     "view of channels in groups": lambda z: (z.view(len(z), 2, 4, *z.shape[2:]) * 2).view(len(z), -1),
@@ -72,7 +73,25 @@ WRITTEN = {
     "an item": changes(lambda z: z.flatten(1), lambda z, y: (y.__setitem__(0, 1.0), z)[1]),
     "the images": changes(lambda z: z.flatten(1), lambda z, y: (z.add_(0.5), y)[1]),
     "one after the other": changes(lambda z: z.flatten(1), lambda z, y: (y.add_(0.5), z.mul_(2.0), y)[2]),
+    "a flag that is 1": changes(lambda z: z.flatten(1), lambda z, y: (F.elu(y, 1.0, 1), z)[1]),
     "an operator": changes(lambda z: z.flatten(1), lambda z, y: (torch.ops.aten.mul_.Scalar(y, 2.0), z)[1]),
+}
+
+
+def tokens(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Features of images and of a copy of them that is changed in place, in the order of metamom's memory."""
+    return lambda z: change(z).reshape(len(z), -1) + z.reshape(len(z), -1)
+
+
+COPIED = {  # in PyTorch's layout; they could share memory here
+    "tokens": tokens(lambda z: F.leaky_relu(z.flatten(2).transpose(1, 2).contiguous(), 0.3, inplace=True)),
+    "permuted": tokens(lambda z: z.permute(0, 2, 3, 1).contiguous().mul_(0.5)),
+    "in one row": tokens(lambda z: z.permute(0, 2, 3, 1).reshape(-1).sub_(0.3)),
+    "all places": tokens(lambda z: z.permute(0, 2, 3, 1).reshape(-1, 8).sub_(0.3)),
+    "some images": tokens(lambda z: z.permute(0, 2, 3, 1)[:3].reshape(3, -1).sub_(0.3).repeat(2, 1)),
+    "of a sum": tokens(lambda z: (z + 1).flatten(2).mT.contiguous().mul_(0.5)),
+    "in a layout": tokens(lambda z: z.to(memory_format=torch.channels_last).sub_(0.3)),
+    "contiguous in a layout": tokens(lambda z: z.contiguous(memory_format=torch.channels_last).sub_(0.3)),
 }
 
 
@@ -98,6 +117,26 @@ def test_reshaping_runs_on_all_tasks_at_once(features):
             assert_close(gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA, **options), batch), wanted)
 
 
+@pytest.mark.parametrize("features", COPIED.values(), ids=COPIED)
+def test_copies_in_pytorchs_layout_are_copies(features):
+    test_reshaping_runs_on_all_tasks_at_once(features)
+
+
+SHARED = {  # views in either layout
+    "places": lambda z: (z.flatten(2).sub_(0.3), z)[1].flatten(1),
+    "tokens": lambda z: (z.permute(0, 2, 3, 1).flatten(1, 2).mul_(0.5), z)[1].flatten(1),
+    "a channel": lambda z: (z[:, 0].flatten(1).add_(0.5), z)[1].flatten(1),
+}
+
+
+@pytest.mark.parametrize("features", SHARED.values(), ids=SHARED)
+def test_views_in_either_layout_are_views(features):
+    for side in SIDES:
+        model, batch = problem("none", features, side)
+        wanted = meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA)
+        assert_close(gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA, vectorize="vmap"), batch), wanted)
+
+
 @pytest.mark.parametrize("features", WRITTEN.values(), ids=WRITTEN)
 def test_changes_in_place_of_reshaped_images_reach_them_in_a_loop(features):
     # PyTorch refuses to change results that gradients need, of a ReLU or a tanh
@@ -118,4 +157,56 @@ def test_memory_is_read_in_a_loop():
         MAML(model, F.cross_entropy, inner_lr=ALPHA, vectorize="vmap").meta_gradient(batch)
     with pytest.warns(UserWarning, match="its forward calls as_strided"):
         found = gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA), batch)
+    assert_close(found, meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA))
+
+
+class Pair(nn.Module):
+    """Returns images and class scores of their changed copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(512, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.conv(x)
+        return self.head(F.relu(z.flatten(1), inplace=True)), z
+
+
+class Signals(nn.Module):
+    """A one-dimensional convolution, of which vmap's result has gaps in memory."""
+
+    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8, track_running_stats=False)
+        self.head, self.features = nn.Linear(64, 3), features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.features(self.norm(self.conv(x.squeeze(1))))).flatten(1))
+
+
+def of_a_pair(out: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    return F.cross_entropy(out[0], y) + out[1].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (Pair(), of_a_pair),
+        (Signals(lambda z: (z.reshape(-1, 8).sub_(0.3), z)[1]), F.cross_entropy),
+        (Signals(lambda z: (z.contiguous().mul_(0.5), z)[1]), F.cross_entropy),
+    ],
+    ids=["returned", "signals", "contiguous signals"],
+)
+def test_changes_that_others_read_reach_them(model, loss):
+    _, batch = problem("none", torch.flatten, 8)
+    model = model.double()
+    with pytest.warns(UserWarning, match="reshaped images are changed in place"):
+        found = gradients(MAML(model, loss, inner_lr=ALPHA), batch)
+    assert_close(found, meta_gradient_by_copies(model, loss, batch, inner_lr=ALPHA))
+
+
+def test_signals_can_be_viewed():
+    _, batch = problem("none", torch.flatten, 8)
+    model = Signals(lambda z: z.view(-1, 8).view(len(z), -1)).double()
+    found = gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA, vectorize="vmap"), batch)
     assert_close(found, meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA))

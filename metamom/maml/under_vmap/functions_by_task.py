@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dis import get_instructions
 from functools import cache
 from inspect import getattr_static
@@ -23,10 +24,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metamom.common.modules import modules_of
+from metamom.common.trees import Tree
 from metamom.compile.tracing import is_tracing
 from metamom.maml.under_vmap.attention_by_task import attention, multi_head_attention
 from metamom.maml.under_vmap.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
-from metamom.maml.under_vmap.layouts_by_task import in_layout
+from metamom.maml.under_vmap.layouts_by_task import DIMS, in_layout
 from metamom.maml.under_vmap.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.under_vmap.written_losses import WRITTEN
 from metamom.maml.vmap_errors import VmapError
@@ -54,8 +56,14 @@ class FunctionsByTask(TorchFunctionMode):
         self.seen = False
         self._fast = FastFunctions(waits) if fast else None
 
+    def __enter__(self) -> FunctionsByTask:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._outer = _CURRENT.set(self)
+        return self
+
     def __exit__(self, *error: Any) -> None:
         """Leave the mode. What the model returns or keeps is computed now, if it was not before."""
+        _CURRENT.reset(self._outer)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self._fast is not None and self._fast.waits and error[0] is None:
             self._fast.followed.write_all()
@@ -71,16 +79,25 @@ class FunctionsByTask(TorchFunctionMode):
         if self._fast is None:
             return self._called(func, args, kwargs)
         aliases = self._fast.aliases
-        if aliases.lacking(args, kwargs):
+        self._check_aliases(args, kwargs)
+        found = self._called(func, args, kwargs)
+        aliases.made(found, args)
+        aliases.note(func, args, kwargs)
+        return found
+
+    def _check_aliases(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Check what is read, by a function or by the caller of the model.
+
+        Raises:
+            VmapError: for a tensor that lacks a change in place of what shares its memory in a loop.
+        """
+        if self._fast is not None and self._fast.aliases.lacking(args, kwargs):
             raise VmapError(
                 "the model changes reshaped images in place, or images that it has reshaped (flatten, view), and reads "
                 "both. On all tasks at once, one is a copy of the other. Compute a new tensor: z = z - 1 in place of "
                 "z.sub_(1) or z -= 1.",
                 gist="reshaped images are changed in place",
             )
-        found = self._called(func, args, kwargs)
-        aliases.note(func, args, kwargs)
-        return found
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a function or its replacement."""
@@ -88,12 +105,15 @@ class FunctionsByTask(TorchFunctionMode):
             self._fast.read(func, args, kwargs)
         if self._fast is not None and "memory_format" in kwargs:
             found = in_layout(func, args, kwargs)
+            self.seen = self.seen or found is not NotImplemented
+            if found is NotImplemented and kwargs["memory_format"] in DIMS:
+                found = on_any_layout(func, args, kwargs)
             if found is not NotImplemented:
-                self.seen = True
-                return found
+                return self._fast.aliases.in_layout(args[0] if args else None, found)
         fast = None if self._fast is None else self._fast.get(func)
         if self._fast is not None and fast is not None:
             found = fast(*args, **kwargs)
+            self._fast.aliases.made(found)
             self.seen = self.seen or self._fast.seen
             return found
         other = by_task(func)
@@ -121,6 +141,20 @@ class FunctionsByTask(TorchFunctionMode):
                 gist="the result of a ReLU is changed in place",
             )
         return found
+
+
+_CURRENT: ContextVar[FunctionsByTask | None] = ContextVar("current", default=None)
+
+
+def check_returned(found: Tree) -> None:
+    """Check what a model returns, inside of its `FunctionsByTask` if there is one.
+
+    Raises:
+        VmapError: for a tensor that lacks a change in place of what shares its memory in a loop.
+    """
+    current = _CURRENT.get()
+    if current is not None:
+        current._check_aliases((found,), {})
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
