@@ -81,11 +81,12 @@ class Aliases:
         self._laid_out: Any = WeakIdKeyDictionary()  # memory of metamom's images
         self._made: list[_Alias] = []
         self._stale: Any = WeakIdKeyDictionary()  # memory that lacks a change in place of its alias
+        self._any_stale = False
 
     def made(self, found: Any, args: Sequence[Any] | None = None) -> None:
         """Note images that an operator of metamom has made, or, from such images among ``args``, one of PyTorch."""
         if not isinstance(found, Tensor) or not is_permuted(found):
-            return
+            return  # most results, and quickly
         if args is None or any(isinstance(x, Tensor) and _root(x) in self._laid_out for x in args):
             self._laid_out.setdefault(_root(found), _Layout(found.shape[1], math.prod(found.shape[2:])))
 
@@ -125,18 +126,18 @@ class Aliases:
             if source is None or copy is None:
                 continue
             if copy._version != alias.version:
-                self._stale[source] = True
+                self._stale[source] = self._any_stale = True
             if source._version != alias.source_version:
-                self._stale[copy] = True
+                self._stale[copy] = self._any_stale = True
 
     def lacking(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an argument, or a tensor inside of one, lacks a change in place of its alias."""
-        return len(self._stale) > 0 and any(_root(each) in self._stale for each in _tensors(args, kwargs))
+        return self._any_stale and any(_root(each) in self._stale for each in _tensors(args, kwargs))
 
 
 def is_permuted(images: Tensor) -> bool:
     """Whether the entries of another axis than the last are next to each other in memory, as of metamom's images."""
-    if images.dim() < 3:
+    if images.dim() < 3 or (images.stride(-1) == 1 and images.shape[-1] > 1):
         return False
     strides = [stride for size, stride in zip(images.shape, images.stride(), strict=True) if size > 1]
     return 1 in strides[:-1]

@@ -74,6 +74,10 @@ class FastFunctions(ChannelsLastFunctions):
         """The replacement of a function, if there is one."""
         return partial(self.aliases.reshaped, func) if func in RESHAPING else self._table.get(func)
 
+    def keeps_layout(self, replacement: Callable[..., Any]) -> bool:
+        """Whether a replacement returns what it gets in the layout that it has, as PyTorch's function does."""
+        return replacement in (self.relu, self.leaky_relu)
+
     def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Write the activations that this call of a function of PyTorch reads, if they have waited.
 

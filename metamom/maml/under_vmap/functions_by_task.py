@@ -81,7 +81,6 @@ class FunctionsByTask(TorchFunctionMode):
         aliases = self._fast.aliases
         self._check_aliases(args, kwargs)
         found = self._called(func, args, kwargs)
-        aliases.made(found, args)
         aliases.note(func, args, kwargs)
         return found
 
@@ -113,14 +112,17 @@ class FunctionsByTask(TorchFunctionMode):
         fast = None if self._fast is None else self._fast.get(func)
         if self._fast is not None and fast is not None:
             found = fast(*args, **kwargs)
-            self._fast.aliases.made(found)
+            self._fast.aliases.made(found, args if self._fast.keeps_layout(fast) else None)
             self.seen = self.seen or self._fast.seen
             return found
         other = by_task(func)
         if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs)):
             return func(*args, **kwargs)
         if other is None:
-            return self._checked(func, args, kwargs) if writes(func) else on_any_layout(func, args, kwargs)
+            found = self._checked(func, args, kwargs) if writes(func) else on_any_layout(func, args, kwargs)
+            if self._fast is not None:
+                self._fast.aliases.made(found, args)
+            return found
         self.seen = True
         return other(*args, **kwargs)
 
