@@ -83,7 +83,7 @@ class MAML(Training):
             each to the last one alone (`metamom.maml.annealing.step_weights`); 0 for the last one from the start. The
             gradient is that of the weighted sum, and the reported loss that after the last step. `backward` and
             `training_loss` count the iterations, which are a part of the state dict; `losses` and `meta_gradient` do
-            not.
+            not. With one inner step it changes nothing.
         first_order_until: the number of first iterations with ``"first-order"`` meta-gradients, before those of
             ``estimator="exact"``.
         step_norms: learn the scale and offset of batch and instance normalisation for each of 0, ..., J inner steps
