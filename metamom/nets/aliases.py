@@ -106,10 +106,13 @@ class Aliases:
         if before is after:
             return found.clone() if wanted is False else found
         if wanted is not False and not source.is_inference():
-            self._made.append(
-                _Alias(TensorWeakRef(before), before._version, TensorWeakRef(after), after._version),
-            )
+            self.copied(source, found)
         return found
+
+    def copied(self, source: Tensor, copy: Tensor) -> None:
+        """Note a copy that shares memory with its source in a loop."""
+        before, after = _root(source), _root(copy)
+        self._made.append(_Alias(TensorWeakRef(before), before._version, TensorWeakRef(after), after._version))
 
     def in_layout(self, source: Any, found: Any) -> Any:
         """What a model asked for in a layout: a copy of images that have it already, and do not in PyTorch."""

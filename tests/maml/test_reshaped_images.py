@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -205,8 +206,80 @@ def test_changes_that_others_read_reach_them(model, loss):
     assert_close(found, meta_gradient_by_copies(model, loss, batch, inner_lr=ALPHA))
 
 
+class Transposed(nn.Module):
+    """Features in a layout of the model's own: PyTorch keeps it in the sum, whose transpose is contiguous as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = F.relu(self.norm(self.conv(x))).mean((1, 2, 3))[:, None, None]
+        z = F.leaky_relu(self.layer(x.squeeze(1)).transpose(1, 2) + scale)
+        y = z.transpose(1, 2).contiguous()
+        y += 0.5
+        return self.head(z.flatten(1))
+
+
+def test_layouts_of_a_models_own_are_pytorchs():
+    _, batch = problem("none", torch.flatten, 8)
+    torch.manual_seed(4)
+    model = Transposed().double()
+    found = gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA, vectorize="vmap"), batch)
+    assert_close(found, meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA))
+
+
 def test_signals_can_be_viewed():
     _, batch = problem("none", torch.flatten, 8)
     model = Signals(lambda z: z.view(-1, 8).view(len(z), -1)).double()
     found = gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA, vectorize="vmap"), batch)
     assert_close(found, meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA))
+
+
+class OfData(nn.Module):
+    """Reads, or changes, the data of its activations."""
+
+    def __init__(self, use: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.head, self.use = nn.Linear(64, 6), nn.Linear(6, 3), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.use(torch.tanh(self.layer(x.flatten(1)))))
+
+
+def focal(scores: Tensor, y: Tensor) -> Tensor:
+    """As widely copied."""
+    logs = F.log_softmax(scores, 1).gather(1, y.view(-1, 1))
+    return -((1 - logs.data.exp()) ** 2 * logs).mean()
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, focal])
+def test_data_is_read_on_all_tasks_at_once(loss):
+    _, batch = problem("none", torch.flatten, 8)
+    torch.manual_seed(4)
+    model = OfData(lambda z: z / z.data.norm(dim=1, keepdim=True)).double()
+    found = gradients(MAML(model, loss, inner_lr=ALPHA, vectorize="vmap"), batch)
+    assert_close(found, meta_gradient_by_copies(model, loss, batch, inner_lr=ALPHA))
+
+
+@pytest.mark.parametrize("use", [lambda z: (z.data.mul_(0.5), z)[1], lambda z: (z.data.copy_(2 * z.data), z * 1)[1]])
+def test_data_is_changed_task_by_task(use):
+    _, batch = problem("none", torch.flatten, 8)
+    torch.manual_seed(4)
+    model = OfData(use).double()
+    with pytest.warns(UserWarning, match="runs task by task"):
+        found = gradients(MAML(model, F.cross_entropy, inner_lr=ALPHA), batch)
+    assert_close(found, meta_gradient_by_copies(model, F.cross_entropy, batch, inner_lr=ALPHA))
+
+
+def test_data_of_weights_is_refused_as_in_a_loop():
+    _, batch = problem("none", torch.flatten, 8)
+    model = OfData(lambda z: z).double()
+    model.use = lambda z: (model.head.weight.data.clamp_(-0.1, 0.1), z)[1]
+    before = model.head.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of vmap, about its speed
+        with pytest.raises(ValueError, match=r"changed in place: head.weight"):
+            MAML(model, F.cross_entropy, inner_lr=ALPHA).meta_gradient(batch)
+    assert torch.equal(model.head.weight, before)

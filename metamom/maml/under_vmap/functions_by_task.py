@@ -92,9 +92,9 @@ class FunctionsByTask(TorchFunctionMode):
         """
         if self._fast is not None and self._fast.aliases.lacking(args, kwargs):
             raise VmapError(
-                "the model changes reshaped images in place, or images that it has reshaped (flatten, view), and reads "
-                "both. On all tasks at once, one is a copy of the other. Compute a new tensor: z = z - 1 in place of "
-                "z.sub_(1) or z -= 1.",
+                "the model changes reshaped images in place, or images that it has reshaped (flatten, view), or .data, "
+                "and reads both. On all tasks at once, one is a copy of the other. Write it without in-place operations "
+                "on them: z = z - 1 in place of z.sub_(1) or z -= 1.",
                 gist="reshaped images are changed in place",
             )
 
@@ -205,6 +205,7 @@ def as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 GRAD_FN: Callable[..., Any] = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
+DATA: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def requires_grad(tensor: Tensor, *kind: Any) -> bool:
@@ -217,6 +218,27 @@ def requires_grad(tensor: Tensor, *kind: Any) -> bool:
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad
+
+
+def data(tensor: Tensor, *kind: Any) -> Tensor:
+    """`torch.Tensor.data`, which tensors under vmap do not have: of a model's, a copy to read.
+
+    Raises:
+        VmapError: in inference mode, where changes in place of the copy cannot be noticed.
+    """
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        return tensor.data
+    current = _CURRENT.get()
+    if current is None or current._fast is None:  # of predictions and targets, in a loss
+        return tensor.detach()
+    if tensor.is_inference():
+        raise VmapError(
+            "the forward reads .data, which tensors do not have if all tasks are computed at once. Call .detach().",
+            gist="its forward reads .data",
+        )
+    copy = tensor.detach().clone()
+    current._fast.aliases.copied(tensor, copy)
+    return copy
 
 
 def grad_fn(tensor: Tensor, *kind: Any) -> Any:
@@ -315,6 +337,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **WRITTEN,
     REQUIRES_GRAD: requires_grad,
     GRAD_FN: grad_fn,
+    DATA: data,
     torch.Tensor.register_hook: register_hook,
     torch.Tensor.retain_grad: retain_grad,
     torch.ops.higher_order.cond: cond,
@@ -335,6 +358,7 @@ FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
     {
         REQUIRES_GRAD,
         GRAD_FN,
+        DATA,
         F.cross_entropy,
         *WRITTEN,
         *(
@@ -394,7 +418,7 @@ def _named_by(kind: type[nn.Module], loop: bool) -> _Named:
     """The names of these functions in the code of a module's ``forward``, in any branch."""
     if loop and kind in (nn.Embedding, nn.PReLU):
         return _Named(False, frozenset())
-    attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn"}
+    attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn", DATA: "data"}
     replaced = [function for function in _OTHERS if not (loop and function in FINE_IN_A_LOOP)]
     names = {attributes.get(function, function.__name__) for function in replaced}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
