@@ -93,8 +93,8 @@ class FunctionsByTask(TorchFunctionMode):
         if self._fast is not None and self._fast.aliases.lacking(args, kwargs):
             raise VmapError(
                 "the model changes reshaped images in place, or images that it has reshaped (flatten, view), or .data, "
-                "and reads both. On all tasks at once, one is a copy of the other. Write it without in-place operations "
-                "on them: z = z - 1 in place of z.sub_(1) or z -= 1.",
+                "and reads both. On all tasks at once, one is a copy of the other. Write it without in-place "
+                "operations on them: z = z - 1 in place of z.sub_(1) or z -= 1.",
                 gist="reshaped images are changed in place",
             )
 
