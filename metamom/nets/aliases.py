@@ -1,4 +1,4 @@
-"""Reshaped tensors that share their memory in PyTorch's layout and not in metamom's, or the other way.
+"""Reshaped tensors that share memory in PyTorch's layout but not in metamom's, or vice versa.
 
 metamom's images lie in memory as ``[N, H, W, C]``, and what vmap makes of some layers is not contiguous. There,
 ``flatten``, ``view`` and the like must copy what they could leave in place in PyTorch's layout, so a change in place of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -35,7 +36,7 @@ RESHAPING = frozenset(_named(*VIEWS, "reshape", "reshape_as", "flatten", "ravel"
 
 
 class _Alias(NamedTuple):
-    """Memory that images were reshaped from and a copy of it, with the changes in place of both until then."""
+    """The memory that a tensor was reshaped from and a copy of it, each with its version when the copy was made."""
 
     source: TensorWeakRef
     source_version: int
@@ -84,7 +85,7 @@ class Aliases:
         self._any_stale = False
 
     def made(self, found: Any, args: Sequence[Any] | None = None) -> None:
-        """Note images that an operator of metamom has made, or, from such images among ``args``, one of PyTorch."""
+        """Note images that an operator of metamom has made or, given its ``args``, a function that keeps their layout."""
         if not isinstance(found, Tensor) or not is_permuted(found):
             return  # most results, and quickly
         if args is None or any(isinstance(x, Tensor) and _root(x) in self._laid_out for x in args):
@@ -115,7 +116,7 @@ class Aliases:
         self._made.append(_Alias(TensorWeakRef(before), before._version, TensorWeakRef(after), after._version))
 
     def in_layout(self, source: Any, found: Any) -> Any:
-        """What a model asked for in a layout: a copy of images that have it already, and do not in PyTorch."""
+        """The result of a conversion to a memory format: a copy of metamom's images, which PyTorch would have to convert."""
         if isinstance(found, Tensor) and isinstance(source, Tensor) and _root(found) is _root(source):
             return found.clone() if _root(source) in self._laid_out else found
         return found
@@ -136,6 +137,10 @@ class Aliases:
     def lacking(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an argument, or a tensor inside of one, lacks a change in place of its alias."""
         return self._any_stale and any(_root(each) in self._stale for each in _tensors(args, kwargs))
+
+
+CURRENT: ContextVar[Aliases | None] = ContextVar("current", default=None)
+"""Those of the model that runs under vmap in this thread."""
 
 
 def is_permuted(images: Tensor) -> bool:

@@ -3,19 +3,16 @@
 Lookups, losses, attention and layouts are in files of their own. Of those here, the gradient of the source of
 `torch.select_scatter` is wrong. `torch.index_fill` uses one task's value for all tasks if only the values differ
 between tasks. `torch.roll` of a single number rolls over the tasks. The derivative of `torch.prelu` fails if the tasks
-share the input but not the slopes. `torch.as_strided` reads the memory of images, which have another layout. Tensors
-under vmap report that they do not require a gradient, and do not accept hooks.
+share the input but not the slopes. `torch.as_strided` reads the memory of images, which have another layout.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dis import get_instructions
 from functools import cache
 from inspect import getattr_static
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +22,23 @@ from torch.overrides import TorchFunctionMode
 
 from metamom.common.modules import modules_of
 from metamom.common.trees import Tree
-from metamom.compile.tracing import is_tracing
 from metamom.maml.under_vmap.attention_by_task import attention, multi_head_attention
+from metamom.maml.under_vmap.attributes_by_task import (
+    DATA,
+    GRAD_FN,
+    REQUIRES_GRAD,
+    data,
+    grad_fn,
+    register_hook,
+    requires_grad,
+    retain_grad,
+)
 from metamom.maml.under_vmap.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
 from metamom.maml.under_vmap.layouts_by_task import DIMS, in_layout
 from metamom.maml.under_vmap.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.under_vmap.written_losses import WRITTEN
 from metamom.maml.vmap_errors import VmapError
-from metamom.nets.aliases import is_permuted, writes
+from metamom.nets.aliases import CURRENT, Aliases, is_permuted, writes
 from metamom.nets.channels_last import on_any_layout
 from metamom.nets.functions import FastFunctions
 from metamom.nets.inside_vmap import differentiated
@@ -58,12 +64,12 @@ class FunctionsByTask(TorchFunctionMode):
 
     def __enter__(self) -> FunctionsByTask:
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._outer = _CURRENT.set(self)
+        self._outer = CURRENT.set(None if self._fast is None else self._fast.aliases)
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Leave the mode. What the model returns or keeps is computed now, if it was not before."""
-        _CURRENT.reset(self._outer)
+        CURRENT.reset(self._outer)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self._fast is not None and self._fast.waits and error[0] is None:
             self._fast.followed.write_all()
@@ -79,24 +85,10 @@ class FunctionsByTask(TorchFunctionMode):
         if self._fast is None:
             return self._called(func, args, kwargs)
         aliases = self._fast.aliases
-        self._check_aliases(args, kwargs)
+        _check_read(aliases, args, kwargs)
         found = self._called(func, args, kwargs)
         aliases.note(func, args, kwargs)
         return found
-
-    def _check_aliases(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Check what is read, by a function or by the caller of the model.
-
-        Raises:
-            VmapError: for a tensor that lacks a change in place of what shares its memory in a loop.
-        """
-        if self._fast is not None and self._fast.aliases.lacking(args, kwargs):
-            raise VmapError(
-                "the model changes reshaped images in place, or images that it has reshaped (flatten, view), or .data, "
-                "and reads both. On all tasks at once, one is a copy of the other. Write it without in-place "
-                "operations on them: z = z - 1 in place of z.sub_(1) or z -= 1.",
-                gist="reshaped images are changed in place",
-            )
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a function or its replacement."""
@@ -145,18 +137,30 @@ class FunctionsByTask(TorchFunctionMode):
         return found
 
 
-_CURRENT: ContextVar[FunctionsByTask | None] = ContextVar("current", default=None)
+def _check_read(aliases: Aliases, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check what is read, by a function or by the caller of the model.
+
+    Raises:
+        VmapError: for a tensor that lacks a change in place of what shares its memory in a loop.
+    """
+    if aliases.lacking(args, kwargs):
+        raise VmapError(
+            "the model changes reshaped images in place, or images that it has reshaped (flatten, view), or .data, and "
+            "reads both. On all tasks at once, one is a copy of the other. Write it without in-place operations on "
+            "them: z = z - 1 in place of z.sub_(1) or z -= 1.",
+            gist="reshaped images are changed in place",
+        )
 
 
 def check_returned(found: Tree) -> None:
     """Check what a model returns, inside of its `FunctionsByTask` if there is one.
 
     Raises:
-        VmapError: for a tensor that lacks a change in place of what shares its memory in a loop.
+        VmapError: as for what a function reads.
     """
-    current = _CURRENT.get()
-    if current is not None:
-        current._check_aliases((found,), {})
+    aliases = CURRENT.get()
+    if aliases is not None:
+        _check_read(aliases, (found,), {})
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
@@ -201,96 +205,6 @@ def as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             gist="its forward calls as_strided",
         )
     return torch.as_strided(input, *args, **kwargs)
-
-
-REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-GRAD_FN: Callable[..., Any] = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
-DATA: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-def requires_grad(tensor: Tensor, *kind: Any) -> bool:
-    """`torch.Tensor.requires_grad`, which vmap hides and a model's forward may depend on.
-
-    PyTorch's own code gets vmap's answer: if it were true, that code would use features that such tensors do not have.
-    """
-    if _asking(sys._getframe(1)).partition(".")[0] == "torch":
-        return tensor.requires_grad
-    while torch._C._functorch.is_batchedtensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.requires_grad
-
-
-def data(tensor: Tensor, *kind: Any) -> Tensor:
-    """`torch.Tensor.data`, which tensors under vmap do not have: of a model's, a copy to read.
-
-    Raises:
-        VmapError: in inference mode, where changes in place of the copy cannot be noticed.
-    """
-    if not torch._C._functorch.is_batchedtensor(tensor):
-        return tensor.data
-    current = _CURRENT.get()
-    if current is None or current._fast is None:  # of predictions and targets, in a loss
-        return tensor.detach()
-    if tensor.is_inference():
-        raise VmapError(
-            "the forward reads .data, which tensors do not have if all tasks are computed at once. Call .detach().",
-            gist="its forward reads .data",
-        )
-    copy = tensor.detach().clone()
-    current._fast.aliases.copied(tensor, copy)
-    return copy
-
-
-def grad_fn(tensor: Tensor, *kind: Any) -> Any:
-    """`torch.Tensor.grad_fn`, which tensors under vmap do not have.
-
-    Raises:
-        VmapError: under vmap, for a model or its hooks; PyTorch also reads it to print a tensor.
-    """
-    asking = _asking(sys._getframe(1))
-    reads = asking.partition(".")[0] != "torch" or asking == "torch.autograd.graph"
-    if reads and torch._C._functorch.is_batchedtensor(tensor):
-        raise VmapError(
-            "the forward reads the grad_fn of a tensor or registers a hook on it, which is not possible under "
-            "torch.func.vmap: all tasks are computed at once. To change a gradient, use a torch.autograd.Function.",
-            gist="its forward reads the grad_fn of a tensor",
-        )
-    return tensor.grad_fn
-
-
-def _asking(frame: FrameType | None) -> str:
-    """The name of the module whose code called a function in ``frame``, past the frames of nested modes."""
-    own = FunctionsByTask._called.__code__
-    while frame is not None and (frame.f_code is own or frame.f_code.co_name == "__torch_function__"):
-        frame = frame.f_back
-    return "" if frame is None else str(frame.f_globals.get("__name__"))
-
-
-def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
-    """`torch.Tensor.register_hook`, which tensors under vmap do not support.
-
-    Raises:
-        VmapError: under vmap, with what to do instead.
-        ValueError: in a graph that is compiled, where a hook would run while it is traced only.
-    """
-    if is_tracing():
-        raise ValueError(
-            "the forward registers a hook on a tensor, which does not run in a compiled meta-gradient. Remove it, or "
-            "run without compiling."
-        )
-    if not torch._C._functorch.is_batchedtensor(tensor):
-        return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-    raise VmapError(
-        "the forward registers a hook on a tensor, which does not run under torch.func.vmap: all tasks are computed at "
-        "once. To change a gradient, use a torch.autograd.Function; hooks on the model's parameters do run.",
-        gist="its forward registers a hook on a tensor",
-    )
-
-
-def retain_grad(tensor: Tensor) -> None:
-    """`torch.Tensor.retain_grad`. It does nothing for tensors under vmap, since they do not outlive the call."""
-    if not torch._C._functorch.is_batchedtensor(tensor):
-        tensor.retain_grad()
 
 
 def not_left_aligned(input: Tensor, mask: Tensor) -> bool:
