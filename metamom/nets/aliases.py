@@ -85,7 +85,7 @@ class Aliases:
         self._any_stale = False
 
     def made(self, found: Any, args: Sequence[Any] | None = None) -> None:
-        """Note images that an operator of metamom has made or, given its ``args``, a function that keeps their layout."""
+        """Note images that metamom's operators make or, given its ``args``, a function that keeps their layout."""
         if not isinstance(found, Tensor) or not is_permuted(found):
             return  # most results, and quickly
         if args is None or any(isinstance(x, Tensor) and _root(x) in self._laid_out for x in args):
@@ -116,7 +116,7 @@ class Aliases:
         self._made.append(_Alias(TensorWeakRef(before), before._version, TensorWeakRef(after), after._version))
 
     def in_layout(self, source: Any, found: Any) -> Any:
-        """The result of a conversion to a memory format: a copy of metamom's images, which PyTorch would have to convert."""
+        """The result of a conversion to a memory format: a copy of metamom's images, which PyTorch would convert."""
         if isinstance(found, Tensor) and isinstance(source, Tensor) and _root(found) is _root(source):
             return found.clone() if _root(source) in self._laid_out else found
         return found
