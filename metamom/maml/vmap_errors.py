@@ -39,6 +39,8 @@ OF_DRAWS = (
 
 NO_BACKEND = ". This could be because the operator doesn't exist for this backend"  # followed by a list of all backends
 
+OF_VMAP = "vmap: "  # how those of vmap begin that are ValueErrors, such as of squeeze_()
+
 # Found in torch's errors if an in-place write is the cause, in a loop over the tasks too.
 INPLACE = ("in-place", "inplace", "refers to a single memory location")
 # Found in torch's errors if batching over tasks, or an in-place write under it, is the cause.
@@ -49,6 +51,7 @@ SIGNS = (
     "atching rule",
     "doesn't match the broadcast shape",
     "that doesn't have storage",  # .tolist() and .numpy()
+    "BatchedTensorImpl",  # .untyped_storage(), copy.copy, pickle
     "unsupported for Sparse",
     "SparseTensorImpl",
     "does not require grad",  # torch.autograd.grad in the forward: batched tensors do not
@@ -79,7 +82,7 @@ def explained(model: nn.Module, other: str | None = None, *, loop: bool = False)
         loop: whether the tasks run one by one, without vmap.
 
     Raises:
-        VmapError: in place of a RuntimeError about vmap or in-place changes; other errors pass unchanged.
+        VmapError: in place of torch's errors about vmap or in-place changes; other errors pass unchanged.
         ValueError: in place of a RuntimeError that a loop would raise too, such as for a missing derivative.
     """
     try:
@@ -87,8 +90,10 @@ def explained(model: nn.Module, other: str | None = None, *, loop: bool = False)
     except VmapError as error:
         error.where = error.where or _where(model, other, error)
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         text = str(error).partition(NO_BACKEND)[0]
+        if isinstance(error, ValueError) and not text.startswith(OF_VMAP):
+            raise
         said = f"{text.rstrip(' .')}."
         message = _of_any_run(model, text)
         if message is None and loop and any(sign in text for sign in INPLACE):
@@ -133,7 +138,7 @@ def _of_any_run(model: nn.Module, text: str) -> str | None:
     return None
 
 
-def _of_vmap(model: nn.Module, other: str | None, error: RuntimeError, text: str, said: str) -> str | None:
+def _of_vmap(model: nn.Module, other: str | None, error: Exception, text: str, said: str) -> str | None:
     """The message for errors of vmap; ``None`` for other errors."""
     signed = any(sign in text for sign in SIGNS)
     if (signed or type(error).__name__ == "CheckpointError") and _in_checkpoint(error.__traceback__):

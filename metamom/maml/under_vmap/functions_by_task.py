@@ -1,9 +1,9 @@
 """Replacements for functions that `torch.func.vmap` or second derivatives get wrong; they agree with a loop over tasks.
 
-Lookups, losses, attention and layouts are in files of their own. Of those here, the gradient of the source of
-`torch.select_scatter` is wrong. `torch.index_fill` uses one task's value for all tasks if only the values differ
-between tasks. `torch.roll` of a single number rolls over the tasks. The derivative of `torch.prelu` fails if the tasks
-share the input but not the slopes. `torch.as_strided` reads the memory of images, which have another layout.
+Lookups, losses, attention, layouts and methods in place are in files of their own. Of those here, the gradient of the
+source of `torch.select_scatter` is wrong. `torch.index_fill` uses one task's value for all tasks if only the values
+differ between tasks. `torch.roll` of a single number rolls over the tasks. The derivative of `torch.prelu` fails if the
+tasks share the input but not the slopes. `torch.as_strided` reads the memory of images, which have another layout.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from metamom.maml.under_vmap.attributes_by_task import (
     retain_grad,
 )
 from metamom.maml.under_vmap.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
+from metamom.maml.under_vmap.in_place import IN_PLACE
 from metamom.maml.under_vmap.layouts_by_task import DIMS, in_layout
 from metamom.maml.under_vmap.losses_by_task import cross_entropy, gaussian_nll_loss, linear_cross_entropy
 from metamom.maml.under_vmap.written_losses import WRITTEN
@@ -110,23 +111,32 @@ class FunctionsByTask(TorchFunctionMode):
         other = by_task(func)
         if self._fast is None and (func in FINE_IN_A_LOOP or is_plain_embedding(func, args, kwargs)):
             return func(*args, **kwargs)
-        if other is None:
-            found = self._checked(func, args, kwargs) if writes(func) else on_any_layout(func, args, kwargs)
-            if self._fast is not None:
-                self._fast.aliases.made(found, args)
-            return found
-        self.seen = True
-        return other(*args, **kwargs)
+        self.seen = self.seen or other is not None
+        if writes(func):
+            found = self._checked(func, other or func, args, kwargs)
+        elif other is not None:
+            return other(*args, **kwargs)
+        else:
+            found = on_any_layout(func, args, kwargs)
+        if self._fast is not None:
+            self._fast.aliases.made(found, args)
+        return found
 
-    def _checked(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call a function that may change a tensor in place, but must not change the result of a ReLU by it.
+    def _checked(
+        self,
+        func: Callable[..., Any],
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a function, or its replacement, that changes a tensor in place, but must not change the result of a ReLU.
 
         Raises:
             VmapError: if it does. PyTorch raises an error in the backward pass.
         """
         followed = None if self._fast is None else self._fast.followed
         before = [] if followed is None else [each for each in followed.rectified() if differentiated(each)]
-        found = on_any_layout(func, args, kwargs)
+        found = on_any_layout(run, args, kwargs)
         after = set() if followed is None else {*map(id, followed.rectified())}
         if any(id(each) not in after for each in before):
             raise VmapError(
@@ -255,6 +265,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.register_hook: register_hook,
     torch.Tensor.retain_grad: retain_grad,
     torch.ops.higher_order.cond: cond,
+    **IN_PLACE,
 }
 if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
     _OTHERS[torch._nested_tensor_from_mask_left_aligned] = not_left_aligned
@@ -275,6 +286,7 @@ FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
         DATA,
         F.cross_entropy,
         *WRITTEN,
+        *IN_PLACE,
         *(
             function
             for name in ("one_hot", "index_fill", "roll", "prelu", "as_strided")
