@@ -192,13 +192,18 @@ def halved_backwards(x: Tensor, w: Tensor) -> Tensor:
     return h * 0.5 + 0.5 * h.detach() if h.requires_grad and not x.requires_grad else h * 3
 
 
+def doubled_unless_a_leaf(x: Tensor, w: Tensor) -> Tensor:
+    h = x @ w
+    return torch.tanh(h if h.is_leaf else 2 * h) * (1 if x.is_leaf else 3)
+
+
 def retained(x: Tensor, w: Tensor) -> Tensor:
     h = torch.tanh(x @ w)
     h.retain_grad()
     return h
 
 
-OPERATIONS |= {"requires_grad": halved_backwards, "retain_grad": retained}
+OPERATIONS |= {"requires_grad": halved_backwards, "is_leaf": doubled_unless_a_leaf, "retain_grad": retained}
 
 
 def test_a_hook_in_the_forward_is_refused_under_vmap():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as every_module
@@ -18,6 +19,7 @@ from metamom.common.trees import Tree, leaves, lone
 from metamom.maml.checks.batch_checks import IGNORED
 from metamom.maml.checks.class_scores import ClassScores, Reading, tensors_among
 from metamom.maml.checks.pairings import Pairings
+from metamom.maml.under_vmap.caught_errors import handles_errors, refuse
 from metamom.maml.under_vmap.functions_by_task import FINE_IN_A_LOOP, by_task
 from metamom.maml.under_vmap.losses_by_task import cross_entropy
 
@@ -61,8 +63,10 @@ class LossReadings:
                 return loss_fn(predictions, *given, **options)
             scores, targets = leaves(held(predictions)), lone(given)
             if targets is None:  # a tree of targets, or none: what the loss makes of it cannot be followed
-                with LossWatch(scores, None):
-                    return loss_fn(predictions, *given, **options)
+                with LossWatch(scores, None) as watch:
+                    value = loss_fn(predictions, *given, **options)
+                watch.refuse_caught()
+                return value
             seen = _seen(loss_fn, scores, targets)
             fine = self._fine.get(seen)
             if fine is not None and self._is_known(loss_fn, scores, targets) and not options:
@@ -75,7 +79,8 @@ class LossReadings:
                     fine = None
             with LossWatch(scores, targets, pairs=fine is None) as watch:
                 value = loss_fn(predictions, *given, **options)
-            _remember(self._fine, seen, (loss_fn, watch.replaced))
+            watch.refuse_caught()
+            _remember(self._fine, seen, (loss_fn, watch.replaced or handles_errors(loss_fn)))
             known = once and not watch.changed
             if len(scores) == 1:
                 key = _key(loss_fn, scores[0].shape, targets.shape)
@@ -121,6 +126,7 @@ class LossWatch(TorchFunctionMode):
     def __init__(self, predictions: Sequence[Tensor], targets: Tensor | None, *, pairs: bool = True) -> None:
         super().__init__()
         self.replaced = self.changed = False
+        self._raised: Exception | None = None
         self._pairings = Pairings(predictions, targets) if pairs and targets is not None else None
         # a reading needs labels and a single tensor of predictions
         judged = len(predictions) == 1 and targets is not None and not targets.is_floating_point()
@@ -130,8 +136,23 @@ class LossWatch(TorchFunctionMode):
         """The interpretation, if everything seen agrees on one."""
         return Reading("unknown") if self._scores is None else self._scores.reading()
 
+    def refuse_caught(self) -> None:
+        """Refuse an error that the loss has caught on all tasks at once.
+
+        Raises:
+            VmapError: naming it.
+        """
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            refuse("the loss", self._raised)
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._called(func, args, kwargs or {})
+        except Exception as error:
+            self._raised = error
+            raise
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         first = _first_two(args, kwargs)
         tensors = tensors_among([*args, *kwargs.values()])
         if self._pairings is not None:

@@ -32,7 +32,7 @@ from metamom.maml.step_gradients import check_constant, check_cut
 from metamom.maml.task_weights import Params
 from metamom.maml.under_vmap.drawing_functions import DrawingFunctions, Places
 from metamom.maml.under_vmap.draws import DrawsByTask, generator_states, rewinder
-from metamom.maml.under_vmap.functions_by_task import FunctionsByTask, check_returned
+from metamom.maml.under_vmap.functions_by_task import FunctionsByTask, checked
 from metamom.nets.linear import are_many
 
 Result = TypeVar("Result")
@@ -198,9 +198,7 @@ def as_settled(
             normalising(model, norm) as over_sets,
             tensors_left(leaves) if leaves else nullcontext(),
         ):
-            found = over_sets(model, (x,))
-            check_returned(found)
-            return found
+            return checked(partial(over_sets, model, (x,)))
 
     return call
 

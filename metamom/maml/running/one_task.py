@@ -23,7 +23,7 @@ from metamom.maml.padding import cut_off, put_back
 from metamom.maml.running.plain_autograd import warm_starts, with_gradients_if_needed
 from metamom.maml.running.swapping import slots, swapped
 from metamom.maml.task_weights import Params, Start
-from metamom.maml.under_vmap.functions_by_task import check_returned
+from metamom.maml.under_vmap.functions_by_task import checked
 from metamom.maml.vmap_errors import unchanged
 
 
@@ -70,9 +70,7 @@ def of_one_task(
                 carried_over.refused(model, {name: places[name] for name in trainable}) if new else nullcontext(),
                 unchanged(moved, model, loop=loop, closely=moved),
             ):
-                out = held(over_sets(partial(call, target), sets))
-                check_returned(out)
-                return out
+                return checked(lambda: held(over_sets(partial(call, target), sets)))
 
         out = with_gradients_if_needed(with_weights, places, trainable) if loop else with_weights(places)
         check_output(model, out)

@@ -317,7 +317,7 @@ class RunByTask:
     def _functions(self, model: nn.Module, norm: AnyNorm | None, tasks: int, *, fast: bool) -> Iterator[None]:
         """Replace functions if the model is new, has called them before, or has modules that may call them."""
         kind = model.training, norm, tasks, are_many(), fast
-        if not self.calls.get(kind, True):
+        if not self.calls.get(kind, True) and not is_tracing():
             yield
             return
         with FunctionsByTask(fast=fast) as functions:

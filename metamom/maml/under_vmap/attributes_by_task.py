@@ -15,6 +15,7 @@ from metamom.maml.vmap_errors import VmapError
 from metamom.nets.aliases import CURRENT
 
 REQUIRES_GRAD: Callable[..., Any] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+IS_LEAF: Callable[..., Any] = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 GRAD_FN: Callable[..., Any] = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
 DATA: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -26,9 +27,19 @@ def requires_grad(tensor: Tensor, *kind: Any) -> bool:
     """
     if _asking(sys._getframe(1)).partition(".")[0] == "torch":
         return tensor.requires_grad
+    return _of_all_tasks(tensor).requires_grad
+
+
+def is_leaf(tensor: Tensor, *kind: Any) -> bool:
+    """`torch.Tensor.is_leaf`, which is true of all tensors under vmap."""
+    return _of_all_tasks(tensor).is_leaf
+
+
+def _of_all_tasks(tensor: Tensor) -> Tensor:
+    """A tensor under vmap with all tasks, to ask for what it knows of its graph; others as they are."""
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.requires_grad
+    return tensor
 
 
 def data(tensor: Tensor, *kind: Any) -> Tensor:

@@ -9,6 +9,7 @@ tasks share the input but not the slopes. `torch.as_strided` reads the memory of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dis import get_instructions
 from functools import cache
 from inspect import getattr_static
@@ -22,17 +23,21 @@ from torch.overrides import TorchFunctionMode
 
 from metamom.common.modules import modules_of
 from metamom.common.trees import Tree
+from metamom.compile.tracing import is_tracing
 from metamom.maml.under_vmap.attention_by_task import attention, multi_head_attention
 from metamom.maml.under_vmap.attributes_by_task import (
     DATA,
     GRAD_FN,
+    IS_LEAF,
     REQUIRES_GRAD,
     data,
     grad_fn,
+    is_leaf,
     register_hook,
     requires_grad,
     retain_grad,
 )
+from metamom.maml.under_vmap.caught_errors import handles_errors, refuse
 from metamom.maml.under_vmap.embeddings_by_task import embedding, embedding_bag, one_hot, table_lookup
 from metamom.maml.under_vmap.in_place import IN_PLACE
 from metamom.maml.under_vmap.layouts_by_task import DIMS, in_layout
@@ -56,21 +61,25 @@ class FunctionsByTask(TorchFunctionMode):
 
     Attributes:
         seen: whether a call has been replaced.
+        raised: the last error in a call.
     """
 
     def __init__(self, *, fast: bool = True, waits: bool = False) -> None:
         super().__init__()
         self.seen = False
+        self.raised: Exception | None = None
         self._fast = FastFunctions(waits) if fast else None
 
     def __enter__(self) -> FunctionsByTask:
         super().__enter__()  # type: ignore[no-untyped-call]
         self._outer = CURRENT.set(None if self._fast is None else self._fast.aliases)
+        self._outer_mode = _MODE.set(None if self._fast is None and not is_tracing() else self)
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Leave the mode. What the model returns or keeps is computed now, if it was not before."""
         CURRENT.reset(self._outer)
+        _MODE.reset(self._outer_mode)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self._fast is not None and self._fast.waits and error[0] is None:
             self._fast.followed.write_all()
@@ -83,12 +92,16 @@ class FunctionsByTask(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._fast is None:
-            return self._called(func, args, kwargs)
-        aliases = self._fast.aliases
-        _check_read(aliases, args, kwargs)
-        found = self._called(func, args, kwargs)
-        aliases.note(func, args, kwargs)
+        aliases = None if self._fast is None else self._fast.aliases
+        try:
+            if aliases is not None:
+                _check_read(aliases, args, kwargs)
+            found = self._called(func, args, kwargs)
+        except Exception as error:
+            self.raised = error
+            raise
+        if aliases is not None:
+            aliases.note(func, args, kwargs)
         return found
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -147,6 +160,10 @@ class FunctionsByTask(TorchFunctionMode):
         return found
 
 
+_MODE: ContextVar[FunctionsByTask | None] = ContextVar("mode", default=None)
+"""That of the model that runs under vmap in this thread, or is traced."""
+
+
 def _check_read(aliases: Aliases, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Check what is read, by a function or by the caller of the model.
 
@@ -162,15 +179,22 @@ def _check_read(aliases: Aliases, args: tuple[Any, ...], kwargs: Mapping[str, An
         )
 
 
-def check_returned(found: Tree) -> None:
-    """Check what a model returns, inside of its `FunctionsByTask` if there is one.
+def checked(run: Callable[[], Tree]) -> Tree:
+    """Run a model, and check what it returns, inside of its `FunctionsByTask` if there is one.
 
     Raises:
-        VmapError: as for what a function reads.
+        VmapError: as for what a function reads; if the model has caught an error.
     """
+    mode = _MODE.get()
+    if mode is None:
+        return run()
+    mode.raised = None
+    found = run()
+    refuse("the model", mode.raised)
     aliases = CURRENT.get()
     if aliases is not None:
         _check_read(aliases, (found,), {})
+    return found
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
@@ -261,6 +285,7 @@ _OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **WRITTEN,
     REQUIRES_GRAD: requires_grad,
     GRAD_FN: grad_fn,
+    IS_LEAF: is_leaf,
     DATA: data,
     torch.Tensor.register_hook: register_hook,
     torch.Tensor.retain_grad: retain_grad,
@@ -283,6 +308,7 @@ FINE_IN_A_LOOP: frozenset[Callable[..., Any]] = frozenset(
     {
         REQUIRES_GRAD,
         GRAD_FN,
+        IS_LEAF,
         DATA,
         F.cross_entropy,
         *WRITTEN,
@@ -306,7 +332,7 @@ def is_plain_embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def may_call_them(model: nn.Module, *, loop: bool = False) -> bool:
-    """Whether the model has modules that call one of these functions, or name one in their ``forward``.
+    """Whether the model has modules that call one of these functions, name one in their ``forward``, or catch errors.
 
     Args:
         model: the model.
@@ -315,6 +341,8 @@ def may_call_them(model: nn.Module, *, loop: bool = False) -> bool:
     for module in modules_of(model):
         named = _named_by(type(module), loop)  # type: ignore[arg-type]  # a class hashes
         if _calls_one(module, loop) or named.functions or not named.own.issubset(module._modules.keys()):
+            return True
+        if not loop and handles_errors(module):
             return True
     return False
 
@@ -344,7 +372,7 @@ def _named_by(kind: type[nn.Module], loop: bool) -> _Named:
     """The names of these functions in the code of a module's ``forward``, in any branch."""
     if loop and kind in (nn.Embedding, nn.PReLU):
         return _Named(False, frozenset())
-    attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn", DATA: "data"}
+    attributes = {REQUIRES_GRAD: "requires_grad", GRAD_FN: "grad_fn", IS_LEAF: "is_leaf", DATA: "data"}
     replaced = [function for function in _OTHERS if not (loop and function in FINE_IN_A_LOOP)]
     names = {attributes.get(function, function.__name__) for function in replaced}
     code = getattr(getattr_static(kind, "forward", None), "__code__", None)
