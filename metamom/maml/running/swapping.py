@@ -24,6 +24,8 @@ Places = list[tuple[dict[str, Tensor | None], str]]
 # The attributes in which a PyTorch module registers its tensors and modules. A forward does not write to them.
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 
+_ABSENT = object()
+
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
 _EVALUATING: ContextVar[bool] = ContextVar("evaluating", default=False)
@@ -109,6 +111,8 @@ def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
 
     This includes tensors in lists, tuples and dicts. Tensors from inside vmap cannot be used, copied or saved later.
     It also includes weak references, by which recurrent layers know whether their list of weights is still right.
+    Other attributes of such a module are set back too, since a flag or a length may say that a table has been made;
+    counters of calls and numbers that are annealed go on.
     """
     before = [(module, dict(module.__dict__), _contents(module)) for module in modules]
     found: set[nn.Module] = set()
@@ -125,6 +129,8 @@ def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
                     del module.__dict__[name]
             for name in attributes.keys() - module.__dict__.keys():
                 module.__dict__[name] = _holding(attributes[name], contents.get(name, ()))
+            if module in found:
+                _set_back(module, attributes)
 
 
 @contextmanager
@@ -149,15 +155,37 @@ def first_tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]
             for name in [name for name, value in now.items() if attributes.get(name) is not value]:
                 if name not in _REGISTERED and any(isinstance(item, Tensor) for item in _held(now[name])):
                     found.add(module)
-                    if name in attributes:
-                        now[name] = attributes[name]
-                    else:
-                        del now[name]
+            if module in found:
+                _set_back(module, attributes)
         for module, value, size in sizes:
             if len(value) > size and any(isinstance(item, Tensor) for item in _held(value)):
                 found.add(module)
                 for key in range(size, len(value))[::-1] if isinstance(value, list) else [*value][size:]:
                     del value[key]
+
+
+def _set_back(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Set a module's attributes back to what they were, but for its registries and `_goes_on`."""
+    now = module.__dict__
+    for name in [name for name, value in now.items() if attributes.get(name, _ABSENT) is not value]:
+        if name in _REGISTERED or _goes_on(attributes.get(name), now[name]):
+            continue
+        if name in attributes:
+            now[name] = attributes[name]
+        else:
+            del now[name]
+
+
+def _goes_on(before: object, now: object) -> bool:
+    """Whether a number changes from call to call, as a counter or a temperature, rather than with what a module keeps.
+
+    Example:
+        >>> _goes_on(3, 4), _goes_on(1.0, 0.9), _goes_on(0, 20), _goes_on(False, True), _goes_on(None, 1)
+        (True, True, False, False, False)
+    """
+    if type(before) is float:
+        return type(now) is float
+    return type(before) is int and type(now) is int and now == before + 1
 
 
 def _contents(module: nn.Module) -> dict[str, Sequence[object]]:
