@@ -25,6 +25,7 @@ from metamom.maml.modes import out_of_inference
 from metamom.maml.normalisation.norm import check_norm, for_single_points, of_support, resolved
 from metamom.maml.normalisation.norm_modes import AnyNorm, ByLayer, Normalisation, Statistics, statistics_of
 from metamom.maml.problem import Problem
+from metamom.maml.running.plain_autograd import with_gradients_if_needed
 from metamom.maml.running.run_by_task import RunByTask, Support, call
 from metamom.maml.running.swapping import evaluating, locked, tensors_within
 from metamom.maml.task_weights import Params, Start
@@ -214,10 +215,15 @@ def _calls(model: nn.Module, x: Tree, frozen: Sequence[nn.Module] = ()) -> list[
 
     The ``frozen`` layers use their running statistics.
     """
-    recorder = _Recorder(frozen)
-    with recorder.within(model), recorder:
-        call(model, x)
-    return recorder.calls
+
+    def recorded(_: Params) -> list[Call]:
+        recorder = _Recorder(frozen)
+        with recorder.within(model), recorder:
+            call(model, x)
+        return recorder.calls
+
+    calls: list[Call] = with_gradients_if_needed(recorded, {}, ())
+    return calls
 
 
 def _once(calls: list[Call], module: nn.Module, model: nn.Module) -> Statistics:

@@ -282,6 +282,28 @@ def test_inputs_come_to_the_model():
         learner.fit(x, torch.tensor(1.0))
 
 
+def test_a_derivative_in_the_forward():
+    """A physics-informed network differentiates in its inputs, whether or not the caller wants gradients."""
+
+    class Pinn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(1, 8), nn.Linear(8, 1)
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            u = self.head(torch.tanh(self.body(x)))
+            return u + torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    learner = MAML(Pinn(), F.mse_loss, inner_lr=0.1, inner_steps=2, vectorize="loop")
+    x, y, query = torch.randn(3, 5, 1)
+    adapted = {name: w[0] for name, w in learner.adapt(x[None], y[None]).items()}
+    wanted = torch.func.functional_call(learner.model, adapted, (query,))
+    torch.testing.assert_close(learner.fit(x, y)(query), wanted)
+    torch.testing.assert_close(learner.fit_predict(x, y, query), wanted)
+
+
 def test_weight_normalisation_in_attributes():
     with pytest.warns(FutureWarning, match="weight_norm"):
         made = nn.utils.weight_norm(nn.Linear(1, 4))
