@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ class Compiled:
                     *pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
                 )
 
+        examined = _examined_processor() if tensors[0].device.type == "cpu" else None
         drawn = [tensors[0].device] if tensors[0].is_cuda else []
         try:
             # One mode for the shapes of all nodes: make_fx would create one for each, which takes half of its time.
@@ -205,6 +207,8 @@ class Compiled:
             raise
         enlarge_products(graph)
         options = _options(graph, tensors[0].device)
+        if examined is not None:
+            examined.join()
         while True:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=drawn):
@@ -219,6 +223,24 @@ class Compiled:
                     ) from error
             else:
                 return compiled
+
+
+def _examined_processor() -> threading.Thread:
+    """Start to find out for which vector instructions the compiler can build, which needs no Python and takes seconds.
+
+    TorchInductor asks later, and keeps the answer. While another process finds out, this one can trace.
+    """
+    from torch._inductor import codecache as codecache  # the thread must not import
+    from torch._inductor import cpp_builder as cpp_builder
+    from torch._inductor import cpu_vec_isa
+
+    def examine() -> None:
+        with suppress(Exception):  # TorchInductor asks again, and its error is raised then
+            cpu_vec_isa.valid_vec_isa_list()
+
+    thread = threading.Thread(target=examine, daemon=True)
+    thread.start()
+    return thread
 
 
 def _options(graph: fx.GraphModule, device: torch.device) -> dict[str, Any]:

@@ -89,8 +89,11 @@ def predictions(
             must_not = problem.vectorization.vectorize == "vmap"
             kind = problem.norm, mask, must_not, problem.run.draws
             loop = loops_over_padded(problem.run.mixes, problem.model, partial(compute, loop=False), x, *kind)
-        watches = not loop and problem.vectorization.vectorize == "auto" and has_global_forward_hooks()
-        with keeping_refused() if watches and not is_tracing() else nullcontext():
+        if loop or is_tracing() or problem.vectorization.vectorize != "auto":
+            return compute(x, loop)
+        if not (has_global_forward_hooks() or forward_hooks_of(problem.model)):
+            return compute(x, loop)
+        with locked(problem.model), keeping_refused(problem.model):
             return compute(x, loop)
 
     out = problem.vectorization.attempt([part], run)

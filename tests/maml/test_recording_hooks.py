@@ -1,4 +1,4 @@
-"""Forward hooks of all modules: those that keep tensors get usable ones, the others stay under vmap."""
+"""Forward hooks: those that keep tensors get usable ones, the others stay under vmap."""
 
 from __future__ import annotations
 
@@ -72,6 +72,52 @@ def test_other_hooks_stay_under_vmap(name):
     learner = MAML(model, F.cross_entropy, inner_lr=0.1)
     expected, _ = slow_meta_gradient(model, F.cross_entropy, batch, inner_lr=0.1)
     with hooked(HARMLESS[name]), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            found = learner.meta_gradient(batch)
+    assert not learner._vectorization.looped
+    assert_close({key: grad[0] for key, grad in found.grads.items()}, expected, 1e-9)
+
+
+RETURNING: dict[str, Callable[[list[Any], Any, Any], Any]] = {
+    name: lambda kept, args, out, keep=keep: (keep(kept, args, out), out)[1] for name, keep in KEEPING.items()
+}
+
+
+@pytest.mark.parametrize("name", RETURNING)
+def test_hooks_of_a_module_that_return_something_and_keep_tensors(name):
+    """Hooks that return nothing never run under vmap; these could."""
+    model, batch, kept = network(), labelled_batch(4), list[Any]()
+    expected, _ = slow_meta_gradient(model, F.cross_entropy, batch, inner_lr=0.1)
+    learner = MAML(model, F.cross_entropy, inner_lr=0.1)
+    model[1].register_forward_hook(lambda module, args, out: RETURNING[name](kept, args, out))
+    with pytest.warns(UserWarning, match=r"^a forward hook of 1 cannot run on all tasks at once"):
+        learner.meta_gradient(batch)
+    kept.clear()
+    found = learner.meta_gradient(batch)
+    assert len(kept) >= 2 * TASKS
+    for each in torch.utils._pytree.tree_leaves(kept):
+        each.sum().item()
+    assert_close({key: grad[0] for key, grad in found.grads.items()}, expected, 1e-9)
+
+
+def test_hooks_before_a_module_that_keep_its_inputs():
+    model, batch, kept = network(), labelled_batch(4), list[Any]()
+    learner = MAML(model, F.cross_entropy, inner_lr=0.1)
+    model[2].register_forward_pre_hook(lambda module, args: (kept.append(args[0].detach()), args)[1])
+    with pytest.warns(UserWarning, match=r"^a forward hook of 2 cannot run on all tasks at once"):
+        learner.meta_gradient(batch)
+    assert all(each.sum().item() is not None for each in kept[-2 * TASKS :])
+    assert next(iter(model[2]._forward_pre_hooks.values())).__module__ == __name__
+
+
+@pytest.mark.parametrize("name", [name for name in HARMLESS if "returns" in name])
+def test_hooks_of_a_module_that_keep_nothing_stay_under_vmap(name):
+    model, batch = network(), labelled_batch(4)
+    expected, _ = slow_meta_gradient(model, F.cross_entropy, batch, inner_lr=0.1)
+    learner = MAML(model, F.cross_entropy, inner_lr=0.1)
+    model[1].register_forward_hook(lambda module, args, out: HARMLESS[name]([], args, out))
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
             found = learner.meta_gradient(batch)

@@ -7,6 +7,7 @@ use tensors from inside vmap, and a graph leaves them out.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -110,26 +111,35 @@ def forward_hooks_watched(model: nn.Module, *, everywhere: bool) -> Iterator[set
 
 
 @contextmanager
-def keeping_refused() -> Iterator[None]:
-    """Refuse forward hooks of all modules that keep tensors from inside vmap, which could not be used later.
+def keeping_refused(model: nn.Module) -> Iterator[None]:
+    """Refuse forward hooks that keep tensors from inside vmap, which could not be used later. Use this under `locked`.
 
     Hooks that keep no tensor (which count calls, print names or return another output) run as they are.
+
+    Args:
+        model: the model, whose hooks these are, or of all modules.
 
     Raises:
         VmapError: at the first call of a hook that keeps one.
     """
-    of_all: tuple[dict[int, Any], ...] = every_module._global_forward_hooks, every_module._global_forward_pre_hooks
-    before = [(hooks, dict(hooks)) for hooks in of_all if hooks]
+    registries: list[tuple[str, dict[int, Any]]] = [
+        ("all modules", every_module._global_forward_hooks),
+        ("all modules", every_module._global_forward_pre_hooks),
+    ]
+    for name, module in model.named_modules():
+        said = name or "the model"
+        registries += [(said, hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks]
+    before = [(hooks, dict(hooks)) for _, hooks in registries]
     try:
-        for hooks, own in before:
-            hooks.update({key: _keeping_nothing(hook) for key, hook in own.items() if _of_user(hook)})
+        for said, hooks in registries:
+            hooks.update({key: _keeping_nothing(hook, said) for key, hook in hooks.items() if _of_user(hook)})
         yield
     finally:
         for hooks, own in before:
             hooks.update(own)
 
 
-def _keeping_nothing(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _keeping_nothing(hook: Callable[..., Any], whose: str) -> Callable[..., Any]:
     """The hook, refused when it keeps what it gets or makes, as the counts of references tell."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -140,14 +150,15 @@ def _keeping_nothing(hook: Callable[..., Any]) -> Callable[..., Any]:
         before = _references(given)
         with _Made() as made:
             out = hook(*args, **kwargs)
-        returned = {id(each) for each in pytree.tree_leaves(out)}
+        after = _references(given)
+        passed_on = any(out is each for each in given)  # a tuple of inputs that is passed on adds no reference to them
+        returned = Counter([id(out)] if passed_on else map(id, pytree.tree_leaves(out)))
         kept = [each for each in (found() for found in made.found) if each is not None and id(each) not in returned]
-        more = [i for i, (was, now) in enumerate(zip(before, _references(given), strict=True)) if now > was]
-        if kept or any(given[i] is not out and id(given[i]) not in returned for i in more):
+        if kept or any(now - was > returned[id(each)] for each, was, now in zip(given, before, after, strict=True)):
             raise VmapError(
-                "a forward hook of all modules keeps tensors, and under vmap they could not be used later. Use "
+                f"a forward hook of {whose} keeps tensors, and under vmap they could not be used later. Use "
                 'vectorize="loop".',
-                where="a forward hook of all modules",
+                where=f"a forward hook of {whose}",
                 gist="it would keep tensors that cannot be used later",
             )
         return out
