@@ -57,8 +57,24 @@ def by_key(self: nn.Module, x: Tensor) -> Tensor:
     return self.tables["positions"]
 
 
+def in_a_list(self: nn.Module, x: Tensor) -> Tensor:
+    if not hasattr(self, "tables"):
+        self.tables, self.length = [], 0
+    if self.length != len(x):
+        self.length = len(x)
+        self.tables.append(positions(x))
+    return self.tables[-1]
+
+
+def in_a_buffer(self: nn.Module, x: Tensor) -> Tensor:
+    if getattr(self, "length", None) != len(x):
+        self.length = len(x)
+        self.register_buffer("table", positions(x), persistent=False)
+    return self.table
+
+
 @pytest.mark.parametrize("vectorize", ["auto", "vmap", "loop"])
-@pytest.mark.parametrize("table", [by_length, of_the_inputs, by_flag, by_key])
+@pytest.mark.parametrize("table", [by_length, of_the_inputs, by_flag, by_key, in_a_list])
 def test_tables_are_made_again(table, vectorize):
     torch.manual_seed(0)
     model = Rotary(table).double()
@@ -74,6 +90,45 @@ def test_tables_are_made_again(table, vectorize):
     assert vars(model) == before
     torch.testing.assert_close(model(batch.query_x[0]), twin(batch.query_x[0]))
     assert_close({name: g.squeeze(0) for name, g in learner.meta_gradient(batch).grads.items()}, wanted)
+
+
+@pytest.mark.parametrize("vectorize", ["auto", "vmap", "loop"])
+def test_buffers_with_tensors_of_vmap_are_not_kept(vectorize):
+    torch.manual_seed(0)
+    model = Rotary(in_a_buffer).double()
+    twin = Rotary(in_a_buffer).double()
+    twin.load_state_dict(model.state_dict())
+    batch = TaskBatch(*torch.randn(4, 3, 5, 1, dtype=torch.float64))
+    wanted = meta_gradient_by_copies(twin, F.mse_loss, batch, inner_lr=ALPHA)
+    learner = MAML(model, F.mse_loss, inner_lr=ALPHA, vectorize=vectorize)
+    for _ in range(3):
+        assert_close({name: g.squeeze(0) for name, g in learner.meta_gradient(batch).grads.items()}, wanted)
+    torch.testing.assert_close(model(batch.query_x[0]), twin(batch.query_x[0]))
+    assert_close({name: g.squeeze(0) for name, g in learner.meta_gradient(batch).grads.items()}, wanted)
+
+
+def test_a_buffer_that_grows():
+    """Its length is in an attribute, which is set back with the buffer."""
+
+    def table(self: nn.Module, x: Tensor) -> Tensor:
+        if len(x) > self.length:
+            self.length = len(x)
+            self.grown = torch.arange(1, len(x) + 1, dtype=x.dtype)[:, None] / 10
+        return self.grown[: len(x)]
+
+    torch.manual_seed(0)
+    model = Rotary(table).double()
+    model.register_buffer("grown", torch.zeros(0, 1, dtype=torch.float64))
+    model.length = 0
+    batch = TaskBatch(*torch.randn(4, 3, 5, 1, dtype=torch.float64))
+    twin = Rotary(by_length).double()
+    twin.linear = model.linear
+    wanted = meta_gradient_by_copies(twin, F.mse_loss, batch, inner_lr=ALPHA)
+    learner = MAML(model, F.mse_loss, inner_lr=ALPHA)
+    for _ in range(3):
+        assert_close({name: g.squeeze(0) for name, g in learner.meta_gradient(batch).grads.items()}, wanted)
+    assert (model.length, len(model.grown)) == (0, 0)
+    torch.testing.assert_close(model(batch.query_x[0]), twin(batch.query_x[0]))
 
 
 class Annealed(Rotary):

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 
 from metamom.common.modules import modules_of, named_modules_of, named_parameters_of
@@ -30,6 +31,10 @@ _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
 _EVALUATING: ContextVar[bool] = ContextVar("evaluating", default=False)
 _TRAINING: ContextVar[frozenset[int]] = ContextVar("training", default=frozenset())  # in evaluation mode for a call
+
+
+# ids of the registries in which a forward has replaced a tensor, within `tensors_left`
+_REPLACED: ContextVar[set[int] | None] = ContextVar("replaced", default=None)
 
 
 class Slots(NamedTuple):
@@ -100,8 +105,11 @@ def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in tensors:
+        replaced = _REPLACED.get()
+        for name, tensor in tensors.items():
             for registered, key in found.places[name]:
+                if replaced is not None and registered.get(key) is not tensor:
+                    replaced.add(id(registered))
                 registered[key] = found.tensors[name]
 
 
@@ -117,7 +125,8 @@ def tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
     before = [(module, dict(module.__dict__), _contents(module)) for module in modules]
     found: set[nn.Module] = set()
     try:
-        yield found
+        with _buffers_left([module for module, _, _ in before], found):
+            yield found
     finally:
         for module, attributes, contents in before:
             for name, value in [*module.__dict__.items()]:
@@ -148,8 +157,14 @@ def first_tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]
     ]
     found: set[nn.Module] = set()
     try:
-        yield found
+        with _buffers_left([module for module, _ in before], found):
+            yield found
     finally:
+        for module, value, size in sizes:
+            if len(value) > size and any(isinstance(item, Tensor) for item in _held(value)):
+                found.add(module)
+                for key in range(size, len(value))[::-1] if isinstance(value, list) else [*value][size:]:
+                    del value[key]
         for module, attributes in before:
             now = module.__dict__
             for name in [name for name, value in now.items() if attributes.get(name) is not value]:
@@ -157,11 +172,33 @@ def first_tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]
                     found.add(module)
             if module in found:
                 _set_back(module, attributes)
-        for module, value, size in sizes:
-            if len(value) > size and any(isinstance(item, Tensor) for item in _held(value)):
+
+
+@contextmanager
+def _buffers_left(modules: Sequence[nn.Module], found: set[nn.Module]) -> Iterator[None]:
+    """Remove buffers that modules register with tensors from inside vmap, or with a graph, and add these to ``found``.
+
+    So it does with modules that replace a parameter or a buffer, which `swapped` puts back.
+    """
+    before = [(module, dict(module._buffers.items())) for module in modules]
+    token = _REPLACED.set(set())
+    try:
+        yield
+    finally:
+        replaced = _REPLACED.get() or ()
+        _REPLACED.reset(token)
+        for module, buffers in before:
+            if replaced and (id(module._buffers) in replaced or id(module._parameters) in replaced):
                 found.add(module)
-                for key in range(size, len(value))[::-1] if isinstance(value, list) else [*value][size:]:
-                    del value[key]
+            for name, value in [*module._buffers.items()]:
+                if value is None or buffers.get(name) is value:
+                    continue
+                if value.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(value):
+                    found.add(module)
+                    if name in buffers:
+                        module._buffers[name] = buffers[name]
+                    else:
+                        del module._buffers[name]
 
 
 def _set_back(module: nn.Module, attributes: Mapping[str, Any]) -> None:
