@@ -14,7 +14,8 @@ from types import CodeType
 from metamom.common.code import code_of
 from metamom.maml.vmap_errors import VmapError, gist
 
-_HANDLERS = bytes(opmap[name] for name in ("SETUP_FINALLY", "PUSH_EXC_INFO") if name in opmap)  # before 3.11, and since
+# before Python 3.11, and since; from 3.12 on the first is the compiler's own, with a number above those in code
+_HANDLERS = {opmap[name] for name in ("SETUP_FINALLY", "PUSH_EXC_INFO") if opmap.get(name, 256) < 256}
 _OF_WITH = opmap.get("WITH_EXCEPT_START", -1)
 
 
