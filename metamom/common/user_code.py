@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
+from types import FrameType
 
 PACKAGE = Path(__file__).parents[1]
 # `tasks` and `experiments` are links in a checkout
@@ -23,6 +25,26 @@ def place_in_user_code(error: BaseException) -> str | None:
         return f"{error.filename}, line {error.lineno}"
     frames = user_frames(error)
     return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else None
+
+
+def users_level() -> int:
+    """The ``stacklevel`` of a warning that is to point at the user's line; 2 if no line is the user's, as in a command.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.warn("here", stacklevel=users_level())
+        >>> caught[0].filename.startswith("<doctest")
+        True
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith("<frozen") and not _is_within(file, [*OURS, *INSTALLED]):
+            return level
+        frame, level = frame.f_back, level + 1
+    return 2
 
 
 def raised_by_metamom(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from metamom.common.choices import CompileMode as CompileMode
+from metamom.common.user_code import users_level
 from metamom.compile.tracing import tracing
 from metamom.compile.values import reading_refused
 from metamom.nets import kernels
@@ -121,7 +122,7 @@ class Compiled:
                 if self.mode != "auto":
                     raise
                 said = error if isinstance(error, CompilerError) else f"{type(error).__name__}: {error}"
-                warnings.warn(f'compile="auto" continues without compiling: {said}', stacklevel=2)
+                warnings.warn(f'compile="auto" continues without compiling: {said}', stacklevel=users_level())
                 self.cost = math.inf
                 return self._timed(key, args)
         if next(reversed(self.graphs.values()), None) is not graph:
@@ -152,7 +153,7 @@ class Compiled:
                 "something that it depends on changes from call to call. Keep the shape of the batches fixed; change "
                 "buffers and frozen parameters in place (buffer.copy_(...)); do not replace them, the loss, a module "
                 "or a hook; or run without compiling.",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
 
     def _pays(self, key: Any) -> bool:

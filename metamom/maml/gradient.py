@@ -20,6 +20,7 @@ from metamom.batch import TaskBatch, block
 from metamom.common.allocator import reuse_freed_memory
 from metamom.common.checks import check_whole
 from metamom.common.trees import flattened, mapped
+from metamom.common.user_code import users_level
 from metamom.compile.graph import Compiled, CompileMode, Graph, check_compiler
 from metamom.compile.tracing import is_tracing
 from metamom.maml.checks.hooks import forward_hooks_watched
@@ -241,7 +242,7 @@ class MetaGradients:
             warnings.warn(
                 f"forward hooks of {', '.join(sorted(hooked))} run only while a graph is made, and not again. Run "
                 "without compiling if what they do (record, print) has to be done in every step.",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         return found
 
@@ -254,7 +255,7 @@ class MetaGradients:
             warnings.warn(
                 "torch.autograd.set_detect_anomaly looks at eager backward passes, so meta-gradients run without "
                 "compiling while it is on.",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         return True
 

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metamom.batch import TaskBatch, check_points, kind_of
 from metamom.common.numbers import counted
 from metamom.common.trees import Tree, joined, leaves, mapped, named_leaves, shown
+from metamom.common.user_code import users_level
 from metamom.maml.normalisation.norm_modes import AnyNorm
 from metamom.maml.running.swapping import is_training
 from metamom.maml.under_vmap.draws import rewinder
@@ -268,7 +269,7 @@ def mixes_points(
                 f"{type(model).__name__} does not take {fewer} of a task where it takes {mask.shape[1]} ({why}), so "
                 "smaller tasks of this batch from metamom.pad keep their padding. "
                 'vectorize="loop" calls the model on the original points instead, which raises this error.',
-                stacklevel=2,
+                stacklevel=users_level(),
             )
             return False
         return _differ(mapped(partial(_first, few=few, mask=mask), found), of_few, mask[:, :few])

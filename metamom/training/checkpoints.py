@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from metamom.common.files import replacing
+from metamom.common.user_code import users_level
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)(\.unvalidated)?\.pt")
@@ -241,7 +242,7 @@ class Checkpoints:
                         f"no checkpoint in {self.folder} can be used: {error} Put back a copy of one, or start a new "
                         "run in another directory."
                     ) from error
-                warnings.warn(f"{error} Going back to the one before.", stacklevel=2)
+                warnings.warn(f"{error} Going back to the one before.", stacklevel=users_level())
             else:
                 found = state.get("step", step)
                 if type(found) is int and 0 <= found != step:  # other types are refused where it is used

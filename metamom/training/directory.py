@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 
 from metamom.common.files import write_atomically
 from metamom.common.schema import read_record
+from metamom.common.user_code import users_level
 from metamom.training.checkpoints import CheckpointError, Checkpoints
 
 LONGEST = 300  # characters of a setting in an error
@@ -216,23 +217,23 @@ class RunDirectory:
             warnings.warn(
                 f"{path} was damaged in line {_listed(log.damaged)}: all that can be read is kept, and a copy of the "
                 f"damaged file is {copy.name}.",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         if lost:
             warnings.warn(
                 f"{path} was cut short in line {log.cut}, and that step will not be repeated: a copy of the original "
                 f"file is {copy.name}.",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         if beyond:
             warnings.warn(
                 f"{path} held metrics of step {_listed(beyond)}, after the checkpoint, that this run will not "
                 f"repeat: they are kept in {copy.name}.",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         steps = [-1, *(line["step"] for line in kept), step]
         if gaps := [n for a, b in itertools.pairwise(steps) for n in range(a + 1, b)]:
-            warnings.warn(f"{path} has no metrics of step {_listed(gaps)}.", stacklevel=2)
+            warnings.warn(f"{path} has no metrics of step {_listed(gaps)}.", stacklevel=users_level())
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl`` and flush it to the operating system."""

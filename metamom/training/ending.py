@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from metamom.common.diverged import DivergedError
+from metamom.common.user_code import users_level
 from metamom.training.directory import RunDirectory, read_config
 
 Kind = Literal["finished", "stopped", "interrupted", "diverged", "failed"]
@@ -71,7 +72,7 @@ def recorder(
             run.write_ending(Ending(_kind(error, reason), done(), reason, now)._asdict())
         except OSError as failed:  # for the record only: neither a good run nor its error is lost over it
             if not isinstance(error, OSError):  # which says why already
-                warnings.warn(f"could not record in {run.path} how the run ended: {failed}", stacklevel=2)
+                warnings.warn(f"could not record in {run.path} how the run ended: {failed}", stacklevel=users_level())
 
     return record
 

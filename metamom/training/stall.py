@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from metamom.bias import BiasOperator, Layout
 from metamom.common.choices import FOLLOWING
+from metamom.common.user_code import users_level
 from metamom.maml.estimators import ESTIMATORS, Estimator
 from metamom.optim import CompositeMomentum
 from metamom.theory import diagnose
@@ -83,7 +84,9 @@ class StallMonitor:
             return  # it converges slowly, or to a nonzero loss
         if found.state in ("stalled", "oscillating") and found.cause not in ("none", "unknown"):
             self.judges = False
-            warnings.warn(f"after {done} steps: {found} (likely cause: {found.cause})", StallWarning, stacklevel=2)
+            warnings.warn(
+                f"after {done} steps: {found} (likely cause: {found.cause})", StallWarning, stacklevel=users_level()
+            )
 
     def _product(self, gradients: list[Tensor]) -> float | None:
         """The product of these gradients with those of the last measurement, which have independent noise."""

@@ -55,6 +55,7 @@ def test_what_vmap_cannot_take_runs_in_a_loop(name):
             judged_as_in_a_loop(learner, tasks, ALPHA, 1e-9)
     assert len(caught) == 1, [str(each.message) for each in caught]
     said = str(caught[0].message)
+    assert caught[0].filename == __file__  # the caller's line
     assert MODELS[name][1] in said
     assert "task by task" in said
     assert 'vectorize="loop"' in said

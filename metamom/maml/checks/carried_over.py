@@ -12,6 +12,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from metamom.common.user_code import users_level
+
 
 @contextmanager
 def refused(model: nn.Module, trainable: Mapping[str, Tensor]) -> Iterator[None]:
@@ -64,7 +66,7 @@ def warn_of_draws(*, loop: bool = False) -> Iterator[None]:
         warnings.warn(
             f"the model draws from {' and '.join(moved)} generator, {how}. Draw with torch instead: "
             "torch.where(torch.rand(()) < 0.5, a, b).",
-            stacklevel=2,
+            stacklevel=users_level(),
         )
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metamom.common.numbers import counted
+from metamom.common.user_code import users_level
 from metamom.maml.implicit.conjugate_gradients import Solved
 from metamom.maml.implicit.lbfgs import Minimum
 from metamom.maml.implicit.proximal import Proximal
@@ -178,7 +179,7 @@ class Solves:
     def _warn(self, kind: str, text: str, cure: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"{text} {_FIXED.get() or cure} (Further cases are not shown.)", stacklevel=2)
+            warnings.warn(f"{text} {_FIXED.get() or cure} (Further cases are not shown.)", stacklevel=users_level())
 
 
 def _share(tasks: Tensor) -> str:

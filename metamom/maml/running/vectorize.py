@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metamom.common.held import numbers_as_tensors
+from metamom.common.user_code import users_level
 from metamom.compile.tracing import is_tracing
 from metamom.maml.checks.misfits import MisfitError
 from metamom.maml.under_vmap.batched import over_tasks
@@ -92,7 +93,7 @@ class Vectorization:
             f"{refusal.where or parts} cannot run on all tasks at once ({refusal.gist}), so {parts} {verb} task by "
             "task. The gradients are the same, and a step takes up to as many times as long as there are tasks. "
             'vectorize="loop" does so without this warning.',
-            stacklevel=2,
+            stacklevel=users_level(),
         )
 
 
