@@ -108,7 +108,8 @@ def swapped(found: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         replaced = _REPLACED.get()
         for name, tensor in tensors.items():
             for registered, key in found.places[name]:
-                if replaced is not None and registered.get(key) is not tensor:
+                # a scripted module's registry has no get
+                if replaced is not None and (key not in registered or registered[key] is not tensor):
                     replaced.add(id(registered))
                 registered[key] = found.tensors[name]
 
