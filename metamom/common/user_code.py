@@ -28,7 +28,9 @@ def place_in_user_code(error: BaseException) -> str | None:
 
 
 def users_level() -> int:
-    """The ``stacklevel`` of a warning that is to point at the user's line; 2 if no line is the user's, as in a command.
+    """The ``stacklevel`` that makes a warning point at the user's line.
+
+    It is 2 if no frame is the user's, as when a command runs.
 
     Example:
         >>> users_level()  # called from here

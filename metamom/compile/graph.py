@@ -195,7 +195,7 @@ class Compiled:
                     *pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
                 )
 
-        examined = _examined_processor() if tensors[0].device.type == "cpu" else None
+        finding = _find_vector_instructions() if tensors[0].device.type == "cpu" else None
         drawn = [tensors[0].device] if tensors[0].is_cuda else []
         try:
             # One mode for the shapes of all nodes: make_fx would create one for each, which takes half of its time.
@@ -208,8 +208,8 @@ class Compiled:
             raise
         enlarge_products(graph)
         options = _options(graph, tensors[0].device)
-        if examined is not None:
-            examined.join()
+        if finding is not None:
+            finding.join()
         while True:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=drawn):
@@ -226,20 +226,20 @@ class Compiled:
                 return compiled
 
 
-def _examined_processor() -> threading.Thread:
-    """Start to find out for which vector instructions the compiler can build, which needs no Python and takes seconds.
+def _find_vector_instructions() -> threading.Thread:
+    """Start a thread that finds out which vector instructions the compiler supports, and return it.
 
-    TorchInductor asks later, and keeps the answer. While another process finds out, this one can trace.
+    That takes seconds in other processes, in which this one can trace. TorchInductor keeps the answer for later.
     """
     from torch._inductor import codecache as codecache  # the thread must not import
     from torch._inductor import cpp_builder as cpp_builder
     from torch._inductor import cpu_vec_isa
 
-    def examine() -> None:
-        with suppress(Exception):  # TorchInductor asks again, and its error is raised then
+    def find() -> None:
+        with suppress(Exception):  # TorchInductor tries again later, and raises the error then
             cpu_vec_isa.valid_vec_isa_list()
 
-    thread = threading.Thread(target=examine, daemon=True)
+    thread = threading.Thread(target=find, daemon=True)
     thread.start()
     return thread
 

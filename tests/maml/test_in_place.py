@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamom import MAML, TaskBatch
+from metamom.maml.under_vmap.in_place import change
 
 ALPHA, POINTS, CLASSES = 0.1, 6, 3
 INDEX = torch.arange(POINTS * 5).view(POINTS, 5) % POINTS
@@ -130,3 +131,12 @@ def test_memory_is_read_task_by_task(read):
     assert_close({name: g.squeeze(0) for name, g in found.items()}, wanted)
     with pytest.raises(ValueError, match="cannot run under per-task weights, in Changed itself"):
         MAML(model, F.cross_entropy, inner_lr=ALPHA, vectorize="vmap").meta_gradient(batch)
+
+
+def test_dtypes_that_cannot_hold_the_result_are_refused_as_by_pytorch():
+    for name, argument in (("clamp", 1.5), ("pow", torch.tensor(0.5)), ("xlogy", torch.tensor(2.0))):
+        with pytest.raises(RuntimeError, match="can't be cast to the desired output type") as theirs:
+            getattr(torch.tensor([1, 5]), f"{name}_")(argument)
+        with pytest.raises(RuntimeError) as ours:
+            change(name, torch.tensor([1, 5]), argument)
+        assert str(ours.value) == str(theirs.value)

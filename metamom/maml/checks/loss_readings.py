@@ -37,7 +37,8 @@ class LossReadings:
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[LossFn, Reading]] = {}
-        # losses that pair predictions and targets correctly, and whether they call replaced functions
+        # losses that pair predictions and targets correctly, and whether to watch them: they call replaced functions,
+        # or may catch errors
         self._fine: dict[Hashable, tuple[LossFn, bool]] = {}
 
     def watched(self, loss_fn: LossFn, once: bool = False) -> LossFn:

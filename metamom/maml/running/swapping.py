@@ -177,9 +177,9 @@ def first_tensors_left(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]
 
 @contextmanager
 def _buffers_left(modules: Sequence[nn.Module], found: set[nn.Module]) -> Iterator[None]:
-    """Remove buffers that modules register with tensors from inside vmap, or with a graph, and add these to ``found``.
+    """Remove the buffers that modules register with tensors from inside vmap or with a graph.
 
-    So it does with modules that replace a parameter or a buffer, which `swapped` puts back.
+    Adds these modules to ``found``, and those that replace a parameter or a buffer, which `swapped` puts back.
     """
     before = [(module, dict(module._buffers.items())) for module in modules]
     token = _REPLACED.set(set())

@@ -1,8 +1,8 @@
 """Errors that a model or a loss catches itself.
 
-Under `torch.func.vmap`, PyTorch raises errors that a loop does not know (of ``float(x)``, of a mask as an index), and
-one task's error (a matrix without a Cholesky factor) is one of all tasks. So it does while a graph is traced. Code that
-catches them would go on in another way than in a loop, without a word.
+Under `torch.func.vmap`, PyTorch raises errors that a loop over the tasks does not raise (for ``float(x)``, or a mask as
+an index), and an error in one task (a matrix without a Cholesky factor) is raised for all. Tracing a graph raises such
+errors too. Code that catches them would silently take another branch than it takes in a loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import CodeType
 from metamom.common.code import code_of
 from metamom.maml.vmap_errors import VmapError, gist
 
-# before Python 3.11, and since; from 3.12 on the first is the compiler's own, with a number above those in code
+# The first until Python 3.10, the second since 3.11. Since 3.12 the first has a number above 255 and is never in code.
 _HANDLERS = {opmap[name] for name in ("SETUP_FINALLY", "PUSH_EXC_INFO") if opmap.get(name, 256) < 256}
 _OF_WITH = opmap.get("WITH_EXCEPT_START", -1)
 
@@ -34,14 +34,14 @@ def refuse(what: str, error: Exception | None) -> None:
     said = gist(str(error)) if str(error) else type(error).__name__
     raise VmapError(
         f"{what} catches an error of PyTorch, which may be that of another task, or of torch.func.vmap alone: all "
-        f"tasks are computed at once. It was: {said}. Write {what} without try and suppress.",
+        f"tasks are computed at once. It was: {said}. Write {what} without try and contextlib.suppress.",
         "loss_fn" if what == "the loss" else "",
         f"{what} catches an error of PyTorch: {said}",
     ) from error
 
 
 def handles_errors(owner: object) -> bool:
-    """Whether the code that an object reaches, without PyTorch's, has a ``try`` or `contextlib.suppress`."""
+    """Whether the code that an object reaches, apart from PyTorch's, has a ``try`` or uses `contextlib.suppress`."""
     return any(map(_has_handler, code_of(owner)))
 
 

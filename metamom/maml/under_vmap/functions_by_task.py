@@ -161,7 +161,7 @@ class FunctionsByTask(TorchFunctionMode):
 
 
 _MODE: ContextVar[FunctionsByTask | None] = ContextVar("mode", default=None)
-"""That of the model that runs under vmap in this thread, or is traced."""
+"""The mode of the model that runs under vmap in this thread, or is traced."""
 
 
 def _check_read(aliases: Aliases, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -180,10 +180,10 @@ def _check_read(aliases: Aliases, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def checked(run: Callable[[], Tree]) -> Tree:
-    """Run a model, and check what it returns, inside of its `FunctionsByTask` if there is one.
+    """Run a model and, inside of its `FunctionsByTask`, check what it returns.
 
     Raises:
-        VmapError: as for what a function reads; if the model has caught an error.
+        VmapError: if the result lacks a change in place, or the model has caught an error of PyTorch.
     """
     mode = _MODE.get()
     if mode is None:

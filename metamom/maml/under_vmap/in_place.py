@@ -1,4 +1,7 @@
-"""Methods that change a tensor in place, which `torch.func.vmap` runs task by task with a warning, as new tensors."""
+"""Methods that change a tensor in place and that `torch.func.vmap` does not batch: new tensors, copied into it.
+
+vmap would run them task by task, with a warning.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ _OPERATORS = {"__ipow__": "pow", "__imod__": "remainder"}
 
 
 def change(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Change a tensor in place by the method of a name that makes a new one.
+    """Change a tensor in place by the method of this name, which returns a new tensor.
 
     Example:
         >>> x = torch.tensor([1.0, 5.0])
         >>> change("clamp", x, max=2.0) is x, x
         (True, tensor([1., 2.]))
     """
-    return tensor.copy_(getattr(tensor.clone(), name)(*args, **kwargs))  # a copy, since derivatives may need it
+    made: Tensor = getattr(tensor.clone(), name)(*args, **kwargs)  # of a copy, since derivatives may need it
+    if not torch.can_cast(made.dtype, tensor.dtype):
+        return getattr(tensor, f"{name}_")(*args, **kwargs)  # type: ignore[no-any-return]  # raises torch's own error
+    return tensor.copy_(made)
 
 
 def fill_diagonal(tensor: Tensor, fill_value: float, wrap: bool = False) -> Tensor:
